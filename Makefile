@@ -1,0 +1,28 @@
+# Every target sets up .venv by itself and is quick when it exists.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+RUN := $(VENV)/bin/python
+
+.PHONY: train test bench lint clean
+
+train: $(STAMP)
+	$(RUN) -m fastkl.vae train $(ARGS)
+
+test: $(STAMP)
+	$(RUN) -m pytest $(ARGS)
+
+bench: $(STAMP)
+	$(RUN) bench/harness.py $(ARGS)
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

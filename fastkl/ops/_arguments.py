@@ -1,0 +1,153 @@
+"""Checks and broadcasting that every op does before anything is launched; each error names the argument."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkl.reference import SCALES, SoftBounds
+
+NO_BOUNDS = (float("-inf"), float("inf"), False)
+
+
+def check_tensors(**tensors: Tensor | None) -> None:
+    """Every argument is a floating-point tensor, and all are on one device."""
+    first_name, first_device = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got dtype {tensor.dtype}")
+        if first_device is None:
+            first_name, first_device = name, tensor.device
+        elif tensor.device != first_device:
+            raise ValueError(f"{name} is on {tensor.device}, but {first_name} is on {first_device}; move one of them")
+
+
+def check_int(name: str, value: Any, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+def check_event_ndim(event_ndim: int, ndim: int, what: str) -> int:
+    check_int("event_ndim", event_ndim, 1)
+    if event_ndim > ndim:
+        raise ValueError(f"event_ndim={event_ndim} needs at least {event_ndim} dimensions, but {what} has {ndim}")
+    return event_ndim
+
+
+def check_scale(scale: str) -> str:
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {', '.join(map(repr, SCALES))}, got {scale!r}")
+    return scale
+
+
+def check_bounds(bounds: SoftBounds | tuple[float, float] | None) -> tuple[float, float, bool]:
+    """(low, high, live): the clamp of the log-variance and whether the gradient lives outside it."""
+    if bounds is None:
+        return NO_BOUNDS
+    try:
+        low, high = (float(bound) for bound in bounds)
+    except (TypeError, ValueError):
+        raise TypeError(f"bounds must be a pair (low, high) of numbers, or fastkl.SoftBounds, got {bounds!r}") from None
+    if not low < high:
+        raise ValueError(f"bounds must be (low, high) with low < high, got ({low}, {high})")
+    return low, high, isinstance(bounds, SoftBounds)
+
+
+def broadcast_shape(**tensors: Tensor | None) -> torch.Size:
+    shapes = {name: tensor.shape for name, tensor in tensors.items() if tensor is not None}
+    try:
+        return torch.broadcast_shapes(*shapes.values())
+    except RuntimeError:
+        listed = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
+        raise ValueError(f"these shapes do not broadcast: {listed}") from None
+
+
+def expand_prior(
+    prior_mu: Tensor | None, prior_logvar: Tensor | None, like: Tensor, shape: torch.Size, event_ndim: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both prior parameters at the event's shape if the whole batch shares them, else both at the full shape.
+
+    A shared prior keeps its own small shape so that the backward kernel can sum its gradient over the batch instead of
+    writing one gradient per row. A missing one of the two is a standard parameter: 0.
+    """
+    if prior_mu is None and prior_logvar is None:
+        return None, None
+    prior_mu = like.new_zeros(()) if prior_mu is None else prior_mu
+    prior_logvar = like.new_zeros(()) if prior_logvar is None else prior_logvar
+    batch_ndim = len(shape) - event_ndim
+    event = shape[batch_ndim:]
+    if is_shared(prior_mu, event_ndim) and is_shared(prior_logvar, event_ndim):
+        return _drop_batch(prior_mu, event_ndim).expand(event), _drop_batch(prior_logvar, event_ndim).expand(event)
+    return prior_mu.expand(shape), prior_logvar.expand(shape)
+
+
+def is_shared(prior: Tensor, event_ndim: int) -> bool:
+    """Whether every dimension before the event is missing or of size 1."""
+    return all(size == 1 for size in prior.shape[: max(0, prior.dim() - event_ndim)])
+
+
+def _drop_batch(prior: Tensor, event_ndim: int) -> Tensor:
+    extra = max(0, prior.dim() - event_ndim)
+    return prior.reshape(prior.shape[extra:]) if extra else prior
+
+
+def check_packed(head: Tensor, dim: int) -> int:
+    """The packed dimension as a non-negative number; it holds mu in its first half and the scale in its second."""
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be an int, got {type(dim).__name__}")
+    if not -head.dim() <= dim < head.dim():
+        raise ValueError(f"dim={dim} is out of range for head, which has {head.dim()} dimensions")
+    if head.shape[dim] % 2:
+        raise ValueError(f"head packs mu and logvar along dim={dim}, whose size must be even, got {head.shape[dim]}")
+    return dim % head.dim()
+
+
+def batch_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """The vmapped dimension in front, for an op that takes any leading dimensions; expanded where it is missing."""
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def match(gradient: Tensor, like: Tensor) -> Tensor:
+    """`gradient` in the dtype and memory layout that the fakes promise: torch.empty_like(like)."""
+    out = torch.empty_like(like)
+    if gradient.dtype == out.dtype and gradient.shape == out.shape and gradient.stride() == out.stride():
+        return gradient
+    return out.copy_(gradient)
+
+
+def as_bounds(low: float, high: float, live: bool) -> SoftBounds | tuple[float, float] | None:
+    """The user's `bounds` again, from the numbers that went through the dispatcher."""
+    if (low, high) == NO_BOUNDS[:2]:
+        return None
+    return SoftBounds(low, high) if live else (low, high)
+
+
+def batch_first_prior(prior, dims, shape: torch.Size, event_ndim: int) -> list[Tensor | None]:
+    """The prior's two tensors under vmap: still shared by the batch, or at the full shape with the new dimension."""
+    if all(tensor is None or (dim is None and tensor.dim() == event_ndim) for tensor, dim in zip(prior, dims)):
+        return list(prior)
+    full = []
+    for tensor, dim in zip(prior, dims):
+        tensor = batch_first(tensor, dim, shape[0])
+        missing = len(shape) - tensor.dim()
+        full.append(tensor.reshape(shape[0], *[1] * missing, *tensor.shape[1:]).expand(shape))
+    return full
+
+
+def check_prior_fits(shape: torch.Size, **prior: Tensor | None) -> None:
+    """A prior may be smaller than the posterior's shape, never larger: there is nothing to broadcast a head to."""
+    for name, tensor in prior.items():
+        if tensor is None:
+            continue
+        sizes = zip(reversed(tensor.shape), reversed(shape))
+        if tensor.dim() > len(shape) or any(size not in (1, full) for size, full in sizes):
+            raise ValueError(f"{name} {tuple(tensor.shape)} does not broadcast to the posterior's shape {tuple(shape)}")

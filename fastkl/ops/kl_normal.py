@@ -1,0 +1,164 @@
+"""KL divergence between diagonal Gaussians, one value per sample."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkl import reference
+from fastkl.ops import _arguments as arguments
+from fastkl.ops._register import register
+from fastkl.reference import SoftBounds
+
+# q is [mu, parameter], or [head] that packs both along packed_dim; prior is [] or [prior_mu, prior_logvar], each of
+# the full shape or, shared by the batch, of the event's shape.
+_SETTINGS = "int packed_dim, Tensor[] prior, int event_ndim, str scale, float low, float high, bool live"
+
+
+def _unpack(q: list[Tensor], packed_dim: int) -> list[Tensor]:
+    return q if len(q) == 2 else list(q[0].chunk(2, packed_dim))
+
+
+def _forward(q, packed_dim, prior, event_ndim, scale, low, high, live) -> Tensor:
+    bounds = arguments.as_bounds(low, high, live)
+    return reference.kl_normal(*_unpack(q, packed_dim), *prior, event_ndim=event_ndim, scale=scale, bounds=bounds)
+
+
+def _gradients(dkl, q, packed_dim, prior, event_ndim, scale, low, high, live) -> list[Tensor]:
+    """Closed form in differentiable torch ops, one gradient for each tensor of q and prior."""
+    inputs = [*_unpack(q, packed_dim), *prior]
+    dtype = reference.compute_dtype(*inputs)
+    mu, parameter, *rest = (tensor.to(dtype) for tensor in inputs)
+    bounds = arguments.as_bounds(low, high, live)
+    raw = reference.to_logvar(parameter, scale)
+    dmu, dlogvar, dprior_logvar = reference.kl_terms_gradient(mu, reference.bound(raw, bounds), *rest)
+    dkl = dkl.to(dtype).reshape(*dkl.shape, *[1] * event_ndim)
+    dparameter = reference.bound_gradient(dkl * dlogvar, raw, bounds) * reference.to_logvar_gradient(parameter, scale)
+    dmu = dkl * dmu
+    dq = [dmu, dparameter] if len(q) == 2 else [torch.cat([dmu, dparameter], packed_dim)]
+    dprior = [gradient.sum_to_size(p.shape) for gradient, p in zip((-dmu, dkl * dprior_logvar), prior)]
+    return [gradient.to(tensor.dtype) for gradient, tensor in zip(dq + dprior, [*q, *prior])]
+
+
+def _backward(dkl, q, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient) -> list[Tensor]:
+    wanted = [*q, *prior] if prior_gradient else list(q)
+    gradients = _gradients(dkl, q, packed_dim, prior, event_ndim, scale, low, high, live)
+    return [arguments.match(gradient, tensor) for gradient, tensor in zip(gradients, wanted)]
+
+
+def _fake_forward(q, packed_dim, prior, event_ndim, scale, low, high, live) -> Tensor:
+    shape = _unpack(q, packed_dim)[0].shape
+    return q[0].new_empty(shape[: len(shape) - event_ndim], dtype=reference.compute_dtype(*q, *prior))
+
+
+def _fake_backward(dkl, q, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor in ([*q, *prior] if prior_gradient else q)]
+
+
+kl_normal_fwd = register(
+    f"kl_normal_fwd(Tensor[] q, {_SETTINGS}) -> Tensor",
+    closed_form=_forward,
+    fake=_fake_forward,
+    kernel="kl_normal.fwd",
+)
+kl_normal_bwd = register(
+    f"kl_normal_bwd(Tensor dkl, Tensor[] q, {_SETTINGS}, bool prior_gradient) -> Tensor[]",
+    closed_form=_backward,
+    fake=_fake_backward,
+    kernel="kl_normal.bwd",
+)
+
+
+class _KLNormal(torch.autograd.Function):
+    @staticmethod
+    def forward(mu, parameter, prior_mu, prior_logvar, *settings):
+        q = [mu] if parameter is None else [mu, parameter]
+        prior = [] if prior_mu is None else [prior_mu, prior_logvar]
+        return kl_normal_fwd(q, settings[0], prior, *settings[1:])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:4])
+        ctx.settings = inputs[4:]
+
+    @staticmethod
+    def backward(ctx, dkl):
+        mu, parameter, prior_mu, prior_logvar = ctx.saved_tensors
+        q = [mu] if parameter is None else [mu, parameter]
+        prior = [] if prior_mu is None else [prior_mu, prior_logvar]
+        arguments_ = (dkl, q, ctx.settings[0], prior, *ctx.settings[1:])
+        if torch.is_grad_enabled():  # create_graph, torch.func: differentiable ops
+            gradients = _gradients(*arguments_)
+        else:
+            gradients = kl_normal_bwd(*arguments_, any(ctx.needs_input_grad[2:4]))
+        dq, dprior = gradients[: len(q)], gradients[len(q) :]
+        return (*dq, *[None] * (2 - len(dq)), *dprior, *[None] * (2 - len(dprior)), *[None] * len(ctx.settings))
+
+    @staticmethod
+    def vmap(info, in_dims, mu, parameter, prior_mu, prior_logvar, packed_dim, event_ndim, *settings):
+        q = [
+            arguments.batch_first(tensor, dim, info.batch_size)
+            for tensor, dim in zip((mu, parameter), in_dims)
+            if tensor is not None
+        ]
+        shape = _unpack(q, packed_dim + 1)[0].shape
+        prior = arguments.batch_first_prior((prior_mu, prior_logvar), in_dims[2:4], shape, event_ndim)
+        return _KLNormal.apply(*q, *[None] * (2 - len(q)), *prior, packed_dim + 1, event_ndim, *settings), 0
+
+
+def kl_normal_packed(
+    head: Tensor, dim: int, prior_mu: Tensor | None = None, prior_logvar: Tensor | None = None, *,
+    event_ndim: int, scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
+) -> Tensor:  # fmt: skip
+    """kl_normal(*head.chunk(2, dim), ...) whose gradient is one packed tensor, written by the kernel itself."""
+    arguments.check_tensors(head=head, prior_mu=prior_mu, prior_logvar=prior_logvar)
+    dim = arguments.check_packed(head, dim)
+    half = head.chunk(2, dim)[0]
+    arguments.check_event_ndim(event_ndim, head.dim(), "head")
+    arguments.check_prior_fits(half.shape, prior_mu=prior_mu, prior_logvar=prior_logvar)
+    prior = arguments.expand_prior(prior_mu, prior_logvar, head, half.shape, event_ndim)
+    settings = (dim, event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
+    return _KLNormal.apply(head, None, *prior, *settings)
+
+
+def kl_normal(
+    mu: Tensor, logvar: Tensor, prior_mu: Tensor | None = None, prior_logvar: Tensor | None = None, *,
+    event_ndim: int = 1, scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
+) -> Tensor:  # fmt: skip
+    """KL divergence from a diagonal Gaussian to N(0, I) or to another one, in nats, one value per sample.
+
+    KL(q || p) = 1/2 sum_d [exp(x_d) - 1 - x_d + (mu_d - prior_mu_d)^2 / exp(prior_logvar_d)], x = logvar - prior_logvar
+
+    Args:
+        mu: mean of q, [*batch, *event].
+        logvar: ln sigma^2 of q, or what `scale` says; broadcasts with mu.
+        prior_mu, prior_logvar: mean and log-variance of p (always the log-variance, whatever `scale` is); absent
+            (N(0, I)), of the full shape, or shared by the batch ([*event], [1, *event]), whose gradient is then summed
+            over the batch inside the kernel.
+        event_ndim: how many of the last dimensions are summed: 1 for tokens [B, T, D], 3 for images [B, C, H, W].
+        scale: what the second argument is: "logvar", "log_std", "std" or "softplus" (sigma = softplus of it).
+        bounds: (low, high) clamps the log-variance in the same pass, with no gradient outside;
+            `fastkl.SoftBounds(low, high)` keeps the gradient alive there.
+
+    Returns:
+        [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients come in each
+        input's dtype; nothing is saved for the backward pass beyond the inputs.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or event_ndim is not an int.
+        ValueError: shapes that do not broadcast, mixed devices, event_ndim out of range, an unknown scale, bounds in
+            the wrong order.
+
+    Source: Kingma and Welling 2014, "Auto-Encoding Variational Bayes", arXiv:1312.6114, appendix B.
+
+    >>> import torch, fastkl
+    >>> mu, logvar = torch.zeros(2, 3), torch.full((2, 3), 1e-4)
+    >>> fastkl.kl_normal(mu, logvar)
+    tensor([7.5000e-09, 7.5000e-09])
+    """
+    arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
+    shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
+    arguments.check_event_ndim(event_ndim, len(shape), f"the broadcast shape {tuple(shape)}")
+    prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
+    settings = (-1, event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
+    return _KLNormal.apply(mu.expand(shape), logvar.expand(shape), *prior, *settings)

@@ -1,0 +1,166 @@
+"""Device functions that two or more kernels share: addressing, the scale's parametrisation, the KL and its gradient.
+
+Everything takes and returns the compute dtype: float32, or float64 where an input is. In the interpreter a Python
+float argument stays one, so nothing here calls `.to` on a scalar argument.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_TAIL = tl.constexpr(1.925963033500702e-08)  # log2(e) - float32(log2(e))
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def offsets(index, inner, outer_stride, inner_stride, NESTED: tl.constexpr):
+    """int64: tensors may pass 2^31 elements. A nested axis is two dimensions in one index."""
+    if NESTED:
+        outer = index // inner
+        return outer.to(tl.int64) * outer_stride + (index - outer * inner).to(tl.int64) * inner_stride
+    return index.to(tl.int64) * inner_stride
+
+
+@triton.jit
+def tile(row, column, shape, strides, NESTED: tl.constexpr):
+    """Element offsets of a tile of rows by columns.
+
+    shape is (rows, inner rows, columns, inner columns), strides (outer row, inner row, outer column, inner column);
+    NESTED says which axes have an outer dimension: 1 the rows, 2 the columns, 3 both.
+    """
+    rows = offsets(row, shape[1], strides[0], strides[1], NESTED % 2 == 1)
+    columns = offsets(column, shape[3], strides[2], strides[3], NESTED >= 2)
+    return rows[:, None] + columns[None, :]
+
+
+@triton.jit
+def exp(x):
+    """tl.exp is 2^(x log2 e) with the product rounded, |x| / 2 units off in the last place; its remainder mends that."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    product = x * LOG2E
+    remainder = tl.fma(x, LOG2E, -product) + x * LOG2E_TAIL
+    value = tl.exp2(product)
+    return tl.where(tl.abs(remainder) < 1.0, value * (1.0 + remainder * LN2), value)  # not at infinity
+
+
+@triton.jit
+def _exp_minus_one_minus_series(x):
+    """x^2 (1/2 + x/6 + x^2/24 + ...), exact to rounding for |x| < 1/2."""
+    if x.dtype == tl.float64:
+        series = x * 0.0 + 1.0
+        for i in tl.static_range(15):
+            series = 1.0 + x * series / (17 - i)
+        return 0.5 * x * x * series
+    series = 1.0 / 5040 + x * (1.0 / 40320)
+    series = 1.0 / 720 + x * series
+    series = 1.0 / 120 + x * series
+    series = 1.0 / 24 + x * series
+    series = 1.0 / 6 + x * series
+    return x * x * (0.5 + x * series)
+
+
+@triton.jit
+def exp_minus_one_minus(x):
+    """exp(x) - 1 - x without cancellation."""
+    return tl.where(tl.abs(x) < 0.5, _exp_minus_one_minus_series(x), exp(x) - 1.0 - x)
+
+
+@triton.jit
+def expm1(x):
+    return tl.where(tl.abs(x) < 0.5, x + _exp_minus_one_minus_series(x), exp(x) - 1.0)
+
+
+@triton.jit
+def log1p(x):
+    """ln(1 + x) for 0 <= x <= 1, as 2 artanh(s) with s = x / (2 + x) <= 1/3."""
+    s = x / (2.0 + x)
+    square = s * s
+    if x.dtype == tl.float64:
+        series = square * 0.0 + 1.0 / 37
+        for i in tl.static_range(18):
+            series = 1.0 / (35 - 2 * i) + square * series
+    else:
+        series = 1.0 / 13 + square * (1.0 / 15)
+        series = 1.0 / 11 + square * series
+        series = 1.0 / 9 + square * series
+        series = 1.0 / 7 + square * series
+        series = 1.0 / 5 + square * series
+        series = 1.0 / 3 + square * series
+        series = 1.0 + square * series
+    return 2.0 * s * series
+
+
+@triton.jit
+def softplus_parts(x):
+    """(exp(-|x|), softplus(x)); the exponential's |x| units in the last place are rounding to its logarithm."""
+    u = tl.exp(-tl.abs(x))
+    return u, tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p(u)
+
+
+@triton.jit
+def to_logvar(parameter, SCALE: tl.constexpr):
+    if SCALE == "logvar":
+        return parameter
+    if SCALE == "log_std":
+        return 2.0 * parameter
+    if SCALE == "std":
+        return 2.0 * tl.log(parameter)
+    # Below -15 softplus is u (1 - u / 2), u = exp(p), to rounding; its logarithm does not underflow.
+    u, value = softplus_parts(parameter)
+    return 2.0 * tl.where(parameter < -15.0, parameter - 0.5 * u, tl.log(value))
+
+
+@triton.jit
+def to_logvar_gradient(parameter, SCALE: tl.constexpr):
+    """d logvar / d parameter."""
+    if SCALE == "logvar":
+        return parameter * 0.0 + 1.0
+    if SCALE == "log_std":
+        return parameter * 0.0 + 2.0
+    if SCALE == "std":
+        return 2.0 / parameter
+    u, value = softplus_parts(parameter)
+    sigmoid = tl.where(parameter < 0.0, u, 1.0) / (1.0 + u)
+    return 2.0 * tl.where(parameter < -15.0, 1.0 - 0.5 * u, sigmoid / value)
+
+
+@triton.jit
+def bound(logvar, low, high, BOUNDED: tl.constexpr):
+    """The clamp; comparisons with NaN are false, so NaN stays."""
+    if BOUNDED:
+        return tl.where(logvar < low, low, tl.where(logvar > high, high, logvar))
+    return logvar
+
+
+@triton.jit
+def bound_gradient(dlogvar, logvar, low, high, BOUNDED: tl.constexpr, LIVE: tl.constexpr):
+    if BOUNDED and not LIVE:
+        return tl.where((logvar < low) | (logvar > high), 0.0, dlogvar)
+    return dlogvar
+
+
+@triton.jit
+def kl_terms(mu, logvar):
+    """KL(N(mu, exp(logvar)) || N(0, 1))."""
+    return 0.5 * (exp_minus_one_minus(logvar) + mu * mu)
+
+
+@triton.jit
+def kl_terms_gradient(mu, logvar):
+    return mu, 0.5 * expm1(logvar)
+
+
+@triton.jit
+def kl_terms_prior(mu, logvar, prior_mu, prior_logvar):
+    difference = mu - prior_mu
+    return 0.5 * (exp_minus_one_minus(logvar - prior_logvar) + difference * difference * exp(-prior_logvar))
+
+
+@triton.jit
+def kl_terms_prior_gradient(mu, logvar, prior_mu, prior_logvar):
+    """In mu, logvar and prior_logvar; in prior_mu it is that in mu with the sign turned."""
+    difference = mu - prior_mu
+    dmu = difference * exp(-prior_logvar)
+    dlogvar = 0.5 * expm1(logvar - prior_logvar)
+    return dmu, dlogvar, -dlogvar - 0.5 * difference * dmu

@@ -1,0 +1,120 @@
+"""How the kernels see strided tensors: rows by columns, each at most two dimensions deep, nothing copied.
+
+Runs on the host, before a launch; plain Python on shapes and strides.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+NO_STRIDES = (0, 0, 0, 0)  # of a tensor that is not there
+
+
+class Layout(NamedTuple):
+    shape: tuple[int, int, int, int]  # rows, inner rows, columns, inner columns
+    strides: tuple[tuple[int, int, int, int], ...]  # outer row, inner row, outer column, inner column; one per tensor
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.shape[2]
+
+    @property
+    def nested(self) -> int:
+        """Which axes are two dimensions deep: 1 the rows, 2 the columns, 3 both."""
+        rows, row_inner, columns, column_inner = self.shape
+        return (row_inner < rows) + 2 * (column_inner < columns)
+
+
+def _coalesce(sizes: list[int], strides: list[list[int]]) -> tuple[list[int], list[list[int]]]:
+    """Merge neighbouring dimensions wherever every tensor steps through both as through one."""
+    out_sizes: list[int] = []
+    out_strides: list[list[int]] = [[] for _ in strides]
+    for dim, size in enumerate(sizes):
+        if size == 1:
+            continue
+        if out_sizes and all(out[-1] == size * own[dim] for out, own in zip(out_strides, strides)):
+            out_sizes[-1] *= size
+            for out, own in zip(out_strides, strides):
+                out[-1] = own[dim]
+        else:
+            out_sizes.append(size)
+            for out, own in zip(out_strides, strides):
+                out.append(own[dim])
+    return out_sizes, out_strides
+
+
+def layout(tensors: list[Tensor], event_ndim: int, *, reorder: bool = True) -> Layout | None:
+    """Rows and columns of tensors of one shape, or None where an axis needs more than two dimensions.
+
+    `reorder` lets the columns follow memory (channels_last, say), for ops that do not care in which order they sum.
+    """
+    shape = tensors[0].shape
+    if 0 in shape:
+        rows, columns = shape[: len(shape) - event_ndim].numel(), shape[len(shape) - event_ndim :].numel()
+        return Layout((rows, rows, columns, columns), ((0, 0, 0, 0),) * len(tensors))
+    batch = list(range(len(shape) - event_ndim))
+    event = list(range(len(shape) - event_ndim, len(shape)))
+    if reorder:
+        event.sort(key=lambda dim: tuple(-tensor.stride(dim) for tensor in tensors))
+    axes = []
+    for dims in (batch, event):
+        sizes, strides = _coalesce([shape[d] for d in dims], [[t.stride(d) for d in dims] for t in tensors])
+        if len(sizes) > 2:
+            return None
+        missing = 2 - len(sizes)
+        axes.append(([1] * missing + sizes, [[0] * missing + own for own in strides]))
+    (row_sizes, row_strides), (column_sizes, column_strides) = axes
+    strides = tuple((*rows, *columns) for rows, columns in zip(row_strides, column_strides))
+    return Layout((math.prod(row_sizes), row_sizes[1], math.prod(column_sizes), column_sizes[1]), strides)
+
+
+def fit(inputs: list[Tensor], outputs: list[Tensor], event_ndim: int, *, reorder: bool = True):
+    """(inputs, outputs, layout) to launch with: the tensors themselves, almost always.
+
+    Where a view needs more than two dimensions an axis, contiguous stand-ins take its place; the launcher then copies
+    the outputs back with `finish`. An output with a stride of 0 is the caller's buffer for partial sums and stays.
+    """
+    found = layout([*inputs, *outputs], event_ndim, reorder=reorder)
+    if found is None:
+        inputs = [tensor if 0 in tensor.stride() else tensor.contiguous() for tensor in inputs]
+        outputs = [t if 0 in t.stride() else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in outputs]
+        found = layout([*inputs, *outputs], event_ndim, reorder=False)
+    if found is None:  # what has a stride of 0 in the middle of an axis
+        inputs = [tensor.contiguous() for tensor in inputs]
+        found = layout([*inputs, *outputs], event_ndim, reorder=False)
+    return inputs, outputs, found
+
+
+def finish(outputs: list[Tensor], launched: list[Tensor]) -> None:
+    for output, written in zip(outputs, launched):
+        if output is not written:
+            output.copy_(written)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def compute_dtype(tensors: list[Tensor]) -> torch.dtype:
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def unpack(q: list[torch.Tensor], packed_dim: int) -> list[torch.Tensor]:
+    return q if len(q) == 2 else list(q[0].chunk(2, packed_dim))
+
+
+def is_bounded(low: float, high: float) -> bool:
+    return low > float("-inf") or high < float("inf")

@@ -1,0 +1,191 @@
+"""KL(q || p) of diagonal Gaussians: one pass forward (2R, 4R with a prior), one backward (2R + 2W, 4R + 4W)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastkl.kernels._device import (
+    bound,
+    bound_gradient,
+    kl_terms,
+    kl_terms_gradient,
+    kl_terms_prior,
+    kl_terms_prior_gradient,
+    offsets,
+    tile,
+    to_logvar,
+    to_logvar_gradient,
+)
+from fastkl.kernels._layout import NO_STRIDES, cdiv, compute_dtype, finish, fit, is_bounded, next_power_of_2, unpack
+
+# Programs that fill a large GPU several times over; fixed, so that the order of summation does not depend on the chip.
+PROGRAMS = 1024
+# Rows that one program sums at least, for a prior that the batch shares: its partial sums stay a small part of the traffic.
+SHARED_ROWS = 32
+# Bytes of each tensor in one program's tile: 64 in flight for each of its 128 threads.
+TILE_BYTES = 8192
+
+
+def blocks(rows: int, columns: int, itemsize: int) -> dict[str, int]:
+    """A tile of rows x columns: short rows packed many to a program, long rows in runs."""
+    tile = TILE_BYTES // itemsize
+    block_columns = min(next_power_of_2(columns), tile)
+    return {"ROWS": min(tile // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": 4}
+
+
+def share(total: int, block: int, programs: int) -> tuple[int, int]:
+    """(length, count): `total` cut into at most `programs` equal lengths, each a multiple of `block`."""
+    length = max(1, cdiv(cdiv(total, max(1, programs)), block)) * block
+    return length, max(1, cdiv(total, length))
+
+
+@triton.jit
+def kl_normal_fwd_kernel(
+    mu, parameter, prior_mu, prior_logvar, kl, shape, strides, columns_per_program, splits, low, high,
+    SCALE: tl.constexpr, BOUNDED: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`splits` programs share each block of rows; kl is [splits, rows]."""
+    rows, columns = shape[0], shape[2]
+    split = tl.program_id(0) % splits
+    row = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
+    first = split * columns_per_program
+    last = tl.minimum(first + columns_per_program, columns)
+    dtype: tl.constexpr = kl.dtype.element_ty
+    total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
+    for start in range(first, last, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        # Masked elements are left out of the sum below, so any finite fill will do; 1 is a standard deviation too.
+        mask = (row < rows)[:, None] & (column < last)[None, :]
+        m = tl.load(mu + tile(row, column, shape, strides[0], NESTED), mask, other=1.0).to(dtype)
+        v = tl.load(parameter + tile(row, column, shape, strides[1], NESTED), mask, other=1.0).to(dtype)
+        logvar = bound(to_logvar(v, SCALE), low, high, BOUNDED)
+        if prior_mu is None:
+            terms = kl_terms(m, logvar)
+        else:
+            pm = tl.load(prior_mu + tile(row, column, shape, strides[2], NESTED), mask, other=1.0).to(dtype)
+            pv = tl.load(prior_logvar + tile(row, column, shape, strides[3], NESTED), mask, other=1.0).to(dtype)
+            terms = kl_terms_prior(m, logvar, pm, pv)
+        total += tl.where(mask, terms, 0.0)
+    tl.store(kl + split.to(tl.int64) * rows + row, tl.sum(total, axis=1), mask=row < rows)
+
+
+@triton.jit
+def kl_normal_bwd_kernel(
+    dkl, mu, parameter, prior_mu, prior_logvar, dmu, dparameter, dprior_mu, dprior_logvar,
+    shape, strides, weight, rows_per_program, column_blocks, partial_stride, low, high,
+    SCALE: tl.constexpr, BOUNDED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr, PER_COLUMN: tl.constexpr,
+    NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One block of columns by `rows_per_program` rows. dkl is one value per row, with PER_COLUMN one per column. With
+    SHARED the prior is one row, and dprior this program's partial sum over its rows, `partial_stride` apart."""
+    rows, columns = shape[0], shape[2]
+    group = tl.program_id(0) // column_blocks
+    column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    first = group * rows_per_program
+    dtype: tl.constexpr = dkl.dtype.element_ty
+    if SHARED:
+        total_mu = tl.zeros([ROWS, COLUMNS], dtype=dtype)
+        total_logvar = tl.zeros([ROWS, COLUMNS], dtype=dtype)
+    for start in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
+        row = start + tl.arange(0, ROWS)
+        # Masked elements are neither stored nor summed; 1 is a valid mean, log-variance and standard deviation.
+        mask = (row < rows)[:, None] & (column < columns)[None, :]
+        if PER_COLUMN:
+            at = offsets(column, shape[3], strides[0][2], strides[0][3], NESTED >= 2)
+            d = tl.load(dkl + at, column < columns, other=0.0)[None, :] * weight
+        else:
+            at = offsets(row, shape[1], strides[0][0], strides[0][1], NESTED % 2 == 1)
+            d = tl.load(dkl + at, row < rows, other=0.0)[:, None] * weight
+        m = tl.load(mu + tile(row, column, shape, strides[1], NESTED), mask, other=1.0).to(dtype)
+        v = tl.load(parameter + tile(row, column, shape, strides[2], NESTED), mask, other=1.0).to(dtype)
+        raw = to_logvar(v, SCALE)
+        logvar = bound(raw, low, high, BOUNDED)
+        if prior_mu is None:
+            gradient_mu, gradient_logvar = kl_terms_gradient(m, logvar)
+        else:
+            pm = tl.load(prior_mu + tile(row, column, shape, strides[3], NESTED), mask, other=1.0).to(dtype)
+            pv = tl.load(prior_logvar + tile(row, column, shape, strides[4], NESTED), mask, other=1.0).to(dtype)
+            gradient_mu, gradient_logvar, gradient_pv = kl_terms_prior_gradient(m, logvar, pm, pv)
+            if SHARED:
+                total_mu += tl.where(mask, -d * gradient_mu, 0.0)
+                total_logvar += tl.where(mask, d * gradient_pv, 0.0)
+            elif dprior_mu is not None:
+                tl.store(dprior_mu + tile(row, column, shape, strides[7], NESTED), -d * gradient_mu, mask)
+                tl.store(dprior_logvar + tile(row, column, shape, strides[8], NESTED), d * gradient_pv, mask)
+        gradient_logvar = bound_gradient(d * gradient_logvar, raw, low, high, BOUNDED, LIVE)
+        tl.store(dmu + tile(row, column, shape, strides[5], NESTED), d * gradient_mu, mask)
+        tl.store(
+            dparameter + tile(row, column, shape, strides[6], NESTED),
+            gradient_logvar * to_logvar_gradient(v, SCALE),
+            mask,
+        )
+    if SHARED:
+        at = group.to(tl.int64) * partial_stride + offsets(column, shape[3], strides[7][2], strides[7][3], NESTED >= 2)
+        tl.store(dprior_mu + at, tl.sum(total_mu, axis=0), mask=column < columns)
+        tl.store(dprior_logvar + at, tl.sum(total_logvar, axis=0), mask=column < columns)
+
+
+def fwd(q, packed_dim, prior, event_ndim, scale, low, high, live) -> torch.Tensor:
+    mu = unpack(q, packed_dim)[0]
+    inputs = [*unpack(q, packed_dim), *(p.expand(mu.shape) for p in prior)]
+    dtype = compute_dtype(inputs)
+    inputs, _, layout = fit(inputs, [], event_ndim)
+    block = blocks(layout.rows, layout.columns, mu.itemsize)
+    row_blocks = cdiv(layout.rows, block["ROWS"])
+    columns_per_program, splits = share(layout.columns, block["COLUMNS"], PROGRAMS // max(1, row_blocks))
+    kl = torch.empty((splits, layout.rows), dtype=dtype, device=mu.device)
+    if layout.rows:
+        kl_normal_fwd_kernel[(row_blocks * splits,)](
+            *inputs, *[None] * (4 - len(inputs)), kl, layout.shape, layout.strides, columns_per_program, splits,
+            low, high, SCALE=scale, BOUNDED=is_bounded(low, high), NESTED=layout.nested, enable_fp_fusion=True, **block,
+        )  # fmt: skip
+    kl = kl[0] if splits == 1 else kl.sum(0)
+    return kl.view(mu.shape[: mu.dim() - event_ndim])
+
+
+def bwd(dkl, q, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient) -> list[torch.Tensor]:
+    rows = dkl.reshape(*dkl.shape, *[1] * event_ndim)
+    settings = (scale, low, high, live)
+    return launch_bwd(rows, 1.0, q, packed_dim, prior, event_ndim, settings, prior_gradient, per_column=False)
+
+
+def launch_bwd(dkl, weight, q, packed_dim, prior, event_ndim, settings, prior_gradient, *, per_column):
+    """The gradients of q, and of the prior where wanted. dkl broadcasts with mu: one value per row, or per column."""
+    scale, low, high, live = settings
+    mu, parameter = unpack(q, packed_dim)
+    inputs = [dkl.expand(mu.shape), mu, parameter, *(p.expand(mu.shape) for p in prior)]
+    if dkl.dtype != compute_dtype(inputs[1:]):
+        inputs[0] = dkl.to(compute_dtype(inputs[1:])).expand(mu.shape)
+    gradients = [torch.empty_like(tensor) for tensor in (*q, *(prior if prior_gradient else ()))]
+    outputs = [*unpack(gradients[: len(q)], packed_dim), *gradients[len(q) :]]
+
+    rows, columns = mu.shape[: mu.dim() - event_ndim].numel(), mu.shape[mu.dim() - event_ndim :].numel()
+    if rows == 0 or columns == 0:
+        return [gradient.zero_() for gradient in gradients]
+    block = blocks(rows, columns, mu.itemsize)
+    column_blocks = cdiv(columns, block["COLUMNS"])
+    shared = bool(prior_gradient and prior and prior[0].dim() < mu.dim())
+    if shared:
+        rows_per_program, groups = share(rows, block["ROWS"], min(PROGRAMS // column_blocks, cdiv(rows, SHARED_ROWS)))
+        partial = inputs[0].new_empty((groups, 2, *mu.shape[mu.dim() - event_ndim :]))
+        outputs[2:] = [partial[0, 0].expand(mu.shape), partial[0, 1].expand(mu.shape)]
+    else:
+        rows_per_program, groups = block["ROWS"], cdiv(rows, block["ROWS"])
+
+    inputs, launched, layout = fit(inputs, outputs, event_ndim)
+    strides = layout.strides
+    missing = 5 - len(inputs)
+    kl_normal_bwd_kernel[(groups * column_blocks,)](
+        *inputs, *[None] * missing, *launched, *[None] * (4 - len(launched)),
+        layout.shape, strides[: len(inputs)] + (NO_STRIDES,) * missing + strides[len(inputs) :], weight,
+        rows_per_program, column_blocks, 2 * columns, low, high,
+        SCALE=scale, BOUNDED=is_bounded(low, high), LIVE=live, SHARED=shared, PER_COLUMN=per_column,
+        NESTED=layout.nested, enable_fp_fusion=True, **block,
+    )  # fmt: skip
+    finish(outputs, launched)
+    if shared:
+        for gradient, total in zip(gradients[len(q) :], partial.sum(0)):
+            gradient.copy_(total)
+    return gradients
