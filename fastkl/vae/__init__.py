@@ -1,0 +1,15 @@
+"""The reference VAE: `fastkl train`, and the loop it runs, written to be read. `import fastkl` does not import it.
+
+Read `train.py` first: the loss is a few lines of `fastkl`. The rest is what a real run needs around it:
+
+    settings.py     every option, the presets, what may change between a run and its continuation
+    data.py         the built-in data sets and the split; files.py reads files that nobody vouches for
+    model.py        encoder and decoder, MLP or convolutional
+    train.py        the objective and the loop
+    parallel.py     torchrun: which process am I, and the few words that processes exchange
+    checkpoint.py   files that are either old or new, never half
+    progress.py     the bar in the terminal and TensorBoard
+    evaluate.py     the test figures; pictures.py draws them, report.py puts them in one page
+    memory.py       what the loss costs in memory, beside the eager formula
+    cli.py          the command line
+"""

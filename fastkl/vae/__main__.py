@@ -1,0 +1,8 @@
+"""`python -m fastkl.vae train`: the same command line as `fastkl train`, in the form that torchrun wants."""
+
+import sys
+
+from fastkl.vae.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

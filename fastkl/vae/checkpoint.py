@@ -1,0 +1,97 @@
+"""Files that are at every moment either the old ones or the new ones, never half, whatever kills the process."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkl.vae.errors import UserError
+from fastkl.vae.files import BROKEN, first_line
+
+NAME = "checkpoint.pt"
+FORMAT = "fastkl.vae 1"
+PARTS = ("format", "settings", "fingerprint", "ranks", "threads", "step", "model", "optimizer", "window", "history")
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace the file in one step: a temporary file beside it, synchronised to the disk, then renamed over it.
+
+    Beside it, because a rename is atomic only within a file system; synchronised first, because after a power cut the
+    new name could otherwise stand before an empty file.
+    """
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        # mkstemp keeps its file to the owner; a result is as readable as any other file that the person makes.
+        os.chmod(temporary, 0o666 & ~current_umask())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {reason(error)}; what was there before is untouched") from None
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def save(folder: Path, state: dict[str, Any]) -> None:
+    # Serialised in memory first: torch's own writer reports a full disk as an internal error, or aborts.
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    write(folder / NAME, buffer.getbuffer())
+
+
+def load(folder: Path) -> dict[str, Any]:
+    path = folder / NAME
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
+    except BROKEN as error:
+        raise UserError(f"{path} is truncated, or not a checkpoint of fastkl ({first_line(error)})") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT or (set(PARTS) - set(state)):
+        raise UserError(f"{path} is not a checkpoint of this version of fastkl")
+    return state
+
+
+def prepare(folder: Path) -> None:
+    """Make the run folder and find out now, not after an hour of training, whether it can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f".{NAME}.*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink()
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot write there: {reason(error)}") from None
+
+
+def reason(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full"
+    return error.strerror or str(error)
+
+
+def current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the rename itself durable, where the system lets a folder be opened (Windows does not)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,100 @@
+"""Encoder and decoder. An encoder's last layer packs mean and log-variance along dimension 1: one head, never copied."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+import fastkl
+from fastkl.vae.errors import UserError
+from fastkl.vae.settings import Settings
+
+
+class VAE(nn.Module):
+    """x [N, *shape] -> posterior over z [N, *latent_shape] -> log p(x | z) [N], in nats."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, shape: tuple, latent_shape: tuple, likelihood: str):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.shape, self.latent_shape, self.likelihood = tuple(shape), tuple(latent_shape), likelihood
+        if likelihood == "normal":
+            # One variance per feature of a vector, one for all pixels of an image.
+            self.logvar = nn.Parameter(torch.zeros(shape if len(shape) == 1 else ()))
+
+    def posterior(self, x: Tensor) -> fastkl.DiagonalNormal:
+        """q(z | x); the head is [N, 2 * latent, ...] and is used where it lies."""
+        return fastkl.DiagonalNormal.from_packed(self.encoder(x), dim=1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Logits (bernoulli) or means (normal), [..., *shape] for z [..., *latent_shape]."""
+        leading = z.shape[: z.dim() - len(self.latent_shape)]
+        return self.decoder(z.reshape(-1, *self.latent_shape)).reshape(*leading, *self.shape)
+
+    def log_likelihood(self, z: Tensor, x: Tensor) -> Tensor:
+        """log p(x | z) in nats, one per leading index of z; x may lack z's first dimensions (several samples per datum)."""
+        output = self.decode(z)
+        x = x.expand_as(output)
+        if self.likelihood == "bernoulli":
+            return fastkl.bernoulli_log_prob(output, x, event_ndim=len(self.shape))
+        return fastkl.normal_log_prob(x, output, self.logvar.expand_as(output), event_ndim=len(self.shape))
+
+    def pictured(self, z: Tensor) -> Tensor:
+        """The decoder's expectation of x, for pictures."""
+        output = self.decode(z)
+        return output.sigmoid() if self.likelihood == "bernoulli" else output
+
+
+def build(settings: Settings, shape: tuple[int, ...], likelihood: str) -> VAE:
+    make = {"mlp": mlp, "conv": conv}[settings.model]
+    encoder, decoder, latent_shape = make(shape, settings.latent, settings.hidden, settings.layers)
+    return VAE(encoder, decoder, shape, latent_shape, likelihood)
+
+
+def mlp(shape: tuple, latent: int, hidden: int, layers: int) -> tuple[nn.Module, nn.Module, tuple]:
+    def stack(inputs: int, outputs: int) -> list[nn.Module]:
+        widths = [inputs] + [hidden] * layers
+        inner = [module for a, b in zip(widths, widths[1:]) for module in (nn.Linear(a, b), nn.SiLU())]
+        return [*inner, nn.Linear(hidden, outputs)]
+
+    features = math.prod(shape)
+    encoder = nn.Sequential(nn.Flatten(), *stack(features, 2 * latent))
+    decoder = nn.Sequential(*stack(latent, features), nn.Unflatten(1, shape))
+    return encoder, decoder, (latent,)
+
+
+class Residual(nn.Module):
+    """x + conv(silu(norm(x))): one convolution deep, because the pictures here are small."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.body = nn.Sequential(norm(width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+def norm(width: int) -> nn.Module:
+    # Over groups of channels of one datum: a batch norm would make the loss depend on how the batch is divided.
+    return nn.GroupNorm(math.gcd(8, width), width)
+
+
+def conv(shape: tuple, latent: int, hidden: int, layers: int) -> tuple[nn.Module, nn.Module, tuple]:
+    """A spatial latent [latent, H / 2^layers, W / 2^layers], as in the first stage of latent diffusion."""
+    factor = 2**layers
+    if len(shape) != 3:
+        raise UserError(f"--model conv needs images, but a datum has shape {tuple(shape)}; use --model mlp")
+    channels, height, width = shape
+    if height % factor or width % factor:
+        raise UserError(f"--layers {layers} halves the image {layers} times, but it is {height} x {width}; use --image-size")
+    widths = [hidden * 2**level for level in range(layers + 1)]
+    down: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1)]
+    for narrow, wide in zip(widths, widths[1:]):
+        down += [Residual(narrow), nn.Conv2d(narrow, wide, 3, stride=2, padding=1)]
+    down += [Residual(widths[-1]), norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], 2 * latent, 1)]
+    up: list[nn.Module] = [nn.Conv2d(latent, widths[-1], 1), Residual(widths[-1])]
+    for narrow, wide in reversed(list(zip(widths, widths[1:]))):
+        up += [nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(wide, narrow, 3, padding=1), Residual(narrow)]
+    up += [norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], channels, 3, padding=1)]
+    return nn.Sequential(*down), nn.Sequential(*up), (latent, height // factor, width // factor)

@@ -1,0 +1,62 @@
+"""torchrun: which process this is, and the few words that processes exchange. Alone, every function here is trivial."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor, nn
+
+from fastkl.vae.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the files and the terminal; no other does."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The average over processes, the same bits on each."""
+        if self.size > 1:
+            distributed.all_reduce(values)
+            values /= self.size
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """What the main process knows, on every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        return nn.parallel.DistributedDataParallel(module) if self.size > 1 else module
+
+    def share(self, indices: Tensor) -> Tensor:
+        """This process's contiguous part of a batch."""
+        return indices.chunk(self.size)[self.rank]
+
+
+def start() -> Ranks:
+    """Join the processes that torchrun started; without torchrun, be the only one."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or "RANK" not in os.environ:
+        return Ranks()
+    if not distributed.is_available():
+        raise UserError("this build of torch has no torch.distributed; run without torchrun")
+    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return Ranks(distributed.get_rank(), distributed.get_world_size())
+
+
+def stop(ranks: Ranks) -> None:
+    if ranks.size > 1 and distributed.is_initialized():
+        distributed.destroy_process_group()

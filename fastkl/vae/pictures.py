@@ -1,0 +1,157 @@
+"""The pictures of the report, as matplotlib figures: every axis named with its unit, colours apart for every eye."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastkl.vae import streams
+from fastkl.vae.errors import require
+from fastkl.vae.evaluate import Evaluation
+from fastkl.vae.progress import spread
+from fastkl.vae.train import Run
+
+# Paul Tol's muted scheme, made for readers with any kind of colour vision; the tenth is black. Markers tell groups of the
+# same colour apart when there are more.
+COLOURS = ("#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255", "#aa4499", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+BLUE, RED, GREY = "#0072b2", "#d55e00", "#555555"
+STYLE = {
+    "font.size": 11, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+    "legend.frameon": False, "figure.constrained_layout.use": True, "figure.dpi": 110, "savefig.dpi": 110,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def draw(run: Run, evaluation: Evaluation) -> dict[str, Any]:
+    """name -> figure, in the order of the report. Data that are vectors have no pictures of their own."""
+    matplotlib = require("matplotlib", "The report (--no-report leaves it out)")
+    matplotlib.use("Agg")
+    with matplotlib.rc_context(STYLE):
+        figures = {"loss_curves": loss_curves(run)}
+        if len(run.data.shape) == 3:
+            figures["reconstructions"] = reconstructions(run)
+            figures["samples"] = samples(run)
+        figures["latent_space"] = latent_space(run, evaluation)
+        figures["kl_per_dimension"] = kl_per_dimension(run, evaluation)
+        for figure in figures.values():
+            figure.canvas.draw()  # laid out under this style
+    return figures
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # without pyplot no window and no figure outlives its use
+
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots(rows, columns)
+
+
+def loss_curves(run: Run) -> Any:
+    figure, panels = new_figure(10.5, 3.8, 1, 3)
+    train, test = (np.array(run.history[name]).reshape(-1, 4) for name in ("train", "test"))
+    for panel, column, title in zip(panels, (1, 3, 2), ("ELBO", "Reconstruction, E[log p(x|z)]", "KL(q(z|x) || p(z))")):
+        panel.plot(train[:, 0], train[:, column], color=BLUE, linewidth=1, alpha=0.75, label="training")
+        panel.plot(test[:, 0], test[:, column], color=RED, marker="o", markersize=3.5, linewidth=1.6, label="test")
+        panel.set(title=title, xlabel="step", ylabel="nats per datum")
+        if len(train) > 20:  # the first steps fall from so high that they would flatten the rest
+            shown = np.concatenate([train[len(train) // 20 :, column], test[1:, column]])
+            room = 0.06 * max(np.ptp(shown), 1e-6)
+            panel.set_ylim(shown.min() - room, shown.max() + room)
+    panels[0].legend(loc="lower right")
+    return figure
+
+
+def reconstructions(run: Run, columns: int = 12) -> Any:
+    columns = min(columns, len(run.data.test), 4 if run.data.shape[-1] > 64 else 12)
+    x = run.data.test[:columns]
+    mean = run.vae.posterior(x.to(run.device)).mean
+    figure, panels = new_figure(0.85 * max(columns, 8) + 0.6, 3.0 * max(columns, 8) / columns * 0.75, 2, columns)
+    figure.suptitle("Test images (top) and their reconstructions (bottom)", x=0.01, ha="left", fontsize=13, weight="bold")
+    for row, pictures in zip(np.atleast_2d(panels), (x, run.vae.pictured(mean))):
+        for panel, picture in zip(row, spread(pictures, run.data)):
+            show(panel, picture)
+    return figure
+
+
+def samples(run: Run) -> Any:
+    side = 4 if run.data.shape[-1] > 64 else 8
+    noise = torch.randn((side * side, *run.vae.latent_shape), generator=streams.generator(run.settings.seed, "samples"))
+    drawn = torch.cat([run.vae.pictured(part.to(run.device)).cpu() for part in noise.split(16)])
+    figure, panels = new_figure(6.4, 6.8, side, side)
+    figure.suptitle("Samples: decoded draws from the prior", x=0.01, ha="left", fontsize=13, weight="bold")
+    for panel, picture in zip(panels.flat, spread(drawn, run.data)):
+        show(panel, picture)
+    return figure
+
+
+def show(panel: Any, picture: Tensor) -> None:
+    panel.imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    panel.set_axis_off()
+
+
+def latent_space(run: Run, evaluation: Evaluation) -> Any:
+    """Posterior means of the test data: both dimensions if there are two, else their two principal components."""
+    figure, panel = new_figure(8.6, 6.4)
+    means = evaluation.means.flatten(1)
+    points, names = plane(means)
+    count = min(len(points), 5000)
+    points = points[:count].numpy()
+    labels = run.data.test_labels
+    if labels is None:
+        panel.scatter(*points.T, s=16, alpha=0.7, color=BLUE, linewidths=0)
+    else:
+        labels = labels[:count].numpy()
+        for group in np.unique(labels):
+            chosen = points[labels == group]
+            colour, marker = COLOURS[group % len(COLOURS)], MARKERS[group // len(COLOURS) % len(MARKERS)]
+            panel.scatter(*chosen.T, s=26, alpha=0.75, color=colour, marker=marker, linewidths=0,
+                          label=run.data.label_names[group])  # fmt: skip
+            centre = np.median(chosen, axis=0)
+            name = run.data.label_names[group]
+            if len(name) <= 3:  # short names stand on their groups, which helps every eye
+                panel.annotate(name, centre, ha="center", va="center", weight="bold", fontsize=13, color=colour,
+                               bbox={"boxstyle": "circle,pad=0.2", "facecolor": "white", "edgecolor": colour})  # fmt: skip
+        panel.legend(title="label", loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.4)
+    panel.set(title=f"Latent space: posterior means of {count} test data", xlabel=names[0], ylabel=names[1])
+    return figure
+
+
+def plane(means: Tensor) -> tuple[Tensor, tuple[str, str]]:
+    if means.shape[1] == 1:
+        return torch.cat([means, torch.zeros_like(means)], dim=1), ("latent dimension 0", "(one dimension)")
+    if means.shape[1] == 2:
+        return means, ("latent dimension 0", "latent dimension 1")
+    centred = means - means.mean(dim=0)
+    # Through the N x N products: a spatial latent has far more dimensions than there are test data.
+    values, vectors = torch.linalg.eigh((centred @ centred.T).double())
+    values, vectors = values.flip(0)[:2].clamp_min(0), vectors.flip(1)[:, :2]
+    share = 100 * values / max(centred.double().square().sum().item(), 1e-300)
+    names = [f"principal component {index + 1} ({part:.0f} % of the variance)" for index, part in enumerate(share.tolist())]
+    return (vectors * values.sqrt()).float(), (names[0], names[1])
+
+
+def kl_per_dimension(run: Run, evaluation: Evaluation) -> Any:
+    """Bars for a vector; a map per channel would hide the total, so a spatial latent is summed over its places."""
+    shape = run.vae.latent_shape
+    spatial = len(shape) == 3
+    kl = evaluation.kl_per_dim.reshape(shape).flatten(1).sum(1) if spatial else evaluation.kl_per_dim
+    active = evaluation.means.flatten(2).var(dim=0).amax(dim=1) if spatial else evaluation.means.var(dim=0)
+    order = kl.argsort(descending=True)
+    figure, panel = new_figure(8.6, 3.8)
+    colours = [BLUE if active[index] > 0.01 else "#bbbbbb" for index in order]
+    panel.bar(range(len(kl)), kl[order].numpy(), color=colours, width=0.8)
+    if len(kl) <= 40:
+        panel.set_xticks(range(len(kl)), [str(int(index)) for index in order])
+        panel.tick_params(axis="x", length=0)
+    unit = "channel" if spatial else "latent dimension"
+    where = f", summed over {shape[1]} x {shape[2]} places" if spatial else ""
+    panel.set(title=f"KL per {unit}{where}", xlabel=f"{unit}, largest KL first", ylabel="nats per datum, test mean")
+    panel.grid(axis="x", visible=False)
+    note = f"total {kl.sum():.2f} nats;  {evaluation.active_units} of {math.prod(shape)} units active (blue)"
+    panel.annotate(note, (0.99, 0.95), xycoords="axes fraction", ha="right", va="top", color=GREY)
+    return figure

@@ -1,0 +1,126 @@
+"""The end of a run: metrics.json, the pictures, and one page that holds them all."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+import json
+from typing import Any
+
+import torch
+
+from fastkl.vae import checkpoint
+from fastkl.vae.evaluate import Evaluation
+from fastkl.vae.pictures import draw
+from fastkl.vae.train import Run
+
+CAPTIONS = {
+    "loss_curves": "The ELBO is the reconstruction term less the KL. A test curve that falls while the training curve rises "
+    "is overfitting.",
+    "reconstructions": "Decoded from the posterior mean.",
+    "samples": "Decoded from draws of the prior N(0, I), which no image went into.",
+    "latent_space": "Where the encoder puts test data it has never seen; the labels were not used in training.",
+    "kl_per_dimension": "A dimension whose KL is near 0 carries nothing: its posterior is the prior.",
+}
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem } .note { color: #555 }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: 0.8rem; margin: 1.5rem 0 }
+.figure { border: 1px solid #ddd; border-radius: 0.5rem; padding: 0.7rem 1rem }
+.figure b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums } .figure small { color: #555 }
+img { max-width: 100% } table { border-collapse: collapse; font-size: 0.9rem } td, th { text-align: left; padding: 0.15rem 1.5rem 0.15rem 0 }
+td.number { text-align: right; font-variant-numeric: tabular-nums }
+"""
+
+
+def write_report(run: Run, evaluation: Evaluation, more: dict[str, Any]) -> dict[str, Any]:
+    """Write everything into the run folder and return the metrics. `more` is what the run itself measured."""
+    metrics = {
+        **evaluation.figures(),
+        "step": run.step,
+        "parameters": sum(parameter.numel() for parameter in run.vae.parameters()),
+        "training_data": len(run.data.train),
+        "torch": torch.__version__,
+        **more,
+    }
+    images = {name: png(figure) for name, figure in draw(run, evaluation).items()}
+    pictures = run.folder / "pictures"
+    checkpoint.prepare(pictures)
+    for name, content in images.items():
+        checkpoint.write(pictures / f"{name}.png", content)
+    settings = dataclasses.asdict(run.settings)
+    checkpoint.write(run.folder / "settings.json", (json.dumps(settings, indent=2) + "\n").encode())
+    history = {name: [dict(zip(("step", "elbo", "kl", "reconstruction"), row)) for row in rows]
+               for name, rows in run.history.items()}  # fmt: skip
+    content = json.dumps({**metrics, "history": history}, indent=2) + "\n"
+    checkpoint.write(run.folder / "metrics.json", content.encode())
+    checkpoint.write(run.folder / "report.html", page(run, metrics, images).encode())
+    return metrics
+
+
+def png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def summary(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(name, value, explanation) of the figures that say how good the model is."""
+    def nats(name: str) -> str:
+        return f"{metrics[name]:.2f} ± {metrics[name + '_standard_error']:.2f}"
+
+    samples = f"{metrics['importance_samples']:,}"
+    return [
+        ("ELBO", nats("elbo"), "nats per test datum, ± standard error"),
+        ("log p(x)", nats("log_prob"), f"nats, importance-weighted with {samples} samples"),
+        ("Reconstruction", nats("reconstruction"), "nats, E[log p(x|z)]"),
+        ("KL", nats("kl"), "nats, from posterior to prior"),
+        ("Active units", f"{metrics['active_units']:,} of {metrics['latent_units']:,}", "variance of the mean above 0.01"),
+    ]  # fmt: skip
+
+
+def page(run: Run, metrics: dict[str, Any], images: dict[str, bytes]) -> str:
+    """One file that needs no other: styles inside, images as data URIs; all text that a file could bring is escaped."""
+    title = html.escape(f"fastkl: {run.settings.preset} on {run.data.name}")
+    tiles = "".join(
+        f'<div class="figure"><small>{html.escape(name)}</small><b>{html.escape(value)}</b>'
+        f"<small>{html.escape(text)}</small></div>"
+        for name, value, text in summary(metrics)
+    )
+    figures = "".join(
+        f"<h2>{name.replace('_', ' ').replace('kl ', 'KL ').capitalize().replace('Kl', 'KL')}</h2>"
+        f'<p class="note">{html.escape(CAPTIONS[name])}</p>'
+        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+        for name, content in images.items()
+    )
+    rows = "".join(
+        f"<tr><td>--{html.escape(name.replace('_', '-'))}</td><td>{html.escape(str(value))}</td></tr>"
+        for name, value in dataclasses.asdict(run.settings).items()
+    )
+    facts = (
+        f"{metrics['training_data']:,} training and {metrics['test_data']:,} test data; {metrics['parameters']:,} parameters; "
+        f"{metrics['step']:,} steps"
+    )
+    if "seconds" in metrics:
+        facts += f"; {metrics['seconds']:.0f} s in all"
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>'
+        f'<body><h1>{title}</h1><p class="note">{html.escape(run.data.note)}</p><p class="note">{facts}.</p>'
+        f'<div class="figures">{tiles}</div>{memory_table(metrics.get("loss_memory"))}{figures}'
+        f"<h2>Settings</h2><table>{rows}</table></body></html>\n"
+    )
+
+
+def memory_table(measured: dict[str, Any] | None) -> str:
+    if not measured:
+        return ""
+    rows = "".join(
+        f"<tr><td>{name}</td>" + "".join(f'<td class="number">{row[key]:,.1f}</td>' for key in ("saved", "peak", "time")) + "</tr>"
+        for name, row in measured["rows"].items()
+    )
+    return (
+        f"<h2>What the loss costs</h2><p class=\"note\">{html.escape(measured['what'])}</p><table><tr><th></th>"
+        f"<th>kept for backward, MiB</th><th>peak, MiB</th><th>forward and backward, ms</th></tr>{rows}</table>"
+    )

@@ -1,0 +1,218 @@
+"""The training loop, written to be read: `ELBO.forward` is the loss, `train` is the loop, the rest is what they need."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastkl
+from fastkl.vae import checkpoint, streams
+from fastkl.vae.data import Data
+from fastkl.vae.errors import UserError
+from fastkl.vae.evaluate import test_elbo
+from fastkl.vae.model import VAE, build
+from fastkl.vae.parallel import Ranks
+from fastkl.vae.progress import Display
+from fastkl.vae.settings import Settings
+
+WARM_UP = 100  # steps over which the learning rate rises
+TEST_POINTS = 25  # of the test curve, over the run
+
+
+class ELBO(nn.Module):
+    """The objective. It is a module because DistributedDataParallel hooks into forward(); another one may take its place."""
+
+    def __init__(self, vae: VAE, beta: float):
+        super().__init__()
+        self.vae, self.beta = vae, beta
+
+    def forward(self, x: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, reconstruction, KL), each the mean over the batch, in nats."""
+        posterior = fastkl.DiagonalNormal.from_packed(self.vae.encoder(x), dim=1)
+        z, kl = posterior.rsample_kl(eps=eps)
+        reconstruction = self.vae.log_likelihood(z, x)
+        loss = (self.beta * kl - reconstruction).mean()
+        return loss, reconstruction.detach().mean(), kl.detach().mean()
+
+
+@dataclass
+class Run:
+    """Everything that a checkpoint holds, and what can be made again from it."""
+
+    settings: Settings
+    data: Data
+    ranks: Ranks
+    device: torch.device
+    folder: Path
+    vae: VAE
+    objective: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    # Sums since the last point of the curves: reconstruction, KL, steps.
+    window: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    history: dict[str, list[list[float]]] = field(default_factory=lambda: {"train": [], "test": []})
+
+    @property
+    def batch_size(self) -> int:
+        """Of all processes together."""
+        return self.settings.batch_size * self.ranks.size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.data.train) // self.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        return self.settings.steps or self.settings.epochs * self.steps_per_epoch
+
+
+def start(settings: Settings, data: Data, ranks: Ranks, folder: Path) -> Run:
+    """A run at step 0."""
+    if settings.batch_size * ranks.size > len(data.train):
+        raise UserError(
+            f"--batch-size {settings.batch_size} on {ranks.size} processes is more than the {len(data.train)} training data"
+        )
+    device = torch.device(settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and ranks.size > 1:
+        device = torch.device("cuda", ranks.rank % torch.cuda.device_count())
+    torch.manual_seed(streams.seed_for(settings.seed, "weights"))
+    vae = build(settings, data.shape, data.likelihood).to(device)
+    objective = ranks.wrap(ELBO(vae, settings.beta))
+    rate, decay = settings.learning_rate, settings.weight_decay
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=rate, weight_decay=decay, fused=True)
+    return Run(settings, data, ranks, device, folder, vae, objective, optimizer)
+
+
+def train(run: Run, display: Display) -> bool:
+    """Train to the end (True) or until someone asks to stop (False); either way the last step is in the checkpoint."""
+    with Stop() as stop:
+        while run.step < run.total_steps:
+            for group in run.optimizer.param_groups:
+                group["lr"] = learning_rate(run.settings, run.step, run.total_steps)
+            x, eps = batch(run)
+            loss, reconstruction, kl = run.objective(x, eps)
+            run.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            run.optimizer.step()
+            run.step += 1
+            if after_step(run, display, reconstruction, kl, stop.asked):
+                return False
+    return True
+
+
+def batch(run: Run) -> tuple[Tensor, Tensor | None]:
+    """The data of this step and process, and the noise, if it is not for the op to draw.
+
+    With noise="fused" each process seeds torch from (seed, step, rank) and the op draws: nothing is stored for backward.
+    With noise="datum" every process draws the same noise for the whole batch and keeps its share, so a datum meets the
+    same noise however many processes divide the batch: two with 32 data each do what one with 64 does, to rounding.
+    """
+    settings, ranks = run.settings, run.ranks
+    indices = streams.batch_indices(settings.seed, run.step, len(run.data.train), run.batch_size)
+    x = run.data.train[ranks.share(indices)].to(run.device)
+    eps = None
+    if settings.noise == "datum":
+        drawn = torch.randn(
+            (run.batch_size, *run.vae.latent_shape), generator=streams.generator(settings.seed, "noise", run.step)
+        )
+        eps = ranks.share(drawn).to(run.device)
+    torch.manual_seed(streams.seed_for(settings.seed, "noise", run.step, ranks.rank))
+    return x, eps
+
+
+def learning_rate(settings: Settings, step: int, total: int) -> float:
+    rate = settings.learning_rate * min(1.0, (step + 1) / WARM_UP)
+    return rate if settings.schedule == "constant" else rate * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def after_step(run: Run, display: Display, reconstruction: Tensor, kl: Tensor, asked: bool) -> bool:
+    """Curves, test and checkpoint when they are due; says whether to stop, which all processes must do together."""
+    told = torch.stack([reconstruction, kl, reconstruction.new_tensor(float(asked))]).double()
+    told = run.ranks.mean(told).cpu()
+    stopping = bool(told[2] > 0)
+    run.window += torch.stack([told[0], told[1], torch.ones((), dtype=torch.float64)])
+    last = run.step == run.total_steps
+    if run.step % run.settings.log_every == 0 or last:
+        mean_reconstruction, mean_kl = (run.window[:2] / run.window[2]).tolist()
+        if not math.isfinite(mean_reconstruction - mean_kl):
+            raise UserError(f"the loss is no longer finite at step {run.step}; {where_to_go(run)}")
+        row = [run.step, mean_reconstruction - mean_kl, mean_kl, mean_reconstruction]
+        run.history["train"].append(row)
+        run.window.zero_()
+        display.trained(run.step, *row[1:])
+    if run.ranks.main and (last or run.step % max(1, run.total_steps // TEST_POINTS) == 0):
+        row = [run.step, *test_elbo(run.vae, run.data.test, run.settings.seed, run.device)]
+        run.history["test"].append(row)
+        display.tested(run, *row)
+    display.stepped(run.step)
+    if run.ranks.main and (stopping or last or run.step % run.settings.checkpoint_every == 0):
+        display.flush()  # or the events before this checkpoint are lost when the process is killed after it
+        save(run)
+    return stopping
+
+
+def save(run: Run) -> None:
+    """The generators' states are missing on purpose: they are functions of the step (streams.py)."""
+    for parameter in run.vae.parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"the weights are no longer finite at step {run.step}; {where_to_go(run)}")
+    checkpoint.save(
+        run.folder,
+        {
+            "settings": asdict(run.settings),
+            "fingerprint": run.data.fingerprint,
+            "ranks": run.ranks.size,
+            "threads": torch.get_num_threads(),
+            "step": run.step,
+            "model": run.vae.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "window": run.window,
+            "history": run.history,
+        },
+    )
+
+
+def restore(run: Run, state: dict[str, Any]) -> None:
+    """Put a checkpoint's state into a run that was started with its settings."""
+    if state["fingerprint"] != run.data.fingerprint:
+        raise UserError(f"--data {run.settings.data} is not the data that this run began with")
+    if state["ranks"] != run.ranks.size:
+        raise UserError(f"this run began with {state['ranks']} processes, now there are {run.ranks.size}; start as many")
+    try:
+        run.vae.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.window.copy_(state["window"])
+        run.step, run.history = int(state["step"]), state["history"]
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the checkpoint does not fit its own settings ({str(error).splitlines()[0]})") from None
+
+
+def where_to_go(run: Run) -> str:
+    kept = "the checkpoint holds an earlier step" if (run.folder / checkpoint.NAME).exists() else "no checkpoint was written"
+    return f"try a smaller --learning-rate ({kept})"
+
+
+class Stop:
+    """Ctrl-C and SIGTERM as a wish, granted between two steps: in the middle of one the weights would be half updated."""
+
+    def __enter__(self) -> Stop:
+        self.asked = False
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+        signal.signal(number, self.previous[number])  # the second one is not a wish any more
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
