@@ -24,13 +24,15 @@ from fastkl.kernels._layout import NO_STRIDES, cdiv, compute_dtype, finish, fit,
 PROGRAMS = 1024
 # Rows that one program sums at least, for a prior that the batch shares: its partial sums stay a small part of the traffic.
 SHARED_ROWS = 32
-# Bytes of each tensor in one program's tile: 64 in flight for each of its 128 threads.
-TILE_BYTES = 8192
+# Bytes of tiles that one program reads, all tensors together: 128 in flight for each of its 128 threads.
+TILE_BYTES = 16384
+# Elements of a tile whose rows cannot be read 16 bytes at a time: every element then has an address and a mask.
+ODD_TILE = 1024
 
 
-def blocks(rows: int, columns: int, itemsize: int) -> dict[str, int]:
+def blocks(rows: int, columns: int, itemsize: int, tensors: int) -> dict[str, int]:
     """A tile of rows x columns: short rows packed many to a program, long rows in runs."""
-    tile = TILE_BYTES // itemsize
+    tile = TILE_BYTES // itemsize // next_power_of_2(tensors) if columns % 16 == 0 else ODD_TILE
     block_columns = min(next_power_of_2(columns), tile)
     return {"ROWS": min(tile // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": 4}
 
@@ -132,7 +134,7 @@ def fwd(q, packed_dim, prior, event_ndim, scale, low, high, live) -> torch.Tenso
     inputs = [*unpack(q, packed_dim), *(p.expand(mu.shape) for p in prior)]
     dtype = compute_dtype(inputs)
     inputs, _, layout = fit(inputs, [], event_ndim)
-    block = blocks(layout.rows, layout.columns, mu.itemsize)
+    block = blocks(layout.rows, layout.columns, mu.itemsize, len(inputs))
     row_blocks = cdiv(layout.rows, block["ROWS"])
     columns_per_program, splits = share(layout.columns, block["COLUMNS"], PROGRAMS // max(1, row_blocks))
     kl = torch.empty((splits, layout.rows), dtype=dtype, device=mu.device)
@@ -164,7 +166,7 @@ def launch_bwd(dkl, weight, q, packed_dim, prior, event_ndim, settings, prior_gr
     rows, columns = mu.shape[: mu.dim() - event_ndim].numel(), mu.shape[mu.dim() - event_ndim :].numel()
     if rows == 0 or columns == 0:
         return [gradient.zero_() for gradient in gradients]
-    block = blocks(rows, columns, mu.itemsize)
+    block = blocks(rows, columns, mu.itemsize, 2 + len(prior))
     column_blocks = cdiv(columns, block["COLUMNS"])
     shared = bool(prior_gradient and prior and prior[0].dim() < mu.dim())
     if shared:

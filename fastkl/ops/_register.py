@@ -40,3 +40,17 @@ def register(schema: str, *, closed_form: Callable[..., Any], fake: Callable[...
     torch.library.impl(qualified, "CUDA", triton_launch)
     torch.library.register_fake(qualified, fake)
     return getattr(torch.ops.fastkl, name).default
+
+
+def needs_closed_form(*cotangents: torch.Tensor) -> bool:
+    """Whether a backward pass must be plain differentiable torch ops instead of the fused op.
+
+    That is so where the gradient is differentiated again (create_graph, torch.func) or batched (is_grads_batched):
+    once_differentiable would not stop silently wrong second derivatives.
+    """
+    if torch.is_grad_enabled():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    return any(functorch.is_batchedtensor(c) or functorch.is_legacy_batchedtensor(c) for c in cotangents)

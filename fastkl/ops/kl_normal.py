@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import register
+from fastkl.ops._register import needs_closed_form, register
 from fastkl.reference import SoftBounds
 
 # q is [mu, parameter], or [head] that packs both along packed_dim; prior is [] or [prior_mu, prior_logvar], each of
@@ -87,7 +87,7 @@ class _KLNormal(torch.autograd.Function):
         q = [mu] if parameter is None else [mu, parameter]
         prior = [] if prior_mu is None else [prior_mu, prior_logvar]
         arguments_ = (dkl, q, ctx.settings[0], prior, *ctx.settings[1:])
-        if torch.is_grad_enabled():  # create_graph, torch.func: differentiable ops
+        if needs_closed_form(dkl):
             gradients = _gradients(*arguments_)
         else:
             gradients = kl_normal_bwd(*arguments_, any(ctx.needs_input_grad[2:4]))

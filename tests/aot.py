@@ -1,0 +1,98 @@
+"""Compile kernels ahead of time, for every target, on a machine without a GPU.
+
+    TRITON_INTERPRET=0 python tests/aot.py test_kl_normal
+
+runs that module's `aot_calls()` (name -> a call of a launcher), compiles each launch exactly as Triton would specialise
+it there instead of running it, and prints one JSON line per kernel and target: instructions of interest in the machine
+code, spills, shared memory. `test_compiled.py` asserts on them. To save time, only calls named "core ..." are compiled
+for every target, the others for sm_90 and one more in turn; FASTKL_AOT=all compiles everything everywhere.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+from helpers import TARGETS
+
+
+OTHERS = [name for name in TARGETS if name != "sm_90"]
+
+
+def compile_for(fn, args: tuple, kwargs: dict, target):
+    """The kernel that `fn[grid](*args, **kwargs)` would build on `target`."""
+    import triton
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(target)
+    bound, specialization, options = create_function_from_signature(fn.signature, fn.params, backend)(
+        *args, debug=False, **kwargs
+    )
+    options, signature, constants, attributes = fn._pack_args(backend, kwargs, bound, specialization, options)
+    return triton.compile(ASTSource(fn, signature, constants, attributes), target=target, options=options.__dict__)
+
+
+def describe(kernel, target) -> dict:
+    if target.backend == "hip":
+        code = kernel.asm["amdgcn"]
+        spills = sum(int(n) for n in re.findall(r"_spill_count:\s*(\d+)", code))
+        loads = re.findall(r"\b(?:global|buffer)_load_(\w+)", code)
+        stores = re.findall(r"\b(?:global|buffer)_store_(\w+)", code)
+        wide = [sum(name.startswith("dwordx4") for name in names) for names in (loads, stores)]
+    else:
+        code = sass(kernel.asm["cubin"])
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+        loads, stores = re.findall(r"\bLDG\.(\S+)", code), re.findall(r"\bSTG\.(\S+)", code)
+        wide = [sum("128" in name for name in names) for names in (loads, stores)]
+    counts = {"loads": len(loads), "stores": len(stores), "wide_loads": wide[0], "wide_stores": wide[1]}
+    return {"spills": spills, "shared": kernel.metadata.shared, **counts}
+
+
+def sass(cubin: bytes) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-sass", file.name], check=True, capture_output=True, text=True).stdout
+
+
+def compile_module(module: str, target_name: str) -> list[dict]:
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    target, records, call = GPUTarget(*TARGETS[target_name]), [], ""
+    every = os.environ.get("FASTKL_AOT") == "all"
+
+    def run(self, *args, grid, warmup=False, **kwargs):
+        kernel = compile_for(self, args, kwargs, target)
+        records.append({"call": call, "kernel": self.__name__, "target": target_name, **describe(kernel, target)})
+
+    JITFunction.run = run
+    warnings.simplefilter("ignore")
+    for index, (name, launch) in enumerate(importlib.import_module(module).aot_calls().items()):
+        if every or name.startswith("core") or target_name in ("sm_90", OTHERS[index % len(OTHERS)]):
+            call = name
+            launch()
+    return records
+
+
+def main(module: str) -> None:
+    with concurrent.futures.ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for records in pool.map(compile_module, [module] * len(TARGETS), TARGETS):
+            for record in records:
+                print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

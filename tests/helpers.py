@@ -1,0 +1,86 @@
+"""What several test files share: the device, the two implementations of every op, and the tolerance."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from fastkl.ops import _register
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Every kernel must compile for these, with or without a GPU at hand.
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_89": ("cuda", 89, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "sm_120": ("cuda", 120, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+
+@contextlib.contextmanager
+def implementation(name: str) -> Iterator[None]:
+    """ "torch" runs the closed forms; "triton" sends every op's CPU tensors to its kernels (interpreted, or emulated).
+
+    On a GPU the dispatcher does the latter by itself, and "torch" has nothing to add.
+    """
+    if name == "torch" or DEVICE == "cuda":
+        yield
+        return
+    library = torch.library.Library("fastkl", "IMPL")
+    with poisoned_memory():
+        for op, launch in _register.TRITON.items():
+            library.impl(op, launch, "CPU")
+        try:
+            yield
+        finally:
+            library._destroy()
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty and its kin filled with NaN, so that an output the kernel does not write is seen."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patch.setattr(owner, name, _poisoned(getattr(owner, name)))
+        yield
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def allocate_nan(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.device.type != "meta" else tensor
+
+    return allocate_nan
+
+
+def launcher(path: str) -> Callable:
+    module, function = path.rsplit(".", 1)
+    return getattr(importlib.import_module(f"fastkl.kernels.{module}"), function)
+
+
+def assert_as_good_as_eager(actual, eager, exact, *, units: float = 4.0, scale=None) -> None:
+    """The contract: no further from the float64 truth than eager PyTorch at that dtype, plus rounding.
+
+    Rounding is `units` last places of the result's dtype, relative to `scale` (default: the exact value itself).
+    """
+    assert actual.shape == exact.shape
+    assert not (actual.isnan() & ~exact.isnan()).any(), "NaN where the exact result has none: unwritten output?"
+    if exact.numel() == 0:
+        return
+    error = (actual.double() - exact).abs()
+    allowed = (eager.double() - exact).abs().nan_to_num(posinf=float("inf")).max()
+    rounding = units * torch.finfo(actual.dtype).eps * (exact.abs() if scale is None else scale)
+    worst = (error - rounding).max().item()
+    assert worst <= allowed.item(), f"error {error.max().item():.3e}, eager's {allowed.item():.3e}"
+
+
+def leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to(DEVICE).requires_grad_()

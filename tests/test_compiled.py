@@ -1,0 +1,50 @@
+"""The kernels as compiled code, for every target, with no GPU needed: no spills, 16-byte accesses, little shared memory.
+
+Each test_<op>.py with kernels lists in `aot_calls()` what its launcher can choose. Calls named "core" are compiled for
+every target; those with "aligned" in the name have rows of whole 16-byte runs, and must move them 16 bytes at a time.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import TARGETS
+
+HERE = Path(__file__).parent
+OPS = sorted(path.stem for path in HERE.glob("test_*.py") if "def aot_calls" in path.read_text())
+SHARED_LIMIT = 64 * 1024  # gfx942 has the smallest
+
+
+@pytest.fixture(scope="module", params=[op for op in OPS if op != "test_compiled"])
+def records(request):
+    environment = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=str(HERE))
+    command = [sys.executable, str(HERE / "aot.py"), request.param]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_compiles_for_every_target(records):
+    core = {record["call"] for record in records if record["call"].startswith("core")}
+    assert core
+    for target in TARGETS:
+        assert {record["call"] for record in records if record["target"] == target} >= core
+
+
+def test_no_spills(records):
+    assert [record for record in records if record["spills"]] == []
+
+
+def test_shared_memory_fits(records):
+    assert [record for record in records if record["shared"] > SHARED_LIMIT] == []
+
+
+def test_aligned_rows_move_16_bytes_at_a_time(records):
+    aligned = [record for record in records if "aligned" in record["call"]]
+    assert aligned
+    assert [record for record in aligned if not record["wide_loads"]] == []
+    elementwise = [record for record in aligned if "bwd" in record["kernel"] or "rsample" in record["kernel"]]
+    assert [record for record in elementwise if not record["wide_stores"]] == []
