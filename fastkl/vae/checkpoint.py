@@ -16,7 +16,19 @@ from fastkl.vae.files import BROKEN, first_line
 
 NAME = "checkpoint.pt"
 FORMAT = "fastkl.vae 1"
-PARTS = ("format", "settings", "fingerprint", "ranks", "threads", "step", "model", "optimizer", "window", "history")
+PARTS = (
+    "format",
+    "settings",
+    "fingerprint",
+    "ranks",
+    "threads",
+    "step",
+    "seconds",
+    "model",
+    "optimizer",
+    "window",
+    "history",
+)
 
 
 def write(path: Path, content: bytes) -> None:

@@ -34,21 +34,22 @@ def main(arguments: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="fastkl", description="Train variational autoencoders through fastkl.")
     commands = top.add_subparsers(title="commands", required=True)
-    train = commands.add_parser("train", help="train the reference VAE and write a report", argument_default=argparse.SUPPRESS)
+    about = "train the reference VAE and write a report"
+    train = commands.add_parser("train", help=about, description=about, argument_default=argparse.SUPPRESS)
     train.set_defaults(command=train_command)
     train.add_argument("--out", type=Path, help=f"the run folder (default: {RUNS}/NAME, or the next free number)")
-    train.add_argument("--resume", action="store_true", help="go on with the run in --out, or with the latest of its name")
+    train.add_argument("--resume", action="store_true", help="go on with the run in --out, or the latest of its name")
     train.add_argument("--no-report", action="store_true", help="stop after training")
     train.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard events")
     for item in dataclasses.fields(Settings):
-        about = item.metadata
-        text = f"{about['help']} (default: {item.default})".replace("%", "%%")
-        train.add_argument(flag(item.name), type=about["kind"], choices=about["choices"], help=text)
+        meta = item.metadata
+        text = f"{meta['help']} (default: {item.default})".replace("%", "%%")
+        train.add_argument(flag(item.name), type=meta["kind"], choices=meta["choices"], help=text)
     return top
 
 
 def train_command(options: argparse.Namespace) -> int:
-    # Here, not above: `fastkl --help` answers at once, and a mistyped option is reported before torch is loaded.
+    # Imported here and below, so that a mistyped option or a missing package is reported before the rest is loaded.
     from fastkl.vae import parallel
 
     began = time.perf_counter()
@@ -87,7 +88,8 @@ def train_on(ranks: Any, options: argparse.Namespace, given: dict[str, Any], beg
         say(f"{folder}: going on at step {run.step} of {run.total_steps}")
     else:
         note = "no checkpoint there yet, " if "resume" in options else ""
-        say(f"{folder}: {note}{settings.preset} on {source.name}, {len(source.train)} training data, {run.total_steps} steps")
+        count = f"{len(source.train):,} training data, {run.total_steps:,} steps"
+        say(f"{folder}: {note}{settings.preset} on {source.name}, {count}")
     if ranks.main:
         checkpoint.prepare(folder)
     events = None if "no_tensorboard" in options else folder / "tensorboard"
@@ -97,9 +99,8 @@ def train_on(ranks: Any, options: argparse.Namespace, given: dict[str, Any], beg
         if not finished:
             say(f"stopped at step {run.step}; go on with: fastkl train --resume --out {folder}")
             return 130
-    trained = time.perf_counter() - began
     if ranks.main and "no_report" not in options:
-        report(run, began, trained)
+        report(run, began)
     return 0
 
 
@@ -117,7 +118,7 @@ def choose_folder(out: Path | None, resuming: bool, name: str) -> Path:
     return numbered[-2] if resuming and len(numbered) > 1 else numbered[-1]
 
 
-def report(run: Any, began: float, trained: float) -> None:
+def report(run: Any, began: float) -> None:
     from fastkl.vae import memory
     from fastkl.vae.evaluate import evaluate
     from fastkl.vae.report import summary, write_report
@@ -125,11 +126,10 @@ def report(run: Any, began: float, trained: float) -> None:
     evaluation = evaluate(run.vae, run.data.test, run.settings.importance_samples, run.settings.seed, run.device)
     more: dict[str, Any] = {}
     if run.settings.model == "conv":
-        more["loss_memory"] = memory.compare(run.settings.batch_size, run.vae.latent_shape)
+        more["loss_memory"] = memory.compare(run.vae.latent_shape)
         print(more["loss_memory"]["what"])
         for name, row in more["loss_memory"]["rows"].items():
             print(f"  {name:8} kept {row['saved']:7.1f} MiB   peak {row['peak']:7.1f} MiB   {row['time']:7.1f} ms")
-    more["seconds"], more["training_seconds"] = time.perf_counter() - began, trained
     metrics = write_report(run, evaluation, more)
     for name, value, text in summary(metrics):
         print(f"  {name:15} {value:>18}  {text}")

@@ -61,7 +61,9 @@ def load(settings: Settings) -> Data:
         labels, names = arrange_labels(labels, names, len(values))
     generator = streams.generator(settings.split_seed, "split")
     order = torch.randperm(len(values), generator=generator)
-    test, train = order.split([int(len(values) * TEST_FRACTION), len(values) - int(len(values) * TEST_FRACTION)])
+    held_out = int(len(values) * TEST_FRACTION)
+    test, train = order[:held_out], order[held_out:]
+    test = test[: settings.test_data or None]
     values, likelihood, scaling = scale(values, train, settings.likelihood)
     if settings.image_size and values.dim() == 4 and values.shape[-2:] != (settings.image_size,) * 2:
         size = (settings.image_size,) * 2
@@ -71,7 +73,7 @@ def load(settings: Settings) -> Data:
 
 
 def arrange(values: np.ndarray, settings: Settings) -> Tensor:
-    """float or integer values as [N, features] or [N, channels, height, width]; refuses what no model can learn from."""
+    """Numbers as [N, features] or [N, channels, height, width]; refuses what no model can learn from."""
     if values.dtype.kind not in "fiub":
         raise UserError(f"--data {settings.data}: expected numbers, got dtype {values.dtype}")
     if values.ndim not in (2, 3, 4) or 0 in values.shape:
@@ -89,7 +91,9 @@ def arrange(values: np.ndarray, settings: Settings) -> Tensor:
             finite = np.isfinite(values.astype(np.float32)).reshape(len(values), -1).all(axis=1)
         if not finite.all():
             bad = np.flatnonzero(~finite)
-            raise UserError(f"--data {settings.data}: {len(bad)} rows hold NaN or infinite values, the first is row {bad[0]}")
+            raise UserError(
+                f"--data {settings.data}: {len(bad)} rows with NaN or infinite values, the first is row {bad[0]}"
+            )
     if values.dtype.kind in "iub":
         values = values.astype(np.float32) / (1 if values.dtype.kind == "b" else whole_range(values))
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
@@ -114,7 +118,7 @@ def arrange_labels(labels: np.ndarray, names: list[str] | None, count: int) -> t
 
 
 def scale(values: Tensor, train: Tensor, likelihood: str) -> tuple[Tensor, str, str]:
-    """Values in [0, 1] are read as probabilities; others are standardised, by the training data, and taken as normal."""
+    """Values in [0, 1] are read as probabilities; others are standardised by the training data, and normal."""
     unit = bool(values.min() >= 0 and values.max() <= 1)
     if likelihood == "auto":
         likelihood = "bernoulli" if unit else "normal"
@@ -123,8 +127,8 @@ def scale(values: Tensor, train: Tensor, likelihood: str) -> tuple[Tensor, str, 
             low, high = values.min().item(), values.max().item()
             raise UserError(f"--likelihood bernoulli needs values in [0, 1], these are in [{low:.4g}, {high:.4g}]")
         return values, likelihood, (
-            "Bernoulli likelihood on values in [0, 1]: a value between counts as the chance of a 1, so these figures are "
-            "lower bounds on the mean log-probability of the binarised data."
+            "Bernoulli likelihood on values in [0, 1]: a value between counts as the chance of a 1, so these figures "
+            "are lower bounds on the mean log-probability of the binarised data."
         )  # fmt: skip
     if values.dim() == 2:  # a feature has its own unit; the pixels of an image share one
         mean, deviation = values[train].mean(0), values[train].std(0)
@@ -132,8 +136,8 @@ def scale(values: Tensor, train: Tensor, likelihood: str) -> tuple[Tensor, str, 
         mean, deviation = values[train].mean(), values[train].std()
     deviation = torch.where(deviation > 1e-6, deviation, torch.ones_like(deviation))
     return (values - mean) / deviation, likelihood, (
-        "Normal likelihood on standardised values (mean 0, deviation 1 over the training data), with a learned variance "
-        f"per {'feature' if values.dim() == 2 else 'data set'}: log p(x) is a density of those, so it may be above 0."
+        "Normal likelihood on standardised values (mean 0, deviation 1 over the training data), with a learned "
+        f"variance {'per feature' if values.dim() == 2 else 'for all pixels'}: log p(x) is a log-density of these."
     )  # fmt: skip
 
 
@@ -156,10 +160,10 @@ def mnist5k() -> tuple[np.ndarray, np.ndarray, list[str] | None, str]:
 
 
 def pbmc() -> tuple[np.ndarray, np.ndarray, list[str], str]:
-    """700 blood cells. The file holds no counts: `X` is log-expression standardised per gene, and it is read here.
+    """700 blood cells. The file holds no counts: `X`, read here, is log-expression standardised per gene.
 
-    (`raw.X` is log(1 + counts scaled to 10,000 a cell).) A normal likelihood suits standardised log-expression, and it is
-    what fastkl has; a count likelihood would need the counts.
+    (`raw.X` is log(1 + counts scaled to 10,000 per cell), to three decimals; with `obs.n_counts` the counts themselves
+    could be computed from it.) A normal likelihood suits standardised log-expression, and it is what fastkl has.
     """
     h5py = require("h5py", "--data pbmc")
     path = inside("scanpy", "datasets/10x_pbmc68k_reduced.h5ad", "--data pbmc")
@@ -170,8 +174,8 @@ def pbmc() -> tuple[np.ndarray, np.ndarray, list[str], str]:
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"--data pbmc: {path} is damaged ({files.first_line(error)}); reinstall scanpy") from None
     note = (
-        "700 blood cells, 765 genes (10x Genomics PBMC 68k, as reduced by scanpy): log-expression standardised per gene, not "
-        "counts, clipped to 10 deviations; the labels are the cell types of the original annotation."
+        "700 blood cells, 765 genes (10x Genomics PBMC 68k, as reduced by scanpy): log-expression standardised per "
+        "gene, not counts, clipped to 10 deviations; the labels are the cell types of the original annotation."
     )
     return values.clip(-10, 10), labels, names, note
 

@@ -12,8 +12,8 @@ import fastkl
 from fastkl.vae import streams
 from fastkl.vae.model import VAE
 
-BATCH = 100  # data at once
-ELEMENTS = 2**21  # decoded values at once: what bounds the memory of 1,000 samples
+# Values of x at once, encoded and decoded: what bounds the memory of large images, and of 1,000 samples.
+ENCODED, DECODED = 2**17, 2**20
 ACTIVE = 0.01  # variance of the posterior mean over the data, above which a unit is active
 
 
@@ -46,12 +46,12 @@ class Evaluation:
 
 
 @torch.no_grad()
-def test_elbo(vae: VAE, x: Tensor, seed: int, device: torch.device, at_most: int = 1000) -> tuple[float, float, float]:
+def quick_elbo(vae: VAE, x: Tensor, seed: int, device: torch.device, at_most: int = 1000) -> tuple[float, float, float]:
     """(ELBO, KL, reconstruction) with one sample per datum: quick, for the curve."""
     torch.manual_seed(streams.seed_for(seed, "test"))  # the next training step seeds itself
     totals = torch.zeros(2, dtype=torch.float64)
     x = x[:at_most]
-    for part in x.split(BATCH):
+    for part in x.split(max(1, ENCODED // x[0].numel())):
         part = part.to(device)
         z, kl = vae.posterior(part).rsample_kl()
         totals += torch.stack([kl.sum(), vae.log_likelihood(z, part).sum()]).double().cpu()
@@ -65,7 +65,7 @@ def evaluate(vae: VAE, x: Tensor, samples: int, seed: int, device: torch.device)
     torch.manual_seed(streams.seed_for(seed, "evaluation"))
     parts: list[tuple[Tensor, ...]] = []
     per_dim = torch.zeros(vae.latent_shape, dtype=torch.float64).flatten()
-    for part in x.split(BATCH):
+    for part in x.split(max(1, ENCODED // x[0].numel())):
         posterior = vae.posterior(part.to(device))
         reconstruction, log_prob = importance_weighted(vae, part.to(device), posterior, samples)
         parts.append((reconstruction, posterior.kl(), log_prob, posterior.mean))
@@ -76,8 +76,8 @@ def evaluate(vae: VAE, x: Tensor, samples: int, seed: int, device: torch.device)
 
 
 def importance_weighted(vae: VAE, x: Tensor, posterior: fastkl.DiagonalNormal, samples: int) -> tuple[Tensor, Tensor]:
-    """(E_q log p(x | z), log 1/L sum_l p(x, z_l) / q(z_l | x)) with L samples, of which a few are in memory at a time."""
-    at_once = max(1, ELEMENTS // x.numel())
+    """(E_q log p(x | z), log 1/L sum_l p(x, z_l) / q(z_l | x)) with L samples, a few of them in memory at a time."""
+    at_once = max(1, DECODED // x.numel())
     event_ndim = len(vae.latent_shape)
     mu, logvar = posterior.mu, posterior.logvar
     zero = torch.zeros((), device=x.device)

@@ -1,4 +1,4 @@
-"""Reading data files that nobody vouches for: nothing in them is executed, and whatever is wrong is said in one line."""
+"""Reading data files that nobody vouches for: nothing in them is run, and what is wrong is said in one line."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ VALUE_NAMES = ("x", "images", "data", "x_train", "values", "arr_0")
 LABEL_NAMES = ("y", "labels", "label", "targets", "target", "y_train", "arr_1")
 # What numpy, zipfile and torch raise on files that are cut short, empty, of another kind, or that lie about their size.
 # A RuntimeError also covers torch's zip reader; pickle.UnpicklingError is how weights_only refuses code.
-BROKEN = (ValueError, EOFError, KeyError, RuntimeError, MemoryError, OverflowError, TypeError, AttributeError, IndexError,
-          zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, NotImplementedError)  # fmt: skip
+BROKEN = (
+    ValueError, EOFError, LookupError, RuntimeError, MemoryError, OverflowError, TypeError, AttributeError,
+    zipfile.BadZipFile, zlib.error, pickle.UnpicklingError,
+)  # fmt: skip
 
 
 def read(path: Path, image_size: int = 0) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:
@@ -37,8 +39,8 @@ def read(path: Path, image_size: int = 0) -> tuple[np.ndarray, np.ndarray | None
     except OSError as error:
         raise UserError(f"--data {path}: cannot be read ({error.strerror or first_line(error)})") from None
     except BROKEN as error:
-        kind = path.suffix[1:]
-        raise UserError(f"--data {path}: truncated, or not a {kind} file of plain arrays ({first_line(error)})") from None
+        kind = f"{path.suffix} file of plain arrays"
+        raise UserError(f"--data {path}: truncated, or not a {kind} ({first_line(error)})") from None
     return values, labels, None
 
 

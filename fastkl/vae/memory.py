@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,14 +32,14 @@ def fused(head: Tensor) -> tuple[Tensor, Tensor]:
     return fastkl.DiagonalNormal.from_packed(head, dim=1).rsample_kl()
 
 
-def compare(batch: int, latent_shape: tuple[int, ...]) -> dict[str, Any]:
+def compare(latent_shape: tuple[int, ...], batch: int = 32) -> dict[str, Any]:
     """Both losses on one packed head [batch, 2 * latent, ...] in float32, on the CPU."""
     head = torch.randn(batch, 2 * latent_shape[0], *latent_shape[1:], requires_grad=True)
     shape = " x ".join(map(str, latent_shape))
     what = (
         f"Sample and KL of {batch} latents of {shape}, float32, on the CPU; one latent tensor is "
-        f"{batch * math.prod(latent_shape) * 4 / MIB:.1f} MiB. Kept: tensors saved between forward and backward, without the "
-        "head itself. Peak: allocated at once above the head, sample and gradients included."
+        f"{batch * math.prod(latent_shape) * 4 / MIB:.1f} MiB. Kept: tensors saved between forward and backward, "
+        "without the head itself. Peak: allocated at once above the head, sample and gradients included."
     )
     return {"what": what, "rows": {"eager": measure(eager, head), "fastkl": measure(fused, head)}}
 
@@ -79,6 +80,7 @@ def saved_bytes(loss: Callable[[Tensor], tuple[Tensor, Tensor]], head: Tensor) -
 def peak_bytes(loss: Callable[[Tensor], tuple[Tensor, Tensor]], head: Tensor) -> int:
     """The allocator's own account, as the profiler records it: every allocation, inside ops too."""
     head.grad = None
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its notes to developers do not belong in a person's terminal
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step(loss, head)
     with tempfile.TemporaryDirectory() as folder:

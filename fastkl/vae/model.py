@@ -1,8 +1,9 @@
-"""Encoder and decoder. An encoder's last layer packs mean and log-variance along dimension 1: one head, never copied."""
+"""Encoder and decoder. The encoder's last layer packs mean and log-variance in one head, which is never copied."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class VAE(nn.Module):
         return self.decoder(z.reshape(-1, *self.latent_shape)).reshape(*leading, *self.shape)
 
     def log_likelihood(self, z: Tensor, x: Tensor) -> Tensor:
-        """log p(x | z) in nats, one per leading index of z; x may lack z's first dimensions (several samples per datum)."""
+        """log p(x | z) in nats, one per leading index of z; x may lack the first of them (samples of a datum)."""
         output = self.decode(z)
         x = x.expand_as(output)
         if self.likelihood == "bernoulli":
@@ -55,7 +56,7 @@ def build(settings: Settings, shape: tuple[int, ...], likelihood: str) -> VAE:
 def mlp(shape: tuple, latent: int, hidden: int, layers: int) -> tuple[nn.Module, nn.Module, tuple]:
     def stack(inputs: int, outputs: int) -> list[nn.Module]:
         widths = [inputs] + [hidden] * layers
-        inner = [module for a, b in zip(widths, widths[1:]) for module in (nn.Linear(a, b), nn.SiLU())]
+        inner = [module for a, b in pairwise(widths) for module in (nn.Linear(a, b), nn.SiLU())]
         return [*inner, nn.Linear(hidden, outputs)]
 
     features = math.prod(shape)
@@ -87,14 +88,16 @@ def conv(shape: tuple, latent: int, hidden: int, layers: int) -> tuple[nn.Module
         raise UserError(f"--model conv needs images, but a datum has shape {tuple(shape)}; use --model mlp")
     channels, height, width = shape
     if height % factor or width % factor:
-        raise UserError(f"--layers {layers} halves the image {layers} times, but it is {height} x {width}; use --image-size")
+        raise UserError(
+            f"--layers {layers} halves an image {layers} times; {height} x {width} does not allow it: --image-size"
+        )
     widths = [hidden * 2**level for level in range(layers + 1)]
     down: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1)]
-    for narrow, wide in zip(widths, widths[1:]):
+    for narrow, wide in pairwise(widths):
         down += [Residual(narrow), nn.Conv2d(narrow, wide, 3, stride=2, padding=1)]
     down += [Residual(widths[-1]), norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], 2 * latent, 1)]
     up: list[nn.Module] = [nn.Conv2d(latent, widths[-1], 1), Residual(widths[-1])]
-    for narrow, wide in reversed(list(zip(widths, widths[1:]))):
+    for narrow, wide in reversed(list(pairwise(widths))):
         up += [nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(wide, narrow, 3, padding=1), Residual(narrow)]
     up += [norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], channels, 3, padding=1)]
     return nn.Sequential(*down), nn.Sequential(*up), (latent, height // factor, width // factor)

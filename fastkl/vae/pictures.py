@@ -15,9 +15,12 @@ from fastkl.vae.evaluate import Evaluation
 from fastkl.vae.progress import spread
 from fastkl.vae.train import Run
 
-# Paul Tol's muted scheme, made for readers with any kind of colour vision; the tenth is black. Markers tell groups of the
-# same colour apart when there are more.
-COLOURS = ("#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255", "#aa4499", "#000000")
+# Paul Tol's muted scheme, made for readers with any kind of colour vision; the tenth is black. Markers tell groups
+# apart that share a colour.
+COLOURS = (
+    "#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255", "#aa4499", "#000000",
+)  # fmt: skip
+PALE = ("#88ccee", "#ddcc77", "#44aa99")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 BLUE, RED, GREY = "#0072b2", "#d55e00", "#555555"
 STYLE = {
@@ -71,7 +74,7 @@ def reconstructions(run: Run, columns: int = 12) -> Any:
     x = run.data.test[:columns]
     mean = run.vae.posterior(x.to(run.device)).mean
     figure, panels = new_figure(0.85 * max(columns, 8) + 0.6, 3.0 * max(columns, 8) / columns * 0.75, 2, columns)
-    figure.suptitle("Test images (top) and their reconstructions (bottom)", x=0.01, ha="left", fontsize=13, weight="bold")
+    headline(figure, "Test images (top) and their reconstructions (bottom)")
     for row, pictures in zip(np.atleast_2d(panels), (x, run.vae.pictured(mean))):
         for panel, picture in zip(row, spread(pictures, run.data)):
             show(panel, picture)
@@ -83,10 +86,14 @@ def samples(run: Run) -> Any:
     noise = torch.randn((side * side, *run.vae.latent_shape), generator=streams.generator(run.settings.seed, "samples"))
     drawn = torch.cat([run.vae.pictured(part.to(run.device)).cpu() for part in noise.split(16)])
     figure, panels = new_figure(6.4, 6.8, side, side)
-    figure.suptitle("Samples: decoded draws from the prior", x=0.01, ha="left", fontsize=13, weight="bold")
+    headline(figure, "Samples: decoded draws from the prior")
     for panel, picture in zip(panels.flat, spread(drawn, run.data)):
         show(panel, picture)
     return figure
+
+
+def headline(figure: Any, text: str) -> None:
+    figure.suptitle(text, x=0.01, ha="left", fontsize=13, weight="bold")
 
 
 def show(panel: Any, picture: Tensor) -> None:
@@ -97,28 +104,43 @@ def show(panel: Any, picture: Tensor) -> None:
 def latent_space(run: Run, evaluation: Evaluation) -> Any:
     """Posterior means of the test data: both dimensions if there are two, else their two principal components."""
     figure, panel = new_figure(8.6, 6.4)
-    means = evaluation.means.flatten(1)
-    points, names = plane(means)
-    count = min(len(points), 5000)
-    points = points[:count].numpy()
-    labels = run.data.test_labels
-    if labels is None:
-        panel.scatter(*points.T, s=16, alpha=0.7, color=BLUE, linewidths=0)
+    points, names = plane(evaluation.means.flatten(1))
+    points = points[:5000].numpy()
+    if run.data.test_labels is None:
+        panel.scatter(*points.T, s=24, alpha=0.7, color=BLUE, linewidths=0)
     else:
-        labels = labels[:count].numpy()
-        for group in np.unique(labels):
-            chosen = points[labels == group]
-            colour, marker = COLOURS[group % len(COLOURS)], MARKERS[group // len(COLOURS) % len(MARKERS)]
-            panel.scatter(*chosen.T, s=26, alpha=0.75, color=colour, marker=marker, linewidths=0,
-                          label=run.data.label_names[group])  # fmt: skip
-            centre = np.median(chosen, axis=0)
-            name = run.data.label_names[group]
-            if len(name) <= 3:  # short names stand on their groups, which helps every eye
-                panel.annotate(name, centre, ha="center", va="center", weight="bold", fontsize=13, color=colour,
-                               bbox={"boxstyle": "circle,pad=0.2", "facecolor": "white", "edgecolor": colour})  # fmt: skip
-        panel.legend(title="label", loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.4)
-    panel.set(title=f"Latent space: posterior means of {count} test data", xlabel=names[0], ylabel=names[1])
+        scatter_groups(panel, points, run.data.test_labels[: len(points)].numpy(), run.data.label_names)
+    panel.set(title=f"Latent space: posterior means of {len(points)} test data", xlabel=names[0], ylabel=names[1])
     return figure
+
+
+def scatter_groups(panel: Any, points: np.ndarray, labels: np.ndarray, names: list[str]) -> None:
+    groups = np.unique(labels)
+    centres = spaced(np.stack([np.median(points[labels == group], axis=0) for group in groups]), np.ptp(points, axis=0))
+    for group, centre in zip(groups, centres):
+        colour, marker = COLOURS[group % len(COLOURS)], MARKERS[group // len(COLOURS) % len(MARKERS)]
+        style = {"color": colour, "marker": marker, "alpha": 0.75, "linewidths": 0, "s": 32}
+        panel.scatter(*points[labels == group].T, label=names[group], **style)
+        if len(names[group]) <= 3:  # short names stand on their groups too, for eyes that no colour helps
+            circle = {"boxstyle": "circle,pad=0.2", "facecolor": colour, "edgecolor": "white", "linewidth": 1.5}
+            ink = "black" if colour in PALE else "white"
+            panel.annotate(names[group], centre, ha="center", va="center", weight="bold", color=ink, bbox=circle)
+    panel.legend(title="label", loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.4)
+
+
+def spaced(centres: np.ndarray, extent: np.ndarray, least: float = 0.055) -> np.ndarray:
+    """Push centres that lie closer than `least` of the picture apart, so that no name hides another."""
+    places = centres / np.maximum(extent, 1e-12)
+    for _ in range(50):
+        for one in range(len(places)):
+            for other in range(one):
+                apart = places[one] - places[other]
+                distance = np.hypot(*apart)
+                if distance < least:
+                    push = (least - distance) / 2 * (apart / distance if distance else np.array([1.0, 0.0]))
+                    places[one] += push
+                    places[other] -= push
+    return places * np.maximum(extent, 1e-12)
 
 
 def plane(means: Tensor) -> tuple[Tensor, tuple[str, str]]:
@@ -131,8 +153,8 @@ def plane(means: Tensor) -> tuple[Tensor, tuple[str, str]]:
     values, vectors = torch.linalg.eigh((centred @ centred.T).double())
     values, vectors = values.flip(0)[:2].clamp_min(0), vectors.flip(1)[:, :2]
     share = 100 * values / max(centred.double().square().sum().item(), 1e-300)
-    names = [f"principal component {index + 1} ({part:.0f} % of the variance)" for index, part in enumerate(share.tolist())]
-    return (vectors * values.sqrt()).float(), (names[0], names[1])
+    first, second = (f"{part:.0f} % of the variance" for part in share.tolist())
+    return (vectors * values.sqrt()).float(), (f"principal component 1 ({first})", f"principal component 2 ({second})")
 
 
 def kl_per_dimension(run: Run, evaluation: Evaluation) -> Any:
@@ -152,6 +174,8 @@ def kl_per_dimension(run: Run, evaluation: Evaluation) -> Any:
     where = f", summed over {shape[1]} x {shape[2]} places" if spatial else ""
     panel.set(title=f"KL per {unit}{where}", xlabel=f"{unit}, largest KL first", ylabel="nats per datum, test mean")
     panel.grid(axis="x", visible=False)
+    # Axes end at 0: a posterior that is the prior has a KL of 0, rounding aside.
+    panel.set_ylim(bottom=0)
     note = f"total {kl.sum():.2f} nats;  {evaluation.active_units} of {math.prod(shape)} units active (blue)"
     panel.annotate(note, (0.99, 0.95), xycoords="axes fraction", ha="right", va="top", color=GREY)
     return figure

@@ -91,8 +91,8 @@ class Terminal(Display):
         return (step - self.first) * self.batch_size / max(time.perf_counter() - self.began, 1e-9)
 
     def line(self, step: int) -> str:
-        values = self.values
-        return f"ELBO {values['elbo']:.2f}  KL {values['kl']:.2f}  test ELBO {values['test']:.2f} nats  {self.rate(step):,.0f}/s"
+        elbo, kl, test = (self.values[name] for name in ("elbo", "kl", "test"))
+        return f"ELBO {elbo:.2f}  KL {kl:.2f}  test ELBO {test:.2f} nats  {self.rate(step):,.0f}/s"
 
     def scalars(self, group: str, step: int, **values: float) -> None:
         if self.writer:
@@ -102,7 +102,8 @@ class Terminal(Display):
     @torch.no_grad()
     def images(self, run: Run, step: int) -> None:
         x = run.data.test[:PICTURED].to(run.device)
-        noise = torch.randn((PICTURED, *run.vae.latent_shape), generator=streams.generator(run.settings.seed, "pictures"))
+        generator = streams.generator(run.settings.seed, "pictures")
+        noise = torch.randn((PICTURED, *run.vae.latent_shape), generator=generator)
         mean = run.vae.posterior(x).mean
         for name, picture in (("original", x), ("reconstruction", run.vae.pictured(mean)),
                               ("sample", run.vae.pictured(noise.to(run.device)))):  # fmt: skip

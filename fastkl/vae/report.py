@@ -17,20 +17,22 @@ from fastkl.vae.pictures import draw
 from fastkl.vae.train import Run
 
 CAPTIONS = {
-    "loss_curves": "The ELBO is the reconstruction term less the KL. A test curve that falls while the training curve rises "
-    "is overfitting.",
+    "loss_curves": "The ELBO is the reconstruction term less the KL. A test curve that falls while the "
+    "training curve rises is overfitting.",
     "reconstructions": "Decoded from the posterior mean.",
     "samples": "Decoded from draws of the prior N(0, I), which no image went into.",
     "latent_space": "Where the encoder puts test data it has never seen; the labels were not used in training.",
     "kl_per_dimension": "A dimension whose KL is near 0 carries nothing: its posterior is the prior.",
 }
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem } .note { color: #555 }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: 0.8rem; margin: 1.5rem 0 }
 .figure { border: 1px solid #ddd; border-radius: 0.5rem; padding: 0.7rem 1rem }
 .figure b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums } .figure small { color: #555 }
-img { max-width: 100% } table { border-collapse: collapse; font-size: 0.9rem } td, th { text-align: left; padding: 0.15rem 1.5rem 0.15rem 0 }
+img { max-width: 100% } table { border-collapse: collapse; font-size: 0.9rem }
+td, th { text-align: left; padding: 0.15rem 1.5rem 0.15rem 0 }
 td.number { text-align: right; font-variant-numeric: tabular-nums }
 """
 
@@ -42,6 +44,7 @@ def write_report(run: Run, evaluation: Evaluation, more: dict[str, Any]) -> dict
         "step": run.step,
         "parameters": sum(parameter.numel() for parameter in run.vae.parameters()),
         "training_data": len(run.data.train),
+        "training_seconds": run.seconds,
         "torch": torch.__version__,
         **more,
     }
@@ -68,6 +71,7 @@ def png(figure: Any) -> bytes:
 
 def summary(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(name, value, explanation) of the figures that say how good the model is."""
+
     def nats(name: str) -> str:
         return f"{metrics[name]:.2f} ± {metrics[name + '_standard_error']:.2f}"
 
@@ -77,7 +81,7 @@ def summary(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("log p(x)", nats("log_prob"), f"nats, importance-weighted with {samples} samples"),
         ("Reconstruction", nats("reconstruction"), "nats, E[log p(x|z)]"),
         ("KL", nats("kl"), "nats, from posterior to prior"),
-        ("Active units", f"{metrics['active_units']:,} of {metrics['latent_units']:,}", "variance of the mean above 0.01"),
+        ("Active units", f"{metrics['active_units']:,} of {metrics['latent_units']:,}", "Var(E[z|x]) above 0.01"),
     ]  # fmt: skip
 
 
@@ -100,13 +104,13 @@ def page(run: Run, metrics: dict[str, Any], images: dict[str, bytes]) -> str:
         for name, value in dataclasses.asdict(run.settings).items()
     )
     facts = (
-        f"{metrics['training_data']:,} training and {metrics['test_data']:,} test data; {metrics['parameters']:,} parameters; "
-        f"{metrics['step']:,} steps"
+        f"{metrics['training_data']:,} training and {metrics['test_data']:,} test data; "
+        f"{metrics['parameters']:,} parameters; {metrics['step']:,} steps in "
+        f"{metrics['training_seconds']:.0f} s"
     )
-    if "seconds" in metrics:
-        facts += f"; {metrics['seconds']:.0f} s in all"
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{STYLE}</style></head>"
         f'<body><h1>{title}</h1><p class="note">{html.escape(run.data.note)}</p><p class="note">{facts}.</p>'
         f'<div class="figures">{tiles}</div>{memory_table(metrics.get("loss_memory"))}{figures}'
         f"<h2>Settings</h2><table>{rows}</table></body></html>\n"
@@ -116,11 +120,12 @@ def page(run: Run, metrics: dict[str, Any], images: dict[str, bytes]) -> str:
 def memory_table(measured: dict[str, Any] | None) -> str:
     if not measured:
         return ""
+    cell = '<td class="number">{:,.1f}</td>'
     rows = "".join(
-        f"<tr><td>{name}</td>" + "".join(f'<td class="number">{row[key]:,.1f}</td>' for key in ("saved", "peak", "time")) + "</tr>"
+        f"<tr><td>{name}</td>{''.join(cell.format(row[key]) for key in ('saved', 'peak', 'time'))}</tr>"
         for name, row in measured["rows"].items()
     )
     return (
-        f"<h2>What the loss costs</h2><p class=\"note\">{html.escape(measured['what'])}</p><table><tr><th></th>"
+        f'<h2>What the loss costs</h2><p class="note">{html.escape(measured["what"])}</p><table><tr><th></th>'
         f"<th>kept for backward, MiB</th><th>peak, MiB</th><th>forward and backward, ms</th></tr>{rows}</table>"
     )

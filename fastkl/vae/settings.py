@@ -17,7 +17,9 @@ def option(default: Any, text: str, maths: bool = True, choices: tuple = (), kin
 
 @dataclass(frozen=True)
 class Settings:
-    preset: str = option("digits", "a set of defaults; every other option overrides it", choices=("digits", "large-latent"))
+    preset: str = option(
+        "digits", "a set of defaults, which other options override", choices=("digits", "large-latent")
+    )
     # A moved file is the same data, so resuming compares the fingerprint of the data instead of this name.
     data: str = option("digits", "digits, mnist5k, pbmc, or a .npy, .npz, .pt file or a folder of images", maths=False)
     image_size: int = option(0, "resize images to this many pixels a side (0: as they are)")
@@ -35,17 +37,18 @@ class Settings:
     beta: float = option(1.0, "weight of the KL term")
     noise: str = option(
         "fused",
-        "fused: drawn inside the op, nothing stored; datum: drawn for the whole batch, whatever the number of processes",
+        "fused: drawn inside the op, nothing stored; datum: the same for a datum, however many processes share a batch",
         choices=("fused", "datum"),
     )
     seed: int = option(0, "of the weights, the order of the data and the noise")
     split_seed: int = option(0, "of the held-out test split")
+    test_data: int = option(0, "how many of the held-out data are evaluated (0: all)")
     importance_samples: int = option(1000, "per test datum, for the estimate of log p(x)", maths=False)
     log_every: int = option(20, "steps between two points of the curves", maths=False)
     checkpoint_every: int = option(500, "steps between two checkpoints", maths=False)
     # One, because the matrices of a small MLP are done before a second thread has woken up.
     threads: int = option(1, "CPU threads (0: as torch chooses)", maths=False)
-    device: str = option("auto", "auto, cpu or cuda", maths=False)
+    device: str = option("auto", "where to train", maths=False, choices=("auto", "cpu", "cuda"))
 
     @property
     def name(self) -> str:
@@ -64,7 +67,7 @@ FOR_PRESET = {
     "large-latent": {
         "model": "conv", "image_size": 128, "latent": 16, "hidden": 16, "layers": 1, "batch_size": 4, "steps": 6,
         "epochs": 1, "learning_rate": 1e-3, "log_every": 1, "checkpoint_every": 2, "importance_samples": 10,
-        "threads": 0,
+        "test_data": 16, "threads": 0,
     },
 }  # fmt: skip
 
@@ -79,8 +82,25 @@ def resolve(given: dict[str, Any]) -> Settings:
 
 
 def check(settings: Settings) -> None:
-    positive = ("latent", "hidden", "layers", "batch_size", "epochs", "importance_samples", "log_every", "checkpoint_every")
-    least = {**dict.fromkeys(positive, 1), "image_size": 0, "steps": 0, "seed": 0, "split_seed": 0, "threads": 0}
+    counts = (
+        "latent",
+        "hidden",
+        "layers",
+        "batch_size",
+        "epochs",
+        "importance_samples",
+        "log_every",
+        "checkpoint_every",
+    )
+    least = {
+        **dict.fromkeys(counts, 1),
+        "image_size": 0,
+        "steps": 0,
+        "seed": 0,
+        "split_seed": 0,
+        "test_data": 0,
+        "threads": 0,
+    }
     for name, minimum in least.items():
         if getattr(settings, name) < minimum:
             raise UserError(f"{flag(name)} must be at least {minimum}, got {getattr(settings, name)}")

@@ -1,10 +1,11 @@
-"""The training loop, written to be read: `ELBO.forward` is the loss, `train` is the loop, the rest is what they need."""
+"""The training loop, written to be read: `ELBO.forward` is the loss, `train` the loop, the rest is what they need."""
 
 from __future__ import annotations
 
 import math
 import signal
 import threading
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import fastkl
 from fastkl.vae import checkpoint, streams
 from fastkl.vae.data import Data
 from fastkl.vae.errors import UserError
-from fastkl.vae.evaluate import test_elbo
+from fastkl.vae.evaluate import quick_elbo
 from fastkl.vae.model import VAE, build
 from fastkl.vae.parallel import Ranks
 from fastkl.vae.progress import Display
@@ -27,7 +28,7 @@ TEST_POINTS = 25  # of the test curve, over the run
 
 
 class ELBO(nn.Module):
-    """The objective. It is a module because DistributedDataParallel hooks into forward(); another one may take its place."""
+    """The objective: a module, because DistributedDataParallel hooks into forward(). Another one may take its place."""
 
     def __init__(self, vae: VAE, beta: float):
         super().__init__()
@@ -55,6 +56,7 @@ class Run:
     objective: nn.Module
     optimizer: torch.optim.Optimizer
     step: int = 0
+    seconds: float = 0.0  # of training, over all the processes that went on with this run
     # Sums since the last point of the curves: reconstruction, KL, steps.
     window: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
     history: dict[str, list[list[float]]] = field(default_factory=lambda: {"train": [], "test": []})
@@ -76,12 +78,9 @@ class Run:
 def start(settings: Settings, data: Data, ranks: Ranks, folder: Path) -> Run:
     """A run at step 0."""
     if settings.batch_size * ranks.size > len(data.train):
-        raise UserError(
-            f"--batch-size {settings.batch_size} on {ranks.size} processes is more than the {len(data.train)} training data"
-        )
-    device = torch.device(settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda" and ranks.size > 1:
-        device = torch.device("cuda", ranks.rank % torch.cuda.device_count())
+        wanted = f"--batch-size {settings.batch_size} on {ranks.size} processes"
+        raise UserError(f"{wanted} is more than the {len(data.train)} training data")
+    device = choose_device(settings.device, ranks)
     torch.manual_seed(streams.seed_for(settings.seed, "weights"))
     vae = build(settings, data.shape, data.likelihood).to(device)
     objective = ranks.wrap(ELBO(vae, settings.beta))
@@ -90,8 +89,17 @@ def start(settings: Settings, data: Data, ranks: Ranks, folder: Path) -> Run:
     return Run(settings, data, ranks, device, folder, vae, objective, optimizer)
 
 
+def choose_device(name: str, ranks: Ranks) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine, or this build of torch, has no CUDA device")
+    return torch.device("cuda", ranks.rank % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
+
+
 def train(run: Run, display: Display) -> bool:
     """Train to the end (True) or until someone asks to stop (False); either way the last step is in the checkpoint."""
+    began = time.perf_counter() - run.seconds
     with Stop() as stop:
         while run.step < run.total_steps:
             for group in run.optimizer.param_groups:
@@ -102,6 +110,7 @@ def train(run: Run, display: Display) -> bool:
             loss.backward()
             run.optimizer.step()
             run.step += 1
+            run.seconds = time.perf_counter() - began
             if after_step(run, display, reconstruction, kl, stop.asked):
                 return False
     return True
@@ -110,9 +119,9 @@ def train(run: Run, display: Display) -> bool:
 def batch(run: Run) -> tuple[Tensor, Tensor | None]:
     """The data of this step and process, and the noise, if it is not for the op to draw.
 
-    With noise="fused" each process seeds torch from (seed, step, rank) and the op draws: nothing is stored for backward.
-    With noise="datum" every process draws the same noise for the whole batch and keeps its share, so a datum meets the
-    same noise however many processes divide the batch: two with 32 data each do what one with 64 does, to rounding.
+    With noise="fused" each process seeds torch from (seed, step, rank) and the op draws: nothing is stored for
+    backward. With noise="datum" every process draws the same noise for the whole batch and keeps its share, so a datum
+    meets the same noise however many processes share a batch: two with 32 data each do what one with 64 does.
     """
     settings, ranks = run.settings, run.ranks
     indices = streams.batch_indices(settings.seed, run.step, len(run.data.train), run.batch_size)
@@ -148,7 +157,7 @@ def after_step(run: Run, display: Display, reconstruction: Tensor, kl: Tensor, a
         run.window.zero_()
         display.trained(run.step, *row[1:])
     if run.ranks.main and (last or run.step % max(1, run.total_steps // TEST_POINTS) == 0):
-        row = [run.step, *test_elbo(run.vae, run.data.test, run.settings.seed, run.device)]
+        row = [run.step, *quick_elbo(run.vae, run.data.test, run.settings.seed, run.device)]
         run.history["test"].append(row)
         display.tested(run, *row)
     display.stepped(run.step)
@@ -173,6 +182,7 @@ def save(run: Run) -> None:
             "step": run.step,
             "model": run.vae.state_dict(),
             "optimizer": run.optimizer.state_dict(),
+            "seconds": run.seconds,
             "window": run.window,
             "history": run.history,
         },
@@ -184,23 +194,27 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     if state["fingerprint"] != run.data.fingerprint:
         raise UserError(f"--data {run.settings.data} is not the data that this run began with")
     if state["ranks"] != run.ranks.size:
-        raise UserError(f"this run began with {state['ranks']} processes, now there are {run.ranks.size}; start as many")
+        raise UserError(
+            f"this run began with {state['ranks']} processes, now there are {run.ranks.size}: start as many"
+        )
     try:
         run.vae.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.window.copy_(state["window"])
-        run.step, run.history = int(state["step"]), state["history"]
+        run.step, run.seconds, run.history = int(state["step"]), float(state["seconds"]), state["history"]
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the checkpoint does not fit its own settings ({str(error).splitlines()[0]})") from None
 
 
 def where_to_go(run: Run) -> str:
-    kept = "the checkpoint holds an earlier step" if (run.folder / checkpoint.NAME).exists() else "no checkpoint was written"
-    return f"try a smaller --learning-rate ({kept})"
+    written = (run.folder / checkpoint.NAME).exists()
+    return (
+        f"try a smaller --learning-rate ({'the checkpoint is of an earlier step' if written else 'no checkpoint yet'})"
+    )
 
 
 class Stop:
-    """Ctrl-C and SIGTERM as a wish, granted between two steps: in the middle of one the weights would be half updated."""
+    """Ctrl-C and SIGTERM as a wish, granted between two steps: within one the weights would be half updated."""
 
     def __enter__(self) -> Stop:
         self.asked = False
