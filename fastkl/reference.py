@@ -243,10 +243,21 @@ def bernoulli_log_prob(logits, x, *, event_ndim=None) -> Tensor:
     return sum_event(values, logits.dim() - 1 if event_ndim is None else event_ndim)
 
 
+def bernoulli_terms_gradient(logits: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """d (x logits - softplus(logits)) / d (logits, x)."""
+    return x - torch.sigmoid(logits), logits
+
+
 def normal_log_prob(x, mean, logvar, *, event_ndim=None) -> Tensor:
-    """-1/2 [ln 2 pi + logvar + (x - mean)^2 / exp(logvar)], summed over the event."""
+    """-1/2 [ln 2 pi + logvar + z^2] with z = (x - mean) exp(-logvar / 2), summed over the event."""
     dtype = compute_dtype(x, mean, logvar)
     x, mean, logvar = torch.broadcast_tensors(x.to(dtype), mean.to(dtype), logvar.to(dtype))
-    difference = x - mean
-    values = -0.5 * (math.log(2 * math.pi) + logvar + difference * difference * torch.exp(-logvar))
-    return sum_event(values, x.dim() - 1 if event_ndim is None else event_ndim)
+    z = (x - mean) * torch.exp(-0.5 * logvar)  # squared last: 1 / sigma^2 alone overflows first
+    return sum_event(-0.5 * (math.log(2 * math.pi) + logvar + z * z), x.dim() - 1 if event_ndim is None else event_ndim)
+
+
+def normal_terms_gradient(x: Tensor, mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+    """d ln N(x; mean, exp(logvar)) / d (mean, logvar); d / d x = -d / d mean."""
+    precision_root = torch.exp(-0.5 * logvar)
+    z = (x - mean) * precision_root
+    return z * precision_root, 0.5 * (z * z - 1)

@@ -28,9 +28,14 @@ def tile(row, column, shape, strides, NESTED: tl.constexpr):
     shape is (rows, inner rows, columns, inner columns), strides (outer row, inner row, outer column, inner column);
     NESTED says which axes have an outer dimension: 1 the rows, 2 the columns, 3 both.
     """
+    return elements(row[:, None], column[None, :], shape, strides, NESTED)
+
+
+@triton.jit
+def elements(row, column, shape, strides, NESTED: tl.constexpr):
+    """As `tile`, for indices that already have both dimensions (each row may have columns of its own)."""
     rows = offsets(row, shape[1], strides[0], strides[1], NESTED % 2 == 1)
-    columns = offsets(column, shape[3], strides[2], strides[3], NESTED >= 2)
-    return rows[:, None] + columns[None, :]
+    return rows + offsets(column, shape[3], strides[2], strides[3], NESTED >= 2)
 
 
 @triton.jit
@@ -61,14 +66,14 @@ def _exp_minus_one_minus_series(x):
 
 
 @triton.jit
-def exp_minus_one_minus(x):
+def exp_minus_one_minus(x, exp_x):
     """exp(x) - 1 - x without cancellation."""
-    return tl.where(tl.abs(x) < 0.5, _exp_minus_one_minus_series(x), exp(x) - 1.0 - x)
+    return tl.where(tl.abs(x) < 0.5, _exp_minus_one_minus_series(x), exp_x - 1.0 - x)
 
 
 @triton.jit
-def expm1(x):
-    return tl.where(tl.abs(x) < 0.5, x + _exp_minus_one_minus_series(x), exp(x) - 1.0)
+def expm1(x, exp_x):
+    return tl.where(tl.abs(x) < 0.5, x + _exp_minus_one_minus_series(x), exp_x - 1.0)
 
 
 @triton.jit
@@ -141,26 +146,63 @@ def bound_gradient(dlogvar, logvar, low, high, BOUNDED: tl.constexpr, LIVE: tl.c
 
 
 @triton.jit
-def kl_terms(mu, logvar):
-    """KL(N(mu, exp(logvar)) || N(0, 1))."""
-    return 0.5 * (exp_minus_one_minus(logvar) + mu * mu)
+def kl_terms(mu, logvar, variance):
+    """KL(N(mu, variance) || N(0, 1)), variance = exp(logvar)."""
+    return 0.5 * (exp_minus_one_minus(logvar, variance) + mu * mu)
 
 
 @triton.jit
-def kl_terms_gradient(mu, logvar):
-    return mu, 0.5 * expm1(logvar)
+def kl_terms_gradient(mu, logvar, variance):
+    return mu, 0.5 * expm1(logvar, variance)
 
 
 @triton.jit
 def kl_terms_prior(mu, logvar, prior_mu, prior_logvar):
-    difference = mu - prior_mu
-    return 0.5 * (exp_minus_one_minus(logvar - prior_logvar) + difference * difference * exp(-prior_logvar))
+    difference, x = mu - prior_mu, logvar - prior_logvar
+    return 0.5 * (exp_minus_one_minus(x, exp(x)) + difference * difference * exp(-prior_logvar))
 
 
 @triton.jit
 def kl_terms_prior_gradient(mu, logvar, prior_mu, prior_logvar):
     """In mu, logvar and prior_logvar; in prior_mu it is that in mu with the sign turned."""
-    difference = mu - prior_mu
+    difference, x = mu - prior_mu, logvar - prior_logvar
     dmu = difference * exp(-prior_logvar)
-    dlogvar = 0.5 * expm1(logvar - prior_logvar)
+    dlogvar = 0.5 * expm1(x, exp(x))
     return dmu, dlogvar, -dlogvar - 0.5 * difference * dmu
+
+
+@triton.jit
+def _box_muller(word_0, word_1):
+    """Two 32-bit words -> two standard normals: radius sqrt(-2 ln u), u = (word_0 + 1/2) / 2^32, angle 2 pi word_1 / 2^32.
+
+    The angle's quadrant is its two highest bits (rounded), so that sine and cosine are short polynomials on
+    [-pi/4, pi/4] (coefficients: Cephes, single precision) without the range reduction of tl.cos.
+    """
+    radius = tl.sqrt(-2.0 * tl.log(word_0.to(tl.float32) * 2.0**-32 + 2.0**-33))
+    rounded = word_1 + 0x20000000
+    quadrant = rounded >> 30
+    angle = ((rounded & 0x3FFFFFFF).to(tl.int32) - 0x20000000).to(tl.float32) * (1.5707963267948966 * 2.0**-30)
+    square = angle * angle
+    sine = angle + angle * square * (-1.6666654611e-1 + square * (8.3321608736e-3 + square * -1.9515295891e-4))
+    cosine = 1.0 + square * (-0.5 + square * (4.166664568e-2 + square * (-1.388731625e-3 + square * 2.443315712e-5)))
+    swap = (quadrant & 1) != 0
+    x, y = tl.where(swap, sine, cosine), tl.where(swap, cosine, sine)
+    x = tl.where(((quadrant + 1) & 2) != 0, -x, x)
+    y = tl.where((quadrant & 2) != 0, -y, y)
+    return radius * x, radius * y
+
+
+@triton.jit
+def normals(seed, group, sample, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Standard normals [ROWS, COLUMNS] in float32, four for each Philox call.
+
+    group is [ROWS, COLUMNS / 4], int64: element i of a sample takes normal i % 4 of the counter (i // 4, sample), as
+    fastkl.reference.normal_noise says.
+    """
+    zero = (group * 0).to(tl.uint32)
+    low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
+    word_0, word_1, word_2, word_3 = tl.philox(seed, low, high, zero + sample, zero)
+    normal_0, normal_1 = _box_muller(word_0, word_1)
+    normal_2, normal_3 = _box_muller(word_2, word_3)
+    # join adds a last dimension: [..., i, j] is normal 2 i + j, and four neighbours stay in one thread.
+    return tl.join(tl.join(normal_0, normal_2), tl.join(normal_1, normal_3)).reshape(ROWS, COLUMNS)

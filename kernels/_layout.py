@@ -118,3 +118,9 @@ def unpack(q: list[torch.Tensor], packed_dim: int) -> list[torch.Tensor]:
 
 def is_bounded(low: float, high: float) -> bool:
     return low > float("-inf") or high < float("inf")
+
+
+def share(total: int, block: int, programs: int) -> tuple[int, int]:
+    """(length, count): `total` cut into at most `programs` equal lengths, each a multiple of `block`."""
+    length = max(1, cdiv(cdiv(total, max(1, programs)), block)) * block
+    return length, max(1, cdiv(total, length))

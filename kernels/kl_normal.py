@@ -9,6 +9,7 @@ import triton.language as tl
 from fastkl.kernels._device import (
     bound,
     bound_gradient,
+    exp,
     kl_terms,
     kl_terms_gradient,
     kl_terms_prior,
@@ -18,7 +19,17 @@ from fastkl.kernels._device import (
     to_logvar,
     to_logvar_gradient,
 )
-from fastkl.kernels._layout import NO_STRIDES, cdiv, compute_dtype, finish, fit, is_bounded, next_power_of_2, unpack
+from fastkl.kernels._layout import (
+    NO_STRIDES,
+    cdiv,
+    compute_dtype,
+    finish,
+    fit,
+    is_bounded,
+    next_power_of_2,
+    share,
+    unpack,
+)
 
 # Programs that fill a large GPU several times over; fixed, so that the order of summation does not depend on the chip.
 PROGRAMS = 1024
@@ -37,12 +48,6 @@ def blocks(rows: int, columns: int, itemsize: int, tensors: int) -> dict[str, in
     return {"ROWS": min(tile // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": 4}
 
 
-def share(total: int, block: int, programs: int) -> tuple[int, int]:
-    """(length, count): `total` cut into at most `programs` equal lengths, each a multiple of `block`."""
-    length = max(1, cdiv(cdiv(total, max(1, programs)), block)) * block
-    return length, max(1, cdiv(total, length))
-
-
 @triton.jit
 def kl_normal_fwd_kernel(
     mu, parameter, prior_mu, prior_logvar, kl, shape, strides, columns_per_program, splits, low, high,
@@ -55,6 +60,7 @@ def kl_normal_fwd_kernel(
     first = split * columns_per_program
     last = tl.minimum(first + columns_per_program, columns)
     dtype: tl.constexpr = kl.dtype.element_ty
+    kl += split.to(tl.int64) * rows + row
     total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
     for start in range(first, last, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
@@ -64,13 +70,13 @@ def kl_normal_fwd_kernel(
         v = tl.load(parameter + tile(row, column, shape, strides[1], NESTED), mask, other=1.0).to(dtype)
         logvar = bound(to_logvar(v, SCALE), low, high, BOUNDED)
         if prior_mu is None:
-            terms = kl_terms(m, logvar)
+            terms = kl_terms(m, logvar, exp(logvar))
         else:
             pm = tl.load(prior_mu + tile(row, column, shape, strides[2], NESTED), mask, other=1.0).to(dtype)
             pv = tl.load(prior_logvar + tile(row, column, shape, strides[3], NESTED), mask, other=1.0).to(dtype)
             terms = kl_terms_prior(m, logvar, pm, pv)
-        total += tl.where(mask, terms, 0.0)
-    tl.store(kl + split.to(tl.int64) * rows + row, tl.sum(total, axis=1), mask=row < rows)
+        total = tl.where(mask, total + terms, total)
+    tl.store(kl, tl.sum(total, axis=1), mask=row < rows)
 
 
 @triton.jit
@@ -105,7 +111,7 @@ def kl_normal_bwd_kernel(
         raw = to_logvar(v, SCALE)
         logvar = bound(raw, low, high, BOUNDED)
         if prior_mu is None:
-            gradient_mu, gradient_logvar = kl_terms_gradient(m, logvar)
+            gradient_mu, gradient_logvar = kl_terms_gradient(m, logvar, exp(logvar))
         else:
             pm = tl.load(prior_mu + tile(row, column, shape, strides[3], NESTED), mask, other=1.0).to(dtype)
             pv = tl.load(prior_logvar + tile(row, column, shape, strides[4], NESTED), mask, other=1.0).to(dtype)

@@ -116,6 +116,10 @@ def batch_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
+def batch_first_all(tensors, dims, size: int) -> list[Tensor]:
+    return [batch_first(tensor, dim, size) for tensor, dim in zip(tensors, dims) if tensor is not None]
+
+
 def match(gradient: Tensor, like: Tensor) -> Tensor:
     """`gradient` in the dtype and memory layout that the fakes promise: torch.empty_like(like)."""
     out = torch.empty_like(like)
@@ -151,3 +155,13 @@ def check_prior_fits(shape: torch.Size, **prior: Tensor | None) -> None:
         sizes = zip(reversed(tensor.shape), reversed(shape))
         if tensor.dim() > len(shape) or any(size not in (1, full) for size, full in sizes):
             raise ValueError(f"{name} {tuple(tensor.shape)} does not broadcast to the posterior's shape {tuple(shape)}")
+
+
+def event_ndim_of_datum(event_ndim: int | None, shape: torch.Size) -> int:
+    """event_ndim, checked; None stands for every dimension after the first, which is the batch."""
+    if event_ndim is None and len(shape) < 2:
+        raise ValueError(
+            f"event_ndim must be given for the broadcast shape {tuple(shape)}: without it the first dimension is the "
+            "batch, and none is left to sum"
+        )
+    return check_event_ndim(len(shape) - 1 if event_ndim is None else event_ndim, len(shape), f"the shape {tuple(shape)}")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
+from fastkl.ops._gradients import normal_gradients, unpack
 from fastkl.ops._register import needs_closed_form, register
 from fastkl.reference import SoftBounds
 
@@ -15,29 +16,14 @@ from fastkl.reference import SoftBounds
 _SETTINGS = "int packed_dim, Tensor[] prior, int event_ndim, str scale, float low, float high, bool live"
 
 
-def _unpack(q: list[Tensor], packed_dim: int) -> list[Tensor]:
-    return q if len(q) == 2 else list(q[0].chunk(2, packed_dim))
-
-
 def _forward(q, packed_dim, prior, event_ndim, scale, low, high, live) -> Tensor:
     bounds = arguments.as_bounds(low, high, live)
-    return reference.kl_normal(*_unpack(q, packed_dim), *prior, event_ndim=event_ndim, scale=scale, bounds=bounds)
+    return reference.kl_normal(*unpack(q, packed_dim), *prior, event_ndim=event_ndim, scale=scale, bounds=bounds)
 
 
 def _gradients(dkl, q, packed_dim, prior, event_ndim, scale, low, high, live) -> list[Tensor]:
-    """Closed form in differentiable torch ops, one gradient for each tensor of q and prior."""
-    inputs = [*_unpack(q, packed_dim), *prior]
-    dtype = reference.compute_dtype(*inputs)
-    mu, parameter, *rest = (tensor.to(dtype) for tensor in inputs)
     bounds = arguments.as_bounds(low, high, live)
-    raw = reference.to_logvar(parameter, scale)
-    dmu, dlogvar, dprior_logvar = reference.kl_terms_gradient(mu, reference.bound(raw, bounds), *rest)
-    dkl = dkl.to(dtype).reshape(*dkl.shape, *[1] * event_ndim)
-    dparameter = reference.bound_gradient(dkl * dlogvar, raw, bounds) * reference.to_logvar_gradient(parameter, scale)
-    dmu = dkl * dmu
-    dq = [dmu, dparameter] if len(q) == 2 else [torch.cat([dmu, dparameter], packed_dim)]
-    dprior = [gradient.sum_to_size(p.shape) for gradient, p in zip((-dmu, dkl * dprior_logvar), prior)]
-    return [gradient.to(tensor.dtype) for gradient, tensor in zip(dq + dprior, [*q, *prior])]
+    return normal_gradients(q, packed_dim, prior, scale, bounds, dkl=dkl.reshape(*dkl.shape, *[1] * event_ndim))
 
 
 def _backward(dkl, q, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient) -> list[Tensor]:
@@ -47,7 +33,7 @@ def _backward(dkl, q, packed_dim, prior, event_ndim, scale, low, high, live, pri
 
 
 def _fake_forward(q, packed_dim, prior, event_ndim, scale, low, high, live) -> Tensor:
-    shape = _unpack(q, packed_dim)[0].shape
+    shape = unpack(q, packed_dim)[0].shape
     return q[0].new_empty(shape[: len(shape) - event_ndim], dtype=reference.compute_dtype(*q, *prior))
 
 
@@ -96,12 +82,8 @@ class _KLNormal(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, mu, parameter, prior_mu, prior_logvar, packed_dim, event_ndim, *settings):
-        q = [
-            arguments.batch_first(tensor, dim, info.batch_size)
-            for tensor, dim in zip((mu, parameter), in_dims)
-            if tensor is not None
-        ]
-        shape = _unpack(q, packed_dim + 1)[0].shape
+        q = arguments.batch_first_all((mu, parameter), in_dims, info.batch_size)
+        shape = unpack(q, packed_dim + 1)[0].shape
         prior = arguments.batch_first_prior((prior_mu, prior_logvar), in_dims[2:4], shape, event_ndim)
         return _KLNormal.apply(*q, *[None] * (2 - len(q)), *prior, packed_dim + 1, event_ndim, *settings), 0
 

@@ -1,0 +1,176 @@
+"""Reparameterised sampling and the KL in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkl import reference
+from fastkl.ops import _arguments as arguments
+from fastkl.ops import _sampling as sampling
+from fastkl.ops._gradients import normal_gradients, unpack
+from fastkl.ops._register import needs_closed_form, register
+from fastkl.reference import SoftBounds
+
+# As in kl_normal; exactly one of seed (int64, no dimensions) and eps ([L, *shape], or [*shape] without num_samples).
+_SETTINGS = (
+    "Tensor[] q, Tensor? seed, Tensor? eps, int? num_samples, int packed_dim, Tensor[] prior, int event_ndim, "
+    "str scale, float low, float high, bool live"
+)
+
+
+def _forward(q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live):
+    settings = {"scale": scale, "bounds": arguments.as_bounds(low, high, live)}
+    mu, parameter = unpack(q, packed_dim)
+    drawn = {"num_samples": num_samples, "seed": seed, "eps": eps}
+    z, kl = reference.rsample_kl(mu, parameter, *prior, event_ndim=event_ndim, **drawn, **settings)
+    return (arguments.match(z, mu) if num_samples is None and z.dtype == mu.dtype else z), kl
+
+
+def _gradients(dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live):
+    eps = None if dz is None else sampling.noise(q, packed_dim, seed, eps, num_samples)
+    dkl = 0.0 if dkl is None else dkl.reshape(*dkl.shape, *[1] * event_ndim)
+    bounds = arguments.as_bounds(low, high, live)
+    return normal_gradients(q, packed_dim, prior, scale, bounds, dkl=dkl, dz=dz, eps=eps)
+
+
+def _backward(
+    dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient
+):  # fmt: skip
+    wanted = [*q, *prior] if prior_gradient else list(q)
+    gradients = _gradients(
+        dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live
+    )  # fmt: skip
+    return [arguments.match(gradient, tensor) for gradient, tensor in zip(gradients, wanted)]
+
+
+def _fake_forward(q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live):
+    mu, parameter = unpack(q, packed_dim)
+    dtype = torch.promote_types(mu.dtype, parameter.dtype)
+    z = torch.empty_like(mu, dtype=dtype) if num_samples is None else mu.new_empty((num_samples, *mu.shape), dtype=dtype)
+    return z, mu.new_empty(mu.shape[: mu.dim() - event_ndim], dtype=reference.compute_dtype(*q, *prior))
+
+
+def _fake_backward(
+    dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient
+):  # fmt: skip
+    return [torch.empty_like(tensor) for tensor in ([*q, *prior] if prior_gradient else q)]
+
+
+rsample_kl_fwd = register(
+    f"rsample_kl_fwd({_SETTINGS}) -> (Tensor, Tensor)",
+    closed_form=_forward,
+    fake=_fake_forward,
+    kernel="rsample_kl.fwd",
+)
+rsample_kl_bwd = register(
+    f"rsample_kl_bwd(Tensor? dz, Tensor? dkl, {_SETTINGS}, bool prior_gradient) -> Tensor[]",
+    closed_form=_backward,
+    fake=_fake_backward,
+    kernel="rsample_kl.bwd",
+)
+
+
+class _RsampleKL(torch.autograd.Function):
+    @staticmethod
+    def forward(mu, parameter, prior_mu, prior_logvar, eps, seed, num_samples, packed_dim, *settings):
+        q = [mu] if parameter is None else [mu, parameter]
+        prior = [] if prior_mu is None else [prior_mu, prior_logvar]
+        return rsample_kl_fwd(q, seed, eps, num_samples, packed_dim, prior, *settings)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:6])
+        ctx.settings = inputs[6:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dz, dkl):
+        mu, parameter, prior_mu, prior_logvar, eps, seed = ctx.saved_tensors
+        num_samples, packed_dim, event_ndim, scale, *bounds = ctx.settings
+        if dz is None and dkl is None:
+            return (None,) * (6 + len(ctx.settings))
+        q = [mu] if parameter is None else [mu, parameter]
+        prior = [] if prior_mu is None else [prior_mu, prior_logvar]
+        values = (dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, *bounds)
+        if needs_closed_form(*(d for d in (dz, dkl) if d is not None)):
+            gradients = _gradients(*values)
+        else:
+            gradients = rsample_kl_bwd(*values, any(ctx.needs_input_grad[2:4]))
+        dq, dprior = gradients[: len(q)], gradients[len(q) :]
+        deps = None
+        if ctx.needs_input_grad[4] and dz is not None:
+            deps = sampling.noise_gradient(dz, q, packed_dim, eps, scale, arguments.as_bounds(*bounds))
+        padding = [None] * (1 + len(ctx.settings))
+        return (*dq, *[None] * (2 - len(dq)), *dprior, *[None] * (2 - len(dprior)), deps, *padding)
+
+    @staticmethod
+    def vmap(info, in_dims, mu, parameter, prior_mu, prior_logvar, eps, seed, num_samples, packed_dim, event_ndim, *rest):
+        q = arguments.batch_first_all((mu, parameter), in_dims, info.batch_size)
+        shape = unpack(q, packed_dim + 1)[0].shape
+        prior = arguments.batch_first_prior((prior_mu, prior_logvar), in_dims[2:4], shape, event_ndim)
+        dims = (in_dims[5], in_dims[4])
+        seed, eps = sampling.batch_noise(info, q, packed_dim + 1, dims, seed, eps, num_samples)
+        parameter = q[1] if len(q) == 2 else None
+        settings = (num_samples, packed_dim + 1, event_ndim, *rest)
+        outputs = _RsampleKL.apply(q[0], parameter, *prior, eps, seed, *settings)
+        return outputs, (0 if num_samples is None else 1, 0)
+
+
+def rsample_kl_packed(
+    head: Tensor, dim: int, prior_mu: Tensor | None = None, prior_logvar: Tensor | None = None, *,
+    event_ndim: int, num_samples: int | None = None, seed: int | Tensor | None = None, eps: Tensor | None = None,
+    scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """rsample_kl(*head.chunk(2, dim), ...) whose gradient is one packed tensor, written by the kernel itself."""
+    arguments.check_tensors(head=head, prior_mu=prior_mu, prior_logvar=prior_logvar, eps=eps)
+    dim = arguments.check_packed(head, dim)
+    shape = head.chunk(2, dim)[0].shape
+    arguments.check_event_ndim(event_ndim, head.dim(), "head")
+    arguments.check_prior_fits(shape, prior_mu=prior_mu, prior_logvar=prior_logvar)
+    prior = arguments.expand_prior(prior_mu, prior_logvar, head, shape, event_ndim)
+    settings = (dim, event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
+    seed, eps = sampling.check_noise(seed, eps, num_samples, shape, head.device)
+    return _RsampleKL.apply(head, None, *prior, eps, seed, num_samples, *settings)
+
+
+def rsample_kl(
+    mu: Tensor, logvar: Tensor, prior_mu: Tensor | None = None, prior_logvar: Tensor | None = None, *,
+    event_ndim: int = 1, num_samples: int | None = None, seed: int | Tensor | None = None, eps: Tensor | None = None,
+    scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A reparameterised sample and the KL divergence in one pass over the parameters.
+
+    z = mu + exp(logvar / 2) eps, eps ~ N(0, I);  kl as `fastkl.kl_normal`, in nats
+
+    Args:
+        mu, logvar, prior_mu, prior_logvar, event_ndim, scale, bounds: as for `fastkl.kl_normal`; bounds hold for the
+            sample's sigma too.
+        num_samples: L samples of each posterior, [L, *batch, *event]; None for one without that dimension.
+        seed: an int, or an int64 tensor without dimensions on mu's device: the same seed gives the same noise on every
+            device and for every dtype (to rounding). Default: drawn from torch's generator of that device, so
+            torch.manual_seed reproduces a run.
+        eps: the caller's own noise instead, of the samples' shape (quasi-Monte-Carlo, exact comparisons).
+
+    Returns:
+        (z, kl): z in the parameters' dtype, [*batch, *event] or [L, *batch, *event]; kl [*batch] as from kl_normal.
+        The noise is Philox, drawn in the kernel and again in its backward pass; only the 8-byte seed is kept.
+
+    Raises:
+        TypeError, ValueError: as kl_normal; seed and eps together, an eps or seed of another shape, num_samples < 1.
+
+    Source: Kingma and Welling 2014, arXiv:1312.6114, section 2.4; Salmon et al. 2011, "Parallel random numbers: as easy
+        as 1, 2, 3" (Philox4x32-10).
+
+    >>> import torch, fastkl
+    >>> z, kl = fastkl.rsample_kl(torch.zeros(2, 3), torch.zeros(2, 3), num_samples=5, seed=0)
+    >>> z.shape, kl
+    (torch.Size([5, 2, 3]), tensor([0., 0.]))
+    """
+    arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar, eps=eps)
+    shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
+    arguments.check_event_ndim(event_ndim, len(shape), f"the broadcast shape {tuple(shape)}")
+    prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
+    settings = (-1, event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
+    seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
+    return _RsampleKL.apply(mu.expand(shape), logvar.expand(shape), *prior, eps, seed, num_samples, *settings)

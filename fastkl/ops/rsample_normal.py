@@ -1,0 +1,135 @@
+"""Reparameterised sampling from a diagonal Gaussian."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkl import reference
+from fastkl.ops import _arguments as arguments
+from fastkl.ops import _sampling as sampling
+from fastkl.ops._gradients import normal_gradients, unpack
+from fastkl.ops._register import needs_closed_form, register
+from fastkl.reference import SoftBounds
+
+# As in rsample_kl, without an event or a prior.
+_SETTINGS = (
+    "Tensor[] q, Tensor? seed, Tensor? eps, int? num_samples, int packed_dim, str scale, float low, float high, bool live"
+)
+
+
+def _forward(q, seed, eps, num_samples, packed_dim, scale, low, high, live) -> Tensor:
+    mu, parameter = unpack(q, packed_dim)
+    settings = {"scale": scale, "bounds": arguments.as_bounds(low, high, live)}
+    z = reference.rsample_normal(mu, parameter, num_samples=num_samples, seed=seed, eps=eps, **settings)
+    return arguments.match(z, mu) if num_samples is None and z.dtype == mu.dtype else z
+
+
+def _gradients(dz, q, seed, eps, num_samples, packed_dim, scale, low, high, live) -> list[Tensor]:
+    eps = sampling.noise(q, packed_dim, seed, eps, num_samples)
+    return normal_gradients(q, packed_dim, [], scale, arguments.as_bounds(low, high, live), dz=dz, eps=eps)
+
+
+def _backward(dz, q, *settings) -> list[Tensor]:
+    return [arguments.match(gradient, tensor) for gradient, tensor in zip(_gradients(dz, q, *settings), q)]
+
+
+def _fake_forward(q, seed, eps, num_samples, packed_dim, scale, low, high, live) -> Tensor:
+    mu, parameter = unpack(q, packed_dim)
+    dtype = torch.promote_types(mu.dtype, parameter.dtype)
+    return torch.empty_like(mu, dtype=dtype) if num_samples is None else mu.new_empty((num_samples, *mu.shape), dtype=dtype)
+
+
+def _fake_backward(dz, q, *settings) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor in q]
+
+
+rsample_normal_fwd = register(
+    f"rsample_normal_fwd({_SETTINGS}) -> Tensor",
+    closed_form=_forward,
+    fake=_fake_forward,
+    kernel="rsample_normal.fwd",
+)
+rsample_normal_bwd = register(
+    f"rsample_normal_bwd(Tensor dz, {_SETTINGS}) -> Tensor[]",
+    closed_form=_backward,
+    fake=_fake_backward,
+    kernel="rsample_normal.bwd",
+)
+
+
+class _RsampleNormal(torch.autograd.Function):
+    @staticmethod
+    def forward(mu, parameter, eps, seed, *settings):
+        return rsample_normal_fwd([mu] if parameter is None else [mu, parameter], seed, eps, *settings)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:4])
+        ctx.settings = inputs[4:]
+
+    @staticmethod
+    def backward(ctx, dz):
+        mu, parameter, eps, seed = ctx.saved_tensors
+        num_samples, packed_dim, scale, *bounds = ctx.settings
+        q = [mu] if parameter is None else [mu, parameter]
+        closed = needs_closed_form(dz)
+        dq = (_gradients if closed else rsample_normal_bwd)(dz, q, seed, eps, *ctx.settings)
+        deps = None
+        if ctx.needs_input_grad[2]:
+            deps = sampling.noise_gradient(dz, q, packed_dim, eps, scale, arguments.as_bounds(*bounds))
+        return (*dq, *[None] * (2 - len(dq)), deps, *[None] * (1 + len(ctx.settings)))
+
+    @staticmethod
+    def vmap(info, in_dims, mu, parameter, eps, seed, num_samples, packed_dim, *settings):
+        q = arguments.batch_first_all((mu, parameter), in_dims, info.batch_size)
+        dims = (in_dims[3], in_dims[2])
+        seed, eps = sampling.batch_noise(info, q, packed_dim + 1, dims, seed, eps, num_samples)
+        parameter = q[1] if len(q) == 2 else None
+        z = _RsampleNormal.apply(q[0], parameter, eps, seed, num_samples, packed_dim + 1, *settings)
+        return z, 0 if num_samples is None else 1
+
+
+def rsample_normal_packed(
+    head: Tensor, dim: int, *, num_samples: int | None = None, seed: int | Tensor | None = None,
+    eps: Tensor | None = None, scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
+) -> Tensor:  # fmt: skip
+    """rsample_normal(*head.chunk(2, dim), ...) whose gradient is one packed tensor, written by the kernel itself."""
+    arguments.check_tensors(head=head, eps=eps)
+    dim = arguments.check_packed(head, dim)
+    settings = (dim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
+    seed, eps = sampling.check_noise(seed, eps, num_samples, head.chunk(2, dim)[0].shape, head.device)
+    return _RsampleNormal.apply(head, None, eps, seed, num_samples, *settings)
+
+
+def rsample_normal(
+    mu: Tensor, logvar: Tensor, *, num_samples: int | None = None, seed: int | Tensor | None = None,
+    eps: Tensor | None = None, scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
+) -> Tensor:  # fmt: skip
+    """A reparameterised sample of a diagonal Gaussian.
+
+    z = mu + exp(logvar / 2) eps, eps ~ N(0, I)
+
+    Args:
+        mu, logvar: mean and log-variance (or what `scale` says), of any shapes that broadcast.
+        num_samples, seed, eps, scale, bounds: as for `fastkl.rsample_kl`, which with the same seed draws the same z.
+
+    Returns:
+        z in the parameters' dtype, [*shape], or [num_samples, *shape]. Only the 8-byte seed is kept beyond the inputs.
+
+    Raises:
+        TypeError, ValueError: as rsample_kl.
+
+    Source: Kingma and Welling 2014, arXiv:1312.6114, section 2.4; Salmon et al. 2011 (Philox4x32-10).
+
+    >>> import torch, fastkl
+    >>> _ = torch.manual_seed(0)
+    >>> z = fastkl.rsample_normal(torch.full((100_000,), 3.0), torch.zeros(1))
+    >>> f"{z.mean():.2f} {z.std():.2f}"
+    '3.00 1.00'
+    """
+    arguments.check_tensors(mu=mu, logvar=logvar, eps=eps)
+    shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
+    settings = (-1, arguments.check_scale(scale), *arguments.check_bounds(bounds))
+    seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
+    return _RsampleNormal.apply(mu.expand(shape), logvar.expand(shape), eps, seed, num_samples, *settings)
