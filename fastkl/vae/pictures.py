@@ -12,7 +12,7 @@ from torch import Tensor
 from fastkl.vae import streams
 from fastkl.vae.errors import require
 from fastkl.vae.evaluate import Evaluation
-from fastkl.vae.progress import spread
+from fastkl.vae.events import shades
 from fastkl.vae.train import Run
 
 # Paul Tol's muted scheme, made for readers with any kind of colour vision; the tenth is black. Markers tell groups
@@ -76,7 +76,7 @@ def reconstructions(run: Run, columns: int = 12) -> Any:
     figure, panels = new_figure(0.85 * max(columns, 8) + 0.6, 3.0 * max(columns, 8) / columns * 0.75, 2, columns)
     headline(figure, "Test images (top) and their reconstructions (bottom)")
     for row, pictures in zip(np.atleast_2d(panels), (x, run.vae.pictured(mean))):
-        for panel, picture in zip(row, spread(pictures, run.data)):
+        for panel, picture in zip(row, shades(pictures, run.data)):
             show(panel, picture)
     return figure
 
@@ -87,7 +87,7 @@ def samples(run: Run) -> Any:
     drawn = torch.cat([run.vae.pictured(part.to(run.device)).cpu() for part in noise.split(16)])
     figure, panels = new_figure(6.4, 6.8, side, side)
     headline(figure, "Samples: decoded draws from the prior")
-    for panel, picture in zip(panels.flat, spread(drawn, run.data)):
+    for panel, picture in zip(panels.flat, shades(drawn, run.data)):
         show(panel, picture)
     return figure
 

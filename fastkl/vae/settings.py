@@ -59,7 +59,7 @@ class Settings:
 
 # A data set may want other defaults than digits; options given by hand win over these.
 FOR_DATA = {
-    "mnist5k": {"hidden": 512, "latent": 20, "epochs": 100, "learning_rate": 1e-3, "threads": 0},
+    "mnist5k": {"hidden": 512, "latent": 20, "epochs": 40, "learning_rate": 1e-3, "threads": 0},
     "pbmc": {"hidden": 128, "latent": 10, "epochs": 60, "learning_rate": 1e-3},
 }
 FOR_PRESET = {

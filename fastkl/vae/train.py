@@ -132,7 +132,7 @@ def batch(run: Run) -> tuple[Tensor, Tensor | None]:
             (run.batch_size, *run.vae.latent_shape), generator=streams.generator(settings.seed, "noise", run.step)
         )
         eps = ranks.share(drawn).to(run.device)
-    torch.manual_seed(streams.seed_for(settings.seed, "noise", run.step, ranks.rank))
+    torch.manual_seed(streams.seed_for(settings.seed, "step", run.step, ranks.rank))
     return x, eps
 
 

@@ -1,0 +1,139 @@
+"""Checkpoints: whatever goes wrong, the last good one is untouched, and the reason is said in one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+
+import pytest
+import torch
+from vae_helpers import BARE, command, refused, run, train
+
+from fastkl.vae import checkpoint
+from fastkl.vae import train as loop
+from fastkl.vae.errors import UserError
+
+FILE = checkpoint.NAME
+
+
+@pytest.fixture
+def good(tmp_path, capsys):
+    """A run folder that holds a checkpoint at step 12."""
+    assert train(tmp_path / "run", *BARE, "--schedule", "constant") == 0
+    capsys.readouterr()
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_full_disk_keeps_the_last_checkpoint(good, capsys, monkeypatch, call):
+    before = (good / FILE).read_bytes()
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    assert "the disk is full" in refused(capsys, good, "--resume", "--steps", "16")
+    assert (good / FILE).read_bytes() == before
+    assert sorted(item.name for item in good.iterdir()) == [FILE], "a half-written file was left behind"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs resource limits")
+def test_file_that_cannot_grow_keeps_the_last_checkpoint(good, capsys):
+    """Not a pretended error: the system itself refuses to write more than 4 kB to a file."""
+    import resource
+
+    before = (good / FILE).read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        error = refused(capsys, good, "--resume", "--steps", "16")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert FILE in error
+    assert (good / FILE).read_bytes() == before
+    assert train(good, *BARE, "--resume", "--schedule", "constant", "--steps", "16") == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs resource limits")
+def test_full_disk_ends_without_a_traceback_with_tensorboard_too(good):
+    limit = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); from fastkl.vae.cli import main"
+    )
+    options = ["train", "--out", str(good), "--resume", "--steps", "16"]
+    done = run([command()[0], "-c", f"{limit}; sys.exit(main({options!r}))"])
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert checkpoint.load(good)["step"] == 12
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "pickle", "tensor", "another shape"])
+def test_damaged_checkpoint_is_refused(good, capsys, damage, tmp_path):
+    path, trap = good / FILE, tmp_path / "trap"
+    content = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "foreign":
+        path.write_bytes(b"this is a letter, not a checkpoint" * 50)
+    elif damage == "pickle":
+        path.write_bytes(pickle.dumps(Trap(str(trap)), protocol=2))
+    elif damage == "tensor":
+        torch.save(torch.zeros(3), path)
+    else:
+        state = checkpoint.load(good)
+        state["model"]["encoder.1.weight"] = torch.zeros(2, 2)
+        checkpoint.save(good, state)
+    left = path.read_bytes()
+    error = refused(capsys, good, "--resume")
+    assert "checkpoint" in error
+    assert path.read_bytes() == left, "a damaged file is evidence; it is not for the run to remove"
+    assert not trap.exists(), "code from the checkpoint was run"
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_unwritable_folder_is_found_before_training(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "cannot write there" in refused(capsys, tmp_path / "file" / "run")
+    if os.name == "posix" and os.geteuid() != 0:
+        (tmp_path / "closed").mkdir(mode=0o500)
+        assert "cannot write there" in refused(capsys, tmp_path / "closed" / "run")
+
+
+def test_a_run_is_not_overwritten(good, capsys):
+    assert "holds a run" in refused(capsys, good)
+
+
+@pytest.mark.parametrize("what", ["loss", "weights"])
+def test_non_finite_values_never_reach_the_checkpoint(good, capsys, monkeypatch, what):
+    before = (good / FILE).read_bytes()
+    real = loop.batch
+
+    def spoiling(run):
+        if run.step == 14:
+            parameter = next(run.vae.parameters())
+            with torch.no_grad():
+                # The bias of an unused unit may be infinite while the loss is not: hence the look at the weights.
+                parameter[0].fill_(float("nan") if what == "loss" else float("-inf"))
+        return real(run)
+
+    monkeypatch.setattr(loop, "batch", spoiling)
+    assert "no longer finite" in refused(capsys, good, "--resume", "--steps", "16")
+    assert (good / FILE).read_bytes() == before
+
+
+def test_write_replaces_in_one_step(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    checkpoint.write(path, b"new")
+    assert path.read_bytes() == b"new"
+    with pytest.raises(UserError, match="untouched"):
+        checkpoint.write(tmp_path / "missing" / "x", b"new")

@@ -1,0 +1,123 @@
+"""The figures of the report, against a model whose log p(x) is known, and against torch.distributions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import distributions, nn
+
+from fastkl.vae import memory, streams
+from fastkl.vae.evaluate import evaluate, quick_elbo
+from fastkl.vae.model import VAE, build
+from fastkl.vae.settings import Settings
+
+CPU = torch.device("cpu")
+
+
+def linear_gaussian(features: int = 5, latent: int = 2) -> tuple[VAE, torch.Tensor, distributions.Distribution]:
+    """x = W z + b + 0.7 noise, so p(x) is normal; the encoder is near the true posterior, but not it."""
+    generator = torch.Generator().manual_seed(3)
+    weight, bias = torch.randn(features, latent, generator=generator), torch.randn(features, generator=generator)
+    decoder, encoder = nn.Linear(latent, features), nn.Linear(features, 2 * latent)
+    precision = torch.eye(latent) + weight.T @ weight / 0.49
+    mean = torch.linalg.solve(precision, weight.T / 0.49)
+    with torch.no_grad():
+        decoder.weight.copy_(weight)
+        decoder.bias.copy_(bias)
+        encoder.weight.copy_(torch.cat([mean, torch.zeros_like(mean)]))
+        encoder.bias.copy_(torch.cat([-mean @ bias, -precision.diagonal().log() + 0.2]))
+    vae = VAE(encoder, decoder, (features,), (latent,), "normal")
+    nn.init.constant_(vae.logvar, math.log(0.49))
+    marginal = distributions.MultivariateNormal(bias, weight @ weight.T + 0.49 * torch.eye(features))
+    return vae, marginal.sample((40,)), marginal
+
+
+def test_importance_weighted_estimate_meets_the_exact_log_prob():
+    torch.manual_seed(0)
+    vae, x, marginal = linear_gaussian()
+    result = evaluate(vae, x, samples=1000, seed=0, device=CPU)
+    exact = marginal.log_prob(x)
+    assert (result.log_prob - exact).abs().max() < 0.25
+    assert abs((result.log_prob - exact).mean()) < 0.02
+    assert result.elbo.mean() < exact.mean() - 0.02, "the ELBO is a lower bound, and this encoder is not the posterior"
+    with torch.no_grad():
+        q = vae.posterior(x)
+    prior = distributions.Normal(0.0, 1.0)
+    kl = distributions.kl_divergence(distributions.Normal(q.mean, (q.logvar / 2).exp()), prior)
+    torch.testing.assert_close(result.kl, kl.sum(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result.kl_per_dim, kl.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_samples_in_pieces_are_the_samples_at_once(monkeypatch):
+    """With a fixed z the estimate has a value that does not depend on how many samples are in memory."""
+    vae, x, _ = linear_gaussian()
+    with torch.no_grad():
+        vae.encoder.bias[2:].fill_(-40.0)  # the posterior's deviation is 2e-9: every draw is the mean
+    whole = evaluate(vae, x, samples=7, seed=0, device=CPU)
+    monkeypatch.setattr("fastkl.vae.evaluate.DECODED", 1)
+    monkeypatch.setattr("fastkl.vae.evaluate.ENCODED", 15)
+    pieces = evaluate(vae, x, samples=7, seed=0, device=CPU)
+    torch.testing.assert_close(whole.reconstruction, pieces.reconstruction, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole.kl_per_dim, pieces.kl_per_dim)
+
+
+def test_active_units_counts_dimensions_whose_mean_varies():
+    vae, x, _ = linear_gaussian()
+    assert evaluate(vae, x, samples=1, seed=0, device=CPU).active_units == 2
+    with torch.no_grad():
+        vae.encoder.weight[1].zero_()
+    assert evaluate(vae, x, samples=1, seed=0, device=CPU).active_units == 1
+
+
+def test_quick_elbo_is_the_elbo():
+    vae, _, marginal = linear_gaussian()
+    x = marginal.sample((1000,))
+    elbo, kl, reconstruction = quick_elbo(vae, x, 0, CPU)
+    result = evaluate(vae, x, samples=100, seed=1, device=CPU).figures()
+    assert elbo == pytest.approx(reconstruction - kl)
+    assert kl == pytest.approx(result["kl"], rel=1e-4)
+    assert elbo == pytest.approx(result["elbo"], abs=0.15)
+
+
+@pytest.mark.parametrize(("model", "latent_shape"), [("mlp", (3,)), ("conv", (3, 4, 4))])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "normal"])
+def test_models_against_torch_distributions(model, latent_shape, likelihood):
+    torch.manual_seed(0)
+    settings = Settings(model=model, latent=3, hidden=8, layers=1)
+    vae = build(settings, (1, 8, 8), likelihood)
+    x = torch.rand(4, 1, 8, 8)
+    posterior = vae.posterior(x)
+    assert vae.latent_shape == latent_shape
+    assert vae.encoder(x).shape == (4, 2 * latent_shape[0], *latent_shape[1:])
+    z = torch.randn(5, 4, *latent_shape)
+    output = vae.decode(z)
+    assert output.shape == (5, 4, 1, 8, 8)
+    oracle = (
+        output.sigmoid().log() * x + (-output).sigmoid().log() * (1 - x)
+        if likelihood == "bernoulli"
+        else distributions.Normal(output, 1.0).log_prob(x)
+    )
+    torch.testing.assert_close(vae.log_likelihood(z, x), oracle.flatten(2).sum(2), rtol=1e-5, atol=1e-4)
+    (vae.log_likelihood(z, x).mean() - posterior.kl().mean()).backward()
+    assert all(parameter.grad is not None for parameter in vae.encoder.parameters())
+
+
+def test_streams_depend_on_every_number():
+    seeds = {streams.seed_for(seed, what, step, rank)
+             for seed in (0, 1) for what in ("noise", "order") for step in (0, 1, 2) for rank in (0, 1)}  # fmt: skip
+    assert len(seeds) == 24
+    epoch = torch.cat([streams.batch_indices(0, step, 10, 3) for step in range(3)])
+    assert len(set(epoch.tolist())) == 9, "within an epoch no datum comes twice"
+    assert not streams.batch_indices(0, 3, 10, 3).equal(streams.batch_indices(0, 0, 10, 3))
+
+
+def test_loss_keeps_less_than_the_eager_one():
+    """The seed of the noise is 8 bytes; the eager formula keeps three tensors as large as the latent."""
+    shape = (16, 64, 64)
+    rows = memory.compare(shape, batch=2)["rows"]
+    latent = 2 * math.prod(shape) * 4 / memory.MIB
+    assert rows["eager"]["saved"] >= 3 * latent
+    assert rows["fastkl"]["saved"] < 0.01 * latent
+    assert rows["fastkl"]["peak"] < rows["eager"]["peak"]

@@ -1,0 +1,107 @@
+"""What a run leaves behind for a person to look at."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from vae_helpers import train
+
+from fastkl.vae import progress
+from fastkl.vae.pictures import plane, spaced
+
+pytest.importorskip("matplotlib")
+
+PICTURES = {"loss_curves", "reconstructions", "samples", "latent_space", "kl_per_dimension"}
+
+
+def test_report_holds_every_figure_and_needs_no_other_file(tmp_path, capsys):
+    assert train(tmp_path, "--no-tensorboard", "--importance-samples", "20") == 0
+    said = capsys.readouterr().out
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    for name in ("elbo", "kl", "reconstruction", "log_prob", "active_units"):
+        assert np.isfinite(metrics[name])
+    assert metrics["elbo"] == pytest.approx(metrics["reconstruction"] - metrics["kl"], abs=1e-3)
+    assert metrics["importance_samples"] == 20
+    assert len(metrics["history"]["train"]) == 4
+    assert {path.stem for path in (tmp_path / "pictures").glob("*.png")} == PICTURES
+    page = (tmp_path / "report.html").read_text()
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    files = {path.read_bytes() for path in (tmp_path / "pictures").glob("*.png")}
+    assert {base64.b64decode(image) for image in images} == files
+    assert page.count("src=") == len(images) == len(PICTURES)
+    assert "http" not in page
+    assert "href" not in page
+    for shown in ("ELBO", "log p(x)", "Reconstruction", "KL", "Active units", f"{metrics['elbo']:.2f}"):
+        assert shown in page
+        assert shown in said
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings["hidden"] == 16
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_vectors_without_labels_have_a_report_too(tmp_path):
+    """And whatever a file is called, its name is text in the page."""
+    path = tmp_path / "<b>x.npy"
+    np.save(path, np.random.default_rng(0).normal(size=(60, 7)))
+    assert (
+        train(
+            tmp_path / "run", "--no-tensorboard", "--importance-samples", "5", "--data", str(path), "--batch-size", "16"
+        )
+        == 0
+    )
+    assert {path.stem for path in (tmp_path / "run" / "pictures").glob("*.png")} == PICTURES - {
+        "reconstructions",
+        "samples",
+    }
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "&lt;b&gt;x.npy" in page
+    assert "<b>x" not in page
+
+
+def test_spatial_latent_reports_what_the_loss_costs(tmp_path, capsys):
+    """The large-latent preset, made smaller than it promises, so that it is quick."""
+    options = ("--preset", "large-latent", "--image-size", "16", "--steps", "2", "--test-data", "4", "--hidden", "8")
+    assert train(tmp_path, *options, "--no-tensorboard", "--importance-samples", "2") == 0
+    said = capsys.readouterr().out
+    rows = json.loads((tmp_path / "metrics.json").read_text())["loss_memory"]["rows"]
+    assert set(rows) == {"eager", "fastkl"}
+    assert rows["fastkl"]["saved"] <= rows["eager"]["saved"]
+    assert "kept" in said
+    assert "What the loss costs" in (tmp_path / "report.html").read_text()
+
+
+def test_bar_shows_elbo_kl_and_throughput(monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    run = types.SimpleNamespace(total_steps=10, batch_size=4, step=0)
+    with progress.Terminal(run, None) as display:
+        display.trained(5, -3.25, 1.5, -1.75)
+        display.stepped(5)
+        task = display.bar.tasks[0]
+        assert task.completed == 5
+        assert "ELBO -3.25  KL 1.50" in task.fields["text"]
+        assert re.search(r"[\d,]+/s$", task.fields["text"])
+
+
+def test_plane_is_the_principal_components():
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(30, 6, generator=generator) * torch.tensor([5.0, 3.0, 1.0, 0.5, 0.1, 0.0])
+    points, names = plane(means)
+    centred = means - means.mean(0)
+    left, values, _ = torch.linalg.svd(centred, full_matrices=False)
+    torch.testing.assert_close(points.abs(), (left * values)[:, :2].abs(), rtol=1e-4, atol=1e-4)
+    assert f"{100 * values[0] ** 2 / (values**2).sum():.0f} %" in names[0]
+    assert plane(means[:, :2])[0].equal(means[:, :2])
+
+
+def test_names_do_not_hide_one_another():
+    places = spaced(np.array([[0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]), np.array([2.0, 2.0]))
+    assert np.linalg.norm(places[0] - places[1]) > 0.1
+    assert np.allclose(places[2], 1.0)
