@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 NO_STRIDES = (0, 0, 0, 0)  # of a tensor that is not there
 
 

@@ -5,36 +5,34 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
-from fastkl.kernels._device import exp, log1p, offsets, tile
+from fastkl.kernels._device import log1p, offsets, tile
 from fastkl.kernels._layout import NO_STRIDES, cdiv, compute_dtype, finish, fit, next_power_of_2, share
 
 # Programs that fill a large GPU several times over; fixed, so that the order of summation does not depend on the chip.
 PROGRAMS = 1024
-# Bytes of tiles that one program reads, both tensors together: 128 in flight for each of its 128 threads.
-TILE_BYTES = 16384
-# Elements of a tile whose rows cannot be read 16 bytes at a time: every element then has an address and a mask.
+# Elements of a tile, 16 for each of 128 threads: more of them cost registers, and with these the programs that fit in.
+TILE = 2048
+# Where rows cannot be read 16 bytes at a time, every element has an address and a mask.
 ODD_TILE = 1024
 
 
-def blocks(rows: int, columns: int, element_bytes: int) -> dict[str, int]:
+def blocks(rows: int, columns: int) -> dict[str, int]:
     """A tile of rows x columns: short rows packed many to a program, long rows in runs."""
-    elements = TILE_BYTES // next_power_of_2(element_bytes) if columns % 16 == 0 else ODD_TILE
+    elements = TILE if columns % 16 == 0 else ODD_TILE
     block_columns = min(next_power_of_2(columns), elements)
     return {"ROWS": min(elements // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": 4}
 
 
 @triton.jit
 def bernoulli_terms(logits, x):
-    """x l - softplus(l) without overflow, and without cancellation where the logit says what x is (l > 0, x = 1)."""
-    step = tl.where(logits > 0.0, 1.0, 0.0)
-    return logits * (x - step) - log1p(exp(-tl.abs(logits)))
+    """x l - softplus(l) without overflow; fused, x l - max(l, 0) does not cancel where the logit is right about x."""
+    return tl.fma(x, logits, -tl.maximum(logits, 0.0)) - log1p(tl.exp(-tl.abs(logits)))
 
 
 @triton.jit
 def bernoulli_terms_gradient(logits, x):
     """In logits x - sigmoid(l), in the same two parts; in x it is the logit."""
-    u = exp(-tl.abs(logits))
+    u = tl.exp(-tl.abs(logits))
     opposite = u / (1.0 + u)  # the probability of what the logit's sign speaks against
     return tl.where(logits > 0.0, x - 1.0 + opposite, x - opposite)
 
@@ -90,7 +88,7 @@ def fwd(logits: torch.Tensor, x: torch.Tensor, event_ndim: int) -> torch.Tensor:
     batch = logits.shape[: logits.dim() - event_ndim]
     dtype = compute_dtype([logits, x])
     inputs, _, layout = fit([logits, x], [], event_ndim)
-    block = blocks(layout.rows, layout.columns, logits.itemsize + x.itemsize)
+    block = blocks(layout.rows, layout.columns)
     row_blocks = cdiv(layout.rows, block["ROWS"])
     columns_per_program, splits = share(layout.columns, block["COLUMNS"], PROGRAMS // max(1, row_blocks))
     log_prob = torch.empty((splits, layout.rows), dtype=dtype, device=logits.device)
@@ -111,7 +109,7 @@ def bwd(dlog_prob, logits, x, event_ndim: int, wanted: list[bool]) -> list[torch
     d = dlog_prob.to(compute_dtype([logits, x])).reshape(*dlog_prob.shape, *[1] * event_ndim).expand(logits.shape)
     inputs, launched, layout = fit([d, logits, x], gradients, event_ndim)
     outputs, strides = iter(launched), iter(layout.strides[3:])
-    block = blocks(layout.rows, layout.columns, logits.itemsize + x.itemsize)
+    block = blocks(layout.rows, layout.columns)
     column_blocks = cdiv(layout.columns, block["COLUMNS"])
     bernoulli_log_prob_bwd_kernel[(cdiv(layout.rows, block["ROWS"]) * column_blocks,)](
         *inputs, *(next(outputs) if want else None for want in wanted),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from fastkl.kernels._device import (
     bound,
     bound_gradient,
@@ -37,15 +36,18 @@ PROGRAMS = 1024
 SHARED_ROWS = 32
 # Bytes of tiles that one program reads, all tensors together: 128 in flight for each of its 128 threads.
 TILE_BYTES = 16384
+# Bytes of a row of a tall tile: whole cache lines, and narrow, so that many programs share the columns, few the rows.
+TALL_ROW_BYTES = 256
 # Elements of a tile whose rows cannot be read 16 bytes at a time: every element then has an address and a mask.
 ODD_TILE = 1024
 
 
-def blocks(rows: int, columns: int, itemsize: int, tensors: int) -> dict[str, int]:
-    """A tile of rows x columns: short rows packed many to a program, long rows in runs."""
+def blocks(rows: int, columns: int, itemsize: int, tensors: int, *, tall: bool = False) -> dict[str, int]:
+    """A tile of rows x columns: short rows packed many to a program, long rows in runs; `tall` for sums over rows."""
     tile = TILE_BYTES // itemsize // next_power_of_2(tensors) if columns % 16 == 0 else ODD_TILE
-    block_columns = min(next_power_of_2(columns), tile)
-    return {"ROWS": min(tile // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": 4}
+    block_columns = min(next_power_of_2(columns), TALL_ROW_BYTES // itemsize if tall else tile)
+    block_rows = min(next_power_of_2(rows), tile // block_columns)
+    return {"ROWS": block_rows, "COLUMNS": min(next_power_of_2(columns), tile // block_rows), "num_warps": 4}
 
 
 @triton.jit
@@ -172,9 +174,9 @@ def launch_bwd(dkl, weight, q, packed_dim, prior, event_ndim, settings, prior_gr
     rows, columns = mu.shape[: mu.dim() - event_ndim].numel(), mu.shape[mu.dim() - event_ndim :].numel()
     if rows == 0 or columns == 0:
         return [gradient.zero_() for gradient in gradients]
-    block = blocks(rows, columns, mu.itemsize, 2 + len(prior))
-    column_blocks = cdiv(columns, block["COLUMNS"])
     shared = bool(prior_gradient and prior and prior[0].dim() < mu.dim())
+    block = blocks(rows, columns, mu.itemsize, 2 + len(prior), tall=shared or per_column)
+    column_blocks = cdiv(columns, block["COLUMNS"])
     if shared:
         rows_per_program, groups = share(rows, block["ROWS"], min(PROGRAMS // column_blocks, cdiv(rows, SHARED_ROWS)))
         partial = inputs[0].new_empty((groups, 2, *mu.shape[mu.dim() - event_ndim :]))

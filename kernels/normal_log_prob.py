@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from fastkl.kernels._device import exp, offsets, tile
 from fastkl.kernels._layout import NO_STRIDES, cdiv, compute_dtype, finish, fit, next_power_of_2, share
 
@@ -17,17 +16,17 @@ from fastkl.kernels._layout import NO_STRIDES, cdiv, compute_dtype, finish, fit,
 PROGRAMS = 1024
 # Rows that one program sums at least where the batch shares logvar: its partial sums stay a small part of the traffic.
 SHARED_ROWS = 32
-# Bytes of tiles that one program reads, all tensors together: 128 in flight for each of its 128 threads.
-TILE_BYTES = 16384
-# Elements of a tile whose rows cannot be read 16 bytes at a time: every element then has an address and a mask.
+# Elements of a tile, 16 for each of 128 threads: more of them cost registers, and with these the programs that fit in.
+TILE = 2048
+# Where rows cannot be read 16 bytes at a time, every element has an address and a mask.
 ODD_TILE = 1024
 
 LN_2PI = tl.constexpr(1.8378770664093453)
 
 
-def blocks(rows: int, columns: int, element_bytes: int) -> dict[str, int]:
+def blocks(rows: int, columns: int) -> dict[str, int]:
     """A tile of rows x columns: short rows packed many to a program, long rows in runs."""
-    elements = TILE_BYTES // next_power_of_2(element_bytes) if columns % 16 == 0 else ODD_TILE
+    elements = TILE if columns % 16 == 0 else ODD_TILE
     block_columns = min(next_power_of_2(columns), elements)
     return {"ROWS": min(elements // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": 4}
 
@@ -40,27 +39,29 @@ def spread_of(logvar: torch.Tensor, x: torch.Tensor) -> str:
 
 
 @triton.jit
-def load_logvar(logvar, row, column, shape, strides, mask, SPREAD: tl.constexpr, NESTED: tl.constexpr):
-    """[ROWS, COLUMNS], [ROWS, 1] or [1, COLUMNS]. Masked values are 0, for a z of 0."""
-    if SPREAD == "row":
-        at = offsets(row, shape[1], strides[0], strides[1], NESTED % 2 == 1)
-        return tl.load(logvar + at, row < shape[0], other=0.0)[:, None]
-    if SPREAD == "shared":
-        at = offsets(column, shape[3], strides[2], strides[3], NESTED >= 2)
-        return tl.load(logvar + at, column < shape[2], other=0.0)[None, :]
-    return tl.load(logvar + tile(row, column, shape, strides, NESTED), mask, other=0.0)
+def load_rows(pointer, row, shape, strides, NESTED: tl.constexpr):
+    """One value for each row, [ROWS, 1]; 0 in rows that are not there."""
+    at = offsets(row, shape[1], strides[0], strides[1], NESTED % 2 == 1)
+    return tl.load(pointer + at, row < shape[0], other=0.0)[:, None]
 
 
 @triton.jit
-def standardise(x, mean, precision_root):
-    """z: a term of the sum is -1/2 (ln 2 pi + logvar + z^2). 1 / sigma^2 alone would overflow first."""
-    return (x - mean) * precision_root
+def load_tile(pointer, row, column, shape, strides, NESTED: tl.constexpr):
+    mask = (row < shape[0])[:, None] & (column < shape[2])[None, :]
+    return tl.load(pointer + tile(row, column, shape, strides, NESTED), mask, other=0.0)
 
 
 @triton.jit
-def normal_terms_gradient(z, precision_root):
-    """In mean, which is minus the one in x; in logvar it is (z^2 - 1) / 2, or the sum of that."""
-    return z * precision_root
+def standardise(x, mean, logvar):
+    """(z, 1 / sigma): an element's term is -1/2 (ln 2 pi + logvar + z^2). 1 / sigma^2 alone would overflow first."""
+    precision_root = exp(-0.5 * logvar)
+    return (x - mean) * precision_root, precision_root
+
+
+@triton.jit
+def standardise_gradient(z, precision_root):
+    """Of that term in mean and, times 2, in logvar; in x it is the one in mean with the sign turned."""
+    return z * precision_root, z * z - 1.0
 
 
 @triton.jit
@@ -69,33 +70,31 @@ def normal_log_prob_fwd_kernel(
     SPREAD: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """`splits` programs share each block of rows; log_prob is [splits, rows]."""
-    rows, columns = shape[0], shape[2]
+    rows = shape[0]
     split = tl.program_id(0) % splits
     row = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
     first = split * columns_per_program
-    last = tl.minimum(first + columns_per_program, columns)
+    last = tl.minimum(first + columns_per_program, shape[2])
     dtype: tl.constexpr = log_prob.dtype.element_ty
-    log_prob += split.to(tl.int64) * rows + row
+    constant = tl.zeros([ROWS], dtype=dtype) + LN_2PI
     if SPREAD == "row":
-        v = load_logvar(logvar, row, row, shape, strides[2], None, SPREAD, NESTED).to(dtype)
-        precision_root = exp(-0.5 * v)
+        row_logvar = load_rows(logvar, row, shape, strides[2], NESTED).to(dtype)
+        constant += tl.sum(row_logvar, axis=1)
     total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
     for start in range(first, last, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        # A masked element adds 0 to the total: its x, mean and logvar are 0.
-        mask = (row < rows)[:, None] & (column < last)[None, :]
-        if SPREAD != "row":
-            v = load_logvar(logvar, row, column, shape, strides[2], mask, SPREAD, NESTED).to(dtype)
-            precision_root = exp(-0.5 * v)
-            total += v
-        value = tl.load(x + tile(row, column, shape, strides[0], NESTED), mask, other=0.0).to(dtype)
-        m = tl.load(mean + tile(row, column, shape, strides[1], NESTED), mask, other=0.0).to(dtype)
-        z = standardise(value, m, precision_root)
-        total += z * z
-    constant = LN_2PI + tl.zeros([ROWS], dtype=dtype)
-    if SPREAD == "row":
-        constant += tl.sum(v, axis=1)  # [ROWS, 1]
-    tl.store(log_prob, -0.5 * (tl.sum(total, axis=1) + (last - first) * constant), mask=row < rows)
+        # A masked element adds 0: its x, mean and logvar are.
+        value = load_tile(x, row, column, shape, strides[0], NESTED).to(dtype)
+        m = load_tile(mean, row, column, shape, strides[1], NESTED).to(dtype)
+        if SPREAD == "row":
+            z, _ = standardise(value, m, row_logvar)
+            total += z * z
+        else:
+            v = load_tile(logvar, row, column, shape, strides[2], NESTED).to(dtype)
+            z, _ = standardise(value, m, v)
+            total += v + z * z
+    value = -0.5 * (tl.sum(total, axis=1) + (last - first) * constant)
+    tl.store(log_prob + split.to(tl.int64) * rows + row, value, mask=row < rows)
 
 
 @triton.jit
@@ -103,27 +102,107 @@ def normal_log_prob_bwd_kernel(
     dlog_prob, x, mean, logvar, dx, dmean, dlogvar, shape, strides, rows_per_program, columns_per_program, splits,
     SPREAD: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`rows_per_program` rows (ROWS, unless the batch shares logvar) by `columns_per_program` columns (COLUMNS, unless
-    logvar has one value per row). A gradient that nobody wants is None; dlogvar is [splits, rows] with "row",
-    [groups of rows, columns] with "shared"."""
+    """`rows_per_program` (ROWS, unless "shared") by `columns_per_program`. A gradient that nobody wants is None;
+    dlogvar is this program's partial sum with "row", [splits, rows], and with "shared", [.., columns]."""
     rows, columns = shape[0], shape[2]
     split, group = tl.program_id(0) % splits, tl.program_id(0) // splits
-    row_first, column_first = group * rows_per_program, split * columns_per_program
-    row_last = tl.minimum(row_first + rows_per_program, rows)
-    column_last = tl.minimum(column_first + columns_per_program, columns)
+    row = group * rows_per_program + tl.arange(0, ROWS)
+    column = split * columns_per_program + tl.arange(0, COLUMNS)
     dtype: tl.constexpr = dlog_prob.dtype.element_ty
-    row, column = row_first + tl.arange(0, ROWS), column_first + tl.arange(0, COLUMNS)
+    if SPREAD == "shared":
+        first, end, STEP = group * rows_per_program, tl.minimum((group + 1) * rows_per_program, rows), ROWS
+        # A tile with a stride of 0, for [1, COLUMNS] in bfloat16 crashes Triton 3.9 on sm_90.
+        v = load_tile(logvar, row, column, shape, strides[3], NESTED).to(dtype)
+    else:
+        first, end, STEP = split * columns_per_program, tl.minimum((split + 1) * columns_per_program, columns), COLUMNS
+        d = load_rows(dlog_prob, row, shape, strides[0], NESTED)
+        if SPREAD == "row":
+            v = load_rows(logvar, row, shape, strides[3], NESTED).to(dtype)
     if SPREAD != "full":
-        v = load_logvar(logvar, row, column, shape, strides[3], None, SPREAD, NESTED).to(dtype)
-        precision_root = exp(-0.5 * v)
         total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
-    if SPREAD != "shared":
-        at = offsets(row, shape[1], strides[0][0], strides[0][1], NESTED % 2 == 1)
-        d = tl.load(dlog_prob + at, row < rows, other=0.0)[:, None]
-    for row_start in range(row_first, row_last, ROWS):
-        for column_start in range(column_first, column_last, COLUMNS):
-            if SPREAD == "shared":
-                row = row_start + tl.arange(0, ROWS)
-                at = offsets(row, shape[1], strides[0][0], strides[0][1], NESTED % 2 == 1)
-                d = tl.load(dlog_prob + at, row < rows, other=0.0)[:, None]
-            pass
+    for start in range(first, end, STEP):
+        if SPREAD == "shared":
+            row = start + tl.arange(0, ROWS)
+            d = load_rows(dlog_prob, row, shape, strides[0], NESTED)
+        else:
+            column = start + tl.arange(0, COLUMNS)
+        value = load_tile(x, row, column, shape, strides[1], NESTED).to(dtype)
+        m = load_tile(mean, row, column, shape, strides[2], NESTED).to(dtype)
+        if SPREAD == "full":
+            v = load_tile(logvar, row, column, shape, strides[3], NESTED).to(dtype)
+        z, precision_root = standardise(value, m, v)
+        gradient, twice = standardise_gradient(z, precision_root)
+        mask = (row < rows)[:, None] & (column < columns)[None, :]
+        if dx is not None:
+            tl.store(dx + tile(row, column, shape, strides[4], NESTED), -d * gradient, mask)
+        if dmean is not None:
+            tl.store(dmean + tile(row, column, shape, strides[5], NESTED), d * gradient, mask)
+        if dlogvar is not None:
+            if SPREAD == "full":
+                tl.store(dlogvar + tile(row, column, shape, strides[6], NESTED), 0.5 * d * twice, mask)
+            elif SPREAD == "row":
+                total += tl.where(mask, twice, 0.0)
+            else:  # d is 0 in rows that are not there
+                total += d * twice
+    if dlogvar is not None:
+        if SPREAD == "row":
+            value = 0.5 * tl.sum(d, axis=1) * tl.sum(total, axis=1)
+            tl.store(dlogvar + split.to(tl.int64) * rows + row, value, mask=row < rows)
+        if SPREAD == "shared":
+            at = group.to(tl.int64) * columns + offsets(column, shape[3], strides[6][2], strides[6][3], NESTED >= 2)
+            tl.store(dlogvar + at, 0.5 * tl.sum(total, axis=0), mask=column < columns)
+
+
+def fwd(x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor, event_ndim: int) -> torch.Tensor:
+    batch, spread = x.shape[: x.dim() - event_ndim], spread_of(logvar, x)
+    dtype = compute_dtype([x, mean, logvar])
+    inputs, _, layout = fit([x, mean, logvar.expand(x.shape)], [], event_ndim)
+    block = blocks(layout.rows, layout.columns)
+    row_blocks = cdiv(layout.rows, block["ROWS"])
+    columns_per_program, splits = share(layout.columns, block["COLUMNS"], PROGRAMS // max(1, row_blocks))
+    log_prob = torch.empty((splits, layout.rows), dtype=dtype, device=x.device)
+    if layout.rows:
+        normal_log_prob_fwd_kernel[(row_blocks * splits,)](
+            *inputs, log_prob, layout.shape, layout.strides, columns_per_program, splits,
+            SPREAD=spread, NESTED=layout.nested, enable_fp_fusion=True, **block,
+        )  # fmt: skip
+    log_prob = log_prob[0] if splits == 1 else log_prob.sum(0)
+    return log_prob.view(batch)
+
+
+def bwd(dlog_prob, x, mean, logvar, event_ndim: int, wanted: list[bool]) -> list[torch.Tensor]:
+    """The wanted ones of (dx, dmean, dlogvar)."""
+    gradients = [torch.empty_like(tensor) if want else None for tensor, want in zip((x, mean, logvar), wanted)]
+    if x.numel() == 0:
+        return [gradient.zero_() for gradient in gradients if gradient is not None]
+    spread, batch_ndim = spread_of(logvar, x), x.dim() - event_ndim
+    rows, columns = x.shape[:batch_ndim].numel(), x.shape[batch_ndim:].numel()
+    block = blocks(rows, columns)
+    rows_per_program, columns_per_program = block["ROWS"], block["COLUMNS"]
+    groups, splits = cdiv(rows, rows_per_program), cdiv(columns, columns_per_program)
+    d = dlog_prob.to(compute_dtype([x, mean, logvar])).reshape(*dlog_prob.shape, *[1] * event_ndim).expand(x.shape)
+
+    outputs, partial = list(gradients), None
+    if wanted[2] and spread == "row":
+        columns_per_program, splits = share(columns, columns_per_program, PROGRAMS // groups)
+        outputs[2] = None
+        partial = d.new_empty((splits, rows))
+    elif wanted[2] and spread == "shared":
+        rows_per_program, groups = share(rows, rows_per_program, min(PROGRAMS // splits, cdiv(rows, SHARED_ROWS)))
+        partial = d.new_empty((groups, *x.shape[batch_ndim:]))
+        outputs[2] = partial[0].expand(x.shape)
+    present = [output for output in outputs if output is not None]
+
+    inputs, launched, layout = fit([d, x, mean, logvar.expand(x.shape)], present, event_ndim)
+    arguments, strides = iter(launched), iter(layout.strides[4:])
+    arguments = [None if output is None else next(arguments) for output in outputs]
+    strides = tuple(NO_STRIDES if output is None else next(strides) for output in outputs)
+    normal_log_prob_bwd_kernel[(groups * splits,)](
+        *inputs, *arguments[:2], partial if spread == "row" else arguments[2],
+        layout.shape, layout.strides[:4] + strides, rows_per_program, columns_per_program, splits,
+        SPREAD=spread, NESTED=layout.nested, enable_fp_fusion=True, **block,
+    )  # fmt: skip
+    finish(present, launched)
+    if partial is not None:
+        gradients[2].copy_(partial.sum(0).view(logvar.shape))
+    return [gradient for gradient in gradients if gradient is not None]

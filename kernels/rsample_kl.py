@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from fastkl.kernels._device import (
     bound,
     bound_gradient,
@@ -57,7 +56,7 @@ def shifted_columns(row, start, columns, SHIFT: tl.constexpr, COLUMNS: tl.conste
     """
     column = start + tl.arange(0, COLUMNS)[None, :]
     if SHIFT:
-        column -= ((row.to(tl.int64) * columns) % 4).to(tl.int32)[:, None]
+        column -= ((row.to(tl.int64) * columns) & 3).to(tl.int32)[:, None]
     return column
 
 
@@ -65,7 +64,7 @@ def shifted_columns(row, start, columns, SHIFT: tl.constexpr, COLUMNS: tl.conste
 def row_noise(seed, row, start, sample, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The noise of the elements that `shifted_columns` gives; `start` is a multiple of 4."""
     first = row.to(tl.int64)[:, None] * columns + start
-    return normals(seed, first // 4 + tl.arange(0, COLUMNS // 4)[None, :], sample, ROWS, COLUMNS)
+    return normals(seed, (first >> 2) + tl.arange(0, COLUMNS // 4)[None, :], sample, ROWS, COLUMNS)
 
 
 @triton.jit

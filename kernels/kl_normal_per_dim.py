@@ -1,0 +1,83 @@
+"""The KL of every latent dimension, averaged over the batch: a column sum in one pass (2R, 4R with a prior).
+
+The backward pass is kl_normal's, with one incoming value per column in place of one per row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from fastkl.kernels import kl_normal
+from fastkl.kernels._device import bound, exp, kl_terms, kl_terms_prior, offsets, tile, to_logvar
+from fastkl.kernels._layout import NO_STRIDES, cdiv, compute_dtype, fit, is_bounded, share
+
+# Programs that fill a large GPU several times over; fixed, so that the order of summation does not depend on the chip.
+PROGRAMS = 1024
+# Rows that one program sums at least, while there are more: its partial sums are written and read again once for them.
+MIN_ROWS = 64
+
+
+@triton.jit
+def kl_normal_per_dim_fwd_kernel(
+    mu, parameter, prior_mu, prior_logvar, kl, shape, strides, rows_per_program, column_blocks, partial_stride,
+    low, high,
+    SCALE: tl.constexpr, BOUNDED: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One block of columns by `rows_per_program` rows; kl takes this program's share of the mean, `partial_stride`
+    apart for each group of rows."""
+    rows, columns = shape[0], shape[2]
+    group = tl.program_id(0) // column_blocks
+    column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    first = group * rows_per_program
+    dtype: tl.constexpr = kl.dtype.element_ty
+    kl += group.to(tl.int64) * partial_stride
+    kl += offsets(column, shape[3], strides[4][2], strides[4][3], NESTED >= 2)
+    total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
+    for start in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
+        row = start + tl.arange(0, ROWS)
+        # Masked elements are left out of the sum below, so any finite fill will do; 1 is a standard deviation too.
+        mask = (row < rows)[:, None] & (column < columns)[None, :]
+        m = tl.load(mu + tile(row, column, shape, strides[0], NESTED), mask, other=1.0).to(dtype)
+        v = tl.load(parameter + tile(row, column, shape, strides[1], NESTED), mask, other=1.0).to(dtype)
+        logvar = bound(to_logvar(v, SCALE), low, high, BOUNDED)
+        if prior_mu is None:
+            terms = kl_terms(m, logvar, exp(logvar))
+        else:
+            pm = tl.load(prior_mu + tile(row, column, shape, strides[2], NESTED), mask, other=1.0).to(dtype)
+            pv = tl.load(prior_logvar + tile(row, column, shape, strides[3], NESTED), mask, other=1.0).to(dtype)
+            terms = kl_terms_prior(m, logvar, pm, pv)
+        total = tl.where(mask, total + terms, total)
+    tl.store(kl, tl.sum(total, axis=0) / rows, mask=column < columns)
+
+
+def fwd(mu, parameter, prior, event_ndim, scale, low, high, live) -> torch.Tensor:
+    inputs = [mu, parameter, *(p.expand(mu.shape) for p in prior)]
+    dtype = compute_dtype(inputs)
+    batch_ndim = mu.dim() - event_ndim
+    rows, columns = mu.shape[:batch_ndim].numel(), mu.shape[batch_ndim:].numel()
+    if rows == 0 or columns == 0:
+        return mu.new_full(mu.shape[batch_ndim:], float("nan"), dtype=dtype)  # the mean of nothing
+    block = kl_normal.blocks(rows, columns, mu.itemsize, len(inputs), tall=True)
+    column_blocks = cdiv(columns, block["COLUMNS"])
+    most = min(PROGRAMS // column_blocks, cdiv(rows, MIN_ROWS))
+    rows_per_program, groups = share(rows, block["ROWS"], most)
+    # Two stages, no atomics: the same sum in every run.
+    kl = torch.empty((groups, *mu.shape[batch_ndim:]), dtype=dtype, device=mu.device)
+    inputs, _, layout = fit(inputs, [kl[0].expand(mu.shape)], event_ndim)
+    missing = 4 - len(inputs)
+    strides = (*layout.strides[:-1], *[NO_STRIDES] * missing, layout.strides[-1])
+    kl_normal_per_dim_fwd_kernel[(groups * column_blocks,)](
+        *inputs, *[None] * missing, kl, layout.shape, strides, rows_per_program, column_blocks, columns, low, high,
+        SCALE=scale, BOUNDED=is_bounded(low, high), NESTED=layout.nested, enable_fp_fusion=True, **block,
+    )  # fmt: skip
+    return kl[0] if groups == 1 else kl.sum(0)
+
+
+def bwd(dkl, mu, parameter, prior, event_ndim, scale, low, high, live, prior_gradient) -> list[torch.Tensor]:
+    weight = 1.0 / max(1, mu.shape[: mu.dim() - event_ndim].numel())
+    if dkl.dtype == torch.float64:  # a kernel's float argument is a float32
+        dkl, weight = dkl * weight, 1.0
+    settings = (scale, low, high, live)
+    q = [mu, parameter]
+    return kl_normal.launch_bwd(dkl, weight, q, -1, prior, event_ndim, settings, prior_gradient, per_column=True)
