@@ -64,32 +64,27 @@ def evaluate(vae: VAE, x: Tensor, samples: int, seed: int, device: torch.device)
     """All figures from one pass of `samples` draws per datum; the reconstruction is their mean, the KL is exact."""
     torch.manual_seed(streams.seed_for(seed, "evaluation"))
     parts: list[tuple[Tensor, ...]] = []
-    per_dim = torch.zeros(vae.latent_shape, dtype=torch.float64).flatten()
+    per_dim = torch.zeros(vae.latent_shape, dtype=torch.float64)
     for part in x.split(max(1, ENCODED // x[0].numel())):
-        posterior = vae.posterior(part.to(device))
-        reconstruction, log_prob = importance_weighted(vae, part.to(device), posterior, samples)
-        parts.append((reconstruction, posterior.kl(), log_prob, posterior.mean))
-        mu, logvar = posterior.mu.flatten(1), posterior.logvar.flatten(1)
-        per_dim += fastkl.kl_normal_per_dim(mu, logvar).double().cpu() * len(part)
-    reconstruction, kl, log_prob, means = (torch.cat(column).float().cpu() for column in zip(*parts))
+        part = part.to(device)
+        posterior = vae.posterior(part)
+        parts.append((*importance_weighted(vae, part, posterior, samples), posterior.kl(), posterior.mean))
+        per_dim += posterior.kl_per_dim().double().cpu() * len(part)
+    reconstruction, log_prob, kl, means = (torch.cat(column).float().cpu() for column in zip(*parts))
     return Evaluation(reconstruction, kl, log_prob, means, (per_dim / len(x)).float(), samples)
 
 
 def importance_weighted(vae: VAE, x: Tensor, posterior: fastkl.DiagonalNormal, samples: int) -> tuple[Tensor, Tensor]:
     """(E_q log p(x | z), log 1/L sum_l p(x, z_l) / q(z_l | x)) with L samples, a few of them in memory at a time."""
     at_once = max(1, DECODED // x.numel())
-    event_ndim = len(vae.latent_shape)
-    mu, logvar = posterior.mu, posterior.logvar
     zero = torch.zeros((), device=x.device)
     total = torch.full((len(x),), float("-inf"), device=x.device)
     reconstruction = torch.zeros(len(x), device=x.device)
     for first in range(0, samples, at_once):
-        count = min(at_once, samples - first)
-        z = fastkl.rsample_normal(mu, logvar, num_samples=count)
+        z = posterior.rsample(num_samples=min(at_once, samples - first))
         log_likelihood = vae.log_likelihood(z, x)
-        log_prior = fastkl.normal_log_prob(z, zero.expand_as(z), zero.expand_as(z), event_ndim=event_ndim)
-        log_posterior = fastkl.normal_log_prob(z, mu.expand_as(z), logvar.expand_as(z), event_ndim=event_ndim)
-        weights = log_likelihood + log_prior - log_posterior
+        log_prior = fastkl.normal_log_prob(z, zero, zero, event_ndim=len(vae.latent_shape))
+        weights = log_likelihood + log_prior - posterior.log_prob(z)
         total = torch.logaddexp(total, weights.logsumexp(dim=0))
         reconstruction += log_likelihood.sum(dim=0)
     return reconstruction / samples, total - math.log(samples)

@@ -161,7 +161,7 @@ def kl_per_dimension(run: Run, evaluation: Evaluation) -> Any:
     """Bars for a vector; a map per channel would hide the total, so a spatial latent is summed over its places."""
     shape = run.vae.latent_shape
     spatial = len(shape) == 3
-    kl = evaluation.kl_per_dim.reshape(shape).flatten(1).sum(1) if spatial else evaluation.kl_per_dim
+    kl = evaluation.kl_per_dim.flatten(1).sum(1) if spatial else evaluation.kl_per_dim
     active = evaluation.means.flatten(2).var(dim=0).amax(dim=1) if spatial else evaluation.means.var(dim=0)
     order = kl.argsort(descending=True)
     figure, panel = new_figure(8.6, 3.8)

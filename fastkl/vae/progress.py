@@ -88,15 +88,14 @@ class Terminal(Display):
 
     def line(self, step: int) -> str:
         elbo, kl, test = (self.values[name] for name in ("elbo", "kl", "test"))
-        return f"ELBO {elbo:.2f}  KL {kl:.2f}  test ELBO {test:.2f} nats  {self.rate(step):,.0f}/s"
+        return f"ELBO {elbo:.2f}  KL {kl:.2f}  test {test:.2f} nats  {self.rate(step):,.0f}/s"
 
 
 def make_bar() -> Any:
     rich = require("rich.progress", "The progress bar")
     return rich.Progress(
-        rich.TextColumn("{task.description}"),
-        rich.BarColumn(bar_width=30),
+        rich.BarColumn(bar_width=12),  # the rest of 80 columns is for the numbers
         rich.MofNCompleteColumn(),
         rich.TextColumn("{task.fields[text]}"),
-        rich.TimeRemainingColumn(),
+        rich.TimeRemainingColumn(compact=True),
     )

@@ -31,7 +31,7 @@ class Settings:
     batch_size: int = option(64, "data per step and process")
     epochs: int = option(200, "passes over the training data")
     steps: int = option(0, "stop after this many steps instead of --epochs (0: use --epochs)")
-    learning_rate: float = option(3e-3, "of AdamW, after 100 steps of warm-up")
+    learning_rate: float = option(3e-3, "of AdamW, after at most 100 steps of warm-up")
     schedule: str = option("cosine", "learning rate over the run", choices=("cosine", "constant"))
     weight_decay: float = option(0.0, "of AdamW")
     beta: float = option(1.0, "weight of the KL term")
@@ -65,8 +65,8 @@ FOR_DATA = {
 FOR_PRESET = {
     "digits": {},
     "large-latent": {
-        "model": "conv", "image_size": 128, "latent": 16, "hidden": 16, "layers": 1, "batch_size": 4, "steps": 6,
-        "epochs": 1, "learning_rate": 1e-3, "log_every": 1, "checkpoint_every": 2, "importance_samples": 10,
+        "model": "conv", "image_size": 128, "latent": 16, "hidden": 16, "layers": 1, "batch_size": 4, "steps": 10,
+        "epochs": 1, "learning_rate": 2e-3, "log_every": 1, "checkpoint_every": 5, "importance_samples": 10,
         "test_data": 16, "threads": 0,
     },
 }  # fmt: skip

@@ -23,7 +23,7 @@ from fastkl.vae.parallel import Ranks
 from fastkl.vae.progress import Display
 from fastkl.vae.settings import Settings
 
-WARM_UP = 100  # steps over which the learning rate rises
+WARM_UP = 100  # steps over which the learning rate rises, at most
 TEST_POINTS = 25  # of the test curve, over the run
 
 
@@ -137,8 +137,11 @@ def batch(run: Run) -> tuple[Tensor, Tensor | None]:
 
 
 def learning_rate(settings: Settings, step: int, total: int) -> float:
-    rate = settings.learning_rate * min(1.0, (step + 1) / WARM_UP)
-    return rate if settings.schedule == "constant" else rate * 0.5 * (1 + math.cos(math.pi * step / total))
+    """A short rise, then level or half a cosine. Only the cosine depends on the end: a level run may be prolonged."""
+    if settings.schedule == "constant":
+        return settings.learning_rate * min(1.0, (step + 1) / WARM_UP)
+    rise = min(WARM_UP, max(1, total // 10))
+    return settings.learning_rate * min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def after_step(run: Run, display: Display, reconstruction: Tensor, kl: Tensor, asked: bool) -> bool:
