@@ -146,7 +146,7 @@ def kl_normal_per_dim(
 ) -> Tensor:
     """KL(q || p) of each latent dimension, averaged over the batch."""
     values = _kl_elements(mu, logvar, prior_mu, prior_logvar, scale, bounds)
-    return values.reshape(-1, *values.shape[values.dim() - event_ndim :]).mean(0)
+    return values.flatten(0, -event_ndim - 1).mean(0) if values.dim() > event_ndim else values
 
 
 def kl_multivariate_normal(loc_q, scale_tril_q, loc_p, scale_tril_p) -> Tensor:
