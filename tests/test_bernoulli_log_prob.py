@@ -1,0 +1,161 @@
+"""bernoulli_log_prob: both implementations against the float64 definition, torch.distributions and scipy."""
+
+import math
+
+import pytest
+import torch
+from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf
+from scipy import stats
+
+from fastkl import reference
+from fastkl.ops.bernoulli_log_prob import bernoulli_log_prob
+
+# (shape, event_ndim): why
+SHAPES = [
+    ((8, 64), None),  # aligned rows
+    ((3, 37), None),  # odd columns: masked tail, unaligned rows
+    ((2, 5000), None),  # a long row, several programs share it
+    ((300, 1), None),  # many rows of one element
+    ((2, 4, 6, 5), None),  # images, all of each summed
+    ((5, 3, 20), 1),  # two batch dimensions
+    ((7,), 1),  # one sample, no batch dimension
+    ((0, 4), None),  # empty batch
+    ((3, 0), None),  # empty event
+]
+both = pytest.mark.parametrize("backend", ["torch", "triton"])
+
+
+def draw(shape, dtype=torch.float32, x_dtype=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    x = torch.rand(shape, generator=generator, dtype=torch.float64) * 1.5 - 0.25  # outside [0, 1] too
+    return [leaf(logits.to(dtype)), leaf(x.to(x_dtype or dtype))]
+
+
+def run(function, tensors, event_ndim, weights):
+    """Value and gradients of sum(weights * log-likelihood)."""
+    value = function(*tensors, event_ndim=event_ndim)
+    return [value, *torch.autograd.grad(value, tensors, weights.to(value.dtype))]
+
+
+def check(tensors, event_ndim=None):
+    exact = reference.bernoulli_log_prob(*(t.double() for t in tensors), event_ndim=event_ndim)
+    weights = torch.linspace(-1, 2, exact.numel(), dtype=torch.float64, device=exact.device).view(exact.shape)
+    exact = run(reference.bernoulli_log_prob, [leaf(t.double()) for t in tensors], event_ndim, weights)
+    eager = run(reference.bernoulli_log_prob, tensors, event_ndim, weights)
+    actual = run(bernoulli_log_prob, tensors, event_ndim, weights)
+    for got, naive, truth in zip(actual, eager, exact):
+        # Terms of a sum cancel: its rounding is relative to its largest value, not to what is left.
+        scale = truth.abs().max() if truth.numel() else None
+        assert_as_good_as_eager(got, naive, truth, units=8.0, scale=scale)
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    assert actual[0].dtype == (torch.float64 if wide else torch.float32)
+    assert [g.dtype for g in actual[1:]] == [t.dtype for t in tensors]
+
+
+@both
+@pytest.mark.parametrize(("shape", "event_ndim"), SHAPES, ids=str)
+def test_shapes(backend, shape, event_ndim):
+    with implementation(backend):
+        check(draw(shape), event_ndim)
+
+
+@both
+def test_logits_and_data_of_any_two_dtypes(backend):
+    for dtype in DTYPES:
+        for x_dtype in DTYPES:
+            if {dtype, x_dtype} != {
+                torch.float64,
+                torch.bfloat16,
+            }:  # Triton's interpreter cannot store one as the other
+                with implementation(backend):
+                    check(draw((2, 24), dtype, x_dtype))
+
+
+@both
+@pytest.mark.parametrize("view", ["samples", "one image", "transposed", "every other", "channels_last"])
+def test_strided_inputs_are_read_where_they_lie(backend, view):
+    base = torch.randn(3, 4, 6, 10, generator=torch.Generator().manual_seed(1))
+    logits, x = {
+        "samples": lambda: (base, base[0]),  # x is expanded over importance samples
+        "one image": lambda: (base, base[0, 0, 0]),
+        "transposed": lambda: (base[0, 0].t(), base[1, 1].t()),
+        "every other": lambda: (base[..., ::2], base[..., 1::2]),
+        "channels_last": lambda: (base.to(memory_format=torch.channels_last), base.flip(0)),
+    }[view]()
+    for event_ndim in range(1, logits.dim() + 1):
+        expected, actual = logits.double().requires_grad_(), logits.to(DEVICE).detach().requires_grad_()
+        exact = reference.bernoulli_log_prob(expected, x.double(), event_ndim=event_ndim)
+        with implementation(backend):
+            value = bernoulli_log_prob(actual, x.to(DEVICE), event_ndim=event_ndim)
+            (gradient,) = torch.autograd.grad(value.sum(), actual)  # stride 0
+        torch.testing.assert_close(value.cpu().double(), exact, rtol=2e-6, atol=1e-5)
+        (expected,) = torch.autograd.grad(exact.sum(), expected)
+        torch.testing.assert_close(gradient.cpu().double(), expected, rtol=0, atol=1e-6)
+
+
+@both
+def test_agrees_with_torch_distributions_and_scipy(backend):
+    logits, x = (torch.tensor([row], dtype=torch.float64, device=DEVICE) for row in ([-2.0, 0.3, 1.7], [0.0, 1.0, 1.0]))
+    with implementation(backend):
+        actual = bernoulli_log_prob(logits, x).item()
+    expected = torch.distributions.Bernoulli(logits=logits).log_prob(x).sum().item()
+    assert actual == pytest.approx(expected, rel=1e-12)
+    assert actual == pytest.approx(stats.bernoulli.logpmf(x.cpu(), torch.sigmoid(logits).cpu()).sum(), rel=1e-12)
+
+
+@both
+def test_large_logits_do_not_overflow(backend):
+    logits = torch.tensor([-3e38, -89.0, -20.0, -1e-7, 0.0, 1e-7, 20.0, 89.0, 3e38])[:, None]
+    with implementation(backend):
+        for x in (0.0, 0.25, 1.0):
+            check([leaf(logits), leaf(torch.full_like(logits, x))])
+        if backend == "triton":  # x l - softplus(l) is 0 here in float32; the kernel subtracts nothing large
+            value = bernoulli_log_prob(torch.full((1, 1), 20.0, device=DEVICE), torch.ones(1, 1, device=DEVICE))
+            assert value.item() == pytest.approx(-math.log1p(math.exp(-20.0)), rel=4e-6)
+
+
+@both
+def test_non_finite_rows_stay_by_themselves(backend):
+    bad = [(math.nan, 0.0), (math.inf, 0.0), (-math.inf, 1.0), (0.0, math.nan), (1.0, math.inf)]
+    logits, x = torch.zeros(11, 3), torch.zeros(11, 3)
+    for i, (logit, value) in enumerate(bad):
+        logits[2 * i + 1, 1], x[2 * i + 1, 1] = logit, value
+    logits = leaf(logits)
+    with implementation(backend):
+        value = bernoulli_log_prob(logits, x.to(DEVICE))
+        value.sum().backward()
+    assert value.isfinite().tolist() == [i % 2 == 0 for i in range(11)]
+    assert (logits.grad[::2] == -0.5).all()
+
+
+def test_bad_arguments_are_named():
+    for arguments, settings, message in [
+        ((torch.zeros(2, 3), torch.zeros(2, 4)), {}, r"logits \(2, 3\), x \(2, 4\)"),
+        ((torch.zeros(3), torch.zeros(3)), {}, "event_ndim must be given"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3)), {"event_ndim": 3}, "event_ndim=3 needs"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3, device="meta")), {}, "x is on meta"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            bernoulli_log_prob(*arguments, **settings)
+    with pytest.raises(TypeError, match=r"x must be a floating-point tensor, got dtype torch.uint8"):
+        bernoulli_log_prob(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.uint8))
+
+
+def aot_calls():
+    calls, fwd, bwd = {}, launcher("bernoulli_log_prob.fwd"), launcher("bernoulli_log_prob.bwd")
+
+    def add(name, shape, dtype=torch.float32, x_dtype=None, wanted=(True, False), samples=False):
+        logits, x = torch.empty(shape, dtype=dtype), torch.empty(shape[samples:], dtype=x_dtype or dtype).expand(shape)
+        inputs, event_ndim = (logits, x), len(shape) - 1 - samples
+        calls[f"{name} fwd"] = lambda: fwd(*inputs, event_ndim)
+        dlog_prob = torch.empty(shape[: 1 + samples], dtype=reference.compute_dtype(*inputs))
+        calls[f"{name} bwd"] = lambda: bwd(dlog_prob, *inputs, event_ndim, list(wanted))
+
+    add("core aligned float32", (4096, 512))
+    add("core aligned bfloat16 float32 dx", (4096, 512), torch.bfloat16, torch.float32, (True, True))
+    add("aligned bfloat16 long row", (2, 1 << 20), torch.bfloat16)
+    add("aligned float16 short rows", (4096, 16), torch.float16)
+    add("aligned samples", (16, 64, 3, 32, 32), samples=True)
+    add("odd float64 dx only", (37, 37), torch.float64, wanted=(False, True))
+    return calls
