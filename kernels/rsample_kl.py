@@ -37,15 +37,20 @@ from fastkl.kernels._layout import (
 PROGRAMS = 1024
 # Rows that one program sums at least, for a prior that the batch shares: its partial sums stay a small part of the traffic.
 SHARED_ROWS = 32
-# Elements in one program's tile. Philox and Box-Muller need about 40 registers for each four elements.
-TILE = 1024
+# Bytes of each tensor in one program's tile, 32 for each of its 128 threads: sampling needs registers, too.
+TILE_BYTES = 4096
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def blocks(rows: int, columns: int) -> dict[str, int]:
-    """A tile of rows x columns; the columns are a multiple of 4, one Philox call each."""
-    block_columns = min(max(4, next_power_of_2(columns)), TILE)
-    return {"ROWS": min(TILE // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": 4}
+# Elements of a tile whose rows cannot be read 16 bytes at a time.
+ODD_TILE = 512
+
+
+def blocks(rows: int, columns: int, itemsize: int) -> dict[str, int]:
+    """A tile of rows x columns; its columns are a multiple of 4, one Philox call each."""
+    tile = TILE_BYTES // itemsize if columns % 16 == 0 else ODD_TILE
+    block_columns = min(max(4, next_power_of_2(columns)), tile)
+    return {"ROWS": min(tile // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": 4}
 
 
 @triton.jit
@@ -236,7 +241,7 @@ def launch_fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, setting
         return z.copy_(drawn), kl
 
     dtype = compute_dtype(tensors[:-2])
-    block = blocks(found.rows, found.columns)
+    block = blocks(found.rows, found.columns, mu.itemsize)
     row_blocks = cdiv(found.rows, block["ROWS"])
     shift = found.columns % 4 != 0
     programs = PROGRAMS // max(1, row_blocks) if with_kl else found.columns
@@ -274,7 +279,7 @@ def launch_bwd(
         dkl = dkl.to(dtype)
 
     shift = columns % 4 != 0
-    block = blocks(rows, columns)
+    block = blocks(rows, columns, mu.itemsize)
     column_blocks = cdiv(columns + 3 * shift, block["COLUMNS"])
     shared = bool(prior_gradient and prior and prior[0].dim() < mu.dim())
     summed = shared and shift  # shifted rows do not line up in columns, so this gradient is written whole first
