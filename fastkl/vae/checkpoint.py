@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastkl.vae.errors import UserError
-from fastkl.vae.files import BROKEN, first_line
+from fastkl.vae.files import BROKEN, first_line, load_tensors
 
 NAME = "checkpoint.pt"
 FORMAT = "fastkl.vae 1"
@@ -65,7 +65,7 @@ def save(folder: Path, state: dict[str, Any]) -> None:
 def load(folder: Path) -> dict[str, Any]:
     path = folder / NAME
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_tensors(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
     except BROKEN as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,12 +59,19 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def read_pt(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    held = torch.load(path, map_location="cpu", weights_only=True)
+    held = load_tensors(path)
     held = held if isinstance(held, dict) else {"x": held}
     arrays = {str(name): value for name, value in held.items() if isinstance(value, torch.Tensor)}
     # NumPy has no bfloat16; float32 holds every value of it.
     arrays = {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in arrays.items()}
     return choose({name: value.detach().numpy() for name, value in arrays.items()}, path)
+
+
+def load_tensors(path: Path) -> Any:
+    """What torch.save wrote, tensors and plain containers only; quietly, for an error that follows says it better."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def choose(arrays: dict[str, np.ndarray], path: Path) -> tuple[np.ndarray, np.ndarray | None]:

@@ -39,7 +39,8 @@ def compare(latent_shape: tuple[int, ...], batch: int = 32) -> dict[str, Any]:
     what = (
         f"Sample and KL of {batch} latents of {shape}, float32, on the CPU; one latent tensor is "
         f"{batch * math.prod(latent_shape) * 4 / MIB:.1f} MiB. Kept: tensors saved between forward and backward, "
-        "without the head itself. Peak: allocated at once above the head, sample and gradients included."
+        "without the head itself. Peak: allocated at once above the head; sample, gradients and the temporaries of "
+        "each op included."
     )
     return {"what": what, "rows": {"eager": measure(eager, head), "fastkl": measure(fused, head)}}
 

@@ -29,7 +29,7 @@ class Settings:
     hidden: int = option(256, "width of the hidden layers (mlp) or of the first level (conv)")
     layers: int = option(2, "hidden layers (mlp) or levels, each halving the image (conv)")
     batch_size: int = option(64, "data per step and process")
-    epochs: int = option(200, "passes over the training data")
+    epochs: int = option(150, "passes over the training data")
     steps: int = option(0, "stop after this many steps instead of --epochs (0: use --epochs)")
     learning_rate: float = option(3e-3, "of AdamW, after at most 100 steps of warm-up")
     schedule: str = option("cosine", "learning rate over the run", choices=("cosine", "constant"))
