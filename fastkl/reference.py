@@ -150,16 +150,20 @@ def kl_normal_per_dim(
 
 
 def kl_multivariate_normal(loc_q, scale_tril_q, loc_p, scale_tril_p) -> Tensor:
-    """1/2 [tr(S_p^-1 S_q) + (m_p - m_q)^T S_p^-1 (m_p - m_q) - D + ln det S_p / det S_q], S = L L^T."""
-    matrices = [
-        scale if scale.dim() > 1 and scale.shape[-1] == scale.shape[-2] else torch.diag_embed(scale)
-        for scale in (scale_tril_q, scale_tril_p)
-    ]
-    covariance_q, covariance_p = (matrix @ matrix.mT for matrix in matrices)
-    difference = (loc_p - loc_q).unsqueeze(-1)
-    trace = torch.linalg.solve(covariance_p, covariance_q).diagonal(dim1=-2, dim2=-1).sum(-1)
-    mahalanobis = (difference.mT @ torch.linalg.solve(covariance_p, difference)).squeeze(-1).squeeze(-1)
-    log_determinants = torch.linalg.slogdet(covariance_p)[1] - torch.linalg.slogdet(covariance_q)[1]
+    """1/2 [tr(S_p^-1 S_q) + (m_p - m_q)^T S_p^-1 (m_p - m_q) - D + ln det S_p / det S_q], S = L L^T.
+
+    A scale with no more dimensions than its own loc is a diagonal.
+    """
+    dtype = compute_dtype(loc_q, scale_tril_q, loc_p, scale_tril_p)
+    covariances = []
+    for loc, scale in ((loc_q, scale_tril_q), (loc_p, scale_tril_p)):
+        matrix = (scale.tril() if scale.dim() > loc.dim() else torch.diag_embed(scale)).to(dtype)
+        covariances.append(matrix @ matrix.mT)
+    precision_p = torch.linalg.inv(covariances[1])
+    difference = (loc_p.to(dtype) - loc_q.to(dtype)).unsqueeze(-1)
+    trace = (precision_p @ covariances[0]).diagonal(dim1=-2, dim2=-1).sum(-1)
+    mahalanobis = (difference.mT @ precision_p @ difference).squeeze(-1).squeeze(-1)
+    log_determinants = torch.linalg.slogdet(covariances[1])[1] - torch.linalg.slogdet(covariances[0])[1]
     return 0.5 * (trace + mahalanobis - loc_q.shape[-1] + log_determinants)
 
 
