@@ -1,10 +1,25 @@
 """fastkl: drop-in losses for variational autoencoders."""
 
+from fastkl.distributions import DiagonalNormal
+from fastkl.ops.bernoulli_log_prob import bernoulli_log_prob
+from fastkl.ops.kl_multivariate_normal import kl_multivariate_normal
 from fastkl.ops.kl_normal import kl_normal
+from fastkl.ops.kl_normal_per_dim import kl_normal_per_dim
+from fastkl.ops.normal_log_prob import normal_log_prob
 from fastkl.ops.rsample_kl import rsample_kl
 from fastkl.ops.rsample_normal import rsample_normal
 from fastkl.reference import SoftBounds
 
 __version__ = "0.1.0"
 
-__all__ = ["SoftBounds", "kl_normal", "rsample_kl", "rsample_normal"]
+__all__ = [
+    "DiagonalNormal",
+    "SoftBounds",
+    "bernoulli_log_prob",
+    "kl_multivariate_normal",
+    "kl_normal",
+    "kl_normal_per_dim",
+    "normal_log_prob",
+    "rsample_kl",
+    "rsample_normal",
+]

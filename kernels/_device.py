@@ -40,7 +40,7 @@ def elements(row, column, shape, strides, NESTED: tl.constexpr):
 
 @triton.jit
 def exp(x):
-    """tl.exp is 2^(x log2 e) with the product rounded, |x| / 2 units off in the last place; its remainder mends that."""
+    """tl.exp is 2^(x log2 e) with the product rounded, |x| / 2 last places off; the product's remainder mends that."""
     if x.dtype == tl.float64:
         return tl.exp(x)
     product = x * LOG2E
@@ -78,8 +78,10 @@ def expm1(x, exp_x):
 
 @triton.jit
 def log1p(x):
-    """ln(1 + x) for 0 <= x <= 1: float32 by x + x^2 q(x), q fitted to a relative error of 3e-8; float64 by the series of
-    2 artanh(s), s = x / (2 + x) <= 1/3."""
+    """ln(1 + x) for 0 <= x <= 1.
+
+    In float32 x + x^2 q(x), q fitted to a relative error of 3e-8: no division. Else 2 artanh(s), s = x / (2 + x).
+    """
     if x.dtype == tl.float64:
         s = x / (2.0 + x)
         square = s * s
@@ -174,7 +176,7 @@ def kl_terms_prior_gradient(mu, logvar, prior_mu, prior_logvar):
 
 @triton.jit
 def _box_muller(word_0, word_1):
-    """Two 32-bit words -> two standard normals: radius sqrt(-2 ln u), u = (word_0 + 1/2) / 2^32, angle 2 pi word_1 / 2^32.
+    """Two 32-bit words -> two standard normals: radius sqrt(-2 ln u), u = (word_0 + 1/2) / 2^32, angle 2 pi w_1 / 2^32.
 
     Half the angle lies in [-pi/2, pi/2), where minimax polynomials (|error| < 5e-8) replace the range reduction of
     tl.cos; cos 2h = 1 - 2 sin^2 h, sin 2h = 2 sin h cos h.

@@ -87,16 +87,17 @@ def bernoulli_log_prob_bwd_kernel(
 def fwd(logits: torch.Tensor, x: torch.Tensor, event_ndim: int) -> torch.Tensor:
     batch = logits.shape[: logits.dim() - event_ndim]
     dtype = compute_dtype([logits, x])
+    if logits.numel() == 0:
+        return logits.new_zeros(batch, dtype=dtype)
     inputs, _, layout = fit([logits, x], [], event_ndim)
     block = blocks(layout.rows, layout.columns)
     row_blocks = cdiv(layout.rows, block["ROWS"])
-    columns_per_program, splits = share(layout.columns, block["COLUMNS"], PROGRAMS // max(1, row_blocks))
+    columns_per_program, splits = share(layout.columns, block["COLUMNS"], PROGRAMS // row_blocks)
     log_prob = torch.empty((splits, layout.rows), dtype=dtype, device=logits.device)
-    if layout.rows:
-        bernoulli_log_prob_fwd_kernel[(row_blocks * splits,)](
-            *inputs, log_prob, layout.shape, layout.strides, columns_per_program, splits,
-            NESTED=layout.nested, enable_fp_fusion=True, **block,
-        )  # fmt: skip
+    bernoulli_log_prob_fwd_kernel[(row_blocks * splits,)](
+        *inputs, log_prob, layout.shape, layout.strides, columns_per_program, splits,
+        NESTED=layout.nested, enable_fp_fusion=True, **block,
+    )  # fmt: skip
     log_prob = log_prob[0] if splits == 1 else log_prob.sum(0)
     return log_prob.view(batch)
 

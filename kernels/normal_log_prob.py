@@ -156,16 +156,17 @@ def normal_log_prob_bwd_kernel(
 def fwd(x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor, event_ndim: int) -> torch.Tensor:
     batch, spread = x.shape[: x.dim() - event_ndim], spread_of(logvar, x)
     dtype = compute_dtype([x, mean, logvar])
+    if x.numel() == 0:
+        return x.new_zeros(batch, dtype=dtype)
     inputs, _, layout = fit([x, mean, logvar.expand(x.shape)], [], event_ndim)
     block = blocks(layout.rows, layout.columns)
     row_blocks = cdiv(layout.rows, block["ROWS"])
-    columns_per_program, splits = share(layout.columns, block["COLUMNS"], PROGRAMS // max(1, row_blocks))
+    columns_per_program, splits = share(layout.columns, block["COLUMNS"], PROGRAMS // row_blocks)
     log_prob = torch.empty((splits, layout.rows), dtype=dtype, device=x.device)
-    if layout.rows:
-        normal_log_prob_fwd_kernel[(row_blocks * splits,)](
-            *inputs, log_prob, layout.shape, layout.strides, columns_per_program, splits,
-            SPREAD=spread, NESTED=layout.nested, enable_fp_fusion=True, **block,
-        )  # fmt: skip
+    normal_log_prob_fwd_kernel[(row_blocks * splits,)](
+        *inputs, log_prob, layout.shape, layout.strides, columns_per_program, splits,
+        SPREAD=spread, NESTED=layout.nested, enable_fp_fusion=True, **block,
+    )  # fmt: skip
     log_prob = log_prob[0] if splits == 1 else log_prob.sum(0)
     return log_prob.view(batch)
 

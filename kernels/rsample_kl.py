@@ -1,4 +1,4 @@
-"""Reparameterised sampling, with or without the KL, in one pass: 2R + 1W forward, 3R + 2W backward (2R + 2W without KL).
+"""Reparameterised sampling, with or without the KL, in one pass: 2R + 1W forward, 3R + 2W backward (without: 2R + 2W).
 
 The noise is Philox in registers: backward draws it again from the 8-byte seed, nothing is stored.
 """
@@ -35,7 +35,7 @@ from fastkl.kernels._layout import (
 )
 
 PROGRAMS = 1024
-# Rows that one program sums at least, for a prior that the batch shares: its partial sums stay a small part of the traffic.
+# Rows that one program sums at least, for a prior that the batch shares: partial sums stay a small part of the traffic.
 SHARED_ROWS = 32
 # Bytes of each tensor in one program's tile, 32 for each of its 128 threads: sampling needs registers, too.
 TILE_BYTES = 4096
@@ -163,7 +163,9 @@ def rsample_kl_bwd_kernel(
             gradient_sigma += d * eps
         gradient_logvar = 0.5 * sigma * gradient_sigma
         if dkl is not None:
-            weight = tl.load(dkl + offsets(row, shape[1], strides[1][0], strides[1][1], NESTED % 2 == 1), row < rows, 0.0)
+            weight = tl.load(
+                dkl + offsets(row, shape[1], strides[1][0], strides[1][1], NESTED % 2 == 1), row < rows, 0.0
+            )
             weight = weight[:, None]
             m = tl.load(mu + elements(at, column, shape, strides[2], NESTED), mask, other=1.0).to(DTYPE)
             if prior_mu is None:

@@ -23,7 +23,6 @@ from pathlib import Path
 
 from helpers import TARGETS
 
-
 OTHERS = [name for name in TARGETS if name != "sm_90"]
 
 
@@ -44,7 +43,8 @@ def compile_for(fn, args: tuple, kwargs: dict, target):
 def describe(kernel, target) -> dict:
     if target.backend == "hip":
         code = kernel.asm["amdgcn"]
-        spills = sum(int(n) for n in re.findall(r"_spill_count:\s*(\d+)", code))
+        # Scalar registers spill into lanes of vector registers, not to memory.
+        spills = sum(int(n) for n in re.findall(r"vgpr_spill_count:\s*(\d+)", code))
         loads = re.findall(r"\b(?:global|buffer)_load_(\w+)", code)
         stores = re.findall(r"\b(?:global|buffer)_store_(\w+)", code)
         wide = [sum(name.startswith("dwordx4") for name in names) for names in (loads, stores)]

@@ -1,4 +1,4 @@
-"""The kernels as compiled code, for every target, with no GPU needed: no spills, 16-byte accesses, little shared memory.
+"""The kernels as compiled code, for every target, without a GPU: no spills, 16-byte accesses, little shared memory.
 
 Each test_<op>.py with kernels lists in `aot_calls()` what its launcher can choose. Calls named "core" are compiled for
 every target; those with "aligned" in the name have rows of whole 16-byte runs, and must move them 16 bytes at a time.

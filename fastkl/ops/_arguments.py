@@ -164,4 +164,5 @@ def event_ndim_of_datum(event_ndim: int | None, shape: torch.Size) -> int:
             f"event_ndim must be given for the broadcast shape {tuple(shape)}: without it the first dimension is the "
             "batch, and none is left to sum"
         )
-    return check_event_ndim(len(shape) - 1 if event_ndim is None else event_ndim, len(shape), f"the shape {tuple(shape)}")
+    event_ndim = len(shape) - 1 if event_ndim is None else event_ndim
+    return check_event_ndim(event_ndim, len(shape), f"the broadcast shape {tuple(shape)}")

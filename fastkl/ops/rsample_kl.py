@@ -47,7 +47,11 @@ def _backward(
 def _fake_forward(q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live):
     mu, parameter = unpack(q, packed_dim)
     dtype = torch.promote_types(mu.dtype, parameter.dtype)
-    z = torch.empty_like(mu, dtype=dtype) if num_samples is None else mu.new_empty((num_samples, *mu.shape), dtype=dtype)
+    z = (
+        torch.empty_like(mu, dtype=dtype)
+        if num_samples is None
+        else mu.new_empty((num_samples, *mu.shape), dtype=dtype)
+    )
     return z, mu.new_empty(mu.shape[: mu.dim() - event_ndim], dtype=reference.compute_dtype(*q, *prior))
 
 
@@ -105,7 +109,9 @@ class _RsampleKL(torch.autograd.Function):
         return (*dq, *[None] * (2 - len(dq)), *dprior, *[None] * (2 - len(dprior)), deps, *padding)
 
     @staticmethod
-    def vmap(info, in_dims, mu, parameter, prior_mu, prior_logvar, eps, seed, num_samples, packed_dim, event_ndim, *rest):
+    def vmap(
+        info, in_dims, mu, parameter, prior_mu, prior_logvar, eps, seed, num_samples, packed_dim, event_ndim, *rest
+    ):
         q = arguments.batch_first_all((mu, parameter), in_dims, info.batch_size)
         shape = unpack(q, packed_dim + 1)[0].shape
         prior = arguments.batch_first_prior((prior_mu, prior_logvar), in_dims[2:4], shape, event_ndim)

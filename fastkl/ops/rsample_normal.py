@@ -14,7 +14,8 @@ from fastkl.reference import SoftBounds
 
 # As in rsample_kl, without an event or a prior.
 _SETTINGS = (
-    "Tensor[] q, Tensor? seed, Tensor? eps, int? num_samples, int packed_dim, str scale, float low, float high, bool live"
+    "Tensor[] q, Tensor? seed, Tensor? eps, int? num_samples, int packed_dim, str scale, float low, float high, "
+    "bool live"
 )
 
 
@@ -31,13 +32,19 @@ def _gradients(dz, q, seed, eps, num_samples, packed_dim, scale, low, high, live
 
 
 def _backward(dz, q, *settings) -> list[Tensor]:
-    return [arguments.match(gradient, tensor) for gradient, tensor in zip(_gradients(dz, q, *settings), q)]
+    gradients = [arguments.match(gradient, tensor) for gradient, tensor in zip(_gradients(dz, q, *settings), q)]
+    # d/d mu is dz itself where nothing is summed or converted, but an op may not return its argument.
+    return [gradient.clone() if gradient is dz else gradient for gradient in gradients]
 
 
 def _fake_forward(q, seed, eps, num_samples, packed_dim, scale, low, high, live) -> Tensor:
     mu, parameter = unpack(q, packed_dim)
     dtype = torch.promote_types(mu.dtype, parameter.dtype)
-    return torch.empty_like(mu, dtype=dtype) if num_samples is None else mu.new_empty((num_samples, *mu.shape), dtype=dtype)
+    return (
+        torch.empty_like(mu, dtype=dtype)
+        if num_samples is None
+        else mu.new_empty((num_samples, *mu.shape), dtype=dtype)
+    )
 
 
 def _fake_backward(dz, q, *settings) -> list[Tensor]:
@@ -71,7 +78,7 @@ class _RsampleNormal(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dz):
         mu, parameter, eps, seed = ctx.saved_tensors
-        num_samples, packed_dim, scale, *bounds = ctx.settings
+        _, packed_dim, scale, *bounds = ctx.settings
         q = [mu] if parameter is None else [mu, parameter]
         closed = needs_closed_form(dz)
         dq = (_gradients if closed else rsample_normal_bwd)(dz, q, seed, eps, *ctx.settings)

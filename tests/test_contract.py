@@ -1,0 +1,203 @@
+"""What every op promises, whatever it computes: one suite over all of them."""
+
+import pytest
+import torch
+from helpers import DEVICE, implementation, leaf
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+import fastkl
+from fastkl.ops import _register
+
+SEED = 5
+
+
+def draw(*shapes, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [leaf(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes]
+
+
+def sample_and_kl(*tensors):
+    z, kl = fastkl.rsample_kl(*tensors, seed=SEED)
+    return torch.stack([z.sin().sum(-1), kl], -1)
+
+
+# name -> (function of tensors with one value or tensor per sample, shapes of the tensors for a batch of n)
+OPS = {
+    "kl_normal": (fastkl.kl_normal, lambda n: [(n, 4), (n, 4)]),
+    "kl_normal, full prior": (fastkl.kl_normal, lambda n: [(n, 4)] * 4),
+    "kl_normal, softplus": (lambda *t: fastkl.kl_normal(*t, scale="softplus"), lambda n: [(n, 4), (n, 4)]),
+    "kl_normal, packed": (lambda h: fastkl.DiagonalNormal.from_packed(h).kl(), lambda n: [(n, 6, 2)]),
+    "rsample_normal": (lambda *t: fastkl.rsample_normal(*t, seed=SEED), lambda n: [(n, 4), (n, 4)]),
+    "rsample_normal, samples": (
+        lambda *t: fastkl.rsample_normal(*t, seed=SEED, num_samples=3).sum(0),
+        lambda n: [(n, 4), (n, 4)],
+    ),
+    "rsample_kl": (sample_and_kl, lambda n: [(n, 4), (n, 4)]),
+    "rsample_kl, prior, own noise": (
+        lambda m, v, pm, pv, eps: fastkl.rsample_kl(m, v, pm, pv, eps=eps)[0].sum(1),
+        lambda n: [(n, 4)] * 5,
+    ),
+    "bernoulli_log_prob": (lambda *t: fastkl.bernoulli_log_prob(*t, event_ndim=1), lambda n: [(n, 4), (n, 4)]),
+    "normal_log_prob": (lambda *t: fastkl.normal_log_prob(*t, event_ndim=1), lambda n: [(n, 4)] * 3),
+    "kl_multivariate_normal": (
+        lambda m, a, pm, b: fastkl.kl_multivariate_normal(
+            m, a.tril(-1) + torch.eye(3, device=a.device, dtype=a.dtype), pm, b.exp()
+        ),
+        lambda n: [(n, 3), (n, 3, 3), (n, 3), (n, 3)],
+    ),
+}
+# Batch statistics and parameters that the batch shares: not one result for each example.
+SHARED = {
+    "kl_normal, shared prior": (fastkl.kl_normal, lambda n: [(n, 4), (n, 4), (4,), (1, 4)]),
+    "kl_normal_per_dim": (fastkl.kl_normal_per_dim, lambda n: [(n, 4), (n, 4), (4,), (1, 4)]),
+    "rsample_kl, shared prior": (
+        lambda *t: fastkl.rsample_kl(*t, seed=SEED, scale="softplus", bounds=(-9, 9))[1],
+        lambda n: [(n, 4), (n, 4), (4,), (1, 4)],
+    ),
+}
+every = pytest.mark.parametrize("name", [*OPS, *SHARED])
+per_sample = pytest.mark.parametrize("name", OPS)
+
+
+def get(name):
+    return (OPS | SHARED)[name]
+
+
+@every
+def test_first_and_second_derivatives(name):
+    function, shapes = get(name)
+    inputs = draw(*shapes(3))
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+
+
+@every
+def test_fused_gradient_is_the_differentiable_one(name):
+    """backward takes another road under create_graph; both must lead to the same place."""
+    function, shapes = get(name)
+    inputs = draw(*shapes(3), dtype=torch.float32)
+    for backend in ("torch", "triton"):
+        with implementation(backend):
+            value = function(*inputs)
+            weights = torch.linspace(1, 2, value.numel(), device=DEVICE).view(value.shape)
+            fused = torch.autograd.grad(value, inputs, weights, retain_graph=True)
+            closed = torch.autograd.grad(value, inputs, weights, create_graph=True)
+        for a, b in zip(fused, closed):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@every
+def test_compiles_without_graph_breaks_or_recompilations(name):
+    function, shapes = get(name)
+    compilations = []
+
+    def backend(graph, example_inputs):
+        compilations.append(graph)
+        return torch._dynamo.backends.debugging.aot_eager(graph, example_inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=backend)  # static at first, then dynamic
+    for n in (4, 6, 9, 5):
+        inputs = draw(*shapes(n), dtype=torch.float32)
+        expected, actual = function(*inputs), compiled(*inputs)
+        torch.testing.assert_close(actual, expected)
+        gradients = [torch.autograd.grad(value.sum(), inputs) for value in (expected, actual)]
+        torch.testing.assert_close(*gradients)
+    assert len(compilations) <= 2
+
+
+@pytest.mark.parametrize("name", ["kl_normal", "rsample_kl", "bernoulli_log_prob"])
+def test_compiles_with_inductor(name):
+    function, shapes = get(name)
+    torch._dynamo.reset()
+    inputs = draw(*shapes(4), dtype=torch.float32)
+    expected, actual = (f(*inputs) for f in (function, torch.compile(function, fullgraph=True)))
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value.sum(), inputs) for value in (expected, actual)))
+
+
+@per_sample
+def test_vmap_and_grad(name):
+    function, shapes = get(name)
+    inputs = [t.detach() for t in draw(*([5, *s] for s in shapes(2)))]
+    torch.testing.assert_close(
+        torch.func.vmap(function)(*inputs), torch.stack([function(*(t[i] for t in inputs)) for i in range(5)])
+    )
+    mixed = (0, *[None] * (len(inputs) - 1))
+    first = [inputs[0], *(t[0] for t in inputs[1:])]
+    expected = torch.stack([function(inputs[0][i], *first[1:]) for i in range(5)])
+    torch.testing.assert_close(torch.func.vmap(function, in_dims=mixed)(*first), expected)
+    gradient = torch.func.grad(lambda *t: function(*t).square().sum())
+    per_example = torch.func.vmap(gradient)(*inputs)
+    looped = torch.stack([gradient(*(t[i] for t in inputs)) for i in range(5)])
+    torch.testing.assert_close(per_example, looped)
+
+
+@every
+def test_activation_checkpointing(name):
+    function, shapes = get(name)
+    inputs = draw(*shapes(3), dtype=torch.float32)
+    plain = torch.autograd.grad(function(*inputs).square().sum(), inputs)
+    again = torch.autograd.grad(checkpoint(function, *inputs, use_reentrant=False).square().sum(), inputs)
+    torch.testing.assert_close(again, plain, rtol=0, atol=0)
+
+
+def test_checkpointing_draws_the_same_noise_again():
+    mu, logvar = draw((3, 8), (3, 8))
+
+    def step(mu, logvar):
+        z, kl = fastkl.rsample_kl(mu, logvar)
+        return (z.sin().sum(1) + kl).square().sum()
+
+    torch.manual_seed(1)
+    plain = torch.autograd.grad(step(mu, logvar), (mu, logvar))
+    torch.manual_seed(1)
+    again = torch.autograd.grad(checkpoint(step, mu, logvar, use_reentrant=False), (mu, logvar))
+    torch.testing.assert_close(again, plain, rtol=0, atol=0)
+
+
+@every
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_empty_batch(name, backend):
+    function, shapes = get(name)
+    inputs = draw(*shapes(0), dtype=torch.float32)
+    with implementation(backend):
+        value = function(*inputs)
+        gradients = torch.autograd.grad(value.sum(), inputs)
+    assert value.numel() == 0 or "per_dim" in name
+    assert [g.shape for g in gradients] == [t.shape for t in inputs]
+    assert "per_dim" in name or all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize("name", [n for n in [*OPS, *SHARED] if "multivariate" not in n and "rsample_normal" not in n])
+def test_autocast_gives_float32(name):
+    function, shapes = get(name)
+    inputs = draw(*shapes(3), dtype=torch.bfloat16)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        value = function(*inputs)
+    assert value.dtype == torch.float32 or "noise" in name or name == "rsample_kl"
+    torch.testing.assert_close(value, function(*inputs))
+    gradients = torch.autograd.grad(value.sum(), inputs)
+    assert {g.dtype for g in gradients} == {torch.bfloat16}
+
+
+def test_opcheck():
+    """torch's own checks of schema, fakes, and tracing, for each registered op as the public functions call it."""
+    calls = {}
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.namespace == "fastkl":
+                detached = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, args)
+                calls.setdefault(op.name(), []).append((op, detached))
+            return op(*args, **(kwargs or {}))
+
+    with Record():
+        for function, shapes in (OPS | SHARED).values():
+            inputs = draw(*shapes(3), dtype=torch.float32)
+            value = function(*inputs)
+            torch.autograd.grad(value.sum(), inputs)
+    assert {name.split("::")[1].split(".")[0] for name in calls} == set(_register.TRITON)
+    for op, args in (call for same in calls.values() for call in same):
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))

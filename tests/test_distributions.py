@@ -1,0 +1,116 @@
+"""DiagonalNormal: the same answers as torch.distributions, and nothing moved that need not be."""
+
+import pytest
+import torch
+from helpers import DEVICE, implementation, leaf
+from torch.distributions import Independent, Normal, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastkl
+
+
+class Traffic(TorchDispatchMode):
+    """Which ops run, and how many bytes they allocate."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops, self.storages = [], {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        self.ops.append(op.name().split(".")[0])
+        given = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves(args) if _real(t)}
+        for t in filter(_real, torch.utils._pytree.tree_leaves(out)):
+            if t.untyped_storage().data_ptr() not in given:
+                self.storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return out
+
+
+def _real(t):
+    return isinstance(t, torch.Tensor) and t.device.type != "meta"
+
+
+def posterior(shape, scale="logvar", packed_dim=None):
+    generator = torch.Generator().manual_seed(4)
+    mu, parameter = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    std = {
+        "logvar": lambda p: (0.5 * p).exp(),
+        "log_std": torch.exp,
+        "std": lambda p: p.abs() + 0.1,
+        "softplus": torch.nn.functional.softplus,
+    }[scale](parameter)
+    parameter = std if scale == "std" else parameter
+    if packed_dim is not None:
+        q = fastkl.DiagonalNormal.from_packed(
+            torch.cat([mu, parameter], packed_dim).to(DEVICE), packed_dim, scale=scale
+        )
+    else:
+        q = fastkl.DiagonalNormal(mu.to(DEVICE), parameter.to(DEVICE), scale=scale)
+    return q, Independent(Normal(mu.to(DEVICE), std.to(DEVICE)), len(shape) - 1)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("packed_dim", [None, 1, -1])
+@pytest.mark.parametrize("shape", [(3, 4), (3, 2, 4), (2, 2, 3, 4), (2, 2, 2, 3, 4)], ids=str)
+def test_agrees_with_torch_distributions(backend, shape, packed_dim):
+    for scale in ("logvar", "log_std", "std", "softplus"):
+        q, expected = posterior(shape, scale, packed_dim)
+        with implementation(backend):
+            z, kl = q.rsample_kl(num_samples=2, seed=1)
+            standard = Independent(Normal(torch.zeros_like(q.mean), torch.ones_like(q.mean)), len(shape) - 1)
+            close(kl, kl_divergence(expected, standard))
+            close(q.kl(), kl)
+            close(q.kl_per_dim(), kl_divergence(expected.base_dist, standard.base_dist).mean(0))
+            close(q.log_prob(z), expected.log_prob(z))
+            close(q.entropy(), expected.entropy())
+            close(q.rsample(num_samples=2, seed=1), z)
+            prior = fastkl.DiagonalNormal(q.mean + 1, torch.full_like(q.mean, 0.3))
+            other = Independent(Normal(q.mean + 1, torch.full_like(q.mean, 0.15).exp()), len(shape) - 1)
+            close(q.kl(prior), kl_divergence(expected, other))
+            close(q.rsample_kl(prior)[1], kl_divergence(expected, other))
+        for name in ("mean", "mode"):
+            close(getattr(q, name), expected.mean)
+        close(q.std, expected.stddev)
+        close(q.var, expected.variance)
+        assert q.event_ndim == len(shape) - 1
+        assert kl.shape == shape[:1]
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_bounds_hold_for_everything():
+    q = fastkl.DiagonalNormal(torch.zeros(1, 2), torch.tensor([[-50.0, 50.0]]), bounds=(-2.0, 1.0))
+    clamped = fastkl.DiagonalNormal(torch.zeros(1, 2), torch.tensor([[-2.0, 1.0]]))
+    z = q.rsample(seed=3)
+    assert torch.equal(z, clamped.rsample(seed=3))
+    for method in ("kl", "kl_per_dim", "entropy"):
+        assert torch.equal(getattr(q, method)(), getattr(clamped, method)())
+    assert torch.equal(q.log_prob(z), clamped.log_prob(z))
+    assert torch.equal(q.logvar, clamped.logvar)
+
+
+@pytest.mark.parametrize("what", ["kl", "rsample_kl"])
+@pytest.mark.parametrize(("shape", "dim"), [((8, 16, 8, 8), 1), ((8, 6, 32), -1)], ids=str)
+def test_packed_head_costs_one_packed_gradient_and_nothing_else(what, shape, dim):
+    """No cat, no copy: forward allocates its results, backward one tensor of the head's size."""
+    head = leaf(torch.randn(shape))
+    half, n = head.numel() // 2 * 4, shape[0] * 4
+    with implementation("triton"):
+        q = fastkl.DiagonalNormal.from_packed(head, dim)
+        seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
+        with Traffic() as forward:
+            outputs = [q.kl()] if what == "kl" else q.rsample_kl(seed=seed)
+        gradients = [torch.ones_like(output) for output in outputs]
+        with Traffic() as backward:
+            torch.autograd.backward(outputs, gradients)
+    for record, allowed in ((forward, n if what == "kl" else half + n), (backward, 2 * half)):
+        assert not {"aten::cat", "aten::clone", "aten::copy_", "aten::contiguous", "aten::_to_copy"} & set(record.ops)
+        assert sum(name.startswith("fastkl::") for name in record.ops) == 1
+        assert sum(record.storages.values()) <= allowed + 256
+    assert head.grad.shape == head.shape
+    # What chunk() and the plain function cost instead: the same gradient, and a cat of its halves.
+    with Traffic() as plain:
+        fastkl.kl_normal(*head.chunk(2, dim), event_ndim=len(shape) - 1).sum().backward()
+    assert "aten::cat" in plain.ops
