@@ -165,7 +165,7 @@ def after_step(run: Run, display: Display, reconstruction: Tensor, kl: Tensor, a
         display.tested(run, *row)
     display.stepped(run.step)
     if run.ranks.main and (stopping or last or run.step % run.settings.checkpoint_every == 0):
-        display.flush()  # or the events before this checkpoint are lost when the process is killed after it
+        display.flush()  # or events before this checkpoint may be lost when the process is killed after it
         save(run)
     return stopping
 
