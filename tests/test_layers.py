@@ -1,0 +1,120 @@
+"""The import arrows of the house, and what `import fastkl` must do without."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PUBLIC = ("fastkl.ops", "fastkl.reference", "fastkl.distributions", "fastkl.priors", "fastkl.objectives")
+# Layer -> the layers it may import. The first that is a prefix of a module's name is its layer.
+ARROWS = {
+    "fastkl.reference": (),
+    "fastkl.ops._": ("fastkl.ops._", "fastkl.reference"),
+    "fastkl.ops": ("fastkl.ops._", "fastkl.reference"),  # ops never import ops, and kernels only by name, lazily
+    "fastkl.kernels": ("fastkl.kernels",),
+    "fastkl.schedules": (),
+    "fastkl.distributions": ("fastkl.ops", "fastkl.reference"),
+    "fastkl.priors": ("fastkl.ops", "fastkl.reference", "fastkl.distributions"),
+    "fastkl.objectives": ("fastkl.ops", "fastkl.reference", "fastkl.distributions"),
+    "fastkl.integrations": ("fastkl.ops", "fastkl.reference", "fastkl.distributions", "fastkl.integrations"),
+    "fastkl.vae": ("fastkl",),
+    "fastkl": (*PUBLIC, "fastkl.schedules"),
+}
+# What a layer may import from outside, beside the standard library; integrations and vae choose for themselves.
+OUTSIDE = {"fastkl.kernels": {"torch", "triton"}, "fastkl.integrations": None, "fastkl.vae": None}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("fastkl", *parts) if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {
+    module_name(path): path for folder in ("fastkl", "kernels") for path in sorted((ROOT / folder).rglob("*.py"))
+}
+
+
+def within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix if prefix.endswith("_") else prefix + ".")
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, at the top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_follow_the_arrows(module):
+    layer = next(layer for layer in ARROWS if within(module, layer))
+    inside = {name for name in imports(MODULES[module]) if within(name, "fastkl")}
+    wrong = {name for name in inside if not any(within(name, prefix) for prefix in ARROWS[layer])}
+    assert not wrong, f"{module} may import {ARROWS[layer]}"
+    allowed = OUTSIDE.get(layer, {"torch"})
+    outside = {name.partition(".")[0] for name in imports(MODULES[module]) - inside} - sys.stdlib_module_names
+    assert allowed is None or outside <= allowed
+
+
+def test_nobody_imports_the_name_kernels():
+    """It belongs to another project; ours is fastkl.kernels."""
+    files = [path for folder in ("fastkl", "kernels", "tests", "bench") for path in (ROOT / folder).rglob("*.py")]
+    assert [path for path in files if any(within(name, "kernels") for name in imports(path))] == []
+
+
+BLOCK = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+blocked = {"triton"}
+sys.meta_path.insert(0, Blocker())
+import torch
+import fastkl
+"""
+
+IMPORT = """
+heavy = ("triton", "matplotlib", "rich", "tensorboard", "sklearn", "scipy", "PIL", "fastkl.vae", "fastkl.kernels",
+         "fastkl.integrations")
+loaded = [name for name in sys.modules for prefix in heavy if name == prefix or name.startswith(prefix + ".")]
+assert not loaded, loaded
+"""
+
+# Op -> the shapes of its required arguments, where they are not all [3, 4].
+SHAPES = {}
+
+RUN_OPS = """
+import inspect
+
+public = {name: getattr(fastkl, name) for name in fastkl.__all__}
+ops = {name: thing for name, thing in public.items() if getattr(thing, "__module__", "").startswith("fastkl.ops.")}
+assert ops
+for name, op in ops.items():
+    required = [p for p in inspect.signature(op).parameters.values() if p.default is p.empty]
+    shapes = SHAPES.get(name, [(3, 4)] * len(required))
+    tensors = [(torch.rand(shape) + 0.5).requires_grad_() for shape in shapes]
+    outputs = op(*tensors)
+    sum(output.sum() for output in ([outputs] if isinstance(outputs, torch.Tensor) else outputs)).backward()
+    assert all(tensor.grad is not None and tensor.grad.isfinite().all() for tensor in tensors), name
+"""
+
+
+@pytest.mark.parametrize("script", [IMPORT, RUN_OPS], ids=["import", "ops"])
+def test_works_without_triton(script, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", f"{BLOCK}\nSHAPES = {SHAPES!r}\n{script}"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
