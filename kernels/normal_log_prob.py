@@ -16,17 +16,18 @@ from fastkl.kernels._layout import NO_STRIDES, cdiv, compute_dtype, finish, fit,
 PROGRAMS = 1024
 # Rows that one program sums at least where the batch shares logvar: its partial sums stay a small part of the traffic.
 SHARED_ROWS = 32
-# Elements of a tile, 16 for each of 128 threads: more of them cost registers, and with these the programs that fit in.
-TILE = 2048
+# Elements of a tile, for each of 128 threads 16 of x and mean, or 8 of a full-size logvar too: more of them cost
+# registers, and with these the programs that fit in.
+TILE = {"full": 1024, "row": 2048, "shared": 2048}
 # Where rows cannot be read 16 bytes at a time, every element has an address and a mask.
 ODD_TILE = 1024
 
 LN_2PI = tl.constexpr(1.8378770664093453)
 
 
-def blocks(rows: int, columns: int) -> dict[str, int]:
+def blocks(rows: int, columns: int, spread: str) -> dict[str, int]:
     """A tile of rows x columns: short rows packed many to a program, long rows in runs."""
-    elements = TILE if columns % 16 == 0 else ODD_TILE
+    elements = TILE[spread] if columns % 16 == 0 else ODD_TILE
     block_columns = min(next_power_of_2(columns), elements)
     return {"ROWS": min(elements // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": 4}
 
@@ -98,57 +99,65 @@ def normal_log_prob_fwd_kernel(
 
 
 @triton.jit
+def store_tile(pointer, row, column, shape, strides, value, NESTED: tl.constexpr):
+    mask = (row < shape[0])[:, None] & (column < shape[2])[None, :]
+    tl.store(pointer + tile(row, column, shape, strides, NESTED), value, mask)
+
+
+@triton.jit
+def bwd_tile(x, mean, v, d, dx, dmean, row, column, shape, strides, NESTED: tl.constexpr):
+    """Stores those of dx and dmean that are wanted; returns twice the gradient in logvar, without d."""
+    value = load_tile(x, row, column, shape, strides[1], NESTED).to(d.dtype)
+    m = load_tile(mean, row, column, shape, strides[2], NESTED).to(d.dtype)
+    z, precision_root = standardise(value, m, v)
+    gradient, twice = standardise_gradient(z, precision_root)
+    if dx is not None:
+        store_tile(dx, row, column, shape, strides[4], -d * gradient, NESTED)
+    if dmean is not None:
+        store_tile(dmean, row, column, shape, strides[5], d * gradient, NESTED)
+    return twice
+
+
+@triton.jit
 def normal_log_prob_bwd_kernel(
     dlog_prob, x, mean, logvar, dx, dmean, dlogvar, shape, strides, rows_per_program, columns_per_program, splits,
     SPREAD: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`rows_per_program` (ROWS, unless "shared") by `columns_per_program`. A gradient that nobody wants is None;
-    dlogvar is this program's partial sum with "row", [splits, rows], and with "shared", [.., columns]."""
+    """A gradient that nobody wants is None. With "row" a program takes a run of columns, and dlogvar is its partial sum
+    [splits, rows]; with "shared" a run of rows, dlogvar [groups, columns]; otherwise one tile."""
     rows, columns = shape[0], shape[2]
     split, group = tl.program_id(0) % splits, tl.program_id(0) // splits
     row = group * rows_per_program + tl.arange(0, ROWS)
     column = split * columns_per_program + tl.arange(0, COLUMNS)
     dtype: tl.constexpr = dlog_prob.dtype.element_ty
-    if SPREAD == "shared":
-        first, end, STEP = group * rows_per_program, tl.minimum((group + 1) * rows_per_program, rows), ROWS
-        # A tile with a stride of 0, for [1, COLUMNS] in bfloat16 crashes Triton 3.9 on sm_90.
-        v = load_tile(logvar, row, column, shape, strides[3], NESTED).to(dtype)
-    else:
-        first, end, STEP = split * columns_per_program, tl.minimum((split + 1) * columns_per_program, columns), COLUMNS
+    if SPREAD == "full":
         d = load_rows(dlog_prob, row, shape, strides[0], NESTED)
-        if SPREAD == "row":
-            v = load_rows(logvar, row, shape, strides[3], NESTED).to(dtype)
-    if SPREAD != "full":
-        total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
-    for start in range(first, end, STEP):
-        if SPREAD == "shared":
-            row = start + tl.arange(0, ROWS)
-            d = load_rows(dlog_prob, row, shape, strides[0], NESTED)
-        else:
-            column = start + tl.arange(0, COLUMNS)
-        value = load_tile(x, row, column, shape, strides[1], NESTED).to(dtype)
-        m = load_tile(mean, row, column, shape, strides[2], NESTED).to(dtype)
-        if SPREAD == "full":
-            v = load_tile(logvar, row, column, shape, strides[3], NESTED).to(dtype)
-        z, precision_root = standardise(value, m, v)
-        gradient, twice = standardise_gradient(z, precision_root)
-        mask = (row < rows)[:, None] & (column < columns)[None, :]
-        if dx is not None:
-            tl.store(dx + tile(row, column, shape, strides[4], NESTED), -d * gradient, mask)
-        if dmean is not None:
-            tl.store(dmean + tile(row, column, shape, strides[5], NESTED), d * gradient, mask)
+        v = load_tile(logvar, row, column, shape, strides[3], NESTED).to(dtype)
+        twice = bwd_tile(x, mean, v, d, dx, dmean, row, column, shape, strides, NESTED)
         if dlogvar is not None:
-            if SPREAD == "full":
-                tl.store(dlogvar + tile(row, column, shape, strides[6], NESTED), 0.5 * d * twice, mask)
-            elif SPREAD == "row":
-                total += tl.where(mask, twice, 0.0)
-            else:  # d is 0 in rows that are not there
-                total += d * twice
-    if dlogvar is not None:
-        if SPREAD == "row":
+            store_tile(dlogvar, row, column, shape, strides[6], 0.5 * d * twice, NESTED)
+    elif SPREAD == "row":
+        d = load_rows(dlog_prob, row, shape, strides[0], NESTED)
+        v = load_rows(logvar, row, shape, strides[3], NESTED).to(dtype)
+        total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
+        first = split * columns_per_program
+        for start in range(first, tl.minimum(first + columns_per_program, columns), COLUMNS):
+            at = start + tl.arange(0, COLUMNS)
+            twice = bwd_tile(x, mean, v, d, dx, dmean, row, at, shape, strides, NESTED)
+            total += tl.where((at < columns)[None, :], twice, 0.0)
+        if dlogvar is not None:
             value = 0.5 * tl.sum(d, axis=1) * tl.sum(total, axis=1)
             tl.store(dlogvar + split.to(tl.int64) * rows + row, value, mask=row < rows)
-        if SPREAD == "shared":
+    else:
+        # A tile with a row stride of 0, for [1, COLUMNS] in bfloat16 crashes Triton 3.9 on sm_90.
+        v = load_tile(logvar, row, column, shape, strides[3], NESTED).to(dtype)
+        total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
+        first = group * rows_per_program
+        for start in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
+            at = start + tl.arange(0, ROWS)
+            d = load_rows(dlog_prob, at, shape, strides[0], NESTED)  # 0 in rows that are not there
+            total += d * bwd_tile(x, mean, v, d, dx, dmean, at, column, shape, strides, NESTED)
+        if dlogvar is not None:
             at = group.to(tl.int64) * columns + offsets(column, shape[3], strides[6][2], strides[6][3], NESTED >= 2)
             tl.store(dlogvar + at, 0.5 * tl.sum(total, axis=0), mask=column < columns)
 
@@ -159,7 +168,7 @@ def fwd(x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor, event_ndim: i
     if x.numel() == 0:
         return x.new_zeros(batch, dtype=dtype)
     inputs, _, layout = fit([x, mean, logvar.expand(x.shape)], [], event_ndim)
-    block = blocks(layout.rows, layout.columns)
+    block = blocks(layout.rows, layout.columns, spread)
     row_blocks = cdiv(layout.rows, block["ROWS"])
     columns_per_program, splits = share(layout.columns, block["COLUMNS"], PROGRAMS // row_blocks)
     log_prob = torch.empty((splits, layout.rows), dtype=dtype, device=x.device)
@@ -178,7 +187,7 @@ def bwd(dlog_prob, x, mean, logvar, event_ndim: int, wanted: list[bool]) -> list
         return [gradient.zero_() for gradient in gradients if gradient is not None]
     spread, batch_ndim = spread_of(logvar, x), x.dim() - event_ndim
     rows, columns = x.shape[:batch_ndim].numel(), x.shape[batch_ndim:].numel()
-    block = blocks(rows, columns)
+    block = blocks(rows, columns, spread)
     rows_per_program, columns_per_program = block["ROWS"], block["COLUMNS"]
     groups, splits = cdiv(rows, rows_per_program), cdiv(columns, columns_per_program)
     d = dlog_prob.to(compute_dtype([x, mean, logvar])).reshape(*dlog_prob.shape, *[1] * event_ndim).expand(x.shape)
