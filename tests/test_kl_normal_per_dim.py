@@ -3,7 +3,6 @@
 import pytest
 import torch
 from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf
-from torch.autograd import gradcheck, gradgradcheck
 
 import fastkl
 from fastkl import reference
@@ -90,10 +89,8 @@ def test_empty_batch_is_nan_like_a_mean_and_an_empty_event_is_empty(backend):
         mu, logvar, prior = leaf(torch.zeros(0, 3)), leaf(torch.zeros(0, 3)), leaf(torch.zeros(3))
         value = fastkl.kl_normal_per_dim(mu, logvar, prior)
         value.sum().backward()
-        assert value.shape == (3,)
-        assert value.isnan().all()
-        assert mu.grad.shape == (0, 3)
-        assert (prior.grad == 0).all()
+        assert value.isnan().tolist() == [True] * 3
+        assert [mu.grad.numel(), prior.grad.tolist()] == [0, [0, 0, 0]]
         assert fastkl.kl_normal_per_dim(torch.zeros(3, 0), torch.zeros(3, 0)).shape == (0,)
 
 
@@ -114,34 +111,14 @@ def test_agrees_with_torch_distributions(backend):
     torch.testing.assert_close(actual, torch.distributions.kl_divergence(q, p).mean(0))
 
 
-def test_higher_derivatives_and_function_transforms():
-    tensors = draw((4, 2, 3), 1, torch.float64, prior="shared")
-    assert gradcheck(fastkl.kl_normal_per_dim, tensors, check_batched_grad=True)
-    assert gradgradcheck(fastkl.kl_normal_per_dim, tensors)
-    mu, logvar, prior_mu, prior_logvar = tensors
+def test_vmap_keeps_its_dimension_out_of_the_mean():
+    """Derivatives, torch.compile and opcheck are in test_contract.py; this is the only op that sums over the batch."""
+    mu, logvar, prior_mu, prior_logvar = draw((4, 2, 3), 1, torch.float64, prior="shared")
     shared_prior = (mu, logvar, prior_mu, prior_logvar), (0, 0, None, None)
     for arguments, dims in (shared_prior, ((mu, logvar[:, 0], prior_mu, mu[0]), (1, None, None, 0))):
         mapped = [torch.func.vmap(f, dims)(*arguments) for f in (fastkl.kl_normal_per_dim, reference.kl_normal_per_dim)]
         torch.testing.assert_close(*mapped)
-        gradients = [torch.autograd.grad(value.square().sum(), tensors[:3]) for value in mapped]
-        torch.testing.assert_close(*gradients)
-    inner = torch.func.grad(lambda mu: fastkl.kl_normal_per_dim(mu, *tensors[1:]).sum())
-    torch.testing.assert_close(inner(tensors[0]), (tensors[0] - tensors[2]) * torch.exp(-tensors[3]) / 8)
-
-
-def test_compiles_without_graph_breaks_and_passes_opcheck():
-    for dynamic in (False, True):
-        torch._dynamo.reset()
-        compiled = torch.compile(fastkl.kl_normal_per_dim, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-        for rows in (4, 6):
-            tensors = draw((rows, 5), 1, torch.float32, prior="shared")
-            for got, wanted in zip(run(compiled, tensors), run(fastkl.kl_normal_per_dim, tensors)):
-                torch.testing.assert_close(got, wanted)
-    mu, logvar, *prior = (tensor.detach() for tensor in draw((6, 5), 1, torch.bfloat16, prior="shared"))
-    settings = (mu, logvar, prior, 1, "logvar", -1.0, 1.0, False)
-    torch.library.opcheck(torch.ops.fastkl.kl_normal_per_dim_fwd.default, settings)
-    dkl = torch.ones(5, device=DEVICE)
-    torch.library.opcheck(torch.ops.fastkl.kl_normal_per_dim_bwd.default, (dkl, *settings, True))
+        torch.testing.assert_close(*[torch.autograd.grad(value.square().sum(), (mu, logvar)) for value in mapped])
 
 
 def test_saves_nothing_beyond_its_inputs_and_repeats_bit_for_bit():
@@ -154,16 +131,6 @@ def test_saves_nothing_beyond_its_inputs_and_repeats_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_errors_name_the_argument():
-    mu = torch.zeros(3, 4)
-    with pytest.raises(ValueError, match=r"mu \(3, 4\), logvar \(5,\)"):
-        fastkl.kl_normal_per_dim(mu, torch.zeros(5))
-    with pytest.raises(TypeError, match="logvar must be a floating-point tensor"):
-        fastkl.kl_normal_per_dim(mu, mu.long())
-    with pytest.raises(ValueError, match="event_ndim=3"):
-        fastkl.kl_normal_per_dim(mu, mu, event_ndim=3)
-
-
 def aot_calls():
     fwd, bwd = launcher("kl_normal_per_dim.fwd"), launcher("kl_normal_per_dim.bwd")
     calls = {}
@@ -174,8 +141,7 @@ def aot_calls():
         p = [torch.empty(event if prior == "shared" else shape, dtype=dtype)] * 2 if prior else []
         settings = (mu, mu, p, event_ndim, scale, *bounds)
         calls[f"{name} fwd"] = lambda: fwd(*settings)
-        dkl = torch.empty(event, dtype=reference.compute_dtype(mu))
-        calls[f"{name} bwd"] = lambda: bwd(dkl, *settings, bool(p))
+        calls[f"{name} bwd"] = lambda: bwd(torch.empty(event, dtype=reference.compute_dtype(mu)), *settings, bool(p))
 
     add("core aligned float32", (4096, 512), bounds=(float("-inf"), float("inf"), False))
     add("aligned bfloat16 shared prior", (4096, 512), dtype=torch.bfloat16, prior="shared")
