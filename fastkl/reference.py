@@ -104,27 +104,26 @@ def sum_event(values: Tensor, event_ndim: int) -> Tensor:
 
 
 def kl_terms(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None = None, prior_logvar: Tensor | None = None) -> Tensor:
-    """1/2 [exp(x) - 1 - x + (mu - prior_mu)^2 / prior_var] with x = logvar - prior_logvar, for each element.
+    """exp(x) - 1 - x + (mu - prior_mu)^2 / prior_var with x = logvar - prior_logvar: twice the KL of each element.
 
     expm1(x) - x, never exp(x) - 1 - x: at x = 1e-4 the latter is 3.3 times too large in float32.
     """
-    if prior_logvar is not None:
-        precision = torch.exp(-prior_logvar)
-        logvar = logvar - prior_logvar
     difference = mu if prior_mu is None else mu - prior_mu
-    square = difference * difference if prior_logvar is None else difference * difference * precision
-    return 0.5 * (torch.expm1(logvar) - logvar + square)
+    square = difference * difference
+    if prior_logvar is not None:
+        square = square * torch.exp(-prior_logvar)
+        logvar = logvar - prior_logvar
+    return torch.expm1(logvar) - logvar + square
 
 
-def kl_terms_gradient(mu, logvar, prior_mu=None, prior_logvar=None) -> tuple[Tensor, Tensor, Tensor]:
-    """d kl_terms / d (mu, logvar, prior_logvar); d / d prior_mu = -d / d mu."""
-    dmu = mu if prior_mu is None else mu - prior_mu
-    if prior_logvar is None:
-        dlogvar = 0.5 * torch.expm1(logvar)
-        return dmu, dlogvar, -dlogvar - 0.5 * dmu * dmu
-    difference, dmu = dmu, dmu * torch.exp(-prior_logvar)
+def kl_terms_gradient(mu, logvar, prior_mu=None, prior_logvar=None) -> tuple[Tensor, ...]:
+    """d (1/2 kl_terms) / d (mu, logvar), and with a prior also / d (prior_mu, prior_logvar)."""
+    if prior_mu is None:
+        return mu, 0.5 * torch.expm1(logvar)
+    difference = mu - prior_mu
+    dmu = difference * torch.exp(-prior_logvar)
     dlogvar = 0.5 * torch.expm1(logvar - prior_logvar)
-    return dmu, dlogvar, -dlogvar - 0.5 * difference * dmu
+    return dmu, dlogvar, -dmu, -dlogvar - 0.5 * difference * dmu
 
 
 def _kl_elements(mu, logvar, prior_mu, prior_logvar, scale, bounds) -> Tensor:
@@ -138,14 +137,14 @@ def _kl_elements(mu, logvar, prior_mu, prior_logvar, scale, bounds) -> Tensor:
 
 def kl_normal(mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=1, scale="logvar", bounds=None) -> Tensor:
     """KL(q || p), summed over the last `event_ndim` dimensions."""
-    return sum_event(_kl_elements(mu, logvar, prior_mu, prior_logvar, scale, bounds), event_ndim)
+    return 0.5 * sum_event(_kl_elements(mu, logvar, prior_mu, prior_logvar, scale, bounds), event_ndim)
 
 
 def kl_normal_per_dim(
     mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=1, scale="logvar", bounds=None
 ) -> Tensor:
     """KL(q || p) of each latent dimension, averaged over the batch."""
-    values = _kl_elements(mu, logvar, prior_mu, prior_logvar, scale, bounds)
+    values = 0.5 * _kl_elements(mu, logvar, prior_mu, prior_logvar, scale, bounds)
     return values.flatten(0, -event_ndim - 1).mean(0) if values.dim() > event_ndim else values
 
 

@@ -166,3 +166,33 @@ def event_ndim_of_datum(event_ndim: int | None, shape: torch.Size) -> int:
         )
     event_ndim = len(shape) - 1 if event_ndim is None else event_ndim
     return check_event_ndim(event_ndim, len(shape), f"the broadcast shape {tuple(shape)}")
+
+
+# Elements of a block of rows whose temporaries fit a processor's cache.
+BLOCK = 32768
+
+
+def row_blocks(tensor: Tensor) -> list[slice]:
+    """Slices of the first dimension for work on a CPU that is done block by block; [everything] where it is not."""
+    count = tensor.shape[0] if tensor.dim() else 1
+    if tensor.device.type != "cpu" or tensor.numel() <= 2 * BLOCK or count == 1:
+        return [slice(None)]
+    step = max(1, BLOCK * count // tensor.numel())
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def rows_of(tensor: Tensor | None, rows: slice, like: Tensor) -> Tensor | None:
+    """A block of a tensor that has like's dimensions, or samples in front of them; all of what the rows share."""
+    if tensor is None or tensor.dim() < like.dim():
+        return tensor
+    if tensor.dim() > like.dim():
+        return tensor[:, rows]
+    return tensor if tensor.shape[0] == 1 else tensor[rows]
+
+
+def by_rows(function, like: Tensor, tensors: list[Tensor]) -> Tensor:
+    """function(*tensors), which has one value for each of like's rows, block of rows by block of rows."""
+    blocks = row_blocks(like)
+    if len(blocks) == 1:
+        return function(*tensors)
+    return torch.cat([function(*(rows_of(tensor, rows, like) for tensor in tensors)) for rows in blocks])

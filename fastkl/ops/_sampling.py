@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import sys
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._gradients import unpack
+from fastkl.ops._closed_form import unpack
 
 
 def check_noise(
@@ -42,7 +46,50 @@ def check_noise(
 
 
 def noise(q: list[Tensor], packed_dim: int, seed: Tensor | None, eps: Tensor | None, num_samples: int | None) -> Tensor:
+    """The noise for a gradient that is differentiated again."""
     return reference.normal_noise(seed, unpack(q, packed_dim)[0].shape, num_samples) if eps is None else eps
+
+
+def draw(q: list[Tensor], packed_dim: int, seed: Tensor | None, eps: Tensor | None, num_samples: int | None) -> Tensor:
+    """The noise inside an op: on a CPU the same as reference.normal_noise, some ten times faster."""
+    shape = unpack(q, packed_dim)[0].shape
+    if eps is not None or seed.device.type != "cpu":
+        return noise(q, packed_dim, seed, eps, num_samples)
+    count = shape.numel()
+    out = torch.empty(1 if num_samples is None else num_samples, count)
+    for sample in range(len(out)):
+        for first in range(0, count, 4 * GROUPS):
+            group = np.arange(first // 4, (min(count, first + 4 * GROUPS) + 3) // 4)
+            words = [torch.from_numpy(words) for words in _philox(seed.item(), group, sample)]
+            # float32(word) rounds as in the kernel; the angle's word is signed, which is the same angle.
+            radius = (words[0].mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2.0)).sqrt_()
+            angle = words[1].mul_(2.0 * math.pi * 2.0**-32)
+            normals = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)  # [2, groups, 2]
+            out[sample, first : first + 4 * GROUPS] = normals.transpose(0, 1).flatten()[: count - first]
+    return out.view(shape if num_samples is None else (num_samples, *shape))
+
+
+# Philox calls at a time whose words fit a processor's cache.
+GROUPS = 8192
+_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
+
+
+def _philox(seed: int, group: np.ndarray, sample: int) -> tuple[np.ndarray, np.ndarray]:
+    """reference.philox in 32-bit words: words (0, 2), and words (1, 3) as signed ones, both in float32."""
+    even, odd = np.zeros((2, len(group)), np.uint32), np.zeros((2, len(group)), np.uint32)
+    even[0], odd[0], even[1] = group & 0xFFFFFFFF, group >> 32, sample
+    key = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
+    products = [np.empty((2, len(group)), np.uint64) for _ in range(2)]
+    for step in range(10):
+        halves = np.multiply(even, _MULTIPLIERS, out=products[step % 2]).view(np.uint32)[::-1]
+        even = halves[:, HIGH::2] ^ odd
+        even ^= np.array(key, np.uint32)[:, None]
+        odd = halves[:, 1 - HIGH :: 2]  # a view, valid until the product after next
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return even.astype(np.float32), odd.astype(np.int32).astype(np.float32)
+
+
+HIGH = 1 if sys.byteorder == "little" else 0
 
 
 def noise_gradient(dz: Tensor, q: list[Tensor], packed_dim: int, eps: Tensor, scale: str, bounds) -> Tensor:

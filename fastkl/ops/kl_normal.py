@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._gradients import normal_gradients, unpack
+from fastkl.ops._closed_form import fill_normal_gradients, kl_per_sample, normal_gradients, unpack
 from fastkl.ops._register import needs_closed_form, register
 from fastkl.reference import SoftBounds
 
@@ -17,8 +17,7 @@ _SETTINGS = "int packed_dim, Tensor[] prior, int event_ndim, str scale, float lo
 
 
 def _forward(q, packed_dim, prior, event_ndim, scale, low, high, live) -> Tensor:
-    bounds = arguments.as_bounds(low, high, live)
-    return reference.kl_normal(*unpack(q, packed_dim), *prior, event_ndim=event_ndim, scale=scale, bounds=bounds)
+    return kl_per_sample(q, packed_dim, prior, event_ndim, scale, arguments.as_bounds(low, high, live))
 
 
 def _gradients(dkl, q, packed_dim, prior, event_ndim, scale, low, high, live) -> list[Tensor]:
@@ -27,9 +26,8 @@ def _gradients(dkl, q, packed_dim, prior, event_ndim, scale, low, high, live) ->
 
 
 def _backward(dkl, q, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient) -> list[Tensor]:
-    wanted = [*q, *prior] if prior_gradient else list(q)
-    gradients = _gradients(dkl, q, packed_dim, prior, event_ndim, scale, low, high, live)
-    return [arguments.match(gradient, tensor) for gradient, tensor in zip(gradients, wanted)]
+    dkl, bounds = dkl.reshape(*dkl.shape, *[1] * event_ndim), arguments.as_bounds(low, high, live)
+    return fill_normal_gradients(q, packed_dim, prior, scale, bounds, dkl=dkl, prior_gradient=prior_gradient)
 
 
 def _fake_forward(q, packed_dim, prior, event_ndim, scale, low, high, live) -> Tensor:

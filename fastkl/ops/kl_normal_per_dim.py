@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._gradients import normal_gradients
+from fastkl.ops._closed_form import fill_normal_gradients, normal_gradients
 from fastkl.ops._register import needs_closed_form, register
 from fastkl.reference import SoftBounds
 
@@ -29,9 +29,10 @@ def _gradients(dkl, mu, parameter, prior, event_ndim, scale, low, high, live) ->
 
 
 def _backward(dkl, mu, parameter, prior, event_ndim, scale, low, high, live, prior_gradient) -> list[Tensor]:
-    wanted = [mu, parameter, *prior] if prior_gradient else [mu, parameter]
-    gradients = _gradients(dkl, mu, parameter, prior, event_ndim, scale, low, high, live)
-    return [arguments.match(gradient, tensor) for gradient, tensor in zip(gradients, wanted)]
+    share = dkl / max(1, math.prod(mu.shape[: mu.dim() - event_ndim]))
+    bounds = arguments.as_bounds(low, high, live)
+    q = [mu, parameter]
+    return fill_normal_gradients(q, -1, prior, scale, bounds, dkl=share, prior_gradient=prior_gradient)
 
 
 def _fake_forward(mu, parameter, prior, event_ndim, scale, low, high, live) -> Tensor:

@@ -16,11 +16,12 @@ from fastkl.ops._register import needs_closed_form, register
 
 
 def _fit_logvar(logvar: Tensor, shape: torch.Size, event_ndim: int) -> Tensor:
-    batch = shape[: len(shape) - event_ndim]
-    if math.prod(logvar.shape[max(0, logvar.dim() - event_ndim) :]) == 1:
-        return logvar.expand(*batch, *[1] * event_ndim)
-    if batch and arguments.is_shared(logvar, event_ndim):
-        return logvar.reshape(logvar.shape[max(0, logvar.dim() - event_ndim) :]).expand(shape[len(batch) :])
+    batch_ndim = len(shape) - event_ndim
+    own = logvar.shape[max(0, logvar.dim() - event_ndim) :]
+    if math.prod(own) == 1:
+        return logvar.expand(*shape[:batch_ndim], *[1] * event_ndim)
+    if batch_ndim and arguments.is_shared(logvar, event_ndim):
+        return logvar.reshape(own).expand(shape[batch_ndim:])
     return logvar.expand(shape)
 
 
@@ -33,21 +34,13 @@ def _gradients(dlog_prob, x, mean, logvar, event_ndim, wanted) -> list[Tensor]:
     dtype = reference.compute_dtype(x, mean, logvar)
     dlog_prob = dlog_prob.to(dtype).reshape(*dlog_prob.shape, *[1] * event_ndim)
     dmean, dlogvar = reference.normal_terms_gradient(x.to(dtype), mean.to(dtype), logvar.to(dtype))
-    dmean = dlog_prob * dmean
-    gradients = []
-    if wanted[0]:
-        gradients.append((-dmean).to(x.dtype))
-    if wanted[1]:
-        gradients.append(dmean.to(mean.dtype))
-    if wanted[2]:
-        gradients.append((dlog_prob * dlogvar).sum_to_size(logvar.shape).to(logvar.dtype))
-    return gradients
+    gradients = zip((-dlog_prob, dlog_prob, dlog_prob), (dmean, dmean, dlogvar), (x, mean, logvar), wanted)
+    return [(d * gradient).sum_to_size(t.shape).to(t.dtype) for d, gradient, t, want in gradients if want]
 
 
 def _backward(dlog_prob, x, mean, logvar, event_ndim, wanted) -> list[Tensor]:
-    like = [tensor for tensor, want in zip((x, mean, logvar), wanted) if want]
     gradients = _gradients(dlog_prob, x, mean, logvar, event_ndim, wanted)
-    return [arguments.match(gradient, tensor) for gradient, tensor in zip(gradients, like)]
+    return list(map(arguments.match, gradients, [t for t, want in zip((x, mean, logvar), wanted) if want]))
 
 
 def _fake_forward(x, mean, logvar, event_ndim) -> Tensor:

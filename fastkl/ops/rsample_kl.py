@@ -8,7 +8,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
-from fastkl.ops._gradients import normal_gradients, unpack
+from fastkl.ops._closed_form import fill_normal_gradients, kl_per_sample, normal_gradients, sample, unpack
 from fastkl.ops._register import needs_closed_form, register
 from fastkl.reference import SoftBounds
 
@@ -20,16 +20,14 @@ _SETTINGS = (
 
 
 def _forward(q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live):
-    settings = {"scale": scale, "bounds": arguments.as_bounds(low, high, live)}
-    mu, parameter = unpack(q, packed_dim)
-    drawn = {"num_samples": num_samples, "seed": seed, "eps": eps}
-    z, kl = reference.rsample_kl(mu, parameter, *prior, event_ndim=event_ndim, **drawn, **settings)
-    return (arguments.match(z, mu) if num_samples is None and z.dtype == mu.dtype else z), kl
+    eps, bounds = sampling.draw(q, packed_dim, seed, eps, num_samples), arguments.as_bounds(low, high, live)
+    z = sample(q, packed_dim, eps, num_samples, scale, bounds)
+    return z, kl_per_sample(q, packed_dim, prior, event_ndim, scale, bounds)
 
 
 def _gradients(dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live):
     eps = None if dz is None else sampling.noise(q, packed_dim, seed, eps, num_samples)
-    dkl = 0.0 if dkl is None else dkl.reshape(*dkl.shape, *[1] * event_ndim)
+    dkl = q[0].new_zeros(()) if dkl is None else dkl.reshape(*dkl.shape, *[1] * event_ndim)
     bounds = arguments.as_bounds(low, high, live)
     return normal_gradients(q, packed_dim, prior, scale, bounds, dkl=dkl, dz=dz, eps=eps)
 
@@ -37,11 +35,12 @@ def _gradients(dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim
 def _backward(
     dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient
 ):  # fmt: skip
-    wanted = [*q, *prior] if prior_gradient else list(q)
-    gradients = _gradients(
-        dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live
+    eps = None if dz is None else sampling.draw(q, packed_dim, seed, eps, num_samples)
+    dkl = q[0].new_zeros(()) if dkl is None else dkl.reshape(*dkl.shape, *[1] * event_ndim)
+    bounds = arguments.as_bounds(low, high, live)
+    return fill_normal_gradients(
+        q, packed_dim, prior, scale, bounds, dkl=dkl, dz=dz, eps=eps, prior_gradient=prior_gradient
     )  # fmt: skip
-    return [arguments.match(gradient, tensor) for gradient, tensor in zip(gradients, wanted)]
 
 
 def _fake_forward(q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live):

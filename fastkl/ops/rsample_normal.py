@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
-from fastkl.ops._gradients import normal_gradients, unpack
+from fastkl.ops._closed_form import fill_normal_gradients, normal_gradients, sample, unpack
 from fastkl.ops._register import needs_closed_form, register
 from fastkl.reference import SoftBounds
 
@@ -20,10 +19,8 @@ _SETTINGS = (
 
 
 def _forward(q, seed, eps, num_samples, packed_dim, scale, low, high, live) -> Tensor:
-    mu, parameter = unpack(q, packed_dim)
-    settings = {"scale": scale, "bounds": arguments.as_bounds(low, high, live)}
-    z = reference.rsample_normal(mu, parameter, num_samples=num_samples, seed=seed, eps=eps, **settings)
-    return arguments.match(z, mu) if num_samples is None and z.dtype == mu.dtype else z
+    eps = sampling.draw(q, packed_dim, seed, eps, num_samples)
+    return sample(q, packed_dim, eps, num_samples, scale, arguments.as_bounds(low, high, live))
 
 
 def _gradients(dz, q, seed, eps, num_samples, packed_dim, scale, low, high, live) -> list[Tensor]:
@@ -31,10 +28,9 @@ def _gradients(dz, q, seed, eps, num_samples, packed_dim, scale, low, high, live
     return normal_gradients(q, packed_dim, [], scale, arguments.as_bounds(low, high, live), dz=dz, eps=eps)
 
 
-def _backward(dz, q, *settings) -> list[Tensor]:
-    gradients = [arguments.match(gradient, tensor) for gradient, tensor in zip(_gradients(dz, q, *settings), q)]
-    # d/d mu is dz itself where nothing is summed or converted, but an op may not return its argument.
-    return [gradient.clone() if gradient is dz else gradient for gradient in gradients]
+def _backward(dz, q, seed, eps, num_samples, packed_dim, scale, low, high, live) -> list[Tensor]:
+    eps = sampling.draw(q, packed_dim, seed, eps, num_samples)
+    return fill_normal_gradients(q, packed_dim, [], scale, arguments.as_bounds(low, high, live), dz=dz, eps=eps)
 
 
 def _fake_forward(q, seed, eps, num_samples, packed_dim, scale, low, high, live) -> Tensor:

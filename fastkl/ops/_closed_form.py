@@ -1,0 +1,105 @@
+"""Sampling and KL in torch ops: for tensors without kernels, and for gradients that are differentiated again.
+
+One formula for the four ops that share it; tests hold it against autograd of the definition.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkl import reference
+from fastkl.ops import _arguments as arguments
+
+
+def unpack(q: list[Tensor], packed_dim: int) -> list[Tensor]:
+    """[mu, parameter] from [mu, parameter], or from [head] that packs both along packed_dim."""
+    return q if len(q) == 2 else list(q[0].chunk(2, packed_dim))
+
+
+def kl_per_sample(q, packed_dim, prior, event_ndim, scale, bounds) -> Tensor:
+    """reference.kl_normal, block of rows by block of rows."""
+    settings = {"event_ndim": event_ndim, "scale": scale, "bounds": bounds}
+    mu, parameter = unpack(q, packed_dim)
+    if mu.dim() == event_ndim:  # one sample: its rows have no KL of their own
+        return reference.kl_normal(mu, parameter, *prior, **settings)
+    return arguments.by_rows(lambda *rows: reference.kl_normal(*rows, **settings), mu, [mu, parameter, *prior])
+
+
+def sample(q, packed_dim, eps, num_samples, scale, bounds) -> Tensor:
+    """mu + sigma eps in the memory layout that the fakes promise, block of rows by block of rows."""
+    mu, parameter = unpack(q, packed_dim)
+    dtype = torch.promote_types(mu.dtype, parameter.dtype)
+    shape = mu.shape if num_samples is None else (num_samples, *mu.shape)
+    z = torch.empty_like(mu, dtype=dtype) if num_samples is None else mu.new_empty(shape, dtype=dtype)
+    for rows in arguments.row_blocks(mu):
+        tensors = [arguments.rows_of(tensor, rows, mu) for tensor in (z, mu, parameter, eps)]
+        target, *block, noise = [z, mu, parameter, eps] if rows == slice(None) else tensors
+        target.copy_(reference.rsample_normal(*block, eps=noise, num_samples=num_samples, scale=scale, bounds=bounds))
+    return z
+
+
+def normal_gradients(
+    q: list[Tensor], packed_dim: int, prior: list[Tensor], scale: str, bounds, *,
+    dkl: Tensor | None = None, dz: Tensor | None = None, eps: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """One gradient for each tensor of q and prior, in its dtype.
+
+    dkl broadcasts with mu: the gradient of every element's KL. dz is the gradient of mu + sigma eps, [L, *shape] where
+    eps is, else [*shape]. At least one of the two is there.
+    """
+    inputs = [*unpack(q, packed_dim), *prior]
+    gradients = _element_gradients(*inputs, scale=scale, bounds=bounds, dkl=dkl, dz=dz, eps=eps)
+    dq = gradients[:2] if len(q) == 2 else [torch.cat(gradients[:2], packed_dim)]
+    dprior = [gradient.sum_to_size(tensor.shape) for gradient, tensor in zip(gradients[2:], prior)]
+    return [gradient.to(tensor.dtype) for gradient, tensor in zip(dq + dprior, [*q, *prior])]
+
+
+def _element_gradients(*inputs: Tensor, scale: str, bounds, dkl, dz, eps) -> list[Tensor]:
+    """In mu, the parameter and the prior's two tensors, each of mu's shape."""
+    dtype = reference.compute_dtype(*inputs)
+    mu, parameter, *prior = (tensor.to(dtype) for tensor in inputs)
+    raw = reference.to_logvar(parameter, scale)
+    logvar = reference.bound(raw, bounds)
+    dmu = dlogvar = None
+    dprior: list[Tensor] = []
+    if dkl is not None:
+        dkl = dkl.to(dtype)
+        dmu, dlogvar, *dprior = (dkl * gradient for gradient in reference.kl_terms_gradient(mu, logvar, *prior))
+    if dz is not None:
+        dz, eps = dz.to(dtype), eps.to(dtype)
+        dsigma = dz * eps
+        if dz.dim() > mu.dim():
+            dz, dsigma = dz.sum(0), dsigma.sum(0)
+        dlogvar_z = 0.5 * torch.exp(0.5 * logvar) * dsigma
+        dmu, dlogvar = (dz, dlogvar_z) if dkl is None else (dmu + dz, dlogvar + dlogvar_z)
+    dparameter = reference.bound_gradient(dlogvar, raw, bounds)
+    if scale != "logvar":
+        dparameter = dparameter * reference.to_logvar_gradient(parameter, scale)
+    return [dmu, dparameter, *dprior]
+
+
+def fill_normal_gradients(
+    q: list[Tensor], packed_dim: int, prior: list[Tensor], scale: str, bounds, *,
+    dkl: Tensor | None = None, dz: Tensor | None = None, eps: Tensor | None = None, prior_gradient: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """normal_gradients for an op's own backward: nothing differentiable, written once, block of rows by block of rows.
+
+    The temporaries of a block stay in the processor's cache, and no other memory of the tensors' size is touched.
+    """
+    mu, parameter = unpack(q, packed_dim)
+    gradients = [torch.empty_like(tensor) for tensor in (*q, *(prior if prior_gradient else ()))]
+    outputs = [*unpack(gradients[: len(q)], packed_dim), *gradients[len(q) :]]
+    shared = prior_gradient and prior and prior[0].dim() < mu.dim()
+    totals = [torch.zeros_like(p, dtype=reference.compute_dtype(mu, parameter, *prior)) for p in prior if shared]
+    for rows in arguments.row_blocks(mu) if packed_dim != 0 else [slice(None)]:
+        blocks = [arguments.rows_of(tensor, rows, mu) for tensor in (mu, parameter, *prior)]
+        incoming = {name: arguments.rows_of(t, rows, mu) for name, t in (("dkl", dkl), ("dz", dz), ("eps", eps))}
+        found = _element_gradients(*blocks, scale=scale, bounds=bounds, **incoming)
+        for output, gradient in zip(outputs[: 2 if shared else 4], found):
+            (output if rows == slice(None) else output[rows]).copy_(gradient)
+        for total, gradient in zip(totals, found[2:]):
+            total += gradient.sum_to_size(total.shape)
+    for gradient, total in zip(gradients[len(q) :], totals):
+        gradient.copy_(total)
+    return gradients
