@@ -16,18 +16,17 @@ from fastkl.kernels._layout import NO_STRIDES, cdiv, compute_dtype, finish, fit,
 PROGRAMS = 1024
 # Rows that one program sums at least where the batch shares logvar: its partial sums stay a small part of the traffic.
 SHARED_ROWS = 32
-# Elements of a tile, for each of 128 threads 16 of x and mean, or 8 of a full-size logvar too: more of them cost
-# registers, and with these the programs that fit in.
-TILE = {"full": 1024, "row": 2048, "shared": 2048}
+# Elements of a tile, 16 for each of 128 threads: more of them cost registers, and with these the programs that fit in.
+TILE = 2048
 # Where rows cannot be read 16 bytes at a time, every element has an address and a mask.
 ODD_TILE = 1024
 
 LN_2PI = tl.constexpr(1.8378770664093453)
 
 
-def blocks(rows: int, columns: int, spread: str) -> dict[str, int]:
+def blocks(rows: int, columns: int) -> dict[str, int]:
     """A tile of rows x columns: short rows packed many to a program, long rows in runs."""
-    elements = TILE[spread] if columns % 16 == 0 else ODD_TILE
+    elements = TILE if columns % 16 == 0 else ODD_TILE
     block_columns = min(next_power_of_2(columns), elements)
     return {"ROWS": min(elements // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": 4}
 
@@ -77,10 +76,9 @@ def normal_log_prob_fwd_kernel(
     first = split * columns_per_program
     last = tl.minimum(first + columns_per_program, shape[2])
     dtype: tl.constexpr = log_prob.dtype.element_ty
-    constant = tl.zeros([ROWS], dtype=dtype) + LN_2PI
+    log_prob += split.to(tl.int64) * rows + row
     if SPREAD == "row":
         row_logvar = load_rows(logvar, row, shape, strides[2], NESTED).to(dtype)
-        constant += tl.sum(row_logvar, axis=1)
     total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
     for start in range(first, last, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
@@ -94,8 +92,13 @@ def normal_log_prob_fwd_kernel(
             v = load_tile(logvar, row, column, shape, strides[2], NESTED).to(dtype)
             z, _ = standardise(value, m, v)
             total += v + z * z
+    constant = tl.zeros([ROWS], dtype=dtype) + LN_2PI
+    if SPREAD == "row":
+        # Read again, and with another fill lest the two loads become one: kept through the loop it would be spilled.
+        at = offsets(row, shape[1], strides[2][0], strides[2][1], NESTED % 2 == 1)
+        constant += tl.load(logvar + at, row < rows, other=1.0).to(dtype)
     value = -0.5 * (tl.sum(total, axis=1) + (last - first) * constant)
-    tl.store(log_prob + split.to(tl.int64) * rows + row, value, mask=row < rows)
+    tl.store(log_prob, value, mask=row < rows)
 
 
 @triton.jit
@@ -168,7 +171,7 @@ def fwd(x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor, event_ndim: i
     if x.numel() == 0:
         return x.new_zeros(batch, dtype=dtype)
     inputs, _, layout = fit([x, mean, logvar.expand(x.shape)], [], event_ndim)
-    block = blocks(layout.rows, layout.columns, spread)
+    block = blocks(layout.rows, layout.columns)
     row_blocks = cdiv(layout.rows, block["ROWS"])
     columns_per_program, splits = share(layout.columns, block["COLUMNS"], PROGRAMS // row_blocks)
     log_prob = torch.empty((splits, layout.rows), dtype=dtype, device=x.device)
@@ -187,7 +190,7 @@ def bwd(dlog_prob, x, mean, logvar, event_ndim: int, wanted: list[bool]) -> list
         return [gradient.zero_() for gradient in gradients if gradient is not None]
     spread, batch_ndim = spread_of(logvar, x), x.dim() - event_ndim
     rows, columns = x.shape[:batch_ndim].numel(), x.shape[batch_ndim:].numel()
-    block = blocks(rows, columns, spread)
+    block = blocks(rows, columns)
     rows_per_program, columns_per_program = block["ROWS"], block["COLUMNS"]
     groups, splits = cdiv(rows, rows_per_program), cdiv(columns, columns_per_program)
     d = dlog_prob.to(compute_dtype([x, mean, logvar])).reshape(*dlog_prob.shape, *[1] * event_ndim).expand(x.shape)

@@ -22,24 +22,16 @@ SHAPES = [
     ((0, 4), None),  # empty batch
     ((3, 0), None),  # empty event
 ]
-SPREADS = ["full", "scalar", "row", "shared", "channel"]
+SPREADS = ["full", "scalar", "row", "shared"]  # a log-variance an element, one in all, a sample, a dimension
 both = pytest.mark.parametrize("backend", ["torch", "triton"])
-
-
-def logvar_shape(shape, event_ndim, spread):
-    """Of a log-variance that is full size, one number, one per sample, one per dimension, one per first dimension."""
-    batch_ndim = 1 if event_ndim is None else len(shape) - event_ndim
-    batch, event = shape[:batch_ndim], shape[batch_ndim:]
-    ones = [1] * len(event)
-    return {"full": shape, "scalar": (), "row": (*batch, *ones), "shared": event, "channel": (*event[:1], *ones[1:])}[
-        spread
-    ]
 
 
 def draw(shape, event_ndim=None, spread="full", dtypes=(torch.float32,) * 3):
     generator = torch.Generator().manual_seed(0)
-    shapes = (shape, shape, logvar_shape(shape, event_ndim, spread))
-    return [leaf(torch.randn(s, generator=generator).to(dtype)) for s, dtype in zip(shapes, dtypes)]
+    batch_ndim = 1 if event_ndim is None else len(shape) - event_ndim
+    batch, event = shape[:batch_ndim], shape[batch_ndim:]
+    third = {"full": shape, "scalar": (), "row": (*batch, *[1] * len(event)), "shared": event}[spread]
+    return [leaf(torch.randn(s, generator=generator).to(dtype)) for s, dtype in zip((shape, shape, third), dtypes)]
 
 
 def run(function, tensors, event_ndim, weights):
@@ -61,9 +53,7 @@ def check(tensors, event_ndim=None):
         if index == 3 and truth.numel() and got.shape != actual[2].shape:
             scale = scale + tensors[0].numel() / truth.numel()
         assert_as_good_as_eager(got, naive, truth, units=8.0, scale=scale)
-    wide = any(t.dtype == torch.float64 for t in tensors)
-    assert actual[0].dtype == (torch.float64 if wide else torch.float32)
-    assert [g.dtype for g in actual[1:]] == [t.dtype for t in tensors]
+    assert [result.dtype for result in actual] == [reference.compute_dtype(*tensors), *(t.dtype for t in tensors)]
 
 
 @both
@@ -87,22 +77,12 @@ def test_dtypes(backend, spread):
 @pytest.mark.parametrize("view", ["samples", "transposed", "every other", "channels_last"])
 def test_strided_inputs_are_read_where_they_lie(backend, view):
     base = torch.randn(3, 4, 6, 10, generator=torch.Generator().manual_seed(1))
+    plane = base[0].transpose(1, 2)
     x, mean, *logvars = {
         "samples": lambda: (base[0], base, base[:, :1], base[0, 0]),  # x is expanded over importance samples
-        "transposed": lambda: (
-            base[0, 0].t(),
-            base[1, 1].t(),
-            base[2, 2].t(),
-            base[2, 2, :1].t(),
-            base[2, 2, :, :1].t(),
-        ),
+        "transposed": lambda: (plane[0], plane[1], plane[2], plane[2, :, :1], plane[2, :1]),
         "every other": lambda: (base[..., ::2], base[..., 1::2], base[1, 1, :, ::2], base[:, ::3, ::6, :1][:, :1]),
-        "channels_last": lambda: (
-            base,
-            base.flip(0).to(memory_format=torch.channels_last),
-            base[0].flip(0),
-            base.exp(),
-        ),
+        "channels_last": lambda: (base, base.to(memory_format=torch.channels_last), base[0].flip(0), base.exp()),
     }[view]()
     ones = torch.ones((), device=DEVICE)  # the gradient of .sum() has a stride of 0
     for event_ndim in range(1, mean.dim() + 1):
@@ -130,8 +110,7 @@ def test_extreme_and_non_finite_values(backend):
     logvar = torch.tensor([-100.0, -80.0, -30.0, 0.0, 30.0, 80.0, 100.0])[:, None]
     bad = [(math.nan, 0.0), (math.inf, 0.0), (1.0, math.nan), (1.0, math.inf), (1.0, -math.inf)]
     mean, logvars = torch.zeros(11, 3), torch.zeros(11, 3)
-    for i, (m, v) in enumerate(bad):
-        mean[2 * i + 1, 1], logvars[2 * i + 1, 1] = m, v
+    mean[1::2, 1], logvars[1::2, 1] = torch.tensor(bad).unbind(1)
     with implementation(backend):
         check([leaf(1e-15 * torch.ones(7, 1)), leaf(torch.zeros(7, 1)), leaf(logvar)])
         for spread in (logvars, logvars[:, 1:2]):
@@ -141,14 +120,6 @@ def test_extreme_and_non_finite_values(backend):
             assert value.isfinite().tolist() == [i % 2 == 0 for i in range(11)]
             assert (leaves[0].grad[::2] == 0).all()
             assert (leaves[1].grad[::2] == -0.5 * 3 / spread.shape[1]).all()
-
-
-def test_results_are_bitwise_the_same_run_to_run():
-    for spread in ("row", "shared"):
-        tensors = draw((70, 300), None, spread)
-        with implementation("triton"):
-            first, second = (run(normal_log_prob, tensors, None, torch.ones(70, device=DEVICE)) for _ in range(2))
-        assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 def test_bad_arguments_are_named():
@@ -176,13 +147,13 @@ def aot_calls():
         calls[f"{name} {spread} fwd"] = lambda: fwd(*inputs, len(shape) - 1)
         calls[f"{name} {spread} bwd"] = lambda: bwd(dlog_prob, *inputs, len(shape) - 1, list(wanted))
 
-    bfloat16 = (torch.bfloat16,) * 3
-    add("core aligned float32", (4096, 512), "scalar")
+    bfloat16, half = (torch.bfloat16,) * 3, (torch.float16,) * 3
+    add("core aligned float16", (4096, 512), "scalar", half)
     add("core aligned bfloat16", (64, 512), "shared", bfloat16)
     add("aligned bfloat16", (64, 512), "full", bfloat16, (True, True, True))
     add("aligned float32 and bfloat16", (64, 512), "row", (torch.float32, torch.bfloat16, torch.float32))
     add("aligned long row", (2, 1 << 20), "row", bfloat16)
-    add("aligned short rows", (4096, 16), "shared")
+    add("aligned float32 short rows", (4096, 16), "shared")
     add("odd float64", (37, 37), "shared", (torch.float64,) * 3, (True, True, True))
     add("odd", (37, 37), "full", bfloat16)
     return calls

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import needs_closed_form, register
+from fastkl.ops._register import apply, needs_closed_form, register
 
 # x and mean are of the full shape [*batch, *event]. logvar is too, or it is [*batch, 1, ..., 1] (one value per row), or
 # [*event] (shared by the batch); its gradient is then summed inside the kernel.
@@ -89,7 +89,7 @@ class _NormalLogProb(torch.autograd.Function):
         if in_dims[2] is not None:
             logvar = logvar.movedim(in_dims[2], 0)
             logvar = logvar.reshape(logvar.shape[0], *[1] * (x.dim() - logvar.dim()), *logvar.shape[1:])
-        return _NormalLogProb.apply(x, mean, _fit_logvar(logvar, x.shape, event_ndim), event_ndim), 0
+        return apply(_NormalLogProb, x, mean, _fit_logvar(logvar, x.shape, event_ndim), event_ndim), 0
 
 
 def normal_log_prob(x: Tensor, mean: Tensor, logvar: Tensor, *, event_ndim: int | None = None) -> Tensor:
@@ -126,4 +126,4 @@ def normal_log_prob(x: Tensor, mean: Tensor, logvar: Tensor, *, event_ndim: int 
     shape = arguments.broadcast_shape(x=x, mean=mean, logvar=logvar)
     event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
     logvar = _fit_logvar(logvar, shape, event_ndim)
-    return _NormalLogProb.apply(x.expand(shape), mean.expand(shape), logvar, event_ndim)
+    return apply(_NormalLogProb, x.expand(shape), mean.expand(shape), logvar, event_ndim)
