@@ -16,6 +16,7 @@ SHAPES = [
     ((3, 37), None),  # odd columns: masked tail, unaligned rows
     ((2, 5000), None),  # a long row, several programs share it
     ((70, 1), None),  # many rows of one element
+    ((70, 40), None),  # several programs sum the gradient of a shared logvar
     ((3, 4, 6, 5), None),  # images, all of each summed
     ((5, 3, 20), 1),  # two batch dimensions
     ((7,), 1),  # one sample, no batch dimension
