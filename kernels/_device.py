@@ -55,7 +55,7 @@ def _exp_minus_one_minus_series(x):
     if x.dtype == tl.float64:
         series = x * 0.0 + 1.0
         for i in tl.static_range(15):
-            series = 1.0 + x * series / (17 - i)
+            series = 1.0 + x * series * (1.0 / (17 - i))
         return 0.5 * x * x * series
     series = 1.0 / 5040 + x * (1.0 / 40320)
     series = 1.0 / 720 + x * series

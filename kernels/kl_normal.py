@@ -38,13 +38,14 @@ SHARED_ROWS = 32
 TILE_BYTES = 16384
 # Bytes of a row of a tall tile: whole cache lines, and narrow, so that many programs share the columns, few the rows.
 TALL_ROW_BYTES = 256
-# Elements of a tile whose rows cannot be read 16 bytes at a time: every element then has an address and a mask.
-ODD_TILE = 1024
+# Elements of a tile whose rows cannot be read 16 bytes at a time: every element then has an address and a mask, which
+# cost registers; float64 has half as many.
+ODD_TILE = {2: 1024, 4: 1024, 8: 256}
 
 
 def blocks(rows: int, columns: int, itemsize: int, tensors: int, *, tall: bool = False) -> dict[str, int]:
     """A tile of rows x columns: short rows packed many to a program, long rows in runs; `tall` for sums over rows."""
-    tile = TILE_BYTES // itemsize // next_power_of_2(tensors) if columns % 16 == 0 else ODD_TILE
+    tile = TILE_BYTES // itemsize // next_power_of_2(tensors) if columns % 16 == 0 else ODD_TILE[itemsize]
     block_columns = min(next_power_of_2(columns), TALL_ROW_BYTES // itemsize if tall else tile)
     block_rows = min(next_power_of_2(rows), tile // block_columns)
     return {"ROWS": block_rows, "COLUMNS": min(next_power_of_2(columns), tile // block_rows), "num_warps": 4}
@@ -52,7 +53,8 @@ def blocks(rows: int, columns: int, itemsize: int, tensors: int, *, tall: bool =
 
 @triton.jit
 def kl_normal_fwd_kernel(
-    mu, parameter, prior_mu, prior_logvar, kl, shape, strides, columns_per_program, splits, low, high,
+    mu, parameter, prior_mu, prior_logvar, kl, shape, strides, columns_per_program, splits,
+    low: tl.constexpr, high: tl.constexpr,
     SCALE: tl.constexpr, BOUNDED: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """`splits` programs share each block of rows; kl is [splits, rows]."""
@@ -66,25 +68,30 @@ def kl_normal_fwd_kernel(
     total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
     for start in range(first, last, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        # Masked elements are left out of the sum below, so any finite fill will do; 1 is a standard deviation too.
+        # A masked element has mean 0 and log-variance 0 on both sides: its KL is 0 exactly, unless a clamp or softplus
+        # makes another log-variance of it.
         mask = (row < rows)[:, None] & (column < last)[None, :]
-        m = tl.load(mu + tile(row, column, shape, strides[0], NESTED), mask, other=1.0).to(dtype)
-        v = tl.load(parameter + tile(row, column, shape, strides[1], NESTED), mask, other=1.0).to(dtype)
+        m = tl.load(mu + tile(row, column, shape, strides[0], NESTED), mask, other=0.0).to(dtype)
+        fill: tl.constexpr = 1.0 if SCALE == "std" else 0.0
+        v = tl.load(parameter + tile(row, column, shape, strides[1], NESTED), mask, other=fill).to(dtype)
         logvar = bound(to_logvar(v, SCALE), low, high, BOUNDED)
         if prior_mu is None:
             terms = kl_terms(m, logvar, exp(logvar))
         else:
-            pm = tl.load(prior_mu + tile(row, column, shape, strides[2], NESTED), mask, other=1.0).to(dtype)
-            pv = tl.load(prior_logvar + tile(row, column, shape, strides[3], NESTED), mask, other=1.0).to(dtype)
+            pm = tl.load(prior_mu + tile(row, column, shape, strides[2], NESTED), mask, other=0.0).to(dtype)
+            pv = tl.load(prior_logvar + tile(row, column, shape, strides[3], NESTED), mask, other=0.0).to(dtype)
             terms = kl_terms_prior(m, logvar, pm, pv)
-        total = tl.where(mask, total + terms, total)
+        if BOUNDED or SCALE == "softplus":
+            terms = tl.where(mask, terms, 0.0)
+        total += terms
     tl.store(kl, tl.sum(total, axis=1), mask=row < rows)
 
 
 @triton.jit
 def kl_normal_bwd_kernel(
     dkl, mu, parameter, prior_mu, prior_logvar, dmu, dparameter, dprior_mu, dprior_logvar,
-    shape, strides, weight, rows_per_program, column_blocks, partial_stride, low, high,
+    shape, strides, weight, rows_per_program, column_blocks, partial_stride,
+    low: tl.constexpr, high: tl.constexpr,
     SCALE: tl.constexpr, BOUNDED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr, PER_COLUMN: tl.constexpr,
     NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip

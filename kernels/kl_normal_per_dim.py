@@ -21,7 +21,7 @@ MIN_ROWS = 64
 @triton.jit
 def kl_normal_per_dim_fwd_kernel(
     mu, parameter, prior_mu, prior_logvar, kl, shape, strides, rows_per_program, column_blocks, partial_stride,
-    low, high,
+    low: tl.constexpr, high: tl.constexpr,
     SCALE: tl.constexpr, BOUNDED: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One block of columns by `rows_per_program` rows; kl takes this program's share of the mean, `partial_stride`

@@ -43,12 +43,12 @@ TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 # Elements of a tile whose rows cannot be read 16 bytes at a time.
-ODD_TILE = 512
+ODD_TILE = {2: 512, 4: 512, 8: 256}
 
 
 def blocks(rows: int, columns: int, itemsize: int) -> dict[str, int]:
     """A tile of rows x columns; its columns are a multiple of 4, one Philox call each."""
-    tile = TILE_BYTES // itemsize if columns % 16 == 0 else ODD_TILE
+    tile = TILE_BYTES // itemsize if columns % 16 == 0 else ODD_TILE[itemsize]
     block_columns = min(max(4, next_power_of_2(columns)), tile)
     return {"ROWS": min(tile // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": 4}
 
@@ -75,7 +75,8 @@ def row_noise(seed, row, start, sample, columns, ROWS: tl.constexpr, COLUMNS: tl
 @triton.jit
 def rsample_kl_fwd_kernel(
     mu, parameter, prior_mu, prior_logvar, noise, z, kl, seed, shape, strides, sample_strides, samples,
-    columns_per_program, splits, low, high,
+    columns_per_program, splits,
+    low: tl.constexpr, high: tl.constexpr,
     SCALE: tl.constexpr, BOUNDED: tl.constexpr, SHIFT: tl.constexpr, NESTED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -123,7 +124,8 @@ def rsample_kl_fwd_kernel(
 @triton.jit
 def rsample_kl_bwd_kernel(
     dz, dkl, mu, parameter, prior_mu, prior_logvar, noise, dmu, dparameter, dprior_mu, dprior_logvar, seed,
-    shape, strides, sample_strides, samples, rows_per_program, column_blocks, partial_stride, low, high,
+    shape, strides, sample_strides, samples, rows_per_program, column_blocks, partial_stride,
+    low: tl.constexpr, high: tl.constexpr,
     SCALE: tl.constexpr, BOUNDED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr, SHIFT: tl.constexpr,
     NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip

@@ -186,5 +186,7 @@ def aot_calls():
     add("one column", (1 << 20, 1))
     add("odd", (37, 37), dtype=torch.bfloat16, prior="full")
     add("odd shared prior softplus", (370, 37), prior="shared", scale="softplus", bounds=(-30.0, 20.0, False))
-    add("odd long float64", (3, 5001), dtype=torch.float64)
+    bounds = (-30.0, 20.0, False)
+    add("odd float64 shared prior", (37, 37), dtype=torch.float64, prior="shared", scale="softplus", bounds=bounds)
+    add("odd long", (3, 5001))
     return calls

@@ -64,6 +64,9 @@ def check_bounds(bounds: SoftBounds | tuple[float, float] | None) -> tuple[float
 
 def broadcast_shape(**tensors: Tensor | None) -> torch.Size:
     shapes = {name: tensor.shape for name, tensor in tensors.items() if tensor is not None}
+    first, *others = shapes.values()
+    if all(shape == first for shape in others):
+        return first
     try:
         return torch.broadcast_shapes(*shapes.values())
     except RuntimeError:
@@ -170,20 +173,25 @@ def event_ndim_of_datum(event_ndim: int | None, shape: torch.Size) -> int:
 
 # Elements of a block of rows whose temporaries fit a processor's cache.
 BLOCK = 32768
+EVERYTHING = slice(None)
 
 
 def row_blocks(tensor: Tensor) -> list[slice]:
     """Slices of the first dimension for work on a CPU that is done block by block; [everything] where it is not."""
     count = tensor.shape[0] if tensor.dim() else 1
     if tensor.device.type != "cpu" or tensor.numel() <= 2 * BLOCK or count == 1:
-        return [slice(None)]
+        return [EVERYTHING]
     step = max(1, BLOCK * count // tensor.numel())
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
+def expand(tensor: Tensor, shape: torch.Size) -> Tensor:
+    return tensor if tensor.shape == shape else tensor.expand(shape)
+
+
 def rows_of(tensor: Tensor | None, rows: slice, like: Tensor) -> Tensor | None:
     """A block of a tensor that has like's dimensions, or samples in front of them; all of what the rows share."""
-    if tensor is None or tensor.dim() < like.dim():
+    if tensor is None or rows is EVERYTHING or tensor.dim() < like.dim():
         return tensor
     if tensor.dim() > like.dim():
         return tensor[:, rows]

@@ -33,8 +33,7 @@ def sample(q, packed_dim, eps, num_samples, scale, bounds) -> Tensor:
     shape = mu.shape if num_samples is None else (num_samples, *mu.shape)
     z = torch.empty_like(mu, dtype=dtype) if num_samples is None else mu.new_empty(shape, dtype=dtype)
     for rows in arguments.row_blocks(mu):
-        tensors = [arguments.rows_of(tensor, rows, mu) for tensor in (z, mu, parameter, eps)]
-        target, *block, noise = [z, mu, parameter, eps] if rows == slice(None) else tensors
+        target, *block, noise = (arguments.rows_of(tensor, rows, mu) for tensor in (z, mu, parameter, eps))
         target.copy_(reference.rsample_normal(*block, eps=noise, num_samples=num_samples, scale=scale, bounds=bounds))
     return z
 
@@ -92,12 +91,12 @@ def fill_normal_gradients(
     outputs = [*unpack(gradients[: len(q)], packed_dim), *gradients[len(q) :]]
     shared = prior_gradient and prior and prior[0].dim() < mu.dim()
     totals = [torch.zeros_like(p, dtype=reference.compute_dtype(mu, parameter, *prior)) for p in prior if shared]
-    for rows in arguments.row_blocks(mu) if packed_dim != 0 else [slice(None)]:
+    for rows in arguments.row_blocks(mu) if packed_dim != 0 else [arguments.EVERYTHING]:
         blocks = [arguments.rows_of(tensor, rows, mu) for tensor in (mu, parameter, *prior)]
         incoming = {name: arguments.rows_of(t, rows, mu) for name, t in (("dkl", dkl), ("dz", dz), ("eps", eps))}
         found = _element_gradients(*blocks, scale=scale, bounds=bounds, **incoming)
         for output, gradient in zip(outputs[: 2 if shared else 4], found):
-            (output if rows == slice(None) else output[rows]).copy_(gradient)
+            arguments.rows_of(output, rows, mu).copy_(gradient)
         for total, gradient in zip(totals, found[2:]):
             total += gradient.sum_to_size(total.shape)
     for gradient, total in zip(gradients[len(q) :], totals):

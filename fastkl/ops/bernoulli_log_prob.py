@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import needs_closed_form, register
+from fastkl.ops._register import apply, needs_closed_form, register
 
 
 def _forward(logits, x, event_ndim) -> Tensor:
@@ -72,7 +72,7 @@ class _BernoulliLogProb(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, logits, x, event_ndim):
         logits, x = (arguments.batch_first(t, dim, info.batch_size) for t, dim in zip((logits, x), in_dims))
-        return _BernoulliLogProb.apply(logits, x, event_ndim), 0
+        return apply(_BernoulliLogProb, logits, x, event_ndim), 0
 
 
 def bernoulli_log_prob(logits: Tensor, x: Tensor, *, event_ndim: int | None = None) -> Tensor:
@@ -109,4 +109,4 @@ def bernoulli_log_prob(logits: Tensor, x: Tensor, *, event_ndim: int | None = No
     arguments.check_tensors(logits=logits, x=x)
     shape = arguments.broadcast_shape(logits=logits, x=x)
     event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
-    return _BernoulliLogProb.apply(logits.expand(shape), x.expand(shape), event_ndim)
+    return apply(_BernoulliLogProb, logits.expand(shape), x.expand(shape), event_ndim)

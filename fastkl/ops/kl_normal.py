@@ -8,7 +8,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._closed_form import fill_normal_gradients, kl_per_sample, normal_gradients, unpack
-from fastkl.ops._register import needs_closed_form, register
+from fastkl.ops._register import apply, needs_closed_form, register
 from fastkl.reference import SoftBounds
 
 # q is [mu, parameter], or [head] that packs both along packed_dim; prior is [] or [prior_mu, prior_logvar], each of
@@ -83,7 +83,7 @@ class _KLNormal(torch.autograd.Function):
         q = arguments.batch_first_all((mu, parameter), in_dims, info.batch_size)
         shape = unpack(q, packed_dim + 1)[0].shape
         prior = arguments.batch_first_prior((prior_mu, prior_logvar), in_dims[2:4], shape, event_ndim)
-        return _KLNormal.apply(*q, *[None] * (2 - len(q)), *prior, packed_dim + 1, event_ndim, *settings), 0
+        return apply(_KLNormal, *q, *[None] * (2 - len(q)), *prior, packed_dim + 1, event_ndim, *settings), 0
 
 
 def kl_normal_packed(
@@ -98,7 +98,7 @@ def kl_normal_packed(
     arguments.check_prior_fits(half.shape, prior_mu=prior_mu, prior_logvar=prior_logvar)
     prior = arguments.expand_prior(prior_mu, prior_logvar, head, half.shape, event_ndim)
     settings = (dim, event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
-    return _KLNormal.apply(head, None, *prior, *settings)
+    return apply(_KLNormal, head, None, *prior, *settings)
 
 
 def kl_normal(
@@ -133,12 +133,12 @@ def kl_normal(
 
     >>> import torch, fastkl
     >>> mu, logvar = torch.zeros(2, 3), torch.full((2, 3), 1e-4)
-    >>> fastkl.kl_normal(mu, logvar)
-    tensor([7.5000e-09, 7.5000e-09])
+    >>> [f"{kl:.1e}" for kl in fastkl.kl_normal(mu, logvar)]
+    ['7.5e-09', '7.5e-09']
     """
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
     arguments.check_event_ndim(event_ndim, len(shape), f"the broadcast shape {tuple(shape)}")
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
     settings = (-1, event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
-    return _KLNormal.apply(mu.expand(shape), logvar.expand(shape), *prior, *settings)
+    return apply(_KLNormal, arguments.expand(mu, shape), arguments.expand(logvar, shape), *prior, *settings)

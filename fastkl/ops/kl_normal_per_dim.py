@@ -10,7 +10,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._closed_form import fill_normal_gradients, normal_gradients
-from fastkl.ops._register import needs_closed_form, register
+from fastkl.ops._register import apply, needs_closed_form, register
 from fastkl.reference import SoftBounds
 
 # prior is [] or [prior_mu, prior_logvar], each of the full shape or, shared by the batch, of the event's shape.
@@ -87,7 +87,7 @@ class _KLNormalPerDim(torch.autograd.Function):
             None if tensor is None else arguments.batch_first(tensor, dim, info.batch_size).movedim(0, -event_ndim - 1)
             for tensor, dim in zip((mu, parameter, prior_mu, prior_logvar), in_dims)
         ]
-        return _KLNormalPerDim.apply(*tensors, event_ndim + 1, *settings), 0
+        return apply(_KLNormalPerDim, *tensors, event_ndim + 1, *settings), 0
 
 
 def kl_normal_per_dim(
@@ -134,4 +134,4 @@ def kl_normal_per_dim(
     arguments.check_event_ndim(event_ndim, len(shape), f"the broadcast shape {tuple(shape)}")
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
     settings = (event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
-    return _KLNormalPerDim.apply(mu.expand(shape), logvar.expand(shape), *prior, *settings)
+    return apply(_KLNormalPerDim, arguments.expand(mu, shape), arguments.expand(logvar, shape), *prior, *settings)

@@ -9,7 +9,7 @@ from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._closed_form import fill_normal_gradients, kl_per_sample, normal_gradients, sample, unpack
-from fastkl.ops._register import needs_closed_form, register
+from fastkl.ops._register import apply, needs_closed_form, register
 from fastkl.reference import SoftBounds
 
 # As in kl_normal; exactly one of seed (int64, no dimensions) and eps ([L, *shape], or [*shape] without num_samples).
@@ -118,7 +118,7 @@ class _RsampleKL(torch.autograd.Function):
         seed, eps = sampling.batch_noise(info, q, packed_dim + 1, dims, seed, eps, num_samples)
         parameter = q[1] if len(q) == 2 else None
         settings = (num_samples, packed_dim + 1, event_ndim, *rest)
-        outputs = _RsampleKL.apply(q[0], parameter, *prior, eps, seed, *settings)
+        outputs = apply(_RsampleKL, q[0], parameter, *prior, eps, seed, *settings)
         return outputs, (0 if num_samples is None else 1, 0)
 
 
@@ -136,7 +136,7 @@ def rsample_kl_packed(
     prior = arguments.expand_prior(prior_mu, prior_logvar, head, shape, event_ndim)
     settings = (dim, event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
     seed, eps = sampling.check_noise(seed, eps, num_samples, shape, head.device)
-    return _RsampleKL.apply(head, None, *prior, eps, seed, num_samples, *settings)
+    return apply(_RsampleKL, head, None, *prior, eps, seed, num_samples, *settings)
 
 
 def rsample_kl(
@@ -178,4 +178,13 @@ def rsample_kl(
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
     settings = (-1, event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
     seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
-    return _RsampleKL.apply(mu.expand(shape), logvar.expand(shape), *prior, eps, seed, num_samples, *settings)
+    return apply(
+        _RsampleKL,
+        arguments.expand(mu, shape),
+        arguments.expand(logvar, shape),
+        *prior,
+        eps,
+        seed,
+        num_samples,
+        *settings,
+    )

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._closed_form import fill_normal_gradients, normal_gradients, sample, unpack
-from fastkl.ops._register import needs_closed_form, register
+from fastkl.ops._register import apply, needs_closed_form, register
 from fastkl.reference import SoftBounds
 
 # As in rsample_kl, without an event or a prior.
@@ -89,7 +89,7 @@ class _RsampleNormal(torch.autograd.Function):
         dims = (in_dims[3], in_dims[2])
         seed, eps = sampling.batch_noise(info, q, packed_dim + 1, dims, seed, eps, num_samples)
         parameter = q[1] if len(q) == 2 else None
-        z = _RsampleNormal.apply(q[0], parameter, eps, seed, num_samples, packed_dim + 1, *settings)
+        z = apply(_RsampleNormal, q[0], parameter, eps, seed, num_samples, packed_dim + 1, *settings)
         return z, 0 if num_samples is None else 1
 
 
@@ -102,7 +102,7 @@ def rsample_normal_packed(
     dim = arguments.check_packed(head, dim)
     settings = (dim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
     seed, eps = sampling.check_noise(seed, eps, num_samples, head.chunk(2, dim)[0].shape, head.device)
-    return _RsampleNormal.apply(head, None, eps, seed, num_samples, *settings)
+    return apply(_RsampleNormal, head, None, eps, seed, num_samples, *settings)
 
 
 def rsample_normal(
@@ -135,4 +135,6 @@ def rsample_normal(
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
     settings = (-1, arguments.check_scale(scale), *arguments.check_bounds(bounds))
     seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
-    return _RsampleNormal.apply(mu.expand(shape), logvar.expand(shape), eps, seed, num_samples, *settings)
+    return apply(
+        _RsampleNormal, arguments.expand(mu, shape), arguments.expand(logvar, shape), eps, seed, num_samples, *settings
+    )
