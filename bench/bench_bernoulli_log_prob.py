@@ -1,10 +1,11 @@
 """bernoulli_log_prob: the reconstruction term of binary images, and with importance samples."""
 
 import torch
-from harness import Case, leaves
 from torch.nn import functional as F
 
 import fastkl
+
+from harness import Case, leaves
 
 
 def formula(logits, x):

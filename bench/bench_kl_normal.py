@@ -1,9 +1,10 @@
 """kl_normal: KL to N(0, I), to a learned prior, and from a packed head."""
 
 import torch
-from harness import Case, leaves
 
 import fastkl
+
+from harness import Case, leaves
 
 
 def formula(mu, logvar):

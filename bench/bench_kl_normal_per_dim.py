@@ -1,9 +1,10 @@
 """kl_normal_per_dim: the batch mean of the KL of every latent dimension, to N(0, I) and to a learned prior."""
 
 import torch
-from harness import Case, leaves
 
 import fastkl
+
+from harness import Case, leaves
 
 
 def formula(mu, logvar):

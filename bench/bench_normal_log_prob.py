@@ -3,9 +3,10 @@
 import math
 
 import torch
-from harness import Case, leaves
 
 import fastkl
+
+from harness import Case, leaves
 
 
 def formula(x, mean, logvar):

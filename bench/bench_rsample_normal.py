@@ -3,10 +3,11 @@
 import functools
 
 import torch
-from harness import Case, leaves
 
 import fastkl
 from fastkl import reference
+
+from harness import Case, leaves
 
 
 def formula(mu, logvar):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from fastkl.kernels import kl_normal
 from fastkl.kernels._device import bound, exp, kl_terms, kl_terms_prior, offsets, tile, to_logvar
 from fastkl.kernels._layout import NO_STRIDES, cdiv, compute_dtype, fit, is_bounded, share

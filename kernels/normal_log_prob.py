@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from fastkl.kernels._device import exp, offsets, tile
 from fastkl.kernels._layout import NO_STRIDES, cdiv, compute_dtype, finish, fit, next_power_of_2, share
 

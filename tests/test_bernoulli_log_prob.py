@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf
 from scipy import stats
 
 from fastkl import reference
 from fastkl.ops.bernoulli_log_prob import bernoulli_log_prob
+
+from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf
 
 # (shape, event_ndim): why
 SHAPES = [

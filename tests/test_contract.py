@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from helpers import DEVICE, implementation, leaf
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import fastkl
 from fastkl.ops import _register
+
+from helpers import DEVICE, implementation, leaf
 
 SEED = 5
 

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICE, implementation
 
 import fastkl
+
+from helpers import DEVICE, implementation
 
 both = pytest.mark.parametrize("backend", ["torch", "triton"])
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from helpers import DEVICE, implementation, leaf
 from torch.distributions import Independent, Normal, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkl
+
+from helpers import DEVICE, implementation, leaf
 
 
 class Traffic(TorchDispatchMode):

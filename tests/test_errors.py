@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICE
 
 import fastkl
+
+from helpers import DEVICE
 
 M = torch.zeros(3, 4, device=DEVICE)
 INTS = torch.zeros(3, 4, dtype=torch.int64, device=DEVICE)

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf
 from scipy import integrate, stats
 
 import fastkl
 from fastkl import reference
+
+from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf
 
 # (shape, event_ndim): why
 SHAPES = [

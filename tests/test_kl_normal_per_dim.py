@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf
 
 import fastkl
 from fastkl import reference
+
+from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf
 
 # (shape, event_ndim): why
 SHAPES = [

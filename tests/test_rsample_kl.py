@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf
 from scipy import stats
 
 import fastkl
 from fastkl import reference
+
+from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf
 
 SEED = 2**62 + 12345
 # (shape, event_ndim, num_samples): why

@@ -8,11 +8,12 @@ import pickle
 
 import pytest
 import torch
-from vae_helpers import BARE, command, refused, run, train
 
 from fastkl.vae import checkpoint
 from fastkl.vae import train as loop
 from fastkl.vae.errors import UserError
+
+from vae_helpers import BARE, command, refused, run, train
 
 FILE = checkpoint.NAME
 

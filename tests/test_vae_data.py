@@ -8,11 +8,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from vae_helpers import refused
 
 from fastkl.vae import data
 from fastkl.vae.errors import UserError
 from fastkl.vae.settings import Settings
+
+from vae_helpers import refused
 
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.integers(0, 256, (20, 8, 8), dtype=np.uint8)

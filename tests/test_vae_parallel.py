@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
-from vae_helpers import BARE, SMALL, refused, run, train
 
 from fastkl.vae import checkpoint
+
+from vae_helpers import BARE, SMALL, refused, run, train
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this build has no torch.distributed")
 

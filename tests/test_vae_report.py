@@ -11,10 +11,11 @@ import types
 import numpy as np
 import pytest
 import torch
-from vae_helpers import train
 
 from fastkl.vae import progress
 from fastkl.vae.pictures import plane, spaced
+
+from vae_helpers import train
 
 pytest.importorskip("matplotlib")
 

@@ -8,10 +8,11 @@ import signal
 import sys
 
 import pytest
-from vae_helpers import BARE, SMALL, assert_same_state, run, train
 
 from fastkl.vae import checkpoint
 from fastkl.vae import train as loop
+
+from vae_helpers import BARE, SMALL, assert_same_state, run, train
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs fork and kill")
 

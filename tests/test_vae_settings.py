@@ -6,11 +6,12 @@ import dataclasses
 import sys
 
 import pytest
-from vae_helpers import BARE, command, refused, run, train
 
 from fastkl.vae.cli import choose_folder, parser
 from fastkl.vae.errors import UserError, require
 from fastkl.vae.settings import FOR_DATA, FOR_PRESET, Settings, resolve, resume
+
+from vae_helpers import BARE, command, refused, run, train
 
 
 def test_options_typed_win_over_the_preset_and_that_over_the_data():
