@@ -35,8 +35,9 @@ from fastkl.kernels._layout import (
 PROGRAMS = 1024
 # Rows that one program sums at least, for a prior that the batch shares: partial sums stay a small part of the traffic.
 SHARED_ROWS = 32
-# Bytes of tiles that one program reads, all tensors together: 128 in flight for each of its 128 threads.
-TILE_BYTES = 16384
+# Bytes of tiles that one program reads, all tensors together: 128 in flight for each of its 128 threads, and half of
+# that in float64, whose exponential takes many registers.
+TILE_BYTES = {2: 16384, 4: 16384, 8: 8192}
 # Bytes of a row of a tall tile: whole cache lines, and narrow, so that many programs share the columns, few the rows.
 TALL_ROW_BYTES = 256
 # Elements of a tile whose rows cannot be read 16 bytes at a time: every element then has an address and a mask, which
@@ -46,7 +47,7 @@ ODD_TILE = {2: 1024, 4: 1024, 8: 256}
 
 def blocks(rows: int, columns: int, itemsize: int, tensors: int, *, tall: bool = False) -> dict[str, int]:
     """A tile of rows x columns: short rows packed many to a program, long rows in runs; `tall` for sums over rows."""
-    tile = TILE_BYTES // itemsize // next_power_of_2(tensors) if columns % 16 == 0 else ODD_TILE[itemsize]
+    tile = TILE_BYTES[itemsize] // itemsize // next_power_of_2(tensors) if columns % 16 == 0 else ODD_TILE[itemsize]
     block_columns = min(next_power_of_2(columns), TALL_ROW_BYTES // itemsize if tall else tile)
     block_rows = min(next_power_of_2(rows), tile // block_columns)
     return {"ROWS": block_rows, "COLUMNS": min(next_power_of_2(columns), tile // block_rows), "num_warps": 4}
