@@ -198,9 +198,9 @@ def rows_of(tensor: Tensor | None, rows: slice, like: Tensor) -> Tensor | None:
     return tensor if tensor.shape[0] == 1 else tensor[rows]
 
 
-def by_rows(function, like: Tensor, tensors: list[Tensor]) -> Tensor:
+def by_rows(function, like: Tensor, event_ndim: int, tensors: list[Tensor]) -> Tensor:
     """function(*tensors), which has one value for each of like's rows, block of rows by block of rows."""
     blocks = row_blocks(like)
-    if len(blocks) == 1:
+    if len(blocks) == 1 or like.dim() == event_ndim:  # one sample: its rows have no value of their own
         return function(*tensors)
     return torch.cat([function(*(rows_of(tensor, rows, like) for tensor in tensors)) for rows in blocks])

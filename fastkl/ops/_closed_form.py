@@ -21,9 +21,8 @@ def kl_per_sample(q, packed_dim, prior, event_ndim, scale, bounds) -> Tensor:
     """reference.kl_normal, block of rows by block of rows."""
     settings = {"event_ndim": event_ndim, "scale": scale, "bounds": bounds}
     mu, parameter = unpack(q, packed_dim)
-    if mu.dim() == event_ndim:  # one sample: its rows have no KL of their own
-        return reference.kl_normal(mu, parameter, *prior, **settings)
-    return arguments.by_rows(lambda *rows: reference.kl_normal(*rows, **settings), mu, [mu, parameter, *prior])
+    tensors = [mu, parameter, *prior]
+    return arguments.by_rows(lambda *rows: reference.kl_normal(*rows, **settings), mu, event_ndim, tensors)
 
 
 def sample(q, packed_dim, eps, num_samples, scale, bounds) -> Tensor:

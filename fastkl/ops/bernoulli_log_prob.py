@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,8 @@ from fastkl.ops._register import apply, needs_closed_form, register
 
 
 def _forward(logits, x, event_ndim) -> Tensor:
-    return reference.bernoulli_log_prob(logits, x, event_ndim=event_ndim)
+    density = functools.partial(reference.bernoulli_log_prob, event_ndim=event_ndim)
+    return arguments.by_rows(density, logits, event_ndim, [logits, x])
 
 
 def _gradients(dlog_prob, logits, x, event_ndim, wanted) -> list[Tensor]:

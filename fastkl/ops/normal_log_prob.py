@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -26,7 +27,8 @@ def _fit_logvar(logvar: Tensor, shape: torch.Size, event_ndim: int) -> Tensor:
 
 
 def _forward(x, mean, logvar, event_ndim) -> Tensor:
-    return reference.normal_log_prob(x, mean, logvar, event_ndim=event_ndim)
+    density = functools.partial(reference.normal_log_prob, event_ndim=event_ndim)
+    return arguments.by_rows(density, x, event_ndim, [x, mean, logvar])
 
 
 def _gradients(dlog_prob, x, mean, logvar, event_ndim, wanted) -> list[Tensor]:
