@@ -14,6 +14,7 @@ from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, lau
 # (shape, event_ndim): why
 SHAPES = [
     ((8, 64), 1),  # aligned rows
+    ((130, 300), 1),  # several blocks of rows in one partial sum of a shared prior
     ((3, 37), 1),  # odd columns: masked tail, unaligned rows
     ((2, 5000), 1),  # a long row, several programs share it
     ((300, 1), 1),  # many rows of one element

@@ -14,7 +14,7 @@ from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, lau
 SEED = 2**62 + 12345
 # (shape, event_ndim, num_samples): why
 CASES = [
-    ((6, 64), 1, None),  # aligned rows
+    ((70, 64), 1, None),  # aligned rows; several blocks of them in one partial sum of a shared prior
     ((5, 37), 1, None),  # rows that begin in the middle of a Philox call
     ((2, 3000), 1, 2),  # a long row, several programs share it
     ((130, 1), 1, None),  # one element a row
