@@ -85,15 +85,23 @@ class DiagonalNormal:
     @property
     def logvar(self) -> Tensor:
         """ln sigma^2 within the bounds, differentiable."""
-        return reference.bound(reference.to_logvar(self._parameter, self._settings["scale"]), self._settings["bounds"])
+        return self._logvar().to(self._parameter.dtype)
 
     @property
     def std(self) -> Tensor:
-        return torch.exp(0.5 * self.logvar)
+        return torch.exp(0.5 * self._logvar()).to(self._parameter.dtype)
 
     @property
     def var(self) -> Tensor:
-        return torch.exp(self.logvar)
+        return torch.exp(self._logvar()).to(self._parameter.dtype)
+
+    def _logvar(self) -> Tensor:
+        """In the dtype that the ops compute in, where there is something to compute: rounded to bfloat16, a logarithm
+        would bias every density by tenths of a nat per dimension."""
+        if self._settings == {"scale": "logvar", "bounds": None}:
+            return self._parameter
+        parameter = self._parameter.to(reference.compute_dtype(self._parameter))
+        return reference.bound(reference.to_logvar(parameter, self._settings["scale"]), self._settings["bounds"])
 
     @property
     def shape(self) -> torch.Size:
@@ -135,11 +143,11 @@ class DiagonalNormal:
 
     def log_prob(self, z: Tensor) -> Tensor:
         """ln q(z) in nats, one per datum; z may have leading dimensions of samples."""
-        return normal_log_prob(z, self._mu, self.logvar, event_ndim=self.event_ndim)
+        return normal_log_prob(z, self._mu, self._logvar(), event_ndim=self.event_ndim)
 
     def entropy(self) -> Tensor:
         """1/2 sum_d [ln(2 pi e) + logvar_d] in nats, one per datum."""
-        logvar = self.logvar.to(reference.compute_dtype(self._parameter))
+        logvar = self._logvar().to(reference.compute_dtype(self._parameter))
         return reference.sum_event(0.5 * (math.log(2 * math.pi * math.e) + logvar), self.event_ndim)
 
     def __repr__(self) -> str:
@@ -151,4 +159,4 @@ def _parameters(prior: DiagonalNormal | None) -> tuple[Tensor, ...]:
         return ()
     if not isinstance(prior, DiagonalNormal):
         raise TypeError(f"prior must be a fastkl.DiagonalNormal or None, got {type(prior).__name__}")
-    return prior.mean, prior.logvar
+    return prior.mean, prior._logvar()

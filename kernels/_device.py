@@ -123,9 +123,9 @@ def to_logvar(parameter, SCALE: tl.constexpr):
 def to_logvar_gradient(parameter, SCALE: tl.constexpr):
     """d logvar / d parameter."""
     if SCALE == "logvar":
-        return parameter * 0.0 + 1.0
+        return tl.zeros_like(parameter) + 1.0  # parameter * 0 would be NaN at infinity
     if SCALE == "log_std":
-        return parameter * 0.0 + 2.0
+        return tl.zeros_like(parameter) + 2.0
     if SCALE == "std":
         return 2.0 / parameter
     u, value = softplus_parts(parameter)
@@ -161,17 +161,19 @@ def kl_terms_gradient(mu, logvar, variance):
 
 @triton.jit
 def kl_terms_prior(mu, logvar, prior_mu, prior_logvar):
-    difference, x = mu - prior_mu, logvar - prior_logvar
-    return 0.5 * (exp_minus_one_minus(x, exp(x)) + difference * difference * exp(-prior_logvar))
+    x = logvar - prior_logvar
+    # Halves of the exponent, so that a difference of 0 is 0 also where 1 / prior_var overflows.
+    standard = (mu - prior_mu) * exp(-0.5 * prior_logvar)
+    return 0.5 * (exp_minus_one_minus(x, exp(x)) + standard * standard)
 
 
 @triton.jit
 def kl_terms_prior_gradient(mu, logvar, prior_mu, prior_logvar):
     """In mu, logvar and prior_logvar; in prior_mu it is that in mu with the sign turned."""
-    difference, x = mu - prior_mu, logvar - prior_logvar
-    dmu = difference * exp(-prior_logvar)
+    x, root = logvar - prior_logvar, exp(-0.5 * prior_logvar)
+    standard = (mu - prior_mu) * root
     dlogvar = 0.5 * expm1(x, exp(x))
-    return dmu, dlogvar, -dlogvar - 0.5 * difference * dmu
+    return standard * root, dlogvar, -dlogvar - 0.5 * standard * standard
 
 
 @triton.jit

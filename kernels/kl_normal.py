@@ -35,9 +35,9 @@ from fastkl.kernels._layout import (
 PROGRAMS = 1024
 # Rows that one program sums at least, for a prior that the batch shares: partial sums stay a small part of the traffic.
 SHARED_ROWS = 32
-# Bytes of tiles that one program reads, all tensors together: 128 in flight for each of its 128 threads, and half of
-# that in float64, whose exponential takes many registers.
-TILE_BYTES = {2: 16384, 4: 16384, 8: 8192}
+# Bytes of tiles that one program reads, all tensors together: 128 in flight for each of its 128 threads, and a
+# quarter of that in float64, whose exponential takes many registers.
+TILE_BYTES = {2: 16384, 4: 16384, 8: 4096}
 # Bytes of a row of a tall tile: whole cache lines, and narrow, so that many programs share the columns, few the rows.
 TALL_ROW_BYTES = 256
 # Elements of a tile whose rows cannot be read 16 bytes at a time: every element then has an address and a mask, which
@@ -45,9 +45,12 @@ TALL_ROW_BYTES = 256
 ODD_TILE = {2: 1024, 4: 1024, 8: 256}
 
 
-def blocks(rows: int, columns: int, itemsize: int, tensors: int, *, tall: bool = False) -> dict[str, int]:
+def blocks(rows: int, columns: int, tensors: list[torch.Tensor], *, tall: bool = False) -> dict[str, int]:
     """A tile of rows x columns: short rows packed many to a program, long rows in runs; `tall` for sums over rows."""
-    tile = TILE_BYTES[itemsize] // itemsize // next_power_of_2(tensors) if columns % 16 == 0 else ODD_TILE[itemsize]
+    itemsize = max(tensor.itemsize for tensor in tensors)
+    tile = (
+        TILE_BYTES[itemsize] // itemsize // next_power_of_2(len(tensors)) if columns % 16 == 0 else ODD_TILE[itemsize]
+    )
     block_columns = min(next_power_of_2(columns), TALL_ROW_BYTES // itemsize if tall else tile)
     block_rows = min(next_power_of_2(rows), tile // block_columns)
     return {"ROWS": block_rows, "COLUMNS": min(next_power_of_2(columns), tile // block_rows), "num_warps": 4}
@@ -133,13 +136,10 @@ def kl_normal_bwd_kernel(
             elif dprior_mu is not None:
                 tl.store(dprior_mu + tile(row, column, shape, strides[7], NESTED), -d * gradient_mu, mask)
                 tl.store(dprior_logvar + tile(row, column, shape, strides[8], NESTED), d * gradient_pv, mask)
-        gradient_logvar = bound_gradient(d * gradient_logvar, raw, low, high, BOUNDED, LIVE)
+        gradient = d * gradient_logvar * to_logvar_gradient(v, SCALE)
+        gradient = bound_gradient(gradient, raw, low, high, BOUNDED, LIVE)
         tl.store(dmu + tile(row, column, shape, strides[5], NESTED), d * gradient_mu, mask)
-        tl.store(
-            dparameter + tile(row, column, shape, strides[6], NESTED),
-            gradient_logvar * to_logvar_gradient(v, SCALE),
-            mask,
-        )
+        tl.store(dparameter + tile(row, column, shape, strides[6], NESTED), gradient, mask)
     if SHARED:
         at = group.to(tl.int64) * partial_stride + offsets(column, shape[3], strides[7][2], strides[7][3], NESTED >= 2)
         tl.store(dprior_mu + at, tl.sum(total_mu, axis=0), mask=column < columns)
@@ -151,7 +151,7 @@ def fwd(q, packed_dim, prior, event_ndim, scale, low, high, live) -> torch.Tenso
     inputs = [*unpack(q, packed_dim), *(p.expand(mu.shape) for p in prior)]
     dtype = compute_dtype(inputs)
     inputs, _, layout = fit(inputs, [], event_ndim)
-    block = blocks(layout.rows, layout.columns, mu.itemsize, len(inputs))
+    block = blocks(layout.rows, layout.columns, inputs)
     row_blocks = cdiv(layout.rows, block["ROWS"])
     columns_per_program, splits = share(layout.columns, block["COLUMNS"], PROGRAMS // max(1, row_blocks))
     kl = torch.empty((splits, layout.rows), dtype=dtype, device=mu.device)
@@ -184,7 +184,7 @@ def launch_bwd(dkl, weight, q, packed_dim, prior, event_ndim, settings, prior_gr
     if rows == 0 or columns == 0:
         return [gradient.zero_() for gradient in gradients]
     shared = bool(prior_gradient and prior and prior[0].dim() < mu.dim())
-    block = blocks(rows, columns, mu.itemsize, 2 + len(prior), tall=shared or per_column)
+    block = blocks(rows, columns, inputs[1:], tall=shared or per_column)
     column_blocks = cdiv(columns, block["COLUMNS"])
     if shared:
         rows_per_program, groups = share(rows, block["ROWS"], min(PROGRAMS // column_blocks, cdiv(rows, SHARED_ROWS)))

@@ -59,7 +59,7 @@ def fwd(mu, parameter, prior, event_ndim, scale, low, high, live) -> torch.Tenso
     rows, columns = mu.shape[:batch_ndim].numel(), mu.shape[batch_ndim:].numel()
     if rows == 0 or columns == 0:
         return mu.new_full(mu.shape[batch_ndim:], float("nan"), dtype=dtype)  # the mean of nothing
-    block = kl_normal.blocks(rows, columns, mu.itemsize, len(inputs), tall=True)
+    block = kl_normal.blocks(rows, columns, inputs, tall=True)
     column_blocks = cdiv(columns, block["COLUMNS"])
     most = min(PROGRAMS // column_blocks, cdiv(rows, MIN_ROWS))
     rows_per_program, groups = share(rows, block["ROWS"], most)

@@ -47,8 +47,9 @@ TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 ODD_TILE = {2: 512, 4: 512, 8: 256}
 
 
-def blocks(rows: int, columns: int, itemsize: int) -> dict[str, int]:
+def blocks(rows: int, columns: int, tensors: list[torch.Tensor]) -> dict[str, int]:
     """A tile of rows x columns; its columns are a multiple of 4, one Philox call each."""
+    itemsize = max(tensor.itemsize for tensor in tensors)
     tile = TILE_BYTES // itemsize if columns % 16 == 0 else ODD_TILE[itemsize]
     block_columns = min(max(4, next_power_of_2(columns)), tile)
     return {"ROWS": min(tile // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": 4}
@@ -185,8 +186,8 @@ def rsample_kl_bwd_kernel(
                     tl.store(dprior_logvar + elements(at, column, shape, strides[10], NESTED), weight * kl_pv, mask)
             gradient_mu += weight * kl_mu
             gradient_logvar += weight * kl_logvar
-        gradient_logvar = bound_gradient(gradient_logvar, raw, low, high, BOUNDED, LIVE)
         gradient = gradient_logvar * to_logvar_gradient(v, SCALE)
+        gradient = bound_gradient(gradient, raw, low, high, BOUNDED, LIVE)
         tl.store(dmu + elements(at, column, shape, strides[7], NESTED), gradient_mu, mask)
         tl.store(dparameter + elements(at, column, shape, strides[8], NESTED), gradient, mask)
     if SHARED:
@@ -218,9 +219,11 @@ def fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, hi
 
 def bwd(dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient):
     mu = unpack(q, packed_dim)[0]
-    dkl = mu.new_zeros((), dtype=compute_dtype([*q, *prior])) if dkl is None else dkl
-    dkl = dkl.reshape(*dkl.shape, *[1] * event_ndim).expand(mu.shape)
     settings = (scale, low, high, live)
+    if dkl is None:  # not a KL gradient of zero, which an infinite KL would turn into NaN
+        dq = launch_bwd(dz, None, q, seed, eps, num_samples, packed_dim, [], event_ndim, settings)
+        return dq + [torch.zeros_like(p) for p in prior if prior_gradient]
+    dkl = dkl.reshape(*dkl.shape, *[1] * event_ndim).expand(mu.shape)
     return launch_bwd(
         dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, settings, prior_gradient=prior_gradient
     )
@@ -246,7 +249,7 @@ def launch_fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, setting
         return z.copy_(drawn), kl
 
     dtype = compute_dtype(tensors[:-2])
-    block = blocks(found.rows, found.columns, mu.itemsize)
+    block = blocks(found.rows, found.columns, tensors[:-2])
     row_blocks = cdiv(found.rows, block["ROWS"])
     shift = found.columns % 4 != 0
     programs = PROGRAMS // max(1, row_blocks) if with_kl else found.columns
@@ -284,7 +287,7 @@ def launch_bwd(
         dkl = dkl.to(dtype)
 
     shift = columns % 4 != 0
-    block = blocks(rows, columns, mu.itemsize)
+    block = blocks(rows, columns, [mu, parameter, *prior])
     column_blocks = cdiv(columns + 3 * shift, block["COLUMNS"])
     shared = bool(prior_gradient and prior and prior[0].dim() < mu.dim())
     summed = shared and shift  # shifted rows do not line up in columns, so this gradient is written whole first
@@ -302,7 +305,8 @@ def launch_bwd(
     found = layout([*read, *full_prior, first(noise, mu), *outputs], event_ndim, reorder=False)
     if found is None:
         contiguous = launch_bwd(
-            incoming.contiguous() if num_samples is not None else incoming[0].contiguous(), dkl,
+            incoming.contiguous() if num_samples is not None else incoming[0].contiguous(),
+            None if dkl is None else dkl.contiguous(),
             [mu.contiguous(), parameter.contiguous()], seed, None if eps is None else eps.contiguous(), num_samples,
             -1, [p.contiguous() for p in prior], event_ndim, settings, prior_gradient=prior_gradient,
         )  # fmt: skip

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastkl.reference import SCALES, SoftBounds
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NO_BOUNDS = (float("-inf"), float("inf"), False)
 
 
@@ -20,8 +22,8 @@ def check_tensors(**tensors: Tensor | None) -> None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got dtype {tensor.dtype}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} must be a floating-point tensor of 16, 32 or 64 bits, got dtype {tensor.dtype}")
         if first_device is None:
             first_name, first_device = name, tensor.device
         elif tensor.device != first_device:
@@ -29,6 +31,8 @@ def check_tensors(**tensors: Tensor | None) -> None:
 
 
 def check_int(name: str, value: Any, minimum: int) -> int:
+    if isinstance(value, np.integer):
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < minimum:
@@ -37,7 +41,7 @@ def check_int(name: str, value: Any, minimum: int) -> int:
 
 
 def check_event_ndim(event_ndim: int, ndim: int, what: str) -> int:
-    check_int("event_ndim", event_ndim, 1)
+    event_ndim = check_int("event_ndim", event_ndim, 1)
     if event_ndim > ndim:
         raise ValueError(f"event_ndim={event_ndim} needs at least {event_ndim} dimensions, but {what} has {ndim}")
     return event_ndim
@@ -90,7 +94,7 @@ def expand_prior(
     event = shape[batch_ndim:]
     if is_shared(prior_mu, event_ndim) and is_shared(prior_logvar, event_ndim):
         return _drop_batch(prior_mu, event_ndim).expand(event), _drop_batch(prior_logvar, event_ndim).expand(event)
-    return prior_mu.expand(shape), prior_logvar.expand(shape)
+    return expand(prior_mu, shape), expand(prior_logvar, shape)
 
 
 def is_shared(prior: Tensor, event_ndim: int) -> bool:
@@ -155,8 +159,7 @@ def check_prior_fits(shape: torch.Size, **prior: Tensor | None) -> None:
     for name, tensor in prior.items():
         if tensor is None:
             continue
-        sizes = zip(reversed(tensor.shape), reversed(shape))
-        if tensor.dim() > len(shape) or any(size not in (1, full) for size, full in sizes):
+        if not fits(tensor, shape):
             raise ValueError(f"{name} {tuple(tensor.shape)} does not broadcast to the posterior's shape {tuple(shape)}")
 
 
@@ -185,8 +188,17 @@ def row_blocks(tensor: Tensor) -> list[slice]:
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
+def fits(tensor: Tensor, shape: torch.Size) -> bool:
+    """Whether the tensor broadcasts to just this shape."""
+    sizes = zip(reversed(tensor.shape), reversed(shape))
+    return tensor.dim() <= len(shape) and all(size in (1, full) for size, full in sizes)
+
+
 def expand(tensor: Tensor, shape: torch.Size) -> Tensor:
-    return tensor if tensor.shape == shape else tensor.expand(shape)
+    """tensor.expand(shape), whose gradient is summed in float32: each addend rounded to 16 bits may well be 0."""
+    if tensor.shape == shape:
+        return tensor
+    return (tensor.float() if tensor.itemsize == 2 else tensor).expand(shape)
 
 
 def rows_of(tensor: Tensor | None, rows: slice, like: Tensor) -> Tensor | None:

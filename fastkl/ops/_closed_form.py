@@ -71,9 +71,9 @@ def _element_gradients(*inputs: Tensor, scale: str, bounds, dkl, dz, eps) -> lis
             dz, dsigma = dz.sum(0), dsigma.sum(0)
         dlogvar_z = 0.5 * torch.exp(0.5 * logvar) * dsigma
         dmu, dlogvar = (dz, dlogvar_z) if dkl is None else (dmu + dz, dlogvar + dlogvar_z)
-    dparameter = reference.bound_gradient(dlogvar, raw, bounds)
     if scale != "logvar":
-        dparameter = dparameter * reference.to_logvar_gradient(parameter, scale)
+        dlogvar = dlogvar * reference.to_logvar_gradient(parameter, scale)
+    dparameter = reference.bound_gradient(dlogvar, raw, bounds)  # last: outside, 0 times infinity must be 0
     return [dmu, dparameter, *dprior]
 
 

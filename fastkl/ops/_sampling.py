@@ -23,12 +23,12 @@ def check_noise(
     synchronisation, and is drawn again alike by activation checkpointing and in each replay of a CUDA graph.
     """
     if num_samples is not None:
-        arguments.check_int("num_samples", num_samples, 1)
+        num_samples = arguments.check_int("num_samples", num_samples, 1)
     if eps is not None:
         if seed is not None:
             raise ValueError("seed and eps exclude each other: eps is the noise itself")
         full = shape if num_samples is None else torch.Size((num_samples, *shape))
-        if arguments.broadcast_shape(eps=eps, expected_noise=torch.empty(full, device="meta")) != full:
+        if not arguments.fits(eps, full):
             raise ValueError(f"eps must have the shape of the samples, {tuple(full)}, got {tuple(eps.shape)}")
         return None, eps.expand(full)
     if seed is None:
@@ -39,14 +39,14 @@ def check_noise(
         if seed.device != device:
             raise ValueError(f"seed is on {seed.device}, but mu is on {device}; move one of them")
         return seed, None
-    arguments.check_int("seed", seed, -(2**63))
+    seed = arguments.check_int("seed", seed, -(2**63))
     if seed >= 2**63:
         raise ValueError(f"seed must be below 2**63, got {seed}")
     return torch.full((), seed, dtype=torch.int64, device=device), None
 
 
 def noise(q: list[Tensor], packed_dim: int, seed: Tensor | None, eps: Tensor | None, num_samples: int | None) -> Tensor:
-    """The noise for a gradient that is differentiated again."""
+    """The noise in torch ops, for any device and for gradients that are differentiated again."""
     return reference.normal_noise(seed, unpack(q, packed_dim)[0].shape, num_samples) if eps is None else eps
 
 
@@ -102,10 +102,10 @@ def noise_gradient(dz: Tensor, q: list[Tensor], packed_dim: int, eps: Tensor, sc
 def batch_noise(info, q, packed_dim: int, dims, seed, eps, num_samples) -> tuple[Tensor | None, Tensor | None]:
     """(seed, eps) under vmap, for the op over a batch whose first dimension is the vmapped one."""
     seed_dim, eps_dim = dims
-    if eps is None and seed_dim is not None:  # randomness="different": one seed for all is as different
-        return seed.select(seed_dim, 0), None
-    if eps is None:  # one seed, hence the same noise for every example
+    if eps is None:  # one seed for all examples, hence the same noise, or a seed for each
         shape = unpack(q, packed_dim)[0].shape[1:]
-        eps, eps_dim = reference.normal_noise(seed, shape, num_samples), None
+        seeds = [seed] if seed_dim is None else seed.unbind(seed_dim)
+        drawn = [reference.normal_noise(each, shape, num_samples) for each in seeds]
+        eps, eps_dim = (drawn[0], None) if seed_dim is None else (torch.stack(drawn), 0)
     eps = arguments.batch_first(eps, eps_dim, info.batch_size)
     return None, eps if num_samples is None else eps.movedim(0, 1)

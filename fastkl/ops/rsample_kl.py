@@ -27,8 +27,11 @@ def _forward(q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, lo
 
 def _gradients(dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live):
     eps = None if dz is None else sampling.noise(q, packed_dim, seed, eps, num_samples)
-    dkl = q[0].new_zeros(()) if dkl is None else dkl.reshape(*dkl.shape, *[1] * event_ndim)
     bounds = arguments.as_bounds(low, high, live)
+    if dkl is None:  # not a KL gradient of zero, which an infinite KL would turn into NaN
+        dq = normal_gradients(q, packed_dim, [], scale, bounds, dz=dz, eps=eps)
+        return dq + [torch.zeros_like(tensor) for tensor in prior]
+    dkl = dkl.reshape(*dkl.shape, *[1] * event_ndim)
     return normal_gradients(q, packed_dim, prior, scale, bounds, dkl=dkl, dz=dz, eps=eps)
 
 
@@ -36,10 +39,14 @@ def _backward(
     dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient
 ):  # fmt: skip
     eps = None if dz is None else sampling.draw(q, packed_dim, seed, eps, num_samples)
-    dkl = q[0].new_zeros(()) if dkl is None else dkl.reshape(*dkl.shape, *[1] * event_ndim)
     bounds = arguments.as_bounds(low, high, live)
+    if dkl is None:
+        dq = fill_normal_gradients(q, packed_dim, [], scale, bounds, dz=dz, eps=eps)
+        return dq + [torch.zeros_like(tensor) for tensor in prior if prior_gradient]
+    dkl = dkl.reshape(*dkl.shape, *[1] * event_ndim)
+    drawn = {"dz": dz, "eps": eps}
     return fill_normal_gradients(
-        q, packed_dim, prior, scale, bounds, dkl=dkl, dz=dz, eps=eps, prior_gradient=prior_gradient
+        q, packed_dim, prior, scale, bounds, dkl=dkl, prior_gradient=prior_gradient, **drawn
     )  # fmt: skip
 
 
@@ -150,7 +157,7 @@ def rsample_kl(
 
     Args:
         mu, logvar, prior_mu, prior_logvar, event_ndim, scale, bounds: as for `fastkl.kl_normal`; bounds hold for the
-            sample's sigma too.
+            sample's sigma too. The prior may not be larger than the posterior: there is one z for each posterior.
         num_samples: L samples of each posterior, [L, *batch, *event]; None for one without that dimension.
         seed: an int, or an int64 tensor without dimensions on mu's device: the same seed gives the same noise on every
             device and for every dtype (to rounding). Default: drawn from torch's generator of that device, so
@@ -173,15 +180,16 @@ def rsample_kl(
     (torch.Size([5, 2, 3]), tensor([0., 0.]))
     """
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar, eps=eps)
-    shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
+    shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
+    arguments.check_prior_fits(shape, prior_mu=prior_mu, prior_logvar=prior_logvar)
     arguments.check_event_ndim(event_ndim, len(shape), f"the broadcast shape {tuple(shape)}")
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
     settings = (-1, event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
     seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
     return apply(
         _RsampleKL,
-        arguments.expand(mu, shape),
-        arguments.expand(logvar, shape),
+        mu.expand(shape),
+        logvar.expand(shape),
         *prior,
         eps,
         seed,

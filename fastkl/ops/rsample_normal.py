@@ -135,6 +135,4 @@ def rsample_normal(
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
     settings = (-1, arguments.check_scale(scale), *arguments.check_bounds(bounds))
     seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
-    return apply(
-        _RsampleNormal, arguments.expand(mu, shape), arguments.expand(logvar, shape), eps, seed, num_samples, *settings
-    )
+    return apply(_RsampleNormal, mu.expand(shape), logvar.expand(shape), eps, seed, num_samples, *settings)
