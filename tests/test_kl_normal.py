@@ -203,4 +203,13 @@ def aot_calls():
     bounds = (-30.0, 20.0, False)
     add("odd float64 shared prior", (37, 37), dtype=torch.float64, prior="shared", scale="softplus", bounds=bounds)
     add("odd long", (3, 5001))
+    # bfloat16 beside a float64 prior; rows and columns that are two dimensions each.
+    mixed = [torch.empty((64, 512), dtype=torch.float64)] * 2
+    settings = ([torch.empty((64, 512), dtype=torch.bfloat16)] * 2, -1, mixed, 1, "logvar", -30.0, math.inf, False)
+    calls["float64 prior of bfloat16 fwd"] = lambda: fwd(*settings)
+    calls["float64 prior of bfloat16 bwd"] = lambda: bwd(torch.empty(64, dtype=torch.float64), *settings, True)
+    view = torch.empty((64, 33, 12, 129))[:, 1:, :, 1:65:2]
+    nested = ([view, view], -1, [view[0, 0], view[0, 0]], 2, "logvar", -math.inf, math.inf, False)
+    calls["nested fwd"] = lambda: fwd(*nested)
+    calls["nested bwd"] = lambda: bwd(torch.empty(64, 32), *nested, True)
     return calls

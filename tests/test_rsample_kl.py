@@ -173,6 +173,17 @@ def aot_calls():
     add("aligned shared prior softplus", (4096, 512), prior="shared", scale="softplus", bounds=(-30.0, 20.0, False))
     add("aligned own noise, samples", (64, 512), prior="full", eps=True, num_samples=3)
     add("aligned one long row", (1, 1 << 20), scale="std")
+    # Without a KL, and from the packed halves of a head.
+    draw_one, back = launcher("rsample_normal.fwd"), launcher("rsample_normal.bwd")
+    for dtype in (torch.float32, torch.bfloat16):
+        head, half = torch.empty((64, 1024), dtype=dtype), torch.empty((64, 512), dtype=dtype)
+        for name, settings in {
+            "aligned rsample_normal": ([half, half], seed, None, None, -1, "logvar", -math.inf, math.inf, False),
+            "aligned packed rsample_normal": ([head], seed, None, 2, 1, "std", -30.0, math.inf, False),
+        }.items():
+            dz = half if settings[3] is None else torch.empty((2, 64, 512), dtype=dtype)
+            calls[f"{name} {dtype} fwd"] = lambda s=settings: draw_one(*s)
+            calls[f"{name} {dtype} bwd"] = lambda s=settings, dz=dz: back(dz, *s)
     add("odd", (370, 37), dtype=torch.bfloat16, prior="full")
     add("odd shared prior", (370, 37), prior="shared", num_samples=2)
     return calls
