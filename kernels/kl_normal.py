@@ -131,8 +131,10 @@ def kl_normal_bwd_kernel(
             pv = tl.load(prior_logvar + tile(row, column, shape, strides[4], NESTED), mask, other=1.0).to(dtype)
             gradient_mu, gradient_logvar, gradient_pv = kl_terms_prior_gradient(m, logvar, pm, pv)
             if SHARED:
-                total_mu += tl.where(mask, -d * gradient_mu, 0.0)
-                total_logvar += tl.where(mask, d * gradient_pv, 0.0)
+                if PER_COLUMN:
+                    d = tl.where((row < rows)[:, None], d, 0.0)
+                total_mu -= d * gradient_mu  # 0 in masked rows, where d is
+                total_logvar += d * gradient_pv
             elif dprior_mu is not None:
                 tl.store(dprior_mu + tile(row, column, shape, strides[7], NESTED), -d * gradient_mu, mask)
                 tl.store(dprior_logvar + tile(row, column, shape, strides[8], NESTED), d * gradient_pv, mask)
