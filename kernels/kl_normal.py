@@ -116,7 +116,7 @@ def kl_normal_bwd_kernel(
         mask = (row < rows)[:, None] & (column < columns)[None, :]
         if PER_COLUMN:
             at = offsets(column, shape[3], strides[0][2], strides[0][3], NESTED >= 2)
-            d = tl.load(dkl + at, column < columns, other=0.0)[None, :] * weight
+            d = tl.load(dkl + at, column < columns, other=0.0)[None, :] * tl.where(row < rows, weight, 0.0)[:, None]
         else:
             at = offsets(row, shape[1], strides[0][0], strides[0][1], NESTED % 2 == 1)
             d = tl.load(dkl + at, row < rows, other=0.0)[:, None] * weight
@@ -131,8 +131,6 @@ def kl_normal_bwd_kernel(
             pv = tl.load(prior_logvar + tile(row, column, shape, strides[4], NESTED), mask, other=1.0).to(dtype)
             gradient_mu, gradient_logvar, gradient_pv = kl_terms_prior_gradient(m, logvar, pm, pv)
             if SHARED:
-                if PER_COLUMN:
-                    d = tl.where((row < rows)[:, None], d, 0.0)
                 total_mu -= d * gradient_mu  # 0 in masked rows, where d is
                 total_logvar += d * gradient_pv
             elif dprior_mu is not None:
@@ -186,7 +184,9 @@ def launch_bwd(dkl, weight, q, packed_dim, prior, event_ndim, settings, prior_gr
     if rows == 0 or columns == 0:
         return [gradient.zero_() for gradient in gradients]
     shared = bool(prior_gradient and prior and prior[0].dim() < mu.dim())
-    block = blocks(rows, columns, inputs[1:], tall=shared or per_column)
+    # Where both dkl and the prior vary along columns, their registers halve the tile.
+    crowd = inputs[1:] * 2 if shared and per_column else inputs[1:]
+    block = blocks(rows, columns, crowd, tall=shared or per_column)
     column_blocks = cdiv(columns, block["COLUMNS"])
     if shared:
         rows_per_program, groups = share(rows, block["ROWS"], min(PROGRAMS // column_blocks, cdiv(rows, SHARED_ROWS)))

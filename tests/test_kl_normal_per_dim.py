@@ -145,7 +145,7 @@ def aot_calls():
         calls[f"{name} bwd"] = lambda: bwd(torch.empty(event, dtype=reference.compute_dtype(mu)), *settings, bool(p))
 
     add("core aligned float32", (4096, 512), bounds=(float("-inf"), float("inf"), False))
-    add("aligned bfloat16 shared prior", (4096, 512), dtype=torch.bfloat16, prior="shared")
+    add("bfloat16 shared prior", (4096, 512), dtype=torch.bfloat16, prior="shared")
     add("float64 prior softplus", (4096, 64), dtype=torch.float64, prior="full", scale="softplus")
     add("odd nested", (37, 5, 37), event_ndim=1, dtype=torch.float16, prior="shared", scale="std")
     return calls
