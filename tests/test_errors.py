@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,11 @@ KL = {
     "integer mu": (lambda f: f(INTS, M), TypeError, "mu must be a floating-point tensor.*int64"),
     "integer logvar": (lambda f: f(M, INTS), TypeError, "logvar must be a floating-point tensor"),
     "integer prior": (lambda f: f(M, M, M, INTS), TypeError, "prior_logvar must be a floating-point tensor"),
+    "float8": (
+        lambda f: f(M, M.to(torch.float8_e4m3fn)),
+        TypeError,
+        "logvar must be.*float8_e4m3fn; float16, bfloat16",
+    ),
     "not a tensor": (lambda f: f(M, 0.0), TypeError, "logvar must be a torch.Tensor, got float"),
     "devices": (lambda f: f(M, META), ValueError, "logvar is on meta, but mu is on"),
     "event 0": (lambda f: f(M, M, event_ndim=0), ValueError, "event_ndim must be at least 1, got 0"),
@@ -45,6 +51,7 @@ SAMPLING = {
         TypeError,
         "seed must be an int64 tensor",
     ),
+    "NumPy's ints are ints": (lambda f: f(M, M, num_samples=np.int64(0)), ValueError, "num_samples must be at least 1"),
     "seed size": (lambda f: f(M, M, seed=2**63), ValueError, "seed must be below"),
 }
 PACKED = {

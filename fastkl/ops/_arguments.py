@@ -23,7 +23,8 @@ def check_tensors(**tensors: Tensor | None) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be a floating-point tensor of 16, 32 or 64 bits, got dtype {tensor.dtype}")
+            known = "float16, bfloat16, float32 and float64 are known"
+            raise TypeError(f"{name} must be a floating-point tensor, got dtype {tensor.dtype}; {known}")
         if first_device is None:
             first_name, first_device = name, tensor.device
         elif tensor.device != first_device:
