@@ -51,6 +51,7 @@ def blocks(rows: int, columns: int, tensors: list[torch.Tensor]) -> dict[str, in
     """A tile of rows x columns; its columns are a multiple of 4, one Philox call each."""
     itemsize = max(tensor.itemsize for tensor in tensors)
     tile = TILE_BYTES // itemsize if columns % 16 == 0 else ODD_TILE[itemsize]
+    tile = tile // 2 if len(tensors) > 2 else tile  # a prior takes as many registers again
     block_columns = min(max(4, next_power_of_2(columns)), tile)
     return {"ROWS": min(tile // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": 4}
 

@@ -170,8 +170,8 @@ def aot_calls():
     add("core aligned float32", (4096, 512))
     add("core aligned bfloat16", (4096, 512), dtype=torch.bfloat16, bounds=(-30.0, 20.0, True))
     add("aligned float64", (4096, 512), dtype=torch.float64)
-    add("aligned shared prior softplus", (4096, 512), prior="shared", scale="softplus", bounds=(-30.0, 20.0, False))
-    add("aligned own noise, samples", (64, 512), prior="full", eps=True, num_samples=3)
+    add("shared prior softplus", (4096, 512), prior="shared", scale="softplus", bounds=(-30.0, 20.0, False))
+    add("own noise, samples", (64, 512), prior="full", eps=True, num_samples=3)
     add("aligned one long row", (1, 1 << 20), scale="std")
     # Without a KL, and from the packed halves of a head.
     draw_one, back = launcher("rsample_normal.fwd"), launcher("rsample_normal.bwd")
