@@ -21,6 +21,7 @@ from fastkl.kernels._device import (
 )
 from fastkl.kernels._layout import (
     NO_STRIDES,
+    PROGRAMS,
     cdiv,
     compute_dtype,
     finish,
@@ -31,8 +32,6 @@ from fastkl.kernels._layout import (
     unpack,
 )
 
-# Programs that fill a large GPU several times over; fixed, so that the order of summation does not depend on the chip.
-PROGRAMS = 1024
 # Rows that one program sums at least, for a prior that the batch shares: partial sums stay a small part of the traffic.
 SHARED_ROWS = 32
 # Bytes of tiles that one program reads, all tensors together: 128 in flight for each of its 128 threads, and a

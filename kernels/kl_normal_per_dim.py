@@ -11,10 +11,8 @@ import triton.language as tl
 
 from fastkl.kernels import kl_normal
 from fastkl.kernels._device import bound, exp, kl_terms, kl_terms_prior, offsets, tile, to_logvar
-from fastkl.kernels._layout import NO_STRIDES, cdiv, compute_dtype, fit, is_bounded, share
+from fastkl.kernels._layout import NO_STRIDES, PROGRAMS, cdiv, compute_dtype, fit, is_bounded, share
 
-# Programs that fill a large GPU several times over; fixed, so that the order of summation does not depend on the chip.
-PROGRAMS = 1024
 # Rows that one program sums at least, while there are more: its partial sums are written and read again once for them.
 MIN_ROWS = 64
 

@@ -11,10 +11,8 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import exp, offsets, tile
-from fastkl.kernels._layout import NO_STRIDES, cdiv, compute_dtype, finish, fit, next_power_of_2, share
+from fastkl.kernels._layout import NO_STRIDES, PROGRAMS, cdiv, compute_dtype, finish, fit, next_power_of_2, share
 
-# Programs that fill a large GPU several times over; fixed, so that the order of summation does not depend on the chip.
-PROGRAMS = 1024
 # Rows that one program sums at least where the batch shares logvar: its partial sums stay a small part of the traffic.
 SHARED_ROWS = 32
 # Elements of a tile, 16 for each of 128 threads: more of them cost registers, and with these the programs that fit in.

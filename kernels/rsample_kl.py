@@ -25,6 +25,7 @@ from fastkl.kernels._device import (
 )
 from fastkl.kernels._layout import (
     NO_STRIDES,
+    PROGRAMS,
     cdiv,
     compute_dtype,
     finish,
@@ -35,16 +36,13 @@ from fastkl.kernels._layout import (
     unpack,
 )
 
-PROGRAMS = 1024
 # Rows that one program sums at least, for a prior that the batch shares: partial sums stay a small part of the traffic.
 SHARED_ROWS = 32
 # Bytes of each tensor in one program's tile, 32 for each of its 128 threads: sampling needs registers, too.
 TILE_BYTES = 4096
-TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
 # Elements of a tile whose rows cannot be read 16 bytes at a time.
 ODD_TILE = {2: 512, 4: 512, 8: 256}
+TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def blocks(rows: int, columns: int, tensors: list[torch.Tensor]) -> dict[str, int]:
