@@ -363,16 +363,28 @@ def gumbel_noise(seed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     return -torch.log(torch.where(low, -torch.log(u), -torch.log1p(-v)))
 
 
-def gumbel_softmax(logits, tau=1.0, hard=False, dim=-1, *, seed) -> Tensor:
-    """softmax((logits + g) / tau) with g standard Gumbel noise; at tau = 0 the one-hot limit.
+def relaxed_one_hot(perturbed, tau, hard=False, dim=-1) -> Tensor:
+    """softmax(perturbed / tau); at tau = 0 its limit, one-hot at the first maximum, with gradient 0.
 
-    With `hard` the value is one-hot and the gradient that of the softmax.
+    With `hard` the value is one-hot and the gradient that of the softmax. Entries of -inf weigh 0, also where all are;
+    they leave no NaN in any gradient. A tau below 0 or NaN gives NaN.
     """
-    dtype = compute_dtype(logits)
-    tau = torch.as_tensor(tau, dtype=dtype, device=logits.device)
-    perturbed = logits.to(dtype) + gumbel_noise(seed, logits.shape).to(dtype)
+    dtype, infinity = perturbed.dtype, float("inf")
+    tau = torch.as_tensor(tau, dtype=dtype, device=perturbed.device)
+    masked = perturbed == -infinity
+    top = perturbed.detach().amax(dim, keepdim=True)
+    shifted = (perturbed - top.masked_fill(top == -infinity, 0.0)).masked_fill(masked, 0.0)
+    positive = torch.where(tau > 0, tau.clamp(min=torch.finfo(dtype).tiny), torch.where(tau == 0, 1.0, math.nan))
+    weights = torch.exp(shifted / positive).masked_fill(masked, 0.0)
+    total = weights.sum(dim, keepdim=True)
+    soft = weights / total.masked_fill(total == 0, 1.0)
     one_hot = torch.zeros_like(perturbed).scatter(dim, perturbed.argmax(dim, keepdim=True), 1.0)
-    shifted = perturbed - perturbed.amax(dim, keepdim=True)
-    soft = torch.where(tau > 0, torch.softmax(shifted / tau.clamp(min=torch.finfo(dtype).tiny), dim), one_hot)
-    out = one_hot + (soft - soft.detach()) if hard else soft
-    return out.to(logits.dtype)
+    one_hot = one_hot.masked_fill(total == 0, 0.0).masked_fill(total.isnan(), math.nan)
+    soft = torch.where(tau == 0, one_hot, soft)
+    return one_hot + (soft - soft.detach()) if hard else soft
+
+
+def gumbel_softmax(logits, tau=1.0, hard=False, dim=-1, *, seed) -> Tensor:
+    """relaxed_one_hot(logits + g, tau, hard) with g standard Gumbel noise, in the logits' dtype."""
+    noise = gumbel_noise(seed, logits.shape)
+    return relaxed_one_hot(logits.to(compute_dtype(logits)) + noise, tau, hard, dim).to(logits.dtype)

@@ -31,18 +31,23 @@ def check_noise(
         if not arguments.fits(eps, full):
             raise ValueError(f"eps must have the shape of the samples, {tuple(full)}, got {tuple(eps.shape)}")
         return None, eps.expand(full)
+    return check_seed(seed, device, "mu"), None
+
+
+def check_seed(seed: int | Tensor | None, device: torch.device, name: str) -> Tensor:
+    """The seed as an int64 tensor on `device`, which is that of the argument called `name`; drawn where it is None."""
     if seed is None:
-        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device), None
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim() != 0:
             raise TypeError(f"seed must be an int64 tensor without dimensions, got {seed.dtype} {tuple(seed.shape)}")
         if seed.device != device:
-            raise ValueError(f"seed is on {seed.device}, but mu is on {device}; move one of them")
-        return seed, None
+            raise ValueError(f"seed is on {seed.device}, but {name} is on {device}; move one of them")
+        return seed
     seed = arguments.check_int("seed", seed, -(2**63))
     if seed >= 2**63:
         raise ValueError(f"seed must be below 2**63, got {seed}")
-    return torch.full((), seed, dtype=torch.int64, device=device), None
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def noise(q: list[Tensor], packed_dim: int, seed: Tensor | None, eps: Tensor | None, num_samples: int | None) -> Tensor:
@@ -63,7 +68,7 @@ def draw(q: list[Tensor], packed_dim: int, seed: Tensor | None, eps: Tensor | No
             last = min(groups, first + GROUPS)
             words = _philox(seed.item(), np.arange(first, last), sample)
             # float32(word) rounds as in the kernel; the angle's word is signed, which is the same angle.
-            radius, angle = (torch.from_numpy(word) for word in words)
+            radius, angle = (torch.from_numpy(word.astype(np.float32)) for word in (words[0], words[1].view(np.int32)))
             radius.mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2.0).sqrt_()
             angle.mul_(2.0 * math.pi * 2.0**-32)
             pairs = out[sample, first:last].transpose(0, 1)  # [2, groups, 2]
@@ -72,13 +77,33 @@ def draw(q: list[Tensor], packed_dim: int, seed: Tensor | None, eps: Tensor | No
     return out.view(len(out), -1)[:, :count].reshape(shape if num_samples is None else (num_samples, *shape))
 
 
+def draw_gumbel(seed: Tensor, shape: torch.Size) -> Tensor:
+    """reference.gumbel_noise; on a CPU the same, in a fraction of the time."""
+    if seed.device.type != "cpu":
+        return reference.gumbel_noise(seed, shape)
+    count = shape.numel()
+    groups = (count + 3) // 4
+    out = torch.empty(groups, 2, 2)
+    for first in range(0, groups, GROUPS):
+        last = min(groups, first + GROUPS)
+        for pair, words in enumerate(_philox(seed.item(), np.arange(first, last), 0)):
+            # From either end: the tail next to u = 1 as fine as that next to 0.
+            signed = torch.from_numpy(words.view(np.int32))
+            tail = (signed ^ (signed >> 31)).float().mul_(2.0**-32).add_(2.0**-33)  # u or 1 - u, at most 1/2
+            upper = signed < 0
+            u = torch.where(upper, 1.0 - tail, tail)
+            rounding = u.sub(1.0).add_(tail).mul_(upper)  # of 1 - tail: all there is of ln u next to 1
+            out[first:last, :, pair] = rounding.sub_(u.log_()).log_().neg_().T
+    return out.view(-1)[:count].view(shape)
+
+
 # Philox calls at a time whose words fit a processor's cache.
 GROUPS = 16384
 _MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
 
 
 def _philox(seed: int, group: np.ndarray, sample: int) -> tuple[np.ndarray, np.ndarray]:
-    """reference.philox in 32-bit words: words (0, 2), and words (1, 3) as signed ones, both in float32."""
+    """reference.philox in 32-bit words: (0, 2) and (1, 3), [2, groups] each."""
     even, odd = np.zeros((2, len(group)), np.uint32), np.zeros((2, len(group)), np.uint32)
     even[0], odd[0], even[1] = group & 0xFFFFFFFF, group >> 32, sample
     key = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
@@ -89,7 +114,7 @@ def _philox(seed: int, group: np.ndarray, sample: int) -> tuple[np.ndarray, np.n
         even ^= np.array(key, np.uint32)[:, None]
         odd = halves[:, 1 - HIGH :: 2]  # a view, valid until the product after next
         key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return even.astype(np.float32), odd.astype(np.int32).astype(np.float32)
+    return even, np.ascontiguousarray(odd)
 
 
 HIGH = 1 if sys.byteorder == "little" else 0
