@@ -1,0 +1,348 @@
+"""Gumbel-Softmax: 1R + 1W forward, 2R + 1W backward. The noise is Philox in registers, drawn again where it is needed.
+
+Logits are [outer, classes, inner]. With AXIS 1 (inner is 1) a tile is ROWS distributions by COLUMNS classes, with AXIS 0
+ROWS classes by COLUMNS distributions: columns are neighbours in the noise, and mostly in memory. Classes that do not fit
+one tile are swept twice, which reads them once more: first their statistics, by several programs each, then the result.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastkl.kernels._layout import PROGRAMS, cdiv, compute_dtype, next_power_of_2, share
+from fastkl.kernels.rsample_kl import TRITON_DTYPE, shifted_columns
+
+# Elements of a tile that holds all classes, of one that does not, and of a tile of short rows.
+WHOLE, PART, SHORT = 8192, 2048, 1024
+# Programs that share a distribution at most; each reads what all of them found.
+SPLITS = 32
+NOT_A_CLASS = tl.constexpr(2147483647)
+
+
+def blocks(classes: int, inner: int, wide: bool) -> tuple[dict[str, int], bool]:
+    """(tile, whether it holds all classes); its columns are a multiple of 4, one Philox call each."""
+    whole, part, short = (size // 2 for size in (WHOLE, PART, SHORT)) if wide else (WHOLE, PART, SHORT)
+    if inner == 1:
+        columns = max(4, next_power_of_2(classes + 3 * (classes % 4 != 0)))
+        fits = columns <= whole
+        rows, columns = (max(1, short // columns), columns) if fits else (1, part)
+    else:
+        if inner % 4:  # a Philox call for each element takes registers
+            whole, part, short = whole // 2, part // 2, short // 2
+        rows, columns = next_power_of_2(classes), max(4, min(64, next_power_of_2(inner)))
+        narrow = min(columns, max(16, short // rows))
+        fits = rows * narrow <= whole
+        rows, columns = (rows, narrow) if fits else (part // columns, columns)
+    warps = max(4, rows * columns // (256 if wide else 512))
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps}, fits
+
+
+@triton.jit
+def gumbel(word):
+    """-ln(-ln u), u = (word + 1/2) / 2^32, in float32; next to 1 from the distance to 1, so that both tails are fine."""
+    signed = word.to(tl.int32, bitcast=True)
+    low = signed >= 0
+    tail = (signed ^ (signed >> 31)).to(tl.float32) * 2.0**-32 + 2.0**-33  # u or 1 - u, at most 1/2
+    u = tl.where(low, tail, 1.0 - tail)
+    rounding = tl.where(low, 0.0, (u - 1.0) + tail)  # of 1 - tail: all there is of ln u next to 1
+    return -tl.log(rounding - tl.log(u))
+
+
+@triton.jit
+def noise(seed, line, first, column, length, AXIS: tl.constexpr, ODD: tl.constexpr, ROWS: tl.constexpr,
+          COLUMNS: tl.constexpr):  # fmt: skip
+    """Of the elements line * length + column: reference.gumbel_noise. `first`, the first column, is a multiple of 4."""
+    begin = line.to(tl.int64)[:, None] * length
+    if AXIS == 0 and ODD:  # the lines do not begin alike in a Philox call: one for each element, three words unused
+        index = begin + column
+        group = index >> 2
+    else:
+        group = ((begin + first) >> 2) + tl.arange(0, COLUMNS // 4)[None, :]
+    zero = (group * 0).to(tl.uint32)
+    word_0, word_1, word_2, word_3 = tl.philox(seed, group.to(tl.uint32), (group >> 32).to(tl.uint32), zero, zero)
+    if AXIS == 0 and ODD:
+        pair_0, pair_1 = tl.where((index & 2) == 0, word_0, word_2), tl.where((index & 2) == 0, word_1, word_3)
+        return gumbel(tl.where((index & 1) == 0, pair_0, pair_1))
+    else:  # join adds a last dimension: [..., i, j] is word 2 i + j, and four neighbours stay in one thread
+        words = tl.join(tl.join(gumbel(word_0), gumbel(word_2)), tl.join(gumbel(word_1), gumbel(word_3)))
+        return words.reshape(ROWS, COLUMNS)
+
+
+@triton.jit
+def tile(block, start, shape, column_blocks, AXIS: tl.constexpr, ODD: tl.constexpr, ROWS: tl.constexpr,
+         COLUMNS: tl.constexpr):  # fmt: skip
+    """(line, first column, column, class, distribution, mask) of the classes from `start` on."""
+    if AXIS == 1:
+        line = block * ROWS + tl.arange(0, ROWS)
+        column = shifted_columns(line, start, shape[1], ODD, COLUMNS)
+        mask = (line < shape[0])[:, None] & (column >= 0) & (column < shape[1])
+        return line, start, column, column, line, mask
+    else:
+        index = start + tl.arange(0, ROWS)
+        first = block % column_blocks * COLUMNS
+        column = first + tl.arange(0, COLUMNS)
+        mask = (index < shape[1])[:, None] & (column < shape[2])[None, :]
+        outer = (block // column_blocks).to(tl.int64)
+        return outer * shape[1] + index, first, column[None, :], index[:, None], outer * shape[2] + column, mask
+
+
+@triton.jit
+def offsets(block, line, column, index, strides, column_blocks, AXIS: tl.constexpr):
+    if AXIS == 1:
+        return line.to(tl.int64)[:, None] * strides[0] + index.to(tl.int64) * strides[1]
+    else:
+        outer = (block // column_blocks).to(tl.int64) * strides[0]
+        return outer + index.to(tl.int64) * strides[1] + column.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def temperature(tau, TENSOR: tl.constexpr, DTYPE: tl.constexpr):
+    """(1 / tau for the exponent, 1 / tau for the gradient, whether tau is 0) of a number 1 / tau or a pointer to tau."""
+    if TENSOR:
+        value = tl.load(tau).to(DTYPE)
+        # The smallest normal number: its inverse is finite, and separates all but ties.
+        inverse = 1.0 / tl.maximum(value, 1.17549435e-38 if DTYPE == tl.float32 else 2.2250738585072014e-308)
+        inverse = tl.where(value >= 0.0, inverse, float("nan"))
+        return inverse, tl.where(value == 0.0, 0.0, inverse), value == 0.0
+    else:
+        return tau, tau, False
+
+
+@triton.jit
+def finite(top):
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def first_maximum(values, index, top, AXIS: tl.constexpr):
+    return tl.min(tl.where(values == top, index, NOT_A_CLASS), axis=AXIS, keep_dims=True)
+
+
+@triton.jit
+def combine(found, found_third, distribution, count, scale, splits, AXIS: tl.constexpr, SPLITS: tl.constexpr,
+            INTEGER: tl.constexpr):  # fmt: skip
+    """(maximum, sum, class of the maximum or weighted gradient) of what the splits found."""
+    split = tl.arange(0, SPLITS)[:, None]
+    mask = (split < splits) & (distribution < count)[None, :]
+    at = split.to(tl.int64) * count + distribution[None, :]
+    tops = tl.load(found + at, mask, other=float("-inf"))  # of no class
+    top = finite(tl.max(tops, axis=0))
+    weight = tl.exp((tops - top[None, :]) * scale)
+    total = tl.sum(weight * tl.load(found + at + splits * count, mask, other=0.0), axis=0)
+    if INTEGER:
+        third = tl.load(found_third + at, mask, other=NOT_A_CLASS)
+        third = tl.min(tl.where(tops == top[None, :], third, NOT_A_CLASS), axis=0)
+    else:
+        third = tl.sum(weight * tl.load(found_third + at, mask, other=0.0), axis=0)
+    return tl.expand_dims(top, AXIS), tl.expand_dims(total, AXIS), tl.expand_dims(third, AXIS)
+
+
+@triton.jit
+def statistics_kernel(
+    logits, dy, tau, seed, found, found_third, shape, strides, dy_strides, column_blocks, classes_per_program, splits,
+    count, SOFT: tl.constexpr, TENSOR: tl.constexpr, AXIS: tl.constexpr, ODD: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Maximum and sum of exponentials of each split of the classes, and its first class with the maximum or, given dy,
+    the sum weighted by dy. With SOFT `logits` are weights already."""
+    block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    scale = temperature(tau, TENSOR, DTYPE)[0]
+    key = tl.load(seed)
+    begin = split * classes_per_program
+    top = tl.full([ROWS, 1] if AXIS == 1 else [1, COLUMNS], 0.0 if SOFT else float("-inf"), DTYPE)
+    best = tl.full([ROWS, 1] if AXIS == 1 else [1, COLUMNS], NOT_A_CLASS, tl.int32)
+    total = tl.zeros([ROWS, COLUMNS], DTYPE)
+    dot = tl.zeros([ROWS, COLUMNS], DTYPE)
+    last = tl.minimum(begin + classes_per_program, shape[1] + 3 if AXIS == 1 and ODD else shape[1])
+    for start in range(begin, last, COLUMNS if AXIS == 1 else ROWS):
+        line, first, column, index, own, mask = tile(block, start, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)
+        at = offsets(block, line, column, index, strides, column_blocks, AXIS)
+        if SOFT:
+            weight = tl.load(logits + at, mask, other=0.0).to(DTYPE)  # weighs nothing
+        else:
+            values = tl.load(logits + at, mask, other=float("-inf")).to(DTYPE)  # weighs nothing
+            values += noise(key, line, first, column, shape[AXIS * -1 + 2], AXIS, ODD, ROWS, COLUMNS).to(DTYPE)
+            highest = tl.max(values, axis=AXIS, keep_dims=True)
+            if dy is None:
+                best = tl.where(highest > top, first_maximum(values, index, highest, AXIS), best)
+            new = tl.maximum(top, highest)
+            weight = tl.exp((values - finite(new)) * scale)
+            shrink = tl.exp((top - finite(new)) * scale)
+            total *= shrink
+            dot *= shrink
+            top = new
+        total += weight
+        if dy is not None:
+            at = offsets(block, line, column, index, dy_strides, column_blocks, AXIS)
+            dot += weight * tl.load(dy + at, mask, other=0.0).to(DTYPE)  # of no weight
+    distribution = tile(block, begin, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)[4]
+    at = tl.expand_dims(split.to(tl.int64) * count + distribution, AXIS)
+    # The columns of an inner block beyond the last belong to the next outer index.
+    inside = distribution < count if AXIS == 1 else tl.arange(0, COLUMNS) + block % column_blocks * COLUMNS < shape[2]
+    inside = tl.expand_dims(inside, AXIS)
+    tl.store(found + at, top, inside)
+    tl.store(found + at + splits * count, tl.sum(total, axis=AXIS, keep_dims=True), inside)
+    third = best if dy is None else tl.sum(dot, axis=AXIS, keep_dims=True)
+    tl.store(found_third + at, third, inside)
+
+
+@triton.jit
+def gumbel_softmax_fwd_kernel(
+    logits, y, tau, seed, found, found_third, shape, strides, y_strides, column_blocks, classes_per_program, splits,
+    count, HARD: tl.constexpr, TENSOR: tl.constexpr, AXIS: tl.constexpr, ODD: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Without `found` one tile holds all classes."""
+    block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    scale, inverse, limit = temperature(tau, TENSOR, DTYPE)
+    key = tl.load(seed)
+    begin = split * classes_per_program
+    if found is not None:
+        distribution = tile(block, begin, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)[4]
+        top, total, best = combine(found, found_third, distribution, count, scale, splits, AXIS, SPLITS, True)
+    last = tl.minimum(begin + classes_per_program, shape[1] + 3 if AXIS == 1 and ODD else shape[1])
+    for start in range(begin, last if found is not None else 1, COLUMNS if AXIS == 1 else ROWS):
+        line, first, column, index, own, mask = tile(block, start, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)
+        at = offsets(block, line, column, index, strides, column_blocks, AXIS)
+        values = tl.load(logits + at, mask, other=float("-inf")).to(DTYPE)  # weighs nothing
+        values += noise(key, line, first, column, shape[AXIS * -1 + 2], AXIS, ODD, ROWS, COLUMNS).to(DTYPE)
+        if found is None:
+            top = finite(tl.max(values, axis=AXIS, keep_dims=True))
+        weight = tl.exp((values - top) * scale)
+        if found is None:
+            total = tl.sum(weight, axis=AXIS, keep_dims=True)
+        result = weight * (1.0 / tl.where(total == 0.0, 1.0, total))
+        if HARD or TENSOR:
+            if found is None:
+                best = first_maximum(values, index, top, AXIS)
+            one_hot = tl.where(index == best, 1.0, 0.0) + total * 0.0  # NaN where a logit or tau is
+            result = one_hot if HARD else tl.where(limit, one_hot, result)
+        tl.store(y + offsets(block, line, column, index, y_strides, column_blocks, AXIS), result, mask)
+
+
+@triton.jit
+def gumbel_softmax_bwd_kernel(
+    dy, logits, dlogits, dtau, tau, seed, found, found_third, shape, dy_strides, strides, dlogits_strides,
+    column_blocks, classes_per_program, splits, count, SOFT: tl.constexpr, TENSOR: tl.constexpr, AXIS: tl.constexpr,
+    ODD: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """dx = y (dy - sum y dy), dlogits = dx / tau, dtau = -sum dx ln y / tau; with SOFT `logits` is y, whose rounding
+    its sum takes out."""
+    block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    scale, inverse, limit = temperature(tau, TENSOR, DTYPE)
+    key = tl.load(seed)
+    begin = split * classes_per_program
+    if found is not None:
+        distribution = tile(block, begin, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)[4]
+        top, total, dot = combine(found, found_third, distribution, count, scale, splits, AXIS, SPLITS, False)
+    if dtau is not None:
+        tau_sum = tl.zeros([ROWS, COLUMNS], DTYPE)
+    last = tl.minimum(begin + classes_per_program, shape[1] + 3 if AXIS == 1 and ODD else shape[1])
+    for start in range(begin, last if found is not None else 1, COLUMNS if AXIS == 1 else ROWS):
+        line, first, column, index, own, mask = tile(block, start, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)
+        at = offsets(block, line, column, index, strides, column_blocks, AXIS)
+        d = tl.load(dy + offsets(block, line, column, index, dy_strides, column_blocks, AXIS), mask, other=0.0).to(DTYPE)
+        if SOFT:
+            weight = tl.load(logits + at, mask, other=0.0).to(DTYPE)  # weighs nothing
+        else:
+            values = tl.load(logits + at, mask, other=float("-inf")).to(DTYPE)  # weighs nothing
+            values += noise(key, line, first, column, shape[AXIS * -1 + 2], AXIS, ODD, ROWS, COLUMNS).to(DTYPE)
+            if found is None:
+                top = finite(tl.max(values, axis=AXIS, keep_dims=True))
+            weight = tl.exp((values - top) * scale)
+        if found is None:
+            total = tl.sum(weight, axis=AXIS, keep_dims=True)
+            dot = tl.sum(weight * d, axis=AXIS, keep_dims=True)
+        norm = 1.0 / tl.where(total == 0.0, 1.0, total)
+        dx = weight * norm * (d - dot * norm)
+        at = offsets(block, line, column, index, dlogits_strides, column_blocks, AXIS)
+        tl.store(dlogits + at, dx * inverse, mask)
+        if dtau is not None:
+            logarithm = tl.log(tl.where(weight > 0.0, weight * norm, 1.0)) if SOFT else (values - top) * scale
+            tau_sum += tl.where(weight > 0.0, dx * logarithm, 0.0)
+    if dtau is not None:
+        tl.store(dtau + tl.program_id(0), -inverse * tl.sum(tau_sum))
+
+
+class Launch:
+    """What both directions share: the three dimensions, the tile, who does what."""
+
+    def __init__(self, tensor, dim, tau, constant):
+        self.dtype = compute_dtype([tensor])
+        self.shape = (tensor.shape[:dim].numel(), tensor.shape[dim], tensor.shape[dim + 1 :].numel())
+        outer, classes, inner = self.shape
+        wide = self.dtype == torch.float64
+        block, self.whole = blocks(classes, inner, wide)
+        self.axis, self.count = int(inner == 1), outer * inner
+        odd = (classes if self.axis else inner) % 4 != 0
+        self.column_blocks = 1 if self.axis else cdiv(inner, block["COLUMNS"])
+        units = cdiv(outer, block["ROWS"]) if self.axis else outer * self.column_blocks
+        step, self.splits = block["COLUMNS" if self.axis else "ROWS"], 1
+        self.classes_per_program = step
+        if not self.whole:
+            programs = min(SPLITS, PROGRAMS // max(1, units))
+            self.classes_per_program, self.splits = share(classes + 3 * (odd and self.axis), step, programs)
+        self.grid = (units * self.splits,)
+        if tau is None and wide:  # a number would be passed in float32
+            tau = torch.full((), constant, dtype=self.dtype, device=tensor.device)
+        self.tau = tau
+        self.inverse = 1 / max(constant, torch.finfo(torch.float32).tiny)
+        self.options = {
+            "TENSOR": tau is not None, "AXIS": self.axis, "ODD": odd, "DTYPE": TRITON_DTYPE[self.dtype],
+            "enable_fp_fusion": True, **block,
+        }  # fmt: skip
+
+    def view(self, tensor):
+        """[outer, classes, inner]; a copy where a view needs more than one stride for the dimensions on either side."""
+        return tensor.reshape(self.shape)
+
+    def temperature(self):
+        return self.inverse if self.tau is None else self.tau
+
+    def numbers(self):
+        return self.column_blocks, self.classes_per_program, self.splits, self.count
+
+    def statistics(self, tensor, dy, seed, soft):
+        """(maxima and sums, third) of each split, or None where one tile holds all classes."""
+        if self.whole:
+            return None, None
+        found = torch.empty((2, self.splits, self.count), dtype=self.dtype, device=tensor.device)
+        third = torch.empty(found.shape[1:], dtype=torch.int32 if dy is None else self.dtype, device=tensor.device)
+        statistics_kernel[self.grid](
+            tensor, dy, self.temperature(), seed, found, third, self.shape, tensor.stride(),
+            tensor.stride() if dy is None else dy.stride(), *self.numbers(), SOFT=soft, **self.options,
+        )  # fmt: skip
+        return found, third
+
+
+def fwd(logits, tau, seed, constant, hard, dim):
+    y = torch.empty_like(logits)
+    if y.numel() == 0:
+        return y
+    launch = Launch(logits, dim, tau, constant)
+    x, out = launch.view(logits), launch.view(y)
+    gumbel_softmax_fwd_kernel[launch.grid](
+        x, out, launch.temperature(), seed, *launch.statistics(x, None, seed, False), launch.shape, x.stride(),
+        out.stride(), *launch.numbers(), HARD=hard or (tau is None and constant == 0),
+        SPLITS=next_power_of_2(launch.splits), **launch.options,
+    )  # fmt: skip
+    return y if out.data_ptr() == y.data_ptr() else y.copy_(out.view(y.shape))
+
+
+def bwd(dy, y, logits, tau, seed, constant, hard, dim, tau_gradient):
+    like = y if logits is None else logits
+    gradient = torch.empty_like(like)
+    if gradient.numel() == 0 or (tau is None and constant == 0):
+        return [gradient.zero_(), *([torch.zeros_like(tau)] if tau_gradient else [])]
+    launch = Launch(like, dim, tau, constant)
+    x, d, out, soft = launch.view(like), launch.view(dy), launch.view(gradient), logits is None
+    dtau = torch.empty(launch.grid, dtype=launch.dtype, device=like.device) if tau_gradient else None
+    gumbel_softmax_bwd_kernel[launch.grid](
+        d, x, out, dtau, launch.temperature(), seed, *launch.statistics(x, d, seed, soft), launch.shape, d.stride(),
+        x.stride(), out.stride(), *launch.numbers(), SOFT=soft, SPLITS=next_power_of_2(launch.splits), **launch.options,
+    )  # fmt: skip
+    if out.data_ptr() != gradient.data_ptr():
+        gradient.copy_(out.view(gradient.shape))
+    return [gradient, *([dtau.sum().to(tau.dtype)] if tau_gradient else [])]
