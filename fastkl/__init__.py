@@ -2,6 +2,10 @@
 
 from fastkl.distributions import DiagonalNormal
 from fastkl.ops.bernoulli_log_prob import bernoulli_log_prob
+from fastkl.ops.gmm_log_prob import gmm_log_prob
+from fastkl.ops.gmm_moments import GMMMoments, gmm_moments
+from fastkl.ops.gmm_responsibilities import gmm_responsibilities
+from fastkl.ops.kl_gmm import kl_gmm, kl_gmm_bounds
 from fastkl.ops.kl_multivariate_normal import kl_multivariate_normal
 from fastkl.ops.kl_normal import kl_normal
 from fastkl.ops.kl_normal_per_dim import kl_normal_per_dim
@@ -14,8 +18,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DiagonalNormal",
+    "GMMMoments",
     "SoftBounds",
     "bernoulli_log_prob",
+    "gmm_log_prob",
+    "gmm_moments",
+    "gmm_responsibilities",
+    "kl_gmm",
+    "kl_gmm_bounds",
     "kl_multivariate_normal",
     "kl_normal",
     "kl_normal_per_dim",

@@ -296,7 +296,7 @@ def gmm_joint_log_prob(
             quadratic = quadratic + (precision_root.square().sum(-2) * variance).sum(-1)
     else:
         logvars = means.new_zeros(()) if logvars is None else logvars
-        spread = logvars.to(dtype).expand(means.shape)
+        spread = logvars.to(dtype).expand(torch.broadcast_shapes(logvars.shape, means.shape))
         if form == "convolved":
             spread = torch.log(spread.exp() + variance)
         root = torch.exp(-0.5 * spread)

@@ -60,21 +60,29 @@ def draw(q: list[Tensor], packed_dim: int, seed: Tensor | None, eps: Tensor | No
     shape = unpack(q, packed_dim)[0].shape
     if eps is not None or seed.device.type != "cpu":
         return noise(q, packed_dim, seed, eps, num_samples)
-    count = shape.numel()
-    groups = (count + 3) // 4
-    out = torch.empty(1 if num_samples is None else num_samples, groups, 2, 2)  # two Box-Muller pairs for each call
-    for sample in range(len(out)):
-        for first in range(0, groups, GROUPS):
-            last = min(groups, first + GROUPS)
-            words = _philox(seed.item(), np.arange(first, last), sample)
+    samples = range(1 if num_samples is None else num_samples)
+    out = normals(seed, samples, 0, shape.numel())
+    return out.reshape(shape if num_samples is None else (num_samples, *shape))
+
+
+def normals(seed: Tensor, samples: range, first: int, last: int) -> Tensor:
+    """Elements first to last, in row-major order, of some samples' reference.normal_noise: [samples, last - first]."""
+    if seed.device.type != "cpu":
+        return torch.stack([reference.normal_noise(seed, (last,), sample + 1)[sample, first:] for sample in samples])
+    start, groups = first // 4, (last + 3) // 4
+    out = torch.empty(len(samples), groups - start, 2, 2)  # two Box-Muller pairs for each call
+    for target, sample in zip(out, samples):
+        for begin in range(start, groups, GROUPS):
+            end = min(groups, begin + GROUPS)
+            words = _philox(seed.item(), np.arange(begin, end), sample)
             # float32(word) rounds as in the kernel; the angle's word is signed, which is the same angle.
             radius, angle = (torch.from_numpy(word.astype(np.float32)) for word in (words[0], words[1].view(np.int32)))
             radius.mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2.0).sqrt_()
             angle.mul_(2.0 * math.pi * 2.0**-32)
-            pairs = out[sample, first:last].transpose(0, 1)  # [2, groups, 2]
+            pairs = target[begin - start : end - start].transpose(0, 1)  # [2, groups, 2]
             torch.mul(radius, angle.cos(), out=pairs[..., 0])
             torch.mul(radius, angle.sin_(), out=pairs[..., 1])
-    return out.view(len(out), -1)[:, :count].reshape(shape if num_samples is None else (num_samples, *shape))
+    return out.view(len(samples), -1)[:, first - 4 * start : last - 4 * start]
 
 
 def draw_gumbel(seed: Tensor, shape: torch.Size) -> Tensor:

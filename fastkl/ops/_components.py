@@ -1,0 +1,274 @@
+"""A slice of a mixture's components in torch ops: their log-densities at a block of rows, and the gradients.
+
+Three ways, one interface. `prepare` a block of rows [S, B, D]; `joint` gives ln pi + ln N [S, B, k]; with weights
+[S, B, k] and a scale for each row [S, B, 1], `data_gradient` is (dz, dvariance), and `add` adds to the gradients of the
+parameters, from `start` with their buffers (of the parameters' shapes, in the compute dtype) to `finish`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Bytes of a block's temporaries: within a processor's cache.
+BLOCK_BYTES = 4 << 20
+# sum_d (m s)^2 up to which the expansion of (z - m)^2 s^2 in float64 is as exact as differences in the compute dtype
+# are, and (m s)^2 up to which the gradients' sums may be expanded in float32.
+EXPANSION_LIMIT = {torch.float32: 1e8, torch.float64: 1e3}
+GRADIENT_LIMIT = 64.0
+LN_2_PI = math.log(2 * math.pi)
+
+
+class Mixture(NamedTuple):
+    """logits [I, K], means [M, K, D], logvars that broadcast with means or None, scale_tril [M, K, D, D] or None."""
+
+    logits: Tensor
+    means: Tensor
+    logvars: Tensor | None
+    scale_tril: Tensor | None
+
+    def part(self, tensor: Tensor, data: slice, components: slice) -> Tensor:
+        """A slice of a parameter or its gradient [M, K, ...], whose sizes of 1 are shared."""
+        rows = data if tensor.shape[0] > 1 else slice(None)
+        return tensor[rows, components if tensor.shape[1] > 1 else slice(None)]
+
+
+class Expansion:
+    """Diagonal components that all rows share: sums over dimensions as matrix products of [x^2, x], x = z - centre."""
+
+    def __init__(self, mixture: Mixture, components: slice, form: str, precision: str, centre: Tensor):
+        exact, self.mixture, self.components = precision == "exact", mixture, components
+        dtype = torch.float64 if exact else centre.dtype
+        self.centre = centre.to(dtype)
+        self.means = mixture.means[0, components].to(dtype) - self.centre
+        logvars = self.means.new_zeros(())
+        if mixture.logvars is not None:
+            logvars = mixture.part(mixture.logvars, slice(None), components)[0].to(dtype)
+        logvars = logvars.expand(self.means.shape)
+        self.precision = torch.exp(-logvars)
+        linear = self.means * self.precision
+        squares = linear * self.means
+        norms = squares.sum(-1)
+        self.constant = -0.5 * (norms + logvars.sum(-1) + LN_2_PI * centre.numel())
+        self.coefficients = torch.cat([-0.5 * self.precision, linear], -1)
+        # Comparisons with NaN are false: what is not finite comes out as NaN either way.
+        self.is_exact = not (exact and norms.numel() and norms.amax() > EXPANSION_LIMIT[centre.dtype])
+        narrow = exact and squares.numel() and squares.amax() > GRADIENT_LIMIT
+        self.gradient_dtype = dtype if narrow else centre.dtype
+        self.rows = max(1, BLOCK_BYTES // (16 * len(self.means) + 48 * centre.numel()))
+
+    def prepare(self, z: Tensor, variance: Tensor | None, data: slice) -> tuple[Tensor, torch.Size]:
+        x = z.flatten(0, 1).to(self.centre.dtype) - self.centre
+        features = torch.empty(len(x), 2, x.shape[1], dtype=x.dtype, device=x.device)
+        torch.mul(x, x, out=features[:, 0])
+        if variance is not None:
+            features[:, 0] += variance.flatten(0, 1)
+        features[:, 1] = x
+        return features.flatten(1), z.shape[:2]
+
+    def joint(self, prepared, log_weights: Tensor) -> Tensor:
+        features, shape = prepared
+        shared = len(log_weights) == 1
+        constant = self.constant + log_weights[0] if shared else self.constant
+        joint = torch.addmm(constant.to(features.dtype), features, self.coefficients.T).view(*shape, -1)
+        return joint if shared else joint.add_(log_weights)
+
+    def start(self, dmeans: Tensor | None = None, dspread: Tensor | None = None) -> None:
+        self.dmeans, self.dspread = dmeans, dspread
+        self.count = self.means.new_zeros(len(self.means), dtype=self.gradient_dtype)
+        self.moments = self.means.new_zeros(self.coefficients.shape, dtype=self.gradient_dtype)
+        self.gradient_coefficients = self.coefficients.to(self.gradient_dtype)
+
+    def data_gradient(self, prepared, weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """(dz, dvariance) for weights [S, B, k] times scale [S, B, 1]."""
+        features, shape = prepared
+        x = features[:, features.shape[1] // 2 :].to(self.gradient_dtype)
+        gradient = weights.flatten(0, 1).to(self.gradient_dtype) @ self.gradient_coefficients
+        gradient *= scale.reshape(-1, 1)
+        dsquare, dx = gradient.chunk(2, 1)
+        return dx.addcmul_(dsquare, x, value=2).view(*shape, -1), dsquare.view(*shape, -1)
+
+    def add(self, prepared, weights: Tensor, scale: Tensor) -> None:
+        """The sums over rows of weights times scale, [1, z - centre, (z - centre)^2]."""
+        weights, scale = weights.flatten(0, 1).to(self.gradient_dtype), scale.reshape(-1, 1).to(self.gradient_dtype)
+        self.count.addmv_(weights.T, scale[:, 0])
+        self.moments.addmm_(weights.T, prepared[0].to(self.gradient_dtype) * scale)
+
+    def central_moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """sum w [k], sum w (z - m) [k, D], sum w (z - m)^2 [k, D]; the variance of q belongs to the square."""
+        second, first = self.moments.chunk(2, 1)
+        means, count = self.means.to(first.dtype), self.count.unsqueeze(-1)
+        central = first - means * count
+        return self.count, central, second - means * (first + central)
+
+    def add_moments(self, prepared, weights: Tensor, scale: Tensor, first: Tensor, second: Tensor) -> None:
+        self.add(prepared, weights, scale)
+
+    def finish_moments(self, first: Tensor, second: Tensor) -> None:
+        _, first[self.components], second[self.components] = self.central_moments()
+
+    def finish(self) -> None:
+        count, first, second = self.central_moments()
+        precision = self.precision.to(first.dtype)
+        self.dmeans[0, self.components] += (first * precision).to(self.dmeans.dtype)
+        if self.dspread is not None:
+            dlogvars = second.mul_(precision).sub_(count.unsqueeze(-1)).mul_(0.5)
+            target = self.mixture.part(self.dspread, slice(None), self.components)
+            target += dlogvars.sum_to_size(target.shape[1:]).to(target.dtype)
+
+
+class _ByDifferences:
+    """What is not an expansion: pure functions of a prepared block, whose results are added up as they come."""
+
+    def __init__(self, mixture: Mixture, components: slice, form: str, dtype: torch.dtype):
+        self.mixture, self.components, self.form, self.dtype = mixture, components, form, dtype
+        count, dimensions = len(range(*components.indices(mixture.means.shape[1]))), mixture.means.shape[2]
+        matrices = mixture.scale_tril is not None and form == "convolved"
+        size = count * dimensions * (dimensions if matrices else 1)
+        self.rows = max(1, BLOCK_BYTES // (4 * dtype.itemsize * max(1, size)))
+
+    def part(self, tensor: Tensor, data: slice) -> Tensor:
+        return self.mixture.part(tensor, data, self.components)
+
+    def start(self, dmeans: Tensor | None = None, dspread: Tensor | None = None) -> None:
+        self.buffers = [buffer for buffer in (dmeans, dspread) if buffer is not None]
+
+    def add(self, prepared, weights: Tensor, scale: Tensor) -> None:
+        for buffer, gradient in zip(self.buffers, self.parameter_gradients(prepared, weights, scale)):
+            target = self.part(buffer, prepared[-1])
+            target += gradient.sum_to_size(target.shape)
+
+    def finish(self) -> None:
+        pass
+
+    def finish_moments(self, first: Tensor, second: Tensor) -> None:
+        pass
+
+
+class Differences(_ByDifferences):
+    """Diagonal components of any kind, one difference z - m for each row, component and dimension."""
+
+    def prepare(self, z: Tensor, variance: Tensor | None, data: slice):
+        z, variance = z.unsqueeze(-2), None if variance is None else variance.unsqueeze(-2)
+        logvars = z.new_zeros((1, 1, 1))
+        if self.mixture.logvars is not None:
+            logvars = self.part(self.mixture.logvars, data).to(self.dtype)
+        root = (logvars.exp() + variance).rsqrt() if self.form == "convolved" else torch.exp(-0.5 * logvars)
+        standard = (z - self.part(self.mixture.means, data).to(self.dtype)) * root
+        return standard, root, logvars, variance, data
+
+    def joint(self, prepared, log_weights: Tensor) -> Tensor:
+        standard, root, logvars, variance, _ = prepared
+        terms = standard.square() + (-2 * root.log() if self.form == "convolved" else logvars)
+        if self.form == "expected":
+            terms = terms + variance * root.square()
+        return -0.5 * (terms.sum(-1) + LN_2_PI * terms.shape[-1]) + log_weights
+
+    def data_gradient(self, prepared, weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+        standard, root, *_ = prepared
+        weights = (weights * scale).unsqueeze(-1)
+        dz = -(weights * standard * root).sum(-2)
+        if self.form == "point":
+            return dz, None
+        terms = root.square() * (standard.square() - 1 if self.form == "convolved" else -1)
+        return dz, 0.5 * (weights * terms).sum(-2)
+
+    def parameter_gradients(self, prepared, weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """(dmeans, dlogvars) [B, k, D], to be summed over what the parameters share."""
+        standard, root, logvars, variance, _ = prepared
+        weights = (weights * scale).unsqueeze(-1)
+        terms = standard.square() - 1
+        if self.form == "expected":
+            terms = terms + variance * root.square()
+        if self.form == "convolved":
+            terms = terms * logvars.exp() * root.square()
+        return (weights * standard * root).sum(0), (0.5 * weights * terms).sum(0)
+
+    def add_moments(self, prepared, weights: Tensor, scale: Tensor, first: Tensor, second: Tensor) -> None:
+        """Adds to sum w (z - m) and sum w (z - m)^2 of the one mixture."""
+        difference, weights = prepared[0] / prepared[1], (weights * scale).unsqueeze(-1)
+        first[self.components] += (weights * difference).sum((0, 1))
+        second[self.components] += (weights * difference.square()).sum((0, 1))
+
+
+class Full(_ByDifferences):
+    """Components with a full covariance L L^T, by P = L^-1: y = P (z - m), v = P^T y.
+
+    Tensors are [M, k, n, D]: n counts the samples of each datum, or with one mixture for all (M = 1) every row.
+    """
+
+    def _inward(self, tensor: Tensor) -> Tensor:
+        """[S, B, x] -> [M, n, x]."""
+        return tensor.flatten(0, 1)[None] if self.mixture.means.shape[0] == 1 else tensor.transpose(0, 1)
+
+    def _outward(self, tensor: Tensor, shape) -> Tensor:
+        """[M, n, x] -> [S, B, x]."""
+        return tensor.reshape(*shape, -1) if self.mixture.means.shape[0] == 1 else tensor.transpose(0, 1)
+
+    def prepare(self, z: Tensor, variance: Tensor | None, data: slice):
+        shape = z.shape[:2]
+        scale = self.part(self.mixture.scale_tril, data).to(self.dtype).tril()
+        means = self.part(self.mixture.means, data).to(self.dtype).unsqueeze(-2)
+        difference = self._inward(z).unsqueeze(1) - means
+        variance = None if variance is None else self._inward(variance).unsqueeze(1)
+        eye = torch.eye(z.shape[-1], dtype=self.dtype, device=z.device)
+        if self.form == "convolved":
+            root = torch.linalg.cholesky((scale @ scale.mT).unsqueeze(2) + torch.diag_embed(variance))
+            inverse = torch.linalg.solve_triangular(root, eye, upper=False)  # [M, k, n, D, D]
+            whitened = (inverse @ difference.unsqueeze(-1)).squeeze(-1)
+            solved = (inverse.mT @ whitened.unsqueeze(-1)).squeeze(-1)
+        else:
+            root, inverse = scale, torch.linalg.solve_triangular(scale, eye, upper=False)
+            whitened = difference @ inverse.mT
+            solved = whitened @ inverse
+        return whitened, solved, root, inverse, scale, variance, shape, data
+
+    def joint(self, prepared, log_weights: Tensor) -> Tensor:
+        whitened, _, root, inverse, _, variance, shape, _ = prepared
+        log_determinant = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        if self.form != "convolved":
+            log_determinant = log_determinant.unsqueeze(-1)
+        quadratic = whitened.square().sum(-1)
+        if self.form == "expected":
+            quadratic = quadratic + (variance * inverse.square().sum(-2).unsqueeze(-2)).sum(-1)
+        joint = -0.5 * (quadratic + log_determinant + LN_2_PI * whitened.shape[-1])
+        return self._outward(joint.transpose(1, 2), shape) + log_weights
+
+    def _weights(self, weights: Tensor, scale: Tensor) -> Tensor:
+        """[S, B, k] -> [M, k, n, 1]."""
+        return self._inward(weights * scale).transpose(1, 2).unsqueeze(-1)
+
+    def data_gradient(self, prepared, weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+        _, solved, _, inverse, _, _, shape, _ = prepared
+        weights = self._weights(weights, scale)
+        dz = self._outward(-(weights * solved).sum(1), shape)
+        if self.form == "point":
+            return dz, None
+        precision = inverse.square().sum(-2)  # the diagonal of P^T P
+        terms = solved.square() - precision if self.form == "convolved" else -precision.unsqueeze(-2)
+        return dz, self._outward(0.5 * (weights * terms).sum(1), shape)
+
+    def parameter_gradients(self, prepared, weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """(dmeans [M, k, D], dscale_tril [M, k, D, D])."""
+        whitened, solved, _, inverse, tril, variance, _, _ = prepared
+        weights = self._weights(weights, scale)
+        if self.form == "convolved":
+            dcovariance = (weights * solved).mT @ solved - (weights.unsqueeze(-1) * (inverse.mT @ inverse)).sum(2)
+            gradient = dcovariance @ tril
+        else:
+            second = (weights * whitened).mT @ whitened
+            if self.form == "expected":
+                second = second + (inverse * (weights * variance).sum(-2).unsqueeze(-2)) @ inverse.mT
+            count = weights.sum(-2) / tril.diagonal(dim1=-2, dim2=-1)
+            gradient = inverse.mT @ second - torch.diag_embed(count)
+        return (weights * solved).sum(-2), gradient.tril()
+
+    def add_moments(self, prepared, weights: Tensor, scale: Tensor, first: Tensor, second: Tensor) -> None:
+        """Adds to sum w (z - m) and sum w (z - m) (z - m)^T of the one mixture."""
+        whitened, weights, tril = prepared[0], self._weights(weights, scale), prepared[4]
+        difference = whitened @ tril.mT
+        first[self.components] += (weights * difference).sum(-2)[0]
+        second[self.components] += ((weights * difference).mT @ difference)[0]

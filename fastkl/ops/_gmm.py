@@ -1,0 +1,158 @@
+"""The mixture log-density as a registered op with its gradient, for the public functions that are made of it.
+
+`form` says what is taken of each component at a row z, with q = N(z, diag exp(logvar)): "point", ln N(z; m, S);
+"expected", E_q[ln N(.; m, S)]; "convolved", ln N(z; m, S + exp(logvar)).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkl import reference
+from fastkl.ops import _arguments as arguments
+from fastkl.ops import _mixture as sweeps
+from fastkl.ops import _mixture_arguments as mixtures
+from fastkl.ops._components import Differences, Full, Mixture
+from fastkl.ops._register import apply, needs_closed_form, register
+
+MIXTURE = "Tensor logits, Tensor means, Tensor? logvars, Tensor? scale_tril"
+_ARGUMENTS = f"Tensor z, Tensor? logvar, {MIXTURE}, str form, str precision"
+FULL = slice(None)
+
+
+def _forward(z, logvar, logits, means, logvars, scale_tril, form, precision, keep) -> list[Tensor]:
+    return sweeps.log_prob(sweeps.Sweep(z, logvar, logits, means, logvars, scale_tril, form, precision), keep)
+
+
+def _fake_forward(z, logvar, logits, means, logvars, scale_tril, form, precision, keep) -> list[Tensor]:
+    lp = z.new_empty(z.shape[0], dtype=reference.compute_dtype(z, logvar, logits, means, logvars, scale_tril))
+    kept = [lp.new_empty(lp.shape, dtype=torch.float64), torch.empty_like(lp), lp.new_empty(len(lp), means.shape[1])]
+    return [lp, *kept[: keep + 1 if keep else 0]]
+
+
+def _backward(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, precision, data, parameters):
+    sweep = sweeps.Sweep(z, logvar, logits, means, logvars, scale_tril, form, precision)
+    buffers = sweep.buffers() if parameters else []
+    rows = sweeps.gradients(sweep, sweeps.Weights(sweep, dlp, *kept), data, buffers)
+    if parameters:
+        sweeps.subtract_softmax(buffers[0], logits, dlp.to(sweep.dtype).view(-1, logits.shape[0]).sum(0))
+    return matched([*rows, *buffers], z, logvar, (logits, means, logvars, scale_tril), data, parameters)
+
+
+def matched(gradients, z, logvar, mixture, data: bool, parameters: bool) -> list[Tensor]:
+    """Each gradient in the dtype and layout of its input."""
+    inputs = [t for t in (z, logvar) if data and t is not None] + [t for t in mixture if parameters and t is not None]
+    return [arguments.match(gradient, tensor) for gradient, tensor in zip(gradients, inputs)]
+
+
+def fake_gradients(z, logvar, mixture, data: bool, parameters: bool) -> list[Tensor]:
+    inputs = [t for t in (z, logvar) if data and t is not None] + [t for t in mixture if parameters and t is not None]
+    return [torch.empty_like(tensor) for tensor in inputs]
+
+
+def _fake_backward(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, precision, data, parameters):
+    return fake_gradients(z, logvar, (logits, means, logvars, scale_tril), data, parameters)
+
+
+gmm_log_prob_fwd = register(
+    f"gmm_log_prob_fwd({_ARGUMENTS}, int keep) -> Tensor[]",
+    closed_form=_forward,
+    fake=_fake_forward,
+    kernel="gmm_log_prob.fwd",
+)
+gmm_log_prob_bwd = register(
+    f"gmm_log_prob_bwd(Tensor dlp, Tensor[] kept, {_ARGUMENTS}, bool data, bool parameters) -> Tensor[]",
+    closed_form=_backward,
+    fake=_fake_backward,
+    kernel="gmm_log_prob.bwd",
+)
+
+
+def differentiable_gradients(weights_of, z, logvar, logits, means, logvars, scale_tril, form) -> list[Tensor | None]:
+    """(dz, dlogvar, sum of the weights [I, K], dmeans, dlogvars, dscale_tril) in plain differentiable torch ops.
+
+    weights_of(joint [S, B, K]) gives the weights. Everything is made at once, rows by components by dimensions: who
+    differentiates twice has few of them.
+    """
+    inputs = (z, logvar, logits, means, logvars, scale_tril)
+    dtype = reference.compute_dtype(*inputs)
+    data = max(logits.shape[0], means.shape[0])
+    mixture = Mixture(logits, means, logvars, scale_tril)
+    part = (Differences if scale_tril is None else Full)(mixture, FULL, form, dtype)
+    variance = None if logvar is None else logvar.to(dtype).exp().unflatten(0, (-1, data))
+    prepared = part.prepare(z.to(dtype).unflatten(0, (-1, data)), variance, FULL)
+    weights = weights_of(part.joint(prepared, torch.log_softmax(logits.to(dtype), -1)))
+    scale = torch.ones_like(weights[..., :1])
+    dz, dvariance = part.data_gradient(prepared, weights, scale)
+    dmeans, dspread = part.parameter_gradients(prepared, weights, scale)
+    dlogits = weights.flatten(0, 1).sum(0, keepdim=True) if logits.shape[0] == 1 else weights.sum(0)
+    found = [dz.flatten(0, 1), None if logvar is None else (dvariance * variance).flatten(0, 1), dlogits, dmeans]
+    found += [dspread, None] if scale_tril is None else [None, dspread]
+    return [
+        None if gradient is None or tensor is None else gradient.sum_to_size(tensor.shape).to(tensor.dtype)
+        for gradient, tensor in zip(found, inputs)
+    ]
+
+
+def _gradients(dlp, z, logvar, logits, means, logvars, scale_tril, form) -> list[Tensor | None]:
+    inputs = (z, logvar, logits, means, logvars, scale_tril)
+    dtype = reference.compute_dtype(*inputs)
+    rows = dlp.to(dtype).unflatten(0, (-1, max(logits.shape[0], means.shape[0]))).unsqueeze(-1)
+    found = differentiable_gradients(lambda joint: torch.softmax(joint, -1) * rows, *inputs, form)
+    total = dlp.to(dtype).unflatten(0, (-1, logits.shape[0])).sum(0).unsqueeze(-1)
+    found[2] = (found[2].to(dtype) - torch.softmax(logits.to(dtype), -1) * total).to(logits.dtype)
+    return found
+
+
+class _GMMLogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(z, logvar, logits, means, logvars, scale_tril, form, precision, keep):
+        return tuple(gmm_log_prob_fwd(z, logvar, logits, means, logvars, scale_tril, form, precision, keep))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:6], *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.settings = inputs[6:8]
+
+    @staticmethod
+    def backward(ctx, dlp, *_):
+        inputs, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        if needs_closed_form(dlp):
+            return *_gradients(dlp, *inputs, ctx.settings[0]), None, None, None
+        data, parameters = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[2:6])
+        found = iter(gmm_log_prob_bwd(dlp, list(kept), *inputs, *ctx.settings, data, parameters))
+        wanted = [data, data, *[parameters] * 4]
+        return *(next(found) if want and t is not None else None for want, t in zip(wanted, inputs)), None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, z, logvar, logits, means, logvars, scale_tril, form, precision, keep):
+        size = info.batch_size
+        mixture = (logits, means, logvars, scale_tril)
+        mixture, data, per_datum = mixtures.vmap_mixture(mixture, in_dims[2:6], size)
+        rows = [
+            None if t is None else mixtures.vmap_rows(t, dim, size, data, per_datum)
+            for t, dim in zip((z, logvar), in_dims)
+        ]
+        outputs = apply(_GMMLogProb, *rows, *mixture, form, precision, keep)
+        return tuple(mixtures.vmap_result(out, size, data, per_datum) for out in outputs), (0,) * len(outputs)
+
+
+def log_prob(rows: dict[str, Tensor], logits, means, logvars, scale_tril, form: str, precision: str) -> Tensor:
+    """The log-density of the public functions' arguments, [*batch]."""
+    mixtures.check_precision(precision)
+    rows, mixture, batch = mixtures.canonical(rows, logits, means, logvars, scale_tril)
+    if batch.numel() == 0:
+        return nothing(rows, mixture).view(batch)
+    z, logvar = (*rows, None)[:2]
+    dtype = reference.compute_dtype(z, logvar, *mixture)
+    keep = sweeps.keep_for(z, mixture[0], dtype) if torch.is_grad_enabled() else 0
+    return apply(_GMMLogProb, z, logvar, *mixture, form, precision, keep)[0].view(batch)
+
+
+def nothing(rows: list[Tensor], mixture) -> Tensor:
+    """The result for no rows at all, [0], through which every argument gets a gradient of zeros."""
+    dtype = reference.compute_dtype(*rows, *mixture)
+    touched = sum(tensor.to(dtype).sum() * 0 for tensor in (*rows[1:], *mixture) if tensor is not None)
+    return rows[0].to(dtype).sum(-1) + touched

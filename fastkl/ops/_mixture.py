@@ -1,0 +1,260 @@
+"""Mixtures in torch ops: the sweep over rows and components that every mixture op runs where no kernel does.
+
+Nothing of the size rows x components x dimensions is made, and of the size rows x components only what forward may
+keep for backward. A sweep goes over slices of components, and for each over blocks of rows, so that what it allocates
+stays below 32 MiB on a CPU whatever the sizes (a full covariance also needs some matrices of one component). Row r is
+sample r // B of datum r % B, where logits or components that differ by datum have B entries: tensors are [S, B, ...].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastkl import reference
+from fastkl.ops._components import Differences, Expansion, Full, Mixture
+
+# Bytes of what a slice of components needs, and of the weights that forward keeps; a block's are in _components.
+COMPONENTS_BYTES = 12 << 20
+KEPT_BYTES = 12 << 20
+# Data with their own components that one block takes at most, so that their matrices are bounded as well.
+BLOCK_DATA = 16
+# A weight below exp of this is 0, and not a subnormal number, whose arithmetic is some 30 times slower.
+NEGLIGIBLE = {torch.float32: -60.0, torch.float64: -600.0}
+
+
+def keep_for(z: Tensor, logits: Tensor, dtype: torch.dtype) -> int:
+    """What forward keeps for backward beside two values for each row: on a CPU also the weights [R, K], where they fit
+    a bounded buffer."""
+    return 2 if z.device.type == "cpu" and z.shape[0] * logits.shape[1] * dtype.itemsize <= KEPT_BYTES else 1
+
+
+def _slices(count: int, step: int) -> list[slice]:
+    """`count` in slices of about the same length, at most `step`."""
+    step = -(-count // -(-count // max(1, step))) if count else 1
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+class Sweep:
+    """The blocks of one call: z, logvar [R, D] and a mixture in the ops' canonical form."""
+
+    def __init__(self, z, logvar, logits, means, logvars, scale_tril, form: str, precision: str):
+        self.mixture, self.form, self.precision = Mixture(logits, means, logvars, scale_tril), form, precision
+        self.dtype = reference.compute_dtype(z, logvar, logits, means, logvars, scale_tril)
+        self.data = max(logits.shape[0], means.shape[0])
+        self.z, self.logvar = self.by_datum(z), None if logvar is None else self.by_datum(logvar)
+        self.samples = self.z.shape[0]
+        self.centre = means[0].to(self.dtype).mean(0)
+        self.normaliser = torch.cat([torch.logsumexp(rows.to(self.dtype), -1) for rows in self._logit_rows()])
+
+    def by_datum(self, tensor: Tensor) -> Tensor:
+        """[R, ...] -> [S, B, ...]."""
+        return tensor.reshape(-1, self.data, *tensor.shape[1:])
+
+    def _logit_rows(self):
+        return self.mixture.logits.split(max(1, (1 << 20) // max(1, self.mixture.logits.shape[1])))
+
+    def log_weights(self, data: slice, components: slice) -> Tensor:
+        """ln pi [1 or B, k]."""
+        rows = data if self.mixture.logits.shape[0] > 1 else slice(None)
+        return self.mixture.logits[rows, components].to(self.dtype) - self.normaliser[rows].unsqueeze(-1)
+
+    def parts(self) -> Iterator:
+        """The slices of components."""
+        data, count, dimensions = self.mixture.means.shape
+        if self.mixture.scale_tril is not None:
+            size = 8 * self.dtype.itemsize * dimensions * dimensions
+            size *= BLOCK_DATA if data > 1 else 1
+        else:
+            size = 48 * dimensions
+        shared = data == 1 and self.mixture.scale_tril is None and self.form != "convolved"
+        for components in _slices(count, COMPONENTS_BYTES // max(1, size)):
+            part = None
+            if shared:
+                part = Expansion(self.mixture, components, self.form, self.precision, self.centre)
+            if part is not None and part.is_exact:
+                yield part
+                continue
+            kind = Differences if self.mixture.scale_tril is None else Full
+            width = components.stop - components.start
+            for inner in _slices(width, max(1, (1 << 19) // max(1, dimensions * self.dtype.itemsize))):
+                inner = slice(components.start + inner.start, components.start + inner.stop)
+                yield kind(self.mixture, inner, self.form, self.dtype)
+
+    def blocks(self, part) -> Iterator[tuple[slice, slice]]:
+        """(samples, data) of about part.rows rows."""
+        rows = min(part.rows, BLOCK_DATA) if self.mixture.means.shape[0] > 1 else part.rows
+        per_sample = min(self.data, rows)
+        for data in _slices(self.data, per_sample):
+            for samples in _slices(self.samples, part.rows // max(1, per_sample)):
+                yield samples, data
+
+    def prepare(self, part, samples: slice, data: slice):
+        variance = None if self.logvar is None else self.logvar[samples, data].to(self.dtype).exp()
+        return part.prepare(self.z[samples, data].to(self.dtype), variance, data)
+
+    def joint(self, part, prepared, data: slice) -> Tensor:
+        """ln pi_k + ln N [S, B, k] of a block, in float64 where the part needs it."""
+        return part.joint(prepared, self.log_weights(data, part.components))
+
+    def weights(self, joint: Tensor, origin: Tensor, out: Tensor | None = None) -> Tensor:
+        """exp(joint - origin) in the compute dtype."""
+        joint = joint.sub_(origin)
+        out = joint.to(self.dtype) if out is None else out.copy_(joint)
+        return torch.nn.functional.threshold_(out, NEGLIGIBLE[self.dtype], float("-inf")).exp_()
+
+    def buffers(self) -> list[Tensor]:
+        """Zeros for the gradients of logits, means, and logvars or scale_tril, in the compute dtype."""
+        found = [tensor for tensor in self.mixture if tensor is not None]
+        return [torch.zeros(tensor.shape, dtype=self.dtype, device=tensor.device) for tensor in found]
+
+
+def log_prob(sweep: Sweep, keep: int = 0) -> list[Tensor]:
+    """[ln p [R]]; with keep >= 1 also origin and scale [R], with keep = 2 also weights [R, K].
+
+    The responsibilities are exp(joint - origin) scale, or weights times scale: exact also where |ln p| is so large that
+    its rounding in float32 matters.
+    """
+    shape = (sweep.samples, sweep.data)
+    origin = sweep.z.new_full(shape, float("-inf"), dtype=torch.float64)
+    total = sweep.z.new_zeros(shape, dtype=sweep.dtype)
+    count = sweep.mixture.means.shape[1]
+    kept = sweep.z.new_empty((*shape, count), dtype=sweep.dtype) if keep == 2 else None
+    complete = False
+    for part in sweep.parts():
+        complete = (part.components.start, part.components.stop) == (0, count)
+        for samples, data in sweep.blocks(part):
+            joint = sweep.joint(part, sweep.prepare(part, samples, data), data)
+            before = origin[samples, data]
+            peak = torch.maximum(before, joint.amax(-1).to(torch.float64))
+            safe = peak.masked_fill(peak == float("-inf"), 0.0)
+            weights = sweep.weights(
+                joint, safe.unsqueeze(-1), kept[samples, data] if kept is not None and complete else None
+            )
+            total[samples, data] = total[samples, data] * (before - safe).exp() + weights.sum(-1)
+            origin[samples, data] = peak
+    lp = (origin + total.log()).to(sweep.dtype).flatten()
+    if not keep:
+        return [lp]
+    results = [lp, origin.masked_fill_(origin == float("-inf"), 0.0).flatten(), total.reciprocal_().flatten()]
+    if kept is not None and not complete:  # the slices' weights had different origins
+        fill_weights(sweep, origin, kept)
+    return results if kept is None else [*results, kept.flatten(0, 1)]
+
+
+def fill_weights(sweep: Sweep, origin: Tensor, out: Tensor) -> None:
+    """exp(joint - origin) [S, B, K]."""
+    for part in sweep.parts():
+        for samples, data in sweep.blocks(part):
+            joint = sweep.joint(part, sweep.prepare(part, samples, data), data)
+            sweep.weights(joint, origin[samples, data].unsqueeze(-1), out[samples, data, part.components])
+
+
+def log_responsibilities(sweep: Sweep) -> Tensor:
+    """ln p(k | z) [R, K]."""
+    _, origin, scale = log_prob(sweep, keep=1)
+    out = sweep.z.new_empty((len(scale), sweep.mixture.means.shape[1]), dtype=sweep.dtype)
+    view, origin, shift = (sweep.by_datum(tensor) for tensor in (out, origin, scale.log()))
+    for part in sweep.parts():
+        for samples, data in sweep.blocks(part):
+            joint = sweep.joint(part, sweep.prepare(part, samples, data), data)
+            difference = (joint - origin[samples, data].unsqueeze(-1)).to(out.dtype)
+            view[samples, data, part.components] = difference + shift[samples, data].unsqueeze(-1)
+    return out
+
+
+class Weights:
+    """The weights of a block: responsibilities, from what log_prob kept, times dlp."""
+
+    def __init__(self, sweep: Sweep, dlp: Tensor, origin: Tensor, scale: Tensor, weights: Tensor | None = None):
+        self.sweep, self.scale = sweep, sweep.by_datum(dlp.to(sweep.dtype) * scale).unsqueeze(-1)
+        self.origin = sweep.by_datum(origin).unsqueeze(-1)
+        self.kept = None if weights is None else sweep.by_datum(weights)
+
+    def block(self, part, prepared, samples: slice, data: slice) -> tuple[Tensor, Tensor]:
+        """[S, B, k] and [S, B, 1], whose product are the weights."""
+        if self.kept is not None:
+            return self.kept[samples, data, part.components], self.scale[samples, data]
+        joint = self.sweep.joint(part, prepared, data)
+        return self.sweep.weights(joint, self.origin[samples, data]), self.scale[samples, data]
+
+
+class ResponsibilityWeights(Weights):
+    """G - exp(log_r) sum_k G for the gradient G of the log-responsibilities."""
+
+    def __init__(self, sweep: Sweep, dlog_r: Tensor, log_r: Tensor):  # its own, not Weights'
+        self.gradient, self.log_r = sweep.by_datum(dlog_r).to(sweep.dtype), sweep.by_datum(log_r)
+        self.total = self.gradient.sum(-1, keepdim=True)
+
+    def block(self, part, prepared, samples: slice, data: slice) -> tuple[Tensor, Tensor]:
+        at = (samples, data, part.components)
+        total = self.total[samples, data]
+        return self.gradient[at] - self.log_r[at].exp() * total, torch.ones_like(total)
+
+
+def gradients(sweep: Sweep, weights: Weights, data: bool, buffers: list[Tensor] | None) -> list[Tensor]:
+    """[dz, dlogvar of q if there] if `data`, in the compute dtype; what `buffers` holds is added to: the sum of the
+    weights [I, K], dmeans, and dlogvars or dscale_tril if there."""
+    dlogits, dmeans, dspread = [*buffers, None][:3] if buffers else [None] * 3
+    parameters = bool(buffers)
+    dz, dvariance = (
+        torch.zeros_like(sweep.z, dtype=sweep.dtype) if wanted else None
+        for wanted in (data, data and sweep.logvar is not None)
+    )
+    for part in sweep.parts():
+        part.start(dmeans, dspread)
+        for samples, rows in sweep.blocks(part):
+            prepared = sweep.prepare(part, samples, rows)
+            block, scale = weights.block(part, prepared, samples, rows)
+            if data:
+                found = part.data_gradient(prepared, block, scale)
+                dz[samples, rows] += found[0]
+                if dvariance is not None:
+                    dvariance[samples, rows] += found[1]
+            if parameters:
+                part.add(prepared, block, scale)
+                add_counts(dlogits, block, scale, rows, part.components)
+        if parameters:
+            part.finish()
+    results = [dz.flatten(0, 1)] if data else []
+    if dvariance is not None:
+        results.append(dvariance.mul_(sweep.logvar.to(sweep.dtype).exp()).flatten(0, 1))
+    return results
+
+
+def add_counts(dlogits: Tensor, weights: Tensor, scale: Tensor, data: slice, components: slice) -> None:
+    """Adds the weights [S, B, k] times scale [S, B, 1], summed over the rows that share logits [I, K]."""
+    if dlogits.shape[0] == 1:
+        dlogits[0, components] += weights.flatten(0, 1).T @ scale.flatten()
+    else:
+        dlogits[data, components] += (weights * scale).sum(0)
+
+
+def subtract_softmax(dlogits: Tensor, logits: Tensor, total: Tensor) -> None:
+    """dlogits -= softmax(logits) total, total [I] the sum of dlp over the rows that share logits."""
+    for gradient, rows, sums in zip(
+        *(
+            tensor.split(max(1, (1 << 20) // max(1, logits.shape[1])))
+            for tensor in (dlogits, logits, total.unsqueeze(-1))
+        )
+    ):
+        gradient.sub_(torch.softmax(rows.to(gradient.dtype), -1).mul_(sums))
+
+
+def moments(sweep: Sweep, keep: int) -> list[Tensor]:
+    """[ln p [R], sum r [K], sum r (z - m) [K, D], sum r (z - m)^2 [K, D] or sum r (z - m) (z - m)^T [K, D, D]]."""
+    lp, *kept = log_prob(sweep, keep)
+    weights = Weights(sweep, torch.ones_like(lp), *kept)
+    dlogits, first, *rest = sweep.buffers()
+    second = torch.zeros_like(first) if sweep.mixture.scale_tril is None else rest[0]
+    for part in sweep.parts():
+        part.start()
+        for samples, rows in sweep.blocks(part):
+            prepared = sweep.prepare(part, samples, rows)
+            block, scale = weights.block(part, prepared, samples, rows)
+            part.add_moments(prepared, block, scale, first[0], second[0])
+            add_counts(dlogits, block, scale, slice(None), part.components)
+        part.finish_moments(first[0], second[0])
+    return [lp, dlogits[0], first[0], second[0]]

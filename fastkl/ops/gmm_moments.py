@@ -1,0 +1,77 @@
+"""Sufficient statistics of expectation maximisation for a Gaussian mixture, in one pass over the data."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastkl import reference
+from fastkl.ops import _mixture as sweeps
+from fastkl.ops import _mixture_arguments as mixtures
+from fastkl.ops._gmm import MIXTURE
+from fastkl.ops._register import register
+
+
+class GMMMoments(NamedTuple):
+    """What `fastkl.gmm_moments` returns; r_nk = p(k | z_n), and moments are about the components' present means."""
+
+    log_prob: Tensor  # [*batch] ln p(z_n)
+    counts: Tensor  # [K] sum_n r_nk
+    first: Tensor  # [K, D] sum_n r_nk (z_n - m_k)
+    second: Tensor  # [K, D] sum_n r_nk (z_n - m_k)^2; with scale_tril [K, D, D], of the outer products
+
+
+def _forward(z, logits, means, logvars, scale_tril) -> list[Tensor]:
+    sweep = sweeps.Sweep(z, None, logits, means, logvars, scale_tril, "point", "exact")
+    return sweeps.moments(sweep, sweeps.keep_for(z, logits, sweep.dtype))
+
+
+def _fake_forward(z, logits, means, logvars, scale_tril) -> list[Tensor]:
+    dtype = reference.compute_dtype(z, logits, means, logvars, scale_tril)
+    shapes = [z.shape[:1], means.shape[1:2], means.shape[1:], (means if scale_tril is None else scale_tril).shape[1:]]
+    return [z.new_empty(shape, dtype=dtype) for shape in shapes]
+
+
+gmm_moments_fwd = register(
+    f"gmm_moments_fwd(Tensor z, {MIXTURE}) -> Tensor[]",
+    closed_form=_forward,
+    fake=_fake_forward,
+    kernel="gmm_moments.fwd",
+)
+
+
+def gmm_moments(
+    z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | None = None, *, scale_tril: Tensor | None = None
+) -> GMMMoments:
+    """Log-density and responsibility-weighted moments of data under a Gaussian mixture; not differentiable.
+
+    r_nk = p(k | z_n); counts_k = sum_n r_nk, first_k = sum_n r_nk (z_n - m_k), second_k = sum_n r_nk (z_n - m_k)^2
+
+    The moments are about the present means, so that nothing cancels: the M-step is m_k + first_k / counts_k and
+    second_k / counts_k - (first_k / counts_k)^2.
+
+    Args:
+        z: [*batch, D].
+        logits, means, logvars, scale_tril: one mixture for all data, as for `fastkl.gmm_log_prob`.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: as `fastkl.gmm_log_prob`, and where the components differ by datum.
+
+    Source: Dempster, Laird and Rubin 1977; Bishop 2006, "Pattern Recognition and Machine Learning", section 9.2.2.
+
+    >>> import torch, fastkl
+    >>> z, means = torch.tensor([[-1.0], [1.0], [3.0]]), torch.tensor([[-1.0], [1.0]])
+    >>> moments = fastkl.gmm_moments(z, torch.zeros(2), means)
+    >>> means + moments.first / moments.counts[:, None]  # one step of EM
+    tensor([[-0.7366],
+            [ 1.9021]])
+    """
+    (rows,), mixture, batch = mixtures.canonical({"z": z.detach() if isinstance(z, Tensor) else z}, *(
+        tensor.detach() if isinstance(tensor, Tensor) else tensor for tensor in (logits, means, logvars, scale_tril)
+    ))  # fmt: skip
+    if any(tensor is not None and tensor.shape[0] > 1 for tensor in mixture):
+        raise ValueError("gmm_moments sums over data of one mixture, but logits, means or covariances differ by datum")
+    log_prob, counts, first, second = gmm_moments_fwd(rows, *mixture)
+    return GMMMoments(log_prob.view(batch), counts, first, second)

@@ -1,0 +1,116 @@
+"""Log-responsibilities of a Gaussian mixture: ln p(k | z)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkl import reference
+from fastkl.ops import _mixture as sweeps
+from fastkl.ops import _mixture_arguments as mixtures
+from fastkl.ops._gmm import MIXTURE, differentiable_gradients, fake_gradients, matched, nothing
+from fastkl.ops._register import apply, needs_closed_form, register
+
+_ARGUMENTS = f"Tensor z, {MIXTURE}, str precision"
+
+
+def _forward(z, logits, means, logvars, scale_tril, precision) -> Tensor:
+    return sweeps.log_responsibilities(sweeps.Sweep(z, None, logits, means, logvars, scale_tril, "point", precision))
+
+
+def _fake_forward(z, logits, means, logvars, scale_tril, precision) -> Tensor:
+    dtype = reference.compute_dtype(z, logits, means, logvars, scale_tril)
+    return z.new_empty((z.shape[0], means.shape[1]), dtype=dtype)
+
+
+def _backward(dlog_r, log_r, z, logits, means, logvars, scale_tril, precision, data, parameters) -> list[Tensor]:
+    sweep = sweeps.Sweep(z, None, logits, means, logvars, scale_tril, "point", precision)
+    buffers = sweep.buffers() if parameters else []
+    rows = sweeps.gradients(sweep, sweeps.ResponsibilityWeights(sweep, dlog_r, log_r), data, buffers)
+    return matched([*rows, *buffers], z, None, (logits, means, logvars, scale_tril), data, parameters)
+
+
+def _fake_backward(dlog_r, log_r, z, logits, means, logvars, scale_tril, precision, data, parameters) -> list[Tensor]:
+    return fake_gradients(z, None, (logits, means, logvars, scale_tril), data, parameters)
+
+
+gmm_responsibilities_fwd = register(
+    f"gmm_responsibilities_fwd({_ARGUMENTS}) -> Tensor",
+    closed_form=_forward,
+    fake=_fake_forward,
+    kernel="gmm_responsibilities.fwd",
+)
+gmm_responsibilities_bwd = register(
+    f"gmm_responsibilities_bwd(Tensor dlog_r, Tensor log_r, {_ARGUMENTS}, bool data, bool parameters) -> Tensor[]",
+    closed_form=_backward,
+    fake=_fake_backward,
+    kernel="gmm_responsibilities.bwd",
+)
+
+
+def _gradients(dlog_r, z, logits, means, logvars, scale_tril) -> list[Tensor | None]:
+    """_backward in differentiable torch ops."""
+
+    def weights(joint: Tensor) -> Tensor:
+        gradient = dlog_r.to(joint.dtype).view(joint.shape)
+        return gradient - torch.softmax(joint, -1) * gradient.sum(-1, keepdim=True)
+
+    found = differentiable_gradients(weights, z, None, logits, means, logvars, scale_tril, "point")
+    return [found[0], *found[2:]]
+
+
+class _GMMResponsibilities(torch.autograd.Function):
+    @staticmethod
+    def forward(z, logits, means, logvars, scale_tril, precision):
+        return gmm_responsibilities_fwd(z, logits, means, logvars, scale_tril, precision)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:5], output)
+        ctx.precision = inputs[5]
+
+    @staticmethod
+    def backward(ctx, dlog_r):
+        *inputs, log_r = ctx.saved_tensors
+        if needs_closed_form(dlog_r):
+            return *_gradients(dlog_r, *inputs), None
+        data, parameters = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])
+        found = iter(gmm_responsibilities_bwd(dlog_r, log_r, *inputs, ctx.precision, data, parameters))
+        wanted = [data, *[parameters] * 4]
+        return *(next(found) if want and t is not None else None for want, t in zip(wanted, inputs)), None
+
+    @staticmethod
+    def vmap(info, in_dims, z, logits, means, logvars, scale_tril, precision):
+        size = info.batch_size
+        mixture, data, per_datum = mixtures.vmap_mixture((logits, means, logvars, scale_tril), in_dims[1:5], size)
+        z = mixtures.vmap_rows(z, in_dims[0], size, data, per_datum)
+        return mixtures.vmap_result(apply(_GMMResponsibilities, z, *mixture, precision), size, data, per_datum), 0
+
+
+def gmm_responsibilities(
+    z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | None = None, *, scale_tril: Tensor | None = None,
+    precision: str = "exact",
+) -> Tensor:  # fmt: skip
+    """Log-responsibilities of a Gaussian mixture's components, in nats.
+
+    ln p(k | z) = ln pi_k + ln N(z; m_k, S_k) - ln p(z), pi = softmax(logits)
+
+    Arguments and errors as for `fastkl.gmm_log_prob`, which needs no such [..., K] tensor.
+
+    Returns:
+        [*batch, K], float32 for float16, bfloat16 and float32 input, float64 if any input is; its exponentials sum to
+        1 along K. Gradients to every argument.
+
+    Source: Bishop 2006, "Pattern Recognition and Machine Learning", equation 9.13.
+
+    >>> import torch, fastkl
+    >>> means = torch.tensor([[-1.0], [1.0]])
+    >>> fastkl.gmm_responsibilities(torch.tensor([[0.0], [1.0]]), torch.zeros(2), means).exp()
+    tensor([[0.5000, 0.5000],
+            [0.1192, 0.8808]])
+    """
+    mixtures.check_precision(precision)
+    (z,), mixture, batch = mixtures.canonical({"z": z}, logits, means, logvars, scale_tril)
+    if batch.numel() == 0:
+        return nothing([z], mixture).unsqueeze(-1).expand(-1, means.shape[-2]).reshape(*batch, means.shape[-2])
+    return apply(_GMMResponsibilities, z, *mixture, precision).view(*batch, -1)

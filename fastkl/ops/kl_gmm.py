@@ -1,0 +1,100 @@
+"""KL divergence from a diagonal Gaussian to a Gaussian mixture: by samples, and its two bounds."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastkl import reference
+from fastkl.ops import _arguments as arguments
+from fastkl.ops import _gmm
+from fastkl.ops import _mixture_arguments as mixtures
+from fastkl.ops import _sampling as sampling
+from fastkl.ops._gmm_samples import KLSamples
+from fastkl.ops._register import apply
+
+METHODS = {"mc": "point", "upper": "expected", "lower": "convolved"}
+
+
+def _one_of(name: str, value: str, known) -> str:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    return value
+
+
+def _bound(mu, logvar, logits, means, logvars, scale_tril, form: str, precision: str) -> Tensor:
+    """-H(q) - logsumexp_k [ln pi_k + what `form` says of component k]."""
+    log_prob = _gmm.log_prob({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril, form, precision)
+    return -reference.normal_entropy(logvar).expand(log_prob.shape) - log_prob
+
+
+def kl_gmm(
+    mu: Tensor, logvar: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | None = None, *,
+    scale_tril: Tensor | None = None, method: str = "mc", num_samples: int = 1, entropy: str = "closed",
+    gradient: str = "plain", seed: int | Tensor | None = None, precision: str = "exact",
+) -> Tensor:  # fmt: skip
+    """KL divergence from a diagonal Gaussian q to a Gaussian mixture p, in nats, one value per sample.
+
+    "mc":    E_q[ln q] - 1/L sum_l ln p(z_l), z_l = mu + exp(logvar / 2) eps_l
+    "upper": -logsumexp_k [ln pi_k - KL(q || N_k)]
+    "lower": -H(q) - logsumexp_k [ln pi_k + ln N(mu; m_k, S_k + diag exp(logvar))], the product bound
+
+    Args:
+        mu, logvar: mean and log-variance of q, [*batch, D].
+        logits, means, logvars, scale_tril, precision: the mixture, as for `fastkl.gmm_log_prob`.
+        method: "mc" is unbiased; "upper" and "lower" are bounds without noise.
+        num_samples: L of "mc". Memory does not depend on it: the noise is drawn again in the backward pass.
+        entropy: E_q[ln q] of "mc" in "closed" form, or "sampled" at the same z_l, which is exact term by term where
+            q = p. The gradient is the same either way: that of ln q(z_l) in mu and logvar is (0, -1/2) for any eps.
+        gradient: "plain", or "stl" (sticking the landing): the gradient of ln q through z_l alone, which leaves out a
+            term of mean 0, so that it vanishes for every sample, not only on average, where q = p.
+        seed: an int or an int64 tensor for "mc"; absent, torch's generator draws one on the device. Sample l is
+            `fastkl.rsample_normal(mu, logvar, num_samples=L, seed=seed)[l]`.
+
+    Returns:
+        [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients to mu, logvar and
+        every parameter of the mixture.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, num_samples or seed not an int.
+        ValueError: shapes that do not fit, mixed devices, logvars beside scale_tril, an unknown method, entropy,
+            gradient or precision; num_samples below 1.
+
+    Source: Hershey and Olsen 2007, "Approximating the Kullback Leibler divergence between Gaussian mixture models",
+    the variational bound (section 7, with one component on the left) and the product of Gaussians (section 5); Roeder
+    et al. 2017, "Sticking the Landing", arXiv:1703.09194.
+
+    >>> import torch, fastkl
+    >>> mu, logvar = torch.zeros(2, 3), torch.zeros(2, 3)
+    >>> logits, means = torch.zeros(4), torch.zeros(4, 3)  # four equal components: one standard normal, which q is
+    >>> fastkl.kl_gmm(mu, logvar, logits, means, method="upper").abs() < 1e-6
+    tensor([True, True])
+    """
+    form = METHODS[_one_of("method", method, METHODS)]
+    _one_of("entropy", entropy, ("closed", "sampled"))
+    stl = _one_of("gradient", gradient, ("plain", "stl")) == "stl"
+    num_samples = arguments.check_int("num_samples", num_samples, 1)
+    mixtures.check_precision(precision)
+    if method != "mc":
+        return _bound(mu, logvar, logits, means, logvars, scale_tril, form, precision)
+    rows, mixture, batch = mixtures.canonical({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril)
+    seed, _ = sampling.check_noise(seed, None, None, mu.shape, mu.device)
+    if batch.numel() == 0:
+        return _gmm.nothing(rows, mixture).view(batch)
+    return apply(KLSamples, *rows, seed, *mixture, num_samples, precision, entropy, stl).view(batch)
+
+
+def kl_gmm_bounds(
+    mu: Tensor, logvar: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | None = None, *,
+    scale_tril: Tensor | None = None, precision: str = "exact",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(lower, upper) bounds on KL(q || mixture), in nats, one pair per sample.
+
+    Arguments, errors and sources as for `fastkl.kl_gmm`, methods "lower" and "upper".
+
+    >>> import torch, fastkl
+    >>> lower, upper = fastkl.kl_gmm_bounds(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(3), torch.randn(3, 2))
+    >>> bool(lower < upper)
+    True
+    """
+    inputs = (mu, logvar, logits, means, logvars, scale_tril)
+    return _bound(*inputs, "convolved", precision), _bound(*inputs, "expected", precision)
