@@ -1,0 +1,190 @@
+"""One mixture per datum: the launchers, called directly, against the float64 definition and its autograd."""
+
+import pytest
+import torch
+
+from fastkl import reference
+
+from helpers import DEVICE, DTYPES, assert_as_good_as_eager, launcher, leaf, poisoned_memory
+
+FORMS = ("point", "expected", "convolved")
+# (samples, data, components, columns): why
+SHAPES = [
+    (1, 5, 3, 8),  # several data in one tile, padded components, data past the end
+    (3, 4, 6, 5),  # samples, rows that are not aligned
+    (1, 2, 70, 33),  # several tiles of components, dz gathered over them
+    (2, 2, 70, 33),  # the same with samples: two launches
+    (1, 3, 1, 1),  # one component, one dimension
+    (2, 2, 2, 600),  # long rows, one component after the other
+    (6, 2, 2, 3),  # more samples than data
+]
+
+
+def draw(
+    samples, data, components, columns, form="point", dtype=torch.float32, logvars="full", logits="datum", spread=1.0
+):
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape):
+        return leaf((spread * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype))
+
+    sizes = {"shared": 1, "datum": data, "row": samples * data, "half": samples * data // 2}
+    shapes = {
+        "full": (data, components, columns), "spherical": (data, components, 1), "tied": (data, 1, columns),
+        "one": (1, components, columns), "scalar": (1, 1, 1), "one spherical": (1, components, 1),
+    }  # fmt: skip
+    return [
+        normal(samples * data, columns),
+        None if form == "point" else normal(samples * data, columns),
+        normal(sizes[logits], components),
+        normal(data, components, columns),
+        None if logvars == "none" else normal(*shapes[logvars]),
+    ]
+
+
+def definition(z, logvar, logits, means, logvars, form):
+    """The canonical form by the definition: row r uses mixture r % M and logits r % I."""
+    rows = torch.arange(len(z), device=z.device)
+    joint = reference.gmm_joint_log_prob(
+        z, logits[rows % len(logits)], means[rows % len(means)],
+        None if logvars is None else logvars.expand(means.shape)[rows % len(means)], logvar=logvar, form=form,
+    )  # fmt: skip
+    return joint.logsumexp(-1)
+
+
+def differentiate(tensors, weights, form):
+    value = definition(*tensors, form)
+    given = [t for t in tensors if t is not None]
+    return [value, *torch.autograd.grad(value, given, weights.to(value.dtype))]
+
+
+def launch(tensors, weights, form, data=True, parameters=True):
+    with poisoned_memory():
+        fixed = [None if t is None else t.detach() for t in tensors]
+        value = launcher("gmm_per_datum.fwd")(*fixed, None, form, "exact")
+        weights = weights.to(value.dtype)
+        return [value, *launcher("gmm_per_datum.bwd")(weights, value, *fixed, None, form, "exact", data, parameters)]
+
+
+def check(tensors, form, units=4.0):
+    exact_tensors = [None if t is None else leaf(t.double()) for t in tensors]
+    weights = torch.linspace(-1, 2, len(tensors[0]), dtype=torch.float64, device=DEVICE)
+    exact = differentiate(exact_tensors, weights, form)
+    eager = differentiate(tensors, weights, form)
+    actual = launch(tensors, weights, form)
+    assert [g.dtype for g in actual[1:]] == [t.dtype for t in tensors if t is not None]
+    # A joint log-density of size a is rounded to a last places of its exponential, the responsibility.
+    scales = [t.detach().abs().max() if t.numel() else 0.0 for t in exact]
+    scales[1:] = [scale * (1 + scales[0]) for scale in scales[1:]]
+    for got, naive, truth, scale in zip(actual, eager, exact, scales):
+        assert_as_good_as_eager(got, naive, truth, units=units, scale=scale)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape, form):
+    check(draw(*shape, form), form)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes(dtype):
+    for form in FORMS:
+        check(draw(2, 3, 5, 16, form, dtype=dtype), form)
+
+
+@pytest.mark.parametrize("logvars", ["none", "spherical", "tied", "one", "scalar", "one spherical"])
+@pytest.mark.parametrize("shape", [(1, 5, 3, 8), (2, 2, 18, 33)], ids=str)
+def test_log_variances_that_broadcast(shape, logvars, monkeypatch):
+    import fastkl.kernels.gmm_per_datum as kernels
+
+    check(draw(*shape, logvars=logvars), "point")
+    monkeypatch.setattr(kernels, "BUFFER_BYTES", 1)  # one datum at a time
+    check(draw(*shape, "expected", logvars=logvars), "expected")
+
+
+@pytest.mark.parametrize("logits", ["shared", "row", "half"])
+@pytest.mark.parametrize("shape", [(1, 6, 3, 8), (4, 3, 5, 6), (4, 2, 18, 33)], ids=str)
+def test_logits_of_all_rows_of_one_and_of_some(shape, logits):
+    if logits != "half" or shape[0] > 1:
+        check(draw(*shape, logits=logits), "point")
+
+
+def test_rows_longer_than_a_tile(monkeypatch):
+    import fastkl.kernels.gmm_per_datum as kernels
+
+    monkeypatch.setitem(kernels.LONGEST, torch.float32, 16)
+    monkeypatch.setitem(kernels.THREAD_TILE, torch.float32, 1)
+    for samples, form in ((1, "point"), (2, "expected"), (2, "convolved")):
+        check(draw(samples, 2, 11, 37, form, logits="half" if samples == 2 else "datum"), form)
+
+
+def test_zero_weights_far_rows_and_strides():
+    z, _, logits, means, logvars = (None if t is None else t.detach() for t in draw(2, 4, 5, 8))
+    logits[1, 2] = logits[2, :4] = -torch.inf
+    check([leaf(z), None, leaf(logits), leaf(means), leaf(logvars)], "point")
+    check([leaf(z + 1e4), None, leaf(logits), leaf(means), leaf(logvars)], "point")
+    check([leaf(z), None, leaf(logits), leaf(means * 0.1 + 10), leaf(logvars * 0.1 - 4.6)], "point")
+
+
+def test_strided_inputs_and_gradients():
+    tensors = [t.detach() for t in draw(2, 4, 5, 8, "expected")]
+    z, logvar, logits, means, logvars = tensors
+    head = torch.cat([z, logvar], 1)
+    views = [
+        *head.chunk(2, 1),
+        logits.mT.contiguous().mT,
+        torch.stack([means] * 2, 3)[..., 1],
+        logvars.mT.contiguous().mT,
+    ]
+    weights = torch.ones((), device=DEVICE).expand(8)
+    for got, expected in zip(launch(views, weights, "expected"), launch(tensors, weights.contiguous(), "expected")):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_only_what_is_asked_for():
+    for shape in ((1, 3, 4, 8), (2, 2, 18, 33)):
+        tensors = draw(*shape, "expected")
+        weights = torch.linspace(-1, 1, len(tensors[0]), device=DEVICE)
+        both = launch(tensors, weights, "expected")[1:]
+        rows = launch(tensors, weights, "expected", parameters=False)[1:]
+        parameters = launch(tensors, weights, "expected", data=False)[1:]
+        assert len(rows) == 2
+        assert len(parameters) == 3
+        for got, expected in zip(rows + parameters, both):
+            assert torch.equal(got, expected)  # and the same bits in every run
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2, 4), (2, 3, 2, 0)], ids=str)
+def test_empty(shape):
+    check(draw(*shape, "expected"), "expected")
+
+
+def aot_calls():
+    fwd, bwd = launcher("gmm_per_datum.fwd"), launcher("gmm_per_datum.bwd")
+    calls = {}
+
+    def add(name, shape, form="point", dtype=torch.float32, **settings):
+        tensors = [None if t is None else t.detach() for t in draw(*shape, form, dtype=dtype, **settings)]
+        rows = torch.empty(shape[0] * shape[1], dtype=reference.compute_dtype(tensors[0]))
+        calls[f"{name} fwd"] = lambda: fwd(*tensors, None, form, "exact")
+        calls[f"{name} bwd"] = lambda: bwd(rows, rows, *tensors, None, form, "exact", True, True)
+
+    add("core aligned point", (1, 64, 16, 64))
+    add("core aligned expected bfloat16", (1, 64, 16, 64), "expected", torch.bfloat16)
+    add("aligned convolved", (1, 64, 16, 64), "convolved")
+    add("aligned many components", (1, 64, 128, 32))
+    add("aligned samples", (4, 64, 4, 64), "expected")
+    add("samples of many components, float16", (4, 64, 128, 32), "convolved", torch.float16)
+    add("aligned longest row", (1, 2, 3, 4096), "expected")
+    add("aligned several blocks of columns", (2, 2, 3, 8192), "convolved")
+    add("aligned tied", (1, 64, 16, 64), logvars="tied")
+    add("spherical, shared logits", (1, 64, 10, 64), logvars="spherical", logits="shared")
+    add("no log-variances, logits of each row", (4, 64, 10, 64), logvars="none", logits="row")
+    add("one column", (1, 64, 10, 1), "expected")
+    add("odd bfloat16", (3, 64, 10, 37), "convolved", torch.bfloat16)
+    add("odd float32", (1, 64, 30, 37), "expected")
+    for form in FORMS:
+        add(f"float64 {form}", (1, 64, 10, 48), form, torch.float64)
+    add("odd float64", (2, 64, 10, 37), "convolved", torch.float64)
+    add("long float64", (1, 4, 3, 2048), "expected", torch.float64)
+    return calls
