@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import exp
-from fastkl.kernels._layout import PROGRAMS, cdiv, share
+from fastkl.kernels._device import LN2, exp
+from fastkl.kernels._layout import PROGRAMS, cdiv, next_power_of_2, share
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 PAD = 64  # components are padded to whole tiles, dimensions to whole steps of the inner loop
@@ -127,11 +127,23 @@ def prepare(logits, means, logvars, form: str, dtype: torch.dtype) -> Mixture:
     return mixture
 
 
-def blocks(dtype: torch.dtype, *, by_rows: bool) -> dict[str, int]:
-    """A tile of rows x components: a thread owns two rows and 16 components, or one component and 32 rows."""
-    if by_rows:
-        return {"ROWS": 64 if dtype == torch.float32 else 32, "COMPONENTS": 16, "num_warps": 1}
-    return {"ROWS": 32 if dtype == torch.float32 else 16, "COMPONENTS": 32, "num_warps": 1}
+def blocks(dtype: torch.dtype, form: str, kind: str, rows: int, components: int, *, own: bool) -> dict[str, int]:
+    """A tile of rows x components for the forward kernel, that by "rows" or that by "components".
+
+    A thread owns two rows and 16 components, or one component and 32 rows; fewer where an element takes more registers.
+    Sums that few rows or components would leave to few programs are shared by the warps of one, which saves partial
+    sums in memory. `own`: each row has logits of its own.
+    """
+    few = kind == "rows" and cdiv(rows, 64) < PROGRAMS // 2
+    halvings = (dtype == torch.float64) + (form == "convolved") + own
+    halvings += form == "expected" and (few or dtype == torch.float64)
+    if kind == "components":
+        warps = min(8, next_power_of_2(cdiv(rows, 32)))
+        return {"ROWS": max(8, 32 >> halvings) * warps, "COMPONENTS": 32, "num_warps": warps}
+    if few:
+        warps = min(4, next_power_of_2(cdiv(components, 32)))
+        return {"ROWS": 32, "COMPONENTS": max(8, 32 >> halvings) * warps, "num_warps": warps}
+    return {"ROWS": 32 if halvings else 64, "COMPONENTS": max(4, 16 >> max(0, halvings - 1)), "num_warps": 1}
 
 
 def split(total: int, block: int, others: int, partial_bytes: int) -> tuple[int, int]:
@@ -149,6 +161,20 @@ def add_exponentials(top, total, value, AXIS: tl.constexpr):
     reference = tl.where(new == float("-inf"), 0.0, new)  # -inf - -inf would be NaN
     total = total * exp(top - reference) + tl.sum(exp(value - tl.expand_dims(reference, AXIS)), axis=AXIS)
     return new, total
+
+
+@triton.jit
+def fraction_and_exponent(x):
+    """(f, e): x = f 2^e, 1 <= f < 2, for positive finite x that are no subnormals; of infinity 1 and a large e."""
+    if x.dtype == tl.float64:
+        bits = x.to(tl.int64, bitcast=True)
+        exponent = (bits >> 52).to(tl.int32) - 1023
+        fraction = ((bits & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000).to(tl.float64, bitcast=True)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        exponent = (bits >> 23) - 127
+        fraction = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    return fraction, exponent
 
 
 @triton.jit
@@ -213,6 +239,9 @@ def squares(
         if FORM != "point":
             vs = four(exp(load_rows(logvar_at, start, columns, TAIL, DTYPE)), ROWS)
             logvar_at += steps[1]
+        if FORM == "convolved":
+            product = tl.full(total.shape, 1.0, dtype=DTYPE)
+            exponent = tl.zeros(total.shape, dtype=tl.int32)
         for i in tl.static_range(4):
             s = by_component(tl.load(roots + lanes), BY_ROWS)
             ms = by_component(tl.load(scaled_means + lanes), BY_ROWS)
@@ -221,12 +250,17 @@ def squares(
             if FORM == "convolved":
                 t = by_row(zs[i], BY_ROWS) - ms
                 spread = s + by_row(vs[i], BY_ROWS)
-                total += t * t / spread + tl.log(spread)
+                total += t * t / spread
+                fraction, power = fraction_and_exponent(spread)
+                product *= fraction
+                exponent += power
             else:
                 t = by_row(zs[i], BY_ROWS) * s - ms
                 total += t * t
                 if FORM == "expected":
                     total += by_row(vs[i], BY_ROWS) * (s * s)
+        if FORM == "convolved":  # one logarithm for four variances
+            total += tl.log(product) + exponent.to(DTYPE) * LN2
     return total
 
 

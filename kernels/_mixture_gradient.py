@@ -90,15 +90,16 @@ def gmm_rows_kernel(
                 )  # fmt: skip
                 weight = gradient[None, :] * exp(joint - value[None, :])
             if dlogits is not None:
-                mask = (component < shape[1])[:, None] & valid[None, :]
+                inside = (component < shape[1])[:, None] & valid[None, :]
                 at = index.to(tl.int64)[None, :] * strides[2][0] + component.to(tl.int64)[:, None] * strides[2][1]
                 out = index.to(tl.int64)[None, :] * strides[7][0] + component.to(tl.int64)[:, None] * strides[7][1]
                 change = weight
                 if not GIVEN:
-                    share = tl.load(logits + at, mask, other=float("-inf")).to(DTYPE) - normal[None, :]
+                    share = tl.load(logits + at, inside, other=float("-inf")).to(DTYPE) - normal[None, :]
                     change -= gradient[None, :] * exp(share)
-                change += tl.load(dlogits + out, mask & (copy + tl.arange(0, 1) > 0)[:, None], other=0.0).to(DTYPE)  # 0: nothing yet
-                tl.store(dlogits + out, change, mask)
+                again = (copy + tl.arange(0, 1) > 0)[:, None]  # else 0: nothing yet
+                change += tl.load(dlogits + out, inside & again, other=0.0).to(DTYPE)
+                tl.store(dlogits + out, change, inside)
             if dz is not None:
                 dz_at = dz + row[:, None] * strides[5][0] + quad * strides[5][1]
                 roots_at, means_at = roots + start, scaled_means + start
@@ -129,13 +130,13 @@ def gmm_rows_kernel(
                     mask = valid[:, None]
                     if TAIL:
                         mask = mask & (d + tl.arange(0, 4) < shape[0])[None, :]
-                    again = (start + tl.arange(0, 1) > first)[:, None]
-                    before = tl.load(dz_at, mask & again, other=0.0).to(DTYPE)  # 0: nothing yet
+                    old = mask & (start + tl.arange(0, 1) > first)[:, None]  # else 0: nothing yet
+                    before = tl.load(dz_at, old, other=0.0).to(DTYPE)
                     tl.store(dz_at, before - together(sums[0], sums[1], sums[2], sums[3], ROWS), mask)
                     dz_at += strides[5][1] * 4
                     z_here += steps[0]
                     if dlogvar is not None:
-                        before = tl.load(dlogvar_at, mask & again, other=0.0).to(DTYPE)
+                        before = tl.load(dlogvar_at, old, other=0.0).to(DTYPE)
                         tl.store(dlogvar_at, before + together(others[0], others[1], others[2], others[3], ROWS), mask)
                         dlogvar_at += strides[6][1] * 4
                         logvar_here += steps[1]
@@ -196,17 +197,19 @@ def gmm_components_kernel(
                 if FORM == "convolved":
                     u = 1.0 / (s + vs[i][:, None])
                     t = (t - tl.load(means_at + lanes)[None, :]) * u
-                    square = t * t - u
                 else:
                     t = t * s - tl.load(means_at + lanes)[None, :]
-                    square = t * t
-                    if FORM == "expected":
-                        square += vs[i][:, None] * (s * s)
-                tl.store(sums_at + lanes, tl.load(sums_at + lanes, again, other=0.0) + tl.sum(weight * t, axis=0))
+                moment = weight * t
+                tl.store(sums_at + lanes, tl.load(sums_at + lanes, again, other=0.0) + tl.sum(moment, axis=0))
                 sums_at += shape[2]
                 if squared is not None:
+                    moment *= t
+                    if FORM == "convolved":
+                        moment -= weight * u
+                    if FORM == "expected":
+                        moment += weight * (vs[i][:, None] * (s * s))
                     before = tl.load(squared_at + lanes, again, other=0.0)
-                    tl.store(squared_at + lanes, before + tl.sum(weight * square, axis=0))
+                    tl.store(squared_at + lanes, before + tl.sum(moment, axis=0))
                     squared_at += shape[2]
                 roots_at += shape[2]
                 means_at += shape[2]
@@ -268,8 +271,8 @@ def by_rows(given, z, logvar, logits, components, mixture, form, *, data, own):
     """(dz, dlogvar, dlogits), each None where it is not wanted: dlogits without its own row for each row of z."""
     rows, columns = z.shape
     logit_rows, dtype = logits.shape[0], mixture.roots.dtype
-    block = blocks(dtype, by_rows=True)
     owners = logit_rows if logit_rows > 1 else rows
+    block = blocks(dtype, form, "rows", owners, components, own=logit_rows > 1)
     row_blocks = cdiv(owners, block["ROWS"])
     outputs = [torch.empty_like(z), None if logvar is None else torch.empty_like(logvar)] if data else [None, None]
     partial = rows * columns * dtype.itemsize * sum(output is not None for output in outputs)
@@ -302,7 +305,7 @@ def by_components(given, z, logvar, logits, means, logvars, mixture, form, kind,
     rows, columns = z.shape
     components, padded = means.shape[1], mixture.padded
     padded_columns, dtype, device = mixture.roots.shape[0], mixture.roots.dtype, z.device
-    block = blocks(dtype, by_rows=False)
+    block = blocks(dtype, form, "components", rows, components, own=logits.shape[0] > 1)
     component_blocks = cdiv(components, block["COMPONENTS"])
     part = padded_columns * padded
     length, parts = split(rows, block["ROWS"], component_blocks, part * (1 + second) * dtype.itemsize)

@@ -67,7 +67,7 @@ def launch_fwd(z, logvar, logits, means, logvars, form, *, joints=False):
     if rows == 0:
         return torch.empty(0, dtype=dtype, device=device), joint
     mixture = prepare(logits, means, logvars, form, dtype)
-    block = blocks(dtype, by_rows=True)
+    block = blocks(dtype, form, "forward", rows, components, own=logits.shape[0] > 1)
     row_blocks = cdiv(rows, block["ROWS"])
     length, splits = split(components, block["COMPONENTS"], row_blocks, rows * dtype.itemsize)
     lp = torch.empty((splits, rows), dtype=dtype, device=device)
