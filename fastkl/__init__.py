@@ -1,5 +1,6 @@
 """fastkl: drop-in losses for variational autoencoders."""
 
+from fastkl import priors
 from fastkl.distributions import DiagonalNormal
 from fastkl.ops.bernoulli_log_prob import bernoulli_log_prob
 from fastkl.ops.gmm_log_prob import gmm_log_prob
@@ -30,6 +31,7 @@ __all__ = [
     "kl_normal",
     "kl_normal_per_dim",
     "normal_log_prob",
+    "priors",
     "rsample_kl",
     "rsample_normal",
 ]

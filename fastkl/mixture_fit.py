@@ -1,0 +1,128 @@
+"""Expectation maximisation for Gaussian mixtures, and where it begins: what `fastkl.priors.GaussianMixture.fit` runs.
+
+A mixture is (logits [K], means [K, D], logvars or None, scale_tril or None), as the ops take it; rows are data [N, D].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkl.ops.gmm_moments import gmm_moments
+
+BLOCK = 1 << 20  # numbers in one block of distances
+LLOYD_ITERATIONS = 20
+
+
+class FitRecord(NamedTuple):
+    """What a fit did."""
+
+    log_likelihood: list[float]  # mean over the data, in nats, before each iteration's step
+    converged: bool
+
+
+def em_step(rows: Tensor, mixture: tuple, covariance: str, regularisation: float) -> tuple[float, tuple]:
+    """(mean log-likelihood of the mixture, the mixture after one step)."""
+    logits, means, logvars, scale_tril = mixture
+    log_prob, counts, first, second = gmm_moments(rows, logits, means, logvars, scale_tril=scale_tril)
+    present = scale_tril @ scale_tril.mT if covariance == "full" else logvars.exp()
+    return log_prob.double().mean().item(), maximise(means, present, counts, first, second, covariance, regularisation)
+
+
+def maximise(means, present, counts, first, second, covariance: str, regularisation: float) -> tuple:
+    """The mixture of greatest likelihood given moments about the present means.
+
+    A pseudo-count of 10 eps, as scikit-learn has it, stands for the present component: without data it stays as it is.
+    """
+    little = 10 * torch.finfo(counts.dtype).eps
+    total = counts + little
+    logits = total.log() - total.sum().log()
+    shift = first / total.unsqueeze(-1)
+    if covariance == "full":
+        second = (second + little * present) / total[:, None, None] - shift.unsqueeze(-1) * shift.unsqueeze(-2)
+        second.diagonal(dim1=-2, dim2=-1).add_(regularisation)
+        scale_tril, bad = torch.linalg.cholesky_ex(second)
+        _check_positive(bad == 0)
+        return logits, means + shift, None, scale_tril
+    variances = (second + little * present) / total.unsqueeze(-1) - shift.square()
+    if covariance == "spherical":
+        variances = variances.mean(-1, keepdim=True)
+    elif covariance == "tied":
+        variances = (total.unsqueeze(-1) * variances).sum(0, keepdim=True) / total.sum()
+    variances = variances.clamp(min=0) + regularisation  # rounding may leave less than nothing
+    _check_positive((variances > 0).all(-1))
+    return logits, means + shift, variances.log(), None
+
+
+def _check_positive(good: Tensor) -> None:
+    if not good.all():
+        component = (~good).nonzero()[0].item()
+        raise ValueError(f"the covariance of component {component} is singular; a larger regularisation prevents it")
+
+
+def hard_start(rows: Tensor, centres: Tensor, covariance: str, regularisation: float) -> tuple:
+    """The mixture of the data nearest to each centre."""
+    nearest = assign(rows, centres)[0]
+    counts, first = _sums(rows, nearest, centres)
+    if covariance == "full":
+        second = torch.stack([_outer(rows[nearest == k] - centre) for k, centre in enumerate(centres)])
+    else:
+        second = torch.zeros_like(centres).index_add_(0, nearest, (rows - centres[nearest]).square())
+    # A centre without data gets the spread of all of them.
+    spread = rows.var(0, correction=0) + regularisation
+    present = torch.diag_embed(spread) if covariance == "full" else spread
+    return maximise(centres, present, counts, first, second, covariance, regularisation)
+
+
+def _outer(differences: Tensor) -> Tensor:
+    return differences.mT @ differences
+
+
+def _sums(rows: Tensor, nearest: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """(counts [K], sums of differences to the centre [K, D])."""
+    counts = torch.bincount(nearest, minlength=len(centres)).to(rows.dtype)
+    return counts, torch.zeros_like(centres).index_add_(0, nearest, rows - centres[nearest])
+
+
+def assign(rows: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """(index of the nearest centre [N], squared distance to it [N]), block by block."""
+    offset = centres.mean(0)  # the distances go by a matrix product, to whose precision the origin matters
+    blocks = rows.split(max(1, BLOCK // len(centres)))
+    found = [torch.cdist(block - offset, centres - offset).square().min(1) for block in blocks]
+    return torch.cat([block.indices for block in found]), torch.cat([block.values for block in found])
+
+
+def seeds(rows: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """k-means++: each centre a datum, drawn in proportion to its squared distance from those chosen before; of a few
+    draws the one that leaves the least sum of squares (greedy k-means++)."""
+    trials = 2 + int(math.log(count))
+    uniform = torch.rand(1, generator=generator, device=rows.device, dtype=torch.float64)
+    centres = rows[(uniform * len(rows)).long()]
+    distances = assign(rows, centres)[1].double()
+    while len(centres) < count:
+        cumulative = distances.cumsum(0)
+        uniform = torch.rand(trials, generator=generator, device=rows.device, dtype=torch.float64)
+        # All distances 0: there are fewer distinct data than centres, and any will do.
+        drawn = torch.where(cumulative[-1] > 0, torch.searchsorted(cumulative, uniform * cumulative[-1], right=True),
+                            uniform * len(rows)).long().clamp(max=len(rows) - 1)  # fmt: skip
+        tried = [torch.minimum(distances, assign(rows, rows[index : index + 1])[1]) for index in drawn]
+        best = torch.stack([distance.sum() for distance in tried]).argmin()
+        distances = torch.stack(tried)[best]
+        centres = torch.cat([centres, rows[drawn[best]].unsqueeze(0)])
+    return centres
+
+
+def kmeans(rows: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Centres [K, D] by k-means++ and a few of Lloyd's iterations; one that loses all its data stays where it is."""
+    centres = seeds(rows, count, generator)
+    previous = None
+    for _ in range(LLOYD_ITERATIONS):
+        nearest = assign(rows, centres)[0]
+        if previous is not None and torch.equal(nearest, previous):
+            break
+        counts, first = _sums(rows, nearest, centres)
+        centres, previous = centres + first / counts.clamp(min=1).unsqueeze(-1), nearest
+    return centres

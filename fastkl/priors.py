@@ -1,0 +1,504 @@
+"""Priors as modules: what takes the place of N(0, I) in a variational autoencoder, and is trained with it.
+
+Every prior has log_prob(z), sample(n) and kl(q); everything is in nats, one value per datum. The latent is one vector
+of `dim` numbers; a posterior whose event has more dimensions (q.event_ndim > 1) counts as flattened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastkl import distributions, reference
+from fastkl.mixture_fit import FitRecord, em_step, hard_start, kmeans
+from fastkl.ops import _arguments as arguments
+from fastkl.ops.gmm_log_prob import gmm_log_prob
+from fastkl.ops.gmm_moments import gmm_moments
+from fastkl.ops.gmm_responsibilities import gmm_responsibilities
+from fastkl.ops.kl_gmm import kl_gmm, kl_gmm_bounds
+from fastkl.ops.normal_log_prob import normal_log_prob
+from fastkl.ops.rsample_normal import rsample_normal
+
+COVARIANCES = ("diag", "spherical", "tied", "full")
+
+
+class Prior(nn.Module):
+    """What all priors share. One of your own needs `log_prob(z)` [..., D] -> [...] and `sample(n)`, and gets `kl`."""
+
+    dim: int | None = None
+    methods: tuple[str, ...] = ("mc",)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """ln p(z) [*batch] of z [*batch, D]."""
+        raise NotImplementedError
+
+    def sample(self, n: int, *, seed: int | None = None) -> Tensor:
+        """n draws [n, D], without gradient; torch's generator draws where there is no seed."""
+        raise NotImplementedError
+
+    def kl(
+        self, q: distributions.DiagonalNormal, *, method: str = "mc", num_samples: int = 1, entropy: str = "closed",
+        gradient: str = "plain", seed: int | Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """KL(q || p) [*batch], by samples: E_q[ln q] - 1/L sum_l ln p(z_l); arguments as for `fastkl.kl_gmm`.
+
+        Raises:
+            TypeError: q is no fastkl.DiagonalNormal.
+            ValueError: q has another number of dimensions; a method that this prior does not have.
+        """
+        self._check_estimator(method, entropy, gradient)
+        mu, logvar = self._parameters_of(q)
+        z = rsample_normal(mu, logvar, num_samples=arguments.check_int("num_samples", num_samples, 1), seed=seed)
+        if entropy == "closed" and gradient == "plain":
+            return -reference.normal_entropy(logvar) - self.log_prob(z).mean(0)
+        fixed = (mu.detach(), logvar.detach()) if gradient == "stl" else (mu, logvar)
+        log_q = normal_log_prob(z, *fixed, event_ndim=1).mean(0)
+        if entropy == "closed":  # this value, with the gradient through z_l alone
+            log_q = -reference.normal_entropy(logvar).detach() + (log_q - log_q.detach())
+        return log_q - self.log_prob(z).mean(0)
+
+    def _check_estimator(self, method: str, entropy: str, gradient: str) -> None:
+        known = {"method": self.methods, "entropy": ("closed", "sampled"), "gradient": ("plain", "stl")}
+        for (name, values), value in zip(known.items(), (method, entropy, gradient)):
+            if value not in values:
+                listed = ", ".join(map(repr, values))
+                raise ValueError(f"{name} of {type(self).__name__}.kl must be one of {listed}, got {value!r}")
+
+    def _check_posterior(self, q: distributions.DiagonalNormal) -> None:
+        if not isinstance(q, distributions.DiagonalNormal):
+            raise TypeError(f"q must be a fastkl.DiagonalNormal, got {type(q).__name__}")
+        event = q.shape[len(q.shape) - q.event_ndim :]
+        if self.dim not in (None, event.numel()):
+            raise ValueError(f"q has events of shape {tuple(event)}, but the prior has {self.dim} dimensions")
+
+    def _parameters_of(self, q: distributions.DiagonalNormal) -> tuple[Tensor, Tensor]:
+        """mu and ln sigma^2 [*batch, D]."""
+        self._check_posterior(q)
+        batch_ndim = len(q.shape) - q.event_ndim
+        return q.mean.flatten(batch_ndim), q._logvar().flatten(batch_ndim)
+
+    def _check_latent(self, z: Tensor) -> Tensor:
+        arguments.check_tensors(z=z)
+        if z.dim() == 0 or z.shape[-1] != self.dim:
+            raise ValueError(f"z must be (*batch, {self.dim}), got {tuple(z.shape)}")
+        return z
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+def _generator(seed: int | None, device: torch.device) -> torch.Generator | None:
+    return None if seed is None else torch.Generator(device).manual_seed(arguments.check_int("seed", seed, -(2**63)))
+
+
+class _Gaussian(Prior):
+    """One Gaussian, whose KL has a closed form."""
+
+    methods = ("closed", "mc", "upper", "lower")
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = arguments.check_int("dim", dim, 1)
+
+    def kl(self, q, *, method="closed", num_samples=1, entropy="closed", gradient="plain", seed=None) -> Tensor:
+        """KL(q || p) [*batch] in closed form, which is what every method estimates or bounds: the arguments are there
+        so that priors can be exchanged, and change nothing."""
+        self._check_estimator(method, entropy, gradient)
+        self._check_posterior(q)
+        return self._closed_form(q)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return normal_log_prob(self._check_latent(z), self.mu, self.logvar, event_ndim=1)
+
+    @torch.no_grad()
+    def sample(self, n: int, *, seed: int | None = None) -> Tensor:
+        shape = (arguments.check_int("n", n, 0), self.dim)
+        generator = _generator(seed, self.mu.device)
+        eps = torch.randn(shape, generator=generator, device=self.mu.device, dtype=self.mu.dtype)
+        return self.mu + torch.exp(0.5 * self.logvar) * eps
+
+
+class StandardNormal(_Gaussian):
+    """N(0, I): the prior that the others are compared with. It has no parameters.
+
+    >>> import torch, fastkl
+    >>> prior = fastkl.priors.StandardNormal(3)
+    >>> prior.kl(fastkl.DiagonalNormal(torch.ones(2, 3), torch.zeros(2, 3)))
+    tensor([1.5000, 1.5000])
+    """
+
+    def __init__(self, dim: int):
+        super().__init__(dim)
+        for name in ("mu", "logvar"):
+            self.register_buffer(name, torch.zeros(self.dim), persistent=False)
+
+    def _closed_form(self, q: distributions.DiagonalNormal) -> Tensor:
+        return q.kl()
+
+
+class DiagonalNormal(_Gaussian):
+    """N(mu, diag exp(logvar)) with learned parameters mu, logvar [D]; at first N(0, I).
+
+    >>> import torch, fastkl
+    >>> prior = fastkl.priors.DiagonalNormal(3)
+    >>> prior.kl(fastkl.DiagonalNormal(torch.ones(2, 3), torch.zeros(2, 3))).mean().backward()
+    >>> prior.mu.grad
+    tensor([-1., -1., -1.])
+    """
+
+    def __init__(self, dim: int):
+        super().__init__(dim)
+        self.mu, self.logvar = (nn.Parameter(torch.zeros(self.dim)) for _ in range(2))
+
+    def _closed_form(self, q: distributions.DiagonalNormal) -> Tensor:
+        event = q.shape[len(q.shape) - q.event_ndim :]
+        return q.kl(distributions.DiagonalNormal(self.mu.view(event), self.logvar.view(event)))
+
+
+class Mixture(NamedTuple):
+    """The parameters of a mixture, as the ops take them: `fastkl.gmm_log_prob(z, **mixture._asdict())`."""
+
+    logits: Tensor
+    means: Tensor
+    logvars: Tensor | None = None
+    scale_tril: Tensor | None = None
+
+
+class Usage(NamedTuple):
+    """Which components some data use."""
+
+    shares: Tensor  # [K] mean responsibilities, which sum to 1
+    entropy: Tensor  # [] of the shares in nats; ln K where all components are used alike
+    used: int  # how many shares are above 1 / (10 K), a tenth of an equal share
+
+
+class _MixturePrior(Prior):
+    """log_prob, sample, kl and usage of a prior that is a mixture of Gaussians."""
+
+    methods = ("mc", "upper", "lower")
+    precision = "exact"
+
+    def mixture(self) -> Mixture:
+        raise NotImplementedError
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """As `fastkl.gmm_log_prob`."""
+        return gmm_log_prob(z, **self.mixture()._asdict(), precision=self.precision)
+
+    def responsibilities(self, z: Tensor) -> Tensor:
+        """ln p(k | z) [*batch, K], as `fastkl.gmm_responsibilities`."""
+        return gmm_responsibilities(z, **self.mixture()._asdict(), precision=self.precision)
+
+    def kl(self, q, *, method="mc", num_samples=1, entropy="closed", gradient="plain", seed=None) -> Tensor:
+        """KL(q || p) [*batch] by samples ("mc"), or its bound from above ("upper") or below ("lower"): as
+        `fastkl.kl_gmm`."""
+        self._check_estimator(method, entropy, gradient)
+        settings = {"method": method, "num_samples": num_samples, "entropy": entropy, "gradient": gradient}
+        settings |= {"seed": seed, "precision": self.precision}
+        return kl_gmm(*self._parameters_of(q), **self.mixture()._asdict(), **settings)
+
+    def kl_bounds(self, q: distributions.DiagonalNormal) -> tuple[Tensor, Tensor]:
+        """(lower, upper), as `fastkl.kl_gmm_bounds`."""
+        return kl_gmm_bounds(*self._parameters_of(q), **self.mixture()._asdict(), precision=self.precision)
+
+    @torch.no_grad()
+    def usage(self, z: Tensor) -> Usage:
+        """The mean responsibility of every component for z [*batch, D] (posterior means of a whole data set, say),
+        in one pass that makes nothing of the size of data times components."""
+        moments = gmm_moments(z, **self.mixture()._asdict())
+        if moments.log_prob.numel() == 0:
+            raise ValueError(f"z must hold at least one datum, got {tuple(z.shape)}")
+        shares = moments.counts / moments.counts.sum()
+        used = int((shares > 0.1 / len(shares)).sum())
+        return Usage(shares, torch.special.entr(shares).sum(), used)
+
+    @torch.no_grad()
+    def sample(self, n: int, *, component: int | Tensor | None = None, seed: int | None = None) -> Tensor:
+        """n draws [n, D], without gradient.
+
+        Args:
+            component: draw from this one alone, or, a tensor [n] of ints, each draw from its own; absent, components
+                are drawn with their weights.
+            seed: absent, torch's generator draws.
+        """
+        n = arguments.check_int("n", n, 0)
+        logits, means, logvars, scale_tril = self.mixture()
+        generator = _generator(seed, means.device)
+        if component is None:
+            weights = torch.softmax(logits.float(), -1)
+            chosen = torch.multinomial(weights, n, replacement=True, generator=generator) if n else weights[:0].long()
+        else:
+            chosen = torch.as_tensor(component, device=means.device).expand(n)
+            if chosen.dtype.is_floating_point or (n and not 0 <= chosen.min() <= chosen.max() < len(means)):
+                raise ValueError(f"component must be ints from 0 to {len(means) - 1}, got {component!r}")
+        eps = torch.randn(n, means.shape[-1], generator=generator, device=means.device, dtype=means.dtype)
+        if scale_tril is not None:
+            for k in chosen.unique().tolist():
+                eps[chosen == k] = eps[chosen == k] @ scale_tril[k].mT
+            return means[chosen] + eps
+        return means[chosen] + torch.exp(0.5 * logvars).expand(means.shape)[chosen] * eps
+
+
+class GaussianMixture(_MixturePrior):
+    """sum_k pi_k N(m_k, S_k), pi = softmax(logits), with learned parameters.
+
+    At first the weights are equal, every variance is 1/2 and the means are drawn from N(0, I/2), so that the mixture as
+    a whole has the moments of N(0, I). For a mixture that follows the data, train with another prior for a while, then
+    `fit` this one to the posterior means.
+
+    Args:
+        components, dim: K and D.
+        covariance: "diag", "spherical" (one variance per component), "tied" (one diagonal that all components share) or
+            "full". The parameters are `logits` [K], `means` [K, D] and `logvars` [K, D], [K, 1] or [1, D]; for "full"
+            `log_diagonal` [K, D] and `lower` [K, D (D - 1) / 2], the triangle L_k of S_k = L_k L_k^T row by row.
+        precision: as for `fastkl.gmm_log_prob`.
+
+    Source: Dilokthanakul et al. 2016, arXiv:1611.02648.
+
+    >>> import torch, fastkl
+    >>> prior = fastkl.priors.GaussianMixture(components=5, dim=2)
+    >>> q = fastkl.DiagonalNormal(torch.randn(8, 2), torch.zeros(8, 2))
+    >>> prior.kl(q, num_samples=4).mean().backward()
+    >>> prior.means.grad.shape, prior.sample(3).shape
+    (torch.Size([5, 2]), torch.Size([3, 2]))
+    """
+
+    def __init__(self, components: int, dim: int, covariance: str = "diag", *, precision: str = "exact"):
+        super().__init__()
+        if covariance not in COVARIANCES:
+            raise ValueError(f"covariance must be one of {', '.join(map(repr, COVARIANCES))}, got {covariance!r}")
+        self.components, self.dim = (
+            arguments.check_int(name, size, 1) for name, size in (("components", components), ("dim", dim))
+        )
+        self.covariance, self.precision = covariance, precision
+        self.logits = nn.Parameter(torch.empty(self.components))
+        self.means = nn.Parameter(torch.empty(self.components, self.dim))
+        if covariance == "full":
+            self.log_diagonal = nn.Parameter(torch.empty(self.components, self.dim))
+            self.lower = nn.Parameter(torch.empty(self.components, self.dim * (self.dim - 1) // 2))
+        else:
+            rows, columns = 1 if covariance == "tied" else self.components, 1 if covariance == "spherical" else self.dim
+            self.logvars = nn.Parameter(torch.empty(rows, columns))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.logits.zero_()
+        self.means.normal_(0.0, 0.5**0.5)
+        half = torch.tensor(0.5).log().item()
+        if self.covariance == "full":
+            self.log_diagonal.fill_(0.5 * half)
+            self.lower.zero_()
+        else:
+            self.logvars.fill_(half)
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """L_k [K, D, D] of any covariance."""
+        if self.covariance != "full":
+            return torch.diag_embed(torch.exp(0.5 * self.logvars).expand(self.means.shape))
+        rows, columns = torch.tril_indices(self.dim, self.dim, -1, device=self.lower.device)
+        scale = torch.diag_embed(self.log_diagonal.exp())
+        scale[:, rows, columns] = self.lower
+        return scale
+
+    def mixture(self) -> Mixture:
+        if self.covariance == "full":
+            return Mixture(self.logits, self.means, None, self.scale_tril)
+        return Mixture(self.logits, self.means, self.logvars, None)
+
+    def fit(
+        self, z: Tensor, *, iterations: int = 100, tolerance: float = 1e-3, init: str | Tensor = "k-means++",
+        regularisation: float = 1e-6, seed: int | None = None, progress: Callable[[int, float], Any] | None = None,
+    ) -> FitRecord:  # fmt: skip
+        """Maximum likelihood by expectation maximisation, in place; as scikit-learn's GaussianMixture, step by step.
+
+        Args:
+            z: data [*batch, D]; the computation is in float64 if they are, else in float32.
+            iterations, tolerance: the end, at the latest, and where the mean log-likelihood changes by less (nats).
+            init: "k-means++" (seeding, then Lloyd's iterations), "current" (go on from the present parameters), or
+                means [K, D] to begin with. The first and the last take weights and covariances from the data nearest
+                to each mean.
+            regularisation: is added to every variance, in units of z squared.
+            seed: for "k-means++"; absent, torch's generator draws.
+            progress: is called as progress(iteration, log_likelihood) after every iteration.
+
+        Returns:
+            FitRecord(log_likelihood, converged): the mean log-likelihood of the data, per datum, that each iteration
+            found before it moved the parameters.
+
+        A component that no datum belongs to keeps its mean and covariance and gets a weight of about 0. Interrupted, by
+        an exception of `progress` or Ctrl-C, the module has the parameters after the last complete iteration.
+
+        Raises:
+            TypeError: z is not a floating-point tensor.
+            ValueError: z has the wrong shape, fewer data than components, or numbers that are not finite; an unknown
+                init; a covariance that became singular, as may be where regularisation is 0.
+
+        Source: Bishop 2006, "Pattern Recognition and Machine Learning", section 9.2.2; Arthur and Vassilvitskii 2007,
+        "k-means++: the advantages of careful seeding".
+
+        >>> import torch, fastkl
+        >>> z = torch.cat([torch.randn(500, 2) - 5, torch.randn(500, 2) + 5])
+        >>> prior = fastkl.priors.GaussianMixture(components=2, dim=2)
+        >>> prior.fit(z).converged
+        True
+        >>> prior.means.sort(0).values.round().tolist()
+        [[-5.0, -5.0], [5.0, 5.0]]
+        """
+        iterations = arguments.check_int("iterations", iterations, 1)
+        arguments.check_tensors(z=z, parameters=self.means)
+        rows = self._check_latent(z).detach().reshape(-1, self.dim).to(reference.compute_dtype(z))
+        if len(rows) < self.components:
+            raise ValueError(f"z must hold at least {self.components} data, one per component, got {len(rows)}")
+        if not rows.isfinite().all():
+            raise ValueError("z must be finite, but holds NaN or infinite numbers")
+        state = self._start(rows, init, regularisation, _generator(seed, rows.device))
+        history, converged = [], False
+        try:
+            for iteration in range(1, iterations + 1):
+                log_likelihood, state = em_step(rows, state, self.covariance, regularisation)
+                history.append(log_likelihood)
+                if progress is not None:
+                    progress(iteration, log_likelihood)
+                converged = iteration > 1 and abs(history[-1] - history[-2]) < tolerance
+                if converged:
+                    break
+        finally:
+            self._assign(*state)
+        return FitRecord(history, converged)
+
+    def _start(self, rows: Tensor, init: str | Tensor, regularisation: float, generator) -> tuple:
+        if isinstance(init, str) and init == "current":
+            return tuple(None if tensor is None else tensor.detach().to(rows.dtype) for tensor in self.mixture())
+        if isinstance(init, Tensor):
+            if init.shape != self.means.shape:
+                raise ValueError(f"init must be {tuple(self.means.shape)}, got {tuple(init.shape)}")
+            centres = init.detach().to(rows)
+        elif init == "k-means++":
+            centres = kmeans(rows, self.components, generator)
+        else:
+            raise ValueError(f"init must be 'k-means++', 'current' or a tensor of means, got {init!r}")
+        return hard_start(rows, centres, self.covariance, regularisation)
+
+    @torch.no_grad()
+    def _assign(self, logits, means, logvars, scale_tril) -> None:
+        self.logits.copy_(logits)
+        self.means.copy_(means)
+        if scale_tril is None:
+            self.logvars.copy_(logvars)
+        else:
+            rows, columns = torch.tril_indices(self.dim, self.dim, -1, device=scale_tril.device)
+            self.log_diagonal.copy_(scale_tril.diagonal(dim1=-2, dim2=-1).log())
+            self.lower.copy_(scale_tril[:, rows, columns])
+
+    def extra_repr(self) -> str:
+        return f"components={self.components}, dim={self.dim}, covariance={self.covariance!r}"
+
+
+class VampPrior(_MixturePrior):
+    """The mixture of the posteriors of K learned pseudo-inputs u_k: p(z) = sum_k pi_k q(z | u_k).
+
+    Args:
+        pseudo_inputs: [K, *datum], floating point, what the parameter `pseudo_inputs` is at first: data, or noise.
+        encoder: what maps [K, *datum] to the posteriors: a fastkl.DiagonalNormal, a pair (mu, logvar), or one tensor
+            that packs both along dimension 1, [K, 2 D, ...].
+        learn_weights: whether pi = softmax(logits) is learned; else every weight is 1 / K, as in the paper.
+        transform: applied to the pseudo-inputs before the encoder, to keep them in the data's range:
+            torch.sigmoid, or nn.Hardtanh(0, 1) as in the paper.
+
+    The encoder belongs to the autoencoder, and is only referred to: its parameters are not among this module's, neither
+    in parameters() nor in state_dict(), and train(), eval() and to() of this module leave it alone. Every call encodes
+    the pseudo-inputs once, with the encoder as it is (in training mode, with its dropout and batch statistics).
+
+    Source: Tomczak and Welling 2018, "VAE with a VampPrior", arXiv:1705.07120, equation 9.
+
+    >>> import torch, fastkl
+    >>> encoder = torch.nn.Linear(20, 2 * 3)
+    >>> prior = fastkl.priors.VampPrior(torch.randn(10, 20), encoder)
+    >>> q = fastkl.DiagonalNormal.from_packed(encoder(torch.randn(8, 20)))
+    >>> prior.kl(q).mean().backward()
+    >>> prior.pseudo_inputs.grad.shape, prior.sample(4).shape
+    (torch.Size([10, 20]), torch.Size([4, 3]))
+    """
+
+    def __init__(
+        self, pseudo_inputs: Tensor, encoder: Callable[[Tensor], Any], learn_weights: bool = True, *,
+        transform: Callable[[Tensor], Tensor] | None = None, precision: str = "exact",
+    ):  # fmt: skip
+        super().__init__()
+        arguments.check_tensors(pseudo_inputs=pseudo_inputs)
+        if pseudo_inputs.dim() < 2 or pseudo_inputs.shape[0] == 0:
+            raise ValueError(f"pseudo_inputs must be (K, *datum) with K > 0, got {tuple(pseudo_inputs.shape)}")
+        if not callable(encoder):
+            raise TypeError(f"encoder must be callable, got {type(encoder).__name__}")
+        self.components, self.precision, self.transform = len(pseudo_inputs), precision, transform
+        self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
+        logits = torch.zeros(self.components, device=pseudo_inputs.device)
+        if learn_weights:
+            self.logits = nn.Parameter(logits)
+        else:
+            self.register_buffer("logits", logits)
+        self._encoder = (encoder,)  # in a tuple, where nn.Module does not look for submodules
+
+    @property
+    def encoder(self) -> Callable[[Tensor], Any]:
+        return self._encoder[0]
+
+    def posteriors(self) -> distributions.DiagonalNormal:
+        """q(z | u_k), a batch of K."""
+        inputs = self.pseudo_inputs if self.transform is None else self.transform(self.pseudo_inputs)
+        out = self.encoder(inputs)
+        if isinstance(out, Tensor):
+            out = distributions.DiagonalNormal.from_packed(out, dim=1)
+        elif isinstance(out, (tuple, list)) and len(out) == 2:
+            out = distributions.DiagonalNormal(*out)
+        if not isinstance(out, distributions.DiagonalNormal):
+            raise TypeError("encoder must return a fastkl.DiagonalNormal, a pair (mu, logvar) or a packed tensor, got "
+                            f"{type(out).__name__}")  # fmt: skip
+        if out.event_ndim != len(out.shape) - 1 or out.shape[0] != self.components:
+            raise ValueError(f"encoder must return {self.components} posteriors, one for each pseudo-input, got {out}")
+        return out
+
+    def mixture(self) -> Mixture:
+        return Mixture(self.logits, *self._parameters_of(self.posteriors()), None)
+
+    def extra_repr(self) -> str:
+        return f"components={self.components}, datum={tuple(self.pseudo_inputs.shape[1:])}"
+
+
+class FlowPrior(Prior):
+    """A normalising flow of the zuko library (`pip install fastkl[flow]`), or anything that behaves like one: flow() is
+    a distribution over [D] with log_prob and sample.
+
+    >>> import torch, fastkl, zuko
+    >>> prior = fastkl.priors.FlowPrior(zuko.flows.NSF(features=3, transforms=2, hidden_features=(32,)))
+    >>> prior.kl(fastkl.DiagonalNormal(torch.zeros(8, 3), torch.zeros(8, 3)), num_samples=4).shape
+    torch.Size([8])
+    """
+
+    def __init__(self, flow: nn.Module):
+        super().__init__()
+        if not isinstance(flow, nn.Module):
+            raise TypeError(f"flow must be a torch.nn.Module, such as a zuko.flows.Flow, got {type(flow).__name__}")
+        self.flow = flow
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        arguments.check_tensors(z=z)
+        return self.flow().log_prob(z.to(next((p.dtype for p in self.flow.parameters()), z.dtype)))
+
+    @torch.no_grad()
+    def sample(self, n: int, *, seed: int | None = None) -> Tensor:
+        shape = (arguments.check_int("n", n, 0),)
+        if seed is None:
+            return self.flow().sample(shape)
+        devices = {p.device for p in self.flow.parameters() if p.device.type != "cpu"}
+        with torch.random.fork_rng(devices, enabled=True):
+            torch.manual_seed(arguments.check_int("seed", seed, -(2**63)))
+            return self.flow().sample(shape)
+
+    def extra_repr(self) -> str:
+        return ""
