@@ -1,8 +1,4 @@
-"""Priors as modules: what takes the place of N(0, I) in a variational autoencoder, and is trained with it.
-
-Every prior has log_prob(z), sample(n) and kl(q); everything is in nats, one value per datum. The latent is one vector
-of `dim` numbers; a posterior whose event has more dimensions (q.event_ndim > 1) counts as flattened.
-"""
+"""Mixtures of Gaussians as prior."""
 
 from __future__ import annotations
 
@@ -13,149 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from fastkl import distributions, reference
-from fastkl.mixture_fit import FitRecord, em_step, hard_start, kmeans
 from fastkl.ops import _arguments as arguments
 from fastkl.ops.gmm_log_prob import gmm_log_prob
 from fastkl.ops.gmm_moments import gmm_moments
 from fastkl.ops.gmm_responsibilities import gmm_responsibilities
 from fastkl.ops.kl_gmm import kl_gmm, kl_gmm_bounds
-from fastkl.ops.normal_log_prob import normal_log_prob
-from fastkl.ops.rsample_normal import rsample_normal
+from fastkl.priors._fit import FitRecord, em_step, hard_start, kmeans
+from fastkl.priors._prior import Prior, generator_of
 
 COVARIANCES = ("diag", "spherical", "tied", "full")
-
-
-class Prior(nn.Module):
-    """What all priors share. One of your own needs `log_prob(z)` [..., D] -> [...] and `sample(n)`, and gets `kl`."""
-
-    dim: int | None = None
-    methods: tuple[str, ...] = ("mc",)
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """ln p(z) [*batch] of z [*batch, D]."""
-        raise NotImplementedError
-
-    def sample(self, n: int, *, seed: int | None = None) -> Tensor:
-        """n draws [n, D], without gradient; torch's generator draws where there is no seed."""
-        raise NotImplementedError
-
-    def kl(
-        self, q: distributions.DiagonalNormal, *, method: str = "mc", num_samples: int = 1, entropy: str = "closed",
-        gradient: str = "plain", seed: int | Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """KL(q || p) [*batch], by samples: E_q[ln q] - 1/L sum_l ln p(z_l); arguments as for `fastkl.kl_gmm`.
-
-        Raises:
-            TypeError: q is no fastkl.DiagonalNormal.
-            ValueError: q has another number of dimensions; a method that this prior does not have.
-        """
-        self._check_estimator(method, entropy, gradient)
-        mu, logvar = self._parameters_of(q)
-        z = rsample_normal(mu, logvar, num_samples=arguments.check_int("num_samples", num_samples, 1), seed=seed)
-        if entropy == "closed" and gradient == "plain":
-            return -reference.normal_entropy(logvar) - self.log_prob(z).mean(0)
-        fixed = (mu.detach(), logvar.detach()) if gradient == "stl" else (mu, logvar)
-        log_q = normal_log_prob(z, *fixed, event_ndim=1).mean(0)
-        if entropy == "closed":  # this value, with the gradient through z_l alone
-            log_q = -reference.normal_entropy(logvar).detach() + (log_q - log_q.detach())
-        return log_q - self.log_prob(z).mean(0)
-
-    def _check_estimator(self, method: str, entropy: str, gradient: str) -> None:
-        known = {"method": self.methods, "entropy": ("closed", "sampled"), "gradient": ("plain", "stl")}
-        for (name, values), value in zip(known.items(), (method, entropy, gradient)):
-            if value not in values:
-                listed = ", ".join(map(repr, values))
-                raise ValueError(f"{name} of {type(self).__name__}.kl must be one of {listed}, got {value!r}")
-
-    def _check_posterior(self, q: distributions.DiagonalNormal) -> None:
-        if not isinstance(q, distributions.DiagonalNormal):
-            raise TypeError(f"q must be a fastkl.DiagonalNormal, got {type(q).__name__}")
-        event = q.shape[len(q.shape) - q.event_ndim :]
-        if self.dim not in (None, event.numel()):
-            raise ValueError(f"q has events of shape {tuple(event)}, but the prior has {self.dim} dimensions")
-
-    def _parameters_of(self, q: distributions.DiagonalNormal) -> tuple[Tensor, Tensor]:
-        """mu and ln sigma^2 [*batch, D]."""
-        self._check_posterior(q)
-        batch_ndim = len(q.shape) - q.event_ndim
-        return q.mean.flatten(batch_ndim), q._logvar().flatten(batch_ndim)
-
-    def _check_latent(self, z: Tensor) -> Tensor:
-        arguments.check_tensors(z=z)
-        if z.dim() == 0 or z.shape[-1] != self.dim:
-            raise ValueError(f"z must be (*batch, {self.dim}), got {tuple(z.shape)}")
-        return z
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}"
-
-
-def _generator(seed: int | None, device: torch.device) -> torch.Generator | None:
-    return None if seed is None else torch.Generator(device).manual_seed(arguments.check_int("seed", seed, -(2**63)))
-
-
-class _Gaussian(Prior):
-    """One Gaussian, whose KL has a closed form."""
-
-    methods = ("closed", "mc", "upper", "lower")
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.dim = arguments.check_int("dim", dim, 1)
-
-    def kl(self, q, *, method="closed", num_samples=1, entropy="closed", gradient="plain", seed=None) -> Tensor:
-        """KL(q || p) [*batch] in closed form, which is what every method estimates or bounds: the arguments are there
-        so that priors can be exchanged, and change nothing."""
-        self._check_estimator(method, entropy, gradient)
-        self._check_posterior(q)
-        return self._closed_form(q)
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        return normal_log_prob(self._check_latent(z), self.mu, self.logvar, event_ndim=1)
-
-    @torch.no_grad()
-    def sample(self, n: int, *, seed: int | None = None) -> Tensor:
-        shape = (arguments.check_int("n", n, 0), self.dim)
-        generator = _generator(seed, self.mu.device)
-        eps = torch.randn(shape, generator=generator, device=self.mu.device, dtype=self.mu.dtype)
-        return self.mu + torch.exp(0.5 * self.logvar) * eps
-
-
-class StandardNormal(_Gaussian):
-    """N(0, I): the prior that the others are compared with. It has no parameters.
-
-    >>> import torch, fastkl
-    >>> prior = fastkl.priors.StandardNormal(3)
-    >>> prior.kl(fastkl.DiagonalNormal(torch.ones(2, 3), torch.zeros(2, 3)))
-    tensor([1.5000, 1.5000])
-    """
-
-    def __init__(self, dim: int):
-        super().__init__(dim)
-        for name in ("mu", "logvar"):
-            self.register_buffer(name, torch.zeros(self.dim), persistent=False)
-
-    def _closed_form(self, q: distributions.DiagonalNormal) -> Tensor:
-        return q.kl()
-
-
-class DiagonalNormal(_Gaussian):
-    """N(mu, diag exp(logvar)) with learned parameters mu, logvar [D]; at first N(0, I).
-
-    >>> import torch, fastkl
-    >>> prior = fastkl.priors.DiagonalNormal(3)
-    >>> prior.kl(fastkl.DiagonalNormal(torch.ones(2, 3), torch.zeros(2, 3))).mean().backward()
-    >>> prior.mu.grad
-    tensor([-1., -1., -1.])
-    """
-
-    def __init__(self, dim: int):
-        super().__init__(dim)
-        self.mu, self.logvar = (nn.Parameter(torch.zeros(self.dim)) for _ in range(2))
-
-    def _closed_form(self, q: distributions.DiagonalNormal) -> Tensor:
-        event = q.shape[len(q.shape) - q.event_ndim :]
-        return q.kl(distributions.DiagonalNormal(self.mu.view(event), self.logvar.view(event)))
 
 
 class Mixture(NamedTuple):
@@ -175,7 +37,7 @@ class Usage(NamedTuple):
     used: int  # how many shares are above 1 / (10 K), a tenth of an equal share
 
 
-class _MixturePrior(Prior):
+class MixturePrior(Prior):
     """log_prob, sample, kl and usage of a prior that is a mixture of Gaussians."""
 
     methods = ("mc", "upper", "lower")
@@ -226,7 +88,7 @@ class _MixturePrior(Prior):
         """
         n = arguments.check_int("n", n, 0)
         logits, means, logvars, scale_tril = self.mixture()
-        generator = _generator(seed, means.device)
+        generator = generator_of(seed, means.device)
         if component is None:
             weights = torch.softmax(logits.float(), -1)
             chosen = torch.multinomial(weights, n, replacement=True, generator=generator) if n else weights[:0].long()
@@ -242,7 +104,7 @@ class _MixturePrior(Prior):
         return means[chosen] + torch.exp(0.5 * logvars).expand(means.shape)[chosen] * eps
 
 
-class GaussianMixture(_MixturePrior):
+class GaussianMixture(MixturePrior):
     """sum_k pi_k N(m_k, S_k), pi = softmax(logits), with learned parameters.
 
     At first the weights are equal, every variance is 1/2 and the means are drawn from N(0, I/2), so that the mixture as
@@ -356,7 +218,7 @@ class GaussianMixture(_MixturePrior):
             raise ValueError(f"z must hold at least {self.components} data, one per component, got {len(rows)}")
         if not rows.isfinite().all():
             raise ValueError("z must be finite, but holds NaN or infinite numbers")
-        state = self._start(rows, init, regularisation, _generator(seed, rows.device))
+        state = self._start(rows, init, regularisation, generator_of(seed, rows.device))
         history, converged = [], False
         try:
             for iteration in range(1, iterations + 1):
@@ -397,108 +259,3 @@ class GaussianMixture(_MixturePrior):
 
     def extra_repr(self) -> str:
         return f"components={self.components}, dim={self.dim}, covariance={self.covariance!r}"
-
-
-class VampPrior(_MixturePrior):
-    """The mixture of the posteriors of K learned pseudo-inputs u_k: p(z) = sum_k pi_k q(z | u_k).
-
-    Args:
-        pseudo_inputs: [K, *datum], floating point, what the parameter `pseudo_inputs` is at first: data, or noise.
-        encoder: what maps [K, *datum] to the posteriors: a fastkl.DiagonalNormal, a pair (mu, logvar), or one tensor
-            that packs both along dimension 1, [K, 2 D, ...].
-        learn_weights: whether pi = softmax(logits) is learned; else every weight is 1 / K, as in the paper.
-        transform: applied to the pseudo-inputs before the encoder, to keep them in the data's range:
-            torch.sigmoid, or nn.Hardtanh(0, 1) as in the paper.
-
-    The encoder belongs to the autoencoder, and is only referred to: its parameters are not among this module's, neither
-    in parameters() nor in state_dict(), and train(), eval() and to() of this module leave it alone. Every call encodes
-    the pseudo-inputs once, with the encoder as it is (in training mode, with its dropout and batch statistics).
-
-    Source: Tomczak and Welling 2018, "VAE with a VampPrior", arXiv:1705.07120, equation 9.
-
-    >>> import torch, fastkl
-    >>> encoder = torch.nn.Linear(20, 2 * 3)
-    >>> prior = fastkl.priors.VampPrior(torch.randn(10, 20), encoder)
-    >>> q = fastkl.DiagonalNormal.from_packed(encoder(torch.randn(8, 20)))
-    >>> prior.kl(q).mean().backward()
-    >>> prior.pseudo_inputs.grad.shape, prior.sample(4).shape
-    (torch.Size([10, 20]), torch.Size([4, 3]))
-    """
-
-    def __init__(
-        self, pseudo_inputs: Tensor, encoder: Callable[[Tensor], Any], learn_weights: bool = True, *,
-        transform: Callable[[Tensor], Tensor] | None = None, precision: str = "exact",
-    ):  # fmt: skip
-        super().__init__()
-        arguments.check_tensors(pseudo_inputs=pseudo_inputs)
-        if pseudo_inputs.dim() < 2 or pseudo_inputs.shape[0] == 0:
-            raise ValueError(f"pseudo_inputs must be (K, *datum) with K > 0, got {tuple(pseudo_inputs.shape)}")
-        if not callable(encoder):
-            raise TypeError(f"encoder must be callable, got {type(encoder).__name__}")
-        self.components, self.precision, self.transform = len(pseudo_inputs), precision, transform
-        self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
-        logits = torch.zeros(self.components, device=pseudo_inputs.device)
-        if learn_weights:
-            self.logits = nn.Parameter(logits)
-        else:
-            self.register_buffer("logits", logits)
-        self._encoder = (encoder,)  # in a tuple, where nn.Module does not look for submodules
-
-    @property
-    def encoder(self) -> Callable[[Tensor], Any]:
-        return self._encoder[0]
-
-    def posteriors(self) -> distributions.DiagonalNormal:
-        """q(z | u_k), a batch of K."""
-        inputs = self.pseudo_inputs if self.transform is None else self.transform(self.pseudo_inputs)
-        out = self.encoder(inputs)
-        if isinstance(out, Tensor):
-            out = distributions.DiagonalNormal.from_packed(out, dim=1)
-        elif isinstance(out, (tuple, list)) and len(out) == 2:
-            out = distributions.DiagonalNormal(*out)
-        if not isinstance(out, distributions.DiagonalNormal):
-            raise TypeError("encoder must return a fastkl.DiagonalNormal, a pair (mu, logvar) or a packed tensor, got "
-                            f"{type(out).__name__}")  # fmt: skip
-        if out.event_ndim != len(out.shape) - 1 or out.shape[0] != self.components:
-            raise ValueError(f"encoder must return {self.components} posteriors, one for each pseudo-input, got {out}")
-        return out
-
-    def mixture(self) -> Mixture:
-        return Mixture(self.logits, *self._parameters_of(self.posteriors()), None)
-
-    def extra_repr(self) -> str:
-        return f"components={self.components}, datum={tuple(self.pseudo_inputs.shape[1:])}"
-
-
-class FlowPrior(Prior):
-    """A normalising flow of the zuko library (`pip install fastkl[flow]`), or anything that behaves like one: flow() is
-    a distribution over [D] with log_prob and sample.
-
-    >>> import torch, fastkl, zuko
-    >>> prior = fastkl.priors.FlowPrior(zuko.flows.NSF(features=3, transforms=2, hidden_features=(32,)))
-    >>> prior.kl(fastkl.DiagonalNormal(torch.zeros(8, 3), torch.zeros(8, 3)), num_samples=4).shape
-    torch.Size([8])
-    """
-
-    def __init__(self, flow: nn.Module):
-        super().__init__()
-        if not isinstance(flow, nn.Module):
-            raise TypeError(f"flow must be a torch.nn.Module, such as a zuko.flows.Flow, got {type(flow).__name__}")
-        self.flow = flow
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        arguments.check_tensors(z=z)
-        return self.flow().log_prob(z.to(next((p.dtype for p in self.flow.parameters()), z.dtype)))
-
-    @torch.no_grad()
-    def sample(self, n: int, *, seed: int | None = None) -> Tensor:
-        shape = (arguments.check_int("n", n, 0),)
-        if seed is None:
-            return self.flow().sample(shape)
-        devices = {p.device for p in self.flow.parameters() if p.device.type != "cpu"}
-        with torch.random.fork_rng(devices, enabled=True):
-            torch.manual_seed(arguments.check_int("seed", seed, -(2**63)))
-            return self.flow().sample(shape)
-
-    def extra_repr(self) -> str:
-        return ""

@@ -1,4 +1,4 @@
-"""Expectation maximisation for Gaussian mixtures, and where it begins: what `fastkl.priors.GaussianMixture.fit` runs.
+"""Expectation maximisation for Gaussian mixtures, and where it begins: what `GaussianMixture.fit` runs.
 
 A mixture is (logits [K], means [K, D], logvars or None, scale_tril or None), as the ops take it; rows are data [N, D].
 """

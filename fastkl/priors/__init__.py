@@ -1,0 +1,25 @@
+"""Priors as modules: what takes the place of N(0, I) in a variational autoencoder, and is trained with it.
+
+Every prior has log_prob(z), sample(n) and kl(q); everything is in nats, one value per datum. The latent is one vector
+of `dim` numbers; a posterior whose event has more dimensions (q.event_ndim > 1) counts as flattened.
+"""
+
+from fastkl.priors._fit import FitRecord
+from fastkl.priors._prior import Prior
+from fastkl.priors.flow import FlowPrior
+from fastkl.priors.gaussian import DiagonalNormal, StandardNormal
+from fastkl.priors.mixture import GaussianMixture, Mixture, MixturePrior, Usage
+from fastkl.priors.vamp import VampPrior
+
+__all__ = [
+    "DiagonalNormal",
+    "FitRecord",
+    "FlowPrior",
+    "GaussianMixture",
+    "Mixture",
+    "MixturePrior",
+    "Prior",
+    "StandardNormal",
+    "Usage",
+    "VampPrior",
+]

@@ -1,0 +1,80 @@
+"""What all priors share: the Monte-Carlo KL, and the checks of posteriors and latents."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastkl import distributions, reference
+from fastkl.ops import _arguments as arguments
+from fastkl.ops.normal_log_prob import normal_log_prob
+from fastkl.ops.rsample_normal import rsample_normal
+
+
+class Prior(nn.Module):
+    """What all priors share. One of your own needs `log_prob(z)` [..., D] -> [...] and `sample(n)`, and gets `kl`."""
+
+    dim: int | None = None
+    methods: tuple[str, ...] = ("mc",)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """ln p(z) [*batch] of z [*batch, D]."""
+        raise NotImplementedError
+
+    def sample(self, n: int, *, seed: int | None = None) -> Tensor:
+        """n draws [n, D], without gradient; torch's generator draws where there is no seed."""
+        raise NotImplementedError
+
+    def kl(
+        self, q: distributions.DiagonalNormal, *, method: str = "mc", num_samples: int = 1, entropy: str = "closed",
+        gradient: str = "plain", seed: int | Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """KL(q || p) [*batch], by samples: E_q[ln q] - 1/L sum_l ln p(z_l); arguments as for `fastkl.kl_gmm`.
+
+        Raises:
+            TypeError: q is no fastkl.DiagonalNormal.
+            ValueError: q has another number of dimensions; a method that this prior does not have.
+        """
+        self._check_estimator(method, entropy, gradient)
+        mu, logvar = self._parameters_of(q)
+        z = rsample_normal(mu, logvar, num_samples=arguments.check_int("num_samples", num_samples, 1), seed=seed)
+        if entropy == "closed" and gradient == "plain":
+            return -reference.normal_entropy(logvar) - self.log_prob(z).mean(0)
+        fixed = (mu.detach(), logvar.detach()) if gradient == "stl" else (mu, logvar)
+        log_q = normal_log_prob(z, *fixed, event_ndim=1).mean(0)
+        if entropy == "closed":  # this value, with the gradient through z_l alone
+            log_q = -reference.normal_entropy(logvar).detach() + (log_q - log_q.detach())
+        return log_q - self.log_prob(z).mean(0)
+
+    def _check_estimator(self, method: str, entropy: str, gradient: str) -> None:
+        known = {"method": self.methods, "entropy": ("closed", "sampled"), "gradient": ("plain", "stl")}
+        for (name, values), value in zip(known.items(), (method, entropy, gradient)):
+            if value not in values:
+                listed = ", ".join(map(repr, values))
+                raise ValueError(f"{name} of {type(self).__name__}.kl must be one of {listed}, got {value!r}")
+
+    def _check_posterior(self, q: distributions.DiagonalNormal) -> None:
+        if not isinstance(q, distributions.DiagonalNormal):
+            raise TypeError(f"q must be a fastkl.DiagonalNormal, got {type(q).__name__}")
+        event = q.shape[len(q.shape) - q.event_ndim :]
+        if self.dim not in (None, event.numel()):
+            raise ValueError(f"q has events of shape {tuple(event)}, but the prior has {self.dim} dimensions")
+
+    def _parameters_of(self, q: distributions.DiagonalNormal) -> tuple[Tensor, Tensor]:
+        """mu and ln sigma^2 [*batch, D]."""
+        self._check_posterior(q)
+        batch_ndim = len(q.shape) - q.event_ndim
+        return q.mean.flatten(batch_ndim), q._logvar().flatten(batch_ndim)
+
+    def _check_latent(self, z: Tensor) -> Tensor:
+        arguments.check_tensors(z=z)
+        if z.dim() == 0 or z.shape[-1] != self.dim:
+            raise ValueError(f"z must be (*batch, {self.dim}), got {tuple(z.shape)}")
+        return z
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+def generator_of(seed: int | None, device: torch.device) -> torch.Generator | None:
+    return None if seed is None else torch.Generator(device).manual_seed(arguments.check_int("seed", seed, -(2**63)))

@@ -1,0 +1,43 @@
+"""A normalising flow as prior; the flow is the user's, nothing of its library is imported here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastkl.ops import _arguments as arguments
+from fastkl.priors._prior import Prior
+
+
+class FlowPrior(Prior):
+    """A normalising flow of the zuko library (`pip install fastkl[flow]`), or anything that behaves like one: flow() is
+    a distribution over [D] with log_prob and sample.
+
+    >>> import torch, fastkl, zuko
+    >>> prior = fastkl.priors.FlowPrior(zuko.flows.NSF(features=3, transforms=2, hidden_features=(32,)))
+    >>> prior.kl(fastkl.DiagonalNormal(torch.zeros(8, 3), torch.zeros(8, 3)), num_samples=4).shape
+    torch.Size([8])
+    """
+
+    def __init__(self, flow: nn.Module):
+        super().__init__()
+        if not isinstance(flow, nn.Module):
+            raise TypeError(f"flow must be a torch.nn.Module, such as a zuko.flows.Flow, got {type(flow).__name__}")
+        self.flow = flow
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        arguments.check_tensors(z=z)
+        return self.flow().log_prob(z.to(next((p.dtype for p in self.flow.parameters()), z.dtype)))
+
+    @torch.no_grad()
+    def sample(self, n: int, *, seed: int | None = None) -> Tensor:
+        shape = (arguments.check_int("n", n, 0),)
+        if seed is None:
+            return self.flow().sample(shape)
+        devices = {p.device for p in self.flow.parameters() if p.device.type != "cpu"}
+        with torch.random.fork_rng(devices, enabled=True):
+            torch.manual_seed(arguments.check_int("seed", seed, -(2**63)))
+            return self.flow().sample(shape)
+
+    def extra_repr(self) -> str:
+        return ""

@@ -1,0 +1,75 @@
+"""A single Gaussian as prior."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastkl import distributions
+from fastkl.ops import _arguments as arguments
+from fastkl.ops.normal_log_prob import normal_log_prob
+from fastkl.priors._prior import Prior, generator_of
+
+
+class _Gaussian(Prior):
+    """One Gaussian, whose KL has a closed form."""
+
+    methods = ("closed", "mc", "upper", "lower")
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = arguments.check_int("dim", dim, 1)
+
+    def kl(self, q, *, method="closed", num_samples=1, entropy="closed", gradient="plain", seed=None) -> Tensor:
+        """KL(q || p) [*batch] in closed form, which is what every method estimates or bounds: the arguments are there
+        so that priors can be exchanged, and change nothing."""
+        self._check_estimator(method, entropy, gradient)
+        self._check_posterior(q)
+        return self._closed_form(q)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return normal_log_prob(self._check_latent(z), self.mu, self.logvar, event_ndim=1)
+
+    @torch.no_grad()
+    def sample(self, n: int, *, seed: int | None = None) -> Tensor:
+        shape = (arguments.check_int("n", n, 0), self.dim)
+        generator = generator_of(seed, self.mu.device)
+        eps = torch.randn(shape, generator=generator, device=self.mu.device, dtype=self.mu.dtype)
+        return self.mu + torch.exp(0.5 * self.logvar) * eps
+
+
+class StandardNormal(_Gaussian):
+    """N(0, I): the prior that the others are compared with. It has no parameters.
+
+    >>> import torch, fastkl
+    >>> prior = fastkl.priors.StandardNormal(3)
+    >>> prior.kl(fastkl.DiagonalNormal(torch.ones(2, 3), torch.zeros(2, 3)))
+    tensor([1.5000, 1.5000])
+    """
+
+    def __init__(self, dim: int):
+        super().__init__(dim)
+        for name in ("mu", "logvar"):
+            self.register_buffer(name, torch.zeros(self.dim), persistent=False)
+
+    def _closed_form(self, q: distributions.DiagonalNormal) -> Tensor:
+        return q.kl()
+
+
+class DiagonalNormal(_Gaussian):
+    """N(mu, diag exp(logvar)) with learned parameters mu, logvar [D]; at first N(0, I).
+
+    >>> import torch, fastkl
+    >>> prior = fastkl.priors.DiagonalNormal(3)
+    >>> prior.kl(fastkl.DiagonalNormal(torch.ones(2, 3), torch.zeros(2, 3))).mean().backward()
+    >>> prior.mu.grad
+    tensor([-1., -1., -1.])
+    """
+
+    def __init__(self, dim: int):
+        super().__init__(dim)
+        self.mu, self.logvar = (nn.Parameter(torch.zeros(self.dim)) for _ in range(2))
+
+    def _closed_form(self, q: distributions.DiagonalNormal) -> Tensor:
+        event = q.shape[len(q.shape) - q.event_ndim :]
+        return q.kl(distributions.DiagonalNormal(self.mu.view(event), self.logvar.view(event)))

@@ -1,0 +1,84 @@
+"""VampPrior: the mixture of the posteriors of learned pseudo-inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkl import distributions
+from fastkl.ops import _arguments as arguments
+from fastkl.priors.mixture import Mixture, MixturePrior
+
+
+class VampPrior(MixturePrior):
+    """The mixture of the posteriors of K learned pseudo-inputs u_k: p(z) = sum_k pi_k q(z | u_k).
+
+    Args:
+        pseudo_inputs: [K, *datum], floating point, what the parameter `pseudo_inputs` is at first: data, or noise.
+        encoder: what maps [K, *datum] to the posteriors: a fastkl.DiagonalNormal, a pair (mu, logvar), or one tensor
+            that packs both along dimension 1, [K, 2 D, ...].
+        learn_weights: whether pi = softmax(logits) is learned; else every weight is 1 / K, as in the paper.
+        transform: applied to the pseudo-inputs before the encoder, to keep them in the data's range:
+            torch.sigmoid, or nn.Hardtanh(0, 1) as in the paper.
+
+    The encoder belongs to the autoencoder, and is only referred to: its parameters are not among this module's, neither
+    in parameters() nor in state_dict(), and train(), eval() and to() of this module leave it alone. Every call encodes
+    the pseudo-inputs once, with the encoder as it is (in training mode, with its dropout and batch statistics).
+
+    Source: Tomczak and Welling 2018, "VAE with a VampPrior", arXiv:1705.07120, equation 9.
+
+    >>> import torch, fastkl
+    >>> encoder = torch.nn.Linear(20, 2 * 3)
+    >>> prior = fastkl.priors.VampPrior(torch.randn(10, 20), encoder)
+    >>> q = fastkl.DiagonalNormal.from_packed(encoder(torch.randn(8, 20)))
+    >>> prior.kl(q).mean().backward()
+    >>> prior.pseudo_inputs.grad.shape, prior.sample(4).shape
+    (torch.Size([10, 20]), torch.Size([4, 3]))
+    """
+
+    def __init__(
+        self, pseudo_inputs: Tensor, encoder: Callable[[Tensor], Any], learn_weights: bool = True, *,
+        transform: Callable[[Tensor], Tensor] | None = None, precision: str = "exact",
+    ):  # fmt: skip
+        super().__init__()
+        arguments.check_tensors(pseudo_inputs=pseudo_inputs)
+        if pseudo_inputs.dim() < 2 or pseudo_inputs.shape[0] == 0:
+            raise ValueError(f"pseudo_inputs must be (K, *datum) with K > 0, got {tuple(pseudo_inputs.shape)}")
+        if not callable(encoder):
+            raise TypeError(f"encoder must be callable, got {type(encoder).__name__}")
+        self.components, self.precision, self.transform = len(pseudo_inputs), precision, transform
+        self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
+        logits = torch.zeros(self.components, device=pseudo_inputs.device)
+        if learn_weights:
+            self.logits = nn.Parameter(logits)
+        else:
+            self.register_buffer("logits", logits)
+        self._encoder = (encoder,)  # in a tuple, where nn.Module does not look for submodules
+
+    @property
+    def encoder(self) -> Callable[[Tensor], Any]:
+        return self._encoder[0]
+
+    def posteriors(self) -> distributions.DiagonalNormal:
+        """q(z | u_k), a batch of K."""
+        inputs = self.pseudo_inputs if self.transform is None else self.transform(self.pseudo_inputs)
+        out = self.encoder(inputs)
+        if isinstance(out, Tensor):
+            out = distributions.DiagonalNormal.from_packed(out, dim=1)
+        elif isinstance(out, (tuple, list)) and len(out) == 2:
+            out = distributions.DiagonalNormal(*out)
+        if not isinstance(out, distributions.DiagonalNormal):
+            raise TypeError("encoder must return a fastkl.DiagonalNormal, a pair (mu, logvar) or a packed tensor, got "
+                            f"{type(out).__name__}")  # fmt: skip
+        if out.event_ndim != len(out.shape) - 1 or out.shape[0] != self.components:
+            raise ValueError(f"encoder must return {self.components} posteriors, one for each pseudo-input, got {out}")
+        return out
+
+    def mixture(self) -> Mixture:
+        return Mixture(self.logits, *self._parameters_of(self.posteriors()), None)
+
+    def extra_repr(self) -> str:
+        return f"components={self.components}, datum={tuple(self.pseudo_inputs.shape[1:])}"
