@@ -6,6 +6,7 @@ A mixture is (logits [K], means [K, D], logvars or None, scale_tril or None), as
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -89,10 +90,18 @@ def _sums(rows: Tensor, nearest: Tensor, centres: Tensor) -> tuple[Tensor, Tenso
 
 def assign(rows: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """(index of the nearest centre [N], squared distance to it [N]), block by block."""
-    offset = centres.mean(0)  # the distances go by a matrix product, to whose precision the origin matters
-    blocks = rows.split(max(1, BLOCK // len(centres)))
-    found = [torch.cdist(block - offset, centres - offset).square().min(1) for block in blocks]
+    found = [distances.min(1) for distances in _squared_distances(rows, centres)]
     return torch.cat([block.indices for block in found]), torch.cat([block.values for block in found])
+
+
+def _squared_distances(rows: Tensor, centres: Tensor) -> Iterator[Tensor]:
+    """[n, K] for blocks of the rows, by a matrix product: to its precision the origin matters."""
+    offset = centres.mean(0)
+    centres = centres - offset
+    for block in rows.split(max(1, BLOCK // max(centres.shape))):
+        block = block - offset
+        squares = block.square().sum(1, keepdim=True) + centres.square().sum(1)
+        yield torch.addmm(squares, block, centres.mT, alpha=-2).clamp_(min=0)
 
 
 def seeds(rows: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
@@ -100,19 +109,17 @@ def seeds(rows: Tensor, count: int, generator: torch.Generator | None) -> Tensor
     draws the one that leaves the least sum of squares (greedy k-means++)."""
     trials = 2 + int(math.log(count))
     uniform = torch.rand(1, generator=generator, device=rows.device, dtype=torch.float64)
-    centres = rows[(uniform * len(rows)).long()]
-    distances = assign(rows, centres)[1].double()
-    while len(centres) < count:
-        cumulative = distances.cumsum(0)
+    chosen = (uniform * len(rows)).long()
+    distances = assign(rows, rows[chosen])[1]
+    while len(chosen) < count:
+        cumulative = distances.cumsum(0, dtype=torch.float64)
         uniform = torch.rand(trials, generator=generator, device=rows.device, dtype=torch.float64)
         # All distances 0: there are fewer distinct data than centres, and any will do.
-        drawn = torch.where(cumulative[-1] > 0, torch.searchsorted(cumulative, uniform * cumulative[-1], right=True),
-                            uniform * len(rows)).long().clamp(max=len(rows) - 1)  # fmt: skip
-        tried = [torch.minimum(distances, assign(rows, rows[index : index + 1])[1]) for index in drawn]
-        best = torch.stack([distance.sum() for distance in tried]).argmin()
-        distances = torch.stack(tried)[best]
-        centres = torch.cat([centres, rows[drawn[best]].unsqueeze(0)])
-    return centres
+        drawn = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp(max=len(rows) - 1)
+        left = torch.minimum(torch.cat(list(_squared_distances(rows, rows[drawn]))), distances.unsqueeze(1))
+        best = left.sum(0, dtype=torch.float64).argmin()
+        distances, chosen = left[:, best], torch.cat([chosen, drawn[best].unsqueeze(0)])
+    return rows[chosen]
 
 
 def kmeans(rows: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

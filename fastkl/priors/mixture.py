@@ -212,6 +212,9 @@ class GaussianMixture(MixturePrior):
         [[-5.0, -5.0], [5.0, 5.0]]
         """
         iterations = arguments.check_int("iterations", iterations, 1)
+        for name, value in (("tolerance", tolerance), ("regularisation", regularisation)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be a number from 0 on, got {value!r}")
         arguments.check_tensors(z=z, parameters=self.means)
         rows = self._check_latent(z).detach().reshape(-1, self.dim).to(reference.compute_dtype(z))
         if len(rows) < self.components:
@@ -240,6 +243,8 @@ class GaussianMixture(MixturePrior):
             if init.shape != self.means.shape:
                 raise ValueError(f"init must be {tuple(self.means.shape)}, got {tuple(init.shape)}")
             centres = init.detach().to(rows)
+            if not centres.isfinite().all():
+                raise ValueError("init must be finite, but holds NaN or infinite numbers")
         elif init == "k-means++":
             centres = kmeans(rows, self.components, generator)
         else:
