@@ -1,0 +1,222 @@
+"""Log-density of a mixture with full covariances, S_k = L_k L_k^T: y = P_k (z - m_k), P_k = L_k^-1, tiled.
+
+An N x K block of joint log-densities costs little beside N K D^2 / 2 products, so rows come in blocks whose joint is at
+most 32 MiB: every (block of rows, component) is a program of its own, and responsibilities are normalised exactly. P is
+made for at most 32 MiB of components at a time, and backward keeps y in a third such buffer, whose products
+(y^T w y, w y P) are torch's: "exact" there as torch.backends.cuda.matmul says (float32 unless asked otherwise).
+
+Gradients, with w = dlp r, g = sum_n w y, A = sum_n w y y^T [+ P diag(sum_n w sigma^2) P^T if "expected"]:
+dz = -sum_k w P^T y, dm = P^T g, dL = tril(P^T A) - sum_n w diag(1 / L_ii).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from fastkl.kernels._layout import cdiv, compute_dtype, next_power_of_2
+
+TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+INPUT_PRECISION = {"exact": "ieee", "tf32x3": "tf32x3", "tf32": "tf32"}
+BUFFER_BYTES = 32 << 20
+
+
+def blocks(columns: int, dtype: torch.dtype) -> dict[str, int]:
+    """ROWS x COLUMNS of y, whose products are summed INNER at a time; few such steps need no pipeline."""
+    rows, most = (32, 64) if columns % 16 else (64, 64)
+    if dtype == torch.float64:
+        rows, most = 16, 32
+    block_columns = min(most, max(16, next_power_of_2(columns)))
+    stages = 1 if columns <= 64 or columns % 16 else 2
+    return {"ROWS": rows, "COLUMNS": block_columns, "INNER": 16, "num_warps": 4, "num_stages": stages}
+
+
+@triton.jit
+def gmm_full_joint_kernel(
+    z, means, roots, log_weights, log_determinants, joint, whitened, shape, strides,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One component at ROWS rows: ln pi + ln N(z; m, S) into joint, or y into whitened.
+
+    shape is (rows, components, columns, rows of log_weights, first row).
+    """
+    rows, columns = shape[0], shape[2]
+    row_blocks = tl.cdiv(rows, ROWS)
+    row = tl.program_id(0) % row_blocks * ROWS + tl.arange(0, ROWS)
+    row_inside = row < rows
+    component = tl.program_id(0) // row_blocks + tl.zeros_like(row)
+    k = component.to(tl.int64)
+    z += row.to(tl.int64)[:, None] * strides[0][0]
+    means += tl.max(k, axis=0) * strides[1][0]
+    roots += tl.max(k, axis=0) * strides[2][0]
+    quadratic = tl.zeros([ROWS], dtype=DTYPE)
+    for start in range(0, columns, COLUMNS):
+        out = start + tl.arange(0, COLUMNS)
+        y = tl.zeros([ROWS, COLUMNS], dtype=DTYPE)
+        for start_inner in range(0, tl.minimum(start + COLUMNS, columns), INNER):  # P is 0 above the diagonal
+            inner = start_inner + tl.arange(0, INNER)
+            inside = inner < columns
+            # A difference of 0 and a row of zeros are neutral in a product.
+            x = tl.load(z + inner[None, :] * strides[0][1], row_inside[:, None] & inside[None, :], other=0.0).to(DTYPE)
+            m = tl.load(means + inner * strides[1][1], inside, other=0.0).to(DTYPE)
+            at = inner.to(tl.int64)[:, None] * strides[2][2] + out.to(tl.int64)[None, :] * strides[2][1]
+            root = tl.load(roots + at, inside[:, None] & (out < columns)[None, :], other=0.0)
+            y = tl.dot(x - m[None, :], root, y, input_precision=PRECISION, out_dtype=DTYPE)
+        if whitened is None:
+            quadratic += tl.sum(y * y, axis=1)
+        else:
+            at = (row.to(tl.int64) * shape[1] + k)[:, None] * columns + out[None, :]
+            tl.store(whitened + at, y, row_inside[:, None] & (out < columns)[None, :])
+    if whitened is None:
+        at = ((row + shape[4]) % shape[3]).to(tl.int64) * strides[3][0] + k * strides[3][1]
+        a = tl.load(log_weights + at, row_inside, other=0.0) - tl.load(log_determinants + k)  # rows outside stay unread
+        tl.store(joint + row.to(tl.int64) * strides[4][0] + k * strides[4][1], a - 0.5 * quadratic, row_inside)
+
+
+def pieces(rows, components, elements):
+    """(rows, components) in pieces of at most `elements` pairs, unless a row of one component is more."""
+    some = min(components.stop - components.start, elements)
+    length = max(1, elements // some)
+    for first in range(rows.start, rows.stop, length):
+        for k in range(components.start, components.stop, some):
+            yield slice(first, min(first + length, rows.stop)), slice(k, min(k + some, components.stop))
+
+
+class Mixture:
+    """What the passes over the components share; P for a chunk of components at a time."""
+
+    def __init__(self, z, logvar, logits, means, scale_tril, form, precision):
+        if len(means) > 1 or form == "convolved":
+            raise NotImplementedError("scale_tril has a kernel for one mixture, point or expected: use the closed form")
+        self.dtype = compute_dtype([t for t in (z, logvar, logits, means, scale_tril) if t is not None])
+        self.z, self.logvar, self.means, self.scale, self.precision = z, logvar, means[0], scale_tril[0], precision
+        self.log_weights = torch.log_softmax(logits, -1, dtype=self.dtype)
+        components, columns = self.means.shape
+        diagonal = self.scale.diagonal(dim1=-2, dim2=-1).to(self.dtype)
+        self.log_determinants = diagonal.log().sum(-1) + 0.5 * math.log(2 * math.pi) * columns
+        elements = BUFFER_BYTES // self.dtype.itemsize
+        self.rows_per_block = max(1, elements // max(components, columns))
+        chunk = max(1, elements // max(1, columns * columns))
+        self.chunks = [slice(k, min(k + chunk, components)) for k in range(0, components, chunk)]
+        self.known = {}
+
+    def blocks_of_rows(self):
+        """Either whole periods of the logits' rows, or a part of one period."""
+        rows, period = len(self.z), len(self.log_weights)
+        step = max(self.rows_per_block // period * period, period)
+        for begin in range(0, rows, step):
+            end = min(begin + step, rows)
+            part = end - begin if period <= self.rows_per_block else self.rows_per_block
+            yield from (slice(first, min(first + part, end)) for first in range(begin, end, part))
+
+    def root(self, part):
+        """P of some components; kept if they are all."""
+        if part.start in self.known:
+            return self.known[part.start]
+        scale = self.scale[part].to(self.dtype)
+        eye = torch.eye(scale.shape[-1], dtype=self.dtype, device=scale.device)
+        root = torch.linalg.solve_triangular(scale, eye.expand_as(scale), upper=False)
+        if len(self.chunks) == 1:
+            self.known[part.start] = root
+        return root
+
+    def launch(self, rows, part, root, joint, whitened):
+        z, means = self.z[rows], self.means[part]
+        block = blocks(z.shape[1], self.dtype)
+        log_weights = self.log_weights[:, part]
+        strides = [t.stride() for t in (z, means, root, log_weights, log_weights if joint is None else joint)]
+        gmm_full_joint_kernel[(cdiv(len(z), block["ROWS"]) * len(means),)](
+            z, means, root, log_weights, self.log_determinants[part], joint, whitened,
+            (*z.shape[:1], *means.shape, len(log_weights), rows.start), tuple(strides),
+            PRECISION=INPUT_PRECISION[self.precision], DTYPE=TRITON_DTYPE[self.dtype], enable_fp_fusion=True, **block,
+        )  # fmt: skip
+
+    def variance(self, rows):
+        return None if self.logvar is None else self.logvar[rows].to(self.dtype).exp()
+
+    def joint(self, rows):
+        out = torch.empty((rows.stop - rows.start, len(self.means)), dtype=self.dtype, device=self.z.device)
+        variance = self.variance(rows)
+        for part in self.chunks:
+            root = self.root(part)
+            self.launch(rows, part, root, out[:, part], None)
+            if variance is not None:  # tr(S^-1 diag sigma^2)
+                out[:, part].addmm_(variance, root.square().sum(1).mT, alpha=-0.5)
+        return out
+
+
+def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision) -> torch.Tensor:
+    mixture = Mixture(z, logvar, logits, means, scale_tril, form, precision)
+    lp = torch.zeros(len(z), dtype=mixture.dtype, device=z.device)  # 0 is the value without dimensions
+    if z.numel():
+        for rows in mixture.blocks_of_rows():
+            lp[rows] = mixture.joint(rows).logsumexp(1)
+    return lp
+
+
+def bwd(
+    dlp, lp, z, logvar, logits, means, logvars, scale_tril, form, precision, data: bool, parameters: bool
+) -> list[torch.Tensor]:  # fmt: skip
+    row_gradients = [torch.empty_like(t) for t in (z, logvar) if data and t is not None]
+    gradients = [torch.empty_like(t) for t in (logits, means, scale_tril) if parameters]
+    if z.numel() == 0:
+        return [gradient.zero_() for gradient in row_gradients + gradients]
+    mixture = Mixture(z, logvar, logits, means, scale_tril, form, precision)
+    components, columns = mixture.means.shape
+    zeros = dict(dtype=mixture.dtype, device=z.device)
+    if parameters:
+        weight_sum, variance_sum = torch.zeros(components, **zeros), torch.zeros(components, columns, **zeros)
+        first, second = torch.zeros(components, columns, **zeros), torch.zeros(components, columns, columns, **zeros)
+        dlogits = torch.zeros(logits.shape, **zeros)
+    for rows in mixture.blocks_of_rows():
+        incoming = dlp[rows, None].to(mixture.dtype)
+        weight = mixture.joint(rows).softmax(1).mul_(incoming)
+        variance = mixture.variance(rows)
+        dz = torch.zeros((len(weight), columns), **zeros)
+        per_chunk = max(1, BUFFER_BYTES // mixture.dtype.itemsize // columns)
+        dvariance = torch.zeros_like(dz)
+        for part in mixture.chunks:
+            root = mixture.root(part)
+            if data and variance is not None:
+                dvariance.addmm_(weight[:, part], root.square().sum(1), alpha=-0.5)
+            if parameters and variance is not None:
+                variance_sum[part].addmm_(weight[:, part].mT, variance)
+            for some_rows, some in pieces(rows, part, per_chunk):
+                inside = slice(some_rows.start - rows.start, some_rows.stop - rows.start)
+                some_root = root[some.start - part.start : some.stop - part.start]
+                y = torch.empty((some_rows.stop - some_rows.start, some.stop - some.start, columns), **zeros)
+                mixture.launch(some_rows, some, some_root, None, y)
+                weighted = y * weight[inside, some, None]
+                if data:
+                    dz[inside].addmm_(weighted.flatten(1), some_root.flatten(0, 1), alpha=-1)
+                if parameters:
+                    first[some] += weighted.sum(0)
+                    second[some].baddbmm_(weighted.permute(1, 2, 0), y.transpose(0, 1))
+        if data:
+            row_gradients[0][rows] = dz.to(z.dtype)
+            if variance is not None:
+                row_gradients[1][rows] = dvariance.mul_(variance).to(logvar.dtype)
+        if parameters:
+            weight_sum += weight.sum(0)
+            if len(weight) >= len(logits):  # whole periods
+                periods = (-1, len(logits))
+                dlogits += weight.unflatten(0, periods).sum(0)
+                dlogits -= mixture.log_weights.exp() * incoming.unflatten(0, periods).sum(0)
+            else:
+                begin = rows.start % len(logits)
+                some = slice(begin, begin + len(weight))
+                dlogits[some] += weight - mixture.log_weights[some].exp() * incoming
+    if parameters:
+        gradients[0].copy_(dlogits)
+        for part in mixture.chunks:
+            root = mixture.root(part)
+            total = second[part]
+            if logvar is not None:
+                total = total + (root * variance_sum[part, None]) @ root.mT
+            gradients[1][0, part] = (root.mT @ first[part, :, None])[..., 0].to(means.dtype)
+            inverse = torch.diag_embed(weight_sum[part, None] * root.diagonal(dim1=-2, dim2=-1))
+            gradients[2][0, part] = ((root.mT @ total).tril() - inverse).to(scale_tril.dtype)
+    return row_gradients + gradients

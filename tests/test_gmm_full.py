@@ -1,0 +1,156 @@
+"""Mixtures with full covariances: the launchers, called directly, against the float64 definition and its autograd."""
+
+import pytest
+import torch
+
+from fastkl import reference
+
+from helpers import DEVICE, DTYPES, assert_as_good_as_eager, launcher, leaf, poisoned_memory
+
+# (rows, components, columns): why
+SHAPES = [
+    (5, 3, 4),  # less than one tile of anything
+    (70, 2, 16),  # two blocks of rows
+    (33, 3, 37),  # rows that are not aligned
+    (9, 2, 130),  # three tiles of columns, those above the diagonal left out
+    (6, 1, 1),  # one component, one dimension
+]
+
+
+def draw(rows, components, columns, form="point", dtype=torch.float32, logits=1):
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    scale = normal(1, components, columns, columns) * (0.5 / max(1, columns) ** 0.5)
+    scale = scale + torch.diag_embed(0.7 + normal(1, components, columns).abs())  # what is above is not read
+    values = [
+        normal(rows, columns),
+        None if form == "point" else normal(rows, columns),
+        normal(logits, components),
+        normal(1, components, columns),
+        scale,
+    ]
+    return [None if value is None else leaf(value.to(dtype)) for value in values]
+
+
+def definition(z, logvar, logits, means, scale_tril, form):
+    index = torch.arange(len(z), device=z.device) % len(logits)
+    joint = reference.gmm_joint_log_prob(z, logits[index], means, scale_tril=scale_tril, logvar=logvar, form=form)
+    return joint.logsumexp(-1)
+
+
+def differentiate(tensors, weights, form):
+    value = definition(*tensors, form)
+    given = [t for t in tensors if t is not None]
+    return [value, *torch.autograd.grad(value, given, weights.to(value.dtype))]
+
+
+def launch(tensors, weights, form, data=True, parameters=True, precision="exact"):
+    with poisoned_memory():
+        z, logvar, logits, means, scale = (None if t is None else t.detach() for t in tensors)
+        inputs = (z, logvar, logits, means, None, scale, form, precision)
+        value = launcher("gmm_full.fwd")(*inputs)
+        return [value, *launcher("gmm_full.bwd")(weights.to(value.dtype), value, *inputs, data, parameters)]
+
+
+def check(tensors, form, units=4.0):
+    exact_tensors = [None if t is None else leaf(t.double()) for t in tensors]
+    weights = torch.linspace(-1, 2, len(tensors[0]), dtype=torch.float64, device=DEVICE)
+    exact = differentiate(exact_tensors, weights, form)
+    eager = differentiate(tensors, weights, form)
+    actual = launch(tensors, weights, form)
+    assert [g.dtype for g in actual[1:]] == [t.dtype for t in tensors if t is not None]
+    # A joint log-density of size a is rounded to a last places of its exponential, the responsibility.
+    scales = [t.detach().abs().max() if t.numel() else 0.0 for t in exact]
+    scales[1:] = [scale * (1 + scales[0]) for scale in scales[1:]]
+    for got, naive, truth, scale in zip(actual, eager, exact, scales):
+        assert_as_good_as_eager(got, naive, truth, units=units, scale=scale)
+    assert not actual[-1].triu(1).any()
+
+
+@pytest.mark.parametrize("form", ["point", "expected"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape, form):
+    check(draw(*shape, form), form)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes(dtype):
+    for form in ("point", "expected"):
+        check(draw(6, 3, 16, form, dtype=dtype), form)
+
+
+@pytest.mark.parametrize("bytes_", [4, 100, 1000])
+def test_blocks_of_rows_and_components(bytes_, monkeypatch):
+    """Buffers of a few bytes: one row or one component at a time, or several."""
+    import fastkl.kernels.gmm_full as kernels
+
+    monkeypatch.setattr(kernels, "BUFFER_BYTES", bytes_)
+    for logits in (1, 2, 4):
+        check(draw(4, 3, 2, "expected", logits=logits), "expected")
+
+
+def test_zero_weights_far_rows_ill_conditioned_and_strided():
+    z, _, logits, means, scale = (None if t is None else t.detach() for t in draw(8, 4, 6))
+    logits[0, 2] = -torch.inf
+    check([leaf(z), None, leaf(logits), leaf(means), leaf(scale)], "point")
+    check([leaf(z + 1e4), None, leaf(logits), leaf(means), leaf(scale)], "point")
+    thin = scale * torch.logspace(-3, 1, 6, device=DEVICE)[:, None]
+    check([leaf(z * 0.1), None, leaf(logits), leaf(means * 0.1), leaf(thin)], "point")
+    views = [
+        torch.cat([z, z], 1)[:, ::2],
+        None,
+        logits.mT.contiguous().mT,
+        means.mT.contiguous().mT,
+        scale.mT.contiguous().mT,
+    ]
+    weights = torch.ones((), device=DEVICE).expand(8)
+    whole = [None if t is None else t.contiguous() for t in views]
+    for got, expected in zip(launch(views, weights, "point"), launch(whole, weights.contiguous(), "point")):
+        torch.testing.assert_close(got, expected)
+
+
+def test_only_what_is_asked_for():
+    tensors = draw(9, 3, 5, "expected")
+    weights = torch.linspace(-1, 1, 9, device=DEVICE)
+    both = launch(tensors, weights, "expected")[1:]
+    some = launch(tensors, weights, "expected", parameters=False)[1:]
+    some += launch(tensors, weights, "expected", data=False)[1:]
+    assert len(some) == 5
+    assert all(torch.equal(a, b) for a, b in zip(some, both))  # the same bits in every run
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2), (3, 2, 0)], ids=str)
+def test_empty(shape):
+    check(draw(*shape, "expected"), "expected")
+
+
+def test_what_has_no_kernel_is_refused():
+    z, logvar, logits, means, scale = draw(4, 2, 3, "convolved")
+    for m, form in ((means, "convolved"), (means.expand(4, -1, -1), "point")):
+        with pytest.raises(NotImplementedError):
+            launcher("gmm_full.fwd")(z, logvar, logits, m, None, scale, form, "exact")
+
+
+def aot_calls():
+    fwd, bwd = launcher("gmm_full.fwd"), launcher("gmm_full.bwd")
+    calls = {}
+
+    def add(name, shape, form="point", dtype=torch.float32, precision="exact"):
+        z, logvar, logits, means, scale = (None if t is None else t.detach() for t in draw(*shape, form, dtype=dtype))
+        inputs = (z, logvar, logits, means, None, scale, form, precision)
+        row = torch.zeros(len(z), dtype=reference.compute_dtype(z))
+        calls[f"{name} fwd"] = lambda: fwd(*inputs)
+        calls[f"{name} bwd"] = lambda: bwd(row, row, *inputs, True, True)
+
+    for precision in ("exact", "tf32x3", "tf32"):
+        add(f"core aligned {precision}", (128, 3, 64), precision=precision)
+        add(f"bfloat16 {precision}", (128, 3, 128), dtype=torch.bfloat16, precision=precision)
+        for columns in (8, 32, 37):
+            add(f"{columns} columns {precision}", (128, 3, columns), "expected", precision=precision)
+        add(f"odd long rows {precision}", (70, 2, 131), precision=precision)
+    add("core float64", (128, 3, 64), dtype=torch.float64)
+    add("odd float64", (70, 3, 37), dtype=torch.float64)
+    return calls
