@@ -27,9 +27,12 @@ LONGEST = {torch.float32: 4096, torch.float64: 2048}
 
 def blocks(data: int, components: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
     """A tile of (DATA x COMPONENTS) pairs by columns."""
-    block_columns = min(next_power_of_2(columns), LONGEST[dtype])
-    warps = max(4, block_columns // (32 * THREAD_TILE[dtype]))
-    pairs = warps * 32 * THREAD_TILE[dtype] // block_columns
+    tile = 128 * THREAD_TILE[dtype]
+    if dtype == torch.float64 and columns % 16:
+        tile //= 2
+    block_columns = next_power_of_2(columns) if columns <= LONGEST[dtype] else tile
+    warps = max(4, 4 * block_columns // tile)
+    pairs = max(1, tile // block_columns)
     block_components = min(next_power_of_2(components), pairs)
     block_data = min(next_power_of_2(data), pairs // block_components)
     return {"DATA": block_data, "COMPONENTS": block_components, "COLUMNS": block_columns, "num_warps": warps}
