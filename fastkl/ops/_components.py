@@ -2,7 +2,8 @@
 
 Three ways, one interface. `prepare` a block of rows [S, B, D]; `joint` gives ln pi + ln N [S, B, k]; with weights
 [S, B, k] and a scale for each row [S, B, 1], `data_gradient` is (dz, dvariance), and `add` adds to the gradients of the
-parameters, from `start` with their buffers (of the parameters' shapes, in the compute dtype) to `finish`.
+parameters, from `start` with their buffers (of the parameters' shapes, in the compute dtype; that of logits which all
+rows share takes the sum of the weights) to `finish`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Bytes of a block's temporaries: within a processor's cache.
-BLOCK_BYTES = 4 << 20
+# Bytes of a block's temporaries. Matrix products want many rows; differences, elementwise, want to stay in a cache.
+PRODUCT_BYTES = 12 << 20
+DIFFERENCES_BYTES = 4 << 20
 # sum_d (m s)^2 up to which the expansion of (z - m)^2 s^2 in float64 is as exact as differences in the compute dtype
 # are, and (m s)^2 up to which the gradients' sums may be expanded in float32.
 EXPANSION_LIMIT = {torch.float32: 1e8, torch.float64: 1e3}
@@ -37,82 +39,112 @@ class Mixture(NamedTuple):
 
 
 class Expansion:
-    """Diagonal components that all rows share: sums over dimensions as matrix products of [x^2, x], x = z - centre."""
+    """Diagonal components that all rows share: sums over dimensions as matrix products of features [x^2, x, 1] of
+    x = z - centre, whose coefficients are [-1/2 s^2, (m - centre) s^2, the rest]."""
 
     def __init__(self, mixture: Mixture, components: slice, form: str, precision: str, centre: Tensor):
         exact, self.mixture, self.components = precision == "exact", mixture, components
-        dtype = torch.float64 if exact else centre.dtype
-        self.centre = centre.to(dtype)
-        self.means = mixture.means[0, components].to(dtype) - self.centre
-        logvars = self.means.new_zeros(())
+        self.dtype = torch.float64 if exact else centre.dtype
+        self.centre = centre
+        means = self._means()
+        count, dimensions = means.shape
+        logvars = means.new_zeros(())
         if mixture.logvars is not None:
-            logvars = mixture.part(mixture.logvars, slice(None), components)[0].to(dtype)
-        logvars = logvars.expand(self.means.shape)
-        self.precision = torch.exp(-logvars)
-        linear = self.means * self.precision
-        squares = linear * self.means
+            logvars = mixture.part(mixture.logvars, slice(None), components)[0].to(self.dtype)
+        logvars = logvars.expand(means.shape)
+        self.coefficients = means.new_empty(count, 2 * dimensions + 1)
+        half_precision = torch.exp(-logvars, out=self.coefficients[:, :dimensions]).mul_(-0.5)
+        linear = torch.mul(means, half_precision, out=self.coefficients[:, dimensions:-1]).mul_(-2)
+        squares = means.mul_(linear)
         norms = squares.sum(-1)
-        self.constant = -0.5 * (norms + logvars.sum(-1) + LN_2_PI * centre.numel())
-        self.coefficients = torch.cat([-0.5 * self.precision, linear], -1)
+        torch.mul(norms + logvars.sum(-1) + LN_2_PI * dimensions, -0.5, out=self.coefficients[:, -1])
         # Comparisons with NaN are false: what is not finite comes out as NaN either way.
-        self.is_exact = not (exact and norms.numel() and norms.amax() > EXPANSION_LIMIT[centre.dtype])
-        narrow = exact and squares.numel() and squares.amax() > GRADIENT_LIMIT
-        self.gradient_dtype = dtype if narrow else centre.dtype
-        self.rows = max(1, BLOCK_BYTES // (16 * len(self.means) + 48 * centre.numel()))
+        self.is_exact = not (exact and count and norms.amax() > EXPANSION_LIMIT[centre.dtype])
+        narrow = exact and count and squares.amax() > GRADIENT_LIMIT
+        self.gradient_dtype = self.dtype if narrow else centre.dtype
+        self.rows = max(1, PRODUCT_BYTES // (12 * count + 48 * dimensions))
+        self.buffers: dict = {}
 
-    def prepare(self, z: Tensor, variance: Tensor | None, data: slice) -> tuple[Tensor, torch.Size]:
-        x = z.flatten(0, 1).to(self.centre.dtype) - self.centre
-        features = torch.empty(len(x), 2, x.shape[1], dtype=x.dtype, device=x.device)
-        torch.mul(x, x, out=features[:, 0])
+    def _means(self) -> Tensor:
+        return self.mixture.means[0, self.components].to(self.dtype) - self.centre
+
+    def _buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Memory that every block uses again: fresh memory costs a page fault every 4 KB."""
+        key = (name, rows, columns, dtype)
+        if key not in self.buffers:
+            self.buffers[key] = torch.empty(rows, columns, dtype=dtype, device=self.centre.device)
+        return self.buffers[key]
+
+    def prepare(self, z: Tensor, variance: Tensor | None, data: slice, for_gradient: bool = False):
+        """(features, shape), valid until the next block."""
+        dtype = self.gradient_dtype if for_gradient else self.dtype
+        (rows, size), shape = z.flatten(0, 1).shape, z.shape[:2]
+        features = self._buffer("features", rows, 2 * size + 1, dtype)
+        x = torch.sub(z.flatten(0, 1).to(dtype), self.centre, out=features[:, size:-1])
+        square = torch.mul(x, x, out=features[:, :size])
         if variance is not None:
-            features[:, 0] += variance.flatten(0, 1)
-        features[:, 1] = x
-        return features.flatten(1), z.shape[:2]
+            square += variance.flatten(0, 1)
+        features[:, -1] = 1
+        return features, shape
+
+    def for_gradient(self, prepared):
+        """What `prepare` gives for a gradient."""
+        features, shape = prepared
+        if features.dtype == self.gradient_dtype:
+            return prepared
+        return self._buffer("features", *features.shape, self.gradient_dtype).copy_(features), shape
 
     def joint(self, prepared, log_weights: Tensor) -> Tensor:
         features, shape = prepared
-        shared = len(log_weights) == 1
-        constant = self.constant + log_weights[0] if shared else self.constant
-        joint = torch.addmm(constant.to(features.dtype), features, self.coefficients.T).view(*shape, -1)
-        return joint if shared else joint.add_(log_weights)
+        coefficients = self.coefficients
+        if len(log_weights) == 1:
+            coefficients = coefficients.clone()
+            coefficients[:, -1] += log_weights[0]
+        joint = self._buffer("joint", len(features), len(coefficients), self.dtype)
+        torch.mm(features, coefficients.T, out=joint)
+        joint = joint.view(*shape, -1)
+        return joint if len(log_weights) == 1 else joint.add_(log_weights)
 
-    def start(self, dmeans: Tensor | None = None, dspread: Tensor | None = None) -> None:
-        self.dmeans, self.dspread = dmeans, dspread
-        self.count = self.means.new_zeros(len(self.means), dtype=self.gradient_dtype)
-        self.moments = self.means.new_zeros(self.coefficients.shape, dtype=self.gradient_dtype)
-        self.gradient_coefficients = self.coefficients.to(self.gradient_dtype)
+    def start(self, dmeans=None, dspread=None, dlogits=None) -> None:
+        self.dmeans, self.dspread, self.dlogits = dmeans, dspread, dlogits
+        self.moments = self.coefficients.new_zeros(self.coefficients.shape, dtype=self.gradient_dtype)
+        self.gradient_coefficients = self.coefficients[:, :-1].to(self.gradient_dtype)
 
     def data_gradient(self, prepared, weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """(dz, dvariance) for weights [S, B, k] times scale [S, B, 1]."""
+        """(dz, dvariance), valid until the next block."""
         features, shape = prepared
-        x = features[:, features.shape[1] // 2 :].to(self.gradient_dtype)
-        gradient = weights.flatten(0, 1).to(self.gradient_dtype) @ self.gradient_coefficients
-        gradient *= scale.reshape(-1, 1)
+        size = features.shape[1] // 2
+        weights = weights.flatten(0, 1).to(self.gradient_dtype)
+        gradient = self._buffer("gradient", len(features), 2 * size, self.gradient_dtype)
+        torch.mm(weights, self.gradient_coefficients, out=gradient).mul_(scale.reshape(-1, 1))
         dsquare, dx = gradient.chunk(2, 1)
-        return dx.addcmul_(dsquare, x, value=2).view(*shape, -1), dsquare.view(*shape, -1)
+        return dx.addcmul_(dsquare, features[:, size:-1], value=2).view(*shape, -1), dsquare.view(*shape, -1)
 
     def add(self, prepared, weights: Tensor, scale: Tensor) -> None:
-        """The sums over rows of weights times scale, [1, z - centre, (z - centre)^2]."""
-        weights, scale = weights.flatten(0, 1).to(self.gradient_dtype), scale.reshape(-1, 1).to(self.gradient_dtype)
-        self.count.addmv_(weights.T, scale[:, 0])
-        self.moments.addmm_(weights.T, prepared[0].to(self.gradient_dtype) * scale)
+        """The sums over rows of weights times scale times [(z - centre)^2, z - centre, 1]."""
+        features = prepared[0].mul_(scale.reshape(-1, 1))
+        self.moments.addmm_(weights.flatten(0, 1).to(self.gradient_dtype).T, features)
 
     def central_moments(self) -> tuple[Tensor, Tensor, Tensor]:
         """sum w [k], sum w (z - m) [k, D], sum w (z - m)^2 [k, D]; the variance of q belongs to the square."""
-        second, first = self.moments.chunk(2, 1)
-        means, count = self.means.to(first.dtype), self.count.unsqueeze(-1)
+        size = self.centre.numel()
+        second, first, count = self.moments[:, :size], self.moments[:, size:-1], self.moments[:, -1:]
+        means = self._means().to(first.dtype)
         central = first - means * count
-        return self.count, central, second - means * (first + central)
+        return count[:, 0], central, second - means * (first + central)
 
     def add_moments(self, prepared, weights: Tensor, scale: Tensor, first: Tensor, second: Tensor) -> None:
         self.add(prepared, weights, scale)
 
     def finish_moments(self, first: Tensor, second: Tensor) -> None:
-        _, first[self.components], second[self.components] = self.central_moments()
+        count, first[self.components], second[self.components] = self.central_moments()
+        self.dlogits[0, self.components] += count.to(self.dlogits.dtype)
 
     def finish(self) -> None:
         count, first, second = self.central_moments()
-        precision = self.precision.to(first.dtype)
+        if self.dlogits is not None:
+            self.dlogits[0, self.components] += count.to(self.dlogits.dtype)
+        precision = self.coefficients[:, : self.centre.numel()].mul(-2).to(first.dtype)
         self.dmeans[0, self.components] += (first * precision).to(self.dmeans.dtype)
         if self.dspread is not None:
             dlogvars = second.mul_(precision).sub_(count.unsqueeze(-1)).mul_(0.5)
@@ -128,15 +160,21 @@ class _ByDifferences:
         count, dimensions = len(range(*components.indices(mixture.means.shape[1]))), mixture.means.shape[2]
         matrices = mixture.scale_tril is not None and form == "convolved"
         size = count * dimensions * (dimensions if matrices else 1)
-        self.rows = max(1, BLOCK_BYTES // (4 * dtype.itemsize * max(1, size)))
+        self.rows = max(1, DIFFERENCES_BYTES // (4 * dtype.itemsize * max(1, size)))
 
     def part(self, tensor: Tensor, data: slice) -> Tensor:
         return self.mixture.part(tensor, data, self.components)
 
-    def start(self, dmeans: Tensor | None = None, dspread: Tensor | None = None) -> None:
+    def start(self, dmeans=None, dspread=None, dlogits=None) -> None:
+        self.dlogits = dlogits
         self.buffers = [buffer for buffer in (dmeans, dspread) if buffer is not None]
 
+    def for_gradient(self, prepared):
+        return prepared
+
     def add(self, prepared, weights: Tensor, scale: Tensor) -> None:
+        if self.dlogits is not None:
+            self.dlogits[0, self.components] += weights.flatten(0, 1).T @ scale.flatten()
         for buffer, gradient in zip(self.buffers, self.parameter_gradients(prepared, weights, scale)):
             target = self.part(buffer, prepared[-1])
             target += gradient.sum_to_size(target.shape)
@@ -151,7 +189,7 @@ class _ByDifferences:
 class Differences(_ByDifferences):
     """Diagonal components of any kind, one difference z - m for each row, component and dimension."""
 
-    def prepare(self, z: Tensor, variance: Tensor | None, data: slice):
+    def prepare(self, z: Tensor, variance: Tensor | None, data: slice, for_gradient: bool = False):
         z, variance = z.unsqueeze(-2), None if variance is None else variance.unsqueeze(-2)
         logvars = z.new_zeros((1, 1, 1))
         if self.mixture.logvars is not None:
@@ -189,6 +227,7 @@ class Differences(_ByDifferences):
 
     def add_moments(self, prepared, weights: Tensor, scale: Tensor, first: Tensor, second: Tensor) -> None:
         """Adds to sum w (z - m) and sum w (z - m)^2 of the one mixture."""
+        self.dlogits[0, self.components] += weights.flatten(0, 1).T @ scale.flatten()
         difference, weights = prepared[0] / prepared[1], (weights * scale).unsqueeze(-1)
         first[self.components] += (weights * difference).sum((0, 1))
         second[self.components] += (weights * difference.square()).sum((0, 1))
@@ -208,7 +247,7 @@ class Full(_ByDifferences):
         """[M, n, x] -> [S, B, x]."""
         return tensor.reshape(*shape, -1) if self.mixture.means.shape[0] == 1 else tensor.transpose(0, 1)
 
-    def prepare(self, z: Tensor, variance: Tensor | None, data: slice):
+    def prepare(self, z: Tensor, variance: Tensor | None, data: slice, for_gradient: bool = False):
         shape = z.shape[:2]
         scale = self.part(self.mixture.scale_tril, data).to(self.dtype).tril()
         means = self.part(self.mixture.means, data).to(self.dtype).unsqueeze(-2)
@@ -268,6 +307,7 @@ class Full(_ByDifferences):
 
     def add_moments(self, prepared, weights: Tensor, scale: Tensor, first: Tensor, second: Tensor) -> None:
         """Adds to sum w (z - m) and sum w (z - m) (z - m)^T of the one mixture."""
+        self.dlogits[0, self.components] += weights.flatten(0, 1).T @ scale.flatten()
         whitened, weights, tril = prepared[0], self._weights(weights, scale), prepared[4]
         difference = whitened @ tril.mT
         first[self.components] += (weights * difference).sum(-2)[0]

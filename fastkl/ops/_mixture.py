@@ -68,7 +68,7 @@ class Sweep:
             size = 8 * self.dtype.itemsize * dimensions * dimensions
             size *= BLOCK_DATA if data > 1 else 1
         else:
-            size = 48 * dimensions
+            size = 48 * dimensions  # of an Expansion, its sums and what computing both takes
         shared = data == 1 and self.mixture.scale_tril is None and self.form != "convolved"
         for components in _slices(count, COMPONENTS_BYTES // max(1, size)):
             part = None
@@ -91,9 +91,9 @@ class Sweep:
             for samples in _slices(self.samples, part.rows // max(1, per_sample)):
                 yield samples, data
 
-    def prepare(self, part, samples: slice, data: slice):
+    def prepare(self, part, samples: slice, data: slice, for_gradient: bool = False):
         variance = None if self.logvar is None else self.logvar[samples, data].to(self.dtype).exp()
-        return part.prepare(self.z[samples, data].to(self.dtype), variance, data)
+        return part.prepare(self.z[samples, data].to(self.dtype), variance, data, for_gradient)
 
     def joint(self, part, prepared, data: slice) -> Tensor:
         """ln pi_k + ln N [S, B, k] of a block, in float64 where the part needs it."""
@@ -173,41 +173,43 @@ class Weights:
         self.origin = sweep.by_datum(origin).unsqueeze(-1)
         self.kept = None if weights is None else sweep.by_datum(weights)
 
-    def block(self, part, prepared, samples: slice, data: slice) -> tuple[Tensor, Tensor]:
-        """[S, B, k] and [S, B, 1], whose product are the weights."""
+    def block(self, part, samples: slice, data: slice) -> tuple:
+        """(prepared, weights [S, B, k], scale [S, B, 1]), for the gradients."""
         if self.kept is not None:
-            return self.kept[samples, data, part.components], self.scale[samples, data]
-        joint = self.sweep.joint(part, prepared, data)
-        return self.sweep.weights(joint, self.origin[samples, data]), self.scale[samples, data]
+            prepared = self.sweep.prepare(part, samples, data, for_gradient=True)
+            return prepared, self.kept[samples, data, part.components], self.scale[samples, data]
+        prepared = self.sweep.prepare(part, samples, data)
+        weights = self.sweep.weights(self.sweep.joint(part, prepared, data), self.origin[samples, data])
+        return part.for_gradient(prepared), weights, self.scale[samples, data]
 
 
 class ResponsibilityWeights(Weights):
     """G - exp(log_r) sum_k G for the gradient G of the log-responsibilities."""
 
     def __init__(self, sweep: Sweep, dlog_r: Tensor, log_r: Tensor):  # its own, not Weights'
+        self.sweep = sweep
         self.gradient, self.log_r = sweep.by_datum(dlog_r).to(sweep.dtype), sweep.by_datum(log_r)
         self.total = self.gradient.sum(-1, keepdim=True)
 
-    def block(self, part, prepared, samples: slice, data: slice) -> tuple[Tensor, Tensor]:
-        at = (samples, data, part.components)
-        total = self.total[samples, data]
-        return self.gradient[at] - self.log_r[at].exp() * total, torch.ones_like(total)
+    def block(self, part, samples: slice, data: slice) -> tuple:
+        prepared = self.sweep.prepare(part, samples, data, for_gradient=True)
+        at, total = (samples, data, part.components), self.total[samples, data]
+        return prepared, self.gradient[at] - self.log_r[at].exp() * total, torch.ones_like(total)
 
 
 def gradients(sweep: Sweep, weights: Weights, data: bool, buffers: list[Tensor] | None) -> list[Tensor]:
     """[dz, dlogvar of q if there] if `data`, in the compute dtype; what `buffers` holds is added to: the sum of the
     weights [I, K], dmeans, and dlogvars or dscale_tril if there."""
     dlogits, dmeans, dspread = [*buffers, None][:3] if buffers else [None] * 3
-    parameters = bool(buffers)
+    parameters, shared = bool(buffers), sweep.mixture.logits.shape[0] == 1
     dz, dvariance = (
         torch.zeros_like(sweep.z, dtype=sweep.dtype) if wanted else None
         for wanted in (data, data and sweep.logvar is not None)
     )
     for part in sweep.parts():
-        part.start(dmeans, dspread)
+        part.start(dmeans, dspread, dlogits if shared else None)
         for samples, rows in sweep.blocks(part):
-            prepared = sweep.prepare(part, samples, rows)
-            block, scale = weights.block(part, prepared, samples, rows)
+            prepared, block, scale = weights.block(part, samples, rows)
             if data:
                 found = part.data_gradient(prepared, block, scale)
                 dz[samples, rows] += found[0]
@@ -215,21 +217,14 @@ def gradients(sweep: Sweep, weights: Weights, data: bool, buffers: list[Tensor] 
                     dvariance[samples, rows] += found[1]
             if parameters:
                 part.add(prepared, block, scale)
-                add_counts(dlogits, block, scale, rows, part.components)
+                if not shared:
+                    dlogits[rows, part.components] += (block * scale).sum(0)
         if parameters:
             part.finish()
     results = [dz.flatten(0, 1)] if data else []
     if dvariance is not None:
         results.append(dvariance.mul_(sweep.logvar.to(sweep.dtype).exp()).flatten(0, 1))
     return results
-
-
-def add_counts(dlogits: Tensor, weights: Tensor, scale: Tensor, data: slice, components: slice) -> None:
-    """Adds the weights [S, B, k] times scale [S, B, 1], summed over the rows that share logits [I, K]."""
-    if dlogits.shape[0] == 1:
-        dlogits[0, components] += weights.flatten(0, 1).T @ scale.flatten()
-    else:
-        dlogits[data, components] += (weights * scale).sum(0)
 
 
 def subtract_softmax(dlogits: Tensor, logits: Tensor, total: Tensor) -> None:
@@ -250,11 +245,9 @@ def moments(sweep: Sweep, keep: int) -> list[Tensor]:
     dlogits, first, *rest = sweep.buffers()
     second = torch.zeros_like(first) if sweep.mixture.scale_tril is None else rest[0]
     for part in sweep.parts():
-        part.start()
+        part.start(dlogits=dlogits)
         for samples, rows in sweep.blocks(part):
-            prepared = sweep.prepare(part, samples, rows)
-            block, scale = weights.block(part, prepared, samples, rows)
+            prepared, block, scale = weights.block(part, samples, rows)
             part.add_moments(prepared, block, scale, first[0], second[0])
-            add_counts(dlogits, block, scale, slice(None), part.components)
         part.finish_moments(first[0], second[0])
     return [lp, dlogits[0], first[0], second[0]]
