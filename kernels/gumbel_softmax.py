@@ -1,8 +1,8 @@
 """Gumbel-Softmax: 1R + 1W forward, 2R + 1W backward. The noise is Philox in registers, drawn again where it is needed.
 
-Logits are [outer, classes, inner]. With AXIS 1 (inner is 1) a tile is ROWS distributions by COLUMNS classes, with AXIS 0
-ROWS classes by COLUMNS distributions: columns are neighbours in the noise, and mostly in memory. Classes that do not fit
-one tile are swept twice, which reads them once more: first their statistics, by several programs each, then the result.
+Logits are [outer, classes, inner]. With AXIS 1 (inner is 1) a tile is ROWS distributions by COLUMNS classes, with AXIS
+0 ROWS classes by COLUMNS distributions: columns are neighbours in the noise, and mostly in memory. Classes that do not
+fit one tile are swept twice, which reads them once more: first their statistics, by several programs each.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from fastkl.kernels._layout import PROGRAMS, cdiv, compute_dtype, next_power_of_
 from fastkl.kernels.rsample_kl import TRITON_DTYPE, shifted_columns
 
 # Elements of a tile that holds all classes, of one that does not, and of a tile of short rows.
-WHOLE, PART, SHORT = 8192, 2048, 1024
+WHOLE, PART, SHORT = 8192, 2048, 512
 # Programs that share a distribution at most; each reads what all of them found.
 SPLITS = 32
 NOT_A_CLASS = tl.constexpr(2147483647)
 
 
-def blocks(classes: int, inner: int, wide: bool) -> tuple[dict[str, int], bool]:
+def blocks(classes: int, inner: int, wide: bool, odd: bool) -> tuple[dict[str, int], bool]:
     """(tile, whether it holds all classes); its columns are a multiple of 4, one Philox call each."""
     whole, part, short = (size // 2 for size in (WHOLE, PART, SHORT)) if wide else (WHOLE, PART, SHORT)
     if inner == 1:
-        columns = max(4, next_power_of_2(classes + 3 * (classes % 4 != 0)))
+        columns = max(4, next_power_of_2(classes + 3 * odd))
         fits = columns <= whole
         rows, columns = (max(1, short // columns), columns) if fits else (1, part)
     else:
-        if inner % 4:  # a Philox call for each element takes registers
+        if odd:  # a Philox call for each element takes registers
             whole, part, short = whole // 2, part // 2, short // 2
         rows, columns = next_power_of_2(classes), max(4, min(64, next_power_of_2(inner)))
         narrow = min(columns, max(16, short // rows))
         fits = rows * narrow <= whole
         rows, columns = (rows, narrow) if fits else (part // columns, columns)
-    warps = max(4, rows * columns // (256 if wide else 512))
+    warps = max(1, rows * columns // (256 if wide else 512))  # 16 elements a thread: fewer shuffles than with 8
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps}, fits
 
 
@@ -56,7 +56,7 @@ def log(x):
 
 @triton.jit
 def gumbel(word):
-    """-ln(-ln u), u = (word + 1/2) / 2^32, in float32; next to 1 from the distance to 1, so that both tails are fine."""
+    """-ln(-ln u), u = (word + 1/2) / 2^32, in float32; next to 1 by the distance to 1, so that both tails are fine."""
     signed = word.to(tl.int32, bitcast=True)
     low = signed >= 0
     tail = (signed ^ (signed >> 31)).to(tl.float32) * 2.0**-32 + 2.0**-33  # u or 1 - u, at most 1/2
@@ -118,7 +118,7 @@ def temperature(tau, TENSOR: tl.constexpr, DTYPE: tl.constexpr):
     if TENSOR:
         value = tl.load(tau).to(DTYPE)
         # The smallest normal number: its inverse is finite, and separates all but ties.
-        inverse = 1.0 / tl.maximum(value, 1.17549435e-38 if DTYPE == tl.float32 else 2.2250738585072014e-308)
+        inverse = 1.0 / tl.maximum(value, 1.17549435e-38 if value.dtype == tl.float32 else 2.2250738585072014e-308)
         inverse = tl.where(value >= 0.0, inverse, float("nan"))
         return inverse * LOG2E, tl.where(value == 0.0, 0.0, inverse), value == 0.0
     else:
@@ -172,7 +172,7 @@ def statistics_kernel(
     dot = tl.zeros([ROWS, COLUMNS], DTYPE)
     last = tl.minimum(begin + classes_per_program, shape[1] + 3 if AXIS == 1 and ODD else shape[1])
     for start in range(begin, last, COLUMNS if AXIS == 1 else ROWS):
-        line, first, column, index, own, mask = tile(block, start, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)
+        line, first, column, index, _own, mask = tile(block, start, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)
         at = offsets(block, line, column, index, strides, column_blocks, AXIS)
         if SOFT:
             weight = tl.load(logits + at, mask, other=0.0).to(DTYPE)  # weighs nothing
@@ -211,7 +211,7 @@ def gumbel_softmax_fwd_kernel(
 ):  # fmt: skip
     """Without `found` one tile holds all classes."""
     block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
-    scale, inverse, limit = temperature(tau, TENSOR, DTYPE)
+    scale, _inverse, limit = temperature(tau, TENSOR, DTYPE)
     key = tl.load(seed)
     begin = split * classes_per_program
     if found is not None:
@@ -219,7 +219,7 @@ def gumbel_softmax_fwd_kernel(
         top, total, best = combine(found, found_third, distribution, count, scale, splits, AXIS, SPLITS, True)
     last = tl.minimum(begin + classes_per_program, shape[1] + 3 if AXIS == 1 and ODD else shape[1])
     for start in range(begin, last if found is not None else 1, COLUMNS if AXIS == 1 else ROWS):
-        line, first, column, index, own, mask = tile(block, start, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)
+        line, first, column, index, _own, mask = tile(block, start, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)
         at = offsets(block, line, column, index, strides, column_blocks, AXIS)
         values = tl.load(logits + at, mask, other=float("-inf")).to(DTYPE)  # weighs nothing
         values += noise(key, line, first, column, shape[AXIS * -1 + 2], AXIS, ODD, ROWS, COLUMNS).to(DTYPE)
@@ -246,7 +246,7 @@ def gumbel_softmax_bwd_kernel(
     """dx = y (dy - sum y dy), dlogits = dx / tau, dtau = -sum dx ln y / tau; with SOFT `logits` is y, whose rounding
     its sum takes out."""
     block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
-    scale, inverse, limit = temperature(tau, TENSOR, DTYPE)
+    scale, inverse, _limit = temperature(tau, TENSOR, DTYPE)
     key = tl.load(seed)
     begin = split * classes_per_program
     if found is not None:
@@ -256,9 +256,11 @@ def gumbel_softmax_bwd_kernel(
         tau_sum = tl.zeros([ROWS, COLUMNS], DTYPE)
     last = tl.minimum(begin + classes_per_program, shape[1] + 3 if AXIS == 1 and ODD else shape[1])
     for start in range(begin, last if found is not None else 1, COLUMNS if AXIS == 1 else ROWS):
-        line, first, column, index, own, mask = tile(block, start, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)
+        line, first, column, index, _own, mask = tile(block, start, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)
         at = offsets(block, line, column, index, strides, column_blocks, AXIS)
-        d = tl.load(dy + offsets(block, line, column, index, dy_strides, column_blocks, AXIS), mask, other=0.0).to(DTYPE)
+        d = tl.load(dy + offsets(block, line, column, index, dy_strides, column_blocks, AXIS), mask, other=0.0).to(
+            DTYPE
+        )
         if SOFT:
             weight = tl.load(logits + at, mask, other=0.0).to(DTYPE)  # weighs nothing
         else:
@@ -279,7 +281,7 @@ def gumbel_softmax_bwd_kernel(
                 logarithm = (values - top) * (scale * LN2)
             else:
                 share = tl.where(weight > 0.0, weight * norm, 1.0)
-                logarithm = tl.log(share) if DTYPE == tl.float64 else log(share)
+                logarithm = tl.log(share) if share.dtype == tl.float64 else log(share)
             tau_sum += tl.where(weight > 0.0, dx * logarithm, 0.0)
     if dtau is not None:
         tl.store(dtau + tl.program_id(0), -inverse * tl.sum(tau_sum))
@@ -288,14 +290,14 @@ def gumbel_softmax_bwd_kernel(
 class Launch:
     """What both directions share: the three dimensions, the tile, who does what."""
 
-    def __init__(self, tensor, dim, tau, constant):
+    def __init__(self, tensor, dim, tau, constant, noisy=True):
         self.dtype = compute_dtype([tensor])
         self.shape = (tensor.shape[:dim].numel(), tensor.shape[dim], tensor.shape[dim + 1 :].numel())
         outer, classes, inner = self.shape
         wide = self.dtype == torch.float64
-        block, self.whole = blocks(classes, inner, wide)
         self.axis, self.count = int(inner == 1), outer * inner
-        odd = (classes if self.axis else inner) % 4 != 0
+        odd = noisy and (classes if self.axis else inner) % 4 != 0  # lines begin anywhere in a Philox call
+        block, self.whole = blocks(classes, inner, wide, odd)
         self.column_blocks = 1 if self.axis else cdiv(inner, block["COLUMNS"])
         units = cdiv(outer, block["ROWS"]) if self.axis else outer * self.column_blocks
         step, self.splits = block["COLUMNS" if self.axis else "ROWS"], 1
@@ -355,7 +357,7 @@ def bwd(dy, y, logits, tau, seed, constant, hard, dim, tau_gradient):
     gradient = torch.empty_like(like)
     if gradient.numel() == 0 or (tau is None and constant == 0):
         return [gradient.zero_(), *([torch.zeros_like(tau)] if tau_gradient else [])]
-    launch = Launch(like, dim, tau, constant)
+    launch = Launch(like, dim, tau, constant, noisy=logits is not None)
     x, d, out, soft = launch.view(like), launch.view(dy), launch.view(gradient), logits is None
     dtau = torch.empty(launch.grid, dtype=launch.dtype, device=like.device) if tau_gradient else None
     gumbel_softmax_bwd_kernel[launch.grid](
