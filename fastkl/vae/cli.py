@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkl.vae.errors import UserError
-from fastkl.vae.settings import Settings, flag, resolve, resume
+from fastkl.vae.settings import Settings, defaults, flag, resolve, resume
 
 RUNS = Path("runs")
 
@@ -74,7 +74,7 @@ def train_on(ranks: Any, options: argparse.Namespace, given: dict[str, Any], beg
     say = print if ranks.main else (lambda *text: None)
     folder = state = None
     if ranks.main:  # the only one that touches the run folder
-        folder = choose_folder(getattr(options, "out", None), "resume" in options, resolve(given).name)
+        folder = choose_folder(getattr(options, "out", None), "resume" in options, defaults(given).name)
         if "resume" in options and (folder / checkpoint.NAME).exists():
             state = checkpoint.load(folder)
     folder, state = ranks.broadcast((folder, state))
@@ -123,7 +123,8 @@ def report(run: Any, began: float) -> None:
     from fastkl.vae.evaluate import evaluate
     from fastkl.vae.report import summary, write_report
 
-    evaluation = evaluate(run.vae, run.data.test, run.settings.importance_samples, run.settings.seed, run.device)
+    asked = (run.settings.importance_samples, run.settings.seed, run.device, run.prior, run.data.test_labels)
+    evaluation = evaluate(run.vae, run.data.test, *asked)
     more: dict[str, Any] = {}
     if run.settings.model == "conv":
         more["loss_memory"] = memory.compare(run.vae.latent_shape)
@@ -132,5 +133,5 @@ def report(run: Any, began: float) -> None:
             print(f"  {name:8} kept {row['saved']:7.1f} MiB   peak {row['peak']:7.1f} MiB   {row['time']:7.1f} ms")
     metrics = write_report(run, evaluation, more)
     for name, value, text in summary(metrics):
-        print(f"  {name:15} {value:>18}  {text}")
+        print(f"  {name:19} {value:>18}  {text}")
     print(f"{time.perf_counter() - began:.1f} s; report: {run.folder / 'report.html'}")

@@ -10,7 +10,7 @@ class UserError(Exception):
     """What is wrong and what to do about it, in one line."""
 
 
-def require(module: str, why: str) -> ModuleType:
+def require(module: str, why: str, extra: str = "train") -> ModuleType:
     """Import an optional dependency; if it is missing, say which command installs it."""
     try:
         return importlib.import_module(module)
@@ -18,4 +18,4 @@ def require(module: str, why: str) -> ModuleType:
         missing = error.name or module
         if missing.split(".")[0] == "fastkl":
             raise
-        raise UserError(f'{why} needs {missing}, which is not installed: pip install "fastkl[train]"') from None
+        raise UserError(f'{why} needs {missing}, which is not installed: pip install "fastkl[{extra}]"') from None

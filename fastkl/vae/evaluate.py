@@ -6,14 +6,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastkl
-from fastkl.vae import streams
-from fastkl.vae.model import VAE
+from fastkl.vae import clusters, streams
+from fastkl.vae.model import DECODED, ENCODED, VAE
+from fastkl.vae.prior import is_mixture, log_prob, sample_kl
 
-# Values of x at once, encoded and decoded: what bounds the memory of large images, and of 1,000 samples.
-ENCODED, DECODED = 2**17, 2**20
 ACTIVE = 0.01  # variance of the posterior mean over the data, above which a unit is active
 
 
@@ -25,8 +24,12 @@ class Evaluation:
     kl: Tensor
     log_prob: Tensor
     means: Tensor
-    kl_per_dim: Tensor
+    kl_per_dim: Tensor  # to N(0, I): another prior's does not divide so
     samples: int
+    # Of a mixture: bounds on the KL [N], ln p(k | mean) [N, K], and what labels, if there are any, say of them.
+    bounds: tuple[Tensor, Tensor] | None = None
+    responsibilities: Tensor | None = None
+    labels: Tensor | None = None
 
     @property
     def elbo(self) -> Tensor:
@@ -42,49 +45,91 @@ class Evaluation:
         means = {name: value.mean().item() for name, value in named.items()}
         errors = {f"{name}_standard_error": value.std().item() / math.sqrt(len(value)) for name, value in named.items()}
         units = {"active_units": self.active_units, "latent_units": self.means[0].numel()}
-        return {**means, **errors, **units, "importance_samples": self.samples, "test_data": len(self.kl)}
+        return {
+            **means, **errors, **units, "importance_samples": self.samples, "test_data": len(self.kl),
+            **self.mixture_figures(),
+        }  # fmt: skip
+
+    def mixture_figures(self) -> dict[str, float]:
+        if self.responsibilities is None:
+            return {}
+        lower, upper = (bound.mean().item() for bound in self.bounds)
+        figures = {"kl_lower": lower, "kl_upper": upper, **clusters.usage(self.responsibilities)}
+        if self.labels is None:
+            return figures
+        return {**figures, **clusters.agreement(self.responsibilities.argmax(1).numpy(), self.labels.numpy())}
 
 
 @torch.no_grad()
-def quick_elbo(vae: VAE, x: Tensor, seed: int, device: torch.device, at_most: int = 1000) -> tuple[float, float, float]:
+def quick_elbo(
+    vae: VAE, x: Tensor, seed: int, device: torch.device, prior: nn.Module | None = None, at_most: int = 1000
+) -> tuple[float, float, float]:
     """(ELBO, KL, reconstruction) with one sample per datum: quick, for the curve."""
     torch.manual_seed(streams.seed_for(seed, "test"))  # the next training step seeds itself
     totals = torch.zeros(2, dtype=torch.float64)
     x = x[:at_most]
     for part in x.split(max(1, ENCODED // x[0].numel())):
         part = part.to(device)
-        z, kl = vae.posterior(part).rsample_kl()
+        z, kl = sample_kl(prior, vae.posterior(part))
         totals += torch.stack([kl.sum(), vae.log_likelihood(z, part).sum()]).double().cpu()
     kl, reconstruction = (totals / len(x)).tolist()
     return reconstruction - kl, kl, reconstruction
 
 
 @torch.no_grad()
-def evaluate(vae: VAE, x: Tensor, samples: int, seed: int, device: torch.device) -> Evaluation:
-    """All figures from one pass of `samples` draws per datum; the reconstruction is their mean, the KL is exact."""
+def quick_mixture(
+    vae: VAE, x: Tensor, seed: int, device: torch.device, prior: nn.Module, samples: int = 16, at_most: int = 1000
+) -> list[float]:
+    """[lower bound, estimate, upper bound of the KL, used components]: for the curve of the bracket."""
+    torch.manual_seed(streams.seed_for(seed, "bracket"))
+    x, totals, found = x[:at_most], torch.zeros(3, dtype=torch.float64), []
+    for part in x.split(max(1, ENCODED // x[0].numel())):
+        posterior = vae.posterior(part.to(device))
+        lower, upper = prior.kl_bounds(posterior)
+        estimate = prior.kl(posterior, num_samples=samples)
+        totals += torch.stack([lower.sum(), estimate.sum(), upper.sum()]).double().cpu()
+        found.append(prior.responsibilities(posterior.mean.flatten(1)).cpu())
+    return [*(totals / len(x)).tolist(), clusters.usage(torch.cat(found))["used_components"]]
+
+
+@torch.no_grad()
+def evaluate(
+    vae: VAE, x: Tensor, samples: int, seed: int, device: torch.device, prior: nn.Module | None = None,
+    labels: Tensor | None = None,
+) -> Evaluation:  # fmt: skip
+    """All figures from one pass of `samples` draws per datum, whose mean are the reconstruction and the KL to a learned
+    prior; to N(0, I) it is exact."""
     torch.manual_seed(streams.seed_for(seed, "evaluation"))
     parts: list[tuple[Tensor, ...]] = []
     per_dim = torch.zeros(vae.latent_shape, dtype=torch.float64)
     for part in x.split(max(1, ENCODED // x[0].numel())):
         part = part.to(device)
         posterior = vae.posterior(part)
-        parts.append((*importance_weighted(vae, part, posterior, samples), posterior.kl(), posterior.mean))
+        reconstruction, log_prob_x, cross = importance_weighted(vae, part, posterior, samples, prior)
+        kl = posterior.kl() if prior is None else -posterior.entropy() - cross
+        parts.append((reconstruction, log_prob_x, kl, posterior.mean))
+        if is_mixture(prior):
+            parts[-1] += (*prior.kl_bounds(posterior), prior.responsibilities(posterior.mean.flatten(1)))
         per_dim += posterior.kl_per_dim().double().cpu() * len(part)
-    reconstruction, log_prob, kl, means = (torch.cat(column).float().cpu() for column in zip(*parts))
-    return Evaluation(reconstruction, kl, log_prob, means, (per_dim / len(x)).float(), samples)
+    reconstruction, log_prob_x, kl, means, *mixture = (torch.cat(column).float().cpu() for column in zip(*parts))
+    more = {"bounds": tuple(mixture[:2]), "responsibilities": mixture[2], "labels": labels} if mixture else {}
+    return Evaluation(reconstruction, kl, log_prob_x, means, (per_dim / len(x)).float(), samples, **more)
 
 
-def importance_weighted(vae: VAE, x: Tensor, posterior: fastkl.DiagonalNormal, samples: int) -> tuple[Tensor, Tensor]:
-    """(E_q log p(x | z), log 1/L sum_l p(x, z_l) / q(z_l | x)) with L samples, a few of them in memory at a time."""
+def importance_weighted(
+    vae: VAE, x: Tensor, posterior: fastkl.DiagonalNormal, samples: int, prior: nn.Module | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(E_q log p(x | z), log 1/L sum_l p(x, z_l) / q(z_l | x), E_q log p(z)) with L samples, a few of them in memory at
+    a time."""
     at_once = max(1, DECODED // x.numel())
-    zero = torch.zeros((), device=x.device)
     total = torch.full((len(x),), float("-inf"), device=x.device)
-    reconstruction = torch.zeros(len(x), device=x.device)
+    reconstruction, cross = (torch.zeros(len(x), device=x.device) for _ in range(2))
     for first in range(0, samples, at_once):
         z = posterior.rsample(num_samples=min(at_once, samples - first))
         log_likelihood = vae.log_likelihood(z, x)
-        log_prior = fastkl.normal_log_prob(z, zero, zero, event_ndim=len(vae.latent_shape))
+        log_prior = log_prob(prior, z, len(vae.latent_shape))
         weights = log_likelihood + log_prior - posterior.log_prob(z)
         total = torch.logaddexp(total, weights.logsumexp(dim=0))
         reconstruction += log_likelihood.sum(dim=0)
-    return reconstruction / samples, total - math.log(samples)
+        cross += log_prior.sum(dim=0)
+    return reconstruction / samples, total - math.log(samples), cross / samples

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastkl.vae import streams
 from fastkl.vae.checkpoint import reason
 from fastkl.vae.data import Data
 from fastkl.vae.errors import UserError, require
+from fastkl.vae.prior import draw
 
 if TYPE_CHECKING:
     from fastkl.vae.train import Run
@@ -42,9 +42,8 @@ class Events:
     @torch.no_grad()
     def images(self, run: Run, step: int) -> None:
         x = run.data.test[:PICTURED].to(run.device)
-        generator = streams.generator(run.settings.seed, "pictures")
-        noise = torch.randn((PICTURED, *run.vae.latent_shape), generator=generator).to(run.device)
-        pictures = {"reconstruction": run.vae.pictured(run.vae.posterior(x).mean), "sample": run.vae.pictured(noise)}
+        z = draw(run.prior, run.vae, PICTURED, run.settings.seed, "pictures").to(run.device)
+        pictures = {"reconstruction": run.vae.pictured(run.vae.posterior(x).mean), "sample": run.vae.pictured(z)}
         if not run.history["test"][:-1]:
             pictures["original"] = x
         with self.said():

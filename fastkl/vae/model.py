@@ -12,6 +12,9 @@ import fastkl
 from fastkl.vae.errors import UserError
 from fastkl.vae.settings import Settings
 
+# Values of x at once, encoded and decoded: what bounds the memory of large images, and of 1,000 samples.
+ENCODED, DECODED = 2**17, 2**20
+
 
 class VAE(nn.Module):
     """x [N, *shape] -> posterior over z [N, *latent_shape] -> log p(x | z) [N], in nats."""
@@ -19,6 +22,7 @@ class VAE(nn.Module):
     def __init__(self, encoder: nn.Module, decoder: nn.Module, shape: tuple, latent_shape: tuple, likelihood: str):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
+        self.register_module("prior", None)  # N(0, I), unless one is learned; it begins after the warm-up (prior.py)
         self.shape, self.latent_shape, self.likelihood = tuple(shape), tuple(latent_shape), likelihood
         if likelihood == "normal":
             # One variance per feature of a vector, one for all pixels of an image.

@@ -38,8 +38,11 @@ class Ranks:
         distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        return nn.parallel.DistributedDataParallel(module) if self.size > 1 else module
+    def wrap(self, module: nn.Module, partly: bool = False) -> nn.Module:
+        """`partly`: some steps do not use all parameters."""
+        if self.size == 1:
+            return module
+        return nn.parallel.DistributedDataParallel(module, find_unused_parameters=partly)
 
     def share(self, indices: Tensor) -> Tensor:
         """This process's contiguous part of a batch."""

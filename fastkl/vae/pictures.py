@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkl.vae import streams
 from fastkl.vae.errors import require
 from fastkl.vae.evaluate import Evaluation
 from fastkl.vae.events import shades
+from fastkl.vae.prior import draw as draw_latents
+from fastkl.vae.prior import is_mixture
 from fastkl.vae.train import Run
 
 # Paul Tol's muted scheme, made for readers with any kind of colour vision; the tenth is black. Markers tell groups
@@ -40,6 +41,11 @@ def draw(run: Run, evaluation: Evaluation) -> dict[str, Any]:
         if len(run.data.shape) == 3:
             figures["reconstructions"] = reconstructions(run)
             figures["samples"] = samples(run)
+        if is_mixture(run.prior):
+            if len(run.data.shape) == 3:
+                figures["components"] = components(run, evaluation)
+            figures["component_usage"] = component_usage(evaluation)
+            figures["kl_bracket"] = kl_bracket(run)
         figures["latent_space"] = latent_space(run, evaluation)
         figures["kl_per_dimension"] = kl_per_dimension(run, evaluation)
         for figure in figures.values():
@@ -83,12 +89,74 @@ def reconstructions(run: Run, columns: int = 12) -> Any:
 
 def samples(run: Run) -> Any:
     side = 4 if run.data.shape[-1] > 64 else 8
-    noise = torch.randn((side * side, *run.vae.latent_shape), generator=streams.generator(run.settings.seed, "samples"))
-    drawn = torch.cat([run.vae.pictured(part.to(run.device)).cpu() for part in noise.split(16)])
+    z = draw_latents(run.prior, run.vae, side * side, run.settings.seed, "samples")
+    drawn = decoded(run, z)
     figure, panels = new_figure(6.4, 6.8, side, side)
     headline(figure, "Samples: decoded draws from the prior")
     for panel, picture in zip(panels.flat, shades(drawn, run.data)):
         show(panel, picture)
+    return figure
+
+
+def decoded(run: Run, z: Tensor) -> Tensor:
+    return torch.cat([run.vae.pictured(part.to(run.device)).cpu() for part in z.split(16)])
+
+
+def components(run: Run, evaluation: Evaluation, rows: int = 20, columns: int = 10) -> Any:
+    """A row of samples for each component, those that the test data use most first."""
+    shares = evaluation.responsibilities.exp().mean(dim=0)
+    chosen = shares.argsort(descending=True)[:rows].tolist()
+    columns = 4 if run.data.shape[-1] > 64 else columns
+    # Two components side by side, or the picture would be a tower.
+    halves = 2 if len(chosen) > 5 else 1
+    height = -(-len(chosen) // halves)
+    figure, panels = new_figure(0.5 * halves * (columns + 2) + 0.3, 0.5 * height + 0.6, height, halves * (columns + 1))
+    headline(figure, "Samples of each component, with its share of the test data")
+    panels = np.atleast_2d(panels)
+    for panel in panels.flat:
+        panel.set_axis_off()
+    for place, component in enumerate(chosen):
+        row = panels[place % height, place // height * (columns + 1) :][: columns + 1]
+        row[0].text(0.9, 0.5, f"{100 * shares[component]:.1f} %", ha="right", va="center", transform=row[0].transAxes)
+        z = draw_latents(run.prior, run.vae, columns, run.settings.seed, "components", component)
+        for panel, picture in zip(row[1:], shades(decoded(run, z), run.data)):
+            show(panel, picture)
+    return figure
+
+
+def component_usage(evaluation: Evaluation) -> Any:
+    """Mean responsibilities over the test data, largest first."""
+    figures = evaluation.mixture_figures()
+    shares = evaluation.responsibilities.exp().mean(dim=0).sort(descending=True).values.numpy()
+    figure, panel = new_figure(8.6, 3.8)
+    threshold = 0.1 / len(shares)
+    colours = [BLUE if share > threshold else "#bbbbbb" for share in shares]
+    panel.bar(range(len(shares)), 100 * shares, color=colours, width=0.8)
+    panel.axhline(100 / len(shares), color=GREY, linewidth=1, linestyle="--")
+    panel.set(
+        title="Component usage", xlabel="component, most used first", ylabel="mean responsibility, % of test data"
+    )
+    panel.set_ylim(bottom=0)
+    panel.grid(axis="x", visible=False)
+    panel.tick_params(axis="x", length=0)
+    used, entropy = figures["used_components"], figures["usage_entropy"]
+    note = f"{used} of {len(shares)} used (blue); entropy {entropy:.2f} of at most {math.log(len(shares)):.2f} nats"
+    note += "\nthe dashed line: all used alike"
+    panel.annotate(note, (0.99, 0.95), xycoords="axes fraction", ha="right", va="top", color=GREY)
+    return figure
+
+
+def kl_bracket(run: Run) -> Any:
+    """The KL to the mixture has no closed form; it lies between these bounds."""
+    figure, panel = new_figure(8.6, 3.8)
+    rows = np.array(run.history["mixture"])
+    epochs = rows[:, 0] / run.steps_per_epoch
+    panel.fill_between(epochs, rows[:, 1], rows[:, 3], color=BLUE, alpha=0.18, linewidth=0)
+    panel.plot(epochs, rows[:, 3], color=BLUE, linewidth=1.6, marker="v", markersize=4, label="upper bound")
+    panel.plot(epochs, rows[:, 2], color=RED, linewidth=1.6, marker="o", markersize=4, label="16 samples per datum")
+    panel.plot(epochs, rows[:, 1], color=BLUE, linewidth=1.6, marker="^", markersize=4, label="lower bound")
+    panel.set(title="KL to the mixture, and its bounds", xlabel="epoch", ylabel="nats per test datum")
+    panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -172,7 +240,10 @@ def kl_per_dimension(run: Run, evaluation: Evaluation) -> Any:
         panel.tick_params(axis="x", length=0)
     unit = "channel" if spatial else "latent dimension"
     where = f", summed over {shape[1]} x {shape[2]} places" if spatial else ""
-    panel.set(title=f"KL per {unit}{where}", xlabel=f"{unit}, largest KL first", ylabel="nats per datum, test mean")
+    target = "" if run.prior is None else " to N(0, I)"
+    panel.set(
+        title=f"KL{target} per {unit}{where}", xlabel=f"{unit}, largest KL first", ylabel="nats per datum, test mean"
+    )
     panel.grid(axis="x", visible=False)
     # Axes end at 0: a posterior that is the prior has a KL of 0, rounding aside.
     panel.set_ylim(bottom=0)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastkl.vae.errors import require
 from fastkl.vae.events import Events
+from fastkl.vae.prior import is_mixture
 
 if TYPE_CHECKING:
     from fastkl.vae.train import Run
@@ -43,6 +44,7 @@ class Terminal(Display):
         self.total, self.batch_size, self.first = run.total_steps, run.batch_size, run.step
         self.began = time.perf_counter()
         self.values = {"elbo": float("nan"), "kl": float("nan"), "test": float("nan")}
+        self.used = ""
         self.bar = None
         self.events = None if events is None else Events(events, run.step)
         if sys.stdout.isatty():
@@ -68,8 +70,13 @@ class Terminal(Display):
 
     def tested(self, run: Run, step: int, elbo: float, kl: float, reconstruction: float) -> None:
         self.values["test"] = elbo
+        values = {"elbo": elbo, "kl": kl, "reconstruction": reconstruction}
+        if is_mixture(run.prior):
+            names = ("kl_lower", "kl_estimate", "kl_upper", "used_components")
+            values.update(zip(names, run.history["mixture"][-1][1:]))
+            self.used = f"  {values['used_components']} of {run.settings.components} used"
         if self.events:
-            self.events.scalars("test", step, {"elbo": elbo, "kl": kl, "reconstruction": reconstruction})
+            self.events.scalars("test", step, values)
             if len(run.data.shape) == 3:
                 self.events.images(run, step)
         if not self.bar:
@@ -88,7 +95,7 @@ class Terminal(Display):
 
     def line(self, step: int) -> str:
         elbo, kl, test = (self.values[name] for name in ("elbo", "kl", "test"))
-        return f"ELBO {elbo:.2f}  KL {kl:.2f}  test {test:.2f} nats  {self.rate(step):,.0f}/s"
+        return f"ELBO {elbo:.2f}  KL {kl:.2f}  test {test:.2f} nats{self.used}  {self.rate(step):,.0f}/s"
 
 
 def make_bar() -> Any:

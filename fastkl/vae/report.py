@@ -20,9 +20,16 @@ CAPTIONS = {
     "loss_curves": "The ELBO is the reconstruction term less the KL. A test curve that falls while the "
     "training curve rises is overfitting.",
     "reconstructions": "Decoded from the posterior mean.",
-    "samples": "Decoded from draws of the prior N(0, I), which no image went into.",
+    "samples": "Decoded from draws of the prior, which no image went into.",
+    "components": "Decoded from draws of single components of the prior: a component that stands for a kind of image "
+    "draws this kind alone. No label was used in training.",
+    "component_usage": "How the test data share the components: the mean over the data of the probability that a datum "
+    "came from each. A component below a tenth of an equal share counts as unused.",
+    "kl_bracket": "The KL to a mixture has no closed form: samples estimate it, and two bounds that need none enclose "
+    "it. Before the first point, during the warm-up, the prior was N(0, I).",
     "latent_space": "Where the encoder puts test data it has never seen; the labels were not used in training.",
-    "kl_per_dimension": "A dimension whose KL is near 0 carries nothing: its posterior is the prior.",
+    "kl_per_dimension": "A dimension whose KL to N(0, I) is near 0 carries nothing: its posterior is the same for all "
+    "data. (The KL to another prior does not divide by dimensions.)",
 }
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff }
@@ -55,8 +62,9 @@ def write_report(run: Run, evaluation: Evaluation, more: dict[str, Any]) -> dict
         checkpoint.write(pictures / f"{name}.png", content)
     settings = dataclasses.asdict(run.settings)
     checkpoint.write(run.folder / "settings.json", (json.dumps(settings, indent=2) + "\n").encode())
-    history = {name: [dict(zip(("step", "elbo", "kl", "reconstruction"), row)) for row in rows]
-               for name, rows in run.history.items()}  # fmt: skip
+    columns = {"mixture": ("step", "kl_lower", "kl", "kl_upper", "used_components")}
+    usual = ("step", "elbo", "kl", "reconstruction")
+    history = {name: [dict(zip(columns.get(name, usual), row)) for row in rows] for name, rows in run.history.items()}
     content = json.dumps({**metrics, "history": history}, indent=2) + "\n"
     checkpoint.write(run.folder / "metrics.json", content.encode())
     checkpoint.write(run.folder / "report.html", page(run, metrics, images).encode())
@@ -76,13 +84,26 @@ def summary(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
         return f"{metrics[name]:.2f} ± {metrics[name + '_standard_error']:.2f}"
 
     samples = f"{metrics['importance_samples']:,}"
-    return [
+    figures = [
         ("ELBO", nats("elbo"), "nats per test datum, ± standard error"),
         ("log p(x)", nats("log_prob"), f"nats, importance-weighted with {samples} samples"),
         ("Reconstruction", nats("reconstruction"), "nats, E[log p(x|z)]"),
         ("KL", nats("kl"), "nats, from posterior to prior"),
         ("Active units", f"{metrics['active_units']:,} of {metrics['latent_units']:,}", "Var(E[z|x]) above 0.01"),
     ]  # fmt: skip
+    if "components" in metrics:
+        used, entropy = metrics["used_components"], metrics["usage_entropy"]
+        figures += [
+            ("KL bounds", f"{metrics['kl_lower']:.2f} to {metrics['kl_upper']:.2f}", "nats, without samples"),
+            ("Used components", f"{used} of {metrics['components']}", f"entropy of their use {entropy:.2f} nats"),
+        ]  # fmt: skip
+    if "clustering_accuracy" in metrics:
+        figures += [
+            ("Clustering accuracy", f"{metrics['clustering_accuracy']:.3f}", "one component per label, at best 1"),
+            ("Cluster purity", f"{metrics['cluster_purity']:.3f}", "components by their most frequent label"),
+            ("Mutual information", f"{metrics['normalised_mutual_information']:.3f}", "with the labels, normalised"),
+        ]  # fmt: skip
+    return figures
 
 
 def page(run: Run, metrics: dict[str, Any], images: dict[str, bytes]) -> str:

@@ -8,6 +8,13 @@ from typing import Any
 
 from fastkl.vae.errors import UserError
 
+LEARNED = ("gmm", "vamp", "flow")
+# Which priors an option says something to.
+BELONGS = {
+    "components": ("gmm", "vamp"), "covariance": ("gmm",), "kl": LEARNED, "samples": LEARNED,
+    "prior_learning_rate": LEARNED,
+}  # fmt: skip
+
 
 def option(default: Any, text: str, maths: bool = True, choices: tuple = (), kind: type | None = None) -> Any:
     """`maths`: a run that is resumed with another value would be another run, so that is refused."""
@@ -35,6 +42,13 @@ class Settings:
     schedule: str = option("cosine", "learning rate over the run", choices=("cosine", "constant"))
     weight_decay: float = option(0.0, "of AdamW")
     beta: float = option(1.0, "weight of the KL term")
+    warm_up: int = option(0, "steps over which that weight rises from 0; a learned prior begins after them")
+    prior: str = option("standard", "of the latent; all but N(0, I) are learned", choices=("standard", *LEARNED))
+    components: int = option(20, "of the mixture (gmm), or pseudo-inputs (vamp)")
+    covariance: str = option("diag", "of the components of gmm", choices=("diag", "spherical", "tied", "full"))
+    kl: str = option("mc", "to a learned prior: by samples, or a bound from above", choices=("mc", "upper"))
+    samples: int = option(1, "of the latent per datum and step, for --kl mc")
+    prior_learning_rate: float = option(0.0, "of a learned prior (0: as --learning-rate)")
     noise: str = option(
         "fused",
         "fused: drawn inside the op, nothing stored; datum: the same for a datum, however many processes share a batch",
@@ -54,7 +68,8 @@ class Settings:
     def name(self) -> str:
         """What a run folder is called when --out does not say."""
         plain = self.preset if self.data in ("digits", "") or self.preset != "digits" else self.data
-        return plain.replace("\\", "/").rstrip("/").split("/")[-1].split(".")[0] or "run"
+        plain = plain.replace("\\", "/").rstrip("/").split("/")[-1].split(".")[0] or "run"
+        return plain if self.prior == "standard" else f"{plain}-{self.prior}"
 
 
 # A data set may want other defaults than digits; options given by hand win over these.
@@ -72,39 +87,40 @@ FOR_PRESET = {
 }  # fmt: skip
 
 
+# A learned prior begins when the posteriors have taken their places; a short run has few steps for that.
+WARM_UP = {"digits": 500, "pbmc": 100, "large-latent": 3}
+FOR_PRIOR = {"standard": {}, "gmm": {}, "vamp": {}, "flow": {}}
+
+
 def resolve(given: dict[str, Any]) -> Settings:
-    """Defaults, then what suits the data, then the preset, then what was typed."""
-    preset = given.get("preset", Settings.preset)
-    data = given.get("data", Settings.data)
-    settings = Settings(**{**FOR_DATA.get(data, {}), **FOR_PRESET[preset], **given})
+    """The settings of a new run; options that contradict one another are refused."""
+    settings = defaults(given)
     check(settings)
+    for name in given:
+        if settings.prior not in (known := BELONGS.get(name, (settings.prior,))):
+            wanted = " or ".join(known)
+            raise UserError(f"{flag(name)} belongs to --prior {wanted}; this run has --prior {settings.prior}")
+    if settings.kl == "upper" and settings.prior == "flow":
+        raise UserError("--kl upper is a bound for mixtures, --prior gmm or vamp; a flow has only --kl mc")
+    if settings.kl == "upper" and "samples" in given:
+        raise UserError("--samples belongs to --kl mc; the bound of --kl upper takes one sample, for the decoder")
     return settings
 
 
+def defaults(given: dict[str, Any]) -> Settings:
+    """Defaults, then what suits the data, then the preset, then the prior, then what was typed."""
+    preset, data, prior = (given.get(name, getattr(Settings, name)) for name in ("preset", "data", "prior"))
+    learned = {} if prior == "standard" else {"warm_up": WARM_UP.get(preset if data == "digits" else data, 500)}
+    return Settings(**{**FOR_DATA.get(data, {}), **FOR_PRESET[preset], **learned, **FOR_PRIOR[prior], **given})
+
+
 def check(settings: Settings) -> None:
-    counts = (
-        "latent",
-        "hidden",
-        "layers",
-        "batch_size",
-        "epochs",
-        "importance_samples",
-        "log_every",
-        "checkpoint_every",
-    )
-    least = {
-        **dict.fromkeys(counts, 1),
-        "image_size": 0,
-        "steps": 0,
-        "seed": 0,
-        "split_seed": 0,
-        "test_data": 0,
-        "threads": 0,
-    }
-    for name, minimum in least.items():
+    ones = ("latent", "hidden", "layers", "batch_size", "epochs", "importance_samples", "log_every", "checkpoint_every")
+    zeros = ("image_size", "steps", "seed", "split_seed", "test_data", "threads", "warm_up")
+    for name, minimum in {**dict.fromkeys((*ones, "components", "samples"), 1), **dict.fromkeys(zeros, 0)}.items():
         if getattr(settings, name) < minimum:
             raise UserError(f"{flag(name)} must be at least {minimum}, got {getattr(settings, name)}")
-    for name in ("learning_rate", "weight_decay", "beta"):
+    for name in ("learning_rate", "weight_decay", "beta", "prior_learning_rate"):
         value = getattr(settings, name)
         if not 0 <= value < float("inf"):
             raise UserError(f"{flag(name)} must be a finite number, 0 or more, got {value}")

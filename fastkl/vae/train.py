@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import fastkl
-from fastkl.vae import checkpoint, streams
+from fastkl import schedules
+from fastkl.vae import checkpoint, prior, streams
 from fastkl.vae.data import Data
 from fastkl.vae.errors import UserError
-from fastkl.vae.evaluate import quick_elbo
+from fastkl.vae.evaluate import quick_elbo, quick_mixture
 from fastkl.vae.model import VAE, build
 from fastkl.vae.parallel import Ranks
 from fastkl.vae.progress import Display
@@ -30,16 +30,18 @@ TEST_POINTS = 25  # of the test curve, over the run
 class ELBO(nn.Module):
     """The objective: a module, because DistributedDataParallel hooks into forward(). Another one may take its place."""
 
-    def __init__(self, vae: VAE, beta: float):
+    def __init__(self, vae: VAE, kl: str = "mc", samples: int = 1):
         super().__init__()
-        self.vae, self.beta = vae, beta
+        self.vae, self.kl, self.samples = vae, kl, samples
 
-    def forward(self, x: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, reconstruction, KL), each the mean over the batch, in nats."""
-        posterior = fastkl.DiagonalNormal.from_packed(self.vae.encoder(x), dim=1)
-        z, kl = posterior.rsample_kl(eps=eps)
+    def forward(
+        self, x: Tensor, eps: Tensor | None = None, beta: Tensor | float = 1.0, learned: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, reconstruction, KL), each the mean over the batch, in nats; the KL to the learned prior or N(0, I)."""
+        posterior = self.vae.posterior(x)
+        z, kl = prior.sample_kl(self.vae.prior if learned else None, posterior, self.kl, self.samples, eps)
         reconstruction = self.vae.log_likelihood(z, x)
-        loss = (self.beta * kl - reconstruction).mean()
+        loss = (beta * kl - reconstruction).mean()
         return loss, reconstruction.detach().mean(), kl.detach().mean()
 
 
@@ -59,6 +61,7 @@ class Run:
     seconds: float = 0.0  # of training, over all the processes that went on with this run
     # Sums since the last point of the curves: reconstruction, KL, steps.
     window: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    # Rows of step, ELBO, KL, reconstruction; of a mixture step, lower bound, KL, upper bound, used components.
     history: dict[str, list[list[float]]] = field(default_factory=lambda: {"train": [], "test": []})
 
     @property
@@ -74,6 +77,11 @@ class Run:
     def total_steps(self) -> int:
         return self.settings.steps or self.settings.epochs * self.steps_per_epoch
 
+    @property
+    def prior(self) -> nn.Module | None:
+        """The learned prior once it has begun; before, and in a run without one, None, which is N(0, I)."""
+        return self.vae.prior if self.step >= self.settings.warm_up else None
+
 
 def start(settings: Settings, data: Data, ranks: Ranks, folder: Path) -> Run:
     """A run at step 0."""
@@ -82,11 +90,29 @@ def start(settings: Settings, data: Data, ranks: Ranks, folder: Path) -> Run:
         raise UserError(f"{wanted} is more than the {len(data.train)} training data")
     device = choose_device(settings.device, ranks)
     torch.manual_seed(streams.seed_for(settings.seed, "weights"))
-    vae = build(settings, data.shape, data.likelihood).to(device)
-    objective = ranks.wrap(ELBO(vae, settings.beta))
+    vae = build(settings, data.shape, data.likelihood)
+    vae.prior = prior.build(settings, vae, data)
+    vae = vae.to(device)
+    learned = vae.prior is not None
+    # During the warm-up the learned prior has no part in the loss.
+    objective = ranks.wrap(ELBO(vae, settings.kl, settings.samples), partly=learned)
+    run = Run(settings, data, ranks, device, folder, vae, objective, make_optimizer(settings, vae))
+    if learned and 0 < run.total_steps <= settings.warm_up:
+        wanted = f"--warm-up {settings.warm_up} leaves none of the {run.total_steps} steps to --prior {settings.prior}"
+        raise UserError(f"{wanted}: choose fewer, or train for longer")
+    return run
+
+
+def make_optimizer(settings: Settings, vae: VAE) -> torch.optim.Optimizer:
     rate, decay = settings.learning_rate, settings.weight_decay
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=rate, weight_decay=decay, fused=True)
-    return Run(settings, data, ranks, device, folder, vae, objective, optimizer)
+    groups: list[dict[str, Any]] = [{"params": list(vae.parameters())}]
+    if vae.prior is not None:
+        own = list(vae.prior.parameters())
+        known = set(own)
+        groups[0]["params"] = [parameter for parameter in groups[0]["params"] if parameter not in known]
+        # No decay: it would pull means and log-variances to 0, which is not less of anything.
+        groups.append({"params": own, "weight_decay": 0.0, "rate": settings.prior_learning_rate or rate})
+    return torch.optim.AdamW(groups, lr=rate, weight_decay=decay, fused=True)
 
 
 def choose_device(name: str, ranks: Ranks) -> torch.device:
@@ -100,20 +126,34 @@ def choose_device(name: str, ranks: Ranks) -> torch.device:
 def train(run: Run, display: Display) -> bool:
     """Train to the end (True) or until someone asks to stop (False); either way the last step is in the checkpoint."""
     began = time.perf_counter() - run.seconds
+    settings = run.settings
+    beta = torch.ones((), device=run.device)  # filled anew each step, so that a compiled objective stays compiled
     with Stop() as stop:
         while run.step < run.total_steps:
             for group in run.optimizer.param_groups:
-                group["lr"] = learning_rate(run.settings, run.step, run.total_steps)
+                rate = group.get("rate", settings.learning_rate)
+                group["lr"] = learning_rate(settings, run.step, run.total_steps, rate)
+            beta.fill_(schedules.linear(run.step + 1, 0.0, settings.beta, steps=settings.warm_up))
             x, eps = batch(run)
-            loss, reconstruction, kl = run.objective(x, eps)
+            loss, reconstruction, kl = run.objective(x, eps, beta, run.prior is not None)
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             run.optimizer.step()
             run.step += 1
+            if run.step == settings.warm_up and run.prior is not None:
+                begin(run)
             run.seconds = time.perf_counter() - began
             if after_step(run, display, reconstruction, kl, stop.asked):
                 return False
     return True
+
+
+def begin(run: Run) -> None:
+    """The end of the warm-up. The checkpoint of this step is written after it, so a resumed run finds it done."""
+    if run.ranks.main:
+        prior.begin(run.vae.prior, run.vae, run.data, run.settings, run.device)
+    state = {name: value.cpu() for name, value in run.vae.prior.state_dict().items()}
+    run.vae.prior.load_state_dict(run.ranks.broadcast(state))
 
 
 def batch(run: Run) -> tuple[Tensor, Tensor | None]:
@@ -128,20 +168,19 @@ def batch(run: Run) -> tuple[Tensor, Tensor | None]:
     x = run.data.train[ranks.share(indices)].to(run.device)
     eps = None
     if settings.noise == "datum":
-        drawn = torch.randn(
-            (run.batch_size, *run.vae.latent_shape), generator=streams.generator(settings.seed, "noise", run.step)
-        )
+        shape = (run.batch_size, settings.samples if run.prior is not None else 1, *run.vae.latent_shape)
+        drawn = torch.randn(shape, generator=streams.generator(settings.seed, "noise", run.step))
         eps = ranks.share(drawn).to(run.device)
     torch.manual_seed(streams.seed_for(settings.seed, "step", run.step, ranks.rank))
     return x, eps
 
 
-def learning_rate(settings: Settings, step: int, total: int) -> float:
+def learning_rate(settings: Settings, step: int, total: int, rate: float) -> float:
     """A short rise, then level or half a cosine. Only the cosine depends on the end: a level run may be prolonged."""
     if settings.schedule == "constant":
-        return settings.learning_rate * min(1.0, (step + 1) / WARM_UP)
+        return rate * min(1.0, (step + 1) / WARM_UP)
     rise = min(WARM_UP, max(1, total // 10))
-    return settings.learning_rate * min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / total))
+    return rate * min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def after_step(run: Run, display: Display, reconstruction: Tensor, kl: Tensor, asked: bool) -> bool:
@@ -160,8 +199,11 @@ def after_step(run: Run, display: Display, reconstruction: Tensor, kl: Tensor, a
         run.window.zero_()
         display.trained(run.step, *row[1:])
     if run.ranks.main and (last or run.step % max(1, run.total_steps // TEST_POINTS) == 0):
-        row = [run.step, *quick_elbo(run.vae, run.data.test, run.settings.seed, run.device)]
+        about = (run.vae, run.data.test, run.settings.seed, run.device, run.prior)
+        row = [run.step, *quick_elbo(*about)]
         run.history["test"].append(row)
+        if prior.is_mixture(run.prior):
+            run.history.setdefault("mixture", []).append([run.step, *quick_mixture(*about)])
         display.tested(run, *row)
     display.stepped(run.step)
     if run.ranks.main and (stopping or last or run.step % run.settings.checkpoint_every == 0):

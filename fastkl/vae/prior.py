@@ -1,0 +1,129 @@
+"""The prior of a run: how it is made, how it begins, and the KL to it. None stands for N(0, I), in closed form.
+
+During the KL warm-up every run has N(0, I): a mixture that starts on posteriors which mean nothing yet leaves most of
+its components unused. Then a mixture is fitted to the posteriors as they are, pseudo-inputs are encoded by what the
+encoder has learned, a flow starts near the identity, and all of them train jointly with the rest.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+import fastkl
+from fastkl.priors import FlowPrior, GaussianMixture, VampPrior
+from fastkl.vae import streams
+from fastkl.vae.data import Data
+from fastkl.vae.errors import UserError, require
+from fastkl.vae.model import ENCODED, VAE
+from fastkl.vae.settings import Settings
+
+FITTED = 20_000  # draws from the posteriors that a mixture is fitted to, at least one per datum
+
+
+def build(settings: Settings, vae: VAE, data: Data) -> nn.Module | None:
+    """The prior as it is before it begins."""
+    dim = math.prod(vae.latent_shape)
+    if settings.prior == "gmm":
+        if settings.components > len(data.train):
+            raise UserError(f"--components {settings.components} is more than the {len(data.train)} training data")
+        if settings.covariance == "full" and dim > 1024:
+            raise UserError(f"--covariance full has {dim} x {dim} numbers for each component; use diag")
+        return GaussianMixture(settings.components, dim, settings.covariance)
+    if settings.prior == "vamp":
+        return VampPrior(pseudo_inputs(settings, data), vae.encoder, transform=whole(data))
+    if settings.prior == "flow":
+        zuko = require("zuko", "--prior flow", "flow")
+        # Splines move a number by as much as they like and leave what is beyond 5 deviations alone.
+        return FlowPrior(zuko.flows.NSF(dim, transforms=2, hidden_features=(64, 64)))
+    return None
+
+
+def pseudo_inputs(settings: Settings, data: Data) -> Tensor:
+    """Training data, no two the same unless more are wanted than there are."""
+    generator = streams.generator(settings.seed, "pseudo-inputs")
+    order = [
+        torch.randperm(len(data.train), generator=generator) for _ in range(1 + settings.components // len(data.train))
+    ]
+    return data.train[torch.cat(order)[: settings.components]]
+
+
+def whole(data: Data) -> nn.Module | None:
+    """Keeps pseudo-inputs that are probabilities in their range."""
+    # Not Hardtanh as in the paper: where a pixel is 0 or 1, as most are, it has no gradient that leads back inside.
+    return Inside() if data.likelihood == "bernoulli" else None
+
+
+class Inside(nn.Module):
+    """Values clamped to [0, 1]; the gradient is let through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (x.clamp(0, 1) - x).detach()
+
+
+@torch.no_grad()
+def begin(prior: nn.Module, vae: VAE, data: Data, settings: Settings, device: torch.device) -> None:
+    """Fit a mixture to the posteriors of the training data; other priors begin as they were built.
+
+    First to the posterior means, where the clusters are; then, from those centres, to draws from the posteriors: the
+    best prior is the average posterior, whose width the means do not have. (A dimension that carries nothing has means
+    near 0 and posteriors of variance 1, and a mixture of the means alone would be absurdly narrow there.)
+    """
+    if not isinstance(prior, GaussianMixture):
+        return
+    seed = streams.seed_for(settings.seed, "fit")
+    torch.manual_seed(seed)  # the next training step seeds itself
+    draws = max(1, FITTED // len(data.train))
+    means, drawn = [], []
+    for part in data.train.split(max(1, ENCODED // data.train[0].numel())):
+        posterior = vae.posterior(part.to(device))
+        means.append(posterior.mean.flatten(1))
+        drawn.append(posterior.rsample(num_samples=draws).flatten(2).transpose(0, 1).flatten(0, 1))
+    try:
+        prior.fit(torch.cat(means), seed=seed, regularisation=1e-4)
+        prior.fit(torch.cat(drawn), init=prior.means, regularisation=1e-4)
+    except ValueError as error:
+        raise UserError(f"--prior gmm cannot be fitted to the posteriors: {error}") from None
+
+
+def sample_kl(
+    prior: nn.Module | None, posterior: fastkl.DiagonalNormal, method: str = "mc", samples: int = 1,
+    eps: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(z, KL to the prior) for each datum; z is the first of the draws that the KL is estimated with.
+
+    eps [N, samples, *latent_shape] is their noise, if it is given.
+    """
+    if prior is None:
+        return posterior.rsample_kl(eps=None if eps is None else eps[:, 0])
+    draws = {"num_samples": samples} if eps is None else {"num_samples": samples, "eps": eps.transpose(0, 1)}
+    z = posterior.rsample(**draws)
+    if method == "upper":
+        return z[0], prior.kl(posterior, method="upper")
+    # E_q[ln q] has a closed form, which leaves less noise than the logarithms of these draws.
+    return z[0], -posterior.entropy() - prior.log_prob(z.flatten(2)).mean(dim=0)
+
+
+def log_prob(prior: nn.Module | None, z: Tensor, ndim: int) -> Tensor:
+    """ln p(z), one for each leading index of z, whose last ndim dimensions are the latent's."""
+    if prior is None:
+        zero = torch.zeros((), device=z.device)
+        return fastkl.normal_log_prob(z, zero, zero, event_ndim=ndim)
+    return prior.log_prob(z.flatten(z.dim() - ndim))
+
+
+def draw(
+    prior: nn.Module | None, vae: VAE, count: int, seed: int, purpose: str, component: int | None = None
+) -> Tensor:
+    """Latents [count, *latent_shape] from the prior, or from one of its components, on the CPU."""
+    if prior is None:
+        return torch.randn((count, *vae.latent_shape), generator=streams.generator(seed, purpose))
+    which = {} if component is None else {"component": component}
+    seed = streams.seed_for(seed, purpose, *which.values())
+    return prior.sample(count, seed=seed, **which).view(count, *vae.latent_shape).cpu()
+
+
+def is_mixture(prior: nn.Module | None) -> bool:
+    return isinstance(prior, (GaussianMixture, VampPrior))
