@@ -27,6 +27,8 @@ class FlowPrior(Prior):
 
     def log_prob(self, z: Tensor) -> Tensor:
         arguments.check_tensors(z=z)
+        if z.numel() == 0:  # torch.distributions' transforms cannot reshape nothing
+            return z.sum(-1)
         return self.flow().log_prob(z.to(next((p.dtype for p in self.flow.parameters()), z.dtype)))
 
     @torch.no_grad()

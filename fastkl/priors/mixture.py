@@ -93,9 +93,13 @@ class MixturePrior(Prior):
             weights = torch.softmax(logits.float(), -1)
             chosen = torch.multinomial(weights, n, replacement=True, generator=generator) if n else weights[:0].long()
         else:
-            chosen = torch.as_tensor(component, device=means.device).expand(n)
-            if chosen.dtype.is_floating_point or (n and not 0 <= chosen.min() <= chosen.max() < len(means)):
-                raise ValueError(f"component must be ints from 0 to {len(means) - 1}, got {component!r}")
+            chosen = torch.as_tensor(component, device=means.device)
+            good = not chosen.dtype.is_floating_point and chosen.shape in ((), (n,))
+            if not good or (chosen.numel() and not 0 <= chosen.min() <= chosen.max() < len(means)):
+                raise ValueError(
+                    f"component must be one int from 0 to {len(means) - 1}, or {n} of them, got {component}"
+                )
+            chosen = chosen.expand(n)
         eps = torch.randn(n, means.shape[-1], generator=generator, device=means.device, dtype=means.dtype)
         if scale_tril is not None:
             for k in chosen.unique().tolist():
