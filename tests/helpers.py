@@ -82,5 +82,18 @@ def assert_as_good_as_eager(actual, eager, exact, *, units: float = 4.0, scale=N
     assert worst <= allowed.item(), f"error {error.max().item():.3e}, eager's {allowed.item():.3e}"
 
 
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Most bytes of CPU memory that `function` has allocated at one time, as the profiler records every allocation."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    now = peak = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert events, "the profiler recorded no allocation"
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
 def leaf(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to(DEVICE).requires_grad_()

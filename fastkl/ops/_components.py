@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # Bytes of a block's temporaries. Matrix products want many rows; differences, elementwise, want to stay in a cache.
-PRODUCT_BYTES = 12 << 20
+PRODUCT_BYTES = 10 << 20
 DIFFERENCES_BYTES = 4 << 20
 # sum_d (m s)^2 up to which the expansion of (z - m)^2 s^2 in float64 is as exact as differences in the compute dtype
 # are, and (m s)^2 up to which the gradients' sums may be expanded in float32.
@@ -57,7 +57,7 @@ class Expansion:
         linear = torch.mul(means, half_precision, out=self.coefficients[:, dimensions:-1]).mul_(-2)
         squares = means.mul_(linear)
         norms = squares.sum(-1)
-        torch.mul(norms + logvars.sum(-1) + LN_2_PI * dimensions, -0.5, out=self.coefficients[:, -1])
+        self.constant = -0.5 * (norms + logvars.sum(-1) + LN_2_PI * dimensions)
         # Comparisons with NaN are false: what is not finite comes out as NaN either way.
         self.is_exact = not (exact and count and norms.amax() > EXPANSION_LIMIT[centre.dtype])
         narrow = exact and count and squares.amax() > GRADIENT_LIMIT
@@ -96,14 +96,11 @@ class Expansion:
 
     def joint(self, prepared, log_weights: Tensor) -> Tensor:
         features, shape = prepared
-        coefficients = self.coefficients
-        if len(log_weights) == 1:
-            coefficients = coefficients.clone()
-            coefficients[:, -1] += log_weights[0]
-        joint = self._buffer("joint", len(features), len(coefficients), self.dtype)
-        torch.mm(features, coefficients.T, out=joint)
-        joint = joint.view(*shape, -1)
-        return joint if len(log_weights) == 1 else joint.add_(log_weights)
+        shared = len(log_weights) == 1
+        self.coefficients[:, -1] = self.constant + log_weights[0] if shared else self.constant
+        joint = self._buffer("joint", len(features), len(self.coefficients), self.dtype)
+        joint = torch.mm(features, self.coefficients.T, out=joint).view(*shape, -1)
+        return joint if shared else joint.add_(log_weights)
 
     def start(self, dmeans=None, dspread=None, dlogits=None) -> None:
         self.dmeans, self.dspread, self.dlogits = dmeans, dspread, dlogits
@@ -114,20 +111,20 @@ class Expansion:
         """(dz, dvariance), valid until the next block."""
         features, shape = prepared
         size = features.shape[1] // 2
-        weights = weights.flatten(0, 1).to(self.gradient_dtype)
         gradient = self._buffer("gradient", len(features), 2 * size, self.gradient_dtype)
-        torch.mm(weights, self.gradient_coefficients, out=gradient).mul_(scale.reshape(-1, 1))
+        torch.mm(weights.flatten(0, 1), self.gradient_coefficients, out=gradient).mul_(scale.reshape(-1, 1))
         dsquare, dx = gradient.chunk(2, 1)
         return dx.addcmul_(dsquare, features[:, size:-1], value=2).view(*shape, -1), dsquare.view(*shape, -1)
 
     def add(self, prepared, weights: Tensor, scale: Tensor) -> None:
         """The sums over rows of weights times scale times [(z - centre)^2, z - centre, 1]."""
         features = prepared[0].mul_(scale.reshape(-1, 1))
-        self.moments.addmm_(weights.flatten(0, 1).to(self.gradient_dtype).T, features)
+        self.moments.addmm_(weights.flatten(0, 1).T, features)
 
     def central_moments(self) -> tuple[Tensor, Tensor, Tensor]:
         """sum w [k], sum w (z - m) [k, D], sum w (z - m)^2 [k, D]; the variance of q belongs to the square."""
         size = self.centre.numel()
+        self.buffers.clear()
         second, first, count = self.moments[:, :size], self.moments[:, size:-1], self.moments[:, -1:]
         means = self._means().to(first.dtype)
         central = first - means * count
@@ -157,6 +154,7 @@ class _ByDifferences:
 
     def __init__(self, mixture: Mixture, components: slice, form: str, dtype: torch.dtype):
         self.mixture, self.components, self.form, self.dtype = mixture, components, form, dtype
+        self.gradient_dtype = dtype
         count, dimensions = len(range(*components.indices(mixture.means.shape[1]))), mixture.means.shape[2]
         matrices = mixture.scale_tril is not None and form == "convolved"
         size = count * dimensions * (dimensions if matrices else 1)

@@ -114,10 +114,13 @@ class _GMMLogProb(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:6], *output[1:])
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # zeros as large as the weights that are kept
         ctx.settings = inputs[6:8]
 
     @staticmethod
     def backward(ctx, dlp, *_):
+        if dlp is None:
+            return (None,) * 9
         inputs, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         if needs_closed_form(dlp):
             return *_gradients(dlp, *inputs, ctx.settings[0]), None, None, None

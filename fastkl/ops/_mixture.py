@@ -18,7 +18,7 @@ from fastkl.ops._components import Differences, Expansion, Full, Mixture
 
 # Bytes of what a slice of components needs, and of the weights that forward keeps; a block's are in _components.
 COMPONENTS_BYTES = 12 << 20
-KEPT_BYTES = 12 << 20
+KEPT_BYTES = 10 << 20
 # Data with their own components that one block takes at most, so that their matrices are bounded as well.
 BLOCK_DATA = 16
 # A weight below exp of this is 0, and not a subnormal number, whose arithmetic is some 30 times slower.
@@ -210,6 +210,7 @@ def gradients(sweep: Sweep, weights: Weights, data: bool, buffers: list[Tensor] 
         part.start(dmeans, dspread, dlogits if shared else None)
         for samples, rows in sweep.blocks(part):
             prepared, block, scale = weights.block(part, samples, rows)
+            block = block.to(part.gradient_dtype)
             if data:
                 found = part.data_gradient(prepared, block, scale)
                 dz[samples, rows] += found[0]
@@ -248,6 +249,7 @@ def moments(sweep: Sweep, keep: int) -> list[Tensor]:
         part.start(dlogits=dlogits)
         for samples, rows in sweep.blocks(part):
             prepared, block, scale = weights.block(part, samples, rows)
+            block = block.to(part.gradient_dtype)
             part.add_moments(prepared, block, scale, first[0], second[0])
         part.finish_moments(first[0], second[0])
     return [lp, dlogits[0], first[0], second[0]]

@@ -31,7 +31,7 @@ def gmm_log_prob(
     Returns:
         [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients to every
         argument, in its dtype. For backward two values are kept for each row; on a CPU also the weights [rows, K]
-        where they take at most 12 MiB.
+        where they take at most 10 MiB.
 
     Raises:
         TypeError: an argument is not a floating-point tensor.
