@@ -131,7 +131,8 @@ def component_usage(evaluation: Evaluation) -> Any:
     figure, panel = new_figure(8.6, 3.8)
     threshold = 0.1 / len(shares)
     colours = [BLUE if share > threshold else "#bbbbbb" for share in shares]
-    panel.bar(range(len(shares)), 100 * shares, color=colours, width=0.8)
+    panel.bar(range(1, len(shares) + 1), 100 * shares, color=colours, width=0.8)
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.axhline(100 / len(shares), color=GREY, linewidth=1, linestyle="--")
     panel.set(
         title="Component usage", xlabel="component, most used first", ylabel="mean responsibility, % of test data"

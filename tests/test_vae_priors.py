@@ -1,0 +1,212 @@
+"""Training with learned priors: the warm-up, the mixture's start, resuming, two processes, and what is refused."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fastkl
+from fastkl.priors import GaussianMixture
+from fastkl.vae import checkpoint, prior
+from fastkl.vae import train as loop
+from fastkl.vae.data import Data
+from fastkl.vae.errors import UserError
+from fastkl.vae.model import VAE
+from fastkl.vae.settings import Settings, resolve
+
+from vae_helpers import BARE, SMALL, assert_same_state, refused, run, train
+
+CPU = torch.device("cpu")
+PRIORS = {
+    "gmm": ("--prior", "gmm", "--components", "5", "--samples", "2"),
+    "vamp": ("--prior", "vamp", "--components", "4", "--kl", "upper"),
+    "flow": ("--prior", "flow", "--samples", "2"),
+}
+WARM = ("--warm-up", "5")
+
+
+def options_of(name: str) -> tuple[str, ...]:
+    if name == "flow":
+        pytest.importorskip("zuko")
+    return (*PRIORS[name], *WARM)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_stopped_runs_go_on_bit_for_bit(tmp_path, monkeypatch, name):
+    """Stopped during the warm-up, at its end, where the mixture is fitted, and after it; with noise="datum", too."""
+    options = (*options_of(name), *BARE, *(("--noise", "datum") if name == "gmm" else ()))
+    real, states = loop.batch, {}
+    assert train(tmp_path / "whole", *options) == 0
+    for stop in (2, 4, 7):
+
+        def interrupted(run, stop=stop):
+            states[run.step] = {key: value.clone() for key, value in run.vae.prior.state_dict().items()}
+            if run.step == stop:
+                signal.raise_signal(signal.SIGINT)
+            return real(run)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "batch", interrupted)
+            assert train(tmp_path / "run", *options, "--resume") == 130
+        assert checkpoint.load(tmp_path / "run")["step"] == stop + 1
+    assert train(tmp_path / "run", *options, "--resume") == 0
+    assert_same_state(tmp_path / "run", tmp_path / "whole")
+    # Untouched up to the end of the warm-up, and trained after it.
+    assert all(states[0][key].equal(value) for key, value in states[4].items())
+    moved = [not states[5][key].equal(value) for key, value in states[7].items()]
+    assert all(moved) if name != "flow" else any(moved), "a flow has masks as well"
+    assert any(not states[0][key].equal(value) for key, value in states[5].items()) == (name == "gmm"), "the fit"
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this build has no torch.distributed")
+@pytest.mark.parametrize("name", PRIORS)
+def test_two_processes_do_what_one_with_their_batch_does(tmp_path, name):
+    same = (*SMALL, *options_of(name), *BARE, "--schedule", "constant", "--log-every", "1", "--noise", "datum")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastkl.vae", "train"]
+    done = run([sys.executable, *launcher, "--out", str(tmp_path / "two"), *same, "--batch-size", "32"], timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert train(tmp_path / "one", *same, "--batch-size", "64") == 0
+    two, one = (checkpoint.load(tmp_path / folder) for folder in ("two", "one"))
+    losses = [torch.tensor(state["history"]["train"], dtype=torch.float64) for state in (two, one)]
+    # The fit, by squares of differences of nearly equal means, turns rounding of 1e-7 into a little more.
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-4)
+    assert set(two["model"]) == set(one["model"])
+
+
+def test_beta_rises_to_its_weight_as_one_tensor(tmp_path, monkeypatch):
+    seen, real = [], loop.ELBO.forward
+
+    def recording(self, x, eps, beta, learned):
+        seen.append((beta.item(), beta.data_ptr(), learned))
+        return real(self, x, eps, beta, learned)
+
+    monkeypatch.setattr(loop.ELBO, "forward", recording)
+    assert train(tmp_path, *BARE, "--prior", "gmm", "--components", "3", "--warm-up", "4", "--beta", "0.5") == 0
+    assert [value for value, _, _ in seen] == pytest.approx([0.125, 0.25, 0.375, *[0.5] * 9])
+    assert len({place for _, place, _ in seen}) == 1, "filled in place: nothing to recompile"
+    assert [learned for _, _, learned in seen] == [False] * 4 + [True] * 8
+
+
+class Clusters(nn.Module):
+    """x [N, 1] in {0, 1, 2} -> posterior means 10 x in the first dimension, where the variance is 0.01; N(0, I) in the
+    second, which carries nothing."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = torch.cat([10 * x, torch.zeros_like(x)], dim=1)
+        return torch.cat([mean, torch.tensor([math.log(0.01), 0.0]).expand_as(mean)], dim=1)
+
+
+@pytest.mark.parametrize("covariance", ["diag", "full"])
+def test_mixture_begins_at_the_clusters_as_wide_as_the_posteriors(covariance):
+    x = torch.arange(3.0).repeat_interleave(100).view(300, 1)
+    vae = VAE(Clusters(), nn.Linear(2, 1), (1,), (2,), "normal")
+    source = Data("x", "", "normal", x, x, None, None, None)
+    settings = Settings(prior="gmm", components=3, covariance=covariance, latent=2)
+    found = []
+    for _ in range(2):
+        mixture = prior.build(settings, vae, source)
+        prior.begin(mixture, vae, source, settings, CPU)
+        order = mixture.means[:, 0].argsort()
+        assert torch.allclose(mixture.means[order], torch.tensor([[0.0, 0.0], [10.0, 0.0], [20.0, 0.0]]), atol=0.05)
+        variances = mixture.scale_tril.square().sum(-1)
+        assert torch.allclose(variances, torch.tensor([0.01, 1.0]).expand(3, 2), rtol=0.1)
+        found.append(mixture.state_dict())
+        torch.manual_seed(len(found))  # another state of torch's generator: the fit has its own
+    for name in found[0].keys() - {"seed"}:
+        assert found[0][name].equal(found[1][name])
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_sample_kl_is_the_estimate_with_that_noise(samples):
+    generator = torch.Generator().manual_seed(samples)
+    head = torch.randn(6, 8, generator=generator).double().requires_grad_()
+    eps = torch.randn(6, samples, 4, generator=generator).double()
+    mixture = GaussianMixture(5, 4).double()
+    q = fastkl.DiagonalNormal.from_packed(head)
+    z, kl = prior.sample_kl(mixture, q, samples=samples, eps=eps)
+    normal = torch.distributions.Normal(*(part for part in (head[:, :4], (head[:, 4:] / 2).exp())))
+    draws = normal.mean + normal.stddev * eps.transpose(0, 1)
+    components = torch.distributions.Normal(mixture.means, (mixture.logvars / 2).exp())
+    components = torch.distributions.Independent(components, 1)
+    density = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(logits=mixture.logits), components)
+    expected = -normal.entropy().sum(1) - density.log_prob(draws).mean(0)
+    torch.testing.assert_close(z, draws[0])
+    torch.testing.assert_close(kl, expected)
+    gradients = [torch.autograd.grad(loss.sum(), [head, *mixture.parameters()]) for loss in (kl, expected)]
+    torch.testing.assert_close(*gradients)
+    upper = prior.sample_kl(mixture, q, "upper", samples, eps)[1]
+    torch.testing.assert_close(upper, mixture.kl(q, method="upper"))
+    closed = prior.sample_kl(None, q, eps=eps)
+    torch.testing.assert_close(closed, (draws[0], q.kl()))
+
+
+def test_pseudo_inputs_are_data_and_stay_in_their_range():
+    x = torch.rand(50, 1, 4, 4)
+    source = Data("x", "", "bernoulli", x, x, None, None, None)
+    settings = Settings(prior="vamp", components=60, hidden=8, latent=2)
+    first, second = (prior.pseudo_inputs(settings, source) for _ in range(2))
+    assert first.equal(second)
+    assert first.shape == (60, 1, 4, 4)
+    assert len(first[:50].unique(dim=0)) == 50
+    beyond = torch.tensor([-0.5, 0.25, 1.5], requires_grad=True)
+    inside = prior.whole(source)(beyond)
+    inside.sum().backward()
+    assert inside.tolist() == [0.0, 0.25, 1.0]
+    assert beyond.grad.tolist() == [1.0, 1.0, 1.0], "a pseudo-pixel at the border can come back"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"prior": "gmm", "components": 0}, "--components must be at least 1"),
+        ({"components": 5}, "--components belongs to --prior gmm or vamp; this run has --prior standard"),
+        ({"prior": "flow", "components": 5}, "--components belongs to"),
+        ({"prior": "vamp", "covariance": "full"}, "--covariance belongs to --prior gmm"),
+        ({"kl": "upper"}, "--kl belongs to --prior gmm or vamp or flow"),
+        ({"prior": "flow", "kl": "upper"}, "--kl upper is a bound for mixtures"),
+        ({"prior": "gmm", "kl": "upper", "samples": 2}, "--samples belongs to --kl mc"),
+        ({"prior": "gmm", "samples": 0}, "--samples must be at least 1"),
+        ({"prior": "gmm", "prior_learning_rate": math.nan}, "--prior-learning-rate must be a finite"),
+        ({"warm_up": -1}, "--warm-up must be at least 0"),
+    ],
+)
+def test_options_that_contradict_are_refused_by_name(given, expected):
+    with pytest.raises(UserError, match=expected):
+        resolve(given)
+
+
+def test_defaults_of_a_learned_prior():
+    assert (resolve({}).warm_up, resolve({}).name) == (0, "digits")
+    assert (resolve({"prior": "gmm"}).warm_up, resolve({"prior": "gmm"}).name) == (500, "digits-gmm")
+    assert resolve({"prior": "vamp", "data": "pbmc"}).warm_up < 480, "pbmc has 480 steps"
+    assert resolve({"prior": "gmm", "preset": "large-latent"}).warm_up < 10
+    assert resolve({"prior": "gmm", "warm_up": 7}).warm_up == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--warm-up", "12", "--prior", "gmm"), "--warm-up 12 leaves none of the 12 steps"),
+        (("--prior", "gmm", "--components", "1439", *WARM), "--components 1439 is more than the 1438"),
+    ],
+)
+def test_runs_that_cannot_be_end_in_one_line(tmp_path, capsys, options, expected):
+    assert expected in refused(capsys, tmp_path / "run", *options)
+
+
+def test_missing_zuko_names_the_extra(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zuko", None)
+    assert 'pip install "fastkl[flow]"' in refused(capsys, tmp_path, "--prior", "flow", *WARM)
+
+
+def test_another_prior_is_another_run(tmp_path, capsys):
+    assert train(tmp_path, *BARE, *options_of("gmm")) == 0
+    assert "--prior vamp differs from the run's gmm" in refused(capsys, tmp_path, "--resume", "--prior", "vamp")
+    # Without --prior again: the options belong to the run that goes on.
+    assert "--components 6 differs from the run's 5" in refused(capsys, tmp_path, "--resume", "--components", "6")
+    assert train(tmp_path, *BARE, "--resume", "--components", "5") == 0
