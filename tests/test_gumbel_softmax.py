@@ -53,7 +53,7 @@ def check(logits, tau, **settings):
     actual = run(gumbel_softmax, logits, tau, seed=SEED, **settings)
     for x, e, a in zip(exact, eager, actual):
         assert a.dtype == e.dtype
-        # The noise is float32, whose last place is 1e-6 where noise is largest: two implementations agree to 1e-6 / tau,
+        # The noise is float32, at its largest to 1e-6: two implementations agree to 1e-6 / tau,
         # also in float64.
         units = {torch.float32: 32, torch.float64: 32 * 2**29}.get(logits.dtype, 4)
         assert_as_good_as_eager(a, e, x, units=units, scale=x.abs().max() if x.numel() else None)

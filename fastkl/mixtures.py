@@ -1,0 +1,245 @@
+"""Samples of Gaussian mixtures: relaxed ones to train through, and plain ones for generation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fastkl import reference
+from fastkl.ops import _arguments as arguments
+from fastkl.ops import _sampling as sampling
+from fastkl.ops.gumbel_softmax import gumbel_softmax
+from fastkl.ops.rsample_normal import rsample_normal
+
+# One seed, two streams of noise: the normal one has another Philox key.
+NORMAL_KEY = 0x5851F42D4C957F2D
+# Bytes of temporaries of a block of rows under full covariances.
+CHUNK = 32 * 2**20
+
+
+def _check(logits, means, logvars, scale_tril, num_samples) -> tuple[torch.Size, torch.dtype]:
+    """(batch shape, dtype of the samples)."""
+    arguments.check_tensors(logits=logits, means=means, logvars=logvars, scale_tril=scale_tril)
+    if num_samples is not None:
+        arguments.check_int("num_samples", num_samples, 1)
+    if logvars is not None and scale_tril is not None:
+        raise ValueError("logvars and scale_tril exclude each other: either is the whole covariance")
+    if means.dim() < 2:
+        raise ValueError(f"means must be [..., K, D], got shape {tuple(means.shape)}")
+    components, size = means.shape[-2:]
+    if logits.dim() == 0 or logits.shape[-1] != components or components == 0:
+        shapes = f"means {tuple(means.shape)} have {components} components, logits {tuple(logits.shape)}"
+        raise ValueError(f"logits must be [..., K] with the K >= 1 components of the means: {shapes}")
+    if logvars is not None and not arguments.fits(logvars[(0,) * max(0, logvars.dim() - 2)], means.shape[-2:]):
+        raise ValueError(
+            f"logvars must be [..., K, D] with each of the two full or 1: means {tuple(means.shape)}, "
+            f"logvars {tuple(logvars.shape)}"
+        )
+    if scale_tril is not None and scale_tril.shape[-3:] != (components, size, size):
+        raise ValueError(
+            f"scale_tril must be [..., K, D, D]: means {tuple(means.shape)}, scale_tril {tuple(scale_tril.shape)}"
+        )
+    batches = {"logits": logits.shape[:-1], "means": means.shape[:-2]}
+    if logvars is not None:
+        batches["logvars"] = logvars.shape[:-2]
+    if scale_tril is not None:
+        batches["scale_tril"] = scale_tril.shape[:-3]
+    try:
+        batch = torch.broadcast_shapes(*batches.values())
+    except RuntimeError:
+        listed = ", ".join(f"{name} {tuple(shape)}" for name, shape in batches.items())
+        raise ValueError(f"the batch dimensions do not broadcast: {listed}") from None
+    dtype = means.dtype
+    for other in (logvars, scale_tril):
+        dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
+    return batch, dtype
+
+
+def _collapse(values: Tensor, event_ndim: int) -> Tensor:
+    """Without the leading dimensions if all components there are the same ones (of size 1, or expanded)."""
+    leading = range(values.dim() - event_ndim)
+    if all(values.shape[dim] == 1 or values.stride(dim) == 0 for dim in leading) and 0 not in values.shape:
+        return values[(0,) * len(leading)]
+    return values
+
+
+def _mix(weights: Tensor, values: Tensor) -> Tensor:
+    """sum_k weights_k values_k: [S, *batch, K] and [*batch, K, C] -> [S, *batch, C]; nothing larger is made."""
+    values = _collapse(values, 2)
+    if values.shape[-2] == 1:  # tied: the weights sum to 1
+        return values.squeeze(-2)
+    return weights @ values if values.dim() == 2 else torch.einsum("s...k,...kc->s...c", weights, values)
+
+
+def _mix_noise(weights: Tensor, eps: Tensor, scale_tril: Tensor) -> Tensor:
+    """sum_k weights_k L_k eps: [R, K], [R, D] and [K, D, D] or [R, K, D, D] -> [R, D]."""
+    if scale_tril.dim() == 4:
+        return torch.einsum("rk,rkij,rj->ri", weights, scale_tril.tril(), eps)
+    outer = (weights.unsqueeze(-1) * eps.unsqueeze(-2)).flatten(1)  # [R, K D], one matrix product for all components
+    return outer @ scale_tril.tril().mT.flatten(0, 1)
+
+
+def _by_chunks(function, bytes_per_row: int, *rows: Tensor) -> Tensor:
+    """function of blocks of rows, whose temporaries are made again in the backward pass rather than kept."""
+    count = max(1, CHUNK // max(1, bytes_per_row))
+    if rows[0].shape[0] <= count:
+        return function(*rows)
+    blocks = zip(*(tensor.split(count) for tensor in rows))
+    return torch.cat([checkpoint(function, *block, use_reentrant=False) for block in blocks])
+
+
+def rsample_gmm(
+    logits: Tensor, means: Tensor, logvars: Tensor | None = None, *, scale_tril: Tensor | None = None,
+    tau: float | Tensor = 1.0, hard: bool = False, num_samples: int | None = None, seed: int | Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """A relaxed sample of a Gaussian mixture, differentiable in all its parameters.
+
+    z = sum_k y_k m_k + (sum_k y_k sigma_k) eps, y = gumbel_softmax(logits, tau), eps ~ N(0, I)
+    z = sum_k y_k (m_k + L_k eps) for full covariances
+
+    One noise vector for all components: where y is one-hot, only that of the chosen component is seen, so that z then
+    has the law of ancestral sampling, without K noise vectors for each sample. With `hard`, or as tau -> 0, that is so;
+    at larger tau z lies between the components.
+
+    Args:
+        logits: unnormalised log-weights, [K] or [*batch, K]; -inf excludes a component.
+        means: [K, D], or [*batch, K, D] for a mixture of each datum's own.
+        logvars: log-variances [K, D], [K, 1] (spherical), [1, D] or [D] (tied), or with batch dimensions; absent, 0.
+        scale_tril: instead of them, Cholesky factors [K, D, D] or [*batch, K, D, D], lower triangles of which are read.
+        tau, hard: as for `fastkl.gumbel_softmax`; tau may be a tensor that wants a gradient.
+        num_samples: draws so many for each datum, in a new first dimension.
+        seed: an int or an int64 tensor without dimensions, for the same sample again; absent, torch draws it.
+
+    Returns:
+        z, [*batch, D] or [num_samples, *batch, D], in the dtype of the means and covariances. No tensor of size
+        [N, K, D] is made for components that the batch shares; under full covariances it is one block of 32 MiB.
+
+    Raises:
+        TypeError, ValueError: as gumbel_softmax; shapes that do not fit; logvars together with scale_tril.
+
+    Source: Jang, Gu and Poole 2017, arXiv:1611.01144; Maddison, Mnih and Teh 2017, arXiv:1611.00712.
+
+    >>> import torch, fastkl
+    >>> means = torch.tensor([[-3.0], [3.0]], requires_grad=True)
+    >>> z = fastkl.rsample_gmm(torch.zeros(2), means, tau=0.5, hard=True, num_samples=10_000, seed=0)
+    >>> f"{z.mean():.1f} {z.std():.1f}"
+    '-0.0 3.2'
+    >>> z.mean().backward()
+    >>> means.grad.isfinite().all().item()
+    True
+    """
+    batch, dtype = _check(logits, means, logvars, scale_tril, num_samples)
+    components, size = means.shape[-2:]
+    seed = sampling.check_seed(seed, logits.device, "logits")
+    shape = (1 if num_samples is None else num_samples, *batch)
+    with torch.autocast(logits.device.type, enabled=False):
+        weights = gumbel_softmax(logits.expand(*shape, components), tau, hard, seed=seed).to(dtype)
+        mean = _mix(weights, means.to(dtype)).expand(*shape, size)
+        if scale_tril is not None:
+            zero = torch.zeros((), dtype=dtype, device=logits.device)
+            eps = rsample_normal(zero.expand(mean.shape), zero, seed=seed ^ NORMAL_KEY)
+            z = mean + _full(weights, eps, scale_tril.to(dtype))
+        elif logvars is None:
+            z = rsample_normal(mean, torch.zeros_like(mean[..., :1]), seed=seed ^ NORMAL_KEY)
+        else:
+            logvars = logvars if logvars.dim() > 1 else logvars.unsqueeze(0)
+            sigma = _mix(weights, (0.5 * logvars.to(dtype)).exp())
+            sigma = sigma.clamp(min=torch.finfo(dtype).tiny)  # where all components are excluded
+            z = rsample_normal(mean, sigma, scale="std", seed=seed ^ NORMAL_KEY)
+    return z.squeeze(0) if num_samples is None else z
+
+
+def _full(weights: Tensor, eps: Tensor, scale_tril: Tensor) -> Tensor:
+    scale_tril = _collapse(scale_tril, 3)
+    components, size = scale_tril.shape[-3:-1]
+    rows = (weights.flatten(0, -2), eps.flatten(0, -2))
+    row_bytes = components * size * eps.itemsize
+    if scale_tril.dim() == 3:
+        z = _by_chunks(lambda w, e: _mix_noise(w, e, scale_tril), row_bytes, *rows)
+    else:
+        own = scale_tril.expand(*weights.shape[:-1], *scale_tril.shape[-3:]).flatten(0, -4)
+        z = _by_chunks(_mix_noise, row_bytes * size, *rows, own)
+    return z.view(eps.shape)
+
+
+def _uniform(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """float64 in [0, 1) with 53 random bits, from two Philox words."""
+    index = torch.arange(torch.Size(shape).numel(), device=seed.device)
+    words = reference.philox(seed, index & 0xFFFFFFFF, index >> 32, 0)
+    return (((words[0] << 32 | words[1]) >> 11 & (1 << 53) - 1).double() * 2.0**-53).view(shape)
+
+
+def _choose(logits: Tensor, num_samples: int, batch: torch.Size, seed: Tensor) -> Tensor:
+    """Components [num_samples, *batch] by inversion of the distribution function; one without weight is never met."""
+    logits = _collapse(logits, 1)
+    weights = torch.softmax(logits.double(), -1).cumsum(-1)
+    total = weights[..., -1:]
+    below = torch.nextafter(total, torch.zeros_like(total))  # the product may round to the total itself
+    u = _uniform(seed, (num_samples, *batch))
+    if logits.dim() == 1:
+        return torch.searchsorted(weights, torch.minimum(u * total, below), right=True)
+    u = u.movedim(0, -1)  # [*batch, num_samples]
+    weights = weights.expand(*batch, weights.shape[-1])
+    found = torch.searchsorted(weights.contiguous(), torch.minimum(u * total, below).contiguous(), right=True)
+    return found.movedim(-1, 0)
+
+
+def _take(values: Tensor, component: Tensor, event_ndim: int) -> Tensor:
+    """values[..., k, *event] of each sample's component; of all at once where the components share them."""
+    values = _collapse(values, event_ndim + 1)
+    dim = values.dim() - event_ndim - 1
+    if values.shape[dim] == 1:
+        return values.squeeze(dim)
+    if dim == 0:
+        return values[component]
+    values = values.expand(*component.shape[1:], *values.shape[dim:])
+    grid = torch.meshgrid(*(torch.arange(n, device=values.device) for n in component.shape[1:]), indexing="ij")
+    return values[(*grid, component)]
+
+
+@torch.no_grad()
+def sample_gmm(
+    logits: Tensor, means: Tensor, logvars: Tensor | None = None, *, scale_tril: Tensor | None = None,
+    num_samples: int, seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Samples of a Gaussian mixture, and the component each came from; without gradient.
+
+    k ~ softmax(logits), z ~ N(m_k, S_k)
+
+    Args:
+        logits, means, logvars, scale_tril, seed: as for `fastkl.rsample_gmm`.
+        num_samples: how many for each datum.
+
+    Returns:
+        (z, component): [num_samples, *batch, D] in the dtype of the means and covariances, [num_samples, *batch] int64.
+        A component is found by bisection, so that nothing of the size samples x K is made; one whose weight is 0 is
+        never drawn.
+
+    Raises:
+        TypeError, ValueError: as rsample_gmm.
+
+    Source: Bishop 2006, "Pattern Recognition and Machine Learning", section 8.1.2 (ancestral sampling).
+
+    >>> import torch, fastkl
+    >>> logits, means = torch.tensor([0.25, 0.75]).log(), torch.tensor([[-3.0, 0.0], [3.0, 1.0]])
+    >>> z, component = fastkl.sample_gmm(logits, means, num_samples=10_000, seed=0)
+    >>> z.shape, f"{component.double().mean():.2f}"
+    (torch.Size([10000, 2]), '0.75')
+    """
+    if num_samples is None:
+        raise TypeError("num_samples must be an int, got None")
+    batch, dtype = _check(logits, means, logvars, scale_tril, num_samples)
+    seed = sampling.check_seed(seed, logits.device, "logits")
+    component = _choose(logits, num_samples, batch, seed)
+    mean = _take(means.to(dtype), component, 1).expand(*component.shape, means.shape[-1])
+    zero = torch.zeros((), dtype=dtype, device=mean.device)
+    if scale_tril is None:
+        logvars = zero.expand(1, 1) if logvars is None else logvars if logvars.dim() > 1 else logvars.unsqueeze(0)
+        return rsample_normal(mean, _take(logvars.to(dtype), component, 1), seed=seed ^ NORMAL_KEY), component
+    eps = rsample_normal(zero.expand(mean.shape), zero, seed=seed ^ NORMAL_KEY)
+    scale_tril, rows = scale_tril.to(dtype), max(1, CHUNK // max(1, means.shape[-1] ** 2 * mean[0].numel()))
+    parts = []
+    for k, m, e in zip(component.split(rows), mean.split(rows), eps.split(rows)):
+        parts.append(m + (_take(scale_tril, k, 2).tril() @ e.unsqueeze(-1)).squeeze(-1))
+    return torch.cat(parts), component
