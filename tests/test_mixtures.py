@@ -186,8 +186,9 @@ def test_no_tensor_of_samples_by_components_by_dimensions():
     with Largest() as largest:
         rsample_gmm(logits, means, logvars, seed=SEED).sum().backward()
     assert largest.elements <= n * k
+    weights = logits[0].clone()
     with Largest() as largest:  # and none of samples by components
-        sample_gmm(logits[0].clone(), means, logvars, num_samples=n, seed=SEED)
+        sample_gmm(weights, means, logvars, num_samples=n, seed=SEED)
     assert largest.elements <= max(n, k) * d
     wide = [tensor.detach() for tensor in draw((65536,), (65536, 4), dtype=torch.float32)]
     assert sample_gmm(*wide, num_samples=100, seed=SEED)[0].shape == (100, 4)
