@@ -6,32 +6,16 @@ import math
 
 import pytest
 import torch
-from torch import distributions, nn
+from torch import distributions
 
 from fastkl.vae import memory, streams
 from fastkl.vae.evaluate import evaluate, quick_elbo
-from fastkl.vae.model import VAE, build
+from fastkl.vae.model import build
 from fastkl.vae.settings import Settings
 
+from vae_helpers import linear_gaussian
+
 CPU = torch.device("cpu")
-
-
-def linear_gaussian(features: int = 5, latent: int = 2) -> tuple[VAE, torch.Tensor, distributions.Distribution]:
-    """x = W z + b + 0.7 noise, so p(x) is normal; the encoder is near the true posterior, but not it."""
-    generator = torch.Generator().manual_seed(3)
-    weight, bias = torch.randn(features, latent, generator=generator), torch.randn(features, generator=generator)
-    decoder, encoder = nn.Linear(latent, features), nn.Linear(features, 2 * latent)
-    precision = torch.eye(latent) + weight.T @ weight / 0.49
-    mean = torch.linalg.solve(precision, weight.T / 0.49)
-    with torch.no_grad():
-        decoder.weight.copy_(weight)
-        decoder.bias.copy_(bias)
-        encoder.weight.copy_(torch.cat([mean, torch.zeros_like(mean)]))
-        encoder.bias.copy_(torch.cat([-mean @ bias, -precision.diagonal().log() + 0.2]))
-    vae = VAE(encoder, decoder, (features,), (latent,), "normal")
-    nn.init.constant_(vae.logvar, math.log(0.49))
-    marginal = distributions.MultivariateNormal(bias, weight @ weight.T + 0.49 * torch.eye(features))
-    return vae, marginal.sample((40,)), marginal
 
 
 def test_importance_weighted_estimate_meets_the_exact_log_prob():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -9,10 +10,12 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import distributions, nn
 
 import fastkl
 from fastkl.vae import checkpoint
 from fastkl.vae.cli import main
+from fastkl.vae.model import VAE
 
 # A run of a second or so: every part of the loop is reached, nothing is learned well.
 SMALL = ("--hidden", "16", "--latent", "3", "--steps", "12", "--log-every", "3", "--checkpoint-every", "4")
@@ -78,3 +81,21 @@ def assert_same(first, second, where: str = "checkpoint") -> None:
             assert_same(left, right, f"{where}[{index}]")
     else:
         assert first == second, where
+
+
+def linear_gaussian(features: int = 5, latent: int = 2) -> tuple[VAE, torch.Tensor, distributions.Distribution]:
+    """x = W z + b + 0.7 noise, so p(x) is normal; the encoder is near the true posterior, but not it."""
+    generator = torch.Generator().manual_seed(3)
+    weight, bias = torch.randn(features, latent, generator=generator), torch.randn(features, generator=generator)
+    decoder, encoder = nn.Linear(latent, features), nn.Linear(features, 2 * latent)
+    precision = torch.eye(latent) + weight.T @ weight / 0.49
+    mean = torch.linalg.solve(precision, weight.T / 0.49)
+    with torch.no_grad():
+        decoder.weight.copy_(weight)
+        decoder.bias.copy_(bias)
+        encoder.weight.copy_(torch.cat([mean, torch.zeros_like(mean)]))
+        encoder.bias.copy_(torch.cat([-mean @ bias, -precision.diagonal().log() + 0.2]))
+    vae = VAE(encoder, decoder, (features,), (latent,), "normal")
+    nn.init.constant_(vae.logvar, math.log(0.49))
+    marginal = distributions.MultivariateNormal(bias, weight @ weight.T + 0.49 * torch.eye(features))
+    return vae, marginal.sample((40,)), marginal
