@@ -25,7 +25,7 @@ PARTIAL_BYTES = 32 << 20
 PREPARE = {"COMPONENTS": 32, "COLUMNS": 32, "ROWS": 8, "LOGITS": 128}
 
 
-# ---- Prepared parameters ----------------------------------------------------------------------------------------------
+# ---- Prepared parameters ---------------------------------------------------------------------------------------------
 
 
 class Mixture(NamedTuple):
@@ -80,11 +80,15 @@ def prepare_kernel(
             tl.store(roots + at, tl.where((column < columns)[None, :], exp(v), 0.0), inside)
             tl.store(scaled_means + at, m, inside)
         else:
-            # The first components' average: shifting z and means together changes nothing but rounding.
+            # The average of the first components where it dwarfs their distances, so that shifting z and means together
+            # changes next to nothing; z - c is then exact. Elsewhere 0: z - c would only be rounded.
             some = tl.arange(0, COMPONENTS)
             at_some = some.to(tl.int64)[:, None] * strides[1][0] + column.to(tl.int64)[None, :] * strides[1][1]
-            first = tl.load(means + at_some, (some < components)[:, None] & (column < columns)[None, :], other=0.0)
-            c = tl.sum(first.to(DTYPE), axis=0) / tl.minimum(components, COMPONENTS)
+            inside_some = (some < components)[:, None] & (column < columns)[None, :]
+            first = tl.load(means + at_some, inside_some, other=0.0).to(DTYPE)
+            average = tl.sum(first, axis=0) / tl.minimum(components, COMPONENTS)
+            distance = tl.max(tl.where(inside_some, tl.abs(first - average[None, :]), 0.0), axis=0)
+            c = tl.where(tl.abs(average) > 2.0 * distance, average, 0.0)
             s = exp(-0.5 * v)
             tl.store(roots + at, tl.where(mask, s, 0.0), inside)
             tl.store(scaled_means + at, tl.where(mask, (m - c[None, :]) * s, 0.0), inside)
@@ -115,7 +119,7 @@ def prepare(logits, means, logvars, form: str, dtype: torch.dtype) -> Mixture:
         torch.empty((padded_columns, padded_components), **empty),
         torch.empty((padded_columns, padded_components), **empty),
     )  # fmt: skip
-    column_blocks = cdiv(padded_columns, PREPARE["COLUMNS"])
+    column_blocks = max(1, cdiv(padded_columns, PREPARE["COLUMNS"]))
     tiles = column_blocks * cdiv(padded_components, PREPARE["COMPONENTS"])
     full = None if logvars is None else logvars.expand(means.shape)
     prepare_kernel[(tiles + cdiv(rows, PREPARE["ROWS"]),)](
@@ -151,7 +155,7 @@ def split(total: int, block: int, others: int, partial_bytes: int) -> tuple[int,
     return share(total, block, min(cdiv(PROGRAMS, others), max(1, PARTIAL_BYTES // max(1, partial_bytes))))
 
 
-# ---- Device functions -------------------------------------------------------------------------------------------------
+# ---- Device functions ------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -228,10 +232,7 @@ def squares(
     z_at and logvar_at are [ROWS, 4] pointers to the first columns, steps their distance to the next four; roots and
     scaled_means point at the first component, in rows of `padded` elements.
     """
-    if BY_ROWS:
-        total = tl.zeros([COMPONENTS, ROWS], dtype=DTYPE)
-    else:
-        total = tl.zeros([ROWS, COMPONENTS], dtype=DTYPE)
+    total = tl.zeros([COMPONENTS, ROWS] if BY_ROWS else [ROWS, COMPONENTS], dtype=DTYPE)
     lanes = tl.arange(0, COMPONENTS)  # constants, so that they become part of the load instructions
     for start in range(0, columns, 4):
         zs = four(load_centred(z_at, centre, start, columns, FORM, TAIL, DTYPE), ROWS)
@@ -266,20 +267,27 @@ def squares(
 
 @triton.jit
 def joint_tile(
-    z_at, logvar_at, logits, centre, constants, roots, scaled_means, row, start, shape, steps, strides,
+    z_at, logvar_at, logits, normaliser, centre, constants, roots, scaled_means, row, start, shape, steps, strides,
     FORM: tl.constexpr, TAIL: tl.constexpr, BY_ROWS: tl.constexpr,
     ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """ln pi_k + ln N_k(z) + normaliser for a tile; logits is None where they are shared, and part of the constants."""
+    """ln pi_k + ln N_k(z) for a tile; logits is None where they are shared, and part of the constants.
+
+    Always by the same operations in the same order: backward subtracts the saved log-density from these very values.
+    """
     columns, components, padded = shape
     component = start + tl.arange(0, COMPONENTS)
     total = squares(
         z_at, logvar_at, centre, roots + start, scaled_means + start, columns, padded, steps,
         FORM, TAIL, BY_ROWS, ROWS, COMPONENTS, DTYPE,
     )  # fmt: skip
-    joint = by_component(tl.load(constants + component), BY_ROWS) - 0.5 * total
-    if logits is not None:
+    constant = tl.load(constants + component)
+    if logits is None:
+        joint = by_component(constant - tl.load(normaliser), BY_ROWS) - 0.5 * total
+    else:
         at = by_row(row.to(tl.int64) * strides[0], BY_ROWS) + by_component(component.to(tl.int64) * strides[1], BY_ROWS)
         # The padding's constants are -inf already.
-        joint += tl.load(logits + at, by_component(component < components, BY_ROWS), other=0.0).to(DTYPE)
+        weight = tl.load(logits + at, by_component(component < components, BY_ROWS), other=0.0).to(DTYPE)
+        weight -= by_row(tl.load(normaliser + row), BY_ROWS)
+        joint = weight + (by_component(constant, BY_ROWS) - 0.5 * total)
     return joint

@@ -32,7 +32,9 @@ FINISH = {"COMPONENTS": 32, "COLUMNS": 32}
 
 
 @triton.jit
-def given_weights(dlog_r, log_r, total, row, component, components, strides, BY_ROWS: tl.constexpr, DTYPE: tl.constexpr):
+def given_weights(
+    dlog_r, log_r, total, row, component, components, strides, BY_ROWS: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
     """dlog_r - exp(log_r) total, 0 beyond the last component."""
     mask = by_component(component < components, BY_ROWS)
     rows, columns = by_row(row.to(tl.int64), BY_ROWS), by_component(component.to(tl.int64), BY_ROWS)
@@ -75,18 +77,14 @@ def gmm_rows_kernel(
         gradient = tl.load(dlp + row * strides[3]).to(DTYPE)
         if not GIVEN:
             value = tl.load(lp + row)
-            if logits is None:
-                value += tl.load(normaliser)
-            else:
-                value += tl.load(normaliser + index)
         for start in range(first, tl.minimum(first + components_per_program, shape[1]), COMPONENTS):
             component = start + tl.arange(0, COMPONENTS)
             if GIVEN:
                 weight = given_weights(dlog_r, log_r, gradient, row, component, shape[1], strides[4], True, DTYPE)
             else:
                 joint = joint_tile(
-                    z_at, logvar_at, logits, centre, constants, roots, scaled_means, index, start, shape, steps,
-                    strides[2], FORM, TAIL, True, ROWS, COMPONENTS, DTYPE,
+                    z_at, logvar_at, logits, normaliser, centre, constants, roots, scaled_means, index, start, shape,
+                    steps, strides[2], FORM, TAIL, True, ROWS, COMPONENTS, DTYPE,
                 )  # fmt: skip
                 weight = gradient[None, :] * exp(joint - value[None, :])
             if dlogits is not None:
@@ -144,8 +142,8 @@ def gmm_rows_kernel(
 
 @triton.jit
 def gmm_components_kernel(
-    dlp, lp, dlog_r, log_r, z, logvar, logits, normaliser, centre, constants, roots, scaled_means, counts, sums, squared,
-    rows, logit_rows, shape, strides, part_stride, rows_per_program, component_blocks,
+    dlp, lp, dlog_r, log_r, z, logvar, logits, normaliser, centre, constants, roots, scaled_means, counts, sums,
+    squared, rows, logit_rows, shape, strides, part_stride, rows_per_program, component_blocks,
     FORM: tl.constexpr, GIVEN: tl.constexpr, TAIL: tl.constexpr,
     ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -174,10 +172,10 @@ def gmm_components_kernel(
             weight = given_weights(dlog_r, log_r, gradient, row, component, shape[1], strides[4], False, DTYPE)
             weight = tl.where((index < rows)[:, None], weight, 0.0)
         else:
-            value = tl.load(lp + row) + tl.load(normaliser + row % logit_rows)
+            value = tl.load(lp + row)
             joint = joint_tile(
-                z_at, logvar_at, logits, centre, constants, roots, scaled_means, row % logit_rows, start_component, shape,
-                steps, strides[2], FORM, TAIL, False, ROWS, COMPONENTS, DTYPE,
+                z_at, logvar_at, logits, normaliser, centre, constants, roots, scaled_means, row % logit_rows,
+                start_component, shape, steps, strides[2], FORM, TAIL, False, ROWS, COMPONENTS, DTYPE,
             )  # fmt: skip
             weight = gradient[:, None] * exp(joint - value[:, None])
         count += tl.sum(weight, axis=0)
@@ -218,11 +216,10 @@ def gmm_components_kernel(
 
 @triton.jit
 def gmm_finish_kernel(
-    counts, sums, squared, roots, first_out, second_out, count_out, parts, shape, part_stride, strides,
+    counts, sums, squared, roots, first_out, second_out, count_out, parts, shape, part_stride, column_blocks, strides,
     KIND: tl.constexpr, COMPONENTS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Add the parts; [K, D] outputs. KIND: "gradient", "convolved" (gradient), or "moments" of the differences."""
-    column_blocks = tl.cdiv(shape[0], COLUMNS)
     component = tl.program_id(0) // column_blocks * COMPONENTS + tl.arange(0, COMPONENTS)
     column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
     mask = (component < shape[1])[None, :] & (column < shape[0])[:, None]
@@ -231,7 +228,7 @@ def gmm_finish_kernel(
     first = tl.zeros([COLUMNS, COMPONENTS], dtype=DTYPE)
     second = tl.zeros([COLUMNS, COMPONENTS], dtype=DTYPE)
     real = component < shape[1]
-    for part in range(parts):
+    for _ in range(parts):
         count += tl.load(counts + component, real, other=0.0)
         first += tl.load(sums + at, mask, other=0.0)
         counts += shape[2]
@@ -258,7 +255,7 @@ def gmm_finish_kernel(
 
 def row_launch_arguments(given, z, logvar, logits, mixture):
     """(pointers, strides) up to the outputs, for both kernels; logits are None where all rows share them."""
-    dlp, lp, dlog_r, log_r = given
+    dlp, _, dlog_r, _ = given
     strides = (
         z.stride(), (0, 0) if logvar is None else logvar.stride(), logits.stride(), dlp.stride(0),
         (0, 0) if dlog_r is None else dlog_r.stride(),
@@ -282,13 +279,13 @@ def by_rows(given, z, logvar, logits, components, mixture, form, *, data, own):
     for i, output in enumerate(outputs):
         # What is added to more than once is added up in the compute dtype.
         again = (splits > 1 or components > block["COMPONENTS"]) if i < 2 else rows > owners
-        if output is not None and (i < 2 and splits > 1 or again and output.dtype != dtype):
+        if output is not None and ((i < 2 and splits > 1) or (again and output.dtype != dtype)):
             shape = (splits, *output.shape) if i < 2 else output.shape
             written[i] = torch.empty(shape, dtype=dtype, device=z.device)
     pointers, strides = row_launch_arguments(given, z, logvar, logits, mixture)
     strides += tuple((0, 0) if w is None else w.stride()[-2:] for w in written)
     split_strides = tuple(w.stride(0) if w is not None and w.dim() == 3 else 0 for w in written[:2])
-    if rows and columns:
+    if rows:
         gmm_rows_kernel[(row_blocks * splits,)](
             *pointers, *written, owners, rows // owners, (columns, components, mixture.padded), strides, split_strides,
             length, splits, FORM=form, GIVEN=given[2] is not None, TAIL=columns % STEP != 0,
@@ -325,9 +322,10 @@ def by_components(given, z, logvar, logits, means, logvars, mixture, form, kind,
     if second:  # broadcast logvars: summed afterwards
         whole = not moments and logvars is not None and logvars.shape == means.shape
         second_out = torch.empty_like(logvars) if whole else torch.empty(means.shape, dtype=dtype, device=device)
-    gmm_finish_kernel[(cdiv(components, FINISH["COMPONENTS"]) * cdiv(columns, FINISH["COLUMNS"]),)](
+    column_blocks = max(1, cdiv(columns, FINISH["COLUMNS"]))
+    gmm_finish_kernel[(cdiv(components, FINISH["COMPONENTS"]) * column_blocks,)](
         counts, sums[0], sums[1] if second else None, mixture.roots, first_out, second_out, count_out, parts, shape,
-        part, (first_out.stride()[1:], second_out.stride()[1:] if second else (0, 0)),
+        part, column_blocks, (first_out.stride()[1:], second_out.stride()[1:] if second else (0, 0)),
         KIND=kind, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **FINISH,
     )  # fmt: skip
     if second and not moments and not whole:
@@ -342,14 +340,13 @@ def by_components(given, z, logvar, logits, means, logvars, mixture, form, kind,
 def gradients(given, z, logvar, logits, means, logvars, form, data, parameters):
     """What bwd returns; `given` is (dlp, lp, dlog_r, log_r), of which the first are also the sums of the third."""
     dtype = compute_dtype([t for t in (z, logvar, logits, means, logvars) if t is not None])
-    rows, columns = z.shape
-    if rows == 0 or columns == 0 and not parameters:
+    if z.shape[0] == 0:
         out = ([z, logvar] if data else []) + ([logits, means, logvars] if parameters else [])
         return [torch.zeros_like(tensor) for tensor in out if tensor is not None]
     mixture = prepare(logits, means, logvars, form, dtype)
     own = logits.shape[0] > 1
     out, dlogits = [], None
-    if data or parameters and own:
+    if data or (parameters and own):
         *out, dlogits = by_rows(
             given, z, logvar, logits, means.shape[1], mixture, form, data=data, own=own and parameters
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""ln sum_k pi_k N_k(z) for a mixture that all rows share, by direct differences; gradients by rows and by components."""
+"""ln sum_k pi_k N_k(z) for a mixture that all rows share, and its gradients, by direct differences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._layout import cdiv, compute_dtype
-from fastkl.kernels._mixture import TRITON_DTYPE, STEP, add_exponentials, blocks, joint_tile, prepare, split
+from fastkl.kernels._mixture import STEP, TRITON_DTYPE, add_exponentials, blocks, joint_tile, prepare, split
 from fastkl.kernels._mixture_gradient import gradients
 
 
@@ -42,20 +42,19 @@ def gmm_fwd_kernel(
         logvar_at = logvar + row.to(tl.int64)[:, None] * strides[1][0] + quad * strides[1][1]
     top = tl.full([ROWS], float("-inf"), dtype=DTYPE)
     total = tl.zeros([ROWS], dtype=DTYPE)
-    normal = tl.load(normaliser + row % logit_rows)
     first = split * components_per_program
     for start in range(first, tl.minimum(first + components_per_program, shape[1]), COMPONENTS):
         component = start + tl.arange(0, COMPONENTS)
         joint = joint_tile(
-            z_at, logvar_at, logits, centre, constants, roots, scaled_means, row % logit_rows, start, shape, steps,
-            strides[2], FORM, TAIL, True, ROWS, COMPONENTS, DTYPE,
+            z_at, logvar_at, logits, normaliser, centre, constants, roots, scaled_means, row % logit_rows, start, shape,
+            steps, strides[2], FORM, TAIL, True, ROWS, COMPONENTS, DTYPE,
         )  # fmt: skip
         if joints is not None:
             at = row.to(tl.int64)[None, :] * shape[1] + component[:, None]
             mask = (component < shape[1])[:, None] & (index < rows)[None, :]
-            tl.store(joints + at, joint - normal[None, :], mask)
+            tl.store(joints + at, joint, mask)
         top, total = add_exponentials(top, total, joint, 0)
-    tl.store(lp + split.to(tl.int64) * rows + index, top + tl.log(total) - normal, mask=index < rows)
+    tl.store(lp + split.to(tl.int64) * rows + index, top + tl.log(total), mask=index < rows)
 
 
 def launch_fwd(z, logvar, logits, means, logvars, form, *, joints=False):

@@ -1,0 +1,252 @@
+"""The mixture launchers for one shared mixture, called directly, against the float64 definition and its gradients."""
+
+import math
+
+import pytest
+import torch
+
+from fastkl import reference
+
+from helpers import DEVICE, assert_as_good_as_eager, launcher, poisoned_memory
+
+FORMS = ("point", "expected", "convolved")
+# (rows, components, columns): why
+SHAPES = [
+    (5, 3, 8),  # less than a tile of everything
+    (70, 20, 5),  # odd columns; rows and components that fill no tile
+    (9, 1, 1),  # one component, one column
+    (3, 200, 2),  # few rows, components split over programs
+    (300, 3, 4),  # many rows, split over programs for the parameters
+    (5, 3, 130),  # many columns: several blocks of prepared parameters
+    (4, 3, 0),  # no columns: the normaliser and the gradient of logits still have to cancel
+]
+SHARED = {"diagonal": lambda k, d: (1, k, d), "spherical": lambda k, d: (1, k, 1), "tied": lambda k, d: (1, 1, d)}
+
+
+def draw(rows, components, columns, *, form="point", logit_rows=1, spread="diagonal", dtype=torch.float32, offset=0.0):
+    """(z, logvar, logits, means, logvars) on the device, in the launchers' canonical shapes."""
+    generator = torch.Generator().manual_seed(rows + components + columns)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    z, means = normal(rows, columns) + offset, normal(1, components, columns) + offset
+    logvar = None if form == "point" else 0.5 * normal(rows, columns) - 1
+    logvars = None if spread is None else 0.5 * normal(*SHARED[spread](components, columns))
+    tensors = (z, logvar, normal(logit_rows, components), means, logvars)
+    return [None if t is None else t.to(DEVICE, dtype) for t in tensors]
+
+
+def joint(tensors, form, dtype=torch.float64):
+    """The definition in `dtype` (as eager PyTorch would evaluate it), on leaves: (leaves, [R, K])."""
+    leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
+    z, logvar, logits, means, logvars = leaves
+    own = logits.repeat(z.shape[0] // logits.shape[0], 1) if logits.shape[0] > 1 else logits[0]
+    logvars = None if logvars is None else logvars[0]
+    return leaves, reference.gmm_joint_log_prob(z, own, means[0], logvars, logvar=logvar, form=form)
+
+
+def gradients(value, cotangent, leaves):
+    leaves = [leaf for leaf in leaves if leaf is not None]
+    return [value.detach(), *torch.autograd.grad((value * cotangent.to(value.dtype)).sum(), leaves)]
+
+
+def compare(actual, tensors, function, cotangent, form, units):
+    """No further from the float64 definition than the definition at the input's compute dtype, plus rounding.
+
+    A last place of the log-density, which is what forward saves, is a relative error of every weight.
+    """
+    dtype = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    exact, eager = [], []
+    for results, precision in ((exact, torch.float64), (eager, dtype)):
+        leaves, values = joint(tensors, form, precision)
+        results += gradients(function(values), cotangent, leaves)
+    size = torch.finfo(dtype).eps * (2 + exact[0].abs().amax().item() if exact[0].numel() else 0)
+    for got, naive, truth in zip(actual, eager, exact, strict=True):
+        # Terms of a sum cancel: its rounding is relative to its largest value, not to what is left.
+        scale = max(1.0, truth.abs().max().item()) if truth.numel() else 1.0  # 1: terms of the weights' size
+        allowed = units + size / torch.finfo(got.dtype).eps
+        assert_as_good_as_eager(got, naive, truth, units=allowed, scale=scale)
+
+
+def check_log_prob(tensors, form="point", dlp=None, units=8.0, separately=False):
+    fwd, bwd = launcher("gmm_log_prob.fwd"), launcher("gmm_log_prob.bwd")
+    z, logvar, logits, means, logvars = tensors
+    arguments = (z, logvar, logits, means, logvars, None, form, "exact")
+    with poisoned_memory():
+        lp = fwd(*arguments)
+        dlp = torch.linspace(-1, 2, z.shape[0], dtype=lp.dtype, device=lp.device) if dlp is None else dlp
+        everything = bwd(dlp, lp, *arguments, True, True)
+        if separately:
+            parts = [*bwd(dlp, lp, *arguments, True, False), *bwd(dlp, lp, *arguments, False, True)]
+            assert all(torch.equal(a, b) for a, b in zip(everything, parts, strict=True))
+    assert [g.dtype for g in everything] == [t.dtype for t in tensors if t is not None]
+    compare([lp, *everything], tensors, lambda values: values.logsumexp(-1), dlp, form, units)
+    return lp, everything
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape, form):
+    check_log_prob(draw(*shape, form=form), form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("spread", ["spherical", "tied", None])
+def test_covariances_that_broadcast(spread, form):
+    check_log_prob(draw(20, 18, 6, form=form, spread=spread), form)
+
+
+@pytest.mark.parametrize("logit_rows", [1, 20])
+def test_gradients_of_data_and_of_parameters_alone_are_the_same_bits(logit_rows):
+    check_log_prob(draw(40, 10, 3, form="expected", logit_rows=logit_rows), "expected", separately=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_dtypes(dtype, form):
+    """65 components: sums over several tiles are not rounded to 16 bits on the way."""
+    check_log_prob(draw(20, 65, 3, form=form, dtype=dtype), form, units=2.0 if dtype.itemsize == 2 else 8.0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("logit_rows", [40, 20, 8])
+def test_logits_per_row(logit_rows, form):
+    dtype = torch.bfloat16 if logit_rows == 20 else torch.float32
+    tensors = draw(40, 20, 3, form=form, logit_rows=logit_rows, dtype=dtype)
+    check_log_prob(tensors, form, units=2.0 if dtype.itemsize == 2 else 8.0)
+
+
+def test_strided_inputs_are_read_where_they_lie():
+    z, _, logits, means, logvars = draw(36, 5, 8)
+    wide = torch.cat([z, z], 1)
+    transposed = means.mT.contiguous().mT
+    for view in (wide[:, ::2], wide[:, 4:12], wide[:1].expand(36, 16)[:, 1:9], z.t().contiguous().t(), z[::2]):
+        check_log_prob([view, None, logits, transposed, logvars.expand(1, 5, 8)])
+    logvar = wide[:, :8] - 2
+    check_log_prob([z, logvar.t().contiguous().t(), logits.repeat(1, 2)[:, ::2], means, logvars], "expected")
+
+
+def test_gradient_of_a_sum_and_empty_batches():
+    tensors = draw(40, 5, 4)
+    check_log_prob(tensors, dlp=torch.ones((), device=DEVICE).expand(40))  # stride 0
+    lp, gradients = check_log_prob([tensors[0][:0], None, *tensors[2:]])
+    assert lp.shape == (0,)
+    assert all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_components_of_no_weight(form):
+    """A whole tile of them, and one by itself: exact value, no NaN and no gradient."""
+    z, logvar, logits, means, logvars = draw(8, 40, 3, form=form)
+    logits[:, :34] = -math.inf
+    logits[:, 36] = -math.inf
+    _, gradients = check_log_prob([z, logvar, logits, means, logvars], form)
+    for gradient in gradients[-3:]:
+        assert (gradient[0, :34] == 0).all()
+    own = logits.repeat(4, 1)
+    own[3, 38:] = -math.inf
+    check_log_prob([z, logvar, own, means, logvars], form)
+
+
+def test_rows_far_from_every_component():
+    z, _, logits, means, _ = draw(6, 20, 4)
+    means *= 100
+    z[1:4] += 1e4
+    logvars = torch.full((1, 1, 4), 2 * math.log(0.01), device=DEVICE)
+    lp, gradients = check_log_prob([z, None, logits, means, logvars])
+    assert lp[1] < -1e8
+    assert all(g.isfinite().all() for g in gradients)
+
+
+def test_narrow_components_far_from_zero():
+    """sigma = 0.1, means around 10 and of size 10: within 1e-4 nats of float64; a shift changes only rounding."""
+    for scale, offset in ((1.0, 10.0), (10.0, 0.0)):
+        z, _, logits, means, logvars = draw(100, 20, 16, offset=offset)
+        means = scale * (means - offset) + offset
+        z = means[0, torch.arange(100, device=DEVICE) % 20] + 0.1 * (z - offset)
+        logvars = torch.full_like(logvars, 2 * math.log(0.1))
+        fwd = launcher("gmm_log_prob.fwd")
+        lp = fwd(z, None, logits, means, logvars, None, "point", "exact")
+        exact = joint([z, None, logits, means, logvars], "point")[1].logsumexp(-1)
+        assert (lp - exact).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("logit_rows", [1, 36, 18])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_responsibilities(dtype, logit_rows):
+    fwd, bwd = launcher("gmm_responsibilities.fwd"), launcher("gmm_responsibilities.bwd")
+    tensors = draw(36, 20, 3, dtype=dtype, logit_rows=logit_rows)
+    z, _, logits, means, logvars = tensors
+    arguments = (z, logits, means, logvars, None, "exact")
+    with poisoned_memory():
+        log_r = fwd(*arguments)
+        dlog_r = torch.randn(20, 36, dtype=log_r.dtype, generator=torch.Generator().manual_seed(1)).to(DEVICE).t()
+        gradients = [*bwd(dlog_r, log_r, *arguments, True, False), *bwd(dlog_r, log_r, *arguments, False, True)]
+    units = 2.0 if dtype.itemsize == 2 else 8.0
+    compare([log_r, *gradients], tensors, lambda values: values.log_softmax(-1), dlog_r, "point", units)
+
+
+@pytest.mark.parametrize("spread", ["diagonal", "spherical", None])
+def test_moments(spread):
+    fwd = launcher("gmm_moments.fwd")
+    tensors = draw(100, 20, 3, spread=spread)
+    z, _, logits, means, logvars = tensors
+    with poisoned_memory():
+        actual = fwd(z, logits, means, logvars, None, "exact")
+        empty = fwd(z[:0], logits, means, logvars, None, "exact")
+    assert [t.shape for t in empty] == [(0,), (20,), (20, 3), (20, 3)]
+    assert all((t == 0).all() for t in empty)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        values = joint(tensors, "point", dtype)[1].detach()
+        difference = z.to(dtype)[:, None] - means.to(dtype)
+        weight = values.softmax(-1)[..., None]
+        sums = [(weight * difference**i).sum(0) for i in range(3)]
+        results.append([values.logsumexp(-1), sums[0][:, 0], *sums[1:]])
+    for got, naive, truth in zip(actual, results[1], results[0], strict=True):
+        assert_as_good_as_eager(got, naive, truth, units=8.0, scale=truth.abs().max())
+
+
+def aot_calls():
+    log_prob, responsibilities = launcher("gmm_log_prob.fwd"), launcher("gmm_responsibilities.fwd")
+    moments, dlog_prob = launcher("gmm_moments.fwd"), launcher("gmm_log_prob.bwd")
+    dresponsibilities = launcher("gmm_responsibilities.bwd")
+    calls = {}
+
+    def add(name, rows, components, columns, form="point", dtype=torch.float32, logit_rows=1, forward=True):
+        z, means = torch.empty(rows, columns, dtype=dtype), torch.empty(1, components, columns, dtype=dtype)
+        logits, logvar = torch.empty(logit_rows, components, dtype=dtype), None if form == "point" else z
+        settings = (z, logvar, logits, means, means, None, form, "exact")
+        lp = torch.empty(rows, dtype=reference.compute_dtype(z))
+        if forward:
+            calls[f"{name} {form} fwd"] = lambda: log_prob(*settings)
+        calls[f"{name} {form} bwd"] = lambda: dlog_prob(lp, lp, *settings, True, True)
+
+    many, few = 70000, 4096  # rows; fewer than 32768 choose the tiles in which warps share sums
+    add("core aligned", many, 512, 64)
+    add("core few rows", few, 512, 64, forward=False)
+    add("aligned", many, 512, 64, "expected")
+    add("few rows", few, 512, 64, "expected", forward=False)
+    add("convolved", many, 512, 64, "convolved")
+    add("few rows", few, 512, 64, "convolved", forward=False)
+    for form in FORMS:
+        add("float64", many, 512, 64, form, torch.float64)
+        add("few rows float64", few, 512, 64, form, torch.float64, forward=False)
+        add("logits per row", many, 512, 64, form, logit_rows=many)
+        add("few rows, logits per row, bfloat16", few, 512, 63, form, torch.bfloat16, few // 4)
+    add("float64, logits per row", many, 512, 64, "convolved", torch.float64, many)
+    add("aligned bfloat16", many, 512, 64, dtype=torch.bfloat16)
+    add("odd", many, 37, 37, "expected", torch.float16)
+    add("small", 33, 20, 7)
+    add("large", 1000, 65536, 4096)
+
+    z, logits, means = torch.empty(few, 64), torch.empty(1, 512), torch.empty(1, 512, 64)
+    for name, own in (("", logits), (", logits per row", torch.empty(few, 512))):
+        settings, log_r = (z, own, means, means, None, "exact"), torch.empty(few, 512)
+        calls[f"responsibilities{name} fwd"] = lambda settings=settings: responsibilities(*settings)
+        calls[f"responsibilities{name} bwd"] = lambda settings=settings, log_r=log_r: dresponsibilities(
+            log_r, log_r, *settings, True, True
+        )
+    calls["moments"] = lambda: moments(z, logits, means, means, None, "exact")
+    return calls
