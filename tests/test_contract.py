@@ -41,6 +41,26 @@ OPS = {
     ),
     "bernoulli_log_prob": (lambda *t: fastkl.bernoulli_log_prob(*t, event_ndim=1), lambda n: [(n, 4), (n, 4)]),
     "normal_log_prob": (lambda *t: fastkl.normal_log_prob(*t, event_ndim=1), lambda n: [(n, 4)] * 3),
+    "gmm_log_prob": (fastkl.gmm_log_prob, lambda n: [(n, 4), (3,), (3, 4), (3, 4)]),
+    "gmm_log_prob, a mixture for each datum": (
+        fastkl.gmm_log_prob,
+        lambda n: [(2, n, 4), (n, 3), (n, 3, 4), (n, 3, 1)],
+    ),
+    "gmm_log_prob, scale_tril": (
+        lambda z, logits, means, a: fastkl.gmm_log_prob(
+            z, logits, means, scale_tril=a.tril(-1) + torch.eye(3, device=a.device, dtype=a.dtype)
+        ),
+        lambda n: [(n, 3), (2,), (2, 3), (2, 3, 3)],
+    ),
+    "gmm_responsibilities": (fastkl.gmm_responsibilities, lambda n: [(n, 4), (n, 3), (3, 4), (1, 4)]),
+    "kl_gmm": (
+        lambda *t: fastkl.kl_gmm(*t, num_samples=2, seed=SEED),
+        lambda n: [(n, 4), (n, 4), (3,), (3, 4), (3, 4)],
+    ),
+    "kl_gmm_bounds": (
+        lambda *t: torch.stack(fastkl.kl_gmm_bounds(*t), -1),
+        lambda n: [(n, 4), (n, 4), (n, 3), (3, 4), (3, 1)],
+    ),
     "kl_multivariate_normal": (
         lambda m, a, pm, b: fastkl.kl_multivariate_normal(
             m, a.tril(-1) + torch.eye(3, device=a.device, dtype=a.dtype), pm, b.exp()

@@ -14,23 +14,29 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _mixture as sweeps
 from fastkl.ops import _mixture_arguments as mixtures
 from fastkl.ops._components import Differences, Full, Mixture
-from fastkl.ops._register import apply, needs_closed_form, register
+from fastkl.ops._register import apply, needs_closed_form, register, without_autocast
 
 MIXTURE = "Tensor logits, Tensor means, Tensor? logvars, Tensor? scale_tril"
 _ARGUMENTS = f"Tensor z, Tensor? logvar, {MIXTURE}, str form, str precision"
 FULL = slice(None)
 
 
+@without_autocast
 def _forward(z, logvar, logits, means, logvars, scale_tril, form, precision, keep) -> list[Tensor]:
     return sweeps.log_prob(sweeps.Sweep(z, logvar, logits, means, logvars, scale_tril, form, precision), keep)
 
 
 def _fake_forward(z, logvar, logits, means, logvars, scale_tril, form, precision, keep) -> list[Tensor]:
     lp = z.new_empty(z.shape[0], dtype=reference.compute_dtype(z, logvar, logits, means, logvars, scale_tril))
-    kept = [lp.new_empty(lp.shape, dtype=torch.float64), torch.empty_like(lp), lp.new_empty(len(lp), means.shape[1])]
+    kept = [
+        lp.new_empty(lp.shape, dtype=torch.float64),
+        torch.empty_like(lp),
+        lp.new_empty(lp.shape[0], means.shape[1]),
+    ]
     return [lp, *kept[: keep + 1 if keep else 0]]
 
 
+@without_autocast
 def _backward(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, precision, data, parameters):
     sweep = sweeps.Sweep(z, logvar, logits, means, logvars, scale_tril, form, precision)
     buffers = sweep.buffers() if parameters else []
@@ -95,6 +101,7 @@ def differentiable_gradients(weights_of, z, logvar, logits, means, logvars, scal
     ]
 
 
+@without_autocast
 def _gradients(dlp, z, logvar, logits, means, logvars, scale_tril, form) -> list[Tensor | None]:
     inputs = (z, logvar, logits, means, logvars, scale_tril)
     dtype = reference.compute_dtype(*inputs)
@@ -121,7 +128,8 @@ class _GMMLogProb(torch.autograd.Function):
     def backward(ctx, dlp, *_):
         if dlp is None:
             return (None,) * 9
-        inputs, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        saved = ctx.saved_tensors
+        inputs, kept = saved[:6], saved[6:]
         if needs_closed_form(dlp):
             return *_gradients(dlp, *inputs, ctx.settings[0]), None, None, None
         data, parameters = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[2:6])
@@ -150,7 +158,9 @@ def log_prob(rows: dict[str, Tensor], logits, means, logvars, scale_tril, form: 
         return nothing(rows, mixture).view(batch)
     z, logvar = (*rows, None)[:2]
     dtype = reference.compute_dtype(z, logvar, *mixture)
-    keep = sweeps.keep_for(z, mixture[0], dtype) if torch.is_grad_enabled() else 0
+    keep = 0
+    if torch.is_grad_enabled():  # a compiled graph must not depend on how many rows there are
+        keep = 1 if torch.compiler.is_compiling() else sweeps.keep_for(z, mixture[0], dtype)
     return apply(_GMMLogProb, z, logvar, *mixture, form, precision, keep)[0].view(batch)
 
 

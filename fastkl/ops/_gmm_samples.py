@@ -15,7 +15,7 @@ from fastkl import reference
 from fastkl.ops import _mixture as sweeps
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._gmm import MIXTURE, differentiable_gradients, fake_gradients, matched
-from fastkl.ops._register import apply, needs_closed_form, register
+from fastkl.ops._register import apply, needs_closed_form, register, without_autocast
 
 _ARGUMENTS = f"Tensor mu, Tensor logvar, Tensor seed, {MIXTURE}, int num_samples, str precision"
 SAMPLES_BYTES = 2 << 20  # of the z of one block
@@ -55,6 +55,7 @@ def _blocks(mu: Tensor, logvar: Tensor, mixture) -> Iterator[_Block]:
             yield _Block(mu, logvar, mixture, start + first, start + last, slice(first, last))
 
 
+@without_autocast
 def _forward(mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, precision, entropy) -> Tensor:
     mixture = (logits, means, logvars, scale_tril)
     kl = mu.new_empty(mu.shape[0], dtype=reference.compute_dtype(mu, logvar, *mixture))
@@ -69,6 +70,7 @@ def _forward(mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, 
     return kl
 
 
+@without_autocast
 def _backward(dkl, mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, precision, stl, data, parameters):
     mixture = (logits, means, logvars, scale_tril)
     dtype = reference.compute_dtype(mu, logvar, *mixture)
@@ -118,6 +120,7 @@ kl_gmm_bwd = register(
 )
 
 
+@without_autocast
 def _gradients(dkl, mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, stl) -> list[Tensor | None]:
     """_backward in differentiable torch ops."""
     mixture = (logits, means, logvars, scale_tril)

@@ -71,15 +71,19 @@ def normals(seed: Tensor, samples: range, first: int, last: int) -> Tensor:
         return torch.stack([reference.normal_noise(seed, (last,), sample + 1)[sample, first:] for sample in samples])
     start, groups = first // 4, (last + 3) // 4
     out = torch.empty(len(samples), groups - start, 2, 2)  # two Box-Muller pairs for each call
-    for target, sample in zip(out, samples):
+    together = max(1, GROUPS // max(1, groups - start))  # samples at a time, where each is small
+    for index in range(0, len(samples), together):
+        numbers = np.array(samples[index : index + together])
         for begin in range(start, groups, GROUPS):
-            end = min(groups, begin + GROUPS)
-            words = _philox(seed.item(), np.arange(begin, end), sample)
+            group = np.arange(begin, min(groups, begin + GROUPS))
+            words = _philox(seed.item(), np.tile(group, len(numbers)), np.repeat(numbers, len(group)))
             # float32(word) rounds as in the kernel; the angle's word is signed, which is the same angle.
             radius, angle = (torch.from_numpy(word.astype(np.float32)) for word in (words[0], words[1].view(np.int32)))
             radius.mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2.0).sqrt_()
             angle.mul_(2.0 * math.pi * 2.0**-32)
-            pairs = target[begin - start : end - start].transpose(0, 1)  # [2, groups, 2]
+            target = out[index : index + len(numbers), begin - start : begin - start + len(group)]
+            pairs = target.permute(2, 0, 1, 3)  # [2, samples, groups, 2]
+            radius, angle = radius.view(pairs.shape[:3]), angle.view(pairs.shape[:3])
             torch.mul(radius, angle.cos(), out=pairs[..., 0])
             torch.mul(radius, angle.sin_(), out=pairs[..., 1])
     return out.view(len(samples), -1)[:, first - 4 * start : last - 4 * start]
@@ -110,7 +114,7 @@ GROUPS = 16384
 _MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
 
 
-def _philox(seed: int, group: np.ndarray, sample: int) -> tuple[np.ndarray, np.ndarray]:
+def _philox(seed: int, group: np.ndarray, sample: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """reference.philox in 32-bit words: (0, 2) and (1, 3), [2, groups] each."""
     even, odd = np.zeros((2, len(group)), np.uint32), np.zeros((2, len(group)), np.uint32)
     even[0], odd[0], even[1] = group & 0xFFFFFFFF, group >> 32, sample

@@ -10,7 +10,7 @@ from fastkl import reference
 from fastkl.ops import _mixture as sweeps
 from fastkl.ops import _mixture_arguments as mixtures
 from fastkl.ops._gmm import MIXTURE
-from fastkl.ops._register import register
+from fastkl.ops._register import register, without_autocast
 
 
 class GMMMoments(NamedTuple):
@@ -22,6 +22,7 @@ class GMMMoments(NamedTuple):
     second: Tensor  # [K, D] sum_n r_nk (z_n - m_k)^2; with scale_tril [K, D, D], of the outer products
 
 
+@without_autocast
 def _forward(z, logits, means, logvars, scale_tril) -> list[Tensor]:
     sweep = sweeps.Sweep(z, None, logits, means, logvars, scale_tril, "point", "exact")
     return sweeps.moments(sweep, sweeps.keep_for(z, logits, sweep.dtype))

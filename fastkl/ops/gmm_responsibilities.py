@@ -9,11 +9,12 @@ from fastkl import reference
 from fastkl.ops import _mixture as sweeps
 from fastkl.ops import _mixture_arguments as mixtures
 from fastkl.ops._gmm import MIXTURE, differentiable_gradients, fake_gradients, matched, nothing
-from fastkl.ops._register import apply, needs_closed_form, register
+from fastkl.ops._register import apply, needs_closed_form, register, without_autocast
 
 _ARGUMENTS = f"Tensor z, {MIXTURE}, str precision"
 
 
+@without_autocast
 def _forward(z, logits, means, logvars, scale_tril, precision) -> Tensor:
     return sweeps.log_responsibilities(sweeps.Sweep(z, None, logits, means, logvars, scale_tril, "point", precision))
 
@@ -23,6 +24,7 @@ def _fake_forward(z, logits, means, logvars, scale_tril, precision) -> Tensor:
     return z.new_empty((z.shape[0], means.shape[1]), dtype=dtype)
 
 
+@without_autocast
 def _backward(dlog_r, log_r, z, logits, means, logvars, scale_tril, precision, data, parameters) -> list[Tensor]:
     sweep = sweeps.Sweep(z, None, logits, means, logvars, scale_tril, "point", precision)
     buffers = sweep.buffers() if parameters else []
@@ -48,6 +50,7 @@ gmm_responsibilities_bwd = register(
 )
 
 
+@without_autocast
 def _gradients(dlog_r, z, logits, means, logvars, scale_tril) -> list[Tensor | None]:
     """_backward in differentiable torch ops."""
 
