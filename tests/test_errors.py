@@ -68,6 +68,47 @@ PACKED = {
     ),
 }  # fmt: skip
 
+K = torch.zeros(5, device=DEVICE)  # logits of five components
+MEANS = torch.zeros(5, 4, device=DEVICE)
+TRIL = torch.eye(4, device=DEVICE).expand(5, 4, 4)
+GMM = {
+    "logits count": (lambda f: f(M, K[:4], MEANS), ValueError, r"logits must be \(\*batch, 5\).*got \(4,\)"),
+    "z size": (lambda f: f(M[:, :3], K, MEANS), ValueError, r"z must be \(\*batch, 4\).*got \(3, 3\)"),
+    "z scalar": (lambda f: f(M[0, 0], K, MEANS), ValueError, r"z must be"),
+    "means one-dimensional": (lambda f: f(M, K, MEANS[0]), ValueError, r"means must be \(\*batch, K, D\)"),
+    "no components": (lambda f: f(M, K[:0], MEANS[:0]), ValueError, r"means must be .* K and D > 0"),
+    "logvars components": (lambda f: f(M, K, MEANS, MEANS[:2]), ValueError, r"logvars must be .*got \(2, 4\)"),
+    "logvars for each component, one-dimensional": (lambda f: f(M, K, MEANS, K), ValueError, r"logvars must be"),
+    "both covariances": (
+        lambda f: f(M, K, MEANS, MEANS, scale_tril=TRIL), ValueError, "logvars and scale_tril exclude each other"
+    ),
+    "triangles shape": (lambda f: f(M, K, MEANS, scale_tril=TRIL[:4]), ValueError, r"scale_tril must be .*\(4, 4, 4\)"),
+    "singular": (
+        lambda f: f(M, K, MEANS, scale_tril=TRIL * torch.tensor([1, 1, 0, 1.0])), ValueError, r"component \(0,\).*singular",
+    ),
+    "batches": (lambda f: f(M, K.expand(2, 5), MEANS), ValueError, r"do not broadcast: z \(3,\), logits \(2,\)"),
+    "batch of means": (lambda f: f(M, K, MEANS.expand(2, 5, 4)), ValueError, r"do not broadcast.*means \(2,\)"),
+    "integer logits": (lambda f: f(M, K.long(), MEANS), TypeError, "logits must be a floating-point tensor"),
+    "integer means": (lambda f: f(M, K, MEANS.long()), TypeError, "means must be a floating-point tensor"),
+    "devices": (lambda f: f(M, K, MEANS.to("meta")), ValueError, "means is on meta, but z is on"),
+}  # fmt: skip
+KL_GMM = {
+    "method": (lambda f: f(M, M, K, MEANS, method="exact"), ValueError, "method must be one of 'mc', 'upper', 'lower'"),
+    "entropy": (lambda f: f(M, M, K, MEANS, entropy="open"), ValueError, "entropy must be one of 'closed', 'sampled'"),
+    "gradient": (lambda f: f(M, M, K, MEANS, gradient="dreg"), ValueError, "gradient must be one of 'plain', 'stl'"),
+    "precision": (
+        lambda f: f(M, M, K, MEANS, precision="bf16"),
+        ValueError,
+        "precision must be one of 'exact', 'tf32x3'",
+    ),
+    "samples": (lambda f: f(M, M, K, MEANS, num_samples=0), ValueError, "num_samples must be at least 1"),
+    "samples type": (lambda f: f(M, M, K, MEANS, num_samples=1.5), TypeError, "num_samples must be an int"),
+    "seed": (lambda f: f(M, M, K, MEANS, seed=0.5), TypeError, "seed must be an int"),
+    "logvar": (lambda f: f(M, M[:, :2], K, MEANS), ValueError, r"logvar must be \(\*batch, 4\)"),
+    "posterior": (lambda f: f(M, M[:2], K, MEANS), ValueError, r"do not broadcast: mu \(3,\), logvar \(2,\)"),
+    "mu type": (lambda f: f(INTS, M, K, MEANS), TypeError, "mu must be a floating-point tensor"),
+}
+
 
 def parameters(cases):
     return pytest.mark.parametrize(("call", "error", "message"), cases.values(), ids=cases)
@@ -97,3 +138,22 @@ def test_packed(call, error, message):
 def test_rsample_normal_shares_the_checks(call, error, message):
     with pytest.raises(error, match=message):
         call(fastkl.rsample_normal)
+
+
+@pytest.mark.parametrize("op", [fastkl.gmm_log_prob, fastkl.gmm_responsibilities, fastkl.gmm_moments])
+@parameters(GMM)
+def test_gmm(op, call, error, message):
+    with pytest.raises(error, match=message):
+        call(op)
+
+
+@parameters(KL_GMM)
+def test_kl_gmm(call, error, message):
+    with pytest.raises(error, match=message):
+        call(fastkl.kl_gmm)
+
+
+def test_an_unknown_precision_is_refused():
+    for op in (fastkl.gmm_log_prob, fastkl.gmm_responsibilities):
+        with pytest.raises(ValueError, match="precision must be one of 'exact', 'tf32x3', 'tf32', got 'bf16'"):
+            op(M, K, MEANS, precision="bf16")
