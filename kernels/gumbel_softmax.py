@@ -7,6 +7,8 @@ fit one tile are swept twice, which reads them once more: first their statistics
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -303,7 +305,8 @@ class Launch:
         step, self.splits = block["COLUMNS" if self.axis else "ROWS"], 1
         self.classes_per_program = step
         if not self.whole:
-            programs = min(SPLITS, PROGRAMS // max(1, units))
+            # What the splits found is read by each of them: a tenth of the logits at most.
+            programs = min(SPLITS, math.isqrt(classes // 24), PROGRAMS // max(1, units))
             self.classes_per_program, self.splits = share(classes + 3 * (odd and self.axis), step, programs)
         self.grid = (units * self.splits,)
         if tau is None and wide:  # a number would be passed in float32
