@@ -24,14 +24,24 @@ INPUT_PRECISION = {"exact": "ieee", "tf32x3": "tf32x3", "tf32": "tf32"}
 BUFFER_BYTES = 32 << 20
 
 
-def blocks(columns: int, dtype: torch.dtype) -> dict[str, int]:
-    """ROWS x COLUMNS of y, whose products are summed INNER at a time; few such steps need no pipeline."""
-    rows, most = (32, 64) if columns % 16 else (64, 64)
+def supported(precision, _semantic=None):
+    """In a kernel: `precision`, or "ieee" where the target's tl.dot has no such (tf32x3 on AMD)."""
+    name = getattr(precision, "value", precision)
+    if _semantic is not None and name not in _semantic.builder.options.allowed_dot_input_precisions:
+        name = "ieee"
+    return tl.constexpr(name)
+
+
+supported.__triton_builtin__ = True  # so that a kernel may call it, while it is compiled
+
+
+def blocks(columns: int, dtype: torch.dtype, precision: str) -> dict[str, int]:
+    """ROWS x COLUMNS of y, whose products are summed INNER at a time."""
+    rows, most, warps = (32, 64, 4) if columns % 16 else (64, 64, 8 if precision == "exact" else 4)
     if dtype == torch.float64:
-        rows, most = 16, 32
+        rows, most, warps = 16, 32, 4
     block_columns = min(most, max(16, next_power_of_2(columns)))
-    stages = 1 if columns <= 64 or columns % 16 else 2
-    return {"ROWS": rows, "COLUMNS": block_columns, "INNER": 16, "num_warps": 4, "num_stages": stages}
+    return {"ROWS": rows, "COLUMNS": block_columns, "INNER": 16, "num_warps": warps, "num_stages": 1}
 
 
 @triton.jit
@@ -64,7 +74,7 @@ def gmm_full_joint_kernel(
             m = tl.load(means + inner * strides[1][1], inside, other=0.0).to(DTYPE)
             at = inner.to(tl.int64)[:, None] * strides[2][2] + out.to(tl.int64)[None, :] * strides[2][1]
             root = tl.load(roots + at, inside[:, None] & (out < columns)[None, :], other=0.0)
-            y = tl.dot(x - m[None, :], root, y, input_precision=PRECISION, out_dtype=DTYPE)
+            y = tl.dot(x - m[None, :], root, y, input_precision=supported(PRECISION), out_dtype=DTYPE)
         if whitened is None:
             quadratic += tl.sum(y * y, axis=1)
         else:
@@ -74,6 +84,24 @@ def gmm_full_joint_kernel(
         at = ((row + shape[4]) % shape[3]).to(tl.int64) * strides[3][0] + k * strides[3][1]
         a = tl.load(log_weights + at, row_inside, other=0.0) - tl.load(log_determinants + k)  # rows outside stay unread
         tl.store(joint + row.to(tl.int64) * strides[4][0] + k * strides[4][1], a - 0.5 * quadratic, row_inside)
+
+
+def blocks_of_rows(rows, period, most):
+    """Slices of at most `most` rows: whole periods of the logits' rows, or parts of one."""
+    step = max(most // period * period, period)
+    length = step if period <= most else most
+    for begin in range(0, rows, step):
+        end = min(begin + step, rows)
+        yield from (slice(first, min(first + length, end)) for first in range(begin, end, length))
+
+
+def add_logits_gradient(dlogits, weight, incoming, log_weights, first):
+    """w - softmax(logits) dlp, summed over the rows of such a block that share their logits."""
+    period = len(dlogits)
+    if len(weight) >= period:
+        weight, incoming = (tensor.unflatten(0, (-1, period)).sum(0) for tensor in (weight, incoming))
+    some = slice(first % period, first % period + len(weight))
+    dlogits[some] += weight - log_weights[some].exp() * incoming
 
 
 def pieces(rows, components, elements):
@@ -103,15 +131,6 @@ class Mixture:
         self.chunks = [slice(k, min(k + chunk, components)) for k in range(0, components, chunk)]
         self.known = {}
 
-    def blocks_of_rows(self):
-        """Either whole periods of the logits' rows, or a part of one period."""
-        rows, period = len(self.z), len(self.log_weights)
-        step = max(self.rows_per_block // period * period, period)
-        for begin in range(0, rows, step):
-            end = min(begin + step, rows)
-            part = end - begin if period <= self.rows_per_block else self.rows_per_block
-            yield from (slice(first, min(first + part, end)) for first in range(begin, end, part))
-
     def root(self, part):
         """P of some components; kept if they are all."""
         if part.start in self.known:
@@ -125,7 +144,7 @@ class Mixture:
 
     def launch(self, rows, part, root, joint, whitened):
         z, means = self.z[rows], self.means[part]
-        block = blocks(z.shape[1], self.dtype)
+        block = blocks(z.shape[1], self.dtype, self.precision)
         log_weights = self.log_weights[:, part]
         strides = [t.stride() for t in (z, means, root, log_weights, log_weights if joint is None else joint)]
         gmm_full_joint_kernel[(cdiv(len(z), block["ROWS"]) * len(means),)](
@@ -152,7 +171,7 @@ def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision) -> torch
     mixture = Mixture(z, logvar, logits, means, scale_tril, form, precision)
     lp = torch.zeros(len(z), dtype=mixture.dtype, device=z.device)  # 0 is the value without dimensions
     if z.numel():
-        for rows in mixture.blocks_of_rows():
+        for rows in blocks_of_rows(len(z), len(logits), mixture.rows_per_block):
             lp[rows] = mixture.joint(rows).logsumexp(1)
     return lp
 
@@ -171,7 +190,7 @@ def bwd(
         weight_sum, variance_sum = torch.zeros(components, **zeros), torch.zeros(components, columns, **zeros)
         first, second = torch.zeros(components, columns, **zeros), torch.zeros(components, columns, columns, **zeros)
         dlogits = torch.zeros(logits.shape, **zeros)
-    for rows in mixture.blocks_of_rows():
+    for rows in blocks_of_rows(len(z), len(logits), mixture.rows_per_block):
         incoming = dlp[rows, None].to(mixture.dtype)
         weight = mixture.joint(rows).softmax(1).mul_(incoming)
         variance = mixture.variance(rows)
@@ -201,14 +220,7 @@ def bwd(
                 row_gradients[1][rows] = dvariance.mul_(variance).to(logvar.dtype)
         if parameters:
             weight_sum += weight.sum(0)
-            if len(weight) >= len(logits):  # whole periods
-                periods = (-1, len(logits))
-                dlogits += weight.unflatten(0, periods).sum(0)
-                dlogits -= mixture.log_weights.exp() * incoming.unflatten(0, periods).sum(0)
-            else:
-                begin = rows.start % len(logits)
-                some = slice(begin, begin + len(weight))
-                dlogits[some] += weight - mixture.log_weights[some].exp() * incoming
+            add_logits_gradient(dlogits, weight, incoming, mixture.log_weights, rows.start)
     if parameters:
         gradients[0].copy_(dlogits)
         for part in mixture.chunks:

@@ -1,11 +1,11 @@
 """Log-density of one mixture per datum: every parameter serves its datum's few samples only, so memory is the bound.
 
 Row r of z is sample r // M of datum r % M. Forward reads the parameters once (2R of [M, K, D]) and backward once, too,
-writing their gradients on the way (2R + 2W), if a row fits a tile (D <= 4096; 2048 in float64) and the K components
+writing their gradients on the way (2R + 2W), if a row fits a tile (D <= 2048; 1024 in float64) and the K components
 fit one, or there is one sample; else parameters are read again, for several samples mostly from cache.
 
 Beyond inputs and outputs: log-weights [I, K], one sum [M, K] for logits that all rows share, at most 32 MiB for the
-gradient of logvars that broadcast, and for D > 4096 the joint log-density [R, K] in backward.
+gradient of logvars that broadcast, and for longer rows the joint log-density [R, K] in backward.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ LN_2PI = tl.constexpr(1.8378770664093453)
 BUFFER_BYTES = 32 << 20
 # Elements of a tile for each thread of a warp of 32, and the longest row that one program holds.
 THREAD_TILE = {torch.float32: 8, torch.float64: 4}
-LONGEST = {torch.float32: 4096, torch.float64: 2048}
+LONGEST = {torch.float32: 2048, torch.float64: 1024}
 
 
 def blocks(data: int, components: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
     """A tile of (DATA x COMPONENTS) pairs by columns."""
     tile = 128 * THREAD_TILE[dtype]
-    if dtype == torch.float64 and columns % 16:
+    if columns % 16:  # many addresses take registers, too
         tile //= 2
     block_columns = next_power_of_2(columns) if columns <= LONGEST[dtype] else tile
     warps = max(4, 4 * block_columns // tile)
