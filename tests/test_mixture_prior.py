@@ -54,6 +54,16 @@ def test_density_is_that_of_torch_and_scipy(covariance):
     torch.testing.assert_close(usage.entropy, -(mean * mean.log()).sum(), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("covariance", COVARIANCES)
+def test_a_new_mixture_has_the_moments_of_the_standard_normal(covariance):
+    torch.manual_seed(2)
+    prior = GaussianMixture(4000, D, covariance)
+    scale = prior.scale_tril[0]
+    torch.testing.assert_close(prior.means.T.cov() + scale @ scale.T, torch.eye(D), rtol=0, atol=0.05)
+    torch.testing.assert_close(prior.means.mean(0), torch.zeros(D), rtol=0, atol=0.05)
+    assert torch.equal(prior.logits, torch.zeros(4000))
+
+
 def test_used_components_are_those_above_a_tenth_of_an_equal_share():
     prior = GaussianMixture(3, 1).to(DEVICE)
     with torch.no_grad():

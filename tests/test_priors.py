@@ -81,6 +81,7 @@ def test_samples_obey_seeds(make):
     first = prior.sample(5)
     state = torch.get_rng_state()
     assert torch.equal(prior.sample(5, seed=1), prior.sample(5, seed=1))
+    assert torch.equal(prior.sample(5, seed=1), prior.sample(5, seed=torch.tensor(1, device=DEVICE)))
     assert torch.equal(state, torch.get_rng_state()), "a seed of its own leaves torch's generator alone"
     assert not torch.equal(first, prior.sample(5))
     torch.manual_seed(0)
@@ -116,6 +117,7 @@ def test_state_survives_saving_into_a_fresh_module(make, tmp_path):
     missing, unexpected = other.load_state_dict(torch.load(tmp_path / "prior.pt", weights_only=True))
     assert not missing
     assert not unexpected
+    assert (len(one.state_dict()) == 0) == isinstance(one, priors.StandardNormal)
     if isinstance(one, priors.VampPrior):
         other.encoder.load_state_dict(one.encoder.to(DEVICE).state_dict())
     z = torch.randn(4, D, device=DEVICE)
@@ -170,6 +172,7 @@ BAD = {
     "latent dim": (lambda: priors.StandardNormal(2).log_prob(Q.mean), ValueError, r"z must be \(\*batch, 2\)"),
     "method": (lambda: mixture().kl(Q, method="closed"), ValueError, "GaussianMixture.kl must be one of 'mc', 'upper'"),
     "flow method": (lambda: MAKE["flow"]().kl(Q, method="upper"), ValueError, "FlowPrior.kl must be one of 'mc', got"),
+    "flow dim": (lambda: MAKE["flow"]().log_prob(Q.mean[:, :2]), ValueError, r"z must be \(\*batch, 3\) as the flow"),
     "entropy": (lambda: priors.StandardNormal(D).kl(Q, entropy="open"), ValueError, "entropy.*'closed', 'sampled'"),
     "gradient": (lambda: MAKE["flow"]().kl(Q, gradient="dreg"), ValueError, "gradient.*'plain', 'stl'"),
     "samples": (lambda: MAKE["flow"]().kl(Q, num_samples=0), ValueError, "num_samples must be at least 1"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from fastkl import distributions, reference
@@ -21,8 +20,8 @@ class Prior(nn.Module):
         """ln p(z) [*batch] of z [*batch, D]."""
         raise NotImplementedError
 
-    def sample(self, n: int, *, seed: int | None = None) -> Tensor:
-        """n draws [n, D], without gradient; torch's generator draws where there is no seed."""
+    def sample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:
+        """n draws [n, D], without gradient; the same for the same seed, without one torch's generator draws it."""
         raise NotImplementedError
 
     def kl(
@@ -74,7 +73,3 @@ class Prior(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
-
-
-def generator_of(seed: int | None, device: torch.device) -> torch.Generator | None:
-    return None if seed is None else torch.Generator(device).manual_seed(arguments.check_int("seed", seed, -(2**63)))

@@ -11,7 +11,10 @@ from fastkl.priors._prior import Prior
 
 class FlowPrior(Prior):
     """A normalising flow of the zuko library (`pip install fastkl[flow]`), or anything that behaves like one: flow() is
-    a distribution over [D] with log_prob and sample.
+    a torch.distributions.Distribution over [D]. It is a submodule, and trains with the rest; its KL is by samples, all
+    of which pass through the flow at once.
+
+    Source: Rezende and Mohamed 2015, arXiv:1505.05770; Rozet and others, zuko, https://github.com/probabilists/zuko.
 
     >>> import torch, fastkl, zuko
     >>> prior = fastkl.priors.FlowPrior(zuko.flows.NSF(features=3, transforms=2, hidden_features=(32,)))
@@ -27,18 +30,22 @@ class FlowPrior(Prior):
 
     def log_prob(self, z: Tensor) -> Tensor:
         arguments.check_tensors(z=z)
+        density = self.flow()
+        if z.dim() == 0 or z.shape[-1:] != density.event_shape:
+            raise ValueError(f"z must be (*batch, {', '.join(map(str, density.event_shape))}) as the flow has it, got "
+                             f"{tuple(z.shape)}")  # fmt: skip
         if z.numel() == 0:  # torch.distributions' transforms cannot reshape nothing
             return z.sum(-1)
-        return self.flow().log_prob(z.to(next((p.dtype for p in self.flow.parameters()), z.dtype)))
+        return density.log_prob(z.to(next((p.dtype for p in self.flow.parameters()), z.dtype)))
 
     @torch.no_grad()
-    def sample(self, n: int, *, seed: int | None = None) -> Tensor:
+    def sample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:
         shape = (arguments.check_int("n", n, 0),)
         if seed is None:
             return self.flow().sample(shape)
         devices = {p.device for p in self.flow.parameters() if p.device.type != "cpu"}
         with torch.random.fork_rng(devices, enabled=True):
-            torch.manual_seed(arguments.check_int("seed", seed, -(2**63)))
+            torch.manual_seed(arguments.check_int("seed", seed.item() if isinstance(seed, Tensor) else seed, -(2**63)))
             return self.flow().sample(shape)
 
     def extra_repr(self) -> str:

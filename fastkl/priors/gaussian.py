@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from fastkl import distributions
 from fastkl.ops import _arguments as arguments
 from fastkl.ops.normal_log_prob import normal_log_prob
-from fastkl.priors._prior import Prior, generator_of
+from fastkl.ops.rsample_normal import rsample_normal
+from fastkl.priors._prior import Prior
 
 
 class _Gaussian(Prior):
@@ -31,11 +32,9 @@ class _Gaussian(Prior):
         return normal_log_prob(self._check_latent(z), self.mu, self.logvar, event_ndim=1)
 
     @torch.no_grad()
-    def sample(self, n: int, *, seed: int | None = None) -> Tensor:
+    def sample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:
         shape = (arguments.check_int("n", n, 0), self.dim)
-        generator = generator_of(seed, self.mu.device)
-        eps = torch.randn(shape, generator=generator, device=self.mu.device, dtype=self.mu.dtype)
-        return self.mu + torch.exp(0.5 * self.logvar) * eps
+        return rsample_normal(self.mu.expand(shape), self.logvar, seed=seed)
 
 
 class StandardNormal(_Gaussian):

@@ -9,15 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from fastkl import distributions, reference
+from fastkl.mixtures import sample_gmm
 from fastkl.ops import _arguments as arguments
 from fastkl.ops.gmm_log_prob import gmm_log_prob
 from fastkl.ops.gmm_moments import gmm_moments
 from fastkl.ops.gmm_responsibilities import gmm_responsibilities
 from fastkl.ops.kl_gmm import kl_gmm, kl_gmm_bounds
 from fastkl.priors._fit import FitRecord, em_step, hard_start, kmeans
-from fastkl.priors._prior import Prior, generator_of
+from fastkl.priors._prior import Prior
 
 COVARIANCES = ("diag", "spherical", "tied", "full")
+
+
+def _generator(seed: int | None, device: torch.device) -> torch.Generator | None:
+    return None if seed is None else torch.Generator(device).manual_seed(arguments.check_int("seed", seed, -(2**63)))
 
 
 class Mixture(NamedTuple):
@@ -78,34 +83,30 @@ class MixturePrior(Prior):
         return Usage(shares, torch.special.entr(shares).sum(), used)
 
     @torch.no_grad()
-    def sample(self, n: int, *, component: int | Tensor | None = None, seed: int | None = None) -> Tensor:
-        """n draws [n, D], without gradient.
+    def sample(self, n: int, *, component: int | Tensor | None = None, seed: int | Tensor | None = None) -> Tensor:
+        """n draws [n, D], without gradient, as `fastkl.sample_gmm`.
 
         Args:
             component: draw from this one alone, or, a tensor [n] of ints, each draw from its own; absent, components
                 are drawn with their weights.
-            seed: absent, torch's generator draws.
+            seed: absent, torch's generator draws it.
         """
-        n = arguments.check_int("n", n, 0)
-        logits, means, logvars, scale_tril = self.mixture()
-        generator = generator_of(seed, means.device)
+        mixture = self.mixture()
+        if arguments.check_int("n", n, 0) == 0:
+            return mixture.means.new_empty(0, mixture.means.shape[-1])
         if component is None:
-            weights = torch.softmax(logits.float(), -1)
-            chosen = torch.multinomial(weights, n, replacement=True, generator=generator) if n else weights[:0].long()
-        else:
-            chosen = torch.as_tensor(component, device=means.device)
-            good = not chosen.dtype.is_floating_point and chosen.shape in ((), (n,))
-            if not good or (chosen.numel() and not 0 <= chosen.min() <= chosen.max() < len(means)):
-                raise ValueError(
-                    f"component must be one int from 0 to {len(means) - 1}, or {n} of them, got {component}"
-                )
-            chosen = chosen.expand(n)
-        eps = torch.randn(n, means.shape[-1], generator=generator, device=means.device, dtype=means.dtype)
-        if scale_tril is not None:
-            for k in chosen.unique().tolist():
-                eps[chosen == k] = eps[chosen == k] @ scale_tril[k].mT
-            return means[chosen] + eps
-        return means[chosen] + torch.exp(0.5 * logvars).expand(means.shape)[chosen] * eps
+            return sample_gmm(**mixture._asdict(), num_samples=n, seed=seed)[0]
+        count = len(mixture.means)
+        chosen = torch.as_tensor(component, device=mixture.means.device)
+        good = not chosen.dtype.is_floating_point and chosen.shape in ((), (n,))
+        if not good or not 0 <= chosen.min() <= chosen.max() < count:
+            raise ValueError(f"component must be one int from 0 to {count - 1}, or {n} of them, got {component!r}")
+        # Mixtures of one component each: one for all draws, or one per draw.
+        one = [t if t is None or len(t) == 1 else t[chosen].unsqueeze(chosen.dim()) for t in mixture[1:]]
+        logits = mixture.logits.new_zeros(*chosen.shape, 1)
+        return sample_gmm(logits, *one[:2], scale_tril=one[2], num_samples=n if chosen.dim() == 0 else 1, seed=seed)[
+            0
+        ].view(n, -1)
 
 
 class GaussianMixture(MixturePrior):
@@ -225,7 +226,7 @@ class GaussianMixture(MixturePrior):
             raise ValueError(f"z must hold at least {self.components} data, one per component, got {len(rows)}")
         if not rows.isfinite().all():
             raise ValueError("z must be finite, but holds NaN or infinite numbers")
-        state = self._start(rows, init, regularisation, generator_of(seed, rows.device))
+        state = self._start(rows, init, regularisation, _generator(seed, rows.device))
         history, converged = [], False
         try:
             for iteration in range(1, iterations + 1):
