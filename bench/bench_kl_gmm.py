@@ -1,0 +1,35 @@
+"""kl_gmm: by samples and its upper bound, against the formulas written out by broadcasting."""
+
+import functools
+import math
+
+import torch
+
+import fastkl
+from fastkl import reference
+
+from harness import Case, leaves
+
+SAMPLES = 8
+
+
+def by_samples(mu, logvar, logits, means, logvars, eps=None):
+    eps = torch.randn(SAMPLES, *mu.shape, device=mu.device) if eps is None else eps
+    z = mu + torch.exp(0.5 * logvar) * eps
+    entropy = 0.5 * (logvar + math.log(2 * math.pi * math.e)).sum(-1)
+    return -entropy - reference.gmm_log_prob(z, logits, means, logvars).mean(0)
+
+
+def same_noise(seed, mu, *others):
+    return by_samples(mu, *others, eps=reference.normal_noise(seed, mu.shape, SAMPLES))
+
+
+def cases(device, quick):
+    for n, k, d in [(128, 10, 8)] if quick else [(128, 10, 8), (512, 100, 32)]:
+        inputs = leaves(device, (n, d), (n, d), (k,), (k, d), (k, d))
+        seed = torch.tensor(0, device=device)
+        pair = functools.partial(same_noise, seed), functools.partial(fastkl.kl_gmm, num_samples=SAMPLES, seed=seed)
+        ours = functools.partial(fastkl.kl_gmm, num_samples=SAMPLES)
+        yield Case(f"{n} x {k} x {d}, {SAMPLES} samples", inputs, by_samples, ours, pair)
+        upper = [functools.partial(function, method="upper") for function in (reference.kl_gmm, fastkl.kl_gmm)]
+        yield Case(f"{n} x {k} x {d}, upper bound", inputs, *upper)
