@@ -1,6 +1,7 @@
 """Priors side by side: the same network, data and split, several seeds; test log p(x) and what the clusters are worth.
 
     nice -n 19 python bench/compare_priors.py [--data mnist5k --latent 8]    # goes on where it was stopped
+    nice -n 19 python bench/compare_priors.py --seeds 3 4                    # beside another process, on another core
     python bench/compare_priors.py --table                                   # what has been measured so far
 
 Every run is one line of JSON in bench/results/priors_DATA.jsonl; further options are those of `fastkl train`.
@@ -42,13 +43,14 @@ COLUMNS = (
 def main() -> None:
     about = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     about.add_argument("--table", action="store_true", help="measure nothing, print the table")
+    about.add_argument("--seeds", type=int, nargs="+", default=range(SEEDS), help="default: 0 to 4")
     mine, rest = about.parse_known_args()
     options = parser().parse_args(["train", *rest])
     given = {item.name: getattr(options, item.name) for item in dataclasses.fields(Settings) if item.name in options}
     path = RESULTS / f"priors_{Path(given.get('data', 'digits')).stem}.jsonl"
     if not mine.table:
         torch.set_num_threads(1)  # as many runs as there are cores are better served than one
-        measure(path, given)
+        measure(path, given, mine.seeds)
     print(table(read(path)))
 
 
@@ -56,11 +58,12 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def measure(path: Path, given: dict) -> None:
+def measure(path: Path, given: dict, seeds: list[int]) -> None:
     """Seed by seed, so that what is there at any time compares the priors over the same seeds."""
-    done = {(row["prior"], row["seed"]): row["given"] for row in read(path)}
-    for seed in range(SEEDS):
+    for seed in seeds:
         for prior in PRIORS:
+            # Read anew each time: another process may be at other seeds.
+            done = {(row["prior"], row["seed"]): row["given"] for row in read(path)}
             if (prior, seed) not in done:
                 row = {"prior": prior, "seed": seed, "given": given, **one(prior, seed, given)}
                 with path.open("a") as file:

@@ -85,11 +85,30 @@ def test_beta_rises_to_its_weight_as_one_tensor(tmp_path, monkeypatch):
         seen.append((beta.item(), beta.data_ptr(), learned))
         return real(self, x, eps, beta, learned)
 
+    begun = []
+    monkeypatch.setattr(prior, "begin", lambda *given: begun.append(len(seen)))
     monkeypatch.setattr(loop.ELBO, "forward", recording)
     assert train(tmp_path, *BARE, "--prior", "gmm", "--components", "3", "--warm-up", "4", "--beta", "0.5") == 0
     assert [value for value, _, _ in seen] == pytest.approx([0.125, 0.25, 0.375, *[0.5] * 9])
     assert len({place for _, place, _ in seen}) == 1, "filled in place: nothing to recompile"
     assert [learned for _, _, learned in seen] == [False] * 4 + [True] * 8
+    assert begun == [4], "fitted once"
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+def test_a_prior_has_its_own_learning_rate_and_no_decay(tmp_path, monkeypatch, rate):
+    rates, real = [], torch.optim.AdamW.step
+
+    def recording(self, *given):
+        rates.append([(group["lr"], group["weight_decay"]) for group in self.param_groups])
+        return real(self, *given)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recording)
+    options = ("--prior", "vamp", "--components", "3", "--warm-up", "2", "--weight-decay", "0.125")
+    assert train(tmp_path, *BARE, *options, "--learning-rate", "0.5", "--prior-learning-rate", str(rate)) == 0
+    for network, learned in rates:
+        assert network[1] == 0.125
+        assert learned == (network[0] * (rate or 0.5) / 0.5, 0.0)
 
 
 class Clusters(nn.Module):
