@@ -79,7 +79,8 @@ def one(prior: str, seed: int, given: dict) -> dict:
     source = data.load(settings)
     with tempfile.TemporaryDirectory() as folder:
         run = train.start(settings, source, Ranks(), Path(folder))
-        train.train(run, Display())
+        if not train.train(run, Display()):
+            sys.exit("stopped; what is measured is kept, and the same command goes on")
     seconds = time.perf_counter() - began
     asked = (settings.importance_samples, seed, run.device, run.prior, source.test_labels)
     figures = evaluate(run.vae, source.test, *asked).figures()

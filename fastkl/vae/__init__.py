@@ -6,11 +6,13 @@ Read `train.py` first: the loss is a few lines of `fastkl`. The rest is what a r
     data.py         the built-in data sets and the split; files.py reads files that nobody vouches for
     model.py        encoder and decoder, MLP or convolutional
     train.py        the objective and the loop
+    prior.py        what takes the place of N(0, I), and how it begins
     streams.py      every random number as a function of the step
     parallel.py     torchrun: which process am I, and the few words that processes exchange
     checkpoint.py   files that are either old or new, never half
     progress.py     the bar in the terminal; events.py for TensorBoard
     evaluate.py     the test figures; pictures.py draws them, report.py puts them in one page
+    clusters.py     which components of a mixture are used, and whether they are the groups of the labels
     memory.py       what the loss costs in memory, beside the eager formula
     errors.py       what is said in one line; cli.py, the command line
 """

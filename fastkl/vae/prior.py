@@ -20,7 +20,8 @@ from fastkl.vae.errors import UserError, require
 from fastkl.vae.model import ENCODED, VAE
 from fastkl.vae.settings import Settings
 
-FITTED = 20_000  # draws from the posteriors that a mixture is fitted to, at least one per datum
+# Draws from the posteriors that a mixture is fitted to, and how many numbers they may be.
+DRAWS, NUMBERS = 20_000, 2**25
 
 
 def build(settings: Settings, vae: VAE, data: Data) -> nn.Module | None:
@@ -75,9 +76,11 @@ def begin(prior: nn.Module, vae: VAE, data: Data, settings: Settings, device: to
         return
     seed = streams.seed_for(settings.seed, "fit")
     torch.manual_seed(seed)  # the next training step seeds itself
-    draws = max(1, FITTED // len(data.train))
+    rows = max(settings.components, min(DRAWS, NUMBERS // math.prod(vae.latent_shape)))
+    x = data.train[:rows]  # which the split has shuffled
+    draws = max(1, rows // len(x))
     means, drawn = [], []
-    for part in data.train.split(max(1, ENCODED // data.train[0].numel())):
+    for part in x.split(max(1, ENCODED // x[0].numel())):
         posterior = vae.posterior(part.to(device))
         means.append(posterior.mean.flatten(1))
         drawn.append(posterior.rsample(num_samples=draws).flatten(2).transpose(0, 1).flatten(0, 1))

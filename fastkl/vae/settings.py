@@ -89,7 +89,6 @@ FOR_PRESET = {
 
 # A learned prior begins when the posteriors have taken their places; a short run has few steps for that.
 WARM_UP = {"digits": 500, "pbmc": 100, "large-latent": 3}
-FOR_PRIOR = {"standard": {}, "gmm": {}, "vamp": {}, "flow": {}}
 
 
 def resolve(given: dict[str, Any]) -> Settings:
@@ -111,7 +110,7 @@ def defaults(given: dict[str, Any]) -> Settings:
     """Defaults, then what suits the data, then the preset, then the prior, then what was typed."""
     preset, data, prior = (given.get(name, getattr(Settings, name)) for name in ("preset", "data", "prior"))
     learned = {} if prior == "standard" else {"warm_up": WARM_UP.get(preset if data == "digits" else data, 500)}
-    return Settings(**{**FOR_DATA.get(data, {}), **FOR_PRESET[preset], **learned, **FOR_PRIOR[prior], **given})
+    return Settings(**{**FOR_DATA.get(data, {}), **FOR_PRESET[preset], **learned, **given})
 
 
 def check(settings: Settings) -> None:
