@@ -2,10 +2,12 @@
 
 from fastkl import priors
 from fastkl.distributions import DiagonalNormal
+from fastkl.mixtures import rsample_gmm, sample_gmm
 from fastkl.ops.bernoulli_log_prob import bernoulli_log_prob
 from fastkl.ops.gmm_log_prob import gmm_log_prob
 from fastkl.ops.gmm_moments import GMMMoments, gmm_moments
 from fastkl.ops.gmm_responsibilities import gmm_responsibilities
+from fastkl.ops.gumbel_softmax import gumbel_softmax
 from fastkl.ops.kl_gmm import kl_gmm, kl_gmm_bounds
 from fastkl.ops.kl_multivariate_normal import kl_multivariate_normal
 from fastkl.ops.kl_normal import kl_normal
@@ -25,6 +27,7 @@ __all__ = [
     "gmm_log_prob",
     "gmm_moments",
     "gmm_responsibilities",
+    "gumbel_softmax",
     "kl_gmm",
     "kl_gmm_bounds",
     "kl_multivariate_normal",
@@ -32,6 +35,8 @@ __all__ = [
     "kl_normal_per_dim",
     "normal_log_prob",
     "priors",
+    "rsample_gmm",
     "rsample_kl",
     "rsample_normal",
+    "sample_gmm",
 ]

@@ -61,6 +61,15 @@ OPS = {
         lambda *t: torch.stack(fastkl.kl_gmm_bounds(*t), -1),
         lambda n: [(n, 4), (n, 4), (n, 3), (3, 4), (3, 1)],
     ),
+    "gumbel_softmax": (lambda x: fastkl.gumbel_softmax(x, 0.7, seed=SEED), lambda n: [(n, 4)]),
+    "gumbel_softmax, tau": (
+        lambda x, tau: fastkl.gumbel_softmax(x, 0.5 + tau.square().mean(), seed=SEED),
+        lambda n: [(n, 4), (2,)],
+    ),
+    "rsample_gmm": (
+        lambda *t: fastkl.rsample_gmm(*t, tau=0.7, seed=SEED).square().sum(-1),
+        lambda n: [(n, 3), (3, 4), (3, 4)],
+    ),
     "kl_multivariate_normal": (
         lambda m, a, pm, b: fastkl.kl_multivariate_normal(
             m, a.tril(-1) + torch.eye(3, device=a.device, dtype=a.dtype), pm, b.exp()
@@ -191,7 +200,12 @@ def test_empty_batch(name, backend):
     assert "per_dim" in name or all((g == 0).all() for g in gradients)
 
 
-@pytest.mark.parametrize("name", [n for n in [*OPS, *SHARED] if "multivariate" not in n and "rsample_normal" not in n])
+SAMPLES_IN_INPUT_DTYPE = {"kl_multivariate_normal", "rsample_normal", "gumbel_softmax", "rsample_gmm"}
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in [*OPS, *SHARED] if not SAMPLES_IN_INPUT_DTYPE & set(n.replace(",", "").split())]
+)
 def test_autocast_gives_float32(name):
     function, shapes = get(name)
     inputs = draw(*shapes(3), dtype=torch.bfloat16)

@@ -154,7 +154,7 @@ class _ByDifferences:
 
     def __init__(self, mixture: Mixture, components: slice, form: str, dtype: torch.dtype):
         self.mixture, self.components, self.form, self.dtype = mixture, components, form, dtype
-        self.gradient_dtype = dtype
+        self.gradient_dtype, self.data = dtype, max(mixture.logits.shape[0], mixture.means.shape[0])
         count, dimensions = len(range(*components.indices(mixture.means.shape[1]))), mixture.means.shape[2]
         matrices = mixture.scale_tril is not None and form == "convolved"
         size = count * dimensions * (dimensions if matrices else 1)

@@ -19,10 +19,33 @@ from fastkl.ops._register import apply, needs_closed_form, register, without_aut
 MIXTURE = "Tensor logits, Tensor means, Tensor? logvars, Tensor? scale_tril"
 _ARGUMENTS = f"Tensor z, Tensor? logvar, {MIXTURE}, str form, str precision"
 FULL = slice(None)
+# Rows times components times dimensions up to which everything is made at once: a sweep would cost more in calls.
+SMALL = 1 << 17
+
+
+def is_small(z: Tensor, means: Tensor, scale_tril: Tensor | None) -> bool:
+    matrices = 0 if scale_tril is None else scale_tril.numel()
+    return max(z.shape[0] * means.shape[1] * means.shape[2], matrices) <= SMALL and means.shape[1] > 0
+
+
+def _prepare(z, logvar, logits, means, logvars, scale_tril, form):
+    """(part, prepared) of all components and rows at once."""
+    dtype = reference.compute_dtype(z, logvar, logits, means, logvars, scale_tril)
+    data = max(logits.shape[0], means.shape[0])
+    part = (Differences if scale_tril is None else Full)(Mixture(logits, means, logvars, scale_tril), FULL, form, dtype)
+    variance = None if logvar is None else logvar.to(dtype).exp().unflatten(0, (-1, data))
+    return part, part.prepare(z.to(dtype).unflatten(0, (-1, data)), variance, FULL)
 
 
 @without_autocast
 def _forward(z, logvar, logits, means, logvars, scale_tril, form, precision, keep) -> list[Tensor]:
+    if is_small(z, means, scale_tril):
+        part, prepared = _prepare(z, logvar, logits, means, logvars, scale_tril, form)
+        joint = part.joint(prepared, torch.log_softmax(logits.to(part.dtype), -1)).flatten(0, 1)
+        origin = joint.amax(-1)
+        weights = sweeps.exponential(joint - origin.unsqueeze(-1))
+        total = weights.sum(-1)
+        return [origin + total.log(), origin.double(), total.reciprocal(), weights][: keep + 2 if keep else 1]
     return sweeps.log_prob(sweeps.Sweep(z, logvar, logits, means, logvars, scale_tril, form, precision), keep)
 
 
@@ -38,6 +61,16 @@ def _fake_forward(z, logvar, logits, means, logvars, scale_tril, form, precision
 
 @without_autocast
 def _backward(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, precision, data, parameters):
+    if is_small(z, means, scale_tril) and len(kept) == 3:
+        inputs = (z, logvar, logits, means, logvars, scale_tril)
+        scale = (dlp * kept[1]).unsqueeze(-1)
+        found = _with_softmax(dlp, inputs, form, lambda part, _: (kept[2] * scale).view(-1, part.data, means.shape[1]))
+        wanted = (data, data, *[parameters] * 4)
+        return [
+            arguments.match(gradient, tensor)
+            for gradient, tensor, want in zip(found, inputs, wanted)
+            if want and gradient is not None
+        ]
     sweep = sweeps.Sweep(z, logvar, logits, means, logvars, scale_tril, form, precision)
     buffers = sweep.buffers() if parameters else []
     rows = sweeps.gradients(sweep, sweeps.Weights(sweep, dlp, *kept), data, buffers)
@@ -78,38 +111,43 @@ gmm_log_prob_bwd = register(
 def differentiable_gradients(weights_of, z, logvar, logits, means, logvars, scale_tril, form) -> list[Tensor | None]:
     """(dz, dlogvar, sum of the weights [I, K], dmeans, dlogvars, dscale_tril) in plain differentiable torch ops.
 
-    weights_of(joint [S, B, K]) gives the weights. Everything is made at once, rows by components by dimensions: who
-    differentiates twice has few of them.
+    weights_of(part, prepared) gives the weights [S, B, K]. Everything is made at once, rows by components by
+    dimensions: who differentiates twice has few of them.
     """
     inputs = (z, logvar, logits, means, logvars, scale_tril)
-    dtype = reference.compute_dtype(*inputs)
-    data = max(logits.shape[0], means.shape[0])
-    mixture = Mixture(logits, means, logvars, scale_tril)
-    part = (Differences if scale_tril is None else Full)(mixture, FULL, form, dtype)
-    variance = None if logvar is None else logvar.to(dtype).exp().unflatten(0, (-1, data))
-    prepared = part.prepare(z.to(dtype).unflatten(0, (-1, data)), variance, FULL)
-    weights = weights_of(part.joint(prepared, torch.log_softmax(logits.to(dtype), -1)))
+    part, prepared = _prepare(*inputs, form)
+    weights = weights_of(part, prepared)
     scale = torch.ones_like(weights[..., :1])
     dz, dvariance = part.data_gradient(prepared, weights, scale)
     dmeans, dspread = part.parameter_gradients(prepared, weights, scale)
     dlogits = weights.flatten(0, 1).sum(0, keepdim=True) if logits.shape[0] == 1 else weights.sum(0)
-    found = [dz.flatten(0, 1), None if logvar is None else (dvariance * variance).flatten(0, 1), dlogits, dmeans]
-    found += [dspread, None] if scale_tril is None else [None, dspread]
+    dlogvar = None if logvar is None else dvariance.flatten(0, 1) * logvar.to(part.dtype).exp()
+    found = [dz.flatten(0, 1), dlogvar, dlogits, dmeans, *((dspread, None) if scale_tril is None else (None, dspread))]
     return [
         None if gradient is None or tensor is None else gradient.sum_to_size(tensor.shape).to(tensor.dtype)
         for gradient, tensor in zip(found, inputs)
     ]
 
 
-@without_autocast
-def _gradients(dlp, z, logvar, logits, means, logvars, scale_tril, form) -> list[Tensor | None]:
-    inputs = (z, logvar, logits, means, logvars, scale_tril)
+def softmax_of(part, prepared) -> Tensor:
+    """The responsibilities [S, B, K], differentiable."""
+    return torch.softmax(part.joint(prepared, torch.log_softmax(part.mixture.logits.to(part.dtype), -1)), -1)
+
+
+def _with_softmax(dlp, inputs, form, weights_of) -> list[Tensor | None]:
+    """differentiable_gradients of ln p: the normaliser of the logits has a gradient as well."""
+    found, logits = differentiable_gradients(weights_of, *inputs, form), inputs[2]
     dtype = reference.compute_dtype(*inputs)
-    rows = dlp.to(dtype).unflatten(0, (-1, max(logits.shape[0], means.shape[0]))).unsqueeze(-1)
-    found = differentiable_gradients(lambda joint: torch.softmax(joint, -1) * rows, *inputs, form)
     total = dlp.to(dtype).unflatten(0, (-1, logits.shape[0])).sum(0).unsqueeze(-1)
     found[2] = (found[2].to(dtype) - torch.softmax(logits.to(dtype), -1) * total).to(logits.dtype)
     return found
+
+
+@without_autocast
+def _gradients(dlp, z, logvar, logits, means, logvars, scale_tril, form) -> list[Tensor | None]:
+    inputs = (z, logvar, logits, means, logvars, scale_tril)
+    rows = dlp.to(reference.compute_dtype(*inputs)).unflatten(0, (-1, max(logits.shape[0], means.shape[0])))
+    return _with_softmax(dlp, inputs, form, lambda *prepared: softmax_of(*prepared) * rows.unsqueeze(-1))
 
 
 class _GMMLogProb(torch.autograd.Function):

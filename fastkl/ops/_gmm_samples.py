@@ -14,7 +14,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _mixture as sweeps
 from fastkl.ops import _sampling as sampling
-from fastkl.ops._gmm import MIXTURE, differentiable_gradients, fake_gradients, matched
+from fastkl.ops._gmm import MIXTURE, differentiable_gradients, fake_gradients, matched, softmax_of
 from fastkl.ops._register import apply, needs_closed_form, register, without_autocast
 
 _ARGUMENTS = f"Tensor mu, Tensor logvar, Tensor seed, {MIXTURE}, int num_samples, str precision"
@@ -130,7 +130,7 @@ def _gradients(dkl, mu, logvar, seed, logits, means, logvars, scale_tril, num_sa
     z = (mu.to(dtype) + sigma * eps).flatten(0, 1)
     rows = (dkl / -num_samples).repeat(num_samples).unflatten(0, (-1, max(logits.shape[0], means.shape[0])))
     found = differentiable_gradients(
-        lambda joint: torch.softmax(joint, -1) * rows.unsqueeze(-1), z, None, *mixture, "point"
+        lambda *prepared: softmax_of(*prepared) * rows.unsqueeze(-1), z, None, *mixture, "point"
     )
     dz = found[0].view(eps.shape)
     if stl:

@@ -37,6 +37,11 @@ def _slices(count: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
+def exponential(x: Tensor) -> Tensor:
+    """exp(x) in place of x, which is at most about 0."""
+    return torch.nn.functional.threshold_(x, NEGLIGIBLE[x.dtype], float("-inf")).exp_()
+
+
 class Sweep:
     """The blocks of one call: z, logvar [R, D] and a mixture in the ops' canonical form."""
 
@@ -102,8 +107,7 @@ class Sweep:
     def weights(self, joint: Tensor, origin: Tensor, out: Tensor | None = None) -> Tensor:
         """exp(joint - origin) in the compute dtype."""
         joint = joint.sub_(origin)
-        out = joint.to(self.dtype) if out is None else out.copy_(joint)
-        return torch.nn.functional.threshold_(out, NEGLIGIBLE[self.dtype], float("-inf")).exp_()
+        return exponential(joint.to(self.dtype) if out is None else out.copy_(joint))
 
     def buffers(self) -> list[Tensor]:
         """Zeros for the gradients of logits, means, and logvars or scale_tril, in the compute dtype."""

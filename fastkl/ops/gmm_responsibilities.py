@@ -8,7 +8,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _mixture as sweeps
 from fastkl.ops import _mixture_arguments as mixtures
-from fastkl.ops._gmm import MIXTURE, differentiable_gradients, fake_gradients, matched, nothing
+from fastkl.ops._gmm import MIXTURE, differentiable_gradients, fake_gradients, matched, nothing, softmax_of
 from fastkl.ops._register import apply, needs_closed_form, register, without_autocast
 
 _ARGUMENTS = f"Tensor z, {MIXTURE}, str precision"
@@ -54,9 +54,10 @@ gmm_responsibilities_bwd = register(
 def _gradients(dlog_r, z, logits, means, logvars, scale_tril) -> list[Tensor | None]:
     """_backward in differentiable torch ops."""
 
-    def weights(joint: Tensor) -> Tensor:
-        gradient = dlog_r.to(joint.dtype).view(joint.shape)
-        return gradient - torch.softmax(joint, -1) * gradient.sum(-1, keepdim=True)
+    def weights(part, prepared) -> Tensor:
+        softmax = softmax_of(part, prepared)
+        gradient = dlog_r.to(part.dtype).view(softmax.shape)
+        return gradient - softmax * gradient.sum(-1, keepdim=True)
 
     found = differentiable_gradients(weights, z, None, logits, means, logvars, scale_tril, "point")
     return [found[0], *found[2:]]
