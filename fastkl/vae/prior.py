@@ -22,16 +22,18 @@ from fastkl.vae.settings import Settings
 
 # Draws from the posteriors that a mixture is fitted to, and how many numbers they may be.
 DRAWS, NUMBERS = 20_000, 2**25
+LARGEST = 1024  # latent, where each component has a matrix of it, or each transform of a flow
 
 
 def build(settings: Settings, vae: VAE, data: Data) -> nn.Module | None:
     """The prior as it is before it begins."""
     dim = math.prod(vae.latent_shape)
+    large = "--prior flow" if settings.prior == "flow" else f"--covariance {settings.covariance}"
+    if large in ("--prior flow", "--covariance full") and dim > LARGEST:
+        raise UserError(f"{large} is made for latents of at most {LARGEST} numbers, this one has {dim}: --prior gmm")
     if settings.prior == "gmm":
         if settings.components > len(data.train):
             raise UserError(f"--components {settings.components} is more than the {len(data.train)} training data")
-        if settings.covariance == "full" and dim > 1024:
-            raise UserError(f"--covariance full has {dim} x {dim} numbers for each component; use diag")
         return GaussianMixture(settings.components, dim, settings.covariance)
     if settings.prior == "vamp":
         return VampPrior(pseudo_inputs(settings, data), vae.encoder, transform=whole(data))
