@@ -139,14 +139,15 @@ def blocks(dtype: torch.dtype, form: str, kind: str, rows: int, components: int,
     sums in memory. `own`: each row has logits of its own.
     """
     few = kind == "rows" and cdiv(rows, 64) < PROGRAMS // 2
-    halvings = (dtype == torch.float64) + (form == "convolved") + own
-    halvings += form == "expected" and (few or dtype == torch.float64)
+    half = dtype == torch.float64
+    halvings = half + (form == "convolved") * (1 + half) + own * (2 if kind == "rows" else 1)
+    halvings += (form == "expected") * ((kind != "forward" or own or half) + (own and kind == "forward"))
     if kind == "components":
         warps = min(8, next_power_of_2(cdiv(rows, 32)))
-        return {"ROWS": max(8, 32 >> halvings) * warps, "COMPONENTS": 32, "num_warps": warps}
+        return {"ROWS": max(4, 32 >> halvings) * warps, "COMPONENTS": 32, "num_warps": warps}
     if few:
         warps = min(4, next_power_of_2(cdiv(components, 32)))
-        return {"ROWS": 32, "COMPONENTS": max(8, 32 >> halvings) * warps, "num_warps": warps}
+        return {"ROWS": 32, "COMPONENTS": max(4, 32 >> halvings) * warps, "num_warps": warps}
     return {"ROWS": 32 if halvings else 64, "COMPONENTS": max(4, 16 >> max(0, halvings - 1)), "num_warps": 1}
 
 
@@ -285,9 +286,9 @@ def joint_tile(
     if logits is None:
         joint = by_component(constant - tl.load(normaliser), BY_ROWS) - 0.5 * total
     else:
-        at = by_row(row.to(tl.int64) * strides[0], BY_ROWS) + by_component(component.to(tl.int64) * strides[1], BY_ROWS)
-        # The padding's constants are -inf already.
-        weight = tl.load(logits + at, by_component(component < components, BY_ROWS), other=0.0).to(DTYPE)
+        column = tl.minimum(component, components - 1).to(tl.int64)  # the padding's constants are -inf already
+        at = by_row(row.to(tl.int64) * strides[0], BY_ROWS) + by_component(column * strides[1], BY_ROWS)
+        weight = tl.load(logits + at).to(DTYPE)
         weight -= by_row(tl.load(normaliser + row), BY_ROWS)
         joint = weight + (by_component(constant, BY_ROWS) - 0.5 * total)
     return joint

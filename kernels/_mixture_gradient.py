@@ -89,14 +89,15 @@ def gmm_rows_kernel(
                 weight = gradient[None, :] * exp(joint - value[None, :])
             if dlogits is not None:
                 inside = (component < shape[1])[:, None] & valid[None, :]
-                at = index.to(tl.int64)[None, :] * strides[2][0] + component.to(tl.int64)[:, None] * strides[2][1]
-                out = index.to(tl.int64)[None, :] * strides[7][0] + component.to(tl.int64)[:, None] * strides[7][1]
+                column = tl.minimum(component, shape[1] - 1).to(tl.int64)[:, None]  # the last one again, not stored
+                at = index.to(tl.int64)[None, :] * strides[2][0] + column * strides[2][1]
+                out = index.to(tl.int64)[None, :] * strides[7][0] + column * strides[7][1]
                 change = weight
                 if not GIVEN:
-                    share = tl.load(logits + at, inside, other=float("-inf")).to(DTYPE) - normal[None, :]
+                    share = tl.load(logits + at).to(DTYPE) - normal[None, :]
                     change -= gradient[None, :] * exp(share)
                 again = (copy + tl.arange(0, 1) > 0)[:, None]  # else 0: nothing yet
-                change += tl.load(dlogits + out, inside & again, other=0.0).to(DTYPE)
+                change += tl.load(dlogits + out, again, other=0.0).to(DTYPE)
                 tl.store(dlogits + out, change, inside)
             if dz is not None:
                 dz_at = dz + row[:, None] * strides[5][0] + quad * strides[5][1]
