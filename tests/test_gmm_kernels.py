@@ -1,5 +1,6 @@
 """The mixture launchers for one shared mixture, called directly, against the float64 definition and its gradients."""
 
+import importlib
 import math
 
 import pytest
@@ -89,6 +90,13 @@ def check_log_prob(tensors, form="point", dlp=None, units=8.0, separately=False)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(shape, form):
     check_log_prob(draw(*shape, form=form), form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_program_adds_up_many_tiles(form, monkeypatch):
+    """As with millions of rows, where the others are enough programs: sums go on in the outputs, tile after tile."""
+    monkeypatch.setattr(importlib.import_module("fastkl.kernels._mixture"), "PROGRAMS", 1)
+    check_log_prob(draw(300, 20, 2, form=form), form)
 
 
 @pytest.mark.parametrize("form", FORMS)
