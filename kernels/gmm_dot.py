@@ -21,29 +21,28 @@ from fastkl.kernels.gmm_full import BUFFER_BYTES, add_logits_gradient, blocks_of
 NO_STRIDES = (0, 0)
 
 
-def blocks(rows: int, columns: int) -> dict[str, int]:
-    """A tile of the product, 16 terms of which are summed at a time."""
-    most = 32 if columns % 16 else 64
+def blocks(columns: int, logvar: torch.Tensor | None = None) -> dict[str, int]:
+    """A tile of the product, 16 terms of which are summed at a time; a 16-bit logvar, unpacked, takes registers."""
+    most = 32 if columns % 16 or (logvar is not None and logvar.itemsize == 2) else 64
     block_columns = min(most, max(16, next_power_of_2(columns)))
     return {"ROWS": 64, "COLUMNS": block_columns, "INNER": 16, "num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
-def load(pointer, row, column, rows, columns, strides):
-    """[row, column] in float32; 0, neutral in a product, outside."""
+def load(pointer, row, column, rows, columns, strides, OTHER: tl.constexpr = 0.0):
+    """[row, column] in float32; outside by default 0, neutral in a product."""
     at = row.to(tl.int64)[:, None] * strides[0] + column.to(tl.int64)[None, :] * strides[1]
-    return tl.load(pointer + at, (row < rows)[:, None] & (column < columns)[None, :], other=0.0).to(tl.float32)
+    return tl.load(pointer + at, (row < rows)[:, None] & (column < columns)[None, :], other=OTHER).to(tl.float32)
 
 
 @triton.jit
 def load_rows(z, logvar, centre, row, column, rows, columns, strides):
-    """x = z - c and x^2 + sigma^2, both 0 outside."""
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    """x = z - c and x^2 + sigma^2. Columns outside are 0; rows outside are finite, not stored and of weight 0."""
     x = load(z, row, column, rows, columns, strides[0])
-    x = tl.where(inside, x - tl.load(centre + column, column < columns, other=0.0)[None, :], 0.0)
+    x -= tl.load(centre + column, column < columns, other=0.0)[None, :]
     square = x * x
     if logvar is not None:
-        square += tl.where(inside, exp(load(logvar, row, column, rows, columns, strides[1])), 0.0)
+        square += exp(load(logvar, row, column, rows, columns, strides[1], float("-inf")))  # a variance of 0
     return x, square
 
 
@@ -169,7 +168,7 @@ class Mixture:
         self.precision = precision
 
     def launch(self, z, logvar, first_row, dlp, lp, weight):
-        block = blocks(len(z), self.components)
+        block = blocks(self.components, logvar)
         row_blocks = cdiv(len(z), block["ROWS"])
         per_program, splits = self.components, 1
         if weight is None:
@@ -184,7 +183,7 @@ class Mixture:
         return lp[0] if splits == 1 else lp.logsumexp(0)
 
     def launch_by_rows(self, z, logvar, weight, dz, dlogvar):
-        block = blocks(len(z), self.columns)
+        block = blocks(self.columns, logvar)
         strides = (*row_strides(z, logvar), *row_strides(dz, dlogvar))
         gmm_dot_by_rows_kernel[(cdiv(len(z), block["ROWS"]) * cdiv(self.columns, block["COLUMNS"]),)](
             z, logvar, self.centre, self.precisions, self.scaled_means, weight, dz, dlogvar,
@@ -193,7 +192,7 @@ class Mixture:
 
     def launch_by_components(self, z, logvar, weight):
         """[2, K, D]: sum_n w x and sum_n w (x^2 + sigma^2)."""
-        block = blocks(self.components, self.columns)
+        block = blocks(self.columns)
         tiles = cdiv(self.components, block["ROWS"]) * cdiv(self.columns, block["COLUMNS"])
         most = max(1, min(PROGRAMS // tiles, BUFFER_BYTES // (8 * self.components * self.columns)))
         rows_per_program, splits = share(len(z), block["INNER"], most)
