@@ -14,16 +14,16 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import exp
+from fastkl.kernels._device import exp, two_parts
 from fastkl.kernels._layout import PROGRAMS, cdiv, compute_dtype, next_power_of_2, share
 from fastkl.kernels.gmm_full import BUFFER_BYTES, add_logits_gradient, blocks_of_rows, supported
 
 NO_STRIDES = (0, 0)
 
 
-def blocks(columns: int, logvar: torch.Tensor | None = None) -> dict[str, int]:
-    """A tile of the product, 16 terms of which are summed at a time; a 16-bit logvar, unpacked, takes registers."""
-    most = 32 if columns % 16 or (logvar is not None and logvar.itemsize == 2) else 64
+def blocks(columns: int, most: int = 64) -> dict[str, int]:
+    """A tile of the product, at most `most` wide, 16 terms of which are summed at a time."""
+    most = min(most, 32 if columns % 16 else 64)
     block_columns = min(most, max(16, next_power_of_2(columns)))
     return {"ROWS": 64, "COLUMNS": block_columns, "INNER": 16, "num_warps": 4, "num_stages": 1}
 
@@ -72,10 +72,10 @@ def gmm_dot_kernel(
             at = component.to(tl.int64)[None, :] * columns + inner[:, None]
             inside = (inner < columns)[:, None] & (component < components)[None, :]
             # Zeros are neutral in a product.
-            a = tl.dot(
-                -0.5 * square, tl.load(precisions + at, inside, other=0.0), a, input_precision=supported(PRECISION)
-            )
-            a = tl.dot(x, tl.load(scaled_means + at, inside, other=0.0), a, input_precision=supported(PRECISION))
+            scaled_mean = tl.load(scaled_means + at, inside, other=0.0)
+            a = tl.dot(x, scaled_mean, a, input_precision=supported(PRECISION))
+            precision = tl.load(precisions + at, inside, other=0.0)
+            a = tl.dot(-0.5 * square, precision, a, input_precision=supported(PRECISION))
         at = ((row + shape[4]) % shape[3]).to(tl.int64)[:, None] * strides[2][0] + component[None, :] * strides[2][1]
         a += tl.load(constants + component, component < components, other=0.0)[None, :]
         a += tl.load(log_weights + at, (component < components)[None, :], other=float("-inf"))  # a weight of zero
@@ -86,14 +86,15 @@ def gmm_dot_kernel(
             peak = new_peak
         else:
             # Rows outside are not stored.
-            of_row = tl.load(lp + row, row < rows, other=0.0)
+            high, low = two_parts(tl.load(lp + row, row < rows, other=0.0), tl.float32)
             incoming = tl.load(dlp + row.to(tl.int64) * strides[3][0], row < rows, other=0.0)
             at = row.to(tl.int64)[:, None] * components + component[None, :]
             inside = (row < rows)[:, None] & (component < components)[None, :]
-            tl.store(weight + at, incoming[:, None] * tl.exp(a - of_row[:, None]), inside)
+            tl.store(weight + at, incoming[:, None] * tl.exp(a - high[:, None] - low[:, None]), inside)
     if weight is None:
         top = tl.where(peak == float("-inf"), 0.0, peak)
-        tl.store(lp + split.to(tl.int64) * rows + row, top + tl.log(total), row < rows)
+        value = top.to(tl.float64) + tl.log(total).to(tl.float64)
+        tl.store(lp + split.to(tl.int64) * rows + row, value, row < rows)
 
 
 @triton.jit
@@ -168,12 +169,12 @@ class Mixture:
         self.precision = precision
 
     def launch(self, z, logvar, first_row, dlp, lp, weight):
-        block = blocks(self.components, logvar)
+        block = blocks(self.components, 32)
         row_blocks = cdiv(len(z), block["ROWS"])
         per_program, splits = self.components, 1
         if weight is None:
             per_program, splits = share(self.components, block["COLUMNS"], PROGRAMS // row_blocks)
-            lp = torch.empty((splits, len(z)), dtype=torch.float32, device=z.device)
+            lp = torch.empty((splits, len(z)), dtype=torch.float64, device=z.device)
         strides = (*row_strides(z, logvar), self.log_weights.stride(), NO_STRIDES if dlp is None else dlp.stride())
         gmm_dot_kernel[(row_blocks * splits,)](
             z, logvar, self.centre, self.precisions, self.scaled_means, self.log_weights, self.constants, dlp, lp,
@@ -183,7 +184,7 @@ class Mixture:
         return lp[0] if splits == 1 else lp.logsumexp(0)
 
     def launch_by_rows(self, z, logvar, weight, dz, dlogvar):
-        block = blocks(self.columns, logvar)
+        block = blocks(self.columns, 64 if logvar is None or logvar.itemsize > 2 else 32)
         strides = (*row_strides(z, logvar), *row_strides(dz, dlogvar))
         gmm_dot_by_rows_kernel[(cdiv(len(z), block["ROWS"]) * cdiv(self.columns, block["COLUMNS"]),)](
             z, logvar, self.centre, self.precisions, self.scaled_means, weight, dz, dlogvar,
@@ -217,7 +218,7 @@ def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision) -> torch
     if not has_kernel(form, z, logvar, logits, means, logvars):
         from fastkl.kernels import gmm_log_prob
 
-        return gmm_log_prob.fwd(z, logvar, logits, means, logvars, scale_tril, form, "exact")
+        return gmm_log_prob.fwd(z, logvar, logits, means, logvars, scale_tril, form, "exact", 1)[1]
     if z.numel() == 0:  # without dimensions, the log of a sum of weights that is 1
         return torch.zeros(len(z), dtype=torch.float32, device=z.device)
     return Mixture(logits, means, logvars, precision).launch(z, logvar, 0, None, None, None)
@@ -230,7 +231,7 @@ def bwd(
         from fastkl.kernels import gmm_log_prob
 
         inputs = (z, logvar, logits, means, logvars, scale_tril, form, "exact")
-        return gmm_log_prob.bwd(dlp, lp, *inputs, data, parameters)
+        return gmm_log_prob.bwd(dlp, [lp], *inputs, data, parameters)
     row_gradients = [torch.empty_like(t) for t in (z, logvar) if data and t is not None]
     gradients = [torch.empty_like(t) for t in (logits, means, logvars) if parameters and t is not None]
     if z.numel() == 0:
