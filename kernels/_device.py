@@ -50,6 +50,13 @@ def exp(x):
 
 
 @triton.jit
+def two_parts(value, DTYPE: tl.constexpr):
+    """A float64 value as a sum of two in DTYPE."""
+    high = value.to(DTYPE)
+    return high, (value - high.to(tl.float64)).to(DTYPE)
+
+
+@triton.jit
 def _exp_minus_one_minus_series(x):
     """x^2 (1/2 + x/6 + x^2/24 + ...), exact to rounding for |x| < 1/2."""
     if x.dtype == tl.float64:

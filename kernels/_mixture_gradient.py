@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import exp
+from fastkl.kernels._device import exp, two_parts
 from fastkl.kernels._layout import cdiv, compute_dtype
 from fastkl.kernels._mixture import (
     STEP,
@@ -76,7 +76,7 @@ def gmm_rows_kernel(
             logvar_at = logvar + row[:, None] * strides[1][0] + quad * strides[1][1]
         gradient = tl.load(dlp + row * strides[3]).to(DTYPE)
         if not GIVEN:
-            value = tl.load(lp + row)
+            value, rest = two_parts(tl.load(lp + row), DTYPE)
         for start in range(first, tl.minimum(first + components_per_program, shape[1]), COMPONENTS):
             component = start + tl.arange(0, COMPONENTS)
             if GIVEN:
@@ -86,7 +86,7 @@ def gmm_rows_kernel(
                     z_at, logvar_at, logits, normaliser, centre, constants, roots, scaled_means, index, start, shape,
                     steps, strides[2], FORM, TAIL, True, ROWS, COMPONENTS, DTYPE,
                 )  # fmt: skip
-                weight = gradient[None, :] * exp(joint - value[None, :])
+                weight = gradient[None, :] * exp(joint - value[None, :] - rest[None, :])
             if dlogits is not None:
                 inside = (component < shape[1])[:, None] & valid[None, :]
                 column = tl.minimum(component, shape[1] - 1).to(tl.int64)[:, None]  # the last one again, not stored
@@ -173,12 +173,12 @@ def gmm_components_kernel(
             weight = given_weights(dlog_r, log_r, gradient, row, component, shape[1], strides[4], False, DTYPE)
             weight = tl.where((index < rows)[:, None], weight, 0.0)
         else:
-            value = tl.load(lp + row)
+            value, rest = two_parts(tl.load(lp + row), DTYPE)
             joint = joint_tile(
                 z_at, logvar_at, logits, normaliser, centre, constants, roots, scaled_means, row % logit_rows,
                 start_component, shape, steps, strides[2], FORM, TAIL, False, ROWS, COMPONENTS, DTYPE,
             )  # fmt: skip
-            weight = gradient[:, None] * exp(joint - value[:, None])
+            weight = gradient[:, None] * exp(joint - value[:, None] - rest[:, None])
         count += tl.sum(weight, axis=0)
         roots_at, means_at, sums_at = roots + start_component, scaled_means + start_component, sums_start
         if squared is not None:

@@ -117,8 +117,6 @@ class Mixture:
     """What the passes over the components share; P for a chunk of components at a time."""
 
     def __init__(self, z, logvar, logits, means, scale_tril, form, precision):
-        if len(means) > 1 or form == "convolved":
-            raise NotImplementedError("scale_tril has a kernel for one mixture, point or expected: use the closed form")
         self.dtype = compute_dtype([t for t in (z, logvar, logits, means, scale_tril) if t is not None])
         self.z, self.logvar, self.means, self.scale, self.precision = z, logvar, means[0], scale_tril[0], precision
         self.log_weights = torch.log_softmax(logits, -1, dtype=self.dtype)

@@ -24,13 +24,18 @@ def module(means, scale_tril, precision):
     return other
 
 
+def has_kernel(means, scale_tril, form):
+    """Full covariances have one for a mixture that all rows share; convolved, each row and component is a matrix."""
+    return scale_tril is None or (means.shape[0] == 1 and form != "convolved")
+
+
 @triton.jit
 def gmm_fwd_kernel(
     z, logvar, logits, normaliser, centre, constants, roots, scaled_means, lp, joints, rows, logit_rows, shape,
     strides, components_per_program, splits,
     FORM: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """`splits` programs share a block of rows; lp is [splits, rows]. joints [rows, K], if wanted, takes each term."""
+    """`splits` programs share a block of rows; lp is [splits, rows], float64. joints [rows, K] takes each term."""
     split = tl.program_id(0) % splits
     index = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(index, rows - 1)  # beyond the last row it again: no mask in the inner loop
@@ -54,22 +59,23 @@ def gmm_fwd_kernel(
             mask = (component < shape[1])[:, None] & (index < rows)[None, :]
             tl.store(joints + at, joint, mask)
         top, total = add_exponentials(top, total, joint, 0)
-    tl.store(lp + split.to(tl.int64) * rows + index, top + tl.log(total), mask=index < rows)
+    value = top.to(tl.float64) + tl.log(total).to(tl.float64)
+    tl.store(lp + split.to(tl.int64) * rows + index, value, mask=index < rows)
 
 
 def launch_fwd(z, logvar, logits, means, logvars, form, *, joints=False):
-    """(lp [R], joint log-densities [R, K] or None)."""
+    """(lp [R] in float64, joint log-densities [R, K] or None)."""
     tensors = [tensor for tensor in (z, logvar, logits, means, logvars) if tensor is not None]
     dtype, device = compute_dtype(tensors), z.device
     (rows, columns), components = z.shape, means.shape[1]
     joint = torch.empty((rows, components), dtype=dtype, device=device) if joints else None
     if rows == 0:
-        return torch.empty(0, dtype=dtype, device=device), joint
+        return torch.empty(0, dtype=torch.float64, device=device), joint
     mixture = prepare(logits, means, logvars, form, dtype)
     block = blocks(dtype, form, "forward", rows, components, own=logits.shape[0] > 1)
     row_blocks = cdiv(rows, block["ROWS"])
-    length, splits = split(components, block["COMPONENTS"], row_blocks, rows * dtype.itemsize)
-    lp = torch.empty((splits, rows), dtype=dtype, device=device)
+    length, splits = split(components, block["COMPONENTS"], row_blocks, rows * 8)
+    lp = torch.empty((splits, rows), dtype=torch.float64, device=device)
     gmm_fwd_kernel[(row_blocks * splits,)](
         z, logvar, None if logits.shape[0] == 1 else logits, *mixture, lp, joint, rows, logits.shape[0],
         (columns, components, mixture.padded),
@@ -79,17 +85,26 @@ def launch_fwd(z, logvar, logits, means, logvars, form, *, joints=False):
     return lp[0] if splits == 1 else lp.logsumexp(0), joint
 
 
-def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision):
-    """ln p [R]; see fastkl.reference.gmm_joint_log_prob for `form`."""
+def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision, keep):
+    """[ln p [R]], and with `keep` ln p in float64; see fastkl.reference.gmm_joint_log_prob for `form`.
+
+    A sum or difference of log-densities is rounded to the last place of the largest, and where they are large, as far
+    from every component, that is a factor of every responsibility exp(joint - ln p).
+    """
+    if not has_kernel(means, scale_tril, form):
+        return NotImplemented
+    inputs = (z, logvar, logits, means, logvars)
     other = module(means, scale_tril, precision)
-    if other is not None:
-        return other.fwd(z, logvar, logits, means, logvars, scale_tril, form, precision)
-    return launch_fwd(z, logvar, logits, means, logvars, form)[0]
+    lp = launch_fwd(*inputs, form)[0] if other is None else other.fwd(*inputs, scale_tril, form, precision)
+    dtype = compute_dtype([tensor for tensor in (*inputs, scale_tril) if tensor is not None])
+    return [lp.to(dtype, copy=True), lp.double()][: 1 + (keep > 0)]
 
 
-def bwd(dlp, lp, z, logvar, logits, means, logvars, scale_tril, form, precision, data, parameters):
+def bwd(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, precision, data, parameters):
     """[dz, dlogvar] of the data, then [dlogits, dmeans, dlogvars] of the parameters; what is not there is left out."""
-    other = module(means, scale_tril, precision)
+    if not has_kernel(means, scale_tril, form):
+        return NotImplemented
+    lp, other = kept[0], module(means, scale_tril, precision)
     if other is not None:
         inputs = (z, logvar, logits, means, logvars, scale_tril)
         return other.bwd(dlp, lp, *inputs, form, precision, data, parameters)

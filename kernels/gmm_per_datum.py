@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import exp
+from fastkl.kernels._device import exp, two_parts
 from fastkl.kernels._layout import PROGRAMS, cdiv, compute_dtype, next_power_of_2, share
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -120,10 +120,11 @@ def finite(peak):
 
 @triton.jit
 def log_sum_exp(peak, total, DATA: tl.constexpr, COMPONENTS: tl.constexpr):
-    """[DATA]: each pair's maximum and sum put together."""
+    """[DATA] in float64: each pair's maximum and sum put together."""
     peaks = tl.reshape(peak, [DATA, COMPONENTS])
     top = finite(tl.max(peaks, axis=1))
-    return top + tl.log(tl.sum(tl.reshape(total, [DATA, COMPONENTS]) * tl.exp(peaks - top[:, None]), axis=1))
+    together = tl.sum(tl.reshape(total, [DATA, COMPONENTS]) * tl.exp(peaks - top[:, None]), axis=1)
+    return top.to(tl.float64) + tl.log(together).to(tl.float64)
 
 
 @triton.jit
@@ -254,7 +255,8 @@ def gmm_per_datum_bwd_kernel(
                 weight = incoming * tl.reshape(grouped / tl.sum(grouped, axis=1)[:, None], [DATA * COMPONENTS])
             else:
                 at = sample.to(tl.int64) * strides[11][0] + datum.to(tl.int64) * strides[11][1]
-                weight = incoming * tl.exp(a - tl.load(lp + at))
+                high, low = two_parts(tl.load(lp + at), DTYPE)
+                weight = incoming * tl.exp(a - high - low)
             spread_gradient, logvar_gradient = element_gradient(x - m, v, variance, pull, precision, FORM)
             to_z -= weight[:, None] * pull
             if dlogvar is not None:
@@ -308,7 +310,7 @@ def canonical(z, logvar, logits, means, logvars, dtype):
 
 
 def launch_fwd(z, logvar, log_weights, means, logvars, lp, joint, form):
-    dtype = lp.dtype
+    dtype = log_weights.dtype
     shape = (len(z), *means.shape, len(log_weights))
     block = blocks(*means.shape, dtype)
     row_blocks = cdiv(len(means), block["DATA"])
@@ -325,7 +327,7 @@ def launch_bwd(rows, row_outputs, components, component_outputs, form, *, each_s
     components, all samples."""
     dlp, lp, z, logvar, log_weights, joint = rows
     means, logvars = components
-    samples, block = len(z), blocks(*means.shape, lp.dtype)
+    samples, block = len(z), blocks(*means.shape, log_weights.dtype)
     row_blocks, column_blocks = cdiv(len(means), block["DATA"]), cdiv(means.shape[2], block["COLUMNS"])
     components_per_program = block["COMPONENTS"] if split else means.shape[1]
     if component_outputs[0] is None:
@@ -339,19 +341,18 @@ def launch_bwd(rows, row_outputs, components, component_outputs, form, *, each_s
         strides_of(means, logvars, z, logvar, log_weights, dlp, *row_outputs, *component_outputs, lp, joint),
         samples_per_program, components_per_program, FORM=form,
         ONE_TILE=components_per_program <= block["COMPONENTS"], WHOLE=means.shape[1] <= block["COMPONENTS"],
-        EACH_SAMPLE=each_sample, SUM_COLUMNS=sum_columns, DTYPE=TRITON_DTYPE[lp.dtype], enable_fp_fusion=True, **block,
+        EACH_SAMPLE=each_sample, SUM_COLUMNS=sum_columns, DTYPE=TRITON_DTYPE[log_weights.dtype],
+        enable_fp_fusion=True, **block,
     )  # fmt: skip
 
 
 def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision) -> torch.Tensor:
-    """log p [R]. Every precision is exact here."""
-    if scale_tril is not None:
-        raise NotImplementedError("scale_tril with one mixture per datum has no kernel: use the closed form")
+    """log p [R] in float64. Every precision is exact here."""
     dtype = compute_dtype([t for t in (z, logvar, logits, means, logvars) if t is not None])
     if z.numel() == 0:  # without dimensions, the log of a sum of weights that is 1
         return torch.zeros(z.shape[0], dtype=dtype, device=z.device)
     inputs = canonical(z, logvar, logits, means, logvars, dtype)
-    lp = torch.empty(z.shape[0], dtype=dtype, device=z.device)
+    lp = torch.empty(z.shape[0], dtype=torch.float64, device=z.device)
     launch_fwd(*inputs, lp, None, form)
     return lp
 
@@ -363,7 +364,7 @@ def bwd(
     gradients = [torch.empty_like(t) for t in (logits, means, logvars) if parameters and t is not None]
     if z.numel() == 0:
         return [gradient.zero_() for gradient in row_gradients + gradients]
-    dtype = lp.dtype
+    dtype = compute_dtype([t for t in (z, logvar, logits, means, logvars) if t is not None])
     inputs = canonical(z, logvar, logits, means, logvars, dtype)
     samples, (count, components, columns) = len(inputs[0]), means.shape
     block, joint = blocks(*means.shape, dtype), None
@@ -393,7 +394,7 @@ def bwd(
     sum_columns = logvars is not None and logvars.shape[2] == 1 < columns <= block["COLUMNS"]
     full = (count, components, 1 if sum_columns else columns)
     direct = logvars is None or logvars.shape == full
-    chunk = count if direct else max(1, BUFFER_BYTES // (components * full[2] * lp.itemsize))
+    chunk = count if direct else max(1, BUFFER_BYTES // (components * full[2] * dtype.itemsize))
     total = None
     for begin in range(0, count, chunk):
         part = slice(begin, begin + chunk)

@@ -75,11 +75,12 @@ def check_log_prob(tensors, form="point", dlp=None, units=8.0, separately=False)
     z, logvar, logits, means, logvars = tensors
     arguments = (z, logvar, logits, means, logvars, None, form, "exact")
     with poisoned_memory():
-        lp = fwd(*arguments)
+        lp, kept = fwd(*arguments, 1)
+        assert torch.equal(kept.to(lp.dtype), lp)
         dlp = torch.linspace(-1, 2, z.shape[0], dtype=lp.dtype, device=lp.device) if dlp is None else dlp
-        everything = bwd(dlp, lp, *arguments, True, True)
+        everything = bwd(dlp, [kept], *arguments, True, True)
         if separately:
-            parts = [*bwd(dlp, lp, *arguments, True, False), *bwd(dlp, lp, *arguments, False, True)]
+            parts = [*bwd(dlp, [kept], *arguments, True, False), *bwd(dlp, [kept], *arguments, False, True)]
             assert all(torch.equal(a, b) for a, b in zip(everything, parts, strict=True))
     assert [g.dtype for g in everything] == [t.dtype for t in tensors if t is not None]
     compare([lp, *everything], tensors, lambda values: values.logsumexp(-1), dlp, form, units)
@@ -175,7 +176,7 @@ def test_narrow_components_far_from_zero():
         z = means[0, torch.arange(100, device=DEVICE) % 20] + 0.1 * (z - offset)
         logvars = torch.full_like(logvars, 2 * math.log(0.1))
         fwd = launcher("gmm_log_prob.fwd")
-        lp = fwd(z, None, logits, means, logvars, None, "point", "exact")
+        lp = fwd(z, None, logits, means, logvars, None, "point", "exact", 0)[0]
         exact = joint([z, None, logits, means, logvars], "point")[1].logsumexp(-1)
         assert (lp - exact).abs().max() < 1e-4
 
@@ -201,8 +202,8 @@ def test_moments(spread):
     tensors = draw(100, 20, 3, spread=spread)
     z, _, logits, means, logvars = tensors
     with poisoned_memory():
-        actual = fwd(z, logits, means, logvars, None, "exact")
-        empty = fwd(z[:0], logits, means, logvars, None, "exact")
+        actual = fwd(z, logits, means, logvars, None)
+        empty = fwd(z[:0], logits, means, logvars, None)
     assert [t.shape for t in empty] == [(0,), (20,), (20, 3), (20, 3)]
     assert all((t == 0).all() for t in empty)
     results = []
@@ -226,11 +227,13 @@ def aot_calls():
         z, means = torch.empty(rows, columns, dtype=dtype), torch.empty(1, components, columns, dtype=dtype)
         logits, logvar = torch.empty(logit_rows, components, dtype=dtype), None if form == "point" else z
         settings = (z, logvar, logits, means, means, None, form, "exact")
-        lp = torch.empty(rows, dtype=reference.compute_dtype(z))
+        dlp, lp = torch.empty(rows, dtype=reference.compute_dtype(z)), torch.empty(rows, dtype=torch.float64)
         if forward:
-            calls[f"{name} {form} fwd"] = lambda: log_prob(*settings)
+            calls[f"{name} {form} fwd"] = lambda: log_prob(*settings, 1)
         # Sums over rows read z by fewer bytes: a whole tile of four columns has less than 16 bytes for each thread.
-        calls[f"{name.replace('aligned', 'whole rows')} {form} bwd"] = lambda: dlog_prob(lp, lp, *settings, True, True)
+        calls[f"{name.replace('aligned', 'whole rows')} {form} bwd"] = lambda: dlog_prob(
+            dlp, [lp], *settings, True, True
+        )
 
     many, few = 70000, 4096  # rows; fewer than 32768 choose the tiles in which warps share sums
     add("core aligned", many, 512, 64)
@@ -257,5 +260,5 @@ def aot_calls():
         calls[f"responsibilities{name} bwd"] = lambda settings=settings, log_r=log_r: dresponsibilities(
             log_r, log_r, *settings, True, True
         )
-    calls["moments"] = lambda: moments(z, logits, means, means, None, "exact")
+    calls["moments"] = lambda: moments(z, logits, means, means, None)
     return calls

@@ -62,8 +62,9 @@ def launch(tensors, weights, form, data=True, parameters=True):
     with poisoned_memory():
         fixed = [None if t is None else t.detach() for t in tensors]
         value = launcher("gmm_per_datum.fwd")(*fixed, None, form, "exact")
-        weights = weights.to(value.dtype)
-        return [value, *launcher("gmm_per_datum.bwd")(weights, value, *fixed, None, form, "exact", data, parameters)]
+        dlp = weights.to(reference.compute_dtype(*fixed))
+        gradients = launcher("gmm_per_datum.bwd")(dlp, value, *fixed, None, form, "exact", data, parameters)
+        return [value.to(dlp.dtype), *gradients]
 
 
 def check(tensors, form, units=4.0):
@@ -167,7 +168,7 @@ def aot_calls():
         tensors = [None if t is None else t.detach() for t in draw(*shape, form, dtype=dtype, **settings)]
         rows = torch.empty(shape[0] * shape[1], dtype=reference.compute_dtype(tensors[0]))
         calls[f"{name} fwd"] = lambda: fwd(*tensors, None, form, "exact")
-        calls[f"{name} bwd"] = lambda: bwd(rows, rows, *tensors, None, form, "exact", True, True)
+        calls[f"{name} bwd"] = lambda: bwd(rows, rows.double(), *tensors, None, form, "exact", True, True)
 
     add("core aligned point", (1, 64, 16, 64))
     add("core expected bfloat16", (1, 64, 16, 64), "expected", torch.bfloat16)

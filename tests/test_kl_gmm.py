@@ -12,6 +12,8 @@ from helpers import DEVICE, DTYPES, implementation, leaf, peak_bytes
 
 N, K, D = 6, 4, 3
 BACKENDS = ("torch", "triton")
+# The kernels' float32 noise is that of the definition up to rounding.
+NOISE = {"torch": {}, "triton": {"rtol": 1e-5, "atol": 1e-5}}
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -86,7 +88,7 @@ def test_the_definition(backend, method, covariance):
         with implementation(backend if function is fastkl.kl_gmm else "torch"):
             value = call(function)(*leaves)
             results.append((value, *torch.autograd.grad(value, leaves, torch.linspace(-1, 1, N).to(value))))
-    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*results, **NOISE[backend])
 
 
 SHAPES = {
@@ -107,7 +109,7 @@ def test_shapes_and_estimators(backend, name, options):
         with implementation(backend if function is fastkl.kl_gmm else "torch"):
             value = function(*leaves, seed=torch.tensor(2**40 + 3, device=DEVICE), **options)
             results.append((value, *torch.autograd.grad(value.square().sum(), leaves)))
-    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*results, **NOISE[backend])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -42,10 +42,9 @@ def _forward(z, logvar, logits, means, logvars, scale_tril, form, precision, kee
     if is_small(z, means, scale_tril):
         part, prepared = _prepare(z, logvar, logits, means, logvars, scale_tril, form)
         joint = part.joint(prepared, torch.log_softmax(logits.to(part.dtype), -1)).flatten(0, 1)
-        origin = joint.amax(-1)
-        weights = sweeps.exponential(joint - origin.unsqueeze(-1))
-        total = weights.sum(-1)
-        return [origin + total.log(), origin.double(), total.reciprocal(), weights][: keep + 2 if keep else 1]
+        lp = joint.logsumexp(-1)
+        results = [lp, lp.to(torch.float64, copy=True)]
+        return [*results, torch.softmax(joint, -1)] if keep == 2 else results[: keep + 1]
     return sweeps.log_prob(sweeps.Sweep(z, logvar, logits, means, logvars, scale_tril, form, precision), keep)
 
 
@@ -61,10 +60,10 @@ def _fake_forward(z, logvar, logits, means, logvars, scale_tril, form, precision
 
 @without_autocast
 def _backward(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, precision, data, parameters):
-    if is_small(z, means, scale_tril) and len(kept) == 3:
+    if is_small(z, means, scale_tril) and len(kept) == 2:
         inputs = (z, logvar, logits, means, logvars, scale_tril)
-        scale = (dlp * kept[1]).unsqueeze(-1)
-        found = _with_softmax(dlp, inputs, form, lambda part, _: (kept[2] * scale).view(-1, part.data, means.shape[1]))
+        weights = kept[1] * dlp.unsqueeze(-1)
+        found = _with_softmax(dlp, inputs, form, lambda part, _: weights.view(-1, part.data, means.shape[1]))
         wanted = (data, data, *[parameters] * 4)
         return [
             arguments.match(gradient, tensor)

@@ -16,18 +16,18 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops._components import Differences, Expansion, Full, Mixture
 
-# Bytes of what a slice of components needs, and of the weights that forward keeps; a block's are in _components.
+# Bytes of what a slice of components needs, and of the responsibilities that forward keeps; _components has a block's.
 COMPONENTS_BYTES = 12 << 20
 KEPT_BYTES = 10 << 20
 # Data with their own components that one block takes at most, so that their matrices are bounded as well.
 BLOCK_DATA = 16
-# A weight below exp of this is 0, and not a subnormal number, whose arithmetic is some 30 times slower.
+# A responsibility below exp of this is 0, and not a subnormal number, whose arithmetic is some 30 times slower.
 NEGLIGIBLE = {torch.float32: -60.0, torch.float64: -600.0}
 
 
 def keep_for(z: Tensor, logits: Tensor, dtype: torch.dtype) -> int:
-    """What forward keeps for backward beside two values for each row: on a CPU also the weights [R, K], where they fit
-    a bounded buffer."""
+    """What forward keeps for backward: ln p in float64, and on a CPU the responsibilities [R, K] where they fit a
+    bounded buffer."""
     return 2 if z.device.type == "cpu" and z.shape[0] * logits.shape[1] * dtype.itemsize <= KEPT_BYTES else 1
 
 
@@ -116,14 +116,13 @@ class Sweep:
 
 
 def log_prob(sweep: Sweep, keep: int = 0) -> list[Tensor]:
-    """[ln p [R]]; with keep >= 1 also origin and scale [R], with keep = 2 also weights [R, K].
+    """[ln p [R]]; with keep >= 1 also ln p in float64, with keep = 2 also the responsibilities [R, K].
 
-    The responsibilities are exp(joint - origin) scale, or weights times scale: exact also where |ln p| is so large that
-    its rounding in float32 matters.
+    In float64, because responsibilities are exp(joint - ln p): where |ln p| is large, its rounding in float32 is a
+    factor that all of them share.
     """
     shape = (sweep.samples, sweep.data)
-    origin = sweep.z.new_full(shape, float("-inf"), dtype=torch.float64)
-    total = sweep.z.new_zeros(shape, dtype=sweep.dtype)
+    lp = sweep.z.new_full(shape, float("-inf"), dtype=torch.float64)
     count = sweep.mixture.means.shape[1]
     kept = sweep.z.new_empty((*shape, count), dtype=sweep.dtype) if keep == 2 else None
     complete = False
@@ -131,51 +130,46 @@ def log_prob(sweep: Sweep, keep: int = 0) -> list[Tensor]:
         complete = (part.components.start, part.components.stop) == (0, count)
         for samples, data in sweep.blocks(part):
             joint = sweep.joint(part, sweep.prepare(part, samples, data), data)
-            before = origin[samples, data]
-            peak = torch.maximum(before, joint.amax(-1).to(torch.float64))
-            safe = peak.masked_fill(peak == float("-inf"), 0.0)
-            weights = sweep.weights(
-                joint, safe.unsqueeze(-1), kept[samples, data] if kept is not None and complete else None
-            )
-            total[samples, data] = total[samples, data] * (before - safe).exp() + weights.sum(-1)
-            origin[samples, data] = peak
-    lp = (origin + total.log()).to(sweep.dtype).flatten()
-    if not keep:
-        return [lp]
-    results = [lp, origin.masked_fill_(origin == float("-inf"), 0.0).flatten(), total.reciprocal_().flatten()]
-    if kept is not None and not complete:  # the slices' weights had different origins
-        fill_weights(sweep, origin, kept)
-    return results if kept is None else [*results, kept.flatten(0, 1)]
+            peak = joint.amax(-1, keepdim=True).double()
+            peak = peak.masked_fill_(peak == float("-inf"), 0.0)
+            weights = sweep.weights(joint, peak, kept[samples, data] if kept is not None and complete else None)
+            total = weights.sum(-1, keepdim=True)
+            here = (peak + total.log()).squeeze(-1)
+            lp[samples, data] = here if complete else torch.logaddexp(lp[samples, data], here)
+            if kept is not None and complete:
+                weights /= total
+    if kept is not None and not complete:
+        fill_responsibilities(sweep, lp, kept)
+    results = [lp.flatten().to(sweep.dtype, copy=True), lp.flatten(), None if kept is None else kept.flatten(0, 1)]
+    return results[: keep + 1]
 
 
-def fill_weights(sweep: Sweep, origin: Tensor, out: Tensor) -> None:
-    """exp(joint - origin) [S, B, K]."""
+def fill_responsibilities(sweep: Sweep, lp: Tensor, out: Tensor) -> None:
+    """exp(joint - ln p) [S, B, K]."""
     for part in sweep.parts():
         for samples, data in sweep.blocks(part):
             joint = sweep.joint(part, sweep.prepare(part, samples, data), data)
-            sweep.weights(joint, origin[samples, data].unsqueeze(-1), out[samples, data, part.components])
+            sweep.weights(joint, lp[samples, data].unsqueeze(-1), out[samples, data, part.components])
 
 
 def log_responsibilities(sweep: Sweep) -> Tensor:
     """ln p(k | z) [R, K]."""
-    _, origin, scale = log_prob(sweep, keep=1)
-    out = sweep.z.new_empty((len(scale), sweep.mixture.means.shape[1]), dtype=sweep.dtype)
-    view, origin, shift = (sweep.by_datum(tensor) for tensor in (out, origin, scale.log()))
+    lp = sweep.by_datum(log_prob(sweep, keep=1)[1])
+    out = sweep.z.new_empty((*lp.shape, sweep.mixture.means.shape[1]), dtype=sweep.dtype)
     for part in sweep.parts():
         for samples, data in sweep.blocks(part):
             joint = sweep.joint(part, sweep.prepare(part, samples, data), data)
-            difference = (joint - origin[samples, data].unsqueeze(-1)).to(out.dtype)
-            view[samples, data, part.components] = difference + shift[samples, data].unsqueeze(-1)
-    return out
+            out[samples, data, part.components] = (joint - lp[samples, data].unsqueeze(-1)).to(out.dtype)
+    return out.flatten(0, 1)
 
 
 class Weights:
     """The weights of a block: responsibilities, from what log_prob kept, times dlp."""
 
-    def __init__(self, sweep: Sweep, dlp: Tensor, origin: Tensor, scale: Tensor, weights: Tensor | None = None):
-        self.sweep, self.scale = sweep, sweep.by_datum(dlp.to(sweep.dtype) * scale).unsqueeze(-1)
-        self.origin = sweep.by_datum(origin).unsqueeze(-1)
-        self.kept = None if weights is None else sweep.by_datum(weights)
+    def __init__(self, sweep: Sweep, dlp: Tensor, lp: Tensor, responsibilities: Tensor | None = None):
+        self.sweep, self.scale = sweep, sweep.by_datum(dlp.to(sweep.dtype)).unsqueeze(-1)
+        self.lp = sweep.by_datum(lp).unsqueeze(-1)
+        self.kept = None if responsibilities is None else sweep.by_datum(responsibilities)
 
     def block(self, part, samples: slice, data: slice) -> tuple:
         """(prepared, weights [S, B, k], scale [S, B, 1]), for the gradients."""
@@ -183,7 +177,7 @@ class Weights:
             prepared = self.sweep.prepare(part, samples, data, for_gradient=True)
             return prepared, self.kept[samples, data, part.components], self.scale[samples, data]
         prepared = self.sweep.prepare(part, samples, data)
-        weights = self.sweep.weights(self.sweep.joint(part, prepared, data), self.origin[samples, data])
+        weights = self.sweep.weights(self.sweep.joint(part, prepared, data), self.lp[samples, data])
         return part.for_gradient(prepared), weights, self.scale[samples, data]
 
 

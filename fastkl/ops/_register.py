@@ -25,7 +25,8 @@ TRITON: dict[str, Callable[..., Any]] = {}
 def register(schema: str, *, closed_form: Callable[..., Any], fake: Callable[..., Any], kernel: str) -> Callable:
     """Define `fastkl::<schema>` and return the callable op.
 
-    `kernel` names the Triton launcher as "module.function" inside fastkl.kernels; it takes the op's arguments.
+    `kernel` names the Triton launcher as "module.function" inside fastkl.kernels; it takes the op's arguments, and
+    returns NotImplemented for what it has no kernel for, which is the closed form's then.
     """
     name = schema[: schema.index("(")]
     qualified = f"{NAMESPACE}::{name}"
@@ -33,7 +34,8 @@ def register(schema: str, *, closed_form: Callable[..., Any], fake: Callable[...
 
     def triton_launch(*args: Any) -> Any:
         launcher = getattr(importlib.import_module(f"fastkl.kernels.{module}"), function)
-        return launcher(*args)
+        result = launcher(*args)
+        return closed_form(*args) if result is NotImplemented else result
 
     TRITON[name] = triton_launch
     torch.library.define(qualified, schema[len(name) :], tags=(torch.Tag.pt2_compliant_tag,))

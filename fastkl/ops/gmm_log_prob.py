@@ -24,13 +24,21 @@ def gmm_log_prob(
             absent, with scale_tril absent too, every variance is 1.
         scale_tril: [*batch, K, D, D], lower triangles L_k with a positive diagonal, S_k = L_k L_k^T; what is above
             the diagonal is not read. Excludes logvars.
-        precision: "exact" goes by differences (z - m) / sigma in float32 on a GPU, which narrow and distant components
-            survive. "tf32x3" and "tf32" expand the square, centred, on tensor cores; on a CPU both are the centred
-            float32 expansion. PRECISION_TABLE
+        precision: "exact" goes by differences (z - m) / sigma, which narrow and distant components survive (on a CPU
+            by an expansion in float64 where that is as exact). "tf32x3" and "tf32" expand the square around the mean
+            of the means, on a GPU on tensor cores, on a CPU both in float32. Largest errors in nats of the compiled
+            kernels, emulated, at K = 100, D = 40, against float64 (broadcasting in float32: 7e-6 and 8e-6):
+
+            ======================================  ======  =======  ======
+            components                              exact   tf32x3   tf32
+            ======================================  ======  =======  ======
+            unit Gaussians around the origin        3e-5    1e-5     0.01
+            sigma = 0.1, means of size 10           4e-5    0.05     310
+            ======================================  ======  =======  ======
 
     Returns:
         [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients to every
-        argument, in its dtype. For backward two values are kept for each row; on a CPU also the weights [rows, K]
+        argument, in its dtype. For backward ln p is kept in float64; on a CPU also the responsibilities [rows, K],
         where they take at most 10 MiB.
 
     Raises:

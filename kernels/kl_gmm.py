@@ -1,0 +1,159 @@
+"""KL(q || mixture) by samples: z drawn by one kernel into a bounded buffer, the mixture's own kernels on it as rows.
+
+Nothing is kept for backward: it draws the noise again, once for z and once for what its gradient does to (mu, logvar).
+The buffers, z and its gradient, hold as many samples as fit SAMPLES_BYTES, and one at least, however many there are.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from fastkl.kernels import gmm_log_prob
+from fastkl.kernels._device import exp, normals
+from fastkl.kernels._layout import cdiv, compute_dtype
+from fastkl.kernels._mixture import TRITON_DTYPE
+
+SAMPLES_BYTES = 32 << 20
+
+
+def blocks(dtype: torch.dtype) -> dict[str, int]:
+    """Elements of mu that one program takes through all samples."""
+    return {"BLOCK": 1024 if dtype == torch.float32 else 512, "num_warps": 4}
+
+
+@triton.jit
+def draw(seed, start, sample, BLOCK: tl.constexpr):
+    """The noise of BLOCK elements from `start` on, a multiple of 4."""
+    group = (start >> 2) + tl.arange(0, BLOCK // 4)[None, :]
+    return tl.reshape(normals(seed, group, sample, 1, BLOCK), [BLOCK])
+
+
+@triton.jit
+def kl_gmm_samples_kernel(
+    mu, logvar, seed, z, eps, shape, strides, first, last, BLOCK: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """z, and eps if wanted, [last - first, rows, columns], of the samples first to last."""
+    rows, columns = shape
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    index = start + tl.arange(0, BLOCK)
+    mask = index < rows.to(tl.int64) * columns
+    row, column = index // columns, index % columns
+    # What is masked is not stored.
+    m = tl.load(mu + row * strides[0][0] + column * strides[0][1], mask, other=0.0).to(DTYPE)
+    v = tl.load(logvar + row * strides[1][0] + column * strides[1][1], mask, other=0.0).to(DTYPE)
+    sigma = exp(0.5 * v)
+    key = tl.load(seed)
+    z += index
+    if eps is not None:
+        eps += index
+    for sample in range(first, last):
+        noise = draw(key, start, sample, BLOCK).to(DTYPE)
+        tl.store(z, m + sigma * noise, mask)
+        z += rows.to(tl.int64) * columns
+        if eps is not None:
+            tl.store(eps, noise, mask)
+            eps += rows.to(tl.int64) * columns
+
+
+@triton.jit
+def kl_gmm_samples_bwd_kernel(
+    dkl, dz, logvar, seed, dmu, dlogvar, shape, strides, first, last, num_samples,
+    STL: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """What the gradients dz of the samples first to last do to (mu, logvar), added to what earlier ones did; the
+    entropy's gradient comes with the first. STL takes d ln q(z) / dz along, in place of that."""
+    rows, columns = shape
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    index = start + tl.arange(0, BLOCK)
+    mask = index < rows.to(tl.int64) * columns
+    row, column = index // columns, index % columns
+    # What is masked is not stored.
+    gradient = tl.load(dkl + row * strides[0], mask, other=0.0).to(DTYPE)
+    v = tl.load(logvar + row * strides[1][0] + column * strides[1][1], mask, other=0.0).to(DTYPE)
+    sigma = exp(0.5 * v)
+    key = tl.load(seed)
+    total = tl.zeros([BLOCK], dtype=DTYPE)
+    total_noise = tl.zeros([BLOCK], dtype=DTYPE)
+    dz += index
+    for sample in range(first, last):
+        noise = draw(key, start, sample, BLOCK).to(DTYPE)
+        d = tl.load(dz, mask, other=0.0).to(DTYPE)
+        if STL:
+            d -= gradient * noise / (sigma * num_samples)
+        total += d
+        total_noise += d * noise
+        dz += rows.to(tl.int64) * columns
+    total_noise *= 0.5 * sigma
+    again = mask & (index * 0 + first > 0)  # else 0: nothing yet
+    if not STL:
+        total_noise -= tl.where(again, 0.0, 0.5 * gradient)
+    tl.store(dmu + index, tl.load(dmu + index, again, other=0.0) + total, mask)
+    tl.store(dlogvar + index, tl.load(dlogvar + index, again, other=0.0) + total_noise, mask)
+
+
+def _chunks(mu, num_samples: int, dtype: torch.dtype):
+    """(first, last) sample of each buffer."""
+    step = max(1, SAMPLES_BYTES // max(1, mu.numel() * dtype.itemsize))
+    return [(first, min(first + step, num_samples)) for first in range(0, num_samples, step)]
+
+
+def _samples(mu, logvar, seed, first, last, dtype, *, with_eps=False):
+    """(z, eps or None), [samples, R, D]."""
+    z = torch.empty((last - first, *mu.shape), dtype=dtype, device=mu.device)
+    eps = torch.empty_like(z) if with_eps else None
+    block = blocks(dtype)
+    kl_gmm_samples_kernel[(cdiv(mu.numel(), block["BLOCK"]),)](
+        mu, logvar, seed, z, eps, tuple(mu.shape), (mu.stride(), logvar.stride()), first, last,
+        DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
+    )  # fmt: skip
+    return z, eps
+
+
+def fwd(mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, precision, entropy):
+    """KL [R]; see fastkl.reference.kl_gmm."""
+    mixture = (logits, means, logvars, scale_tril)
+    dtype = compute_dtype([t for t in (mu, logvar, *mixture) if t is not None])
+    total = -0.5 * num_samples * (logvar.to(dtype) + math.log(2 * math.pi)).sum(-1)
+    if entropy == "closed":
+        total -= 0.5 * num_samples * mu.shape[1]
+    for first, last in _chunks(mu, num_samples, dtype):
+        z, eps = _samples(mu, logvar, seed, first, last, dtype, with_eps=entropy == "sampled")
+        found = gmm_log_prob.fwd(z.flatten(0, 1), None, *mixture, "point", precision, 0)
+        if found is NotImplemented:
+            return found
+        total -= found[0].view(last - first, -1).sum(0)
+        if eps is not None:
+            total -= 0.5 * eps.square().sum((0, 2))
+    return total / num_samples
+
+
+def bwd(dkl, mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, precision, stl, data, parameters):
+    """Gradients of (mu, logvar) if `data`, of the mixture's tensors if `parameters`."""
+    mixture = [logits, means, logvars, scale_tril]
+    dtype = compute_dtype([t for t in (mu, logvar, *mixture) if t is not None])
+    chunks = _chunks(mu, num_samples, dtype)
+    if len(chunks) > 1:  # sums over chunks are in the compute dtype
+        mixture = [None if t is None else t.to(dtype) for t in mixture]
+    rows = [torch.empty(mu.shape, dtype=dtype, device=mu.device) for _ in range(2 if data else 0)]
+    sums: list[torch.Tensor] = []
+    block = blocks(dtype)
+    for first, last in chunks:
+        z = _samples(mu, logvar, seed, first, last, dtype)[0].flatten(0, 1)
+        kept = gmm_log_prob.fwd(z, None, *mixture, "point", precision, 1)
+        if kept is NotImplemented:
+            return kept
+        dlp = (dkl.to(dtype) / -num_samples).repeat(last - first)
+        found = gmm_log_prob.bwd(dlp, kept[1:], z, None, *mixture, "point", precision, data, parameters)
+        if data:
+            kl_gmm_samples_bwd_kernel[(cdiv(mu.numel(), block["BLOCK"]),)](
+                dkl, found[0], logvar, seed, *rows, tuple(mu.shape), (dkl.stride(0), logvar.stride()), first, last,
+                num_samples, STL=stl, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
+            )  # fmt: skip
+        found = found[1 if data else 0 :]
+        sums = [a + b for a, b in zip(sums, found)] if sums else found
+    inputs = ([mu, logvar] if data else []) + ([t for t in (logits, means, logvars, scale_tril) if t is not None])
+    return [torch.empty_like(tensor).copy_(value) for tensor, value in zip(inputs, [*rows, *sums])]
