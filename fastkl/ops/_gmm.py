@@ -50,12 +50,7 @@ def _forward(z, logvar, logits, means, logvars, scale_tril, form, precision, kee
 
 def _fake_forward(z, logvar, logits, means, logvars, scale_tril, form, precision, keep) -> list[Tensor]:
     lp = z.new_empty(z.shape[0], dtype=reference.compute_dtype(z, logvar, logits, means, logvars, scale_tril))
-    kept = [
-        lp.new_empty(lp.shape, dtype=torch.float64),
-        torch.empty_like(lp),
-        lp.new_empty(lp.shape[0], means.shape[1]),
-    ]
-    return [lp, *kept[: keep + 1 if keep else 0]]
+    return [lp, torch.empty_like(lp, dtype=torch.float64), lp.new_empty(lp.shape[0], means.shape[1])][: keep + 1]
 
 
 @without_autocast
