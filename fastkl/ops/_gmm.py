@@ -38,7 +38,8 @@ def _prepare(z, logvar, logits, means, logvars, scale_tril, form):
 
 
 @without_autocast
-def _forward(z, logvar, logits, means, logvars, scale_tril, form, precision, keep) -> list[Tensor]:
+def values(z, logvar, logits, means, logvars, scale_tril, form, precision, keep) -> list[Tensor]:
+    """What _mixture.log_prob returns."""
     if is_small(z, means, scale_tril):
         part, prepared = _prepare(z, logvar, logits, means, logvars, scale_tril, form)
         joint = part.joint(prepared, torch.log_softmax(logits.to(part.dtype), -1)).flatten(0, 1)
@@ -55,22 +56,31 @@ def _fake_forward(z, logvar, logits, means, logvars, scale_tril, form, precision
 
 @without_autocast
 def _backward(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, precision, data, parameters):
-    if is_small(z, means, scale_tril) and len(kept) == 2:
-        inputs = (z, logvar, logits, means, logvars, scale_tril)
-        weights = kept[1] * dlp.unsqueeze(-1)
-        found = _with_softmax(dlp, inputs, form, lambda part, _: weights.view(-1, part.data, means.shape[1]))
-        wanted = (data, data, *[parameters] * 4)
-        return [
-            arguments.match(gradient, tensor)
-            for gradient, tensor, want in zip(found, inputs, wanted)
-            if want and gradient is not None
-        ]
-    sweep = sweeps.Sweep(z, logvar, logits, means, logvars, scale_tril, form, precision)
-    buffers = sweep.buffers() if parameters else []
-    rows = sweeps.gradients(sweep, sweeps.Weights(sweep, dlp, *kept), data, buffers)
+    mixture = (logits, means, logvars, scale_tril)
+    buffers = []
     if parameters:
-        sweeps.subtract_softmax(buffers[0], logits, dlp.to(sweep.dtype).view(-1, logits.shape[0]).sum(0))
-    return matched([*rows, *buffers], z, logvar, (logits, means, logvars, scale_tril), data, parameters)
+        dtype = reference.compute_dtype(z, logvar, *mixture)
+        found = [tensor for tensor in mixture if tensor is not None]
+        buffers = [torch.zeros(tensor.shape, dtype=dtype, device=z.device) for tensor in found]
+    rows = add_gradients(dlp, kept, z, logvar, mixture, form, precision, data, buffers)
+    if parameters:
+        total = dlp.to(buffers[0].dtype).view(-1, logits.shape[0]).sum(0)
+        sweeps.subtract_softmax(buffers[0], logits, total)
+    return matched([*rows, *buffers], z, logvar, mixture, data, parameters)
+
+
+def add_gradients(dlp, kept, z, logvar, mixture, form, precision, data: bool, buffers: list[Tensor]) -> list[Tensor]:
+    """[dz, dlogvar if there] if `data`; what `buffers` holds is added to: the sum of the weights [I, K], dmeans, and
+    dlogvars or dscale_tril if there. All in the compute dtype."""
+    _, means, _, scale_tril = mixture
+    if not is_small(z, means, scale_tril) or len(kept) < 2:
+        sweep = sweeps.Sweep(z, logvar, *mixture, form, precision)
+        return sweeps.gradients(sweep, sweeps.Weights(sweep, dlp, *kept), data, buffers)
+    weights = kept[1] * dlp.unsqueeze(-1)
+    found = at_once(lambda part, _: weights.view(-1, part.data, means.shape[1]), z, logvar, *mixture, form)
+    for buffer, gradient in zip(buffers, (gradient for gradient in found[2:] if gradient is not None)):
+        buffer += gradient.sum_to_size(buffer.shape)
+    return [gradient for gradient in found[:2] if data and gradient is not None]
 
 
 def matched(gradients, z, logvar, mixture, data: bool, parameters: bool) -> list[Tensor]:
@@ -90,7 +100,7 @@ def _fake_backward(dlp, kept, z, logvar, logits, means, logvars, scale_tril, for
 
 gmm_log_prob_fwd = register(
     f"gmm_log_prob_fwd({_ARGUMENTS}, int keep) -> Tensor[]",
-    closed_form=_forward,
+    closed_form=values,
     fake=_fake_forward,
     kernel="gmm_log_prob.fwd",
 )
@@ -102,24 +112,30 @@ gmm_log_prob_bwd = register(
 )
 
 
-def differentiable_gradients(weights_of, z, logvar, logits, means, logvars, scale_tril, form) -> list[Tensor | None]:
-    """(dz, dlogvar, sum of the weights [I, K], dmeans, dlogvars, dscale_tril) in plain differentiable torch ops.
+def at_once(weights_of, z, logvar, logits, means, logvars, scale_tril, form) -> list[Tensor | None]:
+    """(dz, dlogvar, sum of the weights [I, K], dmeans, dlogvars, dscale_tril) in plain differentiable torch ops, in the
+    compute dtype, those of the mixture still to be summed to its shapes.
 
-    weights_of(part, prepared) gives the weights [S, B, K]. Everything is made at once, rows by components by
-    dimensions: who differentiates twice has few of them.
+    weights_of(part, prepared) gives the weights [S, B, K]. Nothing is cut into blocks: it is for small tensors, and for
+    gradients that are differentiated again.
     """
-    inputs = (z, logvar, logits, means, logvars, scale_tril)
-    part, prepared = _prepare(*inputs, form)
+    part, prepared = _prepare(z, logvar, logits, means, logvars, scale_tril, form)
     weights = weights_of(part, prepared)
     scale = torch.ones_like(weights[..., :1])
     dz, dvariance = part.data_gradient(prepared, weights, scale)
     dmeans, dspread = part.parameter_gradients(prepared, weights, scale)
-    dlogits = weights.flatten(0, 1).sum(0, keepdim=True) if logits.shape[0] == 1 else weights.sum(0)
     dlogvar = None if logvar is None else dvariance.flatten(0, 1) * logvar.to(part.dtype).exp()
-    found = [dz.flatten(0, 1), dlogvar, dlogits, dmeans, *((dspread, None) if scale_tril is None else (None, dspread))]
+    dlogvars, dscale_tril = (dspread, None) if scale_tril is None else (None, dspread)
+    dlogits = weights.flatten(0, 1).sum(0, keepdim=True) if logits.shape[0] == 1 else weights.sum(0)
+    return [dz.flatten(0, 1), dlogvar, dlogits, dmeans, None if logvars is None else dlogvars, dscale_tril]
+
+
+def differentiable_gradients(weights_of, *inputs_and_form) -> list[Tensor | None]:
+    """at_once, each in its input's shape and dtype."""
+    *inputs, _ = inputs_and_form
     return [
-        None if gradient is None or tensor is None else gradient.sum_to_size(tensor.shape).to(tensor.dtype)
-        for gradient, tensor in zip(found, inputs)
+        None if gradient is None else gradient.sum_to_size(tensor.shape).to(tensor.dtype)
+        for gradient, tensor in zip(at_once(weights_of, *inputs_and_form), inputs)
     ]
 
 
@@ -128,20 +144,16 @@ def softmax_of(part, prepared) -> Tensor:
     return torch.softmax(part.joint(prepared, torch.log_softmax(part.mixture.logits.to(part.dtype), -1)), -1)
 
 
-def _with_softmax(dlp, inputs, form, weights_of) -> list[Tensor | None]:
-    """differentiable_gradients of ln p: the normaliser of the logits has a gradient as well."""
-    found, logits = differentiable_gradients(weights_of, *inputs, form), inputs[2]
+@without_autocast
+def _gradients(dlp, z, logvar, logits, means, logvars, scale_tril, form) -> list[Tensor | None]:
+    """_backward in differentiable torch ops."""
+    inputs = (z, logvar, logits, means, logvars, scale_tril)
     dtype = reference.compute_dtype(*inputs)
+    rows = dlp.to(dtype).unflatten(0, (-1, max(logits.shape[0], means.shape[0]))).unsqueeze(-1)
+    found = differentiable_gradients(lambda *prepared: softmax_of(*prepared) * rows, *inputs, form)
     total = dlp.to(dtype).unflatten(0, (-1, logits.shape[0])).sum(0).unsqueeze(-1)
     found[2] = (found[2].to(dtype) - torch.softmax(logits.to(dtype), -1) * total).to(logits.dtype)
     return found
-
-
-@without_autocast
-def _gradients(dlp, z, logvar, logits, means, logvars, scale_tril, form) -> list[Tensor | None]:
-    inputs = (z, logvar, logits, means, logvars, scale_tril)
-    rows = dlp.to(reference.compute_dtype(*inputs)).unflatten(0, (-1, max(logits.shape[0], means.shape[0])))
-    return _with_softmax(dlp, inputs, form, lambda *prepared: softmax_of(*prepared) * rows.unsqueeze(-1))
 
 
 class _GMMLogProb(torch.autograd.Function):

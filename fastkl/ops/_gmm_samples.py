@@ -14,7 +14,15 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _mixture as sweeps
 from fastkl.ops import _sampling as sampling
-from fastkl.ops._gmm import MIXTURE, differentiable_gradients, fake_gradients, matched, softmax_of
+from fastkl.ops._gmm import (
+    MIXTURE,
+    add_gradients,
+    differentiable_gradients,
+    fake_gradients,
+    matched,
+    softmax_of,
+    values,
+)
 from fastkl.ops._register import apply, needs_closed_form, register, without_autocast
 
 _ARGUMENTS = f"Tensor mu, Tensor logvar, Tensor seed, {MIXTURE}, int num_samples, str precision"
@@ -34,15 +42,14 @@ class _Block:
     def of(self, parameters) -> list[Tensor | None]:
         return [t if t is None or t.shape[0] == 1 else t[self.data] for t in parameters]
 
-    def samples(self, seed: Tensor, num_samples: int, precision: str) -> Iterator[tuple[Tensor, sweeps.Sweep]]:
-        """(eps [L, n, D], the sweep over these samples), a few samples at a time."""
+    def samples(self, seed: Tensor, num_samples: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(eps [L, n, D], z [L n, D]), a few samples at a time."""
         step = max(1, SAMPLES_BYTES // max(1, self.mu.numel() * self.dtype.itemsize))
         first, last = self.rows.start * self.size, self.rows.stop * self.size
         for start in range(0, num_samples, step):
             eps = sampling.normals(seed, range(start, min(start + step, num_samples)), first, last)
             eps = eps.reshape(-1, *self.mu.shape).to(self.dtype)
-            z = torch.addcmul(self.mu, self.sigma, eps).flatten(0, 1)
-            yield eps, sweeps.Sweep(z, None, *self.mixture, "point", precision)
+            yield eps, torch.addcmul(self.mu, self.sigma, eps).flatten(0, 1)
 
 
 def _blocks(mu: Tensor, logvar: Tensor, mixture) -> Iterator[_Block]:
@@ -62,8 +69,8 @@ def _forward(mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, 
     for block in _blocks(mu, logvar, mixture):
         half_logs = 0.5 * (block.logvar + math.log(2 * math.pi)).sum(-1)
         total = -num_samples * (half_logs if entropy == "sampled" else half_logs + 0.5 * block.size)
-        for eps, sweep in block.samples(seed, num_samples, precision):
-            total -= sweeps.log_prob(sweep)[0].view(len(eps), -1).sum(0)
+        for eps, z in block.samples(seed, num_samples):
+            total -= values(z, None, *block.mixture, "point", precision, 0)[0].view(len(eps), -1).sum(0)
             if entropy == "sampled":
                 total -= 0.5 * eps.square().sum((0, 2))
         kl[block.rows] = total / num_samples
@@ -80,11 +87,10 @@ def _backward(dkl, mu, logvar, seed, logits, means, logvars, scale_tril, num_sam
     dlp = dkl.to(dtype) / -num_samples
     for block in _blocks(mu, logvar, mixture):
         weight = dlp[block.rows]
-        for eps, sweep in block.samples(seed, num_samples, precision):
-            keep = sweeps.keep_for(sweep.z.flatten(0, 1), logits, dtype)
-            _, *kept = sweeps.log_prob(sweep, keep)
-            weights = sweeps.Weights(sweep, weight.repeat(len(eps)), *kept)
-            dz = sweeps.gradients(sweep, weights, data, block.of(buffers))
+        for eps, z in block.samples(seed, num_samples):
+            _, *kept = values(z, None, *block.mixture, "point", precision, sweeps.keep_for(z, logits, dtype))
+            settings = (block.mixture, "point", precision, data, block.of(buffers))
+            dz = add_gradients(weight.repeat(len(eps)), kept, z, None, *settings)
             if data:
                 dz = dz[0].view(eps.shape)
                 if stl:
