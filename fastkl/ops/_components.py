@@ -177,6 +177,11 @@ class _ByDifferences:
             target = self.part(buffer, prepared[-1])
             target += gradient.sum_to_size(target.shape)
 
+    def gradients(self, prepared, weights: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """(dz, dvariance, dmeans, dlogvars or dscale_tril)."""
+        scale = torch.ones_like(weights[..., :1])
+        return *self.data_gradient(prepared, weights, scale), *self.parameter_gradients(prepared, weights, scale)
+
     def finish(self) -> None:
         pass
 
@@ -202,6 +207,16 @@ class Differences(_ByDifferences):
         if self.form == "expected":
             terms = terms + variance * root.square()
         return -0.5 * (terms.sum(-1) + LN_2_PI * terms.shape[-1]) + log_weights
+
+    def gradients(self, prepared, weights: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        if self.form != "point":
+            return super().gradients(prepared, weights)
+        standard, root, *_ = prepared  # the same formulas as below, sharing their products: small tensors are all calls
+        weights = weights.unsqueeze(-1)
+        weighted = weights * standard
+        pull = weighted * root
+        dlogvars = 0.5 * ((weighted * standard).sum(0) - weights.sum(0))
+        return -pull.sum(-2), None, pull.sum(0), dlogvars
 
     def data_gradient(self, prepared, weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
         standard, root, *_ = prepared

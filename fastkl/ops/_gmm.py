@@ -28,7 +28,7 @@ def is_small(z: Tensor, means: Tensor, scale_tril: Tensor | None) -> bool:
     return max(z.shape[0] * means.shape[1] * means.shape[2], matrices) <= SMALL and means.shape[1] > 0
 
 
-def _prepare(z, logvar, logits, means, logvars, scale_tril, form):
+def prepare(z, logvar, logits, means, logvars, scale_tril, form):
     """(part, prepared) of all components and rows at once."""
     dtype = reference.compute_dtype(z, logvar, logits, means, logvars, scale_tril)
     data = max(logits.shape[0], means.shape[0])
@@ -41,7 +41,7 @@ def _prepare(z, logvar, logits, means, logvars, scale_tril, form):
 def values(z, logvar, logits, means, logvars, scale_tril, form, precision, keep) -> list[Tensor]:
     """What _mixture.log_prob returns."""
     if is_small(z, means, scale_tril):
-        part, prepared = _prepare(z, logvar, logits, means, logvars, scale_tril, form)
+        part, prepared = prepare(z, logvar, logits, means, logvars, scale_tril, form)
         joint = part.joint(prepared, torch.log_softmax(logits.to(part.dtype), -1)).flatten(0, 1)
         lp = joint.logsumexp(-1)
         results = [lp, lp.to(torch.float64, copy=True)]
@@ -57,6 +57,12 @@ def _fake_forward(z, logvar, logits, means, logvars, scale_tril, form, precision
 @without_autocast
 def _backward(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, precision, data, parameters):
     mixture = (logits, means, logvars, scale_tril)
+    total = dlp.view(-1, logits.shape[0]).sum(0)
+    if is_small(z, means, scale_tril) and len(kept) == 2:
+        found = _from_responsibilities(dlp, kept[1], z, logvar, mixture, form)
+        found[2] = torch.addcmul(found[2], torch.softmax(logits.to(total.dtype), -1), total.unsqueeze(-1), value=-1)
+        found = [g for g, want in zip(found, (data, data, *[parameters] * 4)) if want and g is not None]
+        return matched(found, z, logvar, mixture, data, parameters)
     buffers = []
     if parameters:
         dtype = reference.compute_dtype(z, logvar, *mixture)
@@ -64,9 +70,13 @@ def _backward(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, pr
         buffers = [torch.zeros(tensor.shape, dtype=dtype, device=z.device) for tensor in found]
     rows = add_gradients(dlp, kept, z, logvar, mixture, form, precision, data, buffers)
     if parameters:
-        total = dlp.to(buffers[0].dtype).view(-1, logits.shape[0]).sum(0)
         sweeps.subtract_softmax(buffers[0], logits, total)
     return matched([*rows, *buffers], z, logvar, mixture, data, parameters)
+
+
+def _from_responsibilities(dlp, responsibilities, z, logvar, mixture, form) -> list[Tensor | None]:
+    weights = responsibilities * dlp.unsqueeze(-1)
+    return at_once(lambda part, _: weights.view(-1, part.data, weights.shape[1]), z, logvar, *mixture, form)
 
 
 def add_gradients(dlp, kept, z, logvar, mixture, form, precision, data: bool, buffers: list[Tensor]) -> list[Tensor]:
@@ -76,17 +86,16 @@ def add_gradients(dlp, kept, z, logvar, mixture, form, precision, data: bool, bu
     if not is_small(z, means, scale_tril) or len(kept) < 2:
         sweep = sweeps.Sweep(z, logvar, *mixture, form, precision)
         return sweeps.gradients(sweep, sweeps.Weights(sweep, dlp, *kept), data, buffers)
-    weights = kept[1] * dlp.unsqueeze(-1)
-    found = at_once(lambda part, _: weights.view(-1, part.data, means.shape[1]), z, logvar, *mixture, form)
+    found = _from_responsibilities(dlp, kept[1], z, logvar, mixture, form)
     for buffer, gradient in zip(buffers, (gradient for gradient in found[2:] if gradient is not None)):
         buffer += gradient.sum_to_size(buffer.shape)
     return [gradient for gradient in found[:2] if data and gradient is not None]
 
 
 def matched(gradients, z, logvar, mixture, data: bool, parameters: bool) -> list[Tensor]:
-    """Each gradient in the dtype and layout of its input."""
+    """Each gradient in the shape, dtype and layout of its input."""
     inputs = [t for t in (z, logvar) if data and t is not None] + [t for t in mixture if parameters and t is not None]
-    return [arguments.match(gradient, tensor) for gradient, tensor in zip(gradients, inputs)]
+    return [arguments.match(gradient.sum_to_size(tensor.shape), tensor) for gradient, tensor in zip(gradients, inputs)]
 
 
 def fake_gradients(z, logvar, mixture, data: bool, parameters: bool) -> list[Tensor]:
@@ -119,11 +128,9 @@ def at_once(weights_of, z, logvar, logits, means, logvars, scale_tril, form) -> 
     weights_of(part, prepared) gives the weights [S, B, K]. Nothing is cut into blocks: it is for small tensors, and for
     gradients that are differentiated again.
     """
-    part, prepared = _prepare(z, logvar, logits, means, logvars, scale_tril, form)
+    part, prepared = prepare(z, logvar, logits, means, logvars, scale_tril, form)
     weights = weights_of(part, prepared)
-    scale = torch.ones_like(weights[..., :1])
-    dz, dvariance = part.data_gradient(prepared, weights, scale)
-    dmeans, dspread = part.parameter_gradients(prepared, weights, scale)
+    dz, dvariance, dmeans, dspread = part.gradients(prepared, weights)
     dlogvar = None if logvar is None else dvariance.flatten(0, 1) * logvar.to(part.dtype).exp()
     dlogvars, dscale_tril = (dspread, None) if scale_tril is None else (None, dspread)
     dlogits = weights.flatten(0, 1).sum(0, keepdim=True) if logits.shape[0] == 1 else weights.sum(0)

@@ -8,7 +8,17 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _mixture as sweeps
 from fastkl.ops import _mixture_arguments as mixtures
-from fastkl.ops._gmm import MIXTURE, differentiable_gradients, fake_gradients, matched, nothing, softmax_of
+from fastkl.ops._gmm import (
+    MIXTURE,
+    at_once,
+    differentiable_gradients,
+    fake_gradients,
+    is_small,
+    matched,
+    nothing,
+    prepare,
+    softmax_of,
+)
 from fastkl.ops._register import apply, needs_closed_form, register, without_autocast
 
 _ARGUMENTS = f"Tensor z, {MIXTURE}, str precision"
@@ -16,6 +26,10 @@ _ARGUMENTS = f"Tensor z, {MIXTURE}, str precision"
 
 @without_autocast
 def _forward(z, logits, means, logvars, scale_tril, precision) -> Tensor:
+    if is_small(z, means, scale_tril):
+        part, prepared = prepare(z, None, logits, means, logvars, scale_tril, "point")
+        joint = part.joint(prepared, torch.log_softmax(logits.to(part.dtype), -1))
+        return torch.log_softmax(joint, -1).flatten(0, 1)
     return sweeps.log_responsibilities(sweeps.Sweep(z, None, logits, means, logvars, scale_tril, "point", precision))
 
 
@@ -26,10 +40,16 @@ def _fake_forward(z, logits, means, logvars, scale_tril, precision) -> Tensor:
 
 @without_autocast
 def _backward(dlog_r, log_r, z, logits, means, logvars, scale_tril, precision, data, parameters) -> list[Tensor]:
-    sweep = sweeps.Sweep(z, None, logits, means, logvars, scale_tril, "point", precision)
+    mixture = (logits, means, logvars, scale_tril)
+    if is_small(z, means, scale_tril):
+        weights = dlog_r - log_r.exp() * dlog_r.sum(-1, keepdim=True)
+        found = at_once(lambda part, _: weights.view(-1, part.data, weights.shape[1]), z, None, *mixture, "point")
+        found = [g for g, want in zip(found, (data, data, *[parameters] * 4)) if want and g is not None]
+        return matched(found, z, None, mixture, data, parameters)
+    sweep = sweeps.Sweep(z, None, *mixture, "point", precision)
     buffers = sweep.buffers() if parameters else []
     rows = sweeps.gradients(sweep, sweeps.ResponsibilityWeights(sweep, dlog_r, log_r), data, buffers)
-    return matched([*rows, *buffers], z, None, (logits, means, logvars, scale_tril), data, parameters)
+    return matched([*rows, *buffers], z, None, mixture, data, parameters)
 
 
 def _fake_backward(dlog_r, log_r, z, logits, means, logvars, scale_tril, precision, data, parameters) -> list[Tensor]:
