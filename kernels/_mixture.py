@@ -8,6 +8,7 @@ components stays in the thread) or whole components ([rows, components], for sum
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from fastkl.kernels._device import LN2, exp
 from fastkl.kernels._layout import PROGRAMS, cdiv, next_power_of_2, share
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
-PAD = 64  # components are padded to whole tiles, dimensions to whole steps of the inner loop
+PAD = 128  # components are padded to whole tiles, of 128 at most, dimensions to whole steps of the inner loop
 STEP = 4
 # Bytes that partial sums may take, all splits together, unless a single one takes more.
 PARTIAL_BYTES = 32 << 20
@@ -112,7 +113,8 @@ def prepare(logits, means, logvars, form: str, dtype: torch.dtype) -> Mixture:
     """means is [1, K, D], logvars broadcasts with it."""
     _, components, columns = means.shape
     rows, device = logits.shape[0], means.device
-    padded_components, padded_columns = cdiv(components, PAD) * PAD, cdiv(columns, STEP) * STEP
+    pad = min(PAD, max(32, next_power_of_2(components)))
+    padded_components, padded_columns = cdiv(components, pad) * pad, cdiv(columns, STEP) * STEP
     empty = {"dtype": dtype, "device": device}
     mixture = Mixture(
         torch.empty(rows, **empty), torch.empty(padded_columns, **empty), torch.empty(padded_components, **empty),
@@ -131,29 +133,39 @@ def prepare(logits, means, logvars, form: str, dtype: torch.dtype) -> Mixture:
     return mixture
 
 
-def blocks(dtype: torch.dtype, form: str, kind: str, rows: int, components: int, *, own: bool) -> dict[str, int]:
+def blocks(
+    dtype: torch.dtype, form: str, kind: str, rows: int, components: int, *, own: bool, tail: bool
+) -> dict[str, int]:  # fmt: skip
     """A tile of rows x components for the forward kernel, that by "rows" or that by "components".
 
     A thread owns two rows and 16 components, or one component and 32 rows; fewer where an element takes more registers.
     Sums that few rows or components would leave to few programs are shared by the warps of one, which saves partial
-    sums in memory. `own`: each row has logits of its own.
+    sums in memory. `own`: each row has logits of its own; `tail`: its last step of the inner loop is masked.
     """
     few = kind == "rows" and cdiv(rows, 64) < PROGRAMS // 2
     half = dtype == torch.float64
     halvings = half + (form == "convolved") * (1 + half) + own * (2 if kind == "rows" else 1)
-    halvings += (form == "expected") * ((kind != "forward" or own or half) + (own and kind == "forward"))
+    halvings += (form == "expected") * (tail + (kind != "forward" or own or half) + (own and kind == "forward"))
     if kind == "components":
+        halvings = max(halvings, 2 * (form == "expected"))
         warps = min(8, next_power_of_2(cdiv(rows, 32)))
         return {"ROWS": max(4, 32 >> halvings) * warps, "COMPONENTS": 32, "num_warps": warps}
+    halvings += kind == "rows" and half and form == "convolved"
     if few:
         warps = min(4, next_power_of_2(cdiv(components, 32)))
-        return {"ROWS": 32, "COMPONENTS": max(4, 32 >> halvings) * warps, "num_warps": warps}
-    return {"ROWS": 32 if halvings else 64, "COMPONENTS": max(4, 16 >> max(0, halvings - 1)), "num_warps": 1}
+        return {"ROWS": 32, "COMPONENTS": max(2, 32 >> halvings) * warps, "num_warps": warps}
+    if kind == "rows":
+        halvings = max(halvings, 2 * half)
+    least = 2 if kind == "rows" else 4
+    return {"ROWS": 32 if halvings else 64, "COMPONENTS": max(least, 16 >> max(0, halvings - 1)), "num_warps": 1}
 
 
-def split(total: int, block: int, others: int, partial_bytes: int) -> tuple[int, int]:
-    """(length, count): `total` cut so that, with `others` programs each, a GPU is full and the partial sums bounded."""
-    return share(total, block, min(cdiv(PROGRAMS, others), max(1, PARTIAL_BYTES // max(1, partial_bytes))))
+def split(total: int, block: int, others: int, partial_bytes: int, read_bytes: float = math.inf) -> tuple[int, int]:
+    """(length, count): `total` cut so that, with `others` programs each, a GPU is full and the partial sums bounded;
+    also by what is read in any case, where half of the programs are enough."""
+    partial_bytes = max(1, partial_bytes)
+    enough = max(cdiv(PROGRAMS // 2, others), read_bytes / partial_bytes)
+    return share(total, block, int(min(cdiv(PROGRAMS, others), enough, max(1, PARTIAL_BYTES // partial_bytes))))
 
 
 # ---- Device functions ------------------------------------------------------------------------------------------------

@@ -270,7 +270,7 @@ def by_rows(given, z, logvar, logits, components, mixture, form, *, data, own):
     rows, columns = z.shape
     logit_rows, dtype = logits.shape[0], mixture.roots.dtype
     owners = logit_rows if logit_rows > 1 else rows
-    block = blocks(dtype, form, "rows", owners, components, own=logit_rows > 1)
+    block = blocks(dtype, form, "rows", owners, components, own=logit_rows > 1, tail=columns % STEP != 0)
     row_blocks = cdiv(owners, block["ROWS"])
     outputs = [torch.empty_like(z), None if logvar is None else torch.empty_like(logvar)] if data else [None, None]
     partial = rows * columns * dtype.itemsize * sum(output is not None for output in outputs)
@@ -303,10 +303,12 @@ def by_components(given, z, logvar, logits, means, logvars, mixture, form, kind,
     rows, columns = z.shape
     components, padded = means.shape[1], mixture.padded
     padded_columns, dtype, device = mixture.roots.shape[0], mixture.roots.dtype, z.device
-    block = blocks(dtype, form, "components", rows, components, own=logits.shape[0] > 1)
+    own, tail = logits.shape[0] > 1, columns % STEP != 0
+    block = blocks(dtype, form, "components", rows, components, own=own, tail=tail)
     component_blocks = cdiv(components, block["COMPONENTS"])
     part = padded_columns * padded
-    length, parts = split(rows, block["ROWS"], component_blocks, part * (1 + second) * dtype.itemsize)
+    partial = part * (1 + second) * dtype.itemsize
+    length, parts = split(rows, block["ROWS"], component_blocks, partial, z.numel() * z.itemsize)
     counts = torch.empty((parts, padded), dtype=dtype, device=device)
     sums = torch.empty((1 + second, parts, padded_columns, padded), dtype=dtype, device=device)
     pointers, strides = row_launch_arguments(given, z, logvar, logits, mixture)

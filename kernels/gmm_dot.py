@@ -21,11 +21,11 @@ from fastkl.kernels.gmm_full import BUFFER_BYTES, add_logits_gradient, blocks_of
 NO_STRIDES = (0, 0)
 
 
-def blocks(columns: int, most: int = 64) -> dict[str, int]:
+def blocks(columns: int, most: int = 64, rows: int = 64) -> dict[str, int]:
     """A tile of the product, at most `most` wide, 16 terms of which are summed at a time."""
     most = min(most, 32 if columns % 16 else 64)
     block_columns = min(most, max(16, next_power_of_2(columns)))
-    return {"ROWS": 64, "COLUMNS": block_columns, "INNER": 16, "num_warps": 4, "num_stages": 1}
+    return {"ROWS": rows, "COLUMNS": block_columns, "INNER": 16, "num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
@@ -169,7 +169,7 @@ class Mixture:
         self.precision = precision
 
     def launch(self, z, logvar, first_row, dlp, lp, weight):
-        block = blocks(self.components, 32)
+        block = blocks(self.components, 32, 64 if logvar is None or logvar.itemsize > 2 else 32)
         row_blocks = cdiv(len(z), block["ROWS"])
         per_program, splits = self.components, 1
         if weight is None:

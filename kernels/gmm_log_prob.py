@@ -72,7 +72,8 @@ def launch_fwd(z, logvar, logits, means, logvars, form, *, joints=False):
     if rows == 0:
         return torch.empty(0, dtype=torch.float64, device=device), joint
     mixture = prepare(logits, means, logvars, form, dtype)
-    block = blocks(dtype, form, "forward", rows, components, own=logits.shape[0] > 1)
+    own, tail = logits.shape[0] > 1, columns % STEP != 0
+    block = blocks(dtype, form, "forward", rows, components, own=own, tail=tail)
     row_blocks = cdiv(rows, block["ROWS"])
     length, splits = split(components, block["COMPONENTS"], row_blocks, rows * 8)
     lp = torch.empty((splits, rows), dtype=torch.float64, device=device)
@@ -80,7 +81,7 @@ def launch_fwd(z, logvar, logits, means, logvars, form, *, joints=False):
         z, logvar, None if logits.shape[0] == 1 else logits, *mixture, lp, joint, rows, logits.shape[0],
         (columns, components, mixture.padded),
         (z.stride(), (0, 0) if logvar is None else logvar.stride(), logits.stride()), length, splits,
-        FORM=form, TAIL=columns % STEP != 0, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
+        FORM=form, TAIL=tail, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
     )  # fmt: skip
     return lp[0] if splits == 1 else lp.logsumexp(0), joint
 

@@ -25,14 +25,14 @@ THREAD_TILE = {torch.float32: 8, torch.float64: 4}
 LONGEST = {torch.float32: 2048, torch.float64: 1024}
 
 
-def blocks(data: int, components: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
+def blocks(data: int, components: int, columns: int, dtype: torch.dtype, form: str) -> dict[str, int]:
     """A tile of (DATA x COMPONENTS) pairs by columns."""
     tile = 128 * THREAD_TILE[dtype]
     if columns % 16:  # many addresses take registers, too
         tile //= 2
     block_columns = next_power_of_2(columns) if columns <= LONGEST[dtype] else tile
     warps = max(4, 4 * block_columns // tile)
-    pairs = max(1, tile // block_columns)
+    pairs = max(1, tile // block_columns // (2 if columns % 16 and form != "point" else 1))
     block_components = min(next_power_of_2(components), pairs)
     block_data = min(next_power_of_2(data), pairs // block_components)
     return {"DATA": block_data, "COMPONENTS": block_components, "COLUMNS": block_columns, "num_warps": warps}
@@ -312,7 +312,7 @@ def canonical(z, logvar, logits, means, logvars, dtype):
 def launch_fwd(z, logvar, log_weights, means, logvars, lp, joint, form):
     dtype = log_weights.dtype
     shape = (len(z), *means.shape, len(log_weights))
-    block = blocks(*means.shape, dtype)
+    block = blocks(*means.shape, dtype, form)
     row_blocks = cdiv(len(means), block["DATA"])
     samples_per_program, groups = share(len(z), 1, PROGRAMS // row_blocks)
     resident = means.shape[1] <= block["COMPONENTS"] and means.shape[2] <= block["COLUMNS"]
@@ -327,7 +327,7 @@ def launch_bwd(rows, row_outputs, components, component_outputs, form, *, each_s
     components, all samples."""
     dlp, lp, z, logvar, log_weights, joint = rows
     means, logvars = components
-    samples, block = len(z), blocks(*means.shape, log_weights.dtype)
+    samples, block = len(z), blocks(*means.shape, log_weights.dtype, form)
     row_blocks, column_blocks = cdiv(len(means), block["DATA"]), cdiv(means.shape[2], block["COLUMNS"])
     components_per_program = block["COMPONENTS"] if split else means.shape[1]
     if component_outputs[0] is None:
@@ -367,7 +367,7 @@ def bwd(
     dtype = compute_dtype([t for t in (z, logvar, logits, means, logvars) if t is not None])
     inputs = canonical(z, logvar, logits, means, logvars, dtype)
     samples, (count, components, columns) = len(inputs[0]), means.shape
-    block, joint = blocks(*means.shape, dtype), None
+    block, joint = blocks(*means.shape, dtype, form), None
     if columns > block["COLUMNS"]:
         joint = torch.empty((samples, count, components), dtype=dtype, device=z.device)
         launch_fwd(*inputs, torch.empty_like(lp), joint, form)
