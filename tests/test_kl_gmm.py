@@ -8,7 +8,7 @@ import torch
 import fastkl
 from fastkl import reference
 
-from helpers import DEVICE, DTYPES, implementation, leaf, peak_bytes
+from helpers import DEVICE, DTYPES, implementation, launcher, leaf, peak_bytes
 
 N, K, D = 6, 4, 3
 BACKENDS = ("torch", "triton")
@@ -217,3 +217,24 @@ def test_blocks_of_rows_draw_the_same_noise(monkeypatch):
     expected = fastkl.kl_gmm(*inputs, num_samples=3, seed=4)
     monkeypatch.setattr("fastkl.ops._gmm_samples.SAMPLES_BYTES", 7 * 8 * 5)
     torch.testing.assert_close(fastkl.kl_gmm(*inputs, num_samples=3, seed=4), expected)
+
+
+def aot_calls():
+    samples, samples_bwd = launcher("kl_gmm._samples"), launcher("kl_gmm.bwd")
+    calls, seed = {}, torch.zeros((), dtype=torch.int64)
+
+    def add(name, dtype, columns=64, stl=False):
+        mu, means = torch.zeros(64, columns, dtype=dtype), torch.zeros(1, 8, columns, dtype=dtype)
+        wide = reference.compute_dtype(mu)
+        mixture, dkl = (torch.zeros(1, 8, dtype=dtype), means, None, None), torch.zeros(64, dtype=wide)
+        calls[f"{name} samples"] = lambda: samples(mu, mu, seed, 0, 2, wide, with_eps=True)
+        # The mixture's own kernels, too, which do not all move 16 bytes.
+        calls[f"{name.replace('aligned', 'gradients')} bwd"] = lambda: samples_bwd(
+            dkl, mu, mu, seed, *mixture, 2, "exact", stl, True, False
+        )
+
+    add("core aligned", torch.float32)
+    add("bfloat16, stl", torch.bfloat16, stl=True)
+    add("odd, stl", torch.float32, 37, True)
+    add("float64, stl", torch.float64, stl=True)
+    return calls
