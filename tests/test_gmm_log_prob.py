@@ -223,7 +223,7 @@ def test_the_float32_expansion_is_worse_by_far(monkeypatch):
     assert error["tf32"] >= error["tf32x3"] / 2
 
 
-@pytest.mark.parametrize("backend", (*BACKENDS, "torch, in blocks"))
+@pytest.mark.parametrize("backend", [*BACKENDS, "torch, in blocks"])
 def test_a_component_of_weight_zero_is_not_there(monkeypatch, backend):
     if "blocks" in backend:
         monkeypatch.setattr(_gmm, "SMALL", 0)

@@ -12,8 +12,8 @@ FORMS = ("point", "expected", "convolved")
 SHAPES = [
     (1, 5, 3, 8),  # several data in one tile, padded components, data past the end
     (3, 4, 6, 5),  # samples, rows that are not aligned
-    (1, 2, 70, 33),  # several tiles of components, dz gathered over them
-    (2, 2, 70, 33),  # the same with samples: two launches
+    (1, 2, 9, 33),  # several tiles of components, dz gathered over them
+    (2, 2, 9, 33),  # the same with samples: two launches
     (1, 3, 1, 1),  # one component, one dimension
     (2, 2, 2, 600),  # long rows, one component after the other
     (6, 2, 2, 3),  # more samples than data
@@ -94,7 +94,7 @@ def test_dtypes(dtype):
 
 
 @pytest.mark.parametrize("logvars", ["none", "spherical", "tied", "one", "scalar", "one spherical"])
-@pytest.mark.parametrize("shape", [(1, 5, 3, 8), (2, 2, 18, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 5, 3, 8), (2, 2, 9, 33)], ids=str)
 def test_log_variances_that_broadcast(shape, logvars, monkeypatch):
     import fastkl.kernels.gmm_per_datum as kernels
 
@@ -104,7 +104,7 @@ def test_log_variances_that_broadcast(shape, logvars, monkeypatch):
 
 
 @pytest.mark.parametrize("logits", ["shared", "row", "half"])
-@pytest.mark.parametrize("shape", [(1, 6, 3, 8), (4, 3, 5, 6), (4, 2, 18, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 6, 3, 8), (4, 3, 5, 6), (4, 2, 9, 33)], ids=str)
 def test_logits_of_all_rows_of_one_and_of_some(shape, logits):
     if logits != "half" or shape[0] > 1:
         check(draw(*shape, logits=logits), "point")
@@ -116,7 +116,7 @@ def test_rows_longer_than_a_tile(monkeypatch):
     monkeypatch.setitem(kernels.LONGEST, torch.float32, 16)
     monkeypatch.setitem(kernels.THREAD_TILE, torch.float32, 1)
     for samples, form in ((1, "point"), (2, "expected"), (2, "convolved")):
-        check(draw(samples, 2, 11, 37, form, logits="half" if samples == 2 else "datum"), form)
+        check(draw(samples, 2, 3, 37, form, logits="half" if samples == 2 else "datum"), form)
 
 
 def test_zero_weights_far_rows_and_strides():
@@ -143,7 +143,7 @@ def test_strided_inputs_and_gradients():
 
 
 def test_only_what_is_asked_for():
-    for shape in ((1, 3, 4, 8), (2, 2, 18, 33)):
+    for shape in ((1, 3, 4, 8), (2, 2, 9, 33)):
         tensors = draw(*shape, "expected")
         weights = torch.linspace(-1, 1, len(tensors[0]), device=DEVICE)
         both = launch(tensors, weights, "expected")[1:]
@@ -171,21 +171,18 @@ def aot_calls():
         calls[f"{name} bwd"] = lambda: bwd(rows, rows.double(), *tensors, None, form, "exact", True, True)
 
     add("core aligned point", (1, 64, 16, 64))
-    add("core expected bfloat16", (1, 64, 16, 64), "expected", torch.bfloat16)
+    add("expected bfloat16", (1, 64, 16, 64), "expected", torch.bfloat16)
     add("aligned convolved", (1, 64, 16, 64), "convolved")
-    add("aligned many components", (1, 64, 128, 32))
     add("aligned samples", (4, 64, 4, 64), "expected")
     add("samples of many components, float16", (4, 64, 128, 32), "convolved", torch.float16)
     add("aligned longest row", (1, 2, 3, 2048), "expected")
     add("aligned several blocks of columns", (2, 2, 3, 8192), "convolved")
-    add("aligned tied", (1, 64, 16, 64), logvars="tied")
     add("spherical, shared logits", (1, 64, 10, 64), logvars="spherical", logits="shared")
     add("no log-variances, logits of each row", (4, 64, 10, 64), logvars="none", logits="row")
     add("one column", (1, 64, 10, 1), "expected")
     add("odd bfloat16", (3, 64, 10, 37), "convolved", torch.bfloat16)
     add("odd float32", (1, 64, 30, 37), "expected")
-    for form in FORMS:
-        add(f"float64 {form}", (1, 64, 10, 48), form, torch.float64)
+    add("float64", (1, 64, 10, 48), "convolved", torch.float64)
     add("odd float64", (2, 64, 10, 37), "convolved", torch.float64)
     add("long float64", (1, 4, 3, 1024), "expected", torch.float64)
     return calls

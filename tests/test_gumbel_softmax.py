@@ -1,6 +1,7 @@
 """gumbel_softmax: noise and distribution, both implementations against the float64 definition, extreme values."""
 
 import functools
+import importlib
 import math
 
 import pytest
@@ -17,7 +18,7 @@ from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, lau
 SEED = 2**62 + 12345
 # (shape, dim): why
 CASES = [
-    ((70, 64), -1),  # aligned rows
+    ((11, 64), -1),  # aligned rows, in two blocks
     ((5, 37), -1),  # rows that begin in the middle of a Philox call
     ((3, 1), -1),  # one class
     ((7,), 0),  # no batch
@@ -44,6 +45,12 @@ def run(function, logits, tau, **settings):
     return [y, *torch.autograd.grad(y, inputs, dy)]
 
 
+@pytest.fixture
+def many_rows(monkeypatch):
+    """Few programs for thousands of short rows: the interpreter's time is by program."""
+    monkeypatch.setattr(importlib.import_module("fastkl.kernels.gumbel_softmax"), "SHORT", 8192)
+
+
 def check(logits, tau, **settings):
     """Against the definition in float64, at most as far off as the definition in this dtype."""
     wide_tau = leaf(tau.double()) if isinstance(tau, torch.Tensor) else tau
@@ -63,9 +70,8 @@ def check(logits, tau, **settings):
 @hard_and_soft
 @pytest.mark.parametrize(("shape", "dim"), CASES, ids=str)
 def test_shapes(backend, shape, dim, hard):
-    with implementation(backend):
-        for tau in (0.7, leaf(torch.tensor(0.7))):
-            check(draw(shape), tau, hard=hard, dim=dim)
+    with implementation(backend):  # a tensor's gradient is the same for both
+        check(draw(shape), 0.7 if hard else leaf(torch.tensor(0.7)), hard=hard, dim=dim)
 
 
 @both
@@ -93,7 +99,7 @@ def test_strided(backend, hard):
 
 
 @both
-def test_noise_is_gumbel_in_both_tails(backend):
+def test_noise_is_gumbel_in_both_tails(backend, many_rows):
     """Two classes: the difference of their logits is that of their noise, a logistic variable; one: from the words."""
     seed = torch.tensor(SEED, device=DEVICE)
     noise = reference.gumbel_noise(seed, (200, 501)).double()
@@ -116,7 +122,7 @@ def test_noise_is_gumbel_in_both_tails(backend):
 
 @both
 @hard_and_soft
-def test_largest_weight_has_the_class_probability(backend, hard):
+def test_largest_weight_has_the_class_probability(backend, hard, many_rows):
     logits = torch.tensor([0.4, -1.0, 1.3, 0.0, -INFINITY, 0.7], device=DEVICE)
     with implementation(backend):
         y = gumbel_softmax(logits.expand(20_000, 6), 0.3, hard, seed=SEED)
@@ -270,23 +276,22 @@ def aot_calls():
 
     def add(name, shape, dtype=torch.float32, dim=1, tensor=False):
         x, tau = torch.empty(shape, dtype=dtype), torch.ones(()) if tensor else None
-        for hard in (False, True):
-            given = (None, x) if hard else (x, None)
-            kind = "hard" if hard else "soft"
-            calls[f"{name} {kind} fwd"] = functools.partial(fwd, x, tau, seed, 0.5, hard, dim)
-            calls[f"{name} {kind} bwd"] = functools.partial(bwd, x, *given, tau, seed, 0.5, hard, dim, tensor)
+        calls[f"{name} soft fwd"] = functools.partial(fwd, x, tau, seed, 0.5, False, dim)
+        calls[f"{name} hard bwd"] = functools.partial(bwd, x, None, x, tau, seed, 0.5, True, dim, tensor)
+        if name.startswith("core") or tensor:  # the others: one without the sum, one without the noise
+            calls[f"{name} hard fwd"] = functools.partial(fwd, x, tau, seed, 0.5, True, dim)
+            calls[f"{name} soft bwd"] = functools.partial(bwd, x, x, None, tau, seed, 0.5, False, dim, tensor)
 
     add("core aligned", (4096, 512), torch.bfloat16)
-    add("aligned largest tile", (64, 8192), tensor=True)
+    add("aligned largest tile", (64, 8192))
     add("two sweeps", (4, 1 << 17), torch.bfloat16)
     add("aligned pixels", (16, 64, 1024), tensor=True)
-    add("core odd", (4096, 37), tensor=True)
+    add("odd", (4096, 37), tensor=True)
     add("odd largest tile", (64, 8189))
-    add("odd two sweeps", (4, 65537), torch.bfloat16, tensor=True)
+    add("odd two sweeps", (4, 65537), torch.bfloat16)
     add("odd pixels", (16, 64, 49))
     add("odd pixels, two sweeps", (16, 8192, 49), tensor=True)
     add("pixels, two sweeps", (16, 8192, 1024))
-    add("float64", (4096, 512), torch.float64)
     add("float64 largest tile", (64, 4096), torch.float64, tensor=True)
     add("float64 two sweeps", (4, 65536), torch.float64)
     return calls

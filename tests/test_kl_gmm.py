@@ -220,7 +220,7 @@ def test_blocks_of_rows_draw_the_same_noise(monkeypatch):
 
 
 def aot_calls():
-    samples, samples_bwd = launcher("kl_gmm._samples"), launcher("kl_gmm.bwd")
+    samples, bwd = launcher("kl_gmm._samples"), launcher("kl_gmm.bwd")
     calls, seed = {}, torch.zeros((), dtype=torch.int64)
 
     def add(name, dtype, columns=64, stl=False):
@@ -228,10 +228,9 @@ def aot_calls():
         wide = reference.compute_dtype(mu)
         mixture, dkl = (torch.zeros(1, 8, dtype=dtype), means, None, None), torch.zeros(64, dtype=wide)
         calls[f"{name} samples"] = lambda: samples(mu, mu, seed, 0, 2, wide, with_eps=True)
+        settings = (dkl, mu, mu, seed, *mixture, 2, "exact", stl, True, False)
         # The mixture's own kernels, too, which do not all move 16 bytes.
-        calls[f"{name.replace('aligned', 'gradients')} bwd"] = lambda: samples_bwd(
-            dkl, mu, mu, seed, *mixture, 2, "exact", stl, True, False
-        )
+        calls[f"{name.replace('aligned', 'gradients')} bwd"] = lambda: bwd(*settings)
 
     add("core aligned", torch.float32)
     add("bfloat16, stl", torch.bfloat16, stl=True)

@@ -21,6 +21,7 @@ DIFFERENCES_BYTES = 4 << 20
 # are, and (m s)^2 up to which the gradients' sums may be expanded in float32.
 EXPANSION_LIMIT = {torch.float32: 1e8, torch.float64: 1e3}
 GRADIENT_LIMIT = 64.0
+ROWS_IN_FLOAT32 = 512
 LN_2_PI = math.log(2 * math.pi)
 
 
@@ -58,8 +59,7 @@ class Expansion:
         squares = means.mul_(linear)
         norms = squares.sum(-1)
         self.constant = -0.5 * (norms + logvars.sum(-1) + LN_2_PI * dimensions)
-        # Comparisons with NaN are false: what is not finite comes out as NaN either way.
-        self.is_exact = not (exact and count and norms.amax() > EXPANSION_LIMIT[centre.dtype])
+        self.is_exact = not (exact and count and not norms.amax() <= EXPANSION_LIMIT[centre.dtype])  # NaN is not
         narrow = exact and count and squares.amax() > GRADIENT_LIMIT
         self.gradient_dtype = self.dtype if narrow else centre.dtype
         self.rows = max(1, PRODUCT_BYTES // (12 * count + 48 * dimensions))
@@ -104,7 +104,7 @@ class Expansion:
 
     def start(self, dmeans=None, dspread=None, dlogits=None) -> None:
         self.dmeans, self.dspread, self.dlogits = dmeans, dspread, dlogits
-        self.moments = self.coefficients.new_zeros(self.coefficients.shape, dtype=self.gradient_dtype)
+        self.moments = self.coefficients.new_zeros(self.coefficients.shape, dtype=torch.float64)
         self.gradient_coefficients = self.coefficients[:, :-1].to(self.gradient_dtype)
 
     def data_gradient(self, prepared, weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,14 +119,16 @@ class Expansion:
     def add(self, prepared, weights: Tensor, scale: Tensor) -> None:
         """The sums over rows of weights times scale times [(z - centre)^2, z - centre, 1]."""
         features = prepared[0].mul_(scale.reshape(-1, 1))
-        self.moments.addmm_(weights.flatten(0, 1).T, features)
+        # A product of narrow matrices adds its rows up one after the other: not too many of them in float32.
+        for some, of_them in zip(weights.flatten(0, 1).split(ROWS_IN_FLOAT32), features.split(ROWS_IN_FLOAT32)):
+            self.moments += some.T @ of_them
 
     def central_moments(self) -> tuple[Tensor, Tensor, Tensor]:
         """sum w [k], sum w (z - m) [k, D], sum w (z - m)^2 [k, D]; the variance of q belongs to the square."""
         size = self.centre.numel()
         self.buffers.clear()
         second, first, count = self.moments[:, :size], self.moments[:, size:-1], self.moments[:, -1:]
-        means = self._means().to(first.dtype)
+        means = self._means().double()
         central = first - means * count
         return count[:, 0], central, second - means * (first + central)
 
@@ -254,7 +256,7 @@ class Full(_ByDifferences):
 
     def _inward(self, tensor: Tensor) -> Tensor:
         """[S, B, x] -> [M, n, x]."""
-        return tensor.flatten(0, 1)[None] if self.mixture.means.shape[0] == 1 else tensor.transpose(0, 1)
+        return tensor.reshape(1, -1, *tensor.shape[2:]) if self.mixture.means.shape[0] == 1 else tensor.transpose(0, 1)
 
     def _outward(self, tensor: Tensor, shape) -> Tensor:
         """[M, n, x] -> [S, B, x]."""

@@ -23,6 +23,16 @@ FULL = slice(None)
 SMALL = 1 << 17
 
 
+def by_datum(tensor: Tensor, data: int) -> Tensor:
+    """[R, ...] -> [S, B, ...]; a reshape, for which is_grads_batched has a rule."""
+    return tensor.reshape(-1, data, *tensor.shape[1:])
+
+
+def joined(tensor: Tensor) -> Tensor:
+    """[S, B, ...] -> [R, ...]."""
+    return tensor.reshape(-1, *tensor.shape[2:])
+
+
 def is_small(z: Tensor, means: Tensor, scale_tril: Tensor | None) -> bool:
     matrices = 0 if scale_tril is None else scale_tril.numel()
     return max(z.shape[0] * means.shape[1] * means.shape[2], matrices) <= SMALL and means.shape[1] > 0
@@ -33,8 +43,8 @@ def prepare(z, logvar, logits, means, logvars, scale_tril, form):
     dtype = reference.compute_dtype(z, logvar, logits, means, logvars, scale_tril)
     data = max(logits.shape[0], means.shape[0])
     part = (Differences if scale_tril is None else Full)(Mixture(logits, means, logvars, scale_tril), FULL, form, dtype)
-    variance = None if logvar is None else logvar.to(dtype).exp().unflatten(0, (-1, data))
-    return part, part.prepare(z.to(dtype).unflatten(0, (-1, data)), variance, FULL)
+    variance = None if logvar is None else by_datum(logvar.to(dtype).exp(), data)
+    return part, part.prepare(by_datum(z.to(dtype), data), variance, FULL)
 
 
 @without_autocast
@@ -57,36 +67,47 @@ def _fake_forward(z, logvar, logits, means, logvars, scale_tril, form, precision
 @without_autocast
 def _backward(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, precision, data, parameters):
     mixture = (logits, means, logvars, scale_tril)
-    total = dlp.view(-1, logits.shape[0]).sum(0)
-    if is_small(z, means, scale_tril) and len(kept) == 2:
-        found = _from_responsibilities(dlp, kept[1], z, logvar, mixture, form)
-        found[2] = torch.addcmul(found[2], torch.softmax(logits.to(total.dtype), -1), total.unsqueeze(-1), value=-1)
+    total = dlp.reshape(-1, logits.shape[0]).sum(0, dtype=torch.float64 if len(logits) == 1 else None)
+    if is_small(z, means, scale_tril):
+        found = _at_once(dlp, kept, z, logvar, mixture, form)
+        found[2] = found[2] - torch.softmax(logits.to(total.dtype), -1) * total.unsqueeze(-1)
         found = [g for g, want in zip(found, (data, data, *[parameters] * 4)) if want and g is not None]
         return matched(found, z, logvar, mixture, data, parameters)
     buffers = []
     if parameters:
         dtype = reference.compute_dtype(z, logvar, *mixture)
-        found = [tensor for tensor in mixture if tensor is not None]
-        buffers = [torch.zeros(tensor.shape, dtype=dtype, device=z.device) for tensor in found]
+        buffers = gradient_buffers(mixture, dtype)
     rows = add_gradients(dlp, kept, z, logvar, mixture, form, precision, data, buffers)
     if parameters:
         sweeps.subtract_softmax(buffers[0], logits, total)
     return matched([*rows, *buffers], z, logvar, mixture, data, parameters)
 
 
-def _from_responsibilities(dlp, responsibilities, z, logvar, mixture, form) -> list[Tensor | None]:
-    weights = responsibilities * dlp.unsqueeze(-1)
-    return at_once(lambda part, _: weights.view(-1, part.data, weights.shape[1]), z, logvar, *mixture, form)
+def _at_once(dlp, kept, z, logvar, mixture, form) -> list[Tensor | None]:
+    """Without responsibilities kept, they are the softmax of the joint: never exp(joint - ln p) of another rounding."""
+
+    def weights_of(part, prepared) -> Tensor:
+        responsibilities = kept[1] if len(kept) == 2 else softmax_of(part, prepared).reshape(len(dlp), -1)
+        return (responsibilities * dlp.unsqueeze(-1)).view(-1, part.data, responsibilities.shape[1])
+
+    return at_once(weights_of, z, logvar, *mixture, form)
+
+
+def gradient_buffers(mixture, dtype: torch.dtype) -> list[Tensor]:
+    """Zeros to add gradients up in. That of shared logits is what is left of two large sums: float64."""
+    logits, *others = (tensor for tensor in mixture if tensor is not None)
+    dtypes = [torch.float64 if len(logits) == 1 else dtype, *[dtype] * len(others)]
+    return [torch.zeros(t.shape, dtype=d, device=t.device) for t, d in zip((logits, *others), dtypes)]
 
 
 def add_gradients(dlp, kept, z, logvar, mixture, form, precision, data: bool, buffers: list[Tensor]) -> list[Tensor]:
     """[dz, dlogvar if there] if `data`; what `buffers` holds is added to: the sum of the weights [I, K], dmeans, and
     dlogvars or dscale_tril if there. All in the compute dtype."""
     _, means, _, scale_tril = mixture
-    if not is_small(z, means, scale_tril) or len(kept) < 2:
+    if not is_small(z, means, scale_tril):
         sweep = sweeps.Sweep(z, logvar, *mixture, form, precision)
         return sweeps.gradients(sweep, sweeps.Weights(sweep, dlp, *kept), data, buffers)
-    found = _from_responsibilities(dlp, kept[1], z, logvar, mixture, form)
+    found = _at_once(dlp, kept, z, logvar, mixture, form)
     for buffer, gradient in zip(buffers, (gradient for gradient in found[2:] if gradient is not None)):
         buffer += gradient.sum_to_size(buffer.shape)
     return [gradient for gradient in found[:2] if data and gradient is not None]
@@ -131,10 +152,10 @@ def at_once(weights_of, z, logvar, logits, means, logvars, scale_tril, form) -> 
     part, prepared = prepare(z, logvar, logits, means, logvars, scale_tril, form)
     weights = weights_of(part, prepared)
     dz, dvariance, dmeans, dspread = part.gradients(prepared, weights)
-    dlogvar = None if logvar is None else dvariance.flatten(0, 1) * logvar.to(part.dtype).exp()
+    dlogvar = None if logvar is None else joined(dvariance) * logvar.to(part.dtype).exp()
     dlogvars, dscale_tril = (dspread, None) if scale_tril is None else (None, dspread)
-    dlogits = weights.flatten(0, 1).sum(0, keepdim=True) if logits.shape[0] == 1 else weights.sum(0)
-    return [dz.flatten(0, 1), dlogvar, dlogits, dmeans, None if logvars is None else dlogvars, dscale_tril]
+    dlogits = joined(weights).sum(0, keepdim=True) if logits.shape[0] == 1 else weights.sum(0)
+    return [joined(dz), dlogvar, dlogits, dmeans, None if logvars is None else dlogvars, dscale_tril]
 
 
 def differentiable_gradients(weights_of, *inputs_and_form) -> list[Tensor | None]:
@@ -156,9 +177,9 @@ def _gradients(dlp, z, logvar, logits, means, logvars, scale_tril, form) -> list
     """_backward in differentiable torch ops."""
     inputs = (z, logvar, logits, means, logvars, scale_tril)
     dtype = reference.compute_dtype(*inputs)
-    rows = dlp.to(dtype).unflatten(0, (-1, max(logits.shape[0], means.shape[0]))).unsqueeze(-1)
+    rows = by_datum(dlp.to(dtype), max(logits.shape[0], means.shape[0])).unsqueeze(-1)
     found = differentiable_gradients(lambda *prepared: softmax_of(*prepared) * rows, *inputs, form)
-    total = dlp.to(dtype).unflatten(0, (-1, logits.shape[0])).sum(0).unsqueeze(-1)
+    total = by_datum(dlp.to(dtype), logits.shape[0]).sum(0).unsqueeze(-1)
     found[2] = (found[2].to(dtype) - torch.softmax(logits.to(dtype), -1) * total).to(logits.dtype)
     return found
 
@@ -197,6 +218,7 @@ class _GMMLogProb(torch.autograd.Function):
             None if t is None else mixtures.vmap_rows(t, dim, size, data, per_datum)
             for t, dim in zip((z, logvar), in_dims)
         ]
+        keep = min(keep, sweeps.keep_for(rows[0], mixture[0], reference.compute_dtype(*rows, *mixture)))
         outputs = apply(_GMMLogProb, *rows, *mixture, form, precision, keep)
         return tuple(mixtures.vmap_result(out, size, data, per_datum) for out in outputs), (0,) * len(outputs)
 

@@ -17,8 +17,11 @@ from fastkl.ops import _sampling as sampling
 from fastkl.ops._gmm import (
     MIXTURE,
     add_gradients,
+    by_datum,
     differentiable_gradients,
     fake_gradients,
+    gradient_buffers,
+    joined,
     matched,
     softmax_of,
     values,
@@ -82,8 +85,7 @@ def _backward(dkl, mu, logvar, seed, logits, means, logvars, scale_tril, num_sam
     mixture = (logits, means, logvars, scale_tril)
     dtype = reference.compute_dtype(mu, logvar, *mixture)
     rows = [torch.zeros(mu.shape, dtype=dtype, device=mu.device) for _ in range(2 if data else 0)]
-    found = [tensor for tensor in mixture if tensor is not None and parameters]
-    buffers = [torch.zeros(tensor.shape, dtype=dtype, device=mu.device) for tensor in found]
+    buffers = gradient_buffers(mixture, dtype) if parameters else []
     dlp = dkl.to(dtype) / -num_samples
     for block in _blocks(mu, logvar, mixture):
         weight = dlp[block.rows]
@@ -133,17 +135,18 @@ def _gradients(dkl, mu, logvar, seed, logits, means, logvars, scale_tril, num_sa
     dtype = reference.compute_dtype(mu, logvar, *mixture)
     eps = reference.normal_noise(seed, mu.shape, num_samples).to(dtype)
     sigma, dkl = torch.exp(0.5 * logvar.to(dtype)), dkl.to(dtype)
-    z = (mu.to(dtype) + sigma * eps).flatten(0, 1)
-    rows = (dkl / -num_samples).repeat(num_samples).unflatten(0, (-1, max(logits.shape[0], means.shape[0])))
+    z = joined(mu.to(dtype) + sigma * eps)
+    rows = (dkl / -num_samples).expand(num_samples, *dkl.shape)
+    rows = rows.reshape(-1, max(logits.shape[0], means.shape[0]))
     found = differentiable_gradients(
         lambda *prepared: softmax_of(*prepared) * rows.unsqueeze(-1), z, None, *mixture, "point"
     )
-    dz = found[0].view(eps.shape)
+    dz = found[0].reshape(eps.shape)
     if stl:
         dz = dz - (dkl / num_samples).unsqueeze(-1) * eps / sigma
     dlogvar = 0.5 * (dz * eps).sum(0) * sigma
     dlogvar = dlogvar if stl else dlogvar - 0.5 * dkl.unsqueeze(-1)
-    total = -dkl.unflatten(0, (-1, logits.shape[0])).sum(0).unsqueeze(-1)
+    total = -by_datum(dkl, logits.shape[0]).sum(0).unsqueeze(-1)
     dlogits = found[2].to(dtype) - torch.softmax(logits.to(dtype), -1) * total
     return [dz.sum(0).to(mu.dtype), dlogvar.to(logvar.dtype), None, dlogits.to(logits.dtype), *found[3:]]
 

@@ -52,8 +52,10 @@ def collapse(tensor: Tensor, event_ndim: int) -> Tensor:
         return tensor
     if all(size == 1 for size in tensor.shape[:ndim]):
         return tensor.reshape(tensor.shape[ndim:])
-    if tensor.requires_grad and not torch.compiler.is_compiling() and tensor.is_leaf:
-        return tensor  # its own gradient is asked for, entry by entry
+    if tensor.requires_grad and (
+        tensor.dtype == torch.float16 or (not torch.compiler.is_compiling() and tensor.is_leaf)
+    ):
+        return tensor  # its own gradient is asked for, entry by entry; equal shares of one may be too small for float16
     return _Collapse.apply(tensor, ndim) if tensor.requires_grad else tensor[(0,) * ndim]
 
 

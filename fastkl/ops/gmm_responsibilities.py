@@ -76,7 +76,7 @@ def _gradients(dlog_r, z, logits, means, logvars, scale_tril) -> list[Tensor | N
 
     def weights(part, prepared) -> Tensor:
         softmax = softmax_of(part, prepared)
-        gradient = dlog_r.to(part.dtype).view(softmax.shape)
+        gradient = dlog_r.to(part.dtype).reshape(softmax.shape)
         return gradient - softmax * gradient.sum(-1, keepdim=True)
 
     found = differentiable_gradients(weights, z, None, logits, means, logvars, scale_tril, "point")
