@@ -31,6 +31,10 @@ def _check(logits, means, logvars, scale_tril, num_samples) -> tuple[torch.Size,
     if logits.dim() == 0 or logits.shape[-1] != components or components == 0:
         shapes = f"means {tuple(means.shape)} have {components} components, logits {tuple(logits.shape)}"
         raise ValueError(f"logits must be [..., K] with the K >= 1 components of the means: {shapes}")
+    if logvars is not None and logvars.dim() == 0:
+        raise ValueError(
+            f"logvars must be [..., K, D] with each of the two full or 1, or [D], got {tuple(logvars.shape)}"
+        )
     if logvars is not None and not arguments.fits(logvars[(0,) * max(0, logvars.dim() - 2)], means.shape[-2:]):
         raise ValueError(
             f"logvars must be [..., K, D] with each of the two full or 1: means {tuple(means.shape)}, "
@@ -86,6 +90,8 @@ def _by_chunks(function, bytes_per_row: int, *rows: Tensor) -> Tensor:
     if rows[0].shape[0] <= count:
         return function(*rows)
     blocks = zip(*(tensor.split(count) for tensor in rows))
+    if torch._C._are_functorch_transforms_active():  # which checkpoint does not know
+        return torch.cat([function(*block) for block in blocks])
     return torch.cat([checkpoint(function, *block, use_reentrant=False) for block in blocks])
 
 
@@ -134,7 +140,9 @@ def rsample_gmm(
     seed = sampling.check_seed(seed, logits.device, "logits")
     shape = (1 if num_samples is None else num_samples, *batch)
     with torch.autocast(logits.device.type, enabled=False):
-        weights = gumbel_softmax(logits.expand(*shape, components), tau, hard, seed=seed).to(dtype)
+        # 16-bit parameters are mixed in float32: a small standard deviation is subnormal in float16.
+        out_dtype, dtype = dtype, dtype if dtype == torch.float64 else torch.float32
+        weights = gumbel_softmax(logits.to(dtype).expand(*shape, components), tau, hard, seed=seed)
         mean = _mix(weights, means.to(dtype)).expand(*shape, size)
         if scale_tril is not None:
             zero = torch.zeros((), dtype=dtype, device=logits.device)
@@ -147,6 +155,7 @@ def rsample_gmm(
             sigma = _mix(weights, (0.5 * logvars.to(dtype)).exp())
             sigma = sigma.clamp(min=torch.finfo(dtype).tiny)  # where all components are excluded
             z = rsample_normal(mean, sigma, scale="std", seed=seed ^ NORMAL_KEY)
+        z = z.to(out_dtype)
     return z.squeeze(0) if num_samples is None else z
 
 
@@ -158,8 +167,9 @@ def _full(weights: Tensor, eps: Tensor, scale_tril: Tensor) -> Tensor:
     if scale_tril.dim() == 3:
         z = _by_chunks(lambda w, e: _mix_noise(w, e, scale_tril), row_bytes, *rows)
     else:
-        own = scale_tril.expand(*weights.shape[:-1], *scale_tril.shape[-3:]).flatten(0, -4)
-        z = _by_chunks(_mix_noise, row_bytes * size, *rows, own)
+        own = scale_tril.expand(*weights.shape[1:-1], *scale_tril.shape[-3:]).flatten(0, -4)  # of the data, not samples
+        datum = torch.arange(len(rows[0]), device=own.device) % len(own)
+        z = _by_chunks(lambda w, e, n: _mix_noise(w, e, own[n]), row_bytes * size, *rows, datum)
     return z.view(eps.shape)
 
 
@@ -175,14 +185,16 @@ def _choose(logits: Tensor, num_samples: int, batch: torch.Size, seed: Tensor) -
     logits = _collapse(logits, 1)
     weights = torch.softmax(logits.double(), -1).cumsum(-1)
     total = weights[..., -1:]
+    if total.device.type == "cpu" and not (total > 0).all():
+        raise ValueError("logits must have a finite largest entry in each row: NaN, or no component with a weight")
     below = torch.nextafter(total, torch.zeros_like(total))  # the product may round to the total itself
     u = _uniform(seed, (num_samples, *batch))
     if logits.dim() == 1:
-        return torch.searchsorted(weights, torch.minimum(u * total, below), right=True)
+        return torch.searchsorted(weights, torch.minimum(u * total, below), right=True).clamp_(max=len(weights) - 1)
     u = u.movedim(0, -1)  # [*batch, num_samples]
     weights = weights.expand(*batch, weights.shape[-1])
     found = torch.searchsorted(weights.contiguous(), torch.minimum(u * total, below).contiguous(), right=True)
-    return found.movedim(-1, 0)
+    return found.clamp_(max=weights.shape[-1] - 1).movedim(-1, 0)  # NaN, on a GPU, where nobody looks
 
 
 def _take(values: Tensor, component: Tensor, event_ndim: int) -> Tensor:
@@ -238,7 +250,8 @@ def sample_gmm(
         logvars = zero.expand(1, 1) if logvars is None else logvars if logvars.dim() > 1 else logvars.unsqueeze(0)
         return rsample_normal(mean, _take(logvars.to(dtype), component, 1), seed=seed ^ NORMAL_KEY), component
     eps = rsample_normal(zero.expand(mean.shape), zero, seed=seed ^ NORMAL_KEY)
-    scale_tril, rows = scale_tril.to(dtype), max(1, CHUNK // max(1, means.shape[-1] ** 2 * mean[0].numel()))
+    scale_tril, matrix = scale_tril.to(dtype), means.shape[-1] ** 2 * dtype.itemsize
+    rows = max(1, CHUNK // max(1, matrix * component[0].numel()))
     parts = []
     for k, m, e in zip(component.split(rows), mean.split(rows), eps.split(rows)):
         parts.append(m + (_take(scale_tril, k, 2).tril() @ e.unsqueeze(-1)).squeeze(-1))

@@ -137,6 +137,29 @@ def test_compiles_without_graph_breaks_or_recompilations(name):
     assert len(compilations) <= 2
 
 
+@every
+def test_compiles_without_gradients(name):
+    function, shapes = get(name)
+    torch._dynamo.reset()
+    inputs = draw(*shapes(3), dtype=torch.float32)
+    with torch.no_grad():
+        compiled = torch.compile(function, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(*inputs), function(*inputs))
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in OPS if n.partition(",")[0] not in ("rsample_gmm", "kl_multivariate_normal")]
+)
+def test_batched_gradients(name):
+    function, shapes = get(name)
+    inputs = draw(*shapes(3), dtype=torch.float64)
+    value = function(*inputs)
+    weights = torch.randn(2, *value.shape, dtype=value.dtype, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    batched = torch.autograd.grad(value, inputs, weights, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(value, inputs, weight, retain_graph=True) for weight in weights]
+    torch.testing.assert_close(batched, tuple(torch.stack(pair) for pair in zip(*each)))
+
+
 @pytest.mark.parametrize("name", ["kl_normal", "rsample_kl", "bernoulli_log_prob"])
 def test_compiles_with_inductor(name):
     function, shapes = get(name)

@@ -265,6 +265,35 @@ def test_rows_far_from_every_component(backend, distance):
     torch.testing.assert_close(total, dexpected[2].sum(0), rtol=1e-4, atol=1e-4 * dexpected[2].abs().max().item())
 
 
+@pytest.mark.parametrize("size", [(200000, 2, 1), (20000, 4, 2)], ids=str)
+def test_sums_over_many_rows(size):
+    """Narrow products add rows up one by one: in float32 that loses three digits of the parameters' gradients."""
+    n, k, d = size
+    inputs = [draw(*shape, seed=seed, dtype=torch.float32) for seed, shape in enumerate([(n, d), (k,), (k, d), (k, d)])]
+    results = []
+    for function, dtype in ((reference.gmm_log_prob, torch.float64), (fastkl.gmm_log_prob, torch.float32)):
+        leaves = [leaf(tensor.to(dtype)) for tensor in inputs]
+        results.append(torch.autograd.grad(function(*leaves).mean(), leaves))
+    for truth, gradient in zip(*results):
+        assert (gradient.double() - truth).abs().max() < 1e-5 * truth.abs().max()
+
+
+def test_compiled_gradients_of_rows_far_away():
+    """A compiled graph keeps ln p instead of responsibilities."""
+    inputs = [
+        leaf(tensor)
+        for tensor in (
+            draw(6, 4, dtype=torch.float32) + 3000,
+            *(draw(*shape, seed=1, dtype=torch.float32) for shape in ((3,), (3, 4), (3, 4))),
+        )
+    ]
+    compiled = torch.compile(fastkl.gmm_log_prob, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(*inputs).sum(), inputs),
+        torch.autograd.grad(fastkl.gmm_log_prob(*inputs).sum(), inputs),
+    )
+
+
 def test_symmetries():
     z, logits, means, logvars = EXTREMES["ordinary"]()
     value = fastkl.gmm_log_prob(z, logits, means, logvars)

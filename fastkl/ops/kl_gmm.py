@@ -48,7 +48,7 @@ def kl_gmm(
         gradient: "plain", or "stl" (sticking the landing): the gradient of ln q through z_l alone, which leaves out a
             term of mean 0, so that it vanishes for every sample, not only on average, where q = p.
         seed: an int or an int64 tensor for "mc"; absent, torch's generator draws one on the device. Sample l is
-            `fastkl.rsample_normal(mu, logvar, num_samples=L, seed=seed)[l]`, with mu expanded to the batch of the result.
+            `fastkl.rsample_normal(mu, logvar, num_samples=L, seed=seed)[l]`, mu expanded to the result's batch.
 
     Returns:
         [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients to mu, logvar and

@@ -55,10 +55,10 @@ kl_normal_bwd = register(
 
 class _KLNormal(torch.autograd.Function):
     @staticmethod
-    def forward(mu, parameter, prior_mu, prior_logvar, *settings):
+    def forward(mu, parameter, prior_mu, prior_logvar, packed_dim, event_ndim, scale, low, high, live):
         q = [mu] if parameter is None else [mu, parameter]
         prior = [] if prior_mu is None else [prior_mu, prior_logvar]
-        return kl_normal_fwd(q, settings[0], prior, *settings[1:])
+        return kl_normal_fwd(q, packed_dim, prior, event_ndim, scale, low, high, live)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -60,9 +60,9 @@ kl_normal_per_dim_bwd = register(
 
 class _KLNormalPerDim(torch.autograd.Function):
     @staticmethod
-    def forward(mu, parameter, prior_mu, prior_logvar, *settings):
+    def forward(mu, parameter, prior_mu, prior_logvar, event_ndim, scale, low, high, live):
         prior = [] if prior_mu is None else [prior_mu, prior_logvar]
-        return kl_normal_per_dim_fwd(mu, parameter, prior, *settings)
+        return kl_normal_per_dim_fwd(mu, parameter, prior, event_ndim, scale, low, high, live)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -83,10 +83,12 @@ rsample_kl_bwd = register(
 
 class _RsampleKL(torch.autograd.Function):
     @staticmethod
-    def forward(mu, parameter, prior_mu, prior_logvar, eps, seed, num_samples, packed_dim, *settings):
+    def forward(
+        mu, parameter, prior_mu, prior_logvar, eps, seed, num_samples, packed_dim, event_ndim, scale, low, high, live
+    ):
         q = [mu] if parameter is None else [mu, parameter]
         prior = [] if prior_mu is None else [prior_mu, prior_logvar]
-        return rsample_kl_fwd(q, seed, eps, num_samples, packed_dim, prior, *settings)
+        return rsample_kl_fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -63,8 +63,9 @@ rsample_normal_bwd = register(
 
 class _RsampleNormal(torch.autograd.Function):
     @staticmethod
-    def forward(mu, parameter, eps, seed, *settings):
-        return rsample_normal_fwd([mu] if parameter is None else [mu, parameter], seed, eps, *settings)
+    def forward(mu, parameter, eps, seed, num_samples, packed_dim, scale, low, high, live):
+        q = [mu] if parameter is None else [mu, parameter]
+        return rsample_normal_fwd(q, seed, eps, num_samples, packed_dim, scale, low, high, live)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
