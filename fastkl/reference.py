@@ -199,7 +199,9 @@ def box_muller(word_0: Tensor, word_1: Tensor) -> tuple[Tensor, Tensor]:
     return radius * angle.cos(), radius * angle.sin()
 
 
-def normal_noise(seed: Tensor, shape: torch.Size | tuple[int, ...], num_samples: int | None = None) -> Tensor:
+def normal_noise(
+    seed: Tensor, shape: torch.Size | tuple[int, ...], num_samples: int | None = None, first_sample: int = 0
+) -> Tensor:
     """The noise that `seed` stands for, the same on every device: float32, [*shape] or [num_samples, *shape].
 
     Element i of a sample, counted in row-major order, is normal i % 4 of the Philox counter (i // 4, sample).
@@ -207,7 +209,7 @@ def normal_noise(seed: Tensor, shape: torch.Size | tuple[int, ...], num_samples:
     count = math.prod(shape)
     group = torch.arange((count + 3) // 4, device=seed.device)
     samples = []
-    for sample in range(1 if num_samples is None else num_samples):
+    for sample in range(first_sample, first_sample + (1 if num_samples is None else num_samples)):
         words = philox(seed, group & 0xFFFFFFFF, group >> 32, sample)
         normals = [*box_muller(words[0], words[1]), *box_muller(words[2], words[3])]
         samples.append(torch.stack(normals, dim=-1).flatten()[:count].reshape(shape))

@@ -68,7 +68,7 @@ def draw(q: list[Tensor], packed_dim: int, seed: Tensor | None, eps: Tensor | No
 def normals(seed: Tensor, samples: range, first: int, last: int) -> Tensor:
     """Elements first to last, in row-major order, of some samples' reference.normal_noise: [samples, last - first]."""
     if seed.device.type != "cpu":
-        return torch.stack([reference.normal_noise(seed, (last,), sample + 1)[sample, first:] for sample in samples])
+        return reference.normal_noise(seed, (last,), len(samples), samples.start)[:, first:]
     start, groups = first // 4, (last + 3) // 4
     out = torch.empty(len(samples), groups - start, 2, 2)  # two Box-Muller pairs for each call
     together = max(1, GROUPS // max(1, groups - start))  # samples at a time, where each is small
