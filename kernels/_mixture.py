@@ -150,13 +150,12 @@ def blocks(
         halvings = max(halvings, 2 * (form == "expected"))
         warps = min(8, next_power_of_2(cdiv(rows, 32)))
         return {"ROWS": max(4, 32 >> halvings) * warps, "COMPONENTS": 32, "num_warps": warps}
-    halvings += kind == "rows" and half and form == "convolved"
+    if kind == "rows" and half:
+        halvings = max(2, halvings + (form == "convolved"))
+    least = 2 if kind == "rows" else 4
     if few:
         warps = min(4, next_power_of_2(cdiv(components, 32)))
-        return {"ROWS": 32, "COMPONENTS": max(2, 32 >> halvings) * warps, "num_warps": warps}
-    if kind == "rows":
-        halvings = max(halvings, 2 * half)
-    least = 2 if kind == "rows" else 4
+        return {"ROWS": 32, "COMPONENTS": max(least, 32 >> halvings) * warps, "num_warps": warps}
     return {"ROWS": 32 if halvings else 64, "COMPONENTS": max(least, 16 >> max(0, halvings - 1)), "num_warps": 1}
 
 

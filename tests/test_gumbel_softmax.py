@@ -63,7 +63,9 @@ def check(logits, tau, **settings):
         # The noise is float32, at its largest to 1e-6: two implementations agree to 1e-6 / tau,
         # also in float64.
         units = {torch.float32: 32, torch.float64: 32 * 2**29}.get(logits.dtype, 4)
-        assert_as_good_as_eager(a, e, x, units=units, scale=x.abs().max() if x.numel() else None)
+        # The temperature's gradient is a sum of terms as large as the logits' gradients, which cancel.
+        scale = None if not logits.numel() else torch.maximum(x.abs().max(), exact[1].abs().max() * (x.dim() == 0))
+        assert_as_good_as_eager(a, e, x, units=units, scale=scale)
 
 
 @both
@@ -71,6 +73,16 @@ def check(logits, tau, **settings):
 @pytest.mark.parametrize(("shape", "dim"), CASES, ids=str)
 def test_shapes(backend, shape, dim, hard):
     with implementation(backend):  # a tensor's gradient is the same for both
+        check(draw(shape), 0.7 if hard else leaf(torch.tensor(0.7)), hard=hard, dim=dim)
+
+
+@hard_and_soft
+@pytest.mark.parametrize(("shape", "dim"), [((2, 601), -1), ((20, 6), 0)], ids=str)
+def test_one_program_sweeps_many_tiles(monkeypatch, shape, dim, hard):
+    """As with millions of classes: what a program has found goes on from tile to tile."""
+    for name, value in (("WHOLE", 256), ("PART", 128), ("SPLITS", 2)):
+        monkeypatch.setattr(importlib.import_module("fastkl.kernels.gumbel_softmax"), name, value)
+    with implementation("triton"):
         check(draw(shape), 0.7 if hard else leaf(torch.tensor(0.7)), hard=hard, dim=dim)
 
 
@@ -189,6 +201,17 @@ def test_nan_and_infinity_are_seen(backend, hard):
             y = gumbel_softmax(logits, tau, hard, seed=SEED)
             assert y[:2].isnan().all()
             assert y[2].isfinite().all()
+
+
+@hard_and_soft
+@pytest.mark.parametrize("tau", [-0.5, math.nan])
+def test_a_temperature_that_no_one_reads_back_is_seen(tau, hard):
+    seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    fixed = (torch.tensor(tau, device=DEVICE), seed, 1.0, hard, 1)
+    x = torch.zeros(3, 4, device=DEVICE)
+    assert launcher("gumbel_softmax.fwd")(x, *fixed).isnan().all()
+    y_and_logits = (None, x) if hard else (x + 0.25, None)
+    assert launcher("gumbel_softmax.bwd")(x + 1, *y_and_logits, *fixed, False)[0].isnan().all()
 
 
 def test_float16_overflow_of_torch_is_not_ours():
