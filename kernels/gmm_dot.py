@@ -21,11 +21,11 @@ from fastkl.kernels.gmm_full import BUFFER_BYTES, add_logits_gradient, blocks_of
 NO_STRIDES = (0, 0)
 
 
-def blocks(columns: int, most: int = 64, rows: int = 64) -> dict[str, int]:
+def blocks(columns: int, most: int = 64) -> dict[str, int]:
     """A tile of the product, at most `most` wide, 16 terms of which are summed at a time."""
     most = min(most, 32 if columns % 16 else 64)
     block_columns = min(most, max(16, next_power_of_2(columns)))
-    return {"ROWS": rows, "COLUMNS": block_columns, "INNER": 16, "num_warps": 4, "num_stages": 1}
+    return {"ROWS": 64, "COLUMNS": block_columns, "INNER": 16, "num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
@@ -169,7 +169,7 @@ class Mixture:
         self.precision = precision
 
     def launch(self, z, logvar, first_row, dlp, lp, weight):
-        block = blocks(self.components, 32, 64 if logvar is None or logvar.itemsize > 2 else 32)
+        block = blocks(self.components, 32)
         row_blocks = cdiv(len(z), block["ROWS"])
         per_program, splits = self.components, 1
         if weight is None:
@@ -184,7 +184,7 @@ class Mixture:
         return lp[0] if splits == 1 else lp.logsumexp(0)
 
     def launch_by_rows(self, z, logvar, weight, dz, dlogvar):
-        block = blocks(self.columns, 64 if logvar is None or logvar.itemsize > 2 else 32)
+        block = blocks(self.columns)
         strides = (*row_strides(z, logvar), *row_strides(dz, dlogvar))
         gmm_dot_by_rows_kernel[(cdiv(len(z), block["ROWS"]) * cdiv(self.columns, block["COLUMNS"]),)](
             z, logvar, self.centre, self.precisions, self.scaled_means, weight, dz, dlogvar,
@@ -210,6 +210,11 @@ def row_strides(*tensors):
     return tuple(NO_STRIDES if tensor is None else tensor.stride() for tensor in tensors)
 
 
+def in_float32(z, logvar):
+    """Copies of 16-bit rows: unpacking them inside takes registers that the products need."""
+    return z.float(), None if logvar is None else logvar.float()
+
+
 def has_kernel(form, *tensors):
     return form != "convolved" and compute_dtype([t for t in tensors if t is not None]) == torch.float32
 
@@ -221,7 +226,7 @@ def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision) -> torch
         return gmm_log_prob.fwd(z, logvar, logits, means, logvars, scale_tril, form, "exact", 1)[1]
     if z.numel() == 0:  # without dimensions, the log of a sum of weights that is 1
         return torch.zeros(len(z), dtype=torch.float32, device=z.device)
-    return Mixture(logits, means, logvars, precision).launch(z, logvar, 0, None, None, None)
+    return Mixture(logits, means, logvars, precision).launch(*in_float32(z, logvar), 0, None, None, None)
 
 
 def bwd(
@@ -236,6 +241,7 @@ def bwd(
     gradients = [torch.empty_like(t) for t in (logits, means, logvars) if parameters and t is not None]
     if z.numel() == 0:
         return [gradient.zero_() for gradient in row_gradients + gradients]
+    z, logvar = in_float32(z, logvar)
     mixture = Mixture(logits, means, logvars, precision)
     dlogits, weight_sum = torch.zeros_like(mixture.log_weights), torch.zeros_like(mixture.constants)
     moments = mixture.means.new_zeros((2, *mixture.means.shape))
