@@ -14,6 +14,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _mixture as sweeps
 from fastkl.ops import _mixture_arguments as mixtures
 from fastkl.ops._components import Differences, Full, Mixture
+from fastkl.ops._mixture import by_datum
 from fastkl.ops._register import apply, needs_closed_form, register, without_autocast
 
 MIXTURE = "Tensor logits, Tensor means, Tensor? logvars, Tensor? scale_tril"
@@ -21,11 +22,6 @@ _ARGUMENTS = f"Tensor z, Tensor? logvar, {MIXTURE}, str form, str precision"
 FULL = slice(None)
 # Rows times components times dimensions up to which everything is made at once: a sweep would cost more in calls.
 SMALL = 1 << 17
-
-
-def by_datum(tensor: Tensor, data: int) -> Tensor:
-    """[R, ...] -> [S, B, ...]; a reshape, for which is_grads_batched has a rule."""
-    return tensor.reshape(-1, data, *tensor.shape[1:])
 
 
 def joined(tensor: Tensor) -> Tensor:

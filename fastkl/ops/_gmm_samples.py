@@ -17,7 +17,6 @@ from fastkl.ops import _sampling as sampling
 from fastkl.ops._gmm import (
     MIXTURE,
     add_gradients,
-    by_datum,
     differentiable_gradients,
     fake_gradients,
     gradient_buffers,
@@ -26,6 +25,7 @@ from fastkl.ops._gmm import (
     softmax_of,
     values,
 )
+from fastkl.ops._mixture import by_datum
 from fastkl.ops._register import apply, needs_closed_form, register, without_autocast
 
 _ARGUMENTS = f"Tensor mu, Tensor logvar, Tensor seed, {MIXTURE}, int num_samples, str precision"

@@ -37,6 +37,11 @@ def _slices(count: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
+def by_datum(tensor: Tensor, data: int) -> Tensor:
+    """[R, ...] -> [S, B, ...]; a reshape, for which is_grads_batched has a rule."""
+    return tensor.reshape(-1, data, *tensor.shape[1:])
+
+
 def exponential(x: Tensor) -> Tensor:
     """exp(x) in place of x, which is at most about 0."""
     return torch.nn.functional.threshold_(x, NEGLIGIBLE[x.dtype], float("-inf")).exp_()
@@ -55,8 +60,7 @@ class Sweep:
         self.normaliser = torch.cat([torch.logsumexp(rows.to(self.dtype), -1) for rows in self._logit_rows()])
 
     def by_datum(self, tensor: Tensor) -> Tensor:
-        """[R, ...] -> [S, B, ...]."""
-        return tensor.reshape(-1, self.data, *tensor.shape[1:])
+        return by_datum(tensor, self.data)
 
     def _logit_rows(self):
         return self.mixture.logits.split(max(1, (1 << 20) // max(1, self.mixture.logits.shape[1])))
