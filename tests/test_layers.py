@@ -18,7 +18,7 @@ PUBLIC = (
 )
 # Layer -> the layers it may import. The first that is a prefix of a module's name is its layer.
 ARROWS = {
-    "fastkl.reference": (),
+    "fastkl.reference": ("fastkl.reference",),
     "fastkl.ops._": ("fastkl.ops._", "fastkl.reference"),
     "fastkl.ops": ("fastkl.ops._", "fastkl.reference"),  # ops never import ops, and kernels only by name, lazily
     "fastkl.kernels": ("fastkl.kernels",),

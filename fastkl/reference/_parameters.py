@@ -1,0 +1,95 @@
+"""What every family shares: dtypes, sums, and the ways a log-variance is parameterised."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SCALES = ("logvar", "log_std", "std", "softplus")
+
+# torch's softplus is the identity beyond a threshold; its default of 20 is visible in float64.
+SOFTPLUS_THRESHOLD = 40.0
+
+
+class SoftBounds(NamedTuple):
+    """Bounds on the log-variance whose gradient lives outside them.
+
+    The value is clamped exactly as with a plain tuple `(low, high)`. The gradient passes through the clamp
+    (straight-through; Bengio et al. 2013, arXiv:1308.3432): it is taken at the bound, so a log-variance that has left
+    the interval is pulled back by the loss instead of staying where it is for ever.
+
+    >>> import torch, fastkl
+    >>> logvar = torch.tensor([[50.0]], requires_grad=True)
+    >>> fastkl.kl_normal(torch.zeros(1, 1), logvar, bounds=(-30, 20)).backward()
+    >>> logvar.grad.item()
+    0.0
+    >>> logvar.grad = None
+    >>> fastkl.kl_normal(torch.zeros(1, 1), logvar, bounds=fastkl.SoftBounds(-30, 20)).backward()
+    >>> logvar.grad.item() > 1e8
+    True
+    """
+
+    low: float
+    high: float
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any input is, else float32: what every op computes and accumulates in."""
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def to_logvar(parameter: Tensor, scale: str = "logvar") -> Tensor:
+    """The log-variance that a network's output stands for.
+
+    `softplus` below -15 is exp(p) (1 - exp(p) / 2) to rounding; its logarithm is then taken in closed form, so that it
+    does not underflow.
+    """
+    if scale == "logvar":
+        return parameter
+    if scale == "log_std":
+        return 2 * parameter
+    if scale == "std":
+        return 2 * parameter.log()
+    tail = parameter < -15
+    log_softplus = F.softplus(parameter.masked_fill(tail, 0.0), threshold=SOFTPLUS_THRESHOLD).log()
+    return 2 * torch.where(tail, parameter - 0.5 * parameter.clamp(max=-15).exp(), log_softplus)
+
+
+def to_logvar_gradient(parameter: Tensor, scale: str) -> Tensor | float:
+    """d logvar / d parameter."""
+    if scale == "logvar":
+        return 1.0
+    if scale == "log_std":
+        return 2.0
+    if scale == "std":
+        return 2 / parameter
+    tail = parameter < -15
+    body = parameter.masked_fill(tail, 0.0)
+    ratio = torch.sigmoid(body) / F.softplus(body, threshold=SOFTPLUS_THRESHOLD)
+    return 2 * torch.where(tail, 1 - 0.5 * parameter.clamp(max=-15).exp(), ratio)
+
+
+def bound(logvar: Tensor, bounds: SoftBounds | tuple[float, float] | None) -> Tensor:
+    """The clamped log-variance; with SoftBounds its gradient is that of the identity."""
+    if bounds is None:
+        return logvar
+    clamped = logvar.clamp(bounds[0], bounds[1])
+    if isinstance(bounds, SoftBounds):
+        live = logvar.nan_to_num()  # inf - inf would not be 0
+        return clamped.detach() + (live - live.detach())
+    return clamped
+
+
+def bound_gradient(dlogvar: Tensor, logvar: Tensor, bounds: SoftBounds | tuple[float, float] | None) -> Tensor:
+    """The gradient in the log-variance before the clamp; NaN entries keep theirs."""
+    if bounds is None or isinstance(bounds, SoftBounds):
+        return dlogvar
+    return dlogvar.masked_fill((logvar < bounds[0]) | (logvar > bounds[1]), 0.0)
+
+
+def sum_event(values: Tensor, event_ndim: int) -> Tensor:
+    return values.flatten(values.dim() - event_ndim).sum(-1)

@@ -1,0 +1,53 @@
+"""A discrete index that can be trained through: Gumbel noise and the relaxed one-hot vector."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastkl.reference._parameters import compute_dtype
+from fastkl.reference.sampling import philox
+
+
+def gumbel_noise(seed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """-ln(-ln u), u = (w + 1/2) / 2^32 with w the Philox word i % 4 of the counter (i // 4, 0); float32.
+
+    u is taken as (w + 1/2) 2^-32 in float32 below 1/2, and -ln u by ln(1 - v), v = (2^32 - 1 - w + 1/2) 2^-32, above:
+    both tails keep their relative precision, and the noise is finite always.
+    """
+    count = math.prod(shape)
+    group = torch.arange((count + 3) // 4, device=seed.device)
+    word = torch.stack(philox(seed, group & 0xFFFFFFFF, group >> 32, 0), -1).flatten()[:count].reshape(shape)
+    low = word < 2**31
+    u = word.float() * 2.0**-32 + 2.0**-33
+    v = (0xFFFFFFFF - word).float() * 2.0**-32 + 2.0**-33
+    return -torch.log(torch.where(low, -torch.log(u), -torch.log1p(-v)))
+
+
+def relaxed_one_hot(perturbed, tau, hard=False, dim=-1) -> Tensor:
+    """softmax(perturbed / tau); at tau = 0 its limit, one-hot at the first maximum, with gradient 0.
+
+    With `hard` the value is one-hot and the gradient that of the softmax. Entries of -inf weigh 0, also where all are;
+    they leave no NaN in any gradient. A tau below 0 or NaN gives NaN.
+    """
+    dtype, infinity = perturbed.dtype, float("inf")
+    tau = torch.as_tensor(tau, dtype=dtype, device=perturbed.device)
+    masked = perturbed == -infinity
+    top = perturbed.detach().amax(dim, keepdim=True)
+    shifted = (perturbed - top.masked_fill(top == -infinity, 0.0)).masked_fill(masked, 0.0)
+    positive = torch.where(tau > 0, tau.clamp(min=torch.finfo(dtype).tiny), torch.where(tau == 0, 1.0, math.nan))
+    weights = torch.exp(shifted / positive).masked_fill(masked, 0.0)
+    total = weights.sum(dim, keepdim=True)
+    soft = weights / total.masked_fill(total == 0, 1.0)
+    one_hot = torch.zeros_like(perturbed).scatter(dim, perturbed.argmax(dim, keepdim=True), 1.0)
+    one_hot = one_hot.masked_fill(total == 0, 0.0).masked_fill(total.isnan(), math.nan)
+    soft = torch.where(tau == 0, one_hot, soft)
+    return one_hot + (soft - soft.detach()) if hard else soft
+
+
+def gumbel_softmax(logits, tau=1.0, hard=False, dim=-1, *, seed) -> Tensor:
+    """relaxed_one_hot(logits + g, tau, hard) with g standard Gumbel noise, in the logits' dtype."""
+    noise = gumbel_noise(seed, logits.shape)
+    return relaxed_one_hot(logits.to(compute_dtype(logits)) + noise, tau, hard, dim).to(logits.dtype)

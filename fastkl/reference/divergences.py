@@ -1,0 +1,71 @@
+"""Kullback-Leibler divergences of Gaussians, in closed form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkl.reference._parameters import bound, compute_dtype, sum_event, to_logvar
+
+
+def kl_terms(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None = None, prior_logvar: Tensor | None = None) -> Tensor:
+    """exp(x) - 1 - x + (mu - prior_mu)^2 / prior_var with x = logvar - prior_logvar: twice the KL of each element.
+
+    expm1(x) - x, never exp(x) - 1 - x: at x = 1e-4 the latter is 3.3 times too large in float32.
+    """
+    standard = mu if prior_mu is None else mu - prior_mu
+    if prior_logvar is not None:
+        # Half the exponent, so that a difference of 0 is 0 also where 1 / prior_var overflows.
+        standard = standard * torch.exp(-0.5 * prior_logvar)
+        logvar = logvar - prior_logvar
+    return torch.expm1(logvar) - logvar + standard * standard
+
+
+def kl_terms_gradient(mu, logvar, prior_mu=None, prior_logvar=None) -> tuple[Tensor, ...]:
+    """d (1/2 kl_terms) / d (mu, logvar), and with a prior also / d (prior_mu, prior_logvar)."""
+    if prior_mu is None:
+        return mu, 0.5 * torch.expm1(logvar)
+    root = torch.exp(-0.5 * prior_logvar)
+    standard = (mu - prior_mu) * root
+    dmu, dlogvar = standard * root, 0.5 * torch.expm1(logvar - prior_logvar)
+    return dmu, dlogvar, -dmu, -dlogvar - 0.5 * standard * standard
+
+
+def _kl_elements(mu, logvar, prior_mu, prior_logvar, scale, bounds) -> Tensor:
+    dtype = compute_dtype(mu, logvar, prior_mu, prior_logvar)
+    prior_mu = None if prior_mu is None else prior_mu.to(dtype)
+    prior_logvar = None if prior_logvar is None else prior_logvar.to(dtype)
+    logvar = bound(to_logvar(logvar.to(dtype), scale), bounds)
+    mu, logvar = torch.broadcast_tensors(mu.to(dtype), logvar)
+    return kl_terms(mu, logvar, prior_mu, prior_logvar)
+
+
+def kl_normal(mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=1, scale="logvar", bounds=None) -> Tensor:
+    """KL(q || p), summed over the last `event_ndim` dimensions."""
+    return 0.5 * sum_event(_kl_elements(mu, logvar, prior_mu, prior_logvar, scale, bounds), event_ndim)
+
+
+def kl_normal_per_dim(
+    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=1, scale="logvar", bounds=None
+) -> Tensor:
+    """KL(q || p) of each latent dimension, averaged over the batch."""
+    values = 0.5 * _kl_elements(mu, logvar, prior_mu, prior_logvar, scale, bounds)
+    return values.flatten(0, -event_ndim - 1).mean(0) if values.dim() > event_ndim else values
+
+
+def kl_multivariate_normal(loc_q, scale_tril_q, loc_p, scale_tril_p) -> Tensor:
+    """1/2 [tr(S_p^-1 S_q) + (m_p - m_q)^T S_p^-1 (m_p - m_q) - D + ln det S_p / det S_q], S = L L^T.
+
+    A scale with no more dimensions than its own loc is a diagonal.
+    """
+    dtype = compute_dtype(loc_q, scale_tril_q, loc_p, scale_tril_p)
+    covariances = []
+    for loc, scale in ((loc_q, scale_tril_q), (loc_p, scale_tril_p)):
+        matrix = (scale.tril() if scale.dim() > loc.dim() else torch.diag_embed(scale)).to(dtype)
+        covariances.append(matrix @ matrix.mT)
+    precision_p = torch.linalg.inv(covariances[1])
+    difference = (loc_p.to(dtype) - loc_q.to(dtype)).unsqueeze(-1)
+    trace = (precision_p @ covariances[0]).diagonal(dim1=-2, dim2=-1).sum(-1)
+    mahalanobis = (difference.mT @ precision_p @ difference).squeeze(-1).squeeze(-1)
+    log_determinants = torch.linalg.slogdet(covariances[1])[1] - torch.linalg.slogdet(covariances[0])[1]
+    return 0.5 * (trace + mahalanobis - loc_q.shape[-1] + log_determinants)

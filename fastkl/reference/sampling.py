@@ -1,0 +1,79 @@
+"""Noise that a seed stands for, and Gaussian samples made of it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastkl.reference._parameters import bound, compute_dtype, to_logvar
+from fastkl.reference.divergences import kl_normal
+
+
+def philox(seed: Tensor, low: Tensor, high: Tensor, sample: Tensor | int, rounds: int = 10) -> tuple[Tensor, ...]:
+    """Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), in int64 that hold 32-bit words.
+
+    The counter is (low, high, sample, 0), the key is the seed's two halves.
+    """
+    mask = 0xFFFFFFFF
+    key_0, key_1 = seed & mask, (seed >> 32) & mask
+    word_0, word_1, word_2, word_3 = low, high, torch.zeros_like(low) + sample, torch.zeros_like(low)
+    for _ in range(rounds):
+        # int64 wraps, and the bits of the product are right all the same.
+        product_0, product_2 = word_0 * 0xD2511F53, word_2 * 0xCD9E8D57
+        word_0 = (product_2 >> 32) & mask ^ word_1 ^ key_0
+        word_1 = product_2 & mask
+        word_2 = (product_0 >> 32) & mask ^ word_3 ^ key_1
+        word_3 = product_0 & mask
+        key_0, key_1 = (key_0 + 0x9E3779B9) & mask, (key_1 + 0xBB67AE85) & mask
+    return word_0, word_1, word_2, word_3
+
+
+def box_muller(word_0: Tensor, word_1: Tensor) -> tuple[Tensor, Tensor]:
+    """Two 32-bit words -> two independent float32 standard normals.
+
+    The radius takes (w + 1/2) / 2^32, which is never 0 (so |eps| < 6.8); the angle is 2 pi w / 2^32.
+    """
+    radius = (-2.0 * torch.log(word_0.float() * 2.0**-32 + 2.0**-33)).sqrt()
+    signed = word_1 - ((word_1 >> 31) << 32)  # the same angle in [-pi, pi), where float32 is finer
+    angle = signed.float() * (2.0 * math.pi * 2.0**-32)
+    return radius * angle.cos(), radius * angle.sin()
+
+
+def normal_noise(
+    seed: Tensor, shape: torch.Size | tuple[int, ...], num_samples: int | None = None, first_sample: int = 0
+) -> Tensor:
+    """The noise that `seed` stands for, the same on every device: float32, [*shape] or [num_samples, *shape].
+
+    Element i of a sample, counted in row-major order, is normal i % 4 of the Philox counter (i // 4, sample).
+    """
+    count = math.prod(shape)
+    group = torch.arange((count + 3) // 4, device=seed.device)
+    samples = []
+    for sample in range(first_sample, first_sample + (1 if num_samples is None else num_samples)):
+        words = philox(seed, group & 0xFFFFFFFF, group >> 32, sample)
+        normals = [*box_muller(words[0], words[1]), *box_muller(words[2], words[3])]
+        samples.append(torch.stack(normals, dim=-1).flatten()[:count].reshape(shape))
+    if num_samples is None:
+        return samples[0]
+    return torch.stack(samples) if samples else torch.empty((0, *shape), device=seed.device)
+
+
+def rsample_normal(mu, logvar, *, num_samples=None, seed=None, eps=None, scale="logvar", bounds=None) -> Tensor:
+    """mu + sigma eps, in the parameters' dtype; float64 noise has float32's 2^24 values."""
+    dtype, out_dtype = compute_dtype(mu, logvar), torch.promote_types(mu.dtype, logvar.dtype)
+    logvar = bound(to_logvar(logvar.to(dtype), scale), bounds)
+    shape = torch.broadcast_shapes(mu.shape, logvar.shape)
+    if eps is None:
+        eps = normal_noise(seed, shape, num_samples)
+    return (mu.to(dtype) + torch.exp(0.5 * logvar) * eps.to(dtype)).to(out_dtype)
+
+
+def rsample_kl(
+    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=1, num_samples=None, seed=None, eps=None,
+    scale="logvar", bounds=None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(rsample_normal, kl_normal)."""
+    z = rsample_normal(mu, logvar, num_samples=num_samples, seed=seed, eps=eps, scale=scale, bounds=bounds)
+    return z, kl_normal(mu, logvar, prior_mu, prior_logvar, event_ndim=event_ndim, scale=scale, bounds=bounds)
