@@ -40,7 +40,8 @@ def compile_for(fn, args: tuple, kwargs: dict, target):
     return triton.compile(ASTSource(fn, signature, constants, attributes), target=target, options=options.__dict__)
 
 
-def describe(kernel, target) -> dict:
+def describe(kernel, target, widths: bool) -> dict:
+    """Spills and shared memory; `widths`: loads and stores too, a disassembly that takes as long as compiling."""
     if target.backend == "hip":
         code = kernel.asm["amdgcn"]
         # Scalar registers spill into lanes of vector registers, not to memory.
@@ -49,22 +50,23 @@ def describe(kernel, target) -> dict:
         stores = re.findall(r"\b(?:global|buffer)_store_(\w+)", code)
         wide = [sum(name.startswith("dwordx4") for name in names) for names in (loads, stores)]
     else:
-        code = sass(kernel.asm["cubin"])
-        spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+        # What spills lies in the frame on the stack, and the kernels have nothing else there.
+        spills = sum(int(n) for n in re.findall(r"STACK:(\d+)", cuobjdump("-res-usage", kernel.asm["cubin"])))
+        code = cuobjdump("-sass", kernel.asm["cubin"]) if widths else ""
         loads, stores = re.findall(r"\bLDG\.(\S+)", code), re.findall(r"\bSTG\.(\S+)", code)
         wide = [sum("128" in name for name in names) for names in (loads, stores)]
     counts = {"loads": len(loads), "stores": len(stores), "wide_loads": wide[0], "wide_stores": wide[1]}
     return {"spills": spills, "shared": kernel.metadata.shared, **counts}
 
 
-def sass(cubin: bytes) -> str:
+def cuobjdump(option: str, cubin: bytes) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, "-sass", file.name], check=True, capture_output=True, text=True).stdout
+        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
 
 
 def compile_module(module: str, target_name: str) -> list[dict]:
@@ -76,7 +78,14 @@ def compile_module(module: str, target_name: str) -> list[dict]:
 
     def run(self, *args, grid, warmup=False, **kwargs):
         kernel = compile_for(self, args, kwargs, target)
-        records.append({"call": call, "kernel": self.__name__, "target": target_name, **describe(kernel, target)})
+        records.append(
+            {
+                "call": call,
+                "kernel": self.__name__,
+                "target": target_name,
+                **describe(kernel, target, "aligned" in call),
+            }
+        )
 
     JITFunction.run = run
     warnings.simplefilter("ignore")

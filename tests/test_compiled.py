@@ -39,6 +39,32 @@ def test_no_spills(records):
     assert [record for record in records if record["spills"]] == []
 
 
+HELD_TO_FEW_REGISTERS = """
+import aot, torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+from fastkl.kernels import kl_normal
+
+def run(self, *args, grid, warmup=False, **kwargs):
+    target = GPUTarget(*aot.TARGETS["sm_90"])
+    kernel = aot.compile_for(self, args, {**kwargs, "maxnreg": 24}, target)
+    print(aot.describe(kernel, target, widths=False)["spills"])
+
+JITFunction.run = run
+mu = torch.zeros(64, 4096)
+kl_normal.fwd([mu, mu], -1, [], 1, "logvar", float("-inf"), float("inf"), False)
+"""
+
+
+def test_a_spill_would_be_seen():
+    environment = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=str(HERE))
+    done = subprocess.run(
+        [sys.executable, "-c", HELD_TO_FEW_REGISTERS], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert int(done.stdout) > 0
+
+
 def test_shared_memory_fits(records):
     assert [record for record in records if record["shared"] > SHARED_LIMIT] == []
 
