@@ -8,7 +8,8 @@ from fastkl.ops.gmm_log_prob import gmm_log_prob
 from fastkl.ops.gmm_moments import GMMMoments, gmm_moments
 from fastkl.ops.gmm_responsibilities import gmm_responsibilities
 from fastkl.ops.gumbel_softmax import gumbel_softmax
-from fastkl.ops.kl_gmm import kl_gmm, kl_gmm_bounds
+from fastkl.ops.kl_gmm import kl_gmm
+from fastkl.ops.kl_gmm_bounds import kl_gmm_bounds
 from fastkl.ops.kl_multivariate_normal import kl_multivariate_normal
 from fastkl.ops.kl_normal import kl_normal
 from fastkl.ops.kl_normal_per_dim import kl_normal_per_dim

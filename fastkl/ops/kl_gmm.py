@@ -1,4 +1,4 @@
-"""KL divergence from a diagonal Gaussian to a Gaussian mixture: by samples, and its two bounds."""
+"""KL divergence from a diagonal Gaussian to a Gaussian mixture: by samples, or one of its bounds."""
 
 from __future__ import annotations
 
@@ -81,20 +81,3 @@ def kl_gmm(
     if batch.numel() == 0:
         return _gmm.nothing(rows, mixture).view(batch)
     return apply(KLSamples, *rows, seed, *mixture, num_samples, precision, entropy, stl).view(batch)
-
-
-def kl_gmm_bounds(
-    mu: Tensor, logvar: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | None = None, *,
-    scale_tril: Tensor | None = None, precision: str = "exact",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(lower, upper) bounds on KL(q || mixture), in nats, one pair per sample.
-
-    Arguments, errors and sources as for `fastkl.kl_gmm`, methods "lower" and "upper".
-
-    >>> import torch, fastkl
-    >>> lower, upper = fastkl.kl_gmm_bounds(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(3), torch.randn(3, 2))
-    >>> bool(lower < upper)
-    True
-    """
-    inputs = (mu, logvar, logits, means, logvars, scale_tril)
-    return _bound(*inputs, "convolved", precision), _bound(*inputs, "expected", precision)

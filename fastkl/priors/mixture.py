@@ -14,7 +14,8 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops.gmm_log_prob import gmm_log_prob
 from fastkl.ops.gmm_moments import gmm_moments
 from fastkl.ops.gmm_responsibilities import gmm_responsibilities
-from fastkl.ops.kl_gmm import kl_gmm, kl_gmm_bounds
+from fastkl.ops.kl_gmm import kl_gmm
+from fastkl.ops.kl_gmm_bounds import kl_gmm_bounds
 from fastkl.priors._fit import FitRecord, em_step, hard_start, kmeans
 from fastkl.priors._prior import Prior
 

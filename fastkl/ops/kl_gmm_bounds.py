@@ -1,0 +1,151 @@
+"""Both bounds on the KL divergence from a diagonal Gaussian to a Gaussian mixture, at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkl import reference
+from fastkl.ops import _gmm
+from fastkl.ops import _mixture_arguments as mixtures
+from fastkl.ops._arguments import match
+from fastkl.ops._mixture import keep_for
+from fastkl.ops._register import apply, needs_closed_form, register
+
+_ARGUMENTS = f"Tensor mu, Tensor logvar, {_gmm.MIXTURE}, str precision"
+
+
+def _forward(mu, logvar, logits, means, logvars, scale_tril, precision, keep) -> list[Tensor]:
+    """[lower, upper], and what the two log-densities keep for backward: half of it each.
+
+    Nothing is shared: in torch ops the upper bound's squares are matrix products, and the lower one's differences,
+    whose variances are those of a row and a component, are not. Where mixtures have kernels, these are used.
+    """
+    inputs = (mu, logvar, logits, means, logvars, scale_tril)
+    lower, *kept = _gmm.gmm_log_prob_fwd(*inputs, "convolved", precision, keep)
+    upper, *also_kept = _gmm.gmm_log_prob_fwd(*inputs, "expected", precision, keep)
+    negative_entropy = -reference.normal_entropy(logvar)
+    return [negative_entropy - lower, negative_entropy - upper, *kept, *also_kept]
+
+
+def _fake_forward(mu, logvar, logits, means, logvars, scale_tril, precision, keep) -> list[Tensor]:
+    bound = mu.new_empty(mu.shape[0], dtype=reference.compute_dtype(mu, logvar, logits, means, logvars, scale_tril))
+    kept = [torch.empty_like(bound, dtype=torch.float64), bound.new_empty(bound.shape[0], means.shape[1])][:keep]
+    return [bound, torch.empty_like(bound), *kept, *(torch.empty_like(tensor) for tensor in kept)]
+
+
+def _incoming(dlower, dupper, kept):
+    """(form, gradient, what was kept) of each bound that has a gradient."""
+    half = len(kept) // 2
+    both = ("convolved", dlower, kept[:half]), ("expected", dupper, kept[half:])
+    return [each for each in both if each[1] is not None]
+
+
+def _backward(
+    dlower, dupper, kept, mu, logvar, logits, means, logvars, scale_tril, precision, data, parameters
+) -> list[Tensor]:
+    inputs = (mu, logvar, logits, means, logvars, scale_tril)
+    dtype = reference.compute_dtype(*inputs)
+    wide = [t.to(dtype) if t is not None and t.itemsize == 2 else t for t in inputs]  # sums are rounded once, below
+    total: list[Tensor] = []
+    for form, gradient, saved in _incoming(dlower, dupper, kept):
+        found = _gmm.gmm_log_prob_bwd(-gradient, saved, *wide, form, precision, data, parameters)
+        if data:
+            found[1] = torch.sub(found[1], gradient.to(found[1].dtype).unsqueeze(-1), alpha=0.5)  # -H(q)
+        total = [a + b for a, b in zip(total, found)] if total else found
+    outputs = [t for t, wanted in zip(inputs, [data] * 2 + [parameters] * 4) if wanted and t is not None]
+    return [match(gradient, tensor) for gradient, tensor in zip(total, outputs)]
+
+
+def _fake_backward(
+    dlower, dupper, kept, mu, logvar, logits, means, logvars, scale_tril, precision, data, parameters
+) -> list[Tensor]:
+    return _gmm.fake_gradients(mu, logvar, (logits, means, logvars, scale_tril), data, parameters)
+
+
+kl_gmm_bounds_fwd = register(
+    f"kl_gmm_bounds_fwd({_ARGUMENTS}, int keep) -> Tensor[]",
+    closed_form=_forward,
+    fake=_fake_forward,
+    kernel="kl_gmm_bounds.fwd",
+)
+kl_gmm_bounds_bwd = register(
+    f"kl_gmm_bounds_bwd(Tensor? dlower, Tensor? dupper, Tensor[] kept, {_ARGUMENTS}, bool data, bool parameters)"
+    " -> Tensor[]",
+    closed_form=_backward,
+    fake=_fake_backward,
+    kernel="kl_gmm_bounds.bwd",
+)
+
+
+def _gradients(dlower, dupper, *inputs) -> list[Tensor | None]:
+    """_backward in differentiable torch ops."""
+    total: list[Tensor | None] = [None] * len(inputs)
+    for form, gradient, _ in _incoming(dlower, dupper, ()):
+        found = _gmm._gradients(-gradient, *inputs, form)
+        found[1] = found[1] - 0.5 * gradient.unsqueeze(-1).to(found[1].dtype)  # -H(q)
+        total = [a if b is None else b if a is None else a + b for a, b in zip(found, total)]
+    return total
+
+
+class _Bounds(torch.autograd.Function):
+    @staticmethod
+    def forward(mu, logvar, logits, means, logvars, scale_tril, precision, keep):
+        return tuple(kl_gmm_bounds_fwd(mu, logvar, logits, means, logvars, scale_tril, precision, keep))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:6], *output[2:])
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)  # one bound alone is half of the work
+        ctx.precision = inputs[6]
+
+    @staticmethod
+    def backward(ctx, dlower, dupper, *_):
+        given = [gradient for gradient in (dlower, dupper) if gradient is not None]
+        if not given:
+            return (None,) * 8
+        inputs, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        if needs_closed_form(*given):
+            return *_gradients(dlower, dupper, *inputs), None, None
+        data, parameters = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[2:6])
+        found = iter(kl_gmm_bounds_bwd(dlower, dupper, list(kept), *inputs, ctx.precision, data, parameters))
+        wanted = [data] * 2 + [parameters] * 4
+        return *(next(found) if want and t is not None else None for want, t in zip(wanted, inputs)), None, None
+
+    @staticmethod
+    def vmap(info, in_dims, mu, logvar, logits, means, logvars, scale_tril, precision, keep):
+        size = info.batch_size
+        mixture = (logits, means, logvars, scale_tril)
+        mixture, data, per_datum = mixtures.vmap_mixture(mixture, in_dims[2:6], size)
+        rows = [mixtures.vmap_rows(t, dim, size, data, per_datum) for t, dim in zip((mu, logvar), in_dims)]
+        keep = min(keep, keep_for(rows[0], mixture[0], reference.compute_dtype(*rows, *mixture)))
+        outputs = apply(_Bounds, *rows, *mixture, precision, keep)
+        return tuple(mixtures.vmap_result(out, size, data, per_datum) for out in outputs), (0,) * len(outputs)
+
+
+def kl_gmm_bounds(
+    mu: Tensor, logvar: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | None = None, *,
+    scale_tril: Tensor | None = None, precision: str = "exact",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(lower, upper) bounds on KL(q || mixture), in nats, one pair per sample.
+
+    Arguments, errors and sources as for `fastkl.kl_gmm`, methods "lower" and "upper". On a GPU both come from one pass
+    if components are diagonal, all rows share them and their weights, and precision is "exact".
+
+    >>> import torch, fastkl
+    >>> lower, upper = fastkl.kl_gmm_bounds(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(3), torch.randn(3, 2))
+    >>> bool(lower < upper)
+    True
+    """
+    mixtures.check_precision(precision)
+    rows, mixture, batch = mixtures.canonical({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril)
+    if batch.numel() == 0:
+        nothing = _gmm.nothing(rows, mixture).view(batch)
+        return nothing, nothing.clone()
+    keep = 0
+    if torch.is_grad_enabled():  # a compiled graph must not depend on how many rows there are
+        dtype = reference.compute_dtype(*rows, *mixture)
+        keep = 1 if torch.compiler.is_compiling() else keep_for(rows[0], mixture[0], dtype)
+    lower, upper, *_ = apply(_Bounds, *rows, *mixture, precision, keep)
+    return lower.view(batch), upper.view(batch)
