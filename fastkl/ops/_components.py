@@ -63,6 +63,7 @@ class Expansion:
         narrow = exact and count and squares.amax() > GRADIENT_LIMIT
         self.gradient_dtype = self.dtype if narrow else centre.dtype
         self.rows = max(1, PRODUCT_BYTES // (12 * count + 48 * dimensions))
+        self.infinite_rows = False  # whether some entries of z may be infinite
         self.buffers: dict = {}
 
     def _means(self) -> Tensor:
@@ -82,6 +83,8 @@ class Expansion:
         features = self._buffer("features", rows, 2 * size + 1, dtype)
         x = torch.sub(z.flatten(0, 1).to(dtype), self.centre, out=features[:, size:-1])
         square = torch.mul(x, x, out=features[:, :size])
+        if self.infinite_rows:  # the square alone then says so: -inf, where 2 x m - x^2 is NaN
+            x.masked_fill_(x.isinf(), 0.0)
         if variance is not None:
             square += variance.flatten(0, 1)
         features[:, -1] = 1

@@ -14,7 +14,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _mixture as sweeps
 from fastkl.ops import _mixture_arguments as mixtures
 from fastkl.ops._components import Differences, Full, Mixture
-from fastkl.ops._mixture import by_datum
+from fastkl.ops._mixture import by_datum, gradient_buffers
 from fastkl.ops._register import apply, needs_closed_form, register, without_autocast
 
 MIXTURE = "Tensor logits, Tensor means, Tensor? logvars, Tensor? scale_tril"
@@ -64,15 +64,7 @@ def _fake_forward(z, logvar, logits, means, logvars, scale_tril, form, precision
 def _backward(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, precision, data, parameters):
     mixture = (logits, means, logvars, scale_tril)
     total = dlp.reshape(-1, logits.shape[0]).sum(0, dtype=torch.float64 if len(logits) == 1 else None)
-    if is_small(z, means, scale_tril):
-        found = _at_once(dlp, kept, z, logvar, mixture, form)
-        found[2] = found[2] - torch.softmax(logits.to(total.dtype), -1) * total.unsqueeze(-1)
-        found = [g for g, want in zip(found, (data, data, *[parameters] * 4)) if want and g is not None]
-        return matched(found, z, logvar, mixture, data, parameters)
-    buffers = []
-    if parameters:
-        dtype = reference.compute_dtype(z, logvar, *mixture)
-        buffers = gradient_buffers(mixture, dtype)
+    buffers = gradient_buffers(mixture, reference.compute_dtype(z, logvar, *mixture)) if parameters else []
     rows = add_gradients(dlp, kept, z, logvar, mixture, form, precision, data, buffers)
     if parameters:
         sweeps.subtract_softmax(buffers[0], logits, total)
@@ -89,13 +81,6 @@ def _at_once(dlp, kept, z, logvar, mixture, form) -> list[Tensor | None]:
     return at_once(weights_of, z, logvar, *mixture, form)
 
 
-def gradient_buffers(mixture, dtype: torch.dtype) -> list[Tensor]:
-    """Zeros to add gradients up in. That of shared logits is what is left of two large sums: float64."""
-    logits, *others = (tensor for tensor in mixture if tensor is not None)
-    dtypes = [torch.float64 if len(logits) == 1 else dtype, *[dtype] * len(others)]
-    return [torch.zeros(t.shape, dtype=d, device=t.device) for t, d in zip((logits, *others), dtypes)]
-
-
 def add_gradients(dlp, kept, z, logvar, mixture, form, precision, data: bool, buffers: list[Tensor]) -> list[Tensor]:
     """[dz, dlogvar if there] if `data`; what `buffers` holds is added to: the sum of the weights [I, K], dmeans, and
     dlogvars or dscale_tril if there. All in the compute dtype."""
@@ -104,20 +89,25 @@ def add_gradients(dlp, kept, z, logvar, mixture, form, precision, data: bool, bu
         sweep = sweeps.Sweep(z, logvar, *mixture, form, precision)
         return sweeps.gradients(sweep, sweeps.Weights(sweep, dlp, *kept), data, buffers)
     found = _at_once(dlp, kept, z, logvar, mixture, form)
-    for buffer, gradient in zip(buffers, (gradient for gradient in found[2:] if gradient is not None)):
+    for buffer, gradient in zip(buffers, wanted(found, False, True)):
         buffer += gradient.sum_to_size(buffer.shape)
-    return [gradient for gradient in found[:2] if data and gradient is not None]
+    return wanted(found, data, False)
+
+
+def wanted(tensors, data: bool, parameters: bool) -> list[Tensor]:
+    """Of what belongs to (z, logvar, logits, means, logvars, scale_tril): what is there and asked for."""
+    asked = (data, data, *[parameters] * 4)
+    return [tensor for tensor, ask in zip(tensors, asked) if ask and tensor is not None]
 
 
 def matched(gradients, z, logvar, mixture, data: bool, parameters: bool) -> list[Tensor]:
     """Each gradient in the shape, dtype and layout of its input."""
-    inputs = [t for t in (z, logvar) if data and t is not None] + [t for t in mixture if parameters and t is not None]
+    inputs = wanted((z, logvar, *mixture), data, parameters)
     return [arguments.match(gradient.sum_to_size(tensor.shape), tensor) for gradient, tensor in zip(gradients, inputs)]
 
 
 def fake_gradients(z, logvar, mixture, data: bool, parameters: bool) -> list[Tensor]:
-    inputs = [t for t in (z, logvar) if data and t is not None] + [t for t in mixture if parameters and t is not None]
-    return [torch.empty_like(tensor) for tensor in inputs]
+    return [torch.empty_like(tensor) for tensor in wanted((z, logvar, *mixture), data, parameters)]
 
 
 def _fake_backward(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, precision, data, parameters):
@@ -222,15 +212,16 @@ class _GMMLogProb(torch.autograd.Function):
 def log_prob(rows: dict[str, Tensor], logits, means, logvars, scale_tril, form: str, precision: str) -> Tensor:
     """The log-density of the public functions' arguments, [*batch]."""
     mixtures.check_precision(precision)
-    rows, mixture, batch = mixtures.canonical(rows, logits, means, logvars, scale_tril)
-    if batch.numel() == 0:
-        return nothing(rows, mixture).view(batch)
+    rows, mixture, restore = mixtures.arranged(rows, logits, means, logvars, scale_tril)
+    if rows[0].shape[0] == 0:
+        return restore(nothing(rows, mixture))
     z, logvar = (*rows, None)[:2]
     dtype = reference.compute_dtype(z, logvar, *mixture)
     keep = 0
     if torch.is_grad_enabled():  # a compiled graph must not depend on how many rows there are
         keep = 1 if torch.compiler.is_compiling() else sweeps.keep_for(z, mixture[0], dtype)
-    return apply(_GMMLogProb, z, logvar, *mixture, form, precision, keep)[0].view(batch)
+    found = apply(_GMMLogProb, z, logvar, *mixture, form, precision, keep)[0]
+    return restore(found)
 
 
 def nothing(rows: list[Tensor], mixture) -> Tensor:

@@ -56,6 +56,7 @@ class Sweep:
         self.data = max(logits.shape[0], means.shape[0])
         self.z, self.logvar = self.by_datum(z), None if logvar is None else self.by_datum(logvar)
         self.samples = self.z.shape[0]
+        self.infinite_rows = z.device.type != "cpu"  # on a CPU log_prob sees from its result whether to look
         self.centre = means[0].to(self.dtype).mean(0)
         self.normaliser = torch.cat([torch.logsumexp(rows.to(self.dtype), -1) for rows in self._logit_rows()])
 
@@ -84,6 +85,7 @@ class Sweep:
             if shared:
                 part = Expansion(self.mixture, components, self.form, self.precision, self.centre)
             if part is not None and part.is_exact:
+                part.infinite_rows = self.infinite_rows
                 yield part
                 continue
             kind = Differences if self.mixture.scale_tril is None else Full
@@ -113,11 +115,6 @@ class Sweep:
         joint = joint.sub_(origin)
         return exponential(joint.to(self.dtype) if out is None else out.copy_(joint))
 
-    def buffers(self) -> list[Tensor]:
-        """Zeros for the gradients of logits, means, and logvars or scale_tril, in the compute dtype."""
-        found = [tensor for tensor in self.mixture if tensor is not None]
-        return [torch.zeros(tensor.shape, dtype=self.dtype, device=tensor.device) for tensor in found]
-
 
 def log_prob(sweep: Sweep, keep: int = 0) -> list[Tensor]:
     """[ln p [R]]; with keep >= 1 also ln p in float64, with keep = 2 also the responsibilities [R, K].
@@ -142,6 +139,9 @@ def log_prob(sweep: Sweep, keep: int = 0) -> list[Tensor]:
             lp[samples, data] = here if complete else torch.logaddexp(lp[samples, data], here)
             if kept is not None and complete:
                 weights /= total
+    if not sweep.infinite_rows and lp.isnan().any() and sweep.z.isinf().any():
+        sweep.infinite_rows = True
+        return log_prob(sweep, keep)
     if kept is not None and not complete:
         fill_responsibilities(sweep, lp, kept)
     results = [lp.flatten().to(sweep.dtype, copy=True), lp.flatten(), None if kept is None else kept.flatten(0, 1)]
@@ -199,6 +199,13 @@ class ResponsibilityWeights(Weights):
         return prepared, self.gradient[at] - self.log_r[at].exp() * total, torch.ones_like(total)
 
 
+def gradient_buffers(mixture, dtype: torch.dtype) -> list[Tensor]:
+    """Zeros to add gradients up in. That of shared logits is what is left of two large sums: float64."""
+    logits, *others = (tensor for tensor in mixture if tensor is not None)
+    dtypes = [torch.float64 if len(logits) == 1 else dtype, *[dtype] * len(others)]
+    return [torch.zeros(t.shape, dtype=d, device=t.device) for t, d in zip((logits, *others), dtypes)]
+
+
 def gradients(sweep: Sweep, weights: Weights, data: bool, buffers: list[Tensor] | None) -> list[Tensor]:
     """[dz, dlogvar of q if there] if `data`, in the compute dtype; what `buffers` holds is added to: the sum of the
     weights [I, K], dmeans, and dlogvars or dscale_tril if there."""
@@ -245,7 +252,7 @@ def moments(sweep: Sweep, keep: int) -> list[Tensor]:
     """[ln p [R], sum r [K], sum r (z - m) [K, D], sum r (z - m)^2 [K, D] or sum r (z - m) (z - m)^T [K, D, D]]."""
     lp, *kept = log_prob(sweep, keep)
     weights = Weights(sweep, torch.ones_like(lp), *kept)
-    dlogits, first, *rest = sweep.buffers()
+    dlogits, first, *rest = gradient_buffers(sweep.mixture, sweep.dtype)
     second = torch.zeros_like(first) if sweep.mixture.scale_tril is None else rest[0]
     for part in sweep.parts():
         part.start(dlogits=dlogits)
@@ -254,4 +261,4 @@ def moments(sweep: Sweep, keep: int) -> list[Tensor]:
             block = block.to(part.gradient_dtype)
             part.add_moments(prepared, block, scale, first[0], second[0])
         part.finish_moments(first[0], second[0])
-    return [lp, dlogits[0], first[0], second[0]]
+    return [lp, dlogits[0].to(sweep.dtype), first[0], second[0]]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _mixture as sweeps
 from fastkl.ops import _mixture_arguments as mixtures
 from fastkl.ops._gmm import MIXTURE
-from fastkl.ops._register import register, without_autocast
+from fastkl.ops._register import apply, register, without_autocast
 
 
 class GMMMoments(NamedTuple):
@@ -40,6 +41,27 @@ gmm_moments_fwd = register(
     fake=_fake_forward,
     kernel="gmm_moments.fwd",
 )
+
+
+class _GMMMoments(torch.autograd.Function):
+    """The op with a rule for vmap; it has no gradient."""
+
+    @staticmethod
+    def forward(z, logits, means, logvars, scale_tril):
+        return tuple(gmm_moments_fwd(z, logits, means, logvars, scale_tril))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        """Example by example: each has sums of its own."""
+        results = []
+        for index in range(info.batch_size):
+            pairs = zip(inputs, in_dims)
+            results.append(apply(_GMMMoments, *(x if dim is None else x.select(dim, index) for x, dim in pairs)))
+        return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * 4
 
 
 def gmm_moments(
@@ -74,5 +96,5 @@ def gmm_moments(
     ))  # fmt: skip
     if any(tensor is not None and tensor.shape[0] > 1 for tensor in mixture):
         raise ValueError("gmm_moments sums over data of one mixture, but logits, means or covariances differ by datum")
-    log_prob, counts, first, second = gmm_moments_fwd(rows, *mixture)
+    log_prob, counts, first, second = apply(_GMMMoments, rows, *mixture)
     return GMMMoments(log_prob.view(batch), counts, first, second)

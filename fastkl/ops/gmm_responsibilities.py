@@ -18,6 +18,7 @@ from fastkl.ops._gmm import (
     nothing,
     prepare,
     softmax_of,
+    wanted,
 )
 from fastkl.ops._register import apply, needs_closed_form, register, without_autocast
 
@@ -44,10 +45,9 @@ def _backward(dlog_r, log_r, z, logits, means, logvars, scale_tril, precision, d
     if is_small(z, means, scale_tril):
         weights = dlog_r - log_r.exp() * dlog_r.sum(-1, keepdim=True)
         found = at_once(lambda part, _: weights.view(-1, part.data, weights.shape[1]), z, None, *mixture, "point")
-        found = [g for g, want in zip(found, (data, data, *[parameters] * 4)) if want and g is not None]
-        return matched(found, z, None, mixture, data, parameters)
+        return matched(wanted(found, data, parameters), z, None, mixture, data, parameters)
     sweep = sweeps.Sweep(z, None, *mixture, "point", precision)
-    buffers = sweep.buffers() if parameters else []
+    buffers = sweeps.gradient_buffers(mixture, sweep.dtype) if parameters else []
     rows = sweeps.gradients(sweep, sweeps.ResponsibilityWeights(sweep, dlog_r, log_r), data, buffers)
     return matched([*rows, *buffers], z, None, mixture, data, parameters)
 
@@ -134,7 +134,7 @@ def gmm_responsibilities(
             [0.1192, 0.8808]])
     """
     mixtures.check_precision(precision)
-    (z,), mixture, batch = mixtures.canonical({"z": z}, logits, means, logvars, scale_tril)
-    if batch.numel() == 0:
-        return nothing([z], mixture).unsqueeze(-1).expand(-1, means.shape[-2]).reshape(*batch, means.shape[-2])
-    return apply(_GMMResponsibilities, z, *mixture, precision).view(*batch, -1)
+    (z,), mixture, restore = mixtures.arranged({"z": z}, logits, means, logvars, scale_tril)
+    if z.shape[0] == 0:
+        return restore(nothing([z], mixture).unsqueeze(-1).expand(-1, means.shape[-2]))
+    return restore(apply(_GMMResponsibilities, z, *mixture, precision))
