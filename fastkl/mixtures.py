@@ -8,72 +8,43 @@ from torch.utils.checkpoint import checkpoint
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
+from fastkl.ops import _mixture_arguments as parameters
 from fastkl.ops import _sampling as sampling
 from fastkl.ops.gumbel_softmax import gumbel_softmax
 from fastkl.ops.rsample_normal import rsample_normal
 
-# One seed, two streams of noise: the normal one has another Philox key.
-NORMAL_KEY = 0x5851F42D4C957F2D
+# One seed, two streams of noise: the second one has another Philox key.
+SECOND_KEY = 0x5851F42D4C957F2D
 # Bytes of temporaries of a block of rows under full covariances.
 CHUNK = 32 * 2**20
 
 
 def _check(logits, means, logvars, scale_tril, num_samples) -> tuple[torch.Size, torch.dtype]:
     """(batch shape, dtype of the samples)."""
-    arguments.check_tensors(logits=logits, means=means, logvars=logvars, scale_tril=scale_tril)
     if num_samples is not None:
         arguments.check_int("num_samples", num_samples, 1)
-    if logvars is not None and scale_tril is not None:
-        raise ValueError("logvars and scale_tril exclude each other: either is the whole covariance")
-    if means.dim() < 2:
-        raise ValueError(f"means must be [..., K, D], got shape {tuple(means.shape)}")
-    components, size = means.shape[-2:]
-    if logits.dim() == 0 or logits.shape[-1] != components or components == 0:
-        shapes = f"means {tuple(means.shape)} have {components} components, logits {tuple(logits.shape)}"
-        raise ValueError(f"logits must be [..., K] with the K >= 1 components of the means: {shapes}")
-    if logvars is not None and logvars.dim() == 0:
-        raise ValueError(
-            f"logvars must be [..., K, D] with each of the two full or 1, or [D], got {tuple(logvars.shape)}"
-        )
-    if logvars is not None and not arguments.fits(logvars[(0,) * max(0, logvars.dim() - 2)], means.shape[-2:]):
-        raise ValueError(
-            f"logvars must be [..., K, D] with each of the two full or 1: means {tuple(means.shape)}, "
-            f"logvars {tuple(logvars.shape)}"
-        )
-    if scale_tril is not None and scale_tril.shape[-3:] != (components, size, size):
-        raise ValueError(
-            f"scale_tril must be [..., K, D, D]: means {tuple(means.shape)}, scale_tril {tuple(scale_tril.shape)}"
-        )
-    batches = {"logits": logits.shape[:-1], "means": means.shape[:-2]}
-    if logvars is not None:
-        batches["logvars"] = logvars.shape[:-2]
-    if scale_tril is not None:
-        batches["scale_tril"] = scale_tril.shape[:-3]
-    try:
-        batch = torch.broadcast_shapes(*batches.values())
-    except RuntimeError:
-        listed = ", ".join(f"{name} {tuple(shape)}" for name, shape in batches.items())
-        raise ValueError(f"the batch dimensions do not broadcast: {listed}") from None
+    parameters.check_shapes({}, logits, means, logvars, scale_tril)
     dtype = means.dtype
     for other in (logvars, scale_tril):
         dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
-    return batch, dtype
-
-
-def _collapse(values: Tensor, event_ndim: int) -> Tensor:
-    """Without the leading dimensions if all components there are the same ones (of size 1, or expanded)."""
-    leading = range(values.dim() - event_ndim)
-    if all(values.shape[dim] == 1 or values.stride(dim) == 0 for dim in leading) and 0 not in values.shape:
-        return values[(0,) * len(leading)]
-    return values
+    return parameters.batch_shape({}, logits, means, logvars, scale_tril), dtype
 
 
 def _mix(weights: Tensor, values: Tensor) -> Tensor:
     """sum_k weights_k values_k: [S, *batch, K] and [*batch, K, C] -> [S, *batch, C]; nothing larger is made."""
-    values = _collapse(values, 2)
+    values = parameters.collapse(values, 2)
     if values.shape[-2] == 1:  # tied: the weights sum to 1
         return values.squeeze(-2)
     return weights @ values if values.dim() == 2 else torch.einsum("s...k,...kc->s...c", weights, values)
+
+
+def relaxed_component(weights: Tensor, means: Tensor, logvars: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation sum_k y_k m_k, sum_k y_k sigma_k of a relaxed choice y [S, *batch, K]."""
+    if logvars is None:
+        return _mix(weights, means), weights.new_ones(1)
+    sigma = _mix(weights, (0.5 * (logvars if logvars.dim() > 1 else logvars.unsqueeze(0))).exp())
+    # All components may be excluded, or the chosen one's deviation have underflowed.
+    return _mix(weights, means), sigma.clamp(min=torch.finfo(sigma.dtype).tiny)
 
 
 def _mix_noise(weights: Tensor, eps: Tensor, scale_tril: Tensor) -> Tensor:
@@ -143,24 +114,21 @@ def rsample_gmm(
         # 16-bit parameters are mixed in float32: a small standard deviation is subnormal in float16.
         out_dtype, dtype = dtype, dtype if dtype == torch.float64 else torch.float32
         weights = gumbel_softmax(logits.to(dtype).expand(*shape, components), tau, hard, seed=seed)
-        mean = _mix(weights, means.to(dtype)).expand(*shape, size)
-        if scale_tril is not None:
-            zero = torch.zeros((), dtype=dtype, device=logits.device)
-            eps = rsample_normal(zero.expand(mean.shape), zero, seed=seed ^ NORMAL_KEY)
-            z = mean + _full(weights, eps, scale_tril.to(dtype))
-        elif logvars is None:
-            z = rsample_normal(mean, torch.zeros_like(mean[..., :1]), seed=seed ^ NORMAL_KEY)
+        spread = None if logvars is None else logvars.to(dtype)
+        mean, sigma = relaxed_component(weights, means.to(dtype), spread)
+        mean = mean.expand(*shape, size)
+        if scale_tril is None:
+            z = rsample_normal(mean, sigma, scale="std", seed=seed ^ SECOND_KEY)
         else:
-            logvars = logvars if logvars.dim() > 1 else logvars.unsqueeze(0)
-            sigma = _mix(weights, (0.5 * logvars.to(dtype)).exp())
-            sigma = sigma.clamp(min=torch.finfo(dtype).tiny)  # where all components are excluded
-            z = rsample_normal(mean, sigma, scale="std", seed=seed ^ NORMAL_KEY)
+            zero = torch.zeros((), dtype=dtype, device=logits.device)
+            eps = rsample_normal(zero.expand(mean.shape), zero, seed=seed ^ SECOND_KEY)
+            z = mean + _full(weights, eps, scale_tril.to(dtype))
         z = z.to(out_dtype)
     return z.squeeze(0) if num_samples is None else z
 
 
 def _full(weights: Tensor, eps: Tensor, scale_tril: Tensor) -> Tensor:
-    scale_tril = _collapse(scale_tril, 3)
+    scale_tril = parameters.collapse(scale_tril, 3)
     components, size = scale_tril.shape[-3:-1]
     rows = (weights.flatten(0, -2), eps.flatten(0, -2))
     row_bytes = components * size * eps.itemsize
@@ -182,7 +150,7 @@ def _uniform(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _choose(logits: Tensor, num_samples: int, batch: torch.Size, seed: Tensor) -> Tensor:
     """Components [num_samples, *batch] by inversion of the distribution function; one without weight is never met."""
-    logits = _collapse(logits, 1)
+    logits = parameters.collapse(logits, 1)
     weights = torch.softmax(logits.double(), -1).cumsum(-1)
     total = weights[..., -1:]
     if total.device.type == "cpu" and not (total > 0).all():
@@ -199,7 +167,7 @@ def _choose(logits: Tensor, num_samples: int, batch: torch.Size, seed: Tensor) -
 
 def _take(values: Tensor, component: Tensor, event_ndim: int) -> Tensor:
     """values[..., k, *event] of each sample's component; of all at once where the components share them."""
-    values = _collapse(values, event_ndim + 1)
+    values = parameters.collapse(values, event_ndim + 1)
     dim = values.dim() - event_ndim - 1
     if values.shape[dim] == 1:
         return values.squeeze(dim)
@@ -248,8 +216,8 @@ def sample_gmm(
     zero = torch.zeros((), dtype=dtype, device=mean.device)
     if scale_tril is None:
         logvars = zero.expand(1, 1) if logvars is None else logvars if logvars.dim() > 1 else logvars.unsqueeze(0)
-        return rsample_normal(mean, _take(logvars.to(dtype), component, 1), seed=seed ^ NORMAL_KEY), component
-    eps = rsample_normal(zero.expand(mean.shape), zero, seed=seed ^ NORMAL_KEY)
+        return rsample_normal(mean, _take(logvars.to(dtype), component, 1), seed=seed ^ SECOND_KEY), component
+    eps = rsample_normal(zero.expand(mean.shape), zero, seed=seed ^ SECOND_KEY)
     scale_tril, matrix = scale_tril.to(dtype), means.shape[-1] ** 2 * dtype.itemsize
     rows = max(1, CHUNK // max(1, matrix * component[0].numel()))
     parts = []

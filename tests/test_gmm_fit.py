@@ -8,10 +8,10 @@ import torch
 from fastkl.priors import GaussianMixture, _fit
 
 from helpers import DEVICE
+from prior_helpers import COVARIANCES
 
 mixture = pytest.importorskip("sklearn.mixture")
 
-COVARIANCES = ("diag", "spherical", "tied", "full")
 REGULARISATION = 1e-6
 ITERATIONS = 15
 K, D, N = 5, 3, 400
@@ -159,6 +159,12 @@ def test_components_without_data_stay_finite(covariance):
         torch.testing.assert_close(prior.logvars[0].detach(), kept[1], rtol=1e-3, atol=0)  # 20 regularisations
     elif covariance == "full":
         torch.testing.assert_close(prior.scale_tril[0].detach(), kept[2], rtol=1e-3, atol=0)
+    if covariance != "tied":  # as the docstring says: once in every iteration
+        with torch.no_grad():
+            prior.means[0], before = 1e4, prior.scale_tril[0].square().sum(-1)
+        count = len(prior.fit(torch.randn(200, 2, device=DEVICE), init="current", tolerance=0.0, iterations=8,
+                              regularisation=0.25).log_likelihood)  # fmt: skip
+        torch.testing.assert_close(prior.scale_tril[0].detach().square().sum(-1), before + 0.25 * count)
     assert prior.logits[0].isfinite()
     assert torch.softmax(prior.logits, -1)[0] < 1e-6
 

@@ -3,7 +3,9 @@
 import functools
 import importlib
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -270,6 +272,13 @@ def test_manual_seed_reproduces_bit_for_bit(backend):
     assert not torch.equal(draws[0], draws[2])
 
 
+def test_any_real_number_is_a_temperature():
+    logits = torch.randn(5, 6, device=DEVICE)
+    expected = gumbel_softmax(logits, 2.0, seed=SEED)
+    for tau in (2, np.float32(2), np.float64(2), np.int64(2), np.array(2.0), Fraction(4, 2)):
+        assert torch.equal(gumbel_softmax(logits, tau, seed=SEED), expected)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -278,10 +287,13 @@ def test_manual_seed_reproduces_bit_for_bit(backend):
         (lambda x: gumbel_softmax(x, torch.tensor(-0.5)), ValueError, "got -0.5"),
         (lambda x: gumbel_softmax(x, torch.ones(2)), ValueError, "without dimensions"),
         (lambda x: gumbel_softmax(x, "1"), TypeError, "tau"),
+        (lambda x: gumbel_softmax(x, np.ones(2)), TypeError, "got ndarray"),
+        (lambda x: gumbel_softmax(x, np.bool_(True)), TypeError, "got bool"),
         (lambda x: gumbel_softmax(x, 1.0, False, 1e-10), TypeError, "eps"),
         (lambda x: gumbel_softmax(x, dim=2), ValueError, "dim=2 is out of range"),
         (lambda x: gumbel_softmax(x, dim=-3), ValueError, "dim"),
         (lambda x: gumbel_softmax(x[:, :0]), ValueError, "at least one class"),
+        (lambda x: gumbel_softmax(x[0, 0]), ValueError, "logits must have at least one dimension"),
         (lambda x: gumbel_softmax(x.long()), TypeError, "floating-point"),
         (lambda x: gumbel_softmax(x, seed=2**63), ValueError, "seed"),
     ],

@@ -13,27 +13,9 @@ from fastkl import priors
 from fastkl.priors import GaussianMixture
 
 from helpers import DEVICE
+from prior_helpers import COVARIANCES, D, K, mixture, posterior
 
 stats = pytest.importorskip("scipy.stats")
-
-COVARIANCES = ("diag", "spherical", "tied", "full")
-K, D = 4, 3
-
-
-def mixture(covariance: str = "diag", components: int = K, dim: int = D) -> GaussianMixture:
-    """Every parameter at random, in float64."""
-    torch.manual_seed(5)
-    prior = GaussianMixture(components, dim, covariance).double().to(DEVICE)
-    with torch.no_grad():
-        for parameter in prior.parameters():
-            parameter.copy_(torch.randn(parameter.shape))
-    return prior
-
-
-def posterior(count: int = 6, dim: int = D) -> fastkl.DiagonalNormal:
-    torch.manual_seed(6)
-    leaves = [torch.randn(count, dim, dtype=torch.float64).to(DEVICE).requires_grad_() for _ in range(2)]
-    return fastkl.DiagonalNormal(*leaves)
 
 
 @pytest.mark.parametrize("covariance", COVARIANCES)

@@ -223,7 +223,7 @@ def test_dtypes_autocast_and_seeds():
         ({"logvars": torch.zeros(2, 4)}, ValueError, "logvars must be"),
         ({"logvars": torch.zeros(3, 3)}, ValueError, "logvars must be"),
         ({"scale_tril": torch.zeros(3, 4, 3)}, ValueError, "scale_tril must be"),
-        ({"logits": torch.zeros(5, 3), "means": torch.zeros(6, 3, 4)}, ValueError, "batch dimensions"),
+        ({"logits": torch.zeros(5, 3), "means": torch.zeros(6, 3, 4)}, ValueError, "do not broadcast"),
         ({"num_samples": 0}, ValueError, "num_samples"),
         ({"num_samples": 1.5}, TypeError, "num_samples"),
         ({"means": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "means"),

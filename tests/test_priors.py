@@ -14,37 +14,7 @@ from fastkl import priors
 from fastkl.priors import GaussianMixture, Prior
 
 from helpers import DEVICE
-
-zuko = pytest.importorskip("zuko")
-
-COVARIANCES = ("diag", "spherical", "tied", "full")
-K, D = 4, 3
-
-
-def mixture(covariance: str = "diag", components: int = K, dim: int = D) -> GaussianMixture:
-    """Every parameter at random, in float64."""
-    torch.manual_seed(5)
-    prior = GaussianMixture(components, dim, covariance).double().to(DEVICE)
-    with torch.no_grad():
-        for parameter in prior.parameters():
-            parameter.copy_(torch.randn(parameter.shape))
-    return prior
-
-
-def posterior(count: int = 6, dim: int = D) -> fastkl.DiagonalNormal:
-    torch.manual_seed(6)
-    leaves = [torch.randn(count, dim, dtype=torch.float64).to(DEVICE).requires_grad_() for _ in range(2)]
-    return fastkl.DiagonalNormal(*leaves)
-
-
-MAKE = {
-    "standard": lambda: priors.StandardNormal(D),
-    "normal": lambda: priors.DiagonalNormal(D),
-    **{name: lambda name=name: GaussianMixture(K, D, name) for name in COVARIANCES},
-    "vamp": lambda: priors.VampPrior(torch.rand(K, 5), torch.nn.Linear(5, 2 * D), transform=torch.sigmoid),
-    "flow": lambda: priors.FlowPrior(zuko.flows.MAF(D, transforms=2, hidden_features=(8,))),
-}
-every_prior = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+from prior_helpers import MAKE, D, K, every_prior, mixture, posterior
 
 
 @pytest.mark.parametrize("gradient", ["plain", "stl"])
@@ -62,6 +32,7 @@ def test_the_kl_that_every_prior_inherits_is_that_of_the_fused_op(entropy, gradi
 
 
 def test_sticking_the_landing_has_no_gradient_where_the_posterior_is_the_prior():
+    zuko = pytest.importorskip("zuko")
     flow = priors.FlowPrior(zuko.flows.GMM(D, components=1)).to(DEVICE)  # any module will do: replace what it returns
     flow.flow.forward = lambda: Independent(Normal(torch.ones(D, device=DEVICE), 2.0), 1)
     leaves = [torch.full((5, D), value, device=DEVICE, requires_grad=True) for value in (1.0, math.log(4.0))]
@@ -178,6 +149,11 @@ BAD = {
     "samples": (lambda: MAKE["flow"]().kl(Q, num_samples=0), ValueError, "num_samples must be at least 1"),
     "n": (lambda: mixture().sample(-1), ValueError, "n must be at least 0"),
     "component": (lambda: mixture().sample(3, component=K), ValueError, "component must be one int from 0 to 3"),
+    "component bool": (
+        lambda: mixture().sample(4, component=True),
+        ValueError,
+        "one int from 0 to 3, or 4 .* got True",
+    ),
     "component type": (lambda: mixture().sample(3, component=0.5), ValueError, "component must be one int"),
     "component count": (lambda: mixture().sample(3, component=torch.zeros(2).long()), ValueError, "or 3 of them"),
     "seed": (lambda: mixture().sample(3, seed=0.5), TypeError, "seed must be an int"),

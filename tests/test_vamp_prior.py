@@ -225,7 +225,7 @@ BAD = {
     "dim": (
         lambda: autoencoder().prior.kl(fastkl.DiagonalNormal(*torch.zeros(2, 2, 2, device=DEVICE))),
         ValueError,
-        r"mu must be \(\*batch, 3\)",
+        r"q has events of shape \(2,\), but the prior has 3",
     ),
 }
 

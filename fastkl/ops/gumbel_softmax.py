@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import numbers
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,7 +110,7 @@ class _GumbelSoftmax(torch.autograd.Function):
         return reference.relaxed_one_hot(perturbed, temperature, hard, dim + 1).to(logits.dtype), 0
 
 
-def _check_tau(tau: float | Tensor, logits: Tensor) -> tuple[Tensor | None, float]:
+def check_tau(tau: float | Tensor, logits: Tensor) -> tuple[Tensor | None, float]:
     """(tensor or None, number): which of the two is the temperature."""
     if isinstance(tau, Tensor):
         arguments.check_tensors(tau=tau)
@@ -118,7 +120,9 @@ def _check_tau(tau: float | Tensor, logits: Tensor) -> tuple[Tensor | None, floa
         if known and not torch._C._functorch.is_functorch_wrapped_tensor(tau):
             _check_temperature(tau.item())
         return tau.to(logits.device), 1.0
-    if isinstance(tau, bool) or not isinstance(tau, (int, float, torch.SymInt, torch.SymFloat)):
+    if isinstance(tau, (np.generic, np.ndarray)) and tau.ndim == 0:
+        tau = tau.item()
+    if isinstance(tau, bool) or not isinstance(tau, (numbers.Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"tau must be a number or a tensor without dimensions, got {type(tau).__name__}")
     _check_temperature(tau)
     if torch.compiler.is_compiling():  # a number would be part of the graph; only a product keeps it out
@@ -175,11 +179,13 @@ def gumbel_softmax(
     arguments.check_tensors(logits=logits)
     if isinstance(dim, float):
         raise TypeError(f"dim must be an int, got {dim}; torch's fourth argument, eps, has no effect: leave it out")
+    if logits.dim() == 0:
+        raise ValueError("logits must have at least one dimension, that of the classes, got shape ()")
     dim = arguments.check_int("dim", dim, -logits.dim())
     if dim >= logits.dim():
         raise ValueError(f"dim={dim} is out of range for logits, which have {logits.dim()} dimensions")
     if logits.shape[dim] == 0:
         raise ValueError(f"logits must have at least one class along dim={dim}, got shape {tuple(logits.shape)}")
-    tensor, constant = _check_tau(tau, logits)
+    tensor, constant = check_tau(tau, logits)
     seed = sampling.check_seed(seed, logits.device, "logits")
     return apply(_GumbelSoftmax, logits, tensor, seed, constant, bool(hard), dim % logits.dim())

@@ -8,7 +8,8 @@ from fastkl.priors._fit import FitRecord
 from fastkl.priors._prior import Prior
 from fastkl.priors.flow import FlowPrior
 from fastkl.priors.gaussian import DiagonalNormal, StandardNormal
-from fastkl.priors.mixture import GaussianMixture, Mixture, MixturePrior, Usage
+from fastkl.priors.gaussian_mixture import GaussianMixture
+from fastkl.priors.mixture import Mixture, MixturePrior, Usage
 from fastkl.priors.vamp import VampPrior
 
 __all__ = [

@@ -52,16 +52,16 @@ class Prior(nn.Module):
                 listed = ", ".join(map(repr, values))
                 raise ValueError(f"{name} of {type(self).__name__}.kl must be one of {listed}, got {value!r}")
 
-    def _check_posterior(self, q: distributions.DiagonalNormal) -> None:
+    def _check_posterior(self, q: distributions.DiagonalNormal, dim: int | None) -> None:
         if not isinstance(q, distributions.DiagonalNormal):
             raise TypeError(f"q must be a fastkl.DiagonalNormal, got {type(q).__name__}")
         event = q.shape[len(q.shape) - q.event_ndim :]
-        if self.dim not in (None, event.numel()):
-            raise ValueError(f"q has events of shape {tuple(event)}, but the prior has {self.dim} dimensions")
+        if dim not in (None, event.numel()):
+            raise ValueError(f"q has events of shape {tuple(event)}, but the prior has {dim} dimensions")
 
     def _parameters_of(self, q: distributions.DiagonalNormal) -> tuple[Tensor, Tensor]:
         """mu and ln sigma^2 [*batch, D]."""
-        self._check_posterior(q)
+        self._check_posterior(q, self.dim)
         batch_ndim = len(q.shape) - q.event_ndim
         return q.mean.flatten(batch_ndim), q._logvar().flatten(batch_ndim)
 

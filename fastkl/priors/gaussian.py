@@ -15,17 +15,19 @@ from fastkl.priors._prior import Prior
 class _Gaussian(Prior):
     """One Gaussian, whose KL has a closed form."""
 
-    methods = ("closed", "mc", "upper", "lower")
+    methods = ("closed", "mc", "upper", "lower", "relaxed")
 
     def __init__(self, dim: int):
         super().__init__()
         self.dim = arguments.check_int("dim", dim, 1)
 
-    def kl(self, q, *, method="closed", num_samples=1, entropy="closed", gradient="plain", seed=None) -> Tensor:
+    def kl(
+        self, q, *, method="closed", num_samples=1, entropy="closed", gradient="plain", seed=None, tau=1.0
+    ) -> Tensor:
         """KL(q || p) [*batch] in closed form, which is what every method estimates or bounds: the arguments are there
         so that priors can be exchanged, and change nothing."""
         self._check_estimator(method, entropy, gradient)
-        self._check_posterior(q)
+        self._check_posterior(q, self.dim)
         return self._closed_form(q)
 
     def log_prob(self, z: Tensor) -> Tensor:

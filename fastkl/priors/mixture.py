@@ -1,29 +1,23 @@
-"""Mixtures of Gaussians as prior."""
+"""What priors that are mixtures of Gaussians share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastkl import distributions, reference
-from fastkl.mixtures import sample_gmm
+from fastkl.mixtures import SECOND_KEY, sample_gmm
 from fastkl.ops import _arguments as arguments
+from fastkl.ops import _sampling as sampling
 from fastkl.ops.gmm_log_prob import gmm_log_prob
 from fastkl.ops.gmm_moments import gmm_moments
 from fastkl.ops.gmm_responsibilities import gmm_responsibilities
-from fastkl.ops.kl_gmm import kl_gmm
-from fastkl.ops.kl_gmm_bounds import kl_gmm_bounds
-from fastkl.priors._fit import FitRecord, em_step, hard_start, kmeans
+from fastkl.ops.kl_gmm import kl_gmm, kl_gmm_bounds
+from fastkl.ops.rsample_normal import rsample_normal
+from fastkl.priors import _relaxed
 from fastkl.priors._prior import Prior
-
-COVARIANCES = ("diag", "spherical", "tied", "full")
-
-
-def _generator(seed: int | None, device: torch.device) -> torch.Generator | None:
-    return None if seed is None else torch.Generator(device).manual_seed(arguments.check_int("seed", seed, -(2**63)))
 
 
 class Mixture(NamedTuple):
@@ -46,7 +40,7 @@ class Usage(NamedTuple):
 class MixturePrior(Prior):
     """log_prob, sample, kl and usage of a prior that is a mixture of Gaussians."""
 
-    methods = ("mc", "upper", "lower")
+    methods = ("mc", "upper", "lower", "relaxed")
     precision = "exact"
 
     def mixture(self) -> Mixture:
@@ -60,17 +54,62 @@ class MixturePrior(Prior):
         """ln p(k | z) [*batch, K], as `fastkl.gmm_responsibilities`."""
         return gmm_responsibilities(z, **self.mixture()._asdict(), precision=self.precision)
 
-    def kl(self, q, *, method="mc", num_samples=1, entropy="closed", gradient="plain", seed=None) -> Tensor:
+    def kl(
+        self, q, *, method="mc", num_samples=1, entropy="closed", gradient="plain", seed=None, tau: float | Tensor = 1.0
+    ) -> Tensor:
         """KL(q || p) [*batch] by samples ("mc"), or its bound from above ("upper") or below ("lower"): as
-        `fastkl.kl_gmm`."""
+        `fastkl.kl_gmm`. Or, method="relaxed", a KL to one component, softly chosen at temperature tau for each of the
+        same samples: `kl_relaxed`; entropy and gradient are then without effect, as they are for the bounds."""
         self._check_estimator(method, entropy, gradient)
+        mu, logvar, mixture = self._both(q)
+        if method == "relaxed":
+            num_samples = arguments.check_int("num_samples", num_samples, 1)
+            seed = sampling.check_seed(seed, mu.device, "q")
+            dtype = reference.compute_dtype(mu, logvar)
+            z = rsample_normal(mu.to(dtype), logvar.to(dtype), num_samples=num_samples, seed=seed)
+            return _relaxed.kl_relaxed(mu, logvar, z, mixture, tau, self.precision, seed ^ SECOND_KEY, None)
         settings = {"method": method, "num_samples": num_samples, "entropy": entropy, "gradient": gradient}
-        settings |= {"seed": seed, "precision": self.precision}
-        return kl_gmm(*self._parameters_of(q), **self.mixture()._asdict(), **settings)
+        return kl_gmm(mu, logvar, **mixture._asdict(), **settings, seed=seed, precision=self.precision)
+
+    def kl_relaxed(
+        self, q: distributions.DiagonalNormal, z: Tensor, tau: float | Tensor, *, seed: int | Tensor | None = None,
+        gumbel: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """KL(q || p) [*batch] with the choice of a component made explicit, and relaxed to be trained through.
+
+        1/L sum_l [KL(q || N(sum_k y_k m_k, diag (sum_k y_k sigma_k)^2)) + sum_k r_k (ln r_k - ln pi_k)],
+        r = p(k | z_l), y = gumbel_softmax(ln r, tau)
+
+        As tau -> 0, its mean over the Gumbel noise is sum_k r_k KL(q || N_k) + KL(r || pi), for every z_l a bound of
+        KL(q || p) from above, and not below kl(method="upper"): the objective of VaDE with q(k | x) = p(k | z_l). At
+        larger tau it is no bound, for a component between two may be nearer than both. At tau = 0, where y is one-hot,
+        nothing pulls at the choice, and r has the gradient of its second term alone.
+
+        Args:
+            z: draws from q, reparameterised, [L, *batch, D]. Some values of size L x batch x K are made, and of
+                L x batch x D, but none of batch x K x D.
+            tau: the temperature, as for `fastkl.gumbel_softmax`: a number or a tensor, annealed without recompiling.
+            seed: of the Gumbel noise; or gumbel: that noise itself, [L, *batch, K].
+
+        Raises:
+            ValueError: the covariance is "full"; tau is negative.
+
+        Source: Jiang et al. 2017, "Variational Deep Embedding", arXiv:1611.05148, equation 9; Jang, Gu and Poole 2017,
+        arXiv:1611.01144.
+        """
+        mu, logvar, mixture = self._both(q)
+        return _relaxed.kl_relaxed(mu, logvar, z, mixture, tau, self.precision, seed, gumbel)
+
+    def _both(self, q: distributions.DiagonalNormal) -> tuple[Tensor, Tensor, Mixture]:
+        """mu, ln sigma^2 [*batch, D] and the mixture, which fit each other."""
+        parameters, mixture = self._parameters_of(q), self.mixture()
+        self._check_posterior(q, mixture.means.shape[-1])
+        return *parameters, mixture
 
     def kl_bounds(self, q: distributions.DiagonalNormal) -> tuple[Tensor, Tensor]:
         """(lower, upper), as `fastkl.kl_gmm_bounds`."""
-        return kl_gmm_bounds(*self._parameters_of(q), **self.mixture()._asdict(), precision=self.precision)
+        mu, logvar, mixture = self._both(q)
+        return kl_gmm_bounds(mu, logvar, **mixture._asdict(), precision=self.precision)
 
     @torch.no_grad()
     def usage(self, z: Tensor) -> Usage:
@@ -99,7 +138,8 @@ class MixturePrior(Prior):
             return sample_gmm(**mixture._asdict(), num_samples=n, seed=seed)[0]
         count = len(mixture.means)
         chosen = torch.as_tensor(component, device=mixture.means.device)
-        good = not chosen.dtype.is_floating_point and chosen.shape in ((), (n,))
+        kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+        good = chosen.dtype in kinds and chosen.shape in ((), (n,))
         if not good or not 0 <= chosen.min() <= chosen.max() < count:
             raise ValueError(f"component must be one int from 0 to {count - 1}, or {n} of them, got {component!r}")
         # Mixtures of one component each: one for all draws, or one per draw.
@@ -108,165 +148,3 @@ class MixturePrior(Prior):
         return sample_gmm(logits, *one[:2], scale_tril=one[2], num_samples=n if chosen.dim() == 0 else 1, seed=seed)[
             0
         ].view(n, -1)
-
-
-class GaussianMixture(MixturePrior):
-    """sum_k pi_k N(m_k, S_k), pi = softmax(logits), with learned parameters.
-
-    At first the weights are equal, every variance is 1/2 and the means are drawn from N(0, I/2), so that the mixture as
-    a whole has the moments of N(0, I). For a mixture that follows the data, train with another prior for a while, then
-    `fit` this one to the posterior means.
-
-    Args:
-        components, dim: K and D.
-        covariance: "diag", "spherical" (one variance per component), "tied" (one diagonal that all components share) or
-            "full". The parameters are `logits` [K], `means` [K, D] and `logvars` [K, D], [K, 1] or [1, D]; for "full"
-            `log_diagonal` [K, D] and `lower` [K, D (D - 1) / 2], the triangle L_k of S_k = L_k L_k^T row by row.
-        precision: as for `fastkl.gmm_log_prob`.
-
-    Source: Dilokthanakul et al. 2016, arXiv:1611.02648.
-
-    >>> import torch, fastkl
-    >>> prior = fastkl.priors.GaussianMixture(components=5, dim=2)
-    >>> q = fastkl.DiagonalNormal(torch.randn(8, 2), torch.zeros(8, 2))
-    >>> prior.kl(q, num_samples=4).mean().backward()
-    >>> prior.means.grad.shape, prior.sample(3).shape
-    (torch.Size([5, 2]), torch.Size([3, 2]))
-    """
-
-    def __init__(self, components: int, dim: int, covariance: str = "diag", *, precision: str = "exact"):
-        super().__init__()
-        if covariance not in COVARIANCES:
-            raise ValueError(f"covariance must be one of {', '.join(map(repr, COVARIANCES))}, got {covariance!r}")
-        self.components, self.dim = (
-            arguments.check_int(name, size, 1) for name, size in (("components", components), ("dim", dim))
-        )
-        self.covariance, self.precision = covariance, precision
-        self.logits = nn.Parameter(torch.empty(self.components))
-        self.means = nn.Parameter(torch.empty(self.components, self.dim))
-        if covariance == "full":
-            self.log_diagonal = nn.Parameter(torch.empty(self.components, self.dim))
-            self.lower = nn.Parameter(torch.empty(self.components, self.dim * (self.dim - 1) // 2))
-        else:
-            rows, columns = 1 if covariance == "tied" else self.components, 1 if covariance == "spherical" else self.dim
-            self.logvars = nn.Parameter(torch.empty(rows, columns))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        self.logits.zero_()
-        self.means.normal_(0.0, 0.5**0.5)
-        half = torch.tensor(0.5).log().item()
-        if self.covariance == "full":
-            self.log_diagonal.fill_(0.5 * half)
-            self.lower.zero_()
-        else:
-            self.logvars.fill_(half)
-
-    @property
-    def scale_tril(self) -> Tensor:
-        """L_k [K, D, D] of any covariance."""
-        if self.covariance != "full":
-            return torch.diag_embed(torch.exp(0.5 * self.logvars).expand(self.means.shape))
-        rows, columns = torch.tril_indices(self.dim, self.dim, -1, device=self.lower.device)
-        scale = torch.diag_embed(self.log_diagonal.exp())
-        scale[:, rows, columns] = self.lower
-        return scale
-
-    def mixture(self) -> Mixture:
-        if self.covariance == "full":
-            return Mixture(self.logits, self.means, None, self.scale_tril)
-        return Mixture(self.logits, self.means, self.logvars, None)
-
-    def fit(
-        self, z: Tensor, *, iterations: int = 100, tolerance: float = 1e-3, init: str | Tensor = "k-means++",
-        regularisation: float = 1e-6, seed: int | None = None, progress: Callable[[int, float], Any] | None = None,
-    ) -> FitRecord:  # fmt: skip
-        """Maximum likelihood by expectation maximisation, in place; as scikit-learn's GaussianMixture, step by step.
-
-        Args:
-            z: data [*batch, D]; the computation is in float64 if they are, else in float32.
-            iterations, tolerance: the end, at the latest, and where the mean log-likelihood changes by less (nats).
-            init: "k-means++" (seeding, then Lloyd's iterations), "current" (go on from the present parameters), or
-                means [K, D] to begin with. The first and the last take weights and covariances from the data nearest
-                to each mean.
-            regularisation: is added to every variance, in units of z squared.
-            seed: for "k-means++"; absent, torch's generator draws.
-            progress: is called as progress(iteration, log_likelihood) after every iteration.
-
-        Returns:
-            FitRecord(log_likelihood, converged): the mean log-likelihood of the data, per datum, that each iteration
-            found before it moved the parameters.
-
-        A component that no datum belongs to keeps its mean and covariance and gets a weight of about 0. Interrupted, by
-        an exception of `progress` or Ctrl-C, the module has the parameters after the last complete iteration.
-
-        Raises:
-            TypeError: z is not a floating-point tensor.
-            ValueError: z has the wrong shape, fewer data than components, or numbers that are not finite; an unknown
-                init; a covariance that became singular, as may be where regularisation is 0.
-
-        Source: Bishop 2006, "Pattern Recognition and Machine Learning", section 9.2.2; Arthur and Vassilvitskii 2007,
-        "k-means++: the advantages of careful seeding".
-
-        >>> import torch, fastkl
-        >>> z = torch.cat([torch.randn(500, 2) - 5, torch.randn(500, 2) + 5])
-        >>> prior = fastkl.priors.GaussianMixture(components=2, dim=2)
-        >>> prior.fit(z).converged
-        True
-        >>> prior.means.sort(0).values.round().tolist()
-        [[-5.0, -5.0], [5.0, 5.0]]
-        """
-        iterations = arguments.check_int("iterations", iterations, 1)
-        for name, value in (("tolerance", tolerance), ("regularisation", regularisation)):
-            if not value >= 0:
-                raise ValueError(f"{name} must be a number from 0 on, got {value!r}")
-        arguments.check_tensors(z=z, parameters=self.means)
-        rows = self._check_latent(z).detach().reshape(-1, self.dim).to(reference.compute_dtype(z))
-        if len(rows) < self.components:
-            raise ValueError(f"z must hold at least {self.components} data, one per component, got {len(rows)}")
-        if not rows.isfinite().all():
-            raise ValueError("z must be finite, but holds NaN or infinite numbers")
-        state = self._start(rows, init, regularisation, _generator(seed, rows.device))
-        history, converged = [], False
-        try:
-            for iteration in range(1, iterations + 1):
-                log_likelihood, state = em_step(rows, state, self.covariance, regularisation)
-                history.append(log_likelihood)
-                if progress is not None:
-                    progress(iteration, log_likelihood)
-                converged = iteration > 1 and abs(history[-1] - history[-2]) < tolerance
-                if converged:
-                    break
-        finally:
-            self._assign(*state)
-        return FitRecord(history, converged)
-
-    def _start(self, rows: Tensor, init: str | Tensor, regularisation: float, generator) -> tuple:
-        if isinstance(init, str) and init == "current":
-            return tuple(None if tensor is None else tensor.detach().to(rows.dtype) for tensor in self.mixture())
-        if isinstance(init, Tensor):
-            if init.shape != self.means.shape:
-                raise ValueError(f"init must be {tuple(self.means.shape)}, got {tuple(init.shape)}")
-            centres = init.detach().to(rows)
-            if not centres.isfinite().all():
-                raise ValueError("init must be finite, but holds NaN or infinite numbers")
-        elif init == "k-means++":
-            centres = kmeans(rows, self.components, generator)
-        else:
-            raise ValueError(f"init must be 'k-means++', 'current' or a tensor of means, got {init!r}")
-        return hard_start(rows, centres, self.covariance, regularisation)
-
-    @torch.no_grad()
-    def _assign(self, logits, means, logvars, scale_tril) -> None:
-        self.logits.copy_(logits)
-        self.means.copy_(means)
-        if scale_tril is None:
-            self.logvars.copy_(logvars)
-        else:
-            rows, columns = torch.tril_indices(self.dim, self.dim, -1, device=scale_tril.device)
-            self.log_diagonal.copy_(scale_tril.diagonal(dim1=-2, dim2=-1).log())
-            self.lower.copy_(scale_tril[:, rows, columns])
-
-    def extra_repr(self) -> str:
-        return f"components={self.components}, dim={self.dim}, covariance={self.covariance!r}"

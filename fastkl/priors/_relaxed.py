@@ -1,0 +1,42 @@
+"""The KL to a mixture by a relaxed choice of the component: method="relaxed" of a mixture prior."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkl import reference
+from fastkl.mixtures import relaxed_component
+from fastkl.ops.gmm_responsibilities import gmm_responsibilities
+from fastkl.ops.gumbel_softmax import check_tau, gumbel_softmax
+from fastkl.ops.kl_normal import kl_normal
+
+
+def kl_relaxed(
+    mu: Tensor, logvar: Tensor, z: Tensor, mixture: tuple, tau: float | Tensor, precision: str,
+    seed: Tensor | None, gumbel: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """As MixturePrior.kl_relaxed, for q = N(mu, exp(logvar)) and the mixture (logits, means, logvars, scale_tril)."""
+    logits, means, logvars, scale_tril = mixture
+    if scale_tril is not None:
+        raise ValueError("method='relaxed' interpolates standard deviations: the covariance must be 'diag', "
+                         "'spherical' or 'tied', got 'full'")  # fmt: skip
+    if z.dim() != mu.dim() + 1 or z.shape[1:] != mu.shape:
+        raise ValueError(f"z must be ({', '.join(['L', *map(str, mu.shape)])}), L draws from q, got {tuple(z.shape)}")
+    choices = (*z.shape[:-1], logits.shape[-1])
+    if gumbel is not None and gumbel.shape != choices:
+        raise ValueError(f"gumbel must be {choices}, a number for each draw and component, got {tuple(gumbel.shape)}")
+    dtype = reference.compute_dtype(mu, logvar, z, logits, means, logvars)
+    with torch.autocast(z.device.type, enabled=False):
+        log_r = gmm_responsibilities(z, logits, means, logvars, precision=precision).to(dtype)
+        if gumbel is None:
+            weights = gumbel_softmax(log_r, tau, seed=seed)
+        else:
+            tensor, number = check_tau(tau, log_r)
+            weights = reference.relaxed_one_hot(log_r + gumbel.to(dtype), number if tensor is None else tensor)
+        component = relaxed_component(weights, means.to(dtype), None if logvars is None else logvars.to(dtype))
+        kl = kl_normal(mu.to(dtype), logvar.to(dtype), component[0], 2.0 * component[1].log())
+        log_pi = torch.log_softmax(logits.to(dtype), -1)
+        # A component that cannot have made z adds 0: without weight it would be -inf - -inf, underflowed 0 times -inf.
+        surprise = (log_r - log_pi).masked_fill(log_r == float("-inf"), 0.0)
+        return (kl + (log_r.exp() * surprise).sum(-1)).mean(0)

@@ -1,0 +1,183 @@
+"""A mixture of Gaussians with learned parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkl import reference
+from fastkl.ops import _arguments as arguments
+from fastkl.priors._fit import FitRecord, em_step, hard_start, kmeans
+from fastkl.priors.mixture import Mixture, MixturePrior
+
+COVARIANCES = ("diag", "spherical", "tied", "full")
+
+
+def _generator(seed: int | None, device: torch.device) -> torch.Generator | None:
+    return None if seed is None else torch.Generator(device).manual_seed(arguments.check_int("seed", seed, -(2**63)))
+
+
+class GaussianMixture(MixturePrior):
+    """sum_k pi_k N(m_k, S_k), pi = softmax(logits), with learned parameters.
+
+    At first the weights are equal, every variance is 1/2 and the means are drawn from N(0, I/2), so that the mixture as
+    a whole has the moments of N(0, I). For a mixture that follows the data, train with another prior for a while, then
+    `fit` this one to the posterior means.
+
+    Args:
+        components, dim: K and D.
+        covariance: "diag", "spherical" (one variance per component), "tied" (one diagonal that all components share) or
+            "full". The parameters are `logits` [K], `means` [K, D] and `logvars` [K, D], [K, 1] or [1, D]; for "full"
+            `log_diagonal` [K, D] and `lower` [K, D (D - 1) / 2], the triangle L_k of S_k = L_k L_k^T row by row.
+        precision: as for `fastkl.gmm_log_prob`.
+
+    Source: Dilokthanakul et al. 2016, arXiv:1611.02648.
+
+    >>> import torch, fastkl
+    >>> prior = fastkl.priors.GaussianMixture(components=5, dim=2)
+    >>> q = fastkl.DiagonalNormal(torch.randn(8, 2), torch.zeros(8, 2))
+    >>> prior.kl(q, num_samples=4).mean().backward()
+    >>> prior.means.grad.shape, prior.sample(3).shape
+    (torch.Size([5, 2]), torch.Size([3, 2]))
+    """
+
+    def __init__(self, components: int, dim: int, covariance: str = "diag", *, precision: str = "exact"):
+        super().__init__()
+        if covariance not in COVARIANCES:
+            raise ValueError(f"covariance must be one of {', '.join(map(repr, COVARIANCES))}, got {covariance!r}")
+        self.components, self.dim = (
+            arguments.check_int(name, size, 1) for name, size in (("components", components), ("dim", dim))
+        )
+        self.covariance, self.precision = covariance, precision
+        self.logits = nn.Parameter(torch.empty(self.components))
+        self.means = nn.Parameter(torch.empty(self.components, self.dim))
+        if covariance == "full":
+            self.log_diagonal = nn.Parameter(torch.empty(self.components, self.dim))
+            self.lower = nn.Parameter(torch.empty(self.components, self.dim * (self.dim - 1) // 2))
+        else:
+            rows, columns = 1 if covariance == "tied" else self.components, 1 if covariance == "spherical" else self.dim
+            self.logvars = nn.Parameter(torch.empty(rows, columns))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.logits.zero_()
+        self.means.normal_(0.0, 0.5**0.5)
+        half = torch.tensor(0.5).log().item()
+        if self.covariance == "full":
+            self.log_diagonal.fill_(0.5 * half)
+            self.lower.zero_()
+        else:
+            self.logvars.fill_(half)
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """L_k [K, D, D] of any covariance."""
+        if self.covariance != "full":
+            return torch.diag_embed(torch.exp(0.5 * self.logvars).expand(self.means.shape))
+        rows, columns = torch.tril_indices(self.dim, self.dim, -1, device=self.lower.device)
+        scale = torch.diag_embed(self.log_diagonal.exp())
+        scale[:, rows, columns] = self.lower
+        return scale
+
+    def mixture(self) -> Mixture:
+        if self.covariance == "full":
+            return Mixture(self.logits, self.means, None, self.scale_tril)
+        return Mixture(self.logits, self.means, self.logvars, None)
+
+    def fit(
+        self, z: Tensor, *, iterations: int = 100, tolerance: float = 1e-3, init: str | Tensor = "k-means++",
+        regularisation: float = 1e-6, seed: int | None = None, progress: Callable[[int, float], Any] | None = None,
+    ) -> FitRecord:  # fmt: skip
+        """Maximum likelihood by expectation maximisation, in place; as scikit-learn's GaussianMixture, step by step.
+
+        Args:
+            z: data [*batch, D]; the computation is in float64 if they are, else in float32.
+            iterations, tolerance: the end, at the latest, and where the mean log-likelihood changes by less (nats).
+            init: "k-means++" (seeding, then Lloyd's iterations), "current" (go on from the present parameters), or
+                means [K, D] to begin with. The first and the last take weights and covariances from the data nearest
+                to each mean.
+            regularisation: is added to every variance, in units of z squared.
+            seed: for "k-means++"; absent, torch's generator draws.
+            progress: is called as progress(iteration, log_likelihood) after every iteration.
+
+        Returns:
+            FitRecord(log_likelihood, converged): the mean log-likelihood of the data, per datum, that each iteration
+            found before it moved the parameters.
+
+        A component that no datum belongs to keeps its mean and gets a weight of about 0; its covariance grows by
+        `regularisation` in every iteration, a tied one is that of the others. Interrupted, by an exception of
+        `progress` or Ctrl-C, the module has the parameters after the last complete iteration.
+
+        Raises:
+            TypeError: z is not a floating-point tensor.
+            ValueError: z has the wrong shape, fewer data than components, or numbers that are not finite; an unknown
+                init; a covariance that became singular, as may be where regularisation is 0.
+
+        Source: Bishop 2006, "Pattern Recognition and Machine Learning", section 9.2.2; Arthur and Vassilvitskii 2007,
+        "k-means++: the advantages of careful seeding".
+
+        >>> import torch, fastkl
+        >>> z = torch.cat([torch.randn(500, 2) - 5, torch.randn(500, 2) + 5])
+        >>> prior = fastkl.priors.GaussianMixture(components=2, dim=2)
+        >>> prior.fit(z).converged
+        True
+        >>> prior.means.sort(0).values.round().tolist()
+        [[-5.0, -5.0], [5.0, 5.0]]
+        """
+        iterations = arguments.check_int("iterations", iterations, 1)
+        for name, value in (("tolerance", tolerance), ("regularisation", regularisation)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be a number from 0 on, got {value!r}")
+        arguments.check_tensors(z=z, parameters=self.means)
+        rows = self._check_latent(z).detach().reshape(-1, self.dim).to(reference.compute_dtype(z))
+        if len(rows) < self.components:
+            raise ValueError(f"z must hold at least {self.components} data, one per component, got {len(rows)}")
+        if not rows.isfinite().all():
+            raise ValueError("z must be finite, but holds NaN or infinite numbers")
+        state = self._start(rows, init, regularisation, _generator(seed, rows.device))
+        history, converged = [], False
+        try:
+            for iteration in range(1, iterations + 1):
+                log_likelihood, state = em_step(rows, state, self.covariance, regularisation)
+                history.append(log_likelihood)
+                if progress is not None:
+                    progress(iteration, log_likelihood)
+                converged = iteration > 1 and abs(history[-1] - history[-2]) < tolerance
+                if converged:
+                    break
+        finally:
+            self._assign(*state)
+        return FitRecord(history, converged)
+
+    def _start(self, rows: Tensor, init: str | Tensor, regularisation: float, generator) -> tuple:
+        if isinstance(init, str) and init == "current":
+            return tuple(None if tensor is None else tensor.detach().to(rows.dtype) for tensor in self.mixture())
+        if isinstance(init, Tensor):
+            if init.shape != self.means.shape:
+                raise ValueError(f"init must be {tuple(self.means.shape)}, got {tuple(init.shape)}")
+            centres = init.detach().to(rows)
+            if not centres.isfinite().all():
+                raise ValueError("init must be finite, but holds NaN or infinite numbers")
+        elif init == "k-means++":
+            centres = kmeans(rows, self.components, generator)
+        else:
+            raise ValueError(f"init must be 'k-means++', 'current' or a tensor of means, got {init!r}")
+        return hard_start(rows, centres, self.covariance, regularisation)
+
+    @torch.no_grad()
+    def _assign(self, logits, means, logvars, scale_tril) -> None:
+        self.logits.copy_(logits)
+        self.means.copy_(means)
+        if scale_tril is None:
+            self.logvars.copy_(logvars)
+        else:
+            rows, columns = torch.tril_indices(self.dim, self.dim, -1, device=scale_tril.device)
+            self.log_diagonal.copy_(scale_tril.diagonal(dim1=-2, dim2=-1).log())
+            self.lower.copy_(scale_tril[:, rows, columns])
+
+    def extra_repr(self) -> str:
+        return f"components={self.components}, dim={self.dim}, covariance={self.covariance!r}"
