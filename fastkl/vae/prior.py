@@ -95,11 +95,12 @@ def begin(prior: nn.Module, vae: VAE, data: Data, settings: Settings, device: to
 
 def sample_kl(
     prior: nn.Module | None, posterior: fastkl.DiagonalNormal, method: str = "mc", samples: int = 1,
-    eps: Tensor | None = None,
+    eps: Tensor | None = None, gumbel: Tensor | None = None, tau: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(z, KL to the prior) for each datum; z is the first of the draws that the KL is estimated with.
 
-    eps [N, samples, *latent_shape] is their noise, if it is given.
+    eps [N, samples, *latent_shape] is their noise, if it is given, and gumbel [N, samples, components] that of the
+    choice of a component at temperature tau, for the method "relaxed".
     """
     if prior is None:
         return posterior.rsample_kl(eps=None if eps is None else eps[:, 0])
@@ -107,6 +108,9 @@ def sample_kl(
     z = posterior.rsample(**draws)
     if method == "upper":
         return z[0], prior.kl(posterior, method="upper")
+    if method == "relaxed":
+        choice = None if gumbel is None else gumbel.transpose(0, 1)
+        return z[0], prior.kl_relaxed(posterior, z.flatten(2), tau, gumbel=choice)
     # E_q[ln q] has a closed form, which leaves less noise than the logarithms of these draws.
     return z[0], -posterior.entropy() - prior.log_prob(z.flatten(2)).mean(dim=0)
 

@@ -72,7 +72,7 @@ class Terminal(Display):
         self.values["test"] = elbo
         values = {"elbo": elbo, "kl": kl, "reconstruction": reconstruction}
         if is_mixture(run.prior):
-            names = ("kl_lower", "kl_estimate", "kl_upper", "used_components")
+            names = ("kl_lower", "kl_estimate", "kl_upper", "used_components", "tau")
             values.update(zip(names, run.history["mixture"][-1][1:]))
             self.used = f"  {values['used_components']} of {run.settings.components} used"
         if self.events:

@@ -62,7 +62,7 @@ def write_report(run: Run, evaluation: Evaluation, more: dict[str, Any]) -> dict
         checkpoint.write(pictures / f"{name}.png", content)
     settings = dataclasses.asdict(run.settings)
     checkpoint.write(run.folder / "settings.json", (json.dumps(settings, indent=2) + "\n").encode())
-    columns = {"mixture": ("step", "kl_lower", "kl", "kl_upper", "used_components")}
+    columns = {"mixture": ("step", "kl_lower", "kl", "kl_upper", "used_components", "tau")}
     usual = ("step", "elbo", "kl", "reconstruction")
     history = {name: [dict(zip(columns.get(name, usual), row)) for row in rows] for name, rows in run.history.items()}
     content = json.dumps({**metrics, "history": history}, indent=2) + "\n"

@@ -14,6 +14,7 @@ BELONGS = {
     "components": ("gmm", "vamp"), "covariance": ("gmm",), "kl": LEARNED, "samples": LEARNED,
     "prior_learning_rate": LEARNED,
 }  # fmt: skip
+RELAXED = ("tau", "final_tau", "tau_schedule")  # what belongs to --kl relaxed
 
 
 def option(default: Any, text: str, maths: bool = True, choices: tuple = (), kind: type | None = None) -> Any:
@@ -43,11 +44,21 @@ class Settings:
     weight_decay: float = option(0.0, "of AdamW")
     beta: float = option(1.0, "weight of the KL term")
     warm_up: int = option(0, "steps over which that weight rises from 0; a learned prior begins after them")
+    beta_schedule: str = option("linear", "how it rises over --warm-up", choices=("linear", "cosine"))
     prior: str = option("standard", "of the latent; all but N(0, I) are learned", choices=("standard", *LEARNED))
     components: int = option(20, "of the mixture (gmm), or pseudo-inputs (vamp)")
     covariance: str = option("diag", "of the components of gmm", choices=("diag", "spherical", "tied", "full"))
-    kl: str = option("mc", "to a learned prior: by samples, or a bound from above", choices=("mc", "upper"))
-    samples: int = option(1, "of the latent per datum and step, for --kl mc")
+    kl: str = option(
+        "mc",
+        "to a learned prior: by samples, a bound from above, or to a component chosen by Gumbel-Softmax (relaxed)",
+        choices=("mc", "upper", "relaxed"),
+    )
+    samples: int = option(1, "of the latent per datum and step, for --kl mc and relaxed")
+    tau: float = option(1.0, "temperature of --kl relaxed where the prior begins")
+    final_tau: float = option(0.1, "temperature at the end of the run")
+    tau_schedule: str = option(
+        "exponential", "how the temperature falls between them", choices=("exponential", "linear", "cosine")
+    )
     prior_learning_rate: float = option(0.0, "of a learned prior (0: as --learning-rate)")
     noise: str = option(
         "fused",
@@ -101,6 +112,17 @@ def resolve(given: dict[str, Any]) -> Settings:
             raise UserError(f"{flag(name)} belongs to --prior {wanted}; this run has --prior {settings.prior}")
     if settings.kl == "upper" and settings.prior == "flow":
         raise UserError("--kl upper is a bound for mixtures, --prior gmm or vamp; a flow has only --kl mc")
+    if settings.kl == "relaxed" and settings.prior == "flow":
+        raise UserError("--kl relaxed chooses a component of a mixture, --prior gmm or vamp; a flow has only --kl mc")
+    if settings.kl == "relaxed" and settings.covariance == "full":
+        raise UserError("--kl relaxed interpolates deviations: --covariance diag, spherical or tied, not full")
+    for name in RELAXED:
+        if name in given and settings.kl != "relaxed":
+            raise UserError(f"{flag(name)} belongs to --kl relaxed; this run has --kl {settings.kl}")
+    if "tau_schedule" in given and settings.tau == settings.final_tau:
+        raise UserError(f"--tau-schedule has nothing to do where --tau and --final-tau are both {settings.tau}")
+    if "beta_schedule" in given and settings.warm_up == 0:
+        raise UserError("--beta-schedule says how the weight of the KL rises over --warm-up; this run has --warm-up 0")
     if settings.kl == "upper" and "samples" in given:
         raise UserError("--samples belongs to --kl mc; the bound of --kl upper takes one sample, for the decoder")
     return settings
@@ -123,6 +145,12 @@ def check(settings: Settings) -> None:
         value = getattr(settings, name)
         if not 0 <= value < float("inf"):
             raise UserError(f"{flag(name)} must be a finite number, 0 or more, got {value}")
+    for name in ("tau", "final_tau"):
+        value = getattr(settings, name)
+        if not 0 < value < float("inf"):
+            raise UserError(f"{flag(name)} must be a finite number above 0, got {value}")
+    if settings.final_tau > settings.tau:
+        raise UserError(f"--final-tau {settings.final_tau} is above --tau {settings.tau}: the temperature falls")
 
 
 def resume(saved: dict[str, Any], given: dict[str, Any]) -> Settings:
@@ -133,8 +161,9 @@ def resume(saved: dict[str, Any], given: dict[str, Any]) -> Settings:
     before = Settings(**saved)
     for name, value in given.items():
         old = getattr(before, name)
-        # How long to train changes nothing before the end, unless the learning rate is planned over the whole run.
-        free = name in ("epochs", "steps") and before.schedule == "constant"
+        # How long to train changes nothing before the end, unless learning rate or temperature are planned over it all.
+        planned = before.schedule != "constant" or (before.kl == "relaxed" and before.tau != before.final_tau)
+        free = name in ("epochs", "steps") and not planned
         if fields[name].metadata["maths"] and value != old and not free:
             raise UserError(f"{flag(name)} {value} differs from the run's {old}; resume without it, or start a new run")
     settings = dataclasses.replace(before, **given)

@@ -8,12 +8,12 @@ import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastkl import schedules
+from fastkl import reference, schedules
 from fastkl.vae import checkpoint, prior, streams
 from fastkl.vae.data import Data
 from fastkl.vae.errors import UserError
@@ -27,6 +27,16 @@ WARM_UP = 100  # steps over which the learning rate rises, at most
 TEST_POINTS = 25  # of the test curve, over the run
 
 
+class Noise(NamedTuple):
+    """Of one step, where it is not for the op to draw: of the latents, and of the choice of a component."""
+
+    eps: Tensor | None = None
+    gumbel: Tensor | None = None
+
+
+FUSED = Noise()
+
+
 class ELBO(nn.Module):
     """The objective: a module, because DistributedDataParallel hooks into forward(). Another one may take its place."""
 
@@ -35,11 +45,13 @@ class ELBO(nn.Module):
         self.vae, self.kl, self.samples = vae, kl, samples
 
     def forward(
-        self, x: Tensor, eps: Tensor | None = None, beta: Tensor | float = 1.0, learned: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, x: Tensor, noise: Noise = FUSED, beta: Tensor | float = 1.0, tau: Tensor | float = 1.0,
+        learned: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """(loss, reconstruction, KL), each the mean over the batch, in nats; the KL to the learned prior or N(0, I)."""
         posterior = self.vae.posterior(x)
-        z, kl = prior.sample_kl(self.vae.prior if learned else None, posterior, self.kl, self.samples, eps)
+        learned_prior = self.vae.prior if learned else None
+        z, kl = prior.sample_kl(learned_prior, posterior, self.kl, self.samples, *noise, tau)
         reconstruction = self.vae.log_likelihood(z, x)
         loss = (beta * kl - reconstruction).mean()
         return loss, reconstruction.detach().mean(), kl.detach().mean()
@@ -61,7 +73,8 @@ class Run:
     seconds: float = 0.0  # of training, over all the processes that went on with this run
     # Sums since the last point of the curves: reconstruction, KL, steps.
     window: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
-    # Rows of step, ELBO, KL, reconstruction; of a mixture step, lower bound, KL, upper bound, used components.
+    # Rows of step, ELBO, KL, reconstruction; of a mixture step, lower bound, KL, upper bound, used components,
+    # and with --kl relaxed the temperature.
     history: dict[str, list[list[float]]] = field(default_factory=lambda: {"train": [], "test": []})
 
     @property
@@ -127,15 +140,17 @@ def train(run: Run, display: Display) -> bool:
     """Train to the end (True) or until someone asks to stop (False); either way the last step is in the checkpoint."""
     began = time.perf_counter() - run.seconds
     settings = run.settings
-    beta = torch.ones((), device=run.device)  # filled anew each step, so that a compiled objective stays compiled
+    # Filled anew each step, so that a compiled objective stays compiled.
+    beta, tau = (torch.ones((), device=run.device) for _ in range(2))
     with Stop() as stop:
         while run.step < run.total_steps:
             for group in run.optimizer.param_groups:
                 rate = group.get("rate", settings.learning_rate)
                 group["lr"] = learning_rate(settings, run.step, run.total_steps, rate)
-            beta.fill_(schedules.linear(run.step + 1, 0.0, settings.beta, steps=settings.warm_up))
-            x, eps = batch(run)
-            loss, reconstruction, kl = run.objective(x, eps, beta, run.prior is not None)
+            beta.fill_(kl_weight(settings, run.step))
+            tau.fill_(temperature(settings, run.step, run.total_steps))
+            x, noise = batch(run)
+            loss, reconstruction, kl = run.objective(x, noise, beta, tau, run.prior is not None)
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             run.optimizer.step()
@@ -156,7 +171,7 @@ def begin(run: Run) -> None:
     run.vae.prior.load_state_dict(run.ranks.broadcast(state))
 
 
-def batch(run: Run) -> tuple[Tensor, Tensor | None]:
+def batch(run: Run) -> tuple[Tensor, Noise]:
     """The data of this step and process, and the noise, if it is not for the op to draw.
 
     With noise="fused" each process seeds torch from (seed, step, rank) and the op draws: nothing is stored for
@@ -166,13 +181,28 @@ def batch(run: Run) -> tuple[Tensor, Tensor | None]:
     settings, ranks = run.settings, run.ranks
     indices = streams.batch_indices(settings.seed, run.step, len(run.data.train), run.batch_size)
     x = run.data.train[ranks.share(indices)].to(run.device)
-    eps = None
+    eps = gumbel = None
     if settings.noise == "datum":
-        shape = (run.batch_size, settings.samples if run.prior is not None else 1, *run.vae.latent_shape)
-        drawn = torch.randn(shape, generator=streams.generator(settings.seed, "noise", run.step))
-        eps = ranks.share(drawn).to(run.device)
+        shape = (run.batch_size, settings.samples if run.prior is not None else 1)
+        generator = streams.generator(settings.seed, "noise", run.step)
+        eps = ranks.share(torch.randn((*shape, *run.vae.latent_shape), generator=generator)).to(run.device)
+        if settings.kl == "relaxed":
+            seed = torch.tensor(streams.seed_for(settings.seed, "choice", run.step))
+            gumbel = ranks.share(reference.gumbel_noise(seed, (*shape, settings.components))).to(run.device)
     torch.manual_seed(streams.seed_for(settings.seed, "step", run.step, ranks.rank))
-    return x, eps
+    return x, Noise(eps, gumbel)
+
+
+def kl_weight(settings: Settings, step: int) -> float:
+    rise = getattr(schedules, settings.beta_schedule)
+    return rise(step + 1, 0.0, settings.beta, steps=settings.warm_up)
+
+
+def temperature(settings: Settings, step: int, total: int) -> float:
+    """From --tau at the first step of the prior to --final-tau at the last step of the run."""
+    fall = getattr(schedules, settings.tau_schedule)
+    last = total - 1 - settings.warm_up
+    return fall(step - settings.warm_up, settings.tau, settings.final_tau, steps=max(0, last))
 
 
 def learning_rate(settings: Settings, step: int, total: int, rate: float) -> float:
@@ -203,7 +233,10 @@ def after_step(run: Run, display: Display, reconstruction: Tensor, kl: Tensor, a
         row = [run.step, *quick_elbo(*about)]
         run.history["test"].append(row)
         if prior.is_mixture(run.prior):
-            run.history.setdefault("mixture", []).append([run.step, *quick_mixture(*about)])
+            bracket = [run.step, *quick_mixture(*about)]
+            if run.settings.kl == "relaxed":
+                bracket.append(temperature(run.settings, run.step - 1, run.total_steps))
+            run.history.setdefault("mixture", []).append(bracket)
         display.tested(run, *row)
     display.stepped(run.step)
     if run.ranks.main and (stopping or last or run.step % run.settings.checkpoint_every == 0):
