@@ -6,6 +6,8 @@ logits[r % I] and means[r % M]; where M > 1, I and m are 1 or M.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from fastkl.ops import _arguments as arguments
 
 PRECISIONS = ("exact", "tf32x3", "tf32")
+EVENTS = (1, 2, 2, 3)  # dimensions of one mixture's logits, means, logvars, scale_tril
 
 
 class Canonical(NamedTuple):
@@ -29,34 +32,40 @@ class _Collapse(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(tensor, ndim):
-        return tensor[(0,) * ndim].clone()
+    def forward(tensor, dims):
+        return _first(tensor, dims).clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        tensor, ctx.ndim = inputs
+        tensor, ctx.dims = inputs
         ctx.shape = tensor.shape
 
     @staticmethod
     def backward(ctx, gradient):
-        return (gradient / ctx.shape[: ctx.ndim].numel()).expand(ctx.shape), None
+        return (gradient / math.prod(ctx.shape[dim] for dim in ctx.dims)).expand(ctx.shape), None
+
+
+def _first(tensor: Tensor, dims: list[int]) -> Tensor:
+    """The first entry along each of `dims`, which stay as dimensions of size 1."""
+    return tensor[tuple(slice(0, 1) if dim in dims else slice(None) for dim in range(tensor.dim()))]
 
 
 def collapse(tensor: Tensor, event_ndim: int) -> Tensor:
-    """`tensor` without those leading dimensions along which it does not vary: of size 1, or expanded (stride 0)."""
+    """`tensor` without the leading dimensions along which it does not vary, and with size 1 in all others of that kind:
+    those that are expanded (stride 0)."""
     batch = tensor.dim() - event_ndim
-    ndim = 0
-    while ndim < batch and (tensor.shape[ndim] == 1 or (tensor.stride(ndim) == 0 and tensor.shape[ndim] > 0)):
-        ndim += 1
-    if ndim == 0:
-        return tensor
-    if all(size == 1 for size in tensor.shape[:ndim]):
-        return tensor.reshape(tensor.shape[ndim:])
-    if tensor.requires_grad and (
-        tensor.dtype == torch.float16 or (not torch.compiler.is_compiling() and tensor.is_leaf)
-    ):
-        return tensor  # its own gradient is asked for, entry by entry; equal shares of one may be too small for float16
-    return _Collapse.apply(tensor, ndim) if tensor.requires_grad else tensor[(0,) * ndim]
+    dims = [dim for dim in range(batch) if tensor.stride(dim) == 0 and tensor.shape[dim] > 1]
+    if dims and not tensor.requires_grad:
+        tensor = _first(tensor, dims)
+    elif dims and tensor.dtype != torch.float16 and (torch.compiler.is_compiling() or not tensor.is_leaf):
+        tensor = _Collapse.apply(tensor, dims)
+    # else its own gradient is asked for, entry by entry; equal shares of one may be too small for float16
+    return _without_leading_ones(tensor, batch)
+
+
+def _without_leading_ones(tensor: Tensor, batch: int) -> Tensor:
+    ndim = next((dim for dim in range(batch) if tensor.shape[dim] != 1), batch)
+    return tensor.reshape(tensor.shape[ndim:]) if ndim > 0 else tensor
 
 
 def check_precision(precision: str) -> str:
@@ -68,28 +77,91 @@ def check_precision(precision: str) -> str:
 def canonical(
     z: dict[str, Tensor], logits: Tensor, means: Tensor, logvars: Tensor | None, scale_tril: Tensor | None
 ) -> Canonical:
-    """`z` names the tensors [..., D] that have a row each: {"z": z}, or {"mu": mu, "logvar": logvar}."""
-    check_shapes(z, logits, means, logvars, scale_tril)
+    """`z` names the tensors [..., D] that have a row each: {"z": z}, or {"mu": mu, "logvar": logvar}. Rows keep the
+    order of the batch; parameters that vary along other than its last dimensions are copied."""
+    batch, mixture = _collapsed(z, logits, means, logvars, scale_tril)
+    return _flattened(list(z.values()), mixture, batch)
+
+
+def arranged(
+    z: dict[str, Tensor], logits: Tensor, means: Tensor, logvars: Tensor | None, scale_tril: Tensor | None
+) -> tuple[list[Tensor], tuple, Callable[[Tensor], Tensor]]:
+    """As `canonical`, with the batch's dimensions in the order that copies least, and in place of the batch a function
+    that gives a result [R, ...] its shape."""
+    batch, mixture = _collapsed(z, logits, means, logvars, scale_tril)
+    rows, order = list(z.values()), _order(len(z), mixture, batch)
+    if order is not None:
+        rows = [_permuted(tensor, order, 1) for tensor in rows]
+        mixture = [
+            None if tensor is None else _without_leading_ones(_permuted(tensor, order, event), len(order))
+            for tensor, event in zip(mixture, EVENTS)
+        ]
+        batch = torch.Size([batch[dim] for dim in order])
+    rows, mixture, batch = _flattened(rows, mixture, batch)
+
+    def restore(result: Tensor) -> Tensor:
+        result = result.view((*batch, *result.shape[1:]))
+        if order is None:
+            return result
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return result.permute((*back, *range(len(order), result.dim())))
+
+    return rows, mixture, restore
+
+
+def _collapsed(z: dict[str, Tensor], *parameters: Tensor | None) -> tuple[torch.Size, list[Tensor | None]]:
+    """(the whole batch, the mixture's tensors with no more dimensions than they vary along, or of size 1), checked."""
+    check_shapes(z, *parameters)
+    logits, means, logvars, scale_tril = parameters
     if scale_tril is not None:
         check_triangles(scale_tril)
-    batch = batch_shape(z, logits, means, logvars, scale_tril)
-    dimensions = means.shape[-1]
-    rows = [arguments.expand(tensor, (*batch, dimensions)).reshape(-1, dimensions) for tensor in z.values()]
     if logvars is not None and logvars.dim() == 1:
         logvars = logvars[None]
-    events = (1, 2, 2, 3)
-    varying = [None if t is None else collapse(t, n) for t, n in zip((logits, means, logvars, scale_tril), events)]
-    ndim = [0 if tensor is None else tensor.dim() - event for tensor, event in zip(varying, events)]
+    mixture = [None if t is None else collapse(t, n) for t, n in zip((logits, means, logvars, scale_tril), EVENTS)]
+    return batch_shape(z, *parameters), mixture
+
+
+def _permuted(tensor: Tensor, order: list[int], event: int) -> Tensor:
+    """[*batch, *event] with all of the batch's dimensions, in this order."""
+    tensor = tensor.reshape(*[1] * (len(order) + event - tensor.dim()), *tensor.shape)
+    return tensor.permute(*order, *range(len(order), len(order) + event))
+
+
+def _order(row_tensors: int, mixture, batch: torch.Size) -> list[int] | None:
+    """The batch's dimensions with those last along which parameters vary; None to leave them as they are.
+
+    Out of their order rows are copied; in their order the parameters are, along every dimension that comes after one
+    along which they vary.
+    """
+    varies, size = set(), 0  # dimensions, and elements of the parameters that do
+    for tensor, event in zip(mixture, EVENTS):
+        if tensor is not None and tensor.dim() > event:
+            leading = tensor.shape[: tensor.dim() - event]
+            varies |= {len(batch) - len(leading) + dim for dim, length in enumerate(leading) if length != 1}
+            size += tensor.shape[-event:].numel()
+    keys = [dim in varies for dim in range(len(batch)) if batch[dim] != 1]
+    if keys == sorted(keys):
+        return None
+    more = batch[min(varies) :].numel() - math.prod(batch[dim] for dim in varies)
+    if row_tensors * batch.numel() * mixture[1].shape[-1] >= more * size:
+        return None
+    return sorted(range(len(batch)), key=varies.__contains__)
+
+
+def _flattened(rows: list[Tensor], mixture, batch: torch.Size) -> Canonical:
+    dimensions = mixture[1].shape[-1]
+    rows = [arguments.expand(tensor, (*batch, dimensions)).reshape(-1, dimensions) for tensor in rows]
+    ndim = [0 if tensor is None else tensor.dim() - event for tensor, event in zip(mixture, EVENTS)]
     per_datum = max(ndim[1:]) > 0  # whether the components, and not the weights alone, differ by datum
     trailing = batch[len(batch) - max(ndim) :]
-    mixture = []
-    for index, (tensor, count, event) in enumerate(zip(varying, ndim, events)):
+    flat = []
+    for index, (tensor, count, event) in enumerate(zip(mixture, ndim, EVENTS)):
         if tensor is not None and (count > 0 or (per_datum and index in (1, 3))):
             tensor = arguments.expand(tensor, (*trailing, *tensor.shape[-event:])).reshape(-1, *tensor.shape[-event:])
         elif tensor is not None:
             tensor = tensor[None]
-        mixture.append(tensor)
-    return Canonical(rows, tuple(mixture), batch)
+        flat.append(tensor)
+    return Canonical(rows, tuple(flat), batch)
 
 
 def batch_shape(z: dict[str, Tensor], logits, means, logvars, scale_tril) -> torch.Size:

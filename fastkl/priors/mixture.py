@@ -14,7 +14,8 @@ from fastkl.ops import _sampling as sampling
 from fastkl.ops.gmm_log_prob import gmm_log_prob
 from fastkl.ops.gmm_moments import gmm_moments
 from fastkl.ops.gmm_responsibilities import gmm_responsibilities
-from fastkl.ops.kl_gmm import kl_gmm, kl_gmm_bounds
+from fastkl.ops.kl_gmm import kl_gmm
+from fastkl.ops.kl_gmm_bounds import kl_gmm_bounds
 from fastkl.ops.rsample_normal import rsample_normal
 from fastkl.priors import _relaxed
 from fastkl.priors._prior import Prior
