@@ -56,9 +56,11 @@ def leaves(device: str, *shapes: tuple[int, ...], dtype: torch.dtype = torch.flo
 
 
 def run(function: Callable, inputs: list[Tensor], cotangents: list[Tensor] | None = None):
-    """(outputs, gradients) of one forward and backward pass."""
+    """(outputs, gradients) of one forward and backward pass; no gradients where no input wants one."""
     outputs = function(*inputs)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    if not any(tensor.requires_grad for tensor in inputs):
+        return outputs, ()
     return outputs, torch.autograd.grad(outputs, inputs, cotangents or make_cotangents(outputs, inputs))
 
 

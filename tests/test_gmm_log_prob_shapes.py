@@ -123,3 +123,16 @@ def test_a_leaf_expanded_along_an_inner_dimension_has_a_gradient_for_each_entry(
     actual = torch.autograd.grad(fastkl.gmm_log_prob(z, logits, expanded).sum(), expanded)
     own = leaf(means.repeat(1, 4, 1, 1))
     torch.testing.assert_close(actual, torch.autograd.grad(reference.gmm_log_prob(z, logits, own).sum(), own))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_with_samples_last(dynamic):
+    shapes = [(N, 4, D), (N, 1, K), (N, 1, K, D), (K, D)]
+    inputs = [draw(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+
+    def plate(z, logits, means, logvars):
+        return fastkl.gmm_log_prob(z, logits, means.expand(N, 4, K, D), logvars)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(plate, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    torch.testing.assert_close(gradients(compiled, *inputs), gradients(reference.gmm_log_prob, *inputs))

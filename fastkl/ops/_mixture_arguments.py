@@ -42,7 +42,7 @@ class _Collapse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return (gradient / math.prod(ctx.shape[dim] for dim in ctx.dims)).expand(ctx.shape), None
+        return (gradient / math.prod([ctx.shape[dim] for dim in ctx.dims])).expand(ctx.shape), None
 
 
 def _first(tensor: Tensor, dims: list[int]) -> Tensor:
@@ -142,7 +142,7 @@ def _order(row_tensors: int, mixture, batch: torch.Size) -> list[int] | None:
     keys = [dim in varies for dim in range(len(batch)) if batch[dim] != 1]
     if keys == sorted(keys):
         return None
-    more = batch[min(varies) :].numel() - math.prod(batch[dim] for dim in varies)
+    more = batch[min(varies) :].numel() - math.prod([batch[dim] for dim in varies])
     if row_tensors * batch.numel() * mixture[1].shape[-1] >= more * size:
         return None
     return sorted(range(len(batch)), key=varies.__contains__)

@@ -18,9 +18,9 @@ def gmm_log_prob(
     Args:
         z: [*batch, D].
         logits: [K], or one row for each datum, [*batch, K]; not normalised. -inf is a component of weight 0.
-        means: [K, D], or one mixture for each datum, [*batch, K, D]. Leading dimensions that are only expanded
-            (stride 0, as in a plate) are one mixture, and are treated as such: the gradient reaches what was
-            expanded, while every entry of an expanded tensor's own gradient (retain_grad) is its mean.
+        means: [K, D], or one mixture for each datum, [*batch, K, D], of size 1 where data share it. Dimensions that are
+            only expanded (stride 0, as in a plate) are one mixture, and are treated as such: the gradient reaches
+            what was expanded, while every entry of an expanded tensor's own gradient (retain_grad) is its mean.
         logvars: ln of the components' variances: [*batch, K, D] diagonal, [K, 1] spherical, [1, D] or [D] tied;
             absent, with scale_tril absent too, every variance is 1.
         scale_tril: [*batch, K, D, D], lower triangles L_k with a positive diagonal, S_k = L_k L_k^T; what is above

@@ -1,0 +1,21 @@
+"""gmm_moments: one step of expectation maximisation's sums, against broadcasting; there is no backward pass."""
+
+import torch
+
+import fastkl
+from fastkl import reference
+
+from harness import Case, leaves
+
+
+def broadcasting(z, logits, means, logvars):
+    joint = reference.gmm_joint_log_prob(z, logits, means, logvars)
+    responsibilities, difference = torch.softmax(joint, -1), z.unsqueeze(-2) - means
+    sums = [torch.einsum("nk,nkd->kd", responsibilities, power) for power in (difference, difference.square())]
+    return joint.logsumexp(-1), responsibilities.sum(0), *sums
+
+
+def cases(device, quick):
+    for n, k, d in [(128, 10, 8)] if quick else [(128, 10, 8), (4096, 100, 32)]:
+        inputs = [tensor.detach() for tensor in leaves(device, (n, d), (k,), (k, d), (k, d))]
+        yield Case(f"{n} x {k} x {d}, forward", inputs, broadcasting, fastkl.gmm_moments)
