@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastkl
-from fastkl import priors
+from fastkl import priors, reference
 from fastkl.priors import GaussianMixture
 
 from helpers import DEVICE
@@ -29,6 +29,11 @@ def posterior(count: int = 6, dim: int = D) -> fastkl.DiagonalNormal:
     torch.manual_seed(6)
     leaves = [torch.randn(count, dim, dtype=torch.float64).to(DEVICE).requires_grad_() for _ in range(2)]
     return fastkl.DiagonalNormal(*leaves)
+
+
+def choice_noise(*shape: int) -> torch.Tensor:
+    """Standard Gumbel noise, always the same."""
+    return reference.gumbel_noise(torch.tensor(3, device=DEVICE), shape).double()
 
 
 def flow() -> priors.FlowPrior:

@@ -6,6 +6,7 @@ Read `train.py` first: the loss is a few lines of `fastkl`. The rest is what a r
     data.py         the built-in data sets and the split; files.py reads files that nobody vouches for
     model.py        encoder and decoder, MLP or convolutional
     train.py        the objective and the loop
+    plan.py         learning rate, weight of the KL and temperature as functions of the step
     prior.py        what takes the place of N(0, I), and how it begins
     streams.py      every random number as a function of the step
     parallel.py     torchrun: which process am I, and the few words that processes exchange

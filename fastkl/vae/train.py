@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastkl import reference, schedules
+from fastkl import reference
 from fastkl.vae import checkpoint, prior, streams
 from fastkl.vae.data import Data
 from fastkl.vae.errors import UserError
 from fastkl.vae.evaluate import quick_elbo, quick_mixture
 from fastkl.vae.model import VAE, build
 from fastkl.vae.parallel import Ranks
+from fastkl.vae.plan import kl_weight, learning_rate, temperature
 from fastkl.vae.progress import Display
 from fastkl.vae.settings import Settings
 
-WARM_UP = 100  # steps over which the learning rate rises, at most
 TEST_POINTS = 25  # of the test curve, over the run
 
 
@@ -191,26 +191,6 @@ def batch(run: Run) -> tuple[Tensor, Noise]:
             gumbel = ranks.share(reference.gumbel_noise(seed, (*shape, settings.components))).to(run.device)
     torch.manual_seed(streams.seed_for(settings.seed, "step", run.step, ranks.rank))
     return x, Noise(eps, gumbel)
-
-
-def kl_weight(settings: Settings, step: int) -> float:
-    rise = getattr(schedules, settings.beta_schedule)
-    return rise(step + 1, 0.0, settings.beta, steps=settings.warm_up)
-
-
-def temperature(settings: Settings, step: int, total: int) -> float:
-    """From --tau at the first step of the prior to --final-tau at the last step of the run."""
-    fall = getattr(schedules, settings.tau_schedule)
-    last = total - 1 - settings.warm_up
-    return fall(step - settings.warm_up, settings.tau, settings.final_tau, steps=max(0, last))
-
-
-def learning_rate(settings: Settings, step: int, total: int, rate: float) -> float:
-    """A short rise, then level or half a cosine. Only the cosine depends on the end: a level run may be prolonged."""
-    if settings.schedule == "constant":
-        return rate * min(1.0, (step + 1) / WARM_UP)
-    rise = min(WARM_UP, max(1, total // 10))
-    return rate * min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def after_step(run: Run, display: Display, reconstruction: Tensor, kl: Tensor, asked: bool) -> bool:

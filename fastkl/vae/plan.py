@@ -1,0 +1,31 @@
+"""What the place of a step in the run decides: functions of the step alone, so that resuming needs no state."""
+
+from __future__ import annotations
+
+import math
+
+from fastkl import schedules
+from fastkl.vae.settings import Settings
+
+WARM_UP = 100  # steps over which the learning rate rises, at most
+
+
+def learning_rate(settings: Settings, step: int, total: int, rate: float) -> float:
+    """A short rise, then level or half a cosine. Only the cosine depends on the end: a level run may be prolonged."""
+    if settings.schedule == "constant":
+        return rate * min(1.0, (step + 1) / WARM_UP)
+    rise = min(WARM_UP, max(1, total // 10))
+    return rate * min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def kl_weight(settings: Settings, step: int) -> float:
+    """From 0 to --beta, over --warm-up."""
+    rise = getattr(schedules, settings.beta_schedule)
+    return rise(step + 1, 0.0, settings.beta, steps=settings.warm_up)
+
+
+def temperature(settings: Settings, step: int, total: int) -> float:
+    """From --tau at the first step of the prior to --final-tau at the last step of the run."""
+    fall = getattr(schedules, settings.tau_schedule)
+    last = total - 1 - settings.warm_up
+    return fall(step - settings.warm_up, settings.tau, settings.final_tau, steps=max(0, last))
