@@ -59,6 +59,10 @@ OPS = {
     ),
     "kl_gmm_bounds": (
         lambda *t: torch.stack(fastkl.kl_gmm_bounds(*t), -1),
+        lambda n: [(n, 4), (n, 4), (3,), (3, 4), (3, 4)],
+    ),
+    "kl_gmm_bounds, weights for each datum": (
+        lambda *t: torch.stack(fastkl.kl_gmm_bounds(*t), -1),
         lambda n: [(n, 4), (n, 4), (n, 3), (3, 4), (3, 1)],
     ),
     "gumbel_softmax": (lambda x: fastkl.gumbel_softmax(x, 0.7, seed=SEED), lambda n: [(n, 4)]),

@@ -97,10 +97,10 @@ def test_covariances_that_broadcast(spread):
 
 def test_one_program_adds_up_many_tiles(monkeypatch):
     """As with millions of rows, where the others are enough programs: sums go on in the outputs, tile after tile."""
-    for module in ("_mixture", "kl_gmm_bounds"):
+    for module in ("_mixture", "_bounds"):
         monkeypatch.setattr(importlib.import_module(f"fastkl.kernels.{module}"), "PROGRAMS", 1)
-    check(draw(300, 20, 2))
-    check(draw(40, 20, 2, dtype=torch.bfloat16), units=2.0)  # sums are not rounded to 16 bits on the way
+    check(draw(70, 20, 2))
+    check(draw(33, 20, 2, dtype=torch.bfloat16), units=2.0)  # sums are not rounded to 16 bits on the way
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -113,11 +113,11 @@ def test_dtypes(dtype):
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)], ids=["lower", "upper"])
 def test_gradient_of_one_bound_alone(wanted):
-    check(draw(40, 10, 3), wanted=wanted)
+    check(draw(20, 6, 3), wanted=wanted)
 
 
 def test_gradients_of_data_and_of_parameters_alone_are_the_same_bits():
-    tensors = draw(40, 10, 3)
+    tensors = draw(20, 6, 3)
     everything = fused_results(tensors)
     data, parameters = (fused_results(tensors, among=among) for among in ((0, 1), (2, 3, 4)))
     assert all(torch.equal(a, b) for a, b in zip(everything, [*data, *parameters[2:]], strict=True))
@@ -125,18 +125,18 @@ def test_gradients_of_data_and_of_parameters_alone_are_the_same_bits():
 
 
 def test_strided_inputs_are_read_where_they_lie():
-    mu, logvar, logits, means, logvars = draw(36, 5, 8)
+    mu, logvar, logits, means, logvars = draw(12, 5, 4)
     wide = torch.cat([mu, logvar], 1)
-    head = wide[:, :8], wide[:, 8:]
+    head = wide[:, :4], wide[:, 4:]
     transposed = means.t().contiguous().t()
-    for view in (head, (wide[:, ::2], logvar), (mu[:1].expand(36, 8), logvar[:1].expand(36, 8))):
+    for view in (head, (wide[:, ::2], logvar), (mu[:1].expand(12, 4), logvar[:1].expand(12, 4))):
         check([*view, logits, transposed, logvars])
-    check([mu.t().contiguous().t(), logvar, logits.repeat_interleave(2)[::2], means, logvars[:1].expand(5, 8)])
+    check([mu.t().contiguous().t(), logvar, logits.repeat_interleave(2)[::2], means, logvars[:1].expand(5, 4)])
 
 
 def test_gradient_of_a_sum():
     """Whose stride is 0."""
-    tensors = [leaf(tensor) for tensor in draw(40, 5, 4)]
+    tensors = [leaf(tensor) for tensor in draw(20, 5, 4)]
     with implementation("triton"):
         actual = torch.autograd.grad(sum(bound.sum() for bound in fastkl.kl_gmm_bounds(*tensors)), tensors)
     exact = torch.autograd.grad(sum(bound.sum() for bound in reference.kl_gmm_bounds(*tensors)), tensors)
@@ -156,9 +156,9 @@ def test_components_of_no_weight():
 def test_narrow_components_far_from_zero():
     """sigma = 0.1, means around 10 and of size 10: within 1e-4 nats of float64."""
     for scale, offset in ((1.0, 10.0), (10.0, 0.0)):
-        mu, logvar, logits, means, logvars = draw(100, 20, 16, offset=offset)
+        mu, logvar, logits, means, logvars = draw(40, 20, 8, offset=offset)
         means = scale * (means - offset) + offset
-        mu = means[torch.arange(100, device=DEVICE) % 20] + 0.1 * (mu - offset)
+        mu = means[torch.arange(40, device=DEVICE) % 20] + 0.1 * (mu - offset)
         tensors = mu, torch.full_like(logvar, -6.0), logits, means, torch.full_like(logvars, 2 * math.log(0.1))
         exact = reference.kl_gmm_bounds(*(tensor.double() for tensor in tensors))
         for bound, truth in zip(fused(*tensors), exact):
@@ -236,6 +236,8 @@ def aot_calls():
     add("core odd", many, 512, 63)
     add("core odd few rows, bfloat16", few, 512, 63, torch.bfloat16)
     add("few rows float64, odd", few, 512, 63, torch.float64)
+    add("float64, odd", many, 512, 63, torch.float64)
+    add("few rows float64", few, 512, 64, torch.float64)
     add("bfloat16", many, 512, 64, torch.bfloat16)
     add("unit variance", many, 37, 37, torch.float16, spread=False)
     add("small", 33, 20, 7)

@@ -105,7 +105,8 @@ class _Bounds(torch.autograd.Function):
         given = [gradient for gradient in (dlower, dupper) if gradient is not None]
         if not given:
             return (None,) * 8
-        inputs, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        saved = ctx.saved_tensors
+        inputs, kept = saved[:6], saved[6:]
         if needs_closed_form(*given):
             return *_gradients(dlower, dupper, *inputs), None, None
         data, parameters = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[2:6])

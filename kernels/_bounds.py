@@ -1,0 +1,91 @@
+"""What the two bounds on KL(q || mixture) have in common, where components are diagonal and all rows share the mixture.
+
+In units of a component's sigma, t = (mu - m) / sigma_k and w = exp(logvar) / sigma_k^2, the two bounds take of it
+
+    upper  -1/2 [t^2 + w + ...]                        E_q[ln N_k]
+    lower  -1/2 [t^2 / (1 + w) + ln(1 + w) + ...]      ln E_q[N_k]
+
+with the same terms that depend on the component alone: one prepared mixture, one t and one w serve both. 1 + w is never
+small, so that its inverse is the square of one reciprocal root.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastkl.kernels._device import LN2, exp, two_parts
+from fastkl.kernels._layout import PROGRAMS, cdiv, next_power_of_2
+from fastkl.kernels._mixture import by_component, by_row, four, fraction_and_exponent, load_centred, load_rows
+
+
+def blocks(dtype: torch.dtype, kind: str, rows: int, components: int, *, tail: bool) -> dict[str, int]:
+    """A tile of rows x components for the kernel "forward", by "rows" or by "components".
+
+    As kernels._mixture's, with fewer elements a thread, each of which takes two sums or weights. `tail`: the last step
+    of the inner loop is masked.
+    """
+    half = dtype == torch.float64
+    if kind == "components":
+        warps = min(8, next_power_of_2(cdiv(rows, 32)))
+        return {"ROWS": (2 if half else 8) * warps, "COMPONENTS": 32, "num_warps": warps}
+    components_each = 16 >> (max(tail, 2 * half) if kind == "forward" else max(2 * tail, 3 * half))
+    if kind == "rows" and cdiv(rows, 64) < PROGRAMS // 2:  # few programs: its warps share a sum over components
+        warps = min(4, next_power_of_2(cdiv(components, 32)))
+        return {"ROWS": 32, "COMPONENTS": components_each * warps, "num_warps": warps}
+    return {"ROWS": 32, "COMPONENTS": components_each, "num_warps": 1}
+
+
+@triton.jit
+def element(z, variance, s, scaled_mean):
+    """(t, w, 1 / sqrt(1 + w)) of one dimension; z and scaled_mean are centred."""
+    t = z * s - scaled_mean
+    w = variance * (s * s)
+    return t, w, tl.rsqrt(1.0 + w)
+
+
+@triton.jit
+def joint_tiles(
+    mu_at, logvar_at, normaliser, centre, constants, roots, scaled_means, start, shape, steps,
+    TAIL: tl.constexpr, BY_ROWS: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """ln pi_k + what the lower, and the upper, bound takes of component k: [COMPONENTS, ROWS] by rows, else transposed.
+
+    Always by the same operations in the same order: backward subtracts the saved log-densities from these very values.
+    """
+    lower = tl.zeros([COMPONENTS, ROWS] if BY_ROWS else [ROWS, COMPONENTS], dtype=DTYPE)
+    upper = tl.zeros(lower.shape, dtype=DTYPE)
+    # The product of all 1 + w as product 2^exponent, 1 <= product < 2: one logarithm in the end.
+    product = tl.full(lower.shape, 1.0, dtype=DTYPE)
+    exponent = tl.zeros(lower.shape, dtype=tl.int32)
+    lanes = tl.arange(0, COMPONENTS)  # constants, so that they become part of the load instructions
+    roots += start
+    scaled_means += start
+    for d in range(0, shape[0], 4):
+        zs = four(load_centred(mu_at, centre, d, shape[0], "expected", TAIL, DTYPE), ROWS)
+        vs = four(exp(load_rows(logvar_at, d, shape[0], TAIL, DTYPE)), ROWS)
+        mu_at += steps[0]
+        logvar_at += steps[1]
+        for i in tl.static_range(4):
+            s = by_component(tl.load(roots + lanes), BY_ROWS)
+            scaled_mean = by_component(tl.load(scaled_means + lanes), BY_ROWS)
+            roots += shape[2]
+            scaled_means += shape[2]
+            t, w, root = element(by_row(zs[i], BY_ROWS), by_row(vs[i], BY_ROWS), s, scaled_mean)
+            upper += t * t
+            upper += w
+            product, power = fraction_and_exponent(product * (1.0 + w))
+            exponent += power
+            t *= root
+            lower += t * t
+    lower += tl.log(product) + exponent.to(DTYPE) * LN2
+    constant = by_component(tl.load(constants + start + lanes) - tl.load(normaliser), BY_ROWS)
+    return constant - 0.5 * lower, constant - 0.5 * upper
+
+
+@triton.jit
+def weights(joint, lp, gradient, row, BY_ROWS: tl.constexpr, DTYPE: tl.constexpr):
+    """Gradient in the joint log-densities: bounds fall as log-densities rise."""
+    value, rest = two_parts(tl.load(lp + row), DTYPE)
+    return -by_row(gradient, BY_ROWS) * exp(joint - by_row(value, BY_ROWS) - by_row(rest, BY_ROWS))

@@ -1,0 +1,191 @@
+"""Gradients of both bounds on KL(q || mixture) at once: by rows, for q, and by components, for the mixture.
+
+Each row and component has two weights, the incoming gradients times the responsibilities of the two sums. As in
+kernels._mixture_gradient, a tile's distances are taken anew, then the dimensions a second time, and where many programs
+share a sum they write partial ones, which are added in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastkl.kernels._bounds import blocks, element, joint_tiles, weights
+from fastkl.kernels._device import exp
+from fastkl.kernels._layout import cdiv
+from fastkl.kernels._mixture import STEP, TRITON_DTYPE, four, load_centred, load_rows, split, together
+from fastkl.kernels._mixture_gradient import FINISH, gmm_finish_kernel
+
+
+@triton.jit
+def kl_gmm_bounds_rows_kernel(
+    dlower, dupper, lower, upper, mu, logvar, normaliser, centre, constants, roots, scaled_means, dmu, dlogvar,
+    rows, shape, strides, split_strides, components_per_program, splits,
+    TAIL: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of mu and logvar (per split), kept in the outputs from tile to tile. lower and upper are log-densities,
+    float64."""
+    split = tl.program_id(0) % splits
+    index = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
+    row = tl.minimum(index, rows - 1).to(tl.int64)  # beyond the last row it again, not stored
+    quad = tl.arange(0, 4).to(tl.int64)[None, :]
+    steps = (strides[0][1] * 4, strides[1][1] * 4)
+    mu_start = mu + row[:, None] * strides[0][0] + quad * strides[0][1]
+    logvar_start = logvar + row[:, None] * strides[1][0] + quad * strides[1][1]
+    dmu += split.to(tl.int64) * split_strides[0] + row[:, None] * strides[4][0] + quad * strides[4][1]
+    dlogvar += split.to(tl.int64) * split_strides[1] + row[:, None] * strides[5][0] + quad * strides[5][1]
+    to_lower = tl.load(dlower + row * strides[2]).to(DTYPE)
+    to_upper = tl.load(dupper + row * strides[3]).to(DTYPE)
+    of_entropy = tl.where(split == 0, -0.5, 0.0) * (to_lower + to_upper)[:, None]
+    first = split * components_per_program
+    for start in range(first, tl.minimum(first + components_per_program, shape[1]), COMPONENTS):
+        low, high = joint_tiles(
+            mu_start, logvar_start, normaliser, centre, constants, roots, scaled_means, start, shape, steps,
+            TAIL, True, ROWS, COMPONENTS, DTYPE,
+        )  # fmt: skip
+        low = weights(low, lower, to_lower, row, True, DTYPE)
+        high = weights(high, upper, to_upper, row, True, DTYPE)
+        mu_at, logvar_at, dmu_at, dlogvar_at = mu_start, logvar_start, dmu, dlogvar
+        roots_at, means_at = roots + start, scaled_means + start
+        for d in range(0, shape[0], 4):
+            zs = four(load_centred(mu_at, centre, d, shape[0], "expected", TAIL, DTYPE), ROWS)
+            vs = four(exp(load_rows(logvar_at, d, shape[0], TAIL, DTYPE)), ROWS)
+            sums, others = (), ()
+            for i in tl.static_range(4):
+                s = tl.load(roots_at + tl.arange(0, COMPONENTS))[:, None]
+                scaled_mean = tl.load(means_at + tl.arange(0, COMPONENTS))[:, None]
+                roots_at += shape[2]
+                means_at += shape[2]
+                t, _, root = element(zs[i][None, :], vs[i][None, :], s, scaled_mean)
+                narrowed = low * (root * root)
+                sums += (tl.sum((high + narrowed) * (t * s), axis=0),)
+                t *= root
+                others += (tl.sum((narrowed * (t * t - 1.0) - high) * (s * s), axis=0) * vs[i] * 0.5,)
+            mask = (index < rows)[:, None]
+            if TAIL:
+                mask = mask & (d + tl.arange(0, 4) < shape[0])[None, :]
+            old = mask & (start + tl.arange(0, 1) > first)[:, None]  # else nothing but the entropy's yet
+            before = tl.load(dmu_at, old, other=0.0).to(DTYPE)
+            tl.store(dmu_at, before - together(sums[0], sums[1], sums[2], sums[3], ROWS), mask)
+            before = tl.where(old, tl.load(dlogvar_at, old, other=0.0).to(DTYPE), of_entropy)
+            tl.store(dlogvar_at, before + together(others[0], others[1], others[2], others[3], ROWS), mask)
+            mu_at += steps[0]
+            logvar_at += steps[1]
+            dmu_at += strides[4][1] * 4
+            dlogvar_at += strides[5][1] * 4
+
+
+@triton.jit
+def kl_gmm_bounds_components_kernel(
+    dlower, dupper, lower, upper, mu, logvar, normaliser, centre, constants, roots, scaled_means, counts, sums, squared,
+    rows, shape, strides, part_stride, rows_per_program, component_blocks,
+    TAIL: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Per share of the rows, what gmm_finish_kernel takes: counts [K], the sum of both weights; sums [D, K], that of
+    the gradients in t; squared [D, K] (or None), that of twice the gradients in ln S_k plus the weights."""
+    part = tl.program_id(0) // component_blocks
+    start_component = tl.program_id(0) % component_blocks * COMPONENTS
+    lanes = tl.arange(0, COMPONENTS)
+    quad = tl.arange(0, 4).to(tl.int64)[None, :]
+    steps = (strides[0][1] * 4, strides[1][1] * 4)
+    first = part * rows_per_program
+    sums_start = sums + part.to(tl.int64) * part_stride + start_component
+    if squared is not None:
+        squared_start = squared + part.to(tl.int64) * part_stride + start_component
+    count = tl.zeros([COMPONENTS], dtype=DTYPE)
+    for start in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
+        index = start + tl.arange(0, ROWS)
+        row = tl.minimum(index, rows - 1).to(tl.int64)  # beyond the last row it again, with no weight
+        mu_at = mu + row[:, None] * strides[0][0] + quad * strides[0][1]
+        logvar_at = logvar + row[:, None] * strides[1][0] + quad * strides[1][1]
+        low, high = joint_tiles(
+            mu_at, logvar_at, normaliser, centre, constants, roots, scaled_means, start_component, shape, steps,
+            TAIL, False, ROWS, COMPONENTS, DTYPE,
+        )  # fmt: skip
+        gradient = tl.load(dlower + row * strides[2], mask=index < rows, other=0.0).to(DTYPE)
+        low = weights(low, lower, gradient, row, False, DTYPE)
+        gradient = tl.load(dupper + row * strides[3], mask=index < rows, other=0.0).to(DTYPE)
+        high = weights(high, upper, gradient, row, False, DTYPE)
+        count += tl.sum(low + high, axis=0)
+        roots_at, means_at, sums_at = roots + start_component, scaled_means + start_component, sums_start
+        if squared is not None:
+            squared_at = squared_start
+        again = start + tl.arange(0, 1) > first  # else 0: nothing yet
+        for d in range(0, shape[0], 4):
+            zs = four(load_centred(mu_at, centre, d, shape[0], "expected", TAIL, DTYPE), ROWS)
+            vs = four(exp(load_rows(logvar_at, d, shape[0], TAIL, DTYPE)), ROWS)
+            mu_at += steps[0]
+            logvar_at += steps[1]
+            for i in tl.static_range(4):
+                s = tl.load(roots_at + lanes)[None, :]
+                t, w, root = element(zs[i][:, None], vs[i][:, None], s, tl.load(means_at + lanes)[None, :])
+                narrowed = low * (root * root)
+                moment = tl.sum((high + narrowed) * t, axis=0)
+                tl.store(sums_at + lanes, tl.load(sums_at + lanes, again, other=0.0) + moment)
+                sums_at += shape[2]
+                if squared is not None:
+                    scaled = t * root
+                    moment = tl.sum(high * (t * t + w) + (narrowed * (scaled * scaled - 1.0) + low), axis=0)
+                    tl.store(squared_at + lanes, tl.load(squared_at + lanes, again, other=0.0) + moment)
+                    squared_at += shape[2]
+                roots_at += shape[2]
+                means_at += shape[2]
+    tl.store(counts + part.to(tl.int64) * shape[2] + start_component + lanes, count)
+
+
+def by_rows(given, mu, logvar, components, mixture):
+    """[dmu, dlogvar]."""
+    (rows, columns), dtype = mu.shape, mixture.roots.dtype
+    tail = columns % STEP != 0
+    block = blocks(dtype, "rows", rows, components, tail=tail)
+    row_blocks = cdiv(rows, block["ROWS"])
+    length, splits = split(components, block["COMPONENTS"], row_blocks, 2 * rows * columns * dtype.itemsize)
+    outputs = [torch.empty_like(mu), torch.empty_like(logvar)]
+    # What is added to more than once is added up in the compute dtype.
+    again = splits > 1 or components > block["COMPONENTS"]
+    written = [
+        torch.empty((splits, rows, columns), dtype=dtype, device=mu.device)
+        if splits > 1 or (again and output.dtype != dtype)
+        else output
+        for output in outputs
+    ]
+    strides = (mu.stride(), logvar.stride(), given[0].stride(0), given[1].stride(0))
+    kl_gmm_bounds_rows_kernel[(row_blocks * splits,)](
+        *given, mu, logvar, *mixture, *written, rows, (columns, components, mixture.padded),
+        (*strides, *(w.stride()[-2:] for w in written)), tuple(w.stride(0) if w.dim() == 3 else 0 for w in written),
+        length, splits, TAIL=tail, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
+    )  # fmt: skip
+    return [o if o is w else o.copy_(w.sum(0)) for o, w in zip(outputs, written)]
+
+
+def by_components(given, mu, logvar, logits, means, logvars, mixture):
+    """[dlogits, dmeans, dlogvars or None]."""
+    (rows, columns), components, device = mu.shape, means.shape[1], mu.device
+    (padded_columns, padded), dtype = mixture.roots.shape, mixture.roots.dtype
+    second, tail = logvars is not None, columns % STEP != 0
+    block = blocks(dtype, "components", rows, components, tail=tail)
+    component_blocks, part = cdiv(components, block["COMPONENTS"]), padded_columns * padded
+    partial = part * (1 + second) * dtype.itemsize
+    length, parts = split(rows, block["ROWS"], component_blocks, partial, 2 * mu.numel() * mu.itemsize)
+    counts = torch.empty((parts, padded), dtype=dtype, device=device)
+    sums = torch.empty((1 + second, parts, padded_columns, padded), dtype=dtype, device=device)
+    squared, shape = sums[1] if second else None, (columns, components, padded)
+    kl_gmm_bounds_components_kernel[(component_blocks * parts,)](
+        *given, mu, logvar, *mixture, counts, sums[0], squared, rows, shape,
+        (mu.stride(), logvar.stride(), given[0].stride(0), given[1].stride(0)), part, length, component_blocks,
+        TAIL=tail, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
+    )  # fmt: skip
+    count, dmeans = torch.empty(components, dtype=dtype, device=device), torch.empty_like(means)
+    whole = second and logvars.shape == means.shape  # else summed afterwards
+    dlogvars = torch.empty_like(logvars) if whole else torch.empty(means.shape, dtype=dtype, device=device)
+    column_blocks = cdiv(columns, FINISH["COLUMNS"])
+    gmm_finish_kernel[(cdiv(components, FINISH["COMPONENTS"]) * column_blocks,)](
+        counts, sums[0], squared, mixture.roots, dmeans, dlogvars, count, parts, shape, part, column_blocks,
+        (dmeans.stride()[1:], dlogvars.stride()[1:]), KIND="gradient", DTYPE=TRITON_DTYPE[dtype],
+        enable_fp_fusion=True, **FINISH,
+    )  # fmt: skip
+    count += torch.softmax(logits[0].to(dtype), 0) * (given[0].sum(dtype=dtype) + given[1].sum(dtype=dtype))
+    if second and not whole:
+        dlogvars = torch.empty_like(logvars).copy_(dlogvars.sum_to_size(logvars.shape))
+    return [torch.empty_like(logits).copy_(count), dmeans, dlogvars if second else None]
