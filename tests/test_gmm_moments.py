@@ -5,12 +5,15 @@ import torch
 
 import fastkl
 from fastkl import reference
+from fastkl.ops import _gmm
 
 from gmm_helpers import BACKENDS, draw, ordinary, triangles
 from helpers import implementation
 
 
-def test_moments_are_one_step_of_em():
+@pytest.mark.parametrize("small", [True, False])
+def test_moments_are_one_step_of_em(monkeypatch, small):
+    monkeypatch.setattr(_gmm, "SMALL", _gmm.SMALL if small else 0)
     z, logits, means, logvars = ordinary()
     found = fastkl.gmm_moments(z.view(4, 10, 16), logits, means, logvars)
     r = reference.gmm_responsibilities(z, logits, means, logvars).exp()

@@ -190,6 +190,16 @@ class _ByDifferences:
     def finish(self) -> None:
         pass
 
+    def add_moments(self, prepared, weights: Tensor, scale: Tensor, first: Tensor, second: Tensor) -> None:
+        """Adds to the moments of the one mixture."""
+        self.dlogits[0, self.components] += weights.flatten(0, 1).T @ scale.flatten()
+        found = self.central_moments(prepared, weights * scale)
+        first[self.components] += found[0]
+        second[self.components] += found[1]
+
+    def moments(self, prepared, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return weights.sum((0, 1)), *self.central_moments(prepared, weights)
+
     def finish_moments(self, first: Tensor, second: Tensor) -> None:
         pass
 
@@ -243,12 +253,10 @@ class Differences(_ByDifferences):
             terms = terms * logvars.exp() * root.square()
         return (weights * standard * root).sum(0), (0.5 * weights * terms).sum(0)
 
-    def add_moments(self, prepared, weights: Tensor, scale: Tensor, first: Tensor, second: Tensor) -> None:
-        """Adds to sum w (z - m) and sum w (z - m)^2 of the one mixture."""
-        self.dlogits[0, self.components] += weights.flatten(0, 1).T @ scale.flatten()
-        difference, weights = prepared[0] / prepared[1], (weights * scale).unsqueeze(-1)
-        first[self.components] += (weights * difference).sum((0, 1))
-        second[self.components] += (weights * difference.square()).sum((0, 1))
+    def central_moments(self, prepared, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """sum w (z - m) and sum w (z - m)^2 [k, D]."""
+        difference, weights = prepared[0] / prepared[1], weights.unsqueeze(-1)
+        return (weights * difference).sum((0, 1)), (weights * difference.square()).sum((0, 1))
 
 
 class Full(_ByDifferences):
@@ -323,10 +331,9 @@ class Full(_ByDifferences):
             gradient = inverse.mT @ second - torch.diag_embed(count)
         return (weights * solved).sum(-2), gradient.tril()
 
-    def add_moments(self, prepared, weights: Tensor, scale: Tensor, first: Tensor, second: Tensor) -> None:
-        """Adds to sum w (z - m) and sum w (z - m) (z - m)^T of the one mixture."""
-        self.dlogits[0, self.components] += weights.flatten(0, 1).T @ scale.flatten()
-        whitened, weights, tril = prepared[0], self._weights(weights, scale), prepared[4]
+    def central_moments(self, prepared, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """sum w (z - m) [k, D] and sum w (z - m) (z - m)^T [k, D, D]."""
+        whitened, tril = prepared[0], prepared[4]
         difference = whitened @ tril.mT
-        first[self.components] += (weights * difference).sum(-2)[0]
-        second[self.components] += ((weights * difference).mT @ difference)[0]
+        weighted = self._inward(weights).transpose(1, 2).unsqueeze(-1) * difference
+        return weighted.sum(-2)[0], (weighted.mT @ difference)[0]

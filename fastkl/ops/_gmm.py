@@ -64,11 +64,11 @@ def _fake_forward(z, logvar, logits, means, logvars, scale_tril, form, precision
 def _backward(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, precision, data, parameters):
     mixture = (logits, means, logvars, scale_tril)
     total = dlp.reshape(-1, logits.shape[0]).sum(0, dtype=torch.float64 if len(logits) == 1 else None)
-    buffers = gradient_buffers(mixture, reference.compute_dtype(z, logvar, *mixture)) if parameters else []
-    rows = add_gradients(dlp, kept, z, logvar, mixture, form, precision, data, buffers)
+    rows, sums = summed_gradients(dlp, kept, z, logvar, mixture, form, precision, data, parameters)
     if parameters:
-        sweeps.subtract_softmax(buffers[0], logits, total)
-    return matched([*rows, *buffers], z, logvar, mixture, data, parameters)
+        sums[0] = sums[0].to(total.dtype)
+        sweeps.subtract_softmax(sums[0], logits, total)
+    return matched([*rows, *sums], z, logvar, mixture, data, parameters)
 
 
 def _at_once(dlp, kept, z, logvar, mixture, form) -> list[Tensor | None]:
@@ -81,17 +81,23 @@ def _at_once(dlp, kept, z, logvar, mixture, form) -> list[Tensor | None]:
     return at_once(weights_of, z, logvar, *mixture, form)
 
 
-def add_gradients(dlp, kept, z, logvar, mixture, form, precision, data: bool, buffers: list[Tensor]) -> list[Tensor]:
-    """[dz, dlogvar if there] if `data`; what `buffers` holds is added to: the sum of the weights [I, K], dmeans, and
-    dlogvars or dscale_tril if there. All in the compute dtype."""
+def summed_gradients(
+    dlp, kept, z, logvar, mixture, form, precision, data: bool, parameters: bool, buffers: list[Tensor] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """([dz, dlogvar if there] if `data`, [sum of the weights [I, K], dmeans, dlogvars or dscale_tril if there] if
+    `parameters`, added to `buffers` where these are given), in the compute dtype; the latter may have to be summed to
+    their tensors' shapes."""
     _, means, _, scale_tril = mixture
-    if not is_small(z, means, scale_tril):
-        sweep = sweeps.Sweep(z, logvar, *mixture, form, precision)
-        return sweeps.gradients(sweep, sweeps.Weights(sweep, dlp, *kept), data, buffers)
-    found = _at_once(dlp, kept, z, logvar, mixture, form)
-    for buffer, gradient in zip(buffers, wanted(found, False, True)):
-        buffer += gradient.sum_to_size(buffer.shape)
-    return wanted(found, data, False)
+    if is_small(z, means, scale_tril):
+        found = _at_once(dlp, kept, z, logvar, mixture, form)
+        sums = wanted(found, False, parameters)
+        for buffer, gradient in zip(buffers or (), sums):
+            buffer += gradient.sum_to_size(buffer.shape)
+        return wanted(found, data, False), sums
+    sweep = sweeps.Sweep(z, logvar, *mixture, form, precision)
+    if buffers is None:
+        buffers = gradient_buffers(mixture, sweep.dtype) if parameters else []
+    return sweeps.gradients(sweep, sweeps.Weights(sweep, dlp, *kept), data, buffers), buffers
 
 
 def wanted(tensors, data: bool, parameters: bool) -> list[Tensor]:

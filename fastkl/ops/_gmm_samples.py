@@ -16,13 +16,13 @@ from fastkl.ops import _mixture as sweeps
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._gmm import (
     MIXTURE,
-    add_gradients,
     differentiable_gradients,
     fake_gradients,
     gradient_buffers,
     joined,
     matched,
     softmax_of,
+    summed_gradients,
     values,
 )
 from fastkl.ops._mixture import by_datum
@@ -91,10 +91,10 @@ def _backward(dkl, mu, logvar, seed, logits, means, logvars, scale_tril, num_sam
         weight = dlp[block.rows]
         for eps, z in block.samples(seed, num_samples):
             _, *kept = values(z, None, *block.mixture, "point", precision, sweeps.keep_for(z, logits, dtype))
-            settings = (block.mixture, "point", precision, data, block.of(buffers))
-            dz = add_gradients(weight.repeat(len(eps)), kept, z, None, *settings)
+            settings = (block.mixture, "point", precision, data, parameters, block.of(buffers))
+            found, _ = summed_gradients(weight.repeat(len(eps)), kept, z, None, *settings)
             if data:
-                dz = dz[0].view(eps.shape)
+                dz = found[0].view(eps.shape)
                 if stl:
                     dz.addcdiv_(weight.unsqueeze(-1) * eps, block.sigma)
                 rows[0][block.rows] += dz.sum(0)

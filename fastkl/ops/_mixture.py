@@ -239,13 +239,12 @@ def gradients(sweep: Sweep, weights: Weights, data: bool, buffers: list[Tensor] 
 
 def subtract_softmax(dlogits: Tensor, logits: Tensor, total: Tensor) -> None:
     """dlogits -= softmax(logits) total, total [I] the sum of dlp over the rows that share logits."""
-    for gradient, rows, sums in zip(
-        *(
-            tensor.split(max(1, (1 << 20) // max(1, logits.shape[1])))
-            for tensor in (dlogits, logits, total.unsqueeze(-1))
-        )
-    ):
-        gradient.sub_(torch.softmax(rows.to(gradient.dtype), -1).mul_(sums))
+    step = max(1, (1 << 20) // max(1, logits.shape[1]))
+    if len(logits) <= step:
+        dlogits.addcmul_(torch.softmax(logits, -1, dtype=dlogits.dtype), total.unsqueeze(-1), value=-1)
+        return
+    for some in zip(dlogits.split(step), logits.split(step), total.split(step)):
+        subtract_softmax(*some)
 
 
 def moments(sweep: Sweep, keep: int) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _mixture as sweeps
 from fastkl.ops import _mixture_arguments as mixtures
-from fastkl.ops._gmm import MIXTURE
+from fastkl.ops._gmm import MIXTURE, is_small, prepare
 from fastkl.ops._register import apply, register, without_autocast
 
 
@@ -25,6 +25,10 @@ class GMMMoments(NamedTuple):
 
 @without_autocast
 def _forward(z, logits, means, logvars, scale_tril) -> list[Tensor]:
+    if is_small(z, means, scale_tril):
+        part, prepared = prepare(z, None, logits, means, logvars, scale_tril, "point")
+        joint = part.joint(prepared, torch.log_softmax(logits.to(part.dtype), -1))
+        return [joint.logsumexp(-1).flatten(), *part.moments(prepared, torch.softmax(joint, -1))]
     sweep = sweeps.Sweep(z, None, logits, means, logvars, scale_tril, "point", "exact")
     return sweeps.moments(sweep, sweeps.keep_for(z, logits, sweep.dtype))
 
