@@ -112,6 +112,9 @@ class _GumbelSoftmax(torch.autograd.Function):
 
 def check_tau(tau: float | Tensor, logits: Tensor) -> tuple[Tensor | None, float]:
     """(tensor or None, number): which of the two is the temperature."""
+    if isinstance(tau, (np.generic, np.ndarray)) and tau.ndim == 0:
+        # Traced, a number of NumPy's is a tensor already.
+        tau = torch.as_tensor(tau) if torch.compiler.is_compiling() else tau.item()
     if isinstance(tau, Tensor):
         arguments.check_tensors(tau=tau)
         if tau.dim():
@@ -120,8 +123,6 @@ def check_tau(tau: float | Tensor, logits: Tensor) -> tuple[Tensor | None, float
         if known and not torch._C._functorch.is_functorch_wrapped_tensor(tau):
             _check_temperature(tau.item())
         return tau.to(logits.device), 1.0
-    if isinstance(tau, (np.generic, np.ndarray)) and tau.ndim == 0:
-        tau = tau.item()
     if isinstance(tau, bool) or not isinstance(tau, (numbers.Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"tau must be a number or a tensor without dimensions, got {type(tau).__name__}")
     _check_temperature(tau)
