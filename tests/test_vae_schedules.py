@@ -59,7 +59,8 @@ def test_tau_falls_from_where_the_prior_begins_to_the_end(tmp_path, monkeypatch,
         "tau": 2.0, "final_tau": 0.25, "tau_schedule": schedule,
     }  # fmt: skip
     bracket = state["history"]["mixture"]
-    assert (bracket[0][0], bracket[0][5], bracket[-1][5]) == (4, 2.0, 0.25)
+    assert [row[0] for row in bracket] == list(range(4, 13))
+    assert [row[5] for row in bracket] == pytest.approx([2.0, *TAUS[schedule]]), "that of the step just done"
     level, _ = recorded(monkeypatch, tmp_path / "level", "--kl", "relaxed", "--tau", "0.5", "--final-tau", "0.5")
     assert [tau for _, tau, _, _ in level] == [0.5] * 12
 
