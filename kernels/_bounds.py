@@ -30,11 +30,10 @@ def blocks(dtype: torch.dtype, kind: str, rows: int, components: int, *, tail: b
     if kind == "components":
         warps = min(8, next_power_of_2(cdiv(rows, 32)))
         return {"ROWS": (2 if half else 8) * warps, "COMPONENTS": 32, "num_warps": warps}
-    components_each = 16 >> (max(tail, 2 * half) if kind == "forward" else max(2 * tail, 3 * half))
-    if kind == "rows" and cdiv(rows, 64) < PROGRAMS // 2:  # few programs: its warps share a sum over components
-        warps = min(4, next_power_of_2(cdiv(components, 32)))
-        return {"ROWS": 32, "COMPONENTS": components_each * warps, "num_warps": warps}
-    return {"ROWS": 32, "COMPONENTS": components_each, "num_warps": 1}
+    few = kind == "rows" and cdiv(rows, 64) < PROGRAMS // 2  # programs: the warps of one share a sum over components
+    warps = min(4, next_power_of_2(cdiv(components, 32))) if few else 1
+    halvings = max(tail, 2 * half) if kind == "forward" else max(2 * tail, 3 * half, warps == 1)
+    return {"ROWS": 32, "COMPONENTS": (16 >> halvings) * warps, "num_warps": warps}
 
 
 @triton.jit
