@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fastkl import reference
-from fastkl.mixtures import NORMAL_KEY, rsample_gmm
+from fastkl.mixtures import SECOND_KEY, rsample_gmm
 
 from harness import Case, leaves
 
@@ -20,7 +20,7 @@ def formula(logits, means, logvars):
 
 def definition(logits, means, logvars, seed):
     y = reference.gumbel_softmax(logits, 0.7, seed=seed)
-    eps = reference.normal_noise(seed ^ NORMAL_KEY, (*logits.shape[:-1], means.shape[-1]))
+    eps = reference.normal_noise(seed ^ SECOND_KEY, (*logits.shape[:-1], means.shape[-1]))
     return y @ means + (y @ (0.5 * logvars).exp()) * eps
 
 
