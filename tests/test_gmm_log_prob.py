@@ -166,3 +166,15 @@ def test_a_point_infinitely_far_away(monkeypatch, small, components):
         torch.testing.assert_close(actual, expected, equal_nan=True)
     bound = fastkl.kl_gmm(z, torch.zeros_like(z), logits, means, method="upper")
     assert (bound[[0, 2, 4]] == infinity).all()
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_only_the_gradients_asked_for(monkeypatch, small):
+    monkeypatch.setattr(_gmm, "SMALL", _gmm.SMALL if small else 0)
+    mixture = (draw(1, K), draw(1, K, D), draw(1, K, D), None)
+    settings = (draw(N, D), None, *mixture, "point", "exact")
+    dlp, *kept = _gmm.gmm_log_prob_fwd(*settings, 1)
+    for data in (False, True):
+        for parameters in (False, True):
+            found = _gmm.gmm_log_prob_bwd(dlp, kept, *settings, data, parameters)
+            assert len(found) == data + 3 * parameters

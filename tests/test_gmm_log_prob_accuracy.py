@@ -85,6 +85,15 @@ def test_sums_over_many_rows(size):
         assert (gradient.double() - truth).abs().max() < 1e-5 * truth.abs().max()
 
 
+def test_weights_for_each_of_many_rows():
+    """Their softmax is taken in blocks of a million."""
+    shapes = [(1300, 1), (1300, 1000), (1000, 1)]
+    inputs = [draw(*shape, seed=seed, dtype=torch.float32) for seed, shape in enumerate(shapes)]
+    actual = gradients(fastkl.gmm_log_prob, *inputs)[1][1]
+    expected = gradients(reference.gmm_log_prob, *(tensor.double() for tensor in inputs))[1][1]
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-8)
+
+
 # (N, K, D), whether weights are kept for backward; the last two are cut into several slices of components
 SIZES = {
     (4096, 500, 40): True,

@@ -31,6 +31,7 @@ SHAPES = {  # z, logits, means, logvars or scale_tril
     "samples last, weights alone for each datum": ((N, 4, D), (N, 1, K), (K, D), (D,)),
     "weights along one dimension, components along another": ((N, 4, D), (N, 1, K), (4, K, D), (K, D)),
     "means along one dimension, variances along another": ((N, 2, 4, D), (K,), (N, 1, 1, K, D), (4, K, D)),
+    "two dimensions of samples last": ((N, 2, 4, D), (K,), (N, 1, 1, K, D), (K, D)),
     "samples first and last": ((2, N, 4, D), (K,), (N, 1, K, D), (1, N, 1, K, D)),
     "samples in the middle": ((2, 4, N, D), (2, 1, N, K), (2, 1, N, K, D), (K, D)),
     "one point for the samples last": ((N, 1, D), (K,), (N, 1, K, D), (4, K, D)),

@@ -8,7 +8,7 @@ from fastkl import reference
 from fastkl.ops import _gmm
 
 from gmm_helpers import BACKENDS, draw, ordinary, triangles
-from helpers import implementation
+from helpers import DTYPES, implementation
 
 
 @pytest.mark.parametrize("small", [True, False])
@@ -62,3 +62,12 @@ def test_vmap(backend, full, case):
 def test_no_gradient():
     z, logits, means = (tensor.requires_grad_() for tensor in ordinary()[:3])
     assert not any(part.requires_grad for part in fastkl.gmm_moments(z, logits, means))
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_dtypes(monkeypatch, small):
+    """The sums of shared weights are taken in float64; what is returned is in the compute dtype."""
+    monkeypatch.setattr(_gmm, "SMALL", _gmm.SMALL if small else 0)
+    for dtype in DTYPES:
+        found = fastkl.gmm_moments(*(tensor.to(dtype) for tensor in ordinary()))
+        assert {part.dtype for part in found} == {torch.promote_types(dtype, torch.float32)}
