@@ -19,7 +19,7 @@ from fastkl.ops._components import Differences, Expansion, Full, Mixture
 # Bytes of what a slice of components needs, and of the responsibilities that forward keeps; _components has a block's.
 COMPONENTS_BYTES = 12 << 20
 KEPT_BYTES = 10 << 20
-# Data with their own components that one block takes at most, so that their matrices are bounded as well.
+# Data with their own components in a block of several samples, or with matrices, which are bounded so as well.
 BLOCK_DATA = 16
 # A responsibility below exp of this is 0, and not a subnormal number, whose arithmetic is some 30 times slower.
 NEGLIGIBLE = {torch.float32: -60.0, torch.float64: -600.0}
@@ -96,7 +96,9 @@ class Sweep:
 
     def blocks(self, part) -> Iterator[tuple[slice, slice]]:
         """(samples, data) of about part.rows rows."""
-        rows = min(part.rows, BLOCK_DATA) if self.mixture.means.shape[0] > 1 else part.rows
+        rows = part.rows
+        if self.mixture.means.shape[0] > 1:  # many samples of a datum share what is made of its components
+            rows = min(rows, max(BLOCK_DATA, 0 if self.mixture.scale_tril is not None else rows // self.samples))
         per_sample = min(self.data, rows)
         for data in _slices(self.data, per_sample):
             for samples in _slices(self.samples, part.rows // max(1, per_sample)):
@@ -158,12 +160,15 @@ def fill_responsibilities(sweep: Sweep, lp: Tensor, out: Tensor) -> None:
 
 def log_responsibilities(sweep: Sweep) -> Tensor:
     """ln p(k | z) [R, K]."""
-    lp = sweep.by_datum(log_prob(sweep, keep=1)[1])
-    out = sweep.z.new_empty((*lp.shape, sweep.mixture.means.shape[1]), dtype=sweep.dtype)
+    lp, count = None, sweep.mixture.means.shape[1]
+    out = sweep.z.new_empty((sweep.samples, sweep.data, count), dtype=sweep.dtype)
     for part in sweep.parts():
+        if lp is None and (part.components.start, part.components.stop) != (0, count):
+            lp = sweep.by_datum(log_prob(sweep, keep=1)[1]).unsqueeze(-1)
         for samples, data in sweep.blocks(part):
             joint = sweep.joint(part, sweep.prepare(part, samples, data), data)
-            out[samples, data, part.components] = (joint - lp[samples, data].unsqueeze(-1)).to(out.dtype)
+            log_r = torch.log_softmax(joint, -1) if lp is None else joint - lp[samples, data]
+            out[samples, data, part.components] = log_r
     return out.flatten(0, 1)
 
 
