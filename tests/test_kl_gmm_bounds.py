@@ -116,6 +116,14 @@ def test_gradient_of_one_bound_alone(wanted):
     check(draw(20, 6, 3), wanted=wanted)
 
 
+@pytest.mark.parametrize("wanted", [(True, True), (True, False)], ids=["both", "lower"])
+def test_gradients_in_16_bits_are_rounded_once(wanted):
+    """Also where each bound has an op of its own, as in torch ops."""
+    tensors = draw(dtype=torch.bfloat16)
+    narrow, wide = (evaluate(fastkl.kl_gmm_bounds, tensors, t, wanted) for t in (torch.bfloat16, torch.float32))
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(narrow, wide, strict=True))
+
+
 def test_gradients_of_data_and_of_parameters_alone_are_the_same_bits():
     tensors = draw(20, 6, 3)
     everything = fused_results(tensors)
