@@ -1,15 +1,14 @@
-"""What the kernels of the shared-mixture ops have in common: prepared parameters, the inner loop, the finishing sums.
+"""What the kernels of the shared-mixture ops have in common: the tile, and the loop over dimensions, four at once.
 
-A prepare kernel writes the mixture once as [D, K] (components side by side, padded so that the inner loops need no
-mask): a root of the precision s and (m - c) s, or for the convolved form the variance and the mean. The inner loops run
-over d, four at a time, and a thread owns whole rows (by_rows: tiles are [components, rows], so that a sum over
-components stays in the thread) or whole components ([rows, components], for sums over rows).
+A tile of rows x components is [own, TERMS, groups, LANES]. By rows, own * LANES are its rows and groups * TERMS its
+components, over which sums are taken; else the other way round. Triton deals the last dimensions out to the threads and
+warps first: a thread has own * TERMS elements, loads what belongs to one row or component once for many of the other,
+TERMS neighbours 16 bytes at a time, and keeps most of a sum to itself.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -17,166 +16,53 @@ import triton.language as tl
 
 from fastkl.kernels._device import LN2, exp
 from fastkl.kernels._layout import PROGRAMS, cdiv, next_power_of_2, share
+from fastkl.kernels._mixture_prepare import STEP, TRITON_DTYPE, add_exponentials, prepare  # noqa: F401
 
-TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
-PAD = 128  # components are padded to whole tiles, of 128 at most, dimensions to whole steps of the inner loop
-STEP = 4
 # Bytes that partial sums may take, all splits together, unless a single one takes more.
 PARTIAL_BYTES = 32 << 20
-PREPARE = {"COMPONENTS": 32, "COLUMNS": 32, "ROWS": 8, "LOGITS": 128}
+ENOUGH = 264  # programs: two for each multiprocessor of a large GPU
 
 
-# ---- Prepared parameters ---------------------------------------------------------------------------------------------
-
-
-class Mixture(NamedTuple):
-    """What the prepare kernel wrote; `pointers` and `shape` go to the kernels."""
-
-    normaliser: torch.Tensor  # [I] ln sum exp logits
-    centre: torch.Tensor  # [D padded], taken off z before anything else
-    constants: torch.Tensor  # [K padded] logits (where shared), determinant, 2 pi; -inf in the padding
-    roots: torch.Tensor  # [D padded, K padded] exp(-logvars / 2); convolved: exp(logvars)
-    means: torch.Tensor  # [D padded, K padded] (means - centre) roots; convolved: means
-
-    @property
-    def padded(self) -> int:
-        return self.roots.shape[1]
-
-
-@triton.jit
-def prepare_kernel(
-    logits, means, logvars, normaliser, centre, constants, roots, scaled_means, shape, strides,
-    CONVOLVED: tl.constexpr, SHARED: tl.constexpr, DTYPE: tl.constexpr,
-    COMPONENTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, LOGITS: tl.constexpr,
-):  # fmt: skip
-    """One program per tile of parameters, then one per block of rows of logits."""
-    rows, components, columns, padded_components, padded_columns, column_blocks, tiles = shape
-    program = tl.program_id(0)
-    if program >= tiles:
-        row = (program - tiles) * ROWS + tl.arange(0, ROWS)
-        top = tl.full([ROWS], float("-inf"), dtype=DTYPE)
-        total = tl.zeros([ROWS], dtype=DTYPE)
-        for start in range(0, components, LOGITS):
-            component = start + tl.arange(0, LOGITS)
-            mask = (row < rows)[:, None] & (component < components)[None, :]
-            at = row.to(tl.int64)[:, None] * strides[0][0] + component.to(tl.int64)[None, :] * strides[0][1]
-            value = tl.load(logits + at, mask, other=float("-inf")).to(DTYPE)  # a weight of zero
-            top, total = add_exponentials(top, total, value, 1)
-        tl.store(normaliser + row, top + tl.log(total), mask=row < rows)
-    else:
-        component = program // column_blocks * COMPONENTS + tl.arange(0, COMPONENTS)
-        column = program % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
-        real = component < components
-        mask = real[:, None] & (column < columns)[None, :]
-        at = component.to(tl.int64)[:, None] * strides[1][0] + column.to(tl.int64)[None, :] * strides[1][1]
-        m = tl.load(means + at, mask, other=0.0).to(DTYPE)
-        v = tl.zeros([COMPONENTS, COLUMNS], dtype=DTYPE)
-        if logvars is not None:
-            at = component.to(tl.int64)[:, None] * strides[2][0] + column.to(tl.int64)[None, :] * strides[2][1]
-            v += tl.load(logvars + at, mask, other=0.0).to(DTYPE)  # a variance of 1
-        at = column.to(tl.int64)[None, :] * padded_components + component[:, None]
-        inside = (component < padded_components)[:, None] & (column < padded_columns)[None, :]
-        if CONVOLVED:
-            # Padding: a dimension has a difference of 0, and a variance of 0 beside which q's is 1; ln 1 = 0.
-            tl.store(roots + at, tl.where((column < columns)[None, :], exp(v), 0.0), inside)
-            tl.store(scaled_means + at, m, inside)
-        else:
-            # The average of the first components where it dwarfs their distances, so that shifting z and means together
-            # changes next to nothing; z - c is then exact. Elsewhere 0: z - c would only be rounded.
-            some = tl.arange(0, COMPONENTS)
-            at_some = some.to(tl.int64)[:, None] * strides[1][0] + column.to(tl.int64)[None, :] * strides[1][1]
-            inside_some = (some < components)[:, None] & (column < columns)[None, :]
-            first = tl.load(means + at_some, inside_some, other=0.0).to(DTYPE)
-            average = tl.sum(first, axis=0) / tl.minimum(components, COMPONENTS)
-            distance = tl.max(tl.where(inside_some, tl.abs(first - average[None, :]), 0.0), axis=0)
-            c = tl.where(tl.abs(average) > 2.0 * distance, average, 0.0)
-            s = exp(-0.5 * v)
-            tl.store(roots + at, tl.where(mask, s, 0.0), inside)
-            tl.store(scaled_means + at, tl.where(mask, (m - c[None, :]) * s, 0.0), inside)
-            if program < column_blocks:
-                tl.store(centre + column, c, mask=column < padded_columns)
-        if program % column_blocks == 0:
-            log_scale = tl.zeros([COMPONENTS, COLUMNS], dtype=DTYPE)
-            if logvars is not None and not CONVOLVED:
-                for start in range(0, columns, COLUMNS):
-                    each = start + tl.arange(0, COLUMNS)
-                    at = component.to(tl.int64)[:, None] * strides[2][0] + each.to(tl.int64)[None, :] * strides[2][1]
-                    log_scale += tl.load(logvars + at, real[:, None] & (each < columns)[None, :], other=0.0).to(DTYPE)
-            half_log = tl.full([COMPONENTS], 0.9189385332046727, dtype=DTYPE)  # 1/2 ln 2 pi
-            constant = -0.5 * tl.sum(log_scale, axis=1) - half_log * columns
-            if SHARED:
-                constant += tl.load(logits + component * strides[0][1], real, other=0.0).to(DTYPE)
-            tl.store(constants + component, tl.where(real, constant, float("-inf")), component < padded_components)
-
-
-def prepare(logits, means, logvars, form: str, dtype: torch.dtype) -> Mixture:
-    """means is [1, K, D], logvars broadcasts with it."""
-    _, components, columns = means.shape
-    rows, device = logits.shape[0], means.device
-    pad = min(PAD, max(32, next_power_of_2(components)))
-    padded_components, padded_columns = cdiv(components, pad) * pad, cdiv(columns, STEP) * STEP
-    empty = {"dtype": dtype, "device": device}
-    mixture = Mixture(
-        torch.empty(rows, **empty), torch.empty(padded_columns, **empty), torch.empty(padded_components, **empty),
-        torch.empty((padded_columns, padded_components), **empty),
-        torch.empty((padded_columns, padded_components), **empty),
-    )  # fmt: skip
-    column_blocks = max(1, cdiv(padded_columns, PREPARE["COLUMNS"]))
-    tiles = column_blocks * cdiv(padded_components, PREPARE["COMPONENTS"])
-    full = None if logvars is None else logvars.expand(means.shape)
-    prepare_kernel[(tiles + cdiv(rows, PREPARE["ROWS"]),)](
-        logits, means, full, *mixture,
-        (rows, components, columns, padded_components, padded_columns, column_blocks, tiles),
-        (logits.stride(), means.stride()[1:], means.stride()[1:] if full is None else full.stride()[1:]),
-        CONVOLVED=form == "convolved", SHARED=rows == 1, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **PREPARE,
-    )  # fmt: skip
-    return mixture
-
-
-def blocks(
-    dtype: torch.dtype, form: str, kind: str, rows: int, components: int, *, own: bool, tail: bool
-) -> dict[str, int]:  # fmt: skip
+def blocks(dtype: torch.dtype, form: str, kind: str, rows: int, components: int, *, own: bool, tail: bool) -> dict:
     """A tile of rows x components for the forward kernel, that by "rows" or that by "components".
 
-    A thread owns two rows and 16 components, or one component and 32 rows; fewer where an element takes more registers.
-    Sums that few rows or components would leave to few programs are shared by the warps of one, which saves partial
-    sums in memory. `own`: each row has logits of its own; `tail`: its last step of the inner loop is masked.
+    A thread has two of one and 16 of the other, over which sums are; fewer where an element takes more registers, down
+    to 1 by 2. Sums that few rows or components would leave to few programs are shared by the warps of one, which saves
+    partial sums in memory. `own`: each row has logits of its own; `tail`: its last step of the inner loop is masked.
     """
-    few = kind == "rows" and cdiv(rows, 64) < PROGRAMS // 2
     half = dtype == torch.float64
-    halvings = half + (form == "convolved") * (1 + half) + own * (2 if kind == "rows" else 1)
+    halvings = half + (form == "convolved") * (1 + half) + own * (1 + (kind == "rows") * (1 + (form == "convolved")))
     halvings += (form == "expected") * (tail + (kind != "forward" or own or half) + (own and kind == "forward"))
-    if kind == "components":
-        halvings = max(halvings, 2 * (form == "expected"))
-        warps = min(8, next_power_of_2(cdiv(rows, 32)))
-        return {"ROWS": max(4, 32 >> halvings) * warps, "COMPONENTS": 32, "num_warps": warps}
+    few = cdiv(rows, 64) < PROGRAMS // 2
+    halvings += (form == "point" and tail) * (2 if kind == "rows" else kind != "forward")
     if kind == "rows" and half:
         halvings = max(2, halvings + (form == "convolved"))
-    least = 2 if kind == "rows" else 4
-    if few:
-        warps = min(4, next_power_of_2(cdiv(components, 32)))
-        return {"ROWS": 32, "COMPONENTS": max(least, 32 >> halvings) * warps, "num_warps": warps}
-    return {"ROWS": 32 if halvings else 64, "COMPONENTS": max(least, 16 >> max(0, halvings - 1)), "num_warps": 1}
+    owned = 2 if halvings < 2 else 1
+    halvings += kind == "rows" and form == "expected" and owned == 2 and not few
+    terms = max(2, (32 // owned) >> halvings)
+    if kind == "components":
+        # Programs of few components share out as many rows in fewer parts, and so write fewer partial sums, but every
+        # program reads these rows of z: only where there are few programs, and L2 has the time.
+        lanes = 4 if half or rows * components < 2 * ENOUGH * 512 * terms else 16
+        lanes = 32 if components >= 64 * ENOUGH else lanes
+        groups = min(256 // lanes, max(32 // lanes, next_power_of_2(cdiv(rows, terms))))
+        tile = {"ROWS": terms * groups, "COMPONENTS": owned * lanes}
+    else:
+        lanes = 32
+        groups = min(4 if own else 8, next_power_of_2(cdiv(components, terms))) if few else 1
+        tile = {"ROWS": owned * lanes, "COMPONENTS": terms * groups}
+    return {**tile, "TERMS": terms, "LANES": lanes, "num_warps": groups * lanes // 32}
 
 
 def split(total: int, block: int, others: int, partial_bytes: int, read_bytes: float = math.inf) -> tuple[int, int]:
     """(length, count): `total` cut so that, with `others` programs each, a GPU is full and the partial sums bounded;
-    also by what is read in any case, where half of the programs are enough."""
+    also by what is read in any case, unless that leaves too few programs: time is worth more than such traffic."""
     partial_bytes = max(1, partial_bytes)
-    enough = max(cdiv(PROGRAMS // 2, others), read_bytes / partial_bytes)
+    enough = max(cdiv(ENOUGH, others), read_bytes / partial_bytes)
     return share(total, block, int(min(cdiv(PROGRAMS, others), enough, max(1, PARTIAL_BYTES // partial_bytes))))
 
 
 # ---- Device functions ------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def add_exponentials(top, total, value, AXIS: tl.constexpr):
-    """(top, total) with total exp(top) = a sum of exponentials, after `value`'s are added; -inf everywhere is legal."""
-    new = tl.maximum(top, tl.max(value, axis=AXIS))
-    reference = tl.where(new == float("-inf"), 0.0, new)  # -inf - -inf would be NaN
-    total = total * exp(top - reference) + tl.sum(exp(value - tl.expand_dims(reference, AXIS)), axis=AXIS)
-    return new, total
 
 
 @triton.jit
@@ -234,18 +120,52 @@ def load_centred(at, centre, start, columns, FORM: tl.constexpr, TAIL: tl.conste
 
 
 @triton.jit
+def own_index(COUNT: tl.constexpr, LANES: tl.constexpr):
+    lane = tl.arange(0, LANES) * (COUNT // LANES)
+    return tl.arange(0, COUNT // LANES)[:, None, None, None] + lane[None, None, None, :]
+
+
+@triton.jit
+def term_index(COUNT: tl.constexpr, TERMS: tl.constexpr):
+    return tl.arange(0, TERMS)[None, :, None, None] + (tl.arange(0, COUNT // TERMS) * TERMS)[None, None, :, None]
+
+
+@triton.jit
+def component_index(COMPONENTS: tl.constexpr, BY_ROWS: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr):
+    """A tile's components, with dimensions of size 1 for its rows."""
+    return term_index(COMPONENTS, TERMS) if BY_ROWS else own_index(COMPONENTS, LANES)
+
+
+@triton.jit
+def row_index(ROWS: tl.constexpr, BY_ROWS: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr):
+    return own_index(ROWS, LANES) if BY_ROWS else term_index(ROWS, TERMS)
+
+
+@triton.jit
+def of_rows(x, BY_ROWS: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr):
+    """[ROWS] with dimensions of size 1 for a tile's components."""
+    # Not by one reshape: indexing with None also keeps the layout in which x was loaded from becoming the tile's.
+    if BY_ROWS:
+        return tl.permute(tl.reshape(x, [LANES, x.shape[0] // LANES]), [1, 0])[:, None, None, :]
+    else:
+        return tl.permute(tl.reshape(x, [x.shape[0] // TERMS, TERMS]), [1, 0])[None, :, :, None]
+
+
+@triton.jit
 def squares(
     z_at, logvar_at, centre, roots, scaled_means, columns, padded, steps,
-    FORM: tl.constexpr, TAIL: tl.constexpr, BY_ROWS: tl.constexpr,
-    ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DTYPE: tl.constexpr,
+    FORM: tl.constexpr, TAIL: tl.constexpr, BY_ROWS: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr,
+    TERMS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """-2 (ln N_k(z) - constant_k) for a tile: [COMPONENTS, ROWS] by rows, else [ROWS, COMPONENTS].
+    """-2 (ln N_k(z) - constant_k) for a tile.
 
     z_at and logvar_at are [ROWS, 4] pointers to the first columns, steps their distance to the next four; roots and
     scaled_means point at the first component, in rows of `padded` elements.
     """
-    total = tl.zeros([COMPONENTS, ROWS] if BY_ROWS else [ROWS, COMPONENTS], dtype=DTYPE)
-    lanes = tl.arange(0, COMPONENTS)  # constants, so that they become part of the load instructions
+    OWN: tl.constexpr = (ROWS if BY_ROWS else COMPONENTS) // LANES
+    GROUPS: tl.constexpr = (COMPONENTS if BY_ROWS else ROWS) // TERMS
+    total = tl.zeros([OWN, TERMS, GROUPS, LANES], dtype=DTYPE)
+    lanes = component_index(COMPONENTS, BY_ROWS, TERMS, LANES)  # the same in every step
     for start in range(0, columns, 4):
         zs = four(load_centred(z_at, centre, start, columns, FORM, TAIL, DTYPE), ROWS)
         z_at += steps[0]
@@ -256,22 +176,22 @@ def squares(
             product = tl.full(total.shape, 1.0, dtype=DTYPE)
             exponent = tl.zeros(total.shape, dtype=tl.int32)
         for i in tl.static_range(4):
-            s = by_component(tl.load(roots + lanes), BY_ROWS)
-            ms = by_component(tl.load(scaled_means + lanes), BY_ROWS)
+            s = tl.load(roots + lanes)
+            ms = tl.load(scaled_means + lanes)
             roots += padded
             scaled_means += padded
             if FORM == "convolved":
-                t = by_row(zs[i], BY_ROWS) - ms
-                spread = s + by_row(vs[i], BY_ROWS)
+                t = of_rows(zs[i], BY_ROWS, TERMS, LANES) - ms
+                spread = s + of_rows(vs[i], BY_ROWS, TERMS, LANES)
                 total += t * t / spread
                 fraction, power = fraction_and_exponent(spread)
                 product *= fraction
                 exponent += power
             else:
-                t = by_row(zs[i], BY_ROWS) * s - ms
+                t = of_rows(zs[i], BY_ROWS, TERMS, LANES) * s - ms
                 total += t * t
                 if FORM == "expected":
-                    total += by_row(vs[i], BY_ROWS) * (s * s)
+                    total += of_rows(vs[i], BY_ROWS, TERMS, LANES) * (s * s)
         if FORM == "convolved":  # one logarithm for four variances
             total += tl.log(product) + exponent.to(DTYPE) * LN2
     return total
@@ -280,26 +200,26 @@ def squares(
 @triton.jit
 def joint_tile(
     z_at, logvar_at, logits, normaliser, centre, constants, roots, scaled_means, row, start, shape, steps, strides,
-    FORM: tl.constexpr, TAIL: tl.constexpr, BY_ROWS: tl.constexpr,
-    ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DTYPE: tl.constexpr,
+    FORM: tl.constexpr, TAIL: tl.constexpr, BY_ROWS: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr,
+    TERMS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """ln pi_k + ln N_k(z) for a tile; logits is None where they are shared, and part of the constants.
 
     Always by the same operations in the same order: backward subtracts the saved log-density from these very values.
     """
     columns, components, padded = shape
-    component = start + tl.arange(0, COMPONENTS)
     total = squares(
         z_at, logvar_at, centre, roots + start, scaled_means + start, columns, padded, steps,
-        FORM, TAIL, BY_ROWS, ROWS, COMPONENTS, DTYPE,
+        FORM, TAIL, BY_ROWS, ROWS, COMPONENTS, TERMS, LANES, DTYPE,
     )  # fmt: skip
+    component = start + component_index(COMPONENTS, BY_ROWS, TERMS, LANES)
     constant = tl.load(constants + component)
     if logits is None:
-        joint = by_component(constant - tl.load(normaliser), BY_ROWS) - 0.5 * total
+        joint = (constant - tl.load(normaliser)) - 0.5 * total
     else:
         column = tl.minimum(component, components - 1).to(tl.int64)  # the padding's constants are -inf already
-        at = by_row(row.to(tl.int64) * strides[0], BY_ROWS) + by_component(column * strides[1], BY_ROWS)
+        at = of_rows(row.to(tl.int64) * strides[0], BY_ROWS, TERMS, LANES) + column * strides[1]
         weight = tl.load(logits + at).to(DTYPE)
-        weight -= by_row(tl.load(normaliser + row), BY_ROWS)
-        joint = weight + (by_component(constant, BY_ROWS) - 0.5 * total)
+        weight -= of_rows(tl.load(normaliser + row), BY_ROWS, TERMS, LANES)
+        joint = weight + (constant - 0.5 * total)
     return joint

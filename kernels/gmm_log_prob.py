@@ -6,9 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from fastkl.kernels._device import exp
 from fastkl.kernels._layout import cdiv, compute_dtype
-from fastkl.kernels._mixture import STEP, TRITON_DTYPE, add_exponentials, blocks, joint_tile, prepare, split
+from fastkl.kernels._mixture import blocks, joint_tile, of_rows, split, term_index
 from fastkl.kernels._mixture_gradient import gradients
+from fastkl.kernels._mixture_prepare import STEP, TRITON_DTYPE, add_exponentials, prepare
 
 
 def module(means, scale_tril, precision):
@@ -33,7 +35,8 @@ def has_kernel(means, scale_tril, form):
 def gmm_fwd_kernel(
     z, logvar, logits, normaliser, centre, constants, roots, scaled_means, lp, joints, rows, logit_rows, shape,
     strides, components_per_program, splits,
-    FORM: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DTYPE: tl.constexpr,
+    FORM: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, TERMS: tl.constexpr,
+    LANES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """`splits` programs share a block of rows; lp is [splits, rows], float64. joints [rows, K] takes each term."""
     split = tl.program_id(0) % splits
@@ -45,21 +48,25 @@ def gmm_fwd_kernel(
     logvar_at = None
     if logvar is not None:
         logvar_at = logvar + row.to(tl.int64)[:, None] * strides[1][0] + quad * strides[1][1]
-    top = tl.full([ROWS], float("-inf"), dtype=DTYPE)
-    total = tl.zeros([ROWS], dtype=DTYPE)
+    # Each group's own maximum and sum, put together at the end.
+    top = tl.full([ROWS // LANES, COMPONENTS // TERMS, LANES], float("-inf"), dtype=DTYPE)
+    total = tl.zeros([ROWS // LANES, COMPONENTS // TERMS, LANES], dtype=DTYPE)
     first = split * components_per_program
     for start in range(first, tl.minimum(first + components_per_program, shape[1]), COMPONENTS):
-        component = start + tl.arange(0, COMPONENTS)
         joint = joint_tile(
             z_at, logvar_at, logits, normaliser, centre, constants, roots, scaled_means, row % logit_rows, start, shape,
-            steps, strides[2], FORM, TAIL, True, ROWS, COMPONENTS, DTYPE,
+            steps, strides[2], FORM, TAIL, True, ROWS, COMPONENTS, TERMS, LANES, DTYPE,
         )  # fmt: skip
         if joints is not None:
-            at = row.to(tl.int64)[None, :] * shape[1] + component[:, None]
-            mask = (component < shape[1])[:, None] & (index < rows)[None, :]
-            tl.store(joints + at, joint, mask)
-        top, total = add_exponentials(top, total, joint, 0)
-    value = top.to(tl.float64) + tl.log(total).to(tl.float64)
+            component = start + term_index(COMPONENTS, TERMS)
+            at = of_rows(row.to(tl.int64) * shape[1], True, TERMS, LANES) + component
+            tl.store(joints + at, joint, (component < shape[1]) & of_rows(index < rows, True, TERMS, LANES))
+        top, total = add_exponentials(top, total, joint, 1)
+    highest = tl.max(top, axis=1)
+    reference = tl.where(highest == float("-inf"), 0.0, highest)  # -inf - -inf would be NaN
+    total = tl.sum(total * exp(top - reference[:, None, :]), axis=1)
+    value = reference.to(tl.float64) + tl.log(total).to(tl.float64)
+    value = tl.reshape(tl.permute(value, [1, 0]), [ROWS])
     tl.store(lp + split.to(tl.int64) * rows + index, value, mask=index < rows)
 
 
@@ -73,7 +80,7 @@ def launch_fwd(z, logvar, logits, means, logvars, form, *, joints=False):
         return torch.empty(0, dtype=torch.float64, device=device), joint
     mixture = prepare(logits, means, logvars, form, dtype)
     own, tail = logits.shape[0] > 1, columns % STEP != 0
-    block = blocks(dtype, form, "forward", rows, components, own=own, tail=tail)
+    block = blocks(dtype, form, "forward", rows, components, own=own + joints, tail=tail)
     row_blocks = cdiv(rows, block["ROWS"])
     length, splits = split(components, block["COMPONENTS"], row_blocks, rows * 8)
     lp = torch.empty((splits, rows), dtype=torch.float64, device=device)

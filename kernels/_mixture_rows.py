@@ -1,0 +1,191 @@
+"""Gradients by rows of the ops on a mixture that all rows share: of z, its log-variance, and logits of its own."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastkl.kernels._device import exp, two_parts
+from fastkl.kernels._layout import cdiv
+from fastkl.kernels._mixture import blocks, four, joint_tile, load_centred, load_rows, of_rows, split, term_index
+from fastkl.kernels._mixture_prepare import STEP, TRITON_DTYPE
+
+
+@triton.jit
+def given_weights(
+    dlog_r, log_r, total, row, component, components, strides,
+    BY_ROWS: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """dlog_r - exp(log_r) total, 0 beyond the last component."""
+    mask, component = component < components, component.to(tl.int64)
+    at = of_rows(row * strides[0], BY_ROWS, TERMS, LANES) + component * strides[1]
+    gradient = tl.load(dlog_r + at, mask, other=0.0).to(DTYPE)
+    at = of_rows(row * components, BY_ROWS, TERMS, LANES) + component
+    value = tl.load(log_r + at, mask, other=float("-inf")).to(DTYPE)
+    return gradient - exp(value) * of_rows(total, BY_ROWS, TERMS, LANES)
+
+
+@triton.jit
+def stacked(x, y):
+    """Along a new first dimension, which threads keep to themselves; a last one they would share."""
+    if len(x.shape) == 3:
+        return tl.permute(tl.join(x, y), [3, 0, 1, 2])
+    elif len(x.shape) == 4:
+        return tl.permute(tl.join(x, y), [4, 0, 1, 2, 3])
+    else:
+        return tl.permute(tl.join(x, y), [5, 0, 1, 2, 3, 4])
+
+
+@triton.jit
+def summed(x):
+    """[rows or components, 4] of four tiles summed over each group's terms, [own, groups, LANES]."""
+    x = tl.sum(stacked(stacked(x[0], x[1]), stacked(x[2], x[3])), axis=3)
+    return tl.reshape(tl.permute(x, [3, 2, 0, 1]), [x.shape[3] * x.shape[2], 4])
+
+
+@triton.jit
+def gmm_rows_kernel(
+    dlp, lp, dlog_r, log_r, z, logvar, logits, normaliser, centre, constants, roots, scaled_means, dz, dlogvar, dlogits,
+    rows, copies, shape, strides, split_strides, components_per_program, splits,
+    FORM: tl.constexpr, GIVEN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr,
+    TERMS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of z and logvar (per split), and of logits where each row has its own.
+
+    `rows` rows of logits, each for `copies` rows of z, `rows` apart. The sums over components and copies are kept in
+    the outputs, whose elements belong to one program. With GIVEN the weights are dlog_r - exp(log_r) dlp.
+    """
+    split = tl.program_id(0) % splits
+    index = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
+    valid = index < rows
+    index = tl.minimum(index, rows - 1)  # beyond the last row it again, not stored
+    quad = tl.arange(0, 4).to(tl.int64)[None, :]
+    steps = (strides[0][1] * 4, strides[1][1] * 4)
+    lanes = term_index(COMPONENTS, TERMS)
+    first = split * components_per_program
+    if dz is not None:
+        dz += split.to(tl.int64) * split_strides[0]
+    if dlogvar is not None:
+        dlogvar += split.to(tl.int64) * split_strides[1]
+    if dlogits is not None:
+        normal = of_rows(tl.load(normaliser + index), True, TERMS, LANES)
+    for copy in range(copies):
+        row = index.to(tl.int64) + copy * rows
+        z_at = z + row[:, None] * strides[0][0] + quad * strides[0][1]
+        logvar_at = None
+        if logvar is not None:
+            logvar_at = logvar + row[:, None] * strides[1][0] + quad * strides[1][1]
+        gradient = tl.load(dlp + row * strides[3]).to(DTYPE)
+        if not GIVEN:
+            value, rest = two_parts(tl.load(lp + row), DTYPE)
+            value, rest = of_rows(value, True, TERMS, LANES), of_rows(rest, True, TERMS, LANES)
+        for start in range(first, tl.minimum(first + components_per_program, shape[1]), COMPONENTS):
+            component = start + lanes
+            if GIVEN:
+                weight = given_weights(
+                    dlog_r, log_r, gradient, row, component, shape[1], strides[4], True, TERMS, LANES, DTYPE
+                )  # fmt: skip
+            else:
+                joint = joint_tile(
+                    z_at, logvar_at, logits, normaliser, centre, constants, roots, scaled_means, index, start, shape,
+                    steps, strides[2], FORM, TAIL, True, ROWS, COMPONENTS, TERMS, LANES, DTYPE,
+                )  # fmt: skip
+                weight = of_rows(gradient, True, TERMS, LANES) * exp(joint - value - rest)
+            if dlogits is not None:
+                inside = (component < shape[1]) & of_rows(valid, True, TERMS, LANES)
+                column = tl.minimum(component, shape[1] - 1).to(tl.int64)  # the last one again, not stored
+                out = of_rows(index.to(tl.int64) * strides[7][0], True, TERMS, LANES) + column * strides[7][1]
+                change = weight
+                if not GIVEN:
+                    at = of_rows(index.to(tl.int64) * strides[2][0], True, TERMS, LANES) + column * strides[2][1]
+                    share = tl.load(logits + at).to(DTYPE) - normal
+                    change -= of_rows(gradient, True, TERMS, LANES) * exp(share)
+                change += tl.load(dlogits + out, copy + lanes * 0 > 0, other=0.0).to(DTYPE)  # else 0: nothing yet
+                tl.store(dlogits + out, change, inside)
+            if dz is not None:
+                dz_at = dz + row[:, None] * strides[5][0] + quad * strides[5][1]
+                roots_at, means_at = roots + start, scaled_means + start
+                if dlogvar is not None:
+                    dlogvar_at = dlogvar + row[:, None] * strides[6][0] + quad * strides[6][1]
+                    logvar_here = logvar_at
+                z_here = z_at
+                for d in range(0, shape[0], 4):
+                    zs = four(load_centred(z_here, centre, d, shape[0], FORM, TAIL, DTYPE), ROWS)
+                    if FORM != "point":
+                        variance = exp(load_rows(logvar_here, d, shape[0], TAIL, DTYPE))
+                        vs = four(variance, ROWS)
+                    sums, others = (), ()
+                    for i in tl.static_range(4):
+                        s = tl.load(roots_at + lanes)
+                        ms = tl.load(means_at + lanes)
+                        roots_at += shape[2]
+                        means_at += shape[2]
+                        if FORM == "convolved":
+                            u = 1.0 / (s + of_rows(vs[i], True, TERMS, LANES))
+                            t = (of_rows(zs[i], True, TERMS, LANES) - ms) * u
+                            others += (tl.sum(weight * (t * t - u), axis=1),)
+                            sums += (tl.sum(weight * t, axis=1),)
+                        else:
+                            t = of_rows(zs[i], True, TERMS, LANES) * s - ms
+                            sums += (tl.sum(weight * (t * s), axis=1),)
+                            if FORM == "expected":
+                                others += (tl.sum(weight * (s * s), axis=1),)
+                    mask = valid[:, None]
+                    if TAIL:
+                        mask = mask & (d + tl.arange(0, 4) < shape[0])[None, :]
+                    old = mask & (start + tl.arange(0, 1) > first)[:, None]  # else 0: nothing yet
+                    before = tl.load(dz_at, old, other=0.0).to(DTYPE)
+                    tl.store(dz_at, before - summed(sums), mask)
+                    dz_at += strides[5][1] * 4
+                    z_here += steps[0]
+                    if dlogvar is not None:
+                        half = 0.5 if FORM == "convolved" else -0.5
+                        before = tl.load(dlogvar_at, old, other=0.0).to(DTYPE)
+                        tl.store(dlogvar_at, before + summed(others) * variance * half, mask)
+                        dlogvar_at += strides[6][1] * 4
+                        logvar_here += steps[1]
+
+
+def row_launch_arguments(given, z, logvar, logits, mixture):
+    """(pointers, strides) up to the outputs, for both kernels; logits are None where all rows share them."""
+    dlp, _, dlog_r, _ = given
+    strides = (
+        z.stride(), (0, 0) if logvar is None else logvar.stride(), logits.stride(), dlp.stride(0),
+        (0, 0) if dlog_r is None else dlog_r.stride(),
+    )  # fmt: skip
+    pointers = (*given, z, logvar, None if logits.shape[0] == 1 else logits, *mixture)
+    return pointers, strides
+
+
+def by_rows(given, z, logvar, logits, components, mixture, form, *, data, own):
+    """(dz, dlogvar, dlogits), each None where it is not wanted: dlogits without its own row for each row of z."""
+    rows, columns = z.shape
+    logit_rows, dtype = logits.shape[0], mixture.roots.dtype
+    owners = logit_rows if logit_rows > 1 else rows
+    block = blocks(dtype, form, "rows", owners, components, own=logit_rows > 1, tail=columns % STEP != 0)
+    row_blocks = cdiv(owners, block["ROWS"])
+    outputs = [torch.empty_like(z), None if logvar is None else torch.empty_like(logvar)] if data else [None, None]
+    partial = rows * columns * dtype.itemsize * sum(output is not None for output in outputs)
+    length, splits = split(components, block["COMPONENTS"], row_blocks, partial, z.numel() * z.itemsize)
+    outputs.append(torch.empty_like(logits) if own else None)
+    written = list(outputs)
+    for i, output in enumerate(outputs):
+        # What is added to more than once is added up in the compute dtype.
+        again = (splits > 1 or components > block["COMPONENTS"]) if i < 2 else rows > owners
+        if output is not None and ((i < 2 and splits > 1) or (again and output.dtype != dtype)):
+            shape = (splits, *output.shape) if i < 2 else output.shape
+            written[i] = torch.empty(shape, dtype=dtype, device=z.device)
+    pointers, strides = row_launch_arguments(given, z, logvar, logits, mixture)
+    strides += tuple((0, 0) if w is None else w.stride()[-2:] for w in written)
+    split_strides = tuple(w.stride(0) if w is not None and w.dim() == 3 else 0 for w in written[:2])
+    if rows:
+        gmm_rows_kernel[(row_blocks * splits,)](
+            *pointers, *written, owners, rows // owners, (columns, components, mixture.padded), strides, split_strides,
+            length, splits, FORM=form, GIVEN=given[2] is not None, TAIL=columns % STEP != 0,
+            DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
+        )  # fmt: skip
+        for output, partials in zip(outputs, written):
+            if output is not partials:
+                output.copy_(partials.sum(0) if partials.dim() == 3 else partials)
+    return outputs
