@@ -28,11 +28,11 @@ def blocks(dtype: torch.dtype, kind: str, rows: int, components: int, *, tail: b
     """
     half = dtype == torch.float64
     if kind == "components":
-        warps = min(8, max(1 + half, next_power_of_2(cdiv(rows, 32))))
+        warps = 8 if half else min(8, next_power_of_2(cdiv(rows, 32)))
         return {"ROWS": (1 if half else 8) * warps, "COMPONENTS": 32, "num_warps": warps}
     few = kind == "rows" and cdiv(rows, 64) < PROGRAMS // 2  # programs: the warps of one share a sum over components
     warps = min(4, next_power_of_2(cdiv(components, 32))) if few else 1
-    halvings = max(tail, 2 * half) if kind == "forward" else max(2 * tail, 3 * half, warps == 1)
+    halvings = max(tail, 2 * half) if kind == "forward" else max(1 + tail, 3 * half)
     return {"ROWS": 32, "COMPONENTS": (16 >> halvings) * warps, "num_warps": warps}
 
 
