@@ -140,13 +140,13 @@ def kl_gmm_bounds(
     True
     """
     mixtures.check_precision(precision)
-    rows, mixture, batch = mixtures.canonical({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril)
-    if batch.numel() == 0:
-        nothing = _gmm.nothing(rows, mixture).view(batch)
+    rows, mixture, restore = mixtures.arranged({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril)
+    if rows[0].shape[0] == 0:
+        nothing = restore(_gmm.nothing(rows, mixture))
         return nothing, nothing.clone()
     keep = 0
     if torch.is_grad_enabled():  # a compiled graph must not depend on how many rows there are
         dtype = reference.compute_dtype(*rows, *mixture)
         keep = 1 if torch.compiler.is_compiling() else keep_for(rows[0], mixture[0], dtype)
     lower, upper, *_ = apply(_Bounds, *rows, *mixture, precision, keep)
-    return lower.view(batch), upper.view(batch)
+    return restore(lower), restore(upper)
