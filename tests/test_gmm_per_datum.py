@@ -111,7 +111,7 @@ def test_logits_of_all_rows_of_one_and_of_some(shape, logits):
 
 
 def test_rows_longer_than_a_tile(monkeypatch):
-    import fastkl.kernels.gmm_per_datum as kernels
+    import fastkl.kernels._gmm_per_datum as kernels
 
     monkeypatch.setitem(kernels.LONGEST, torch.float32, 16)
     monkeypatch.setitem(kernels.THREAD_TILE, torch.float32, 1)

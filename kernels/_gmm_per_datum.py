@@ -1,0 +1,127 @@
+"""What both directions of one mixture per datum share: the tile, a component's density, and how tensors are read."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastkl.kernels._device import exp
+from fastkl.kernels._layout import next_power_of_2
+
+TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+LN_2PI = tl.constexpr(1.8378770664093453)
+# Elements of a tile for each thread of a warp of 32, and the longest row that one program holds.
+THREAD_TILE = {torch.float32: 8, torch.float64: 4}
+LONGEST = {torch.float32: 2048, torch.float64: 1024}
+
+
+def blocks(data: int, components: int, columns: int, dtype: torch.dtype, form: str) -> dict[str, int]:
+    """A tile of (DATA x COMPONENTS) pairs by columns."""
+    tile = 128 * THREAD_TILE[dtype]
+    if columns % 16:  # many addresses take registers, too
+        tile //= 2
+    block_columns = next_power_of_2(columns) if columns <= LONGEST[dtype] else tile
+    warps = max(4, 4 * block_columns // tile)
+    pairs = max(1, tile // block_columns // (2 if columns % 16 and form != "point" else 1))
+    block_components = min(next_power_of_2(components), pairs)
+    block_data = min(next_power_of_2(data), pairs // block_components)
+    return {"DATA": block_data, "COMPONENTS": block_components, "COLUMNS": block_columns, "num_warps": warps}
+
+
+@triton.jit
+def element(difference, logvars, variance, FORM: tl.constexpr):
+    """(pull, precision, -2 ln density + constant) of one dimension of one component; pull = precision difference."""
+    if FORM == "convolved":
+        spread = exp(logvars) + variance
+        precision = 1.0 / spread
+        pull = difference * precision
+        return pull, precision, difference * pull + tl.log(spread)
+    root = exp(-0.5 * logvars)
+    standard = difference * root
+    precision = root * root
+    terms = standard * standard + logvars
+    if FORM == "expected":
+        terms += variance * precision
+    return standard * root, precision, terms
+
+
+@triton.jit
+def element_gradient(difference, logvars, variance, pull, precision, FORM: tl.constexpr):
+    """In ln S of the component and in logvar of q."""
+    if FORM == "convolved":
+        half = 0.5 * (pull * pull - precision)
+        of_component, of_row = exp(logvars) * half, variance * half
+    else:
+        scaled = variance * precision
+        of_component, of_row = 0.5 * (difference * pull - 1.0), -0.5 * scaled
+        if FORM == "expected":
+            of_component += 0.5 * scaled
+    return of_component, of_row
+
+
+@triton.jit
+def log_density(log_weight, terms, columns):
+    return log_weight - 0.5 * (tl.sum(terms, axis=1) + (tl.zeros_like(log_weight) + columns) * LN_2PI)
+
+
+@triton.jit
+def place(first, second, column, strides):
+    """Element offsets [pairs, columns] of tensor[first, second, column]; int64, as it may pass 2^31 elements."""
+    at = first.to(tl.int64) * strides[0] + second.to(tl.int64) * strides[1]
+    return at[:, None] + column.to(tl.int64)[None, :] * strides[2]
+
+
+@triton.jit
+def load_components(means, logvars, datum, component, column, shape, strides, DTYPE: tl.constexpr):
+    """Neutral where masked: with z = m = 0, ln S = 0 and sigma = 0 all terms and differences are 0."""
+    mask = (component < shape[2])[:, None] & (column < shape[3])[None, :]
+    m = tl.load(means + place(datum, component, column, strides[0]), mask, other=0.0).to(DTYPE)
+    if logvars is None:
+        v = tl.zeros_like(m)
+    else:
+        v = tl.load(logvars + place(datum, component, column, strides[1]), mask, other=0.0).to(DTYPE)
+    return m, v
+
+
+@triton.jit
+def load_rows(z, logvar, sample, datum, column, shape, strides, DTYPE: tl.constexpr):
+    """The row once for each of its datum's pairs, z and sigma^2; 0 where masked, see above."""
+    mask = (sample >= 0)[:, None] & (column < shape[3])[None, :]
+    x = tl.load(z + place(sample, datum, column, strides[2]), mask, other=0.0).to(DTYPE)
+    if logvar is None:
+        variance = tl.zeros_like(x)
+    else:
+        variance = exp(tl.load(logvar + place(sample, datum, column, strides[3]), mask, other=float("-inf")).to(DTYPE))
+    return x, variance
+
+
+@triton.jit
+def load_log_weights(log_weights, sample, datum, component, shape, strides):
+    """A weight of zero where masked."""
+    at = (sample % shape[4]).to(tl.int64) * strides[4][0] + datum.to(tl.int64) * strides[4][1]
+    return tl.load(log_weights + at + component.to(tl.int64) * strides[4][2], component < shape[2], float("-inf"))
+
+
+@triton.jit
+def finite(peak):
+    """A maximum of -inf replaced by 0, so that exponentials of differences to it are 0, not NaN."""
+    return tl.where(peak == float("-inf"), 0.0, peak)
+
+
+def by_sample(tensor, data):
+    """[rows, ...] as [samples, data, ...], a view."""
+    return None if tensor is None else tensor.unflatten(0, (-1, data))
+
+
+def strides_of(*tensors):
+    return tuple((0, 0, 0) if tensor is None else (*tensor.stride(), 0)[:3] for tensor in tensors)
+
+
+def canonical(z, logvar, logits, means, logvars, dtype):
+    """(z, logvar, log-weights) as [samples, data, ...], means, and logvars expanded to their shape."""
+    data, log_weights = len(means), torch.log_softmax(logits, -1, dtype=dtype)
+    if len(logits) == 1:
+        log_weights = log_weights.expand(data, -1)
+    rows = [by_sample(tensor, data) for tensor in (z, logvar, log_weights)]
+    return [*rows, means, None if logvars is None else logvars.expand(means.shape)]

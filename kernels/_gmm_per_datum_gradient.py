@@ -1,0 +1,163 @@
+"""Gradients of the log-density of one mixture per datum, of rows and of parameters in one pass over both."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastkl.kernels._device import two_parts
+from fastkl.kernels._gmm_per_datum import (
+    TRITON_DTYPE,
+    blocks,
+    element,
+    element_gradient,
+    finite,
+    load_components,
+    load_log_weights,
+    load_rows,
+    log_density,
+    place,
+    strides_of,
+)
+from fastkl.kernels._layout import PROGRAMS, cdiv, share
+
+
+@triton.jit
+def over_components(values, DATA: tl.constexpr, COMPONENTS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[pairs, COLUMNS] summed over each datum's components."""
+    return tl.sum(tl.reshape(values, [DATA, COMPONENTS, COLUMNS]), axis=1)
+
+
+@triton.jit
+def store_parameters(
+    dlogits, dmeans, dlogvars, to_logits, to_mean, to_spread, row, component, column, shape, strides,
+    EACH_SAMPLE: tl.constexpr, SUM_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    stored = (row < shape[1]) & (component < shape[2])
+    mask = stored[:, None] & (column < shape[3])[None, :]
+    if not EACH_SAMPLE:  # the same from every block of columns
+        tl.store(dlogits + row.to(tl.int64) * strides[8][1] + component.to(tl.int64) * strides[8][2], to_logits, stored)
+    tl.store(dmeans + place(row, component, column, strides[9]), to_mean, mask)
+    if dlogvars is not None:
+        if SUM_COLUMNS:
+            at = row.to(tl.int64) * strides[10][0] + component.to(tl.int64) * strides[10][1]
+            tl.store(dlogvars + at, tl.sum(tl.where(mask, to_spread, 0.0), axis=1), stored)
+        else:
+            tl.store(dlogvars + place(row, component, column, strides[10]), to_spread, mask)
+
+
+@triton.jit
+def gmm_per_datum_bwd_kernel(
+    dlp, lp, z, logvar, log_weights, means, logvars, joint, dz, dlogvar, dlogits, dmeans, dlogvars, shape, strides,
+    samples_per_program, components_per_program,
+    FORM: tl.constexpr, ONE_TILE: tl.constexpr, WHOLE: tl.constexpr, EACH_SAMPLE: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr, DATA: tl.constexpr, COMPONENTS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """DATA mixtures by some samples, components and columns; dz (and dlogvar) or dmeans (and others) may be None.
+
+    dz needs all components in this program; the parameters' gradients need all samples here, unless there is one only,
+    and one tile of components (ONE_TILE). WHOLE: that tile is all of the mixture, and responsibilities are normalised
+    in it instead of by lp, whose own rounding they then escape. With `joint` a row has several blocks of columns.
+    dlogits is one row per datum, or per sample (EACH_SAMPLE).
+    """
+    samples, data, components, columns = shape[0], shape[1], shape[2], shape[3]
+    row_blocks, column_blocks = tl.cdiv(data, DATA), tl.cdiv(columns, COLUMNS)
+    block = tl.program_id(0) % row_blocks * DATA
+    rest = tl.program_id(0) // row_blocks
+    column = rest % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    groups = tl.cdiv(components, components_per_program)
+    begin = rest // column_blocks % groups * components_per_program
+    first = rest // column_blocks // groups * samples_per_program
+    pair = tl.arange(0, DATA * COMPONENTS)
+    row = block + pair // COMPONENTS
+    datum = tl.minimum(row, data - 1)
+    if ONE_TILE:
+        m, v = load_components(means, logvars, datum, begin + pair % COMPONENTS, column, shape, strides, DTYPE)
+        to_logits = tl.zeros([DATA * COMPONENTS], dtype=DTYPE)
+        to_mean = tl.zeros([DATA * COMPONENTS, COLUMNS], dtype=DTYPE)
+        to_spread = tl.zeros([DATA * COMPONENTS, COLUMNS], dtype=DTYPE)
+    for index in range(first, tl.minimum(first + samples_per_program, samples)):
+        sample = index + tl.zeros_like(pair)
+        at = sample.to(tl.int64) * strides[5][0] + datum.to(tl.int64) * strides[5][1]
+        incoming = tl.load(dlp + at).to(DTYPE)
+        x, variance = load_rows(z, logvar, sample, datum, column, shape, strides, DTYPE)
+        to_z = tl.zeros([DATA * COMPONENTS, COLUMNS], dtype=DTYPE)
+        to_logvar = tl.zeros([DATA * COMPONENTS, COLUMNS], dtype=DTYPE)
+        for start in range(begin, tl.minimum(begin + components_per_program, components), COMPONENTS):
+            component = start + pair % COMPONENTS
+            if not ONE_TILE:
+                m, v = load_components(means, logvars, datum, component, column, shape, strides, DTYPE)
+                to_logits = tl.zeros([DATA * COMPONENTS], dtype=DTYPE)
+                to_mean = tl.zeros([DATA * COMPONENTS, COLUMNS], dtype=DTYPE)
+                to_spread = tl.zeros([DATA * COMPONENTS, COLUMNS], dtype=DTYPE)
+            pull, precision, terms = element(x - m, v, variance, FORM)
+            log_weight = load_log_weights(log_weights, sample, datum, component, shape, strides)
+            if joint is None:
+                a = log_density(log_weight, terms, columns)
+            else:
+                at = sample.to(tl.int64) * strides[12][0] + datum.to(tl.int64) * strides[12][1] + component
+                a = tl.load(joint + at, component < components, other=float("-inf"))  # a weight of zero
+            if WHOLE:
+                grouped = tl.reshape(a, [DATA, COMPONENTS])
+                grouped = tl.exp(grouped - finite(tl.max(grouped, axis=1))[:, None])
+                weight = incoming * tl.reshape(grouped / tl.sum(grouped, axis=1)[:, None], [DATA * COMPONENTS])
+            else:
+                at = sample.to(tl.int64) * strides[11][0] + datum.to(tl.int64) * strides[11][1]
+                high, low = two_parts(tl.load(lp + at), DTYPE)
+                weight = incoming * tl.exp(a - high - low)
+            spread_gradient, logvar_gradient = element_gradient(x - m, v, variance, pull, precision, FORM)
+            to_z -= weight[:, None] * pull
+            if dlogvar is not None:
+                to_logvar += weight[:, None] * logvar_gradient
+            if dmeans is not None:
+                to_weight = weight - incoming * tl.exp(log_weight)
+                if EACH_SAMPLE:
+                    at = sample.to(tl.int64) * strides[8][0] + datum.to(tl.int64) * strides[8][1]
+                    at += component.to(tl.int64) * strides[8][2]
+                    tl.store(dlogits + at, to_weight, (row < data) & (component < components))
+                to_logits += to_weight
+                to_mean += weight[:, None] * pull
+                to_spread += weight[:, None] * spread_gradient
+                if not ONE_TILE:
+                    store_parameters(
+                        dlogits, dmeans, dlogvars, to_logits, to_mean, to_spread, row, component, column, shape,
+                        strides, EACH_SAMPLE, SUM_COLUMNS,
+                    )  # fmt: skip
+        if dz is not None:
+            datum_row = block + tl.arange(0, DATA)
+            sample = index + tl.zeros_like(datum_row)
+            mask = (datum_row < data)[:, None] & (column < columns)[None, :]
+            to_z = over_components(to_z, DATA, COMPONENTS, COLUMNS)
+            tl.store(dz + place(sample, datum_row, column, strides[6]), to_z, mask)
+            if dlogvar is not None:
+                to_logvar = over_components(to_logvar, DATA, COMPONENTS, COLUMNS)
+                tl.store(dlogvar + place(sample, datum_row, column, strides[7]), to_logvar, mask)
+    if ONE_TILE and dmeans is not None:
+        store_parameters(
+            dlogits, dmeans, dlogvars, to_logits, to_mean, to_spread, row, begin + pair % COMPONENTS, column, shape,
+            strides, EACH_SAMPLE, SUM_COLUMNS,
+        )  # fmt: skip
+
+
+def launch_bwd(rows, row_outputs, components, component_outputs, form, *, each_sample, sum_columns, split):
+    """rows: dlp, lp, z, logvar, log_weights, joint, each [samples, data, ...]; `split`: a program has one tile of
+    components, all samples."""
+    dlp, lp, z, logvar, log_weights, joint = rows
+    means, logvars = components
+    samples, block = len(z), blocks(*means.shape, log_weights.dtype, form)
+    row_blocks, column_blocks = cdiv(len(means), block["DATA"]), cdiv(means.shape[2], block["COLUMNS"])
+    components_per_program = block["COMPONENTS"] if split else means.shape[1]
+    if component_outputs[0] is None:
+        samples_per_program, groups = share(samples, 1, PROGRAMS // row_blocks)
+    else:
+        samples_per_program, groups = samples, 1
+    groups *= cdiv(means.shape[1], components_per_program)
+    gmm_per_datum_bwd_kernel[(row_blocks * column_blocks * groups,)](
+        dlp, lp, z, logvar, log_weights, means, logvars, joint, *row_outputs, *component_outputs,
+        (samples, *means.shape, len(log_weights)),
+        strides_of(means, logvars, z, logvar, log_weights, dlp, *row_outputs, *component_outputs, lp, joint),
+        samples_per_program, components_per_program, FORM=form,
+        ONE_TILE=components_per_program <= block["COMPONENTS"], WHOLE=means.shape[1] <= block["COMPONENTS"],
+        EACH_SAMPLE=each_sample, SUM_COLUMNS=sum_columns, DTYPE=TRITON_DTYPE[log_weights.dtype],
+        enable_fp_fusion=True, **block,
+    )  # fmt: skip
