@@ -93,7 +93,8 @@ def prepare_kernel(
             distance = tl.max(tl.where(inside_some, tl.abs(first - average[None, :]), 0.0), axis=0)
             c = tl.where(tl.abs(average) > 2.0 * distance, average, 0.0)
             s = exp(-0.5 * v)
-            tl.store(roots + at, tl.where(mask, s, 0.0), inside)
+            # Components of the padding have a root of 1: far from an infinite z, as from any, where 0 would make NaN.
+            tl.store(roots + at, tl.where((column < columns)[None, :], s, 0.0), inside)
             tl.store(scaled_means + at, tl.where(mask, (m - c[None, :]) * s, 0.0), inside)
             if program < column_blocks:
                 tl.store(centre + column, c, mask=column < padded_columns)

@@ -168,6 +168,18 @@ def test_a_point_infinitely_far_away(monkeypatch, small, components):
     assert (bound[[0, 2, 4]] == infinity).all()
 
 
+@pytest.mark.parametrize("components", [1, K])
+@pytest.mark.parametrize("form", ["point", "expected", "convolved"])
+def test_a_point_infinitely_far_away_in_the_kernels(form, components):
+    z, logits, means = draw(N, D), draw(1, components, seed=1), draw(1, components, D, seed=2)
+    z[0, 1], z[2], z[4, 0] = float("inf"), -float("inf"), math.nan
+    logvar = None if form == "point" else draw(N, D, seed=3)
+    with implementation("triton"):
+        (actual,) = _gmm.gmm_log_prob_fwd(z, logvar, logits, means, None, None, form, "exact", 0)
+    assert (actual[[0, 2]] == -float("inf")).all() and actual[4].isnan()
+    assert actual[[1, 3, *range(5, N)]].isfinite().all()
+
+
 @pytest.mark.parametrize("small", [True, False])
 def test_only_the_gradients_asked_for(monkeypatch, small):
     monkeypatch.setattr(_gmm, "SMALL", _gmm.SMALL if small else 0)
