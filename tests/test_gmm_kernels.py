@@ -16,8 +16,8 @@ SHAPES = [
     (5, 3, 8),  # less than a tile of everything
     (70, 20, 5),  # odd columns; rows and components that fill no tile
     (9, 1, 1),  # one component, one column
-    (3, 140, 2),  # few rows, components split over programs, the last tile mostly padding
-    (2050, 3, 4),  # many rows, split over programs for the parameters
+    (3, 70, 2),  # few rows, components split over programs, the last tile mostly padding
+    (520, 9, 3),  # many rows, split over programs for the parameters, each with its own block of components
     (5, 3, 35),  # many columns: two blocks of prepared parameters
     (4, 3, 0),  # no columns: the normaliser and the gradient of logits still have to cancel
 ]
@@ -96,9 +96,27 @@ def test_shapes(shape, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_one_program_adds_up_many_tiles(form, monkeypatch):
     """As with millions of rows, where the others are enough programs: sums go on in the outputs, tile after tile."""
-    monkeypatch.setattr(importlib.import_module("fastkl.kernels._mixture"), "PROGRAMS", 1)
-    check_log_prob(draw(1100, 3, 2, form=form), form)
-    check_log_prob(draw(3, 140, 2, form=form), form)
+    kernels = importlib.import_module("fastkl.kernels._mixture")
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    check_log_prob(draw(520, 3, 2, form=form), form)
+    check_log_prob(draw(3, 20, 2, form=form), form)
+    monkeypatch.setattr(kernels, "PROGRAMS", 2)  # two programs share the components, one of them has two tiles
+    check_log_prob(draw(3, 40, 2, form=form), form)
+
+
+@pytest.mark.parametrize("shape", [(210, 40, 2), (70, 70, 2)], ids=str)
+def test_more_components_for_each_program(shape, monkeypatch):
+    """As where a GPU is full: 16 and 32 lanes in place of 4 in the kernel by components."""
+    monkeypatch.setattr(importlib.import_module("fastkl.kernels._mixture"), "ENOUGH", 1)
+    check_log_prob(draw(*shape))
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_parts_are_added_up_in_several_blocks(form, monkeypatch):
+    kernels = importlib.import_module("fastkl.kernels._mixture_gradient")
+    monkeypatch.setitem(kernels.FINISH, "COMPONENTS", 2)
+    monkeypatch.setitem(kernels.FINISH, "COLUMNS", 2)
+    check_log_prob(draw(520, 3, 3, form=form), form)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -119,8 +137,8 @@ def test_dtypes(dtype, form, monkeypatch):
     check_log_prob(draw(12, 35, 3, form=form, dtype=dtype), form, units=2.0 if dtype.itemsize == 2 else 8.0)
     if dtype.itemsize == 2:
         monkeypatch.setattr(importlib.import_module("fastkl.kernels._mixture"), "PROGRAMS", 1)
-        check_log_prob(draw(1030, 3, 2, form=form, dtype=dtype), form, units=2.0)
-        check_log_prob(draw(3, 130, 2, form=form, dtype=dtype), form, units=2.0)
+        check_log_prob(draw(520, 3, 2, form=form, dtype=dtype), form, units=2.0)
+        check_log_prob(draw(3, 20, 2, form=form, dtype=dtype), form, units=2.0)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -150,8 +168,9 @@ def test_gradient_of_a_sum_and_empty_batches():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_components_of_no_weight(form):
+def test_components_of_no_weight(form, monkeypatch):
     """A whole tile of them, and one by itself: exact value, no NaN and no gradient."""
+    monkeypatch.setitem(importlib.import_module("fastkl.kernels._mixture_prepare").PREPARE, "LOGITS", 16)
     z, logvar, logits, means, logvars = draw(8, 40, 3, form=form)
     logits[:, :34] = -math.inf
     logits[:, 36] = -math.inf
