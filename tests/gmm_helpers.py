@@ -1,10 +1,12 @@
-"""What the tests of mixtures share: inputs, and a function's value with its gradients."""
+"""What the tests of mixtures share: inputs, a function's value with its gradients, and the contract of a launcher."""
 
 from __future__ import annotations
 
 import torch
 
-from helpers import DEVICE, leaf
+from fastkl import reference
+
+from helpers import DEVICE, assert_as_good_as_eager, leaf
 
 BACKENDS = ("torch", "triton")
 MIB = 1 << 20
@@ -30,3 +32,42 @@ def gradients(function, *inputs):
     value = function(*leaves)
     weights = torch.linspace(-1, 1, value.numel(), dtype=value.dtype, device=DEVICE).view(value.shape)
     return value.detach(), torch.autograd.grad(value, leaves, weights)
+
+
+def definition(z, logvar, logits, means, spread, form):
+    """The launchers' canonical form: row r uses mixture r % M and logits r % I; spread is scale_tril if it has four
+    dimensions, else logvars."""
+    rows = torch.arange(len(z), device=z.device)
+    full = spread is not None and spread.dim() == 4
+    if spread is not None and not full:
+        spread = spread.expand(means.shape)
+    logits, means, spread = (t if t is None or len(t) == 1 else t[rows % len(t)] for t in (logits, means, spread))
+    settings = {"scale_tril": spread} if full else {"logvars": spread}
+    return reference.gmm_joint_log_prob(z, logits, means, **settings, logvar=logvar, form=form).logsumexp(-1)
+
+
+def differentiate(tensors, weights, form):
+    """[log p, *gradients] by the definition, in the tensors' dtype."""
+    value = definition(*tensors, form)
+    given = [t for t in tensors if t is not None]
+    return [value, *torch.autograd.grad(value, given, weights.to(value.dtype))]
+
+
+def launch_and_differentiate(launch, tensors, form):
+    """(actual, exact, weights) of `launch`(tensors, weights, form) -> [log p, *gradients]."""
+    weights = torch.linspace(-1, 2, len(tensors[0]), dtype=torch.float64, device=DEVICE)
+    exact = differentiate([None if t is None else leaf(t.double()) for t in tensors], weights, form)
+    actual = launch(tensors, weights, form)
+    assert [g.dtype for g in actual[1:]] == [t.dtype for t in tensors if t is not None]
+    return actual, exact, weights
+
+
+def check_launch(launch, tensors, form):
+    actual, exact, weights = launch_and_differentiate(launch, tensors, form)
+    eager = differentiate(tensors, weights, form)
+    # A joint log-density of size a is rounded to a last places of its exponential, the responsibility.
+    scales = [t.detach().abs().max() if t.numel() else 0.0 for t in exact]
+    scales[1:] = [scale * (1 + scales[0]) for scale in scales[1:]]
+    for got, naive, truth, scale in zip(actual, eager, exact, scales):
+        assert_as_good_as_eager(got, naive, truth, scale=scale)
+    return actual

@@ -3,11 +3,14 @@
 The interpreter's tl.dot is float32 whatever the precision: these tests bound the expansion, not tf32.
 """
 
+import functools
+
 import pytest
 import torch
 
 from fastkl import reference
 
+from gmm_helpers import launch_and_differentiate
 from helpers import DEVICE, launcher, leaf, poisoned_memory
 
 # (rows, components, columns): why
@@ -35,18 +38,6 @@ def draw(rows, components, columns, form="point", dtype=torch.float32, logits=1,
     ]
 
 
-def definition(z, logvar, logits, means, logvars, form):
-    index = torch.arange(len(z), device=z.device) % len(logits)
-    joint = reference.gmm_joint_log_prob(z, logits[index], means, logvars, logvar=logvar, form=form)
-    return joint.logsumexp(-1)
-
-
-def differentiate(tensors, weights, form):
-    value = definition(*tensors, form)
-    given = [t for t in tensors if t is not None]
-    return [value, *torch.autograd.grad(value, given, weights.to(value.dtype))]
-
-
 def launch(tensors, weights, form, data=True, parameters=True, precision="tf32x3"):
     with poisoned_memory():
         inputs = (*(None if t is None else t.detach() for t in tensors), None, form, precision)
@@ -57,10 +48,7 @@ def launch(tensors, weights, form, data=True, parameters=True, precision="tf32x3
 
 def check(tensors, form, precision="tf32x3"):
     """Rounding of the expansion: some units of the largest term, which for these narrow draws is the result's size."""
-    weights = torch.linspace(-1, 2, len(tensors[0]), dtype=torch.float64, device=DEVICE)
-    exact = differentiate([None if t is None else leaf(t.double()) for t in tensors], weights, form)
-    actual = launch(tensors, weights, form, precision=precision)
-    assert [g.dtype for g in actual[1:]] == [t.dtype for t in tensors if t is not None]
+    actual, exact, _ = launch_and_differentiate(functools.partial(launch, precision=precision), tensors, form)
     size = 1 + (exact[0].abs().max().item() if len(exact[0]) else 0.0)
     for index, (got, truth) in enumerate(zip(actual, exact)):
         assert got.shape == truth.shape

@@ -1,11 +1,14 @@
 """One mixture per datum: the launchers, called directly, against the float64 definition and its autograd."""
 
+import functools
+
 import pytest
 import torch
 
 from fastkl import reference
 
-from helpers import DEVICE, DTYPES, assert_as_good_as_eager, launcher, leaf, poisoned_memory
+from gmm_helpers import check_launch
+from helpers import DEVICE, DTYPES, launcher, leaf, poisoned_memory
 
 FORMS = ("point", "expected", "convolved")
 # (samples, data, components, columns): why
@@ -42,22 +45,6 @@ def draw(
     ]
 
 
-def definition(z, logvar, logits, means, logvars, form):
-    """The canonical form by the definition: row r uses mixture r % M and logits r % I."""
-    rows = torch.arange(len(z), device=z.device)
-    joint = reference.gmm_joint_log_prob(
-        z, logits[rows % len(logits)], means[rows % len(means)],
-        None if logvars is None else logvars.expand(means.shape)[rows % len(means)], logvar=logvar, form=form,
-    )  # fmt: skip
-    return joint.logsumexp(-1)
-
-
-def differentiate(tensors, weights, form):
-    value = definition(*tensors, form)
-    given = [t for t in tensors if t is not None]
-    return [value, *torch.autograd.grad(value, given, weights.to(value.dtype))]
-
-
 def launch(tensors, weights, form, data=True, parameters=True):
     with poisoned_memory():
         fixed = [None if t is None else t.detach() for t in tensors]
@@ -67,18 +54,7 @@ def launch(tensors, weights, form, data=True, parameters=True):
         return [value.to(dlp.dtype), *gradients]
 
 
-def check(tensors, form, units=4.0):
-    exact_tensors = [None if t is None else leaf(t.double()) for t in tensors]
-    weights = torch.linspace(-1, 2, len(tensors[0]), dtype=torch.float64, device=DEVICE)
-    exact = differentiate(exact_tensors, weights, form)
-    eager = differentiate(tensors, weights, form)
-    actual = launch(tensors, weights, form)
-    assert [g.dtype for g in actual[1:]] == [t.dtype for t in tensors if t is not None]
-    # A joint log-density of size a is rounded to a last places of its exponential, the responsibility.
-    scales = [t.detach().abs().max() if t.numel() else 0.0 for t in exact]
-    scales[1:] = [scale * (1 + scales[0]) for scale in scales[1:]]
-    for got, naive, truth, scale in zip(actual, eager, exact, scales):
-        assert_as_good_as_eager(got, naive, truth, units=units, scale=scale)
+check = functools.partial(check_launch, launch)
 
 
 @pytest.mark.parametrize("form", FORMS)
