@@ -121,6 +121,12 @@ def is_bounded(low: float, high: float) -> bool:
     return low > float("-inf") or high < float("inf")
 
 
+def registers(most: int) -> dict[str, int]:
+    """A launch option: how many registers a thread may have. By itself ptxas sometimes keeps to fewer, so that more
+    programs run at once, and spills two. AMD's compiler has no such option."""
+    return {} if torch.version.hip else {"maxnreg": most}
+
+
 def share(total: int, block: int, programs: int) -> tuple[int, int]:
     """(length, count): `total` cut into at most `programs` equal lengths, each a multiple of `block`."""
     length = max(1, cdiv(cdiv(total, max(1, programs)), block)) * block

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import LN2, exp
-from fastkl.kernels._layout import PROGRAMS, cdiv, next_power_of_2, share
+from fastkl.kernels._layout import PROGRAMS, cdiv, next_power_of_2, registers, share
 from fastkl.kernels._mixture_prepare import STEP, TRITON_DTYPE, add_exponentials, prepare  # noqa: F401
 
 # Bytes that partial sums may take, all splits together, unless a single one takes more.
@@ -51,7 +51,10 @@ def blocks(dtype: torch.dtype, form: str, kind: str, rows: int, components: int,
         lanes = 32
         groups = min(4 if own else 8, next_power_of_2(cdiv(components, terms))) if few else 1
         tile = {"ROWS": owned * lanes, "COMPONENTS": terms * groups}
-    return {**tile, "TERMS": terms, "LANES": lanes, "num_warps": groups * lanes // 32}
+    held = {}
+    if kind != "components" and (few or (tail and form == "expected")):
+        held = registers(255 if few else 168)  # few have a multiprocessor to themselves
+    return {**tile, "TERMS": terms, "LANES": lanes, "num_warps": groups * lanes // 32, **held}
 
 
 def split(total: int, block: int, others: int, partial_bytes: int, read_bytes: float = math.inf) -> tuple[int, int]:

@@ -33,6 +33,8 @@ def compile_for(fn, args: tuple, kwargs: dict, target):
     from triton.runtime.jit import create_function_from_signature
 
     backend = make_backend(target)
+    if target.backend == "hip":  # where launchers leave it out
+        kwargs = {name: value for name, value in kwargs.items() if name != "maxnreg"}
     bound, specialization, options = create_function_from_signature(fn.signature, fn.params, backend)(
         *args, debug=False, **kwargs
     )
