@@ -98,6 +98,7 @@ def test_one_program_adds_up_many_tiles(form, monkeypatch):
     """As with millions of rows, where the others are enough programs: sums go on in the outputs, tile after tile."""
     kernels = importlib.import_module("fastkl.kernels._mixture")
     monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    monkeypatch.setitem(importlib.import_module("fastkl.kernels._mixture_prepare").PREPARE, "LOGITS", 16)
     check_log_prob(draw(520, 3, 2, form=form), form)
     check_log_prob(draw(3, 20, 2, form=form), form)
     monkeypatch.setattr(kernels, "PROGRAMS", 2)  # two programs share the components, one of them has two tiles
@@ -147,6 +148,13 @@ def test_logits_per_row(logit_rows, form):
     dtype = torch.bfloat16 if logit_rows == 6 else torch.float32
     tensors = draw(12, 10, 3, form=form, logit_rows=logit_rows, dtype=dtype)
     check_log_prob(tensors, form, units=2.0 if dtype.itemsize == 2 else 8.0)
+
+
+def test_sums_of_many_terms_are_rounded_once(monkeypatch):
+    """Roundings to 16 bits after each row that shares logits, or after each tile of components, would add up."""
+    check_log_prob(draw(96, 10, 3, logit_rows=3, dtype=torch.bfloat16), units=1.0)
+    monkeypatch.setattr(importlib.import_module("fastkl.kernels._mixture"), "PROGRAMS", 1)
+    check_log_prob(draw(3, 130, 2, dtype=torch.bfloat16), units=1.0)
 
 
 def test_strided_inputs_are_read_where_they_lie():
@@ -203,6 +211,17 @@ def test_narrow_components_far_from_zero():
         lp = fwd(z, None, logits, means, logvars, None, "point", "exact", 0)[0]
         exact = joint([z, None, logits, means, logvars], "point")[1].logsumexp(-1)
         assert (lp - exact).abs().max() < 1e-4
+
+
+def test_a_common_shift_changes_next_to_nothing():
+    z, _, logits, means, _ = draw(20, 5, 8)
+    z, means = (t.mul(256).round() / 256 for t in (z, means))  # so that the shift itself is exact
+    logvars = torch.full_like(means, 2 * math.log(0.3))
+    at_rest, shifted = (
+        launcher("gmm_log_prob.fwd")(z + shift, None, logits, means + shift, logvars, None, "point", "exact", 0)[0]
+        for shift in (0, 1024)
+    )
+    torch.testing.assert_close(at_rest, shifted, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("logit_rows", [1, 36, 18])
