@@ -140,11 +140,6 @@ def component_index(COMPONENTS: tl.constexpr, BY_ROWS: tl.constexpr, TERMS: tl.c
 
 
 @triton.jit
-def row_index(ROWS: tl.constexpr, BY_ROWS: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr):
-    return own_index(ROWS, LANES) if BY_ROWS else term_index(ROWS, TERMS)
-
-
-@triton.jit
 def of_rows(x, BY_ROWS: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr):
     """[ROWS] with dimensions of size 1 for a tile's components."""
     # Not by one reshape: indexing with None also keeps the layout in which x was loaded from becoming the tile's.
