@@ -13,8 +13,8 @@ from scipy import stats
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastkl import reference
-from fastkl.reference import discrete
 from fastkl.ops.gumbel_softmax import gumbel_softmax
+from fastkl.reference import discrete
 
 from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf
 
