@@ -44,7 +44,6 @@ def blocks(dtype: torch.dtype, form: str, kind: str, rows: int, components: int,
         # Programs of few components share out as many rows in fewer parts, and so write fewer partial sums, but every
         # program reads these rows of z: only where there are few programs, and L2 has the time.
         lanes = 4 if half or rows * components < 2 * ENOUGH * 512 * terms else 16
-        lanes = 32 if components >= 64 * ENOUGH else lanes
         groups = min(256 // lanes, max(32 // lanes, next_power_of_2(cdiv(rows, terms))))
         tile = {"ROWS": terms * groups, "COMPONENTS": owned * lanes}
     else:

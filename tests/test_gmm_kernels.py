@@ -105,11 +105,13 @@ def test_one_program_adds_up_many_tiles(form, monkeypatch):
     check_log_prob(draw(3, 40, 2, form=form), form)
 
 
-@pytest.mark.parametrize("shape", [(210, 40, 2), (70, 70, 2)], ids=str)
-def test_more_components_for_each_program(shape, monkeypatch):
-    """As where a GPU is full: 16 and 32 lanes in place of 4 in the kernel by components."""
-    monkeypatch.setattr(importlib.import_module("fastkl.kernels._mixture"), "ENOUGH", 1)
-    check_log_prob(draw(*shape))
+def test_more_components_for_each_program(monkeypatch):
+    """As where a GPU is full: 16 lanes in place of 4 in the kernel by components."""
+    kernels = importlib.import_module("fastkl.kernels._mixture")
+    monkeypatch.setattr(kernels, "ENOUGH", 1)
+    settings = {"own": False, "tail": True}
+    assert kernels.blocks(torch.float32, "point", "components", 210, 40, **settings)["LANES"] == 16
+    check_log_prob(draw(210, 40, 2))
 
 
 @pytest.mark.parametrize("form", FORMS[1:])
@@ -293,6 +295,8 @@ def aot_calls():
     add("bfloat16", many, 512, 64, dtype=torch.bfloat16)
     add("odd", many, 37, 37, "expected", torch.float16)
     add("small", 33, 20, 7)
+    add("aligned, many components", few, 65536, 8)
+    add("aligned, few rows, long", few, 3, 4096)
 
     z, logits, means = torch.empty(few, 64), torch.empty(1, 512), torch.empty(1, 512, 64)
     for name, own in (("", logits), (", logits per row", torch.empty(few, 512))):
