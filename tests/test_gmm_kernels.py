@@ -81,7 +81,9 @@ def check_log_prob(tensors, form="point", dlp=None, units=8.0, separately=False)
         everything = bwd(dlp, [kept], *arguments, True, True)
         if separately:
             parts = [*bwd(dlp, [kept], *arguments, True, False), *bwd(dlp, [kept], *arguments, False, True)]
-            assert all(torch.equal(a, b) for a, b in zip(everything, parts, strict=True))
+            # Logits of their own make the kernel by rows another one, which rounds otherwise.
+            close = 0.0 if logits.shape[0] == 1 else 1e-6
+            torch.testing.assert_close(everything, parts, rtol=close, atol=close)
     assert [g.dtype for g in everything] == [t.dtype for t in tensors if t is not None]
     compare([lp, *everything], tensors, lambda values: values.logsumexp(-1), dlp, form, units)
     return lp, everything
@@ -129,7 +131,7 @@ def test_covariances_that_broadcast(spread, form):
 
 
 @pytest.mark.parametrize("logit_rows", [1, 20])
-def test_gradients_of_data_and_of_parameters_alone_are_the_same_bits(logit_rows):
+def test_gradients_of_data_and_of_parameters_alone(logit_rows):
     check_log_prob(draw(40, 10, 3, form="expected", logit_rows=logit_rows), "expected", separately=True)
 
 
