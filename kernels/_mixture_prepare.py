@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import exp
-from fastkl.kernels._layout import cdiv, next_power_of_2
+from fastkl.kernels._layout import cdiv, next_power_of_2, registers
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 PAD = 128  # components are padded to whole tiles, of 128 at most, dimensions to whole steps of the inner loop
@@ -132,5 +132,6 @@ def prepare(logits, means, logvars, form: str, dtype: torch.dtype) -> Mixture:
         (rows, components, columns, padded_components, padded_columns, column_blocks, tiles),
         (logits.stride(), means.stride()[1:], means.stride()[1:] if full is None else full.stride()[1:]),
         CONVOLVED=form == "convolved", SHARED=rows == 1, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **PREPARE,
+        **registers(168),
     )  # fmt: skip
     return mixture

@@ -70,7 +70,9 @@ def test_shared_memory_fits(records):
 
 
 def test_aligned_rows_move_16_bytes_at_a_time(records):
-    aligned = [record for record in records if "aligned" in record["call"]]
+    # A tile may be too small for the 64 lanes of gfx942, which then move 8 bytes each.
+    small = [record for record in records if "32 lanes" in record["call"] and record["target"] == "gfx942"]
+    aligned = [record for record in records if "aligned" in record["call"] and record not in small]
     assert aligned
     assert [record for record in aligned if not record["wide_loads"]] == []
     elementwise = [record for record in aligned if "bwd" in record["kernel"] or "rsample" in record["kernel"]]

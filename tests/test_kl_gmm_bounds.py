@@ -255,7 +255,7 @@ def aot_calls():
         )
 
     many, few = 70000, 4096  # rows; fewer than 32768 choose the tiles in which warps share sums
-    add("core aligned", many, 512, 64)
+    add("core aligned for 32 lanes", many, 512, 64)
     add("core few rows", few, 512, 64)
     add("core float64", many, 512, 64, torch.float64)
     add("core odd", many, 512, 63)
