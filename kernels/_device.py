@@ -50,6 +50,19 @@ def exp(x):
 
 
 @triton.jit
+def proportion(x):
+    """exp(x) of a log-probability, -inf for what is not there.
+
+    In float64 that would send these lanes, and with them their warp, down the slow branch that exp has below -708:
+    zero in its place.
+    """
+    if x.dtype == tl.float64:
+        tiny = x < -700.0
+        return tl.where(tiny, 0.0, tl.exp(tl.where(tiny, 0.0, x)))
+    return tl.exp(x)
+
+
+@triton.jit
 def two_parts(value, DTYPE: tl.constexpr):
     """A float64 value as a sum of two in DTYPE."""
     high = value.to(DTYPE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import two_parts
+from fastkl.kernels._device import proportion, two_parts
 from fastkl.kernels._gmm_per_datum import (
     TRITON_DTYPE,
     blocks,
@@ -99,18 +99,18 @@ def gmm_per_datum_bwd_kernel(
                 a = tl.load(joint + at, component < components, other=float("-inf"))  # a weight of zero
             if WHOLE:
                 grouped = tl.reshape(a, [DATA, COMPONENTS])
-                grouped = tl.exp(grouped - finite(tl.max(grouped, axis=1))[:, None])
+                grouped = proportion(grouped - finite(tl.max(grouped, axis=1))[:, None])
                 weight = incoming * tl.reshape(grouped / tl.sum(grouped, axis=1)[:, None], [DATA * COMPONENTS])
             else:
                 at = sample.to(tl.int64) * strides[11][0] + datum.to(tl.int64) * strides[11][1]
                 high, low = two_parts(tl.load(lp + at), DTYPE)
-                weight = incoming * tl.exp(a - high - low)
+                weight = incoming * proportion(a - high - low)
             spread_gradient, logvar_gradient = element_gradient(x - m, v, variance, pull, precision, FORM)
             to_z -= weight[:, None] * pull
             if dlogvar is not None:
                 to_logvar += weight[:, None] * logvar_gradient
             if dmeans is not None:
-                to_weight = weight - incoming * tl.exp(log_weight)
+                to_weight = weight - incoming * proportion(log_weight)
                 if EACH_SAMPLE:
                     at = sample.to(tl.int64) * strides[8][0] + datum.to(tl.int64) * strides[8][1]
                     at += component.to(tl.int64) * strides[8][2]
