@@ -19,7 +19,7 @@ from fastkl.vae.errors import UserError
 from fastkl.vae.model import VAE
 from fastkl.vae.settings import Settings, resolve
 
-from vae_helpers import BARE, SMALL, assert_same_state, refused, run, train
+from vae_helpers import BARE, SMALL, assert_same_state, refused, torchrun, train
 
 CPU = torch.device("cpu")
 PRIORS = {
@@ -69,9 +69,8 @@ def test_stopped_runs_go_on_bit_for_bit(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("name", PRIORS)
 def test_two_processes_do_what_one_with_their_batch_does(tmp_path, name):
     same = (*SMALL, *options_of(name), *BARE, "--schedule", "constant", "--log-every", "1", "--noise", "datum")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastkl.vae", "train"]
-    done = run([sys.executable, *launcher, "--out", str(tmp_path / "two"), *same, "--batch-size", "32"], timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = torchrun("--out", str(tmp_path / "two"), *same, "--batch-size", "32")
+    assert done.returncode == 0, done.stderr
     assert train(tmp_path / "one", *same, "--batch-size", "64") == 0
     two, one = (checkpoint.load(tmp_path / folder) for folder in ("two", "one"))
     losses = [torch.tensor(state["history"]["train"], dtype=torch.float64) for state in (two, one)]

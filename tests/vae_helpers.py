@@ -53,6 +53,13 @@ def run(arguments: list[str], timeout: int = 120) -> subprocess.CompletedProcess
     return subprocess.run(arguments, capture_output=True, text=True, check=False, **options)
 
 
+def torchrun(*options: str) -> subprocess.CompletedProcess:
+    """Two processes train together; see vae_worker.py."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    worker = str(Path(__file__).with_name("vae_worker.py"))
+    return run([sys.executable, *launcher, worker, "train", *options], timeout=300)
+
+
 def assert_same_state(one: Path, other: Path) -> None:
     """Weights, optimiser, step and curves of two run folders, bit for bit; the time it took may differ."""
     first, second = (without_time(checkpoint.load(folder)) for folder in (one, other))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -56,10 +58,15 @@ def start() -> Ranks:
         return Ranks()
     if not distributed.is_available():
         raise UserError("this build of torch has no torch.distributed; run without torchrun")
+    # Imported after the group exists, as DistributedDataParallel does, its functions' default arguments keep the group
+    # and gloo's threads for ever: one that lets go of a tensor while the interpreter ends aborts the process.
+    importlib.import_module("torch.distributed.nn")
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return Ranks(distributed.get_rank(), distributed.get_world_size())
 
 
 def stop(ranks: Ranks) -> None:
+    """Leave the others; threads that exchanged tensors end here, not while the interpreter does."""
     if ranks.size > 1 and distributed.is_initialized():
         distributed.destroy_process_group()
+        gc.collect()  # what wrapped the model holds the group, too
