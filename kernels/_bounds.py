@@ -17,7 +17,7 @@ import triton.language as tl
 
 from fastkl.kernels._device import LN2, exp, two_parts
 from fastkl.kernels._layout import PROGRAMS, cdiv, next_power_of_2
-from fastkl.kernels._mixture import by_component, by_row, four, fraction_and_exponent, load_centred, load_rows
+from fastkl.kernels._mixture import four, fraction_and_exponent, load_centred, load_rows
 
 
 def blocks(dtype: torch.dtype, kind: str, rows: int, components: int, *, tail: bool) -> dict[str, int]:
@@ -34,6 +34,23 @@ def blocks(dtype: torch.dtype, kind: str, rows: int, components: int, *, tail: b
     warps = min(4, next_power_of_2(cdiv(components, 32))) if few else 1
     halvings = max(tail, 2 * half) if kind == "forward" else max(1 + tail, 3 * half)
     return {"ROWS": 32, "COMPONENTS": (16 >> halvings) * warps, "num_warps": warps}
+
+
+@triton.jit
+def by_row(x, BY_ROWS: tl.constexpr):
+    return x[None, :] if BY_ROWS else x[:, None]
+
+
+@triton.jit
+def by_component(x, BY_ROWS: tl.constexpr):
+    return x[:, None] if BY_ROWS else x[None, :]
+
+
+@triton.jit
+def load_four(mu_at, logvar_at, centre, start, columns, TAIL: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr):
+    """Four columns of mu, centred, and of the variance."""
+    zs = four(load_centred(mu_at, centre, start, columns, "expected", TAIL, DTYPE), ROWS)
+    return zs, four(exp(load_rows(logvar_at, start, columns, TAIL, DTYPE)), ROWS)
 
 
 @triton.jit
@@ -62,8 +79,7 @@ def joint_tiles(
     roots += start
     scaled_means += start
     for d in range(0, shape[0], 4):
-        zs = four(load_centred(mu_at, centre, d, shape[0], "expected", TAIL, DTYPE), ROWS)
-        vs = four(exp(load_rows(logvar_at, d, shape[0], TAIL, DTYPE)), ROWS)
+        zs, vs = load_four(mu_at, logvar_at, centre, d, shape[0], TAIL, ROWS, DTYPE)
         mu_at += steps[0]
         logvar_at += steps[1]
         for i in tl.static_range(4):
@@ -88,3 +104,8 @@ def weights(joint, lp, gradient, row, BY_ROWS: tl.constexpr, DTYPE: tl.constexpr
     """Gradient in the joint log-densities: bounds fall as log-densities rise."""
     value, rest = two_parts(tl.load(lp + row), DTYPE)
     return -by_row(gradient, BY_ROWS) * exp(joint - by_row(value, BY_ROWS) - by_row(rest, BY_ROWS))
+
+
+@triton.jit
+def together(x0, x1, x2, x3, COUNT: tl.constexpr):
+    return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [COUNT, 4])

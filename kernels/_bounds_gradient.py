@@ -11,11 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._bounds import blocks, element, joint_tiles, weights
-from fastkl.kernels._device import exp
+from fastkl.kernels._bounds import blocks, element, joint_tiles, load_four, together, weights
+from fastkl.kernels._device import TRITON_DTYPE
 from fastkl.kernels._layout import cdiv
-from fastkl.kernels._mixture import STEP, TRITON_DTYPE, four, load_centred, load_rows, split, together
+from fastkl.kernels._mixture import quads, split
 from fastkl.kernels._mixture_gradient import FINISH, gmm_finish_kernel
+from fastkl.kernels._mixture_prepare import STEP
 
 
 @triton.jit
@@ -29,12 +30,10 @@ def kl_gmm_bounds_rows_kernel(
     split = tl.program_id(0) % splits
     index = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(index, rows - 1).to(tl.int64)  # beyond the last row it again, not stored
-    quad = tl.arange(0, 4).to(tl.int64)[None, :]
     steps = (strides[0][1] * 4, strides[1][1] * 4)
-    mu_start = mu + row[:, None] * strides[0][0] + quad * strides[0][1]
-    logvar_start = logvar + row[:, None] * strides[1][0] + quad * strides[1][1]
-    dmu += split.to(tl.int64) * split_strides[0] + row[:, None] * strides[4][0] + quad * strides[4][1]
-    dlogvar += split.to(tl.int64) * split_strides[1] + row[:, None] * strides[5][0] + quad * strides[5][1]
+    mu_start, logvar_start = quads(mu, row, strides[0]), quads(logvar, row, strides[1])
+    dmu = quads(dmu + split.to(tl.int64) * split_strides[0], row, strides[4])
+    dlogvar = quads(dlogvar + split.to(tl.int64) * split_strides[1], row, strides[5])
     to_lower = tl.load(dlower + row * strides[2]).to(DTYPE)
     to_upper = tl.load(dupper + row * strides[3]).to(DTYPE)
     of_entropy = tl.where(split == 0, -0.5, 0.0) * (to_lower + to_upper)[:, None]
@@ -49,8 +48,7 @@ def kl_gmm_bounds_rows_kernel(
         mu_at, logvar_at, dmu_at, dlogvar_at = mu_start, logvar_start, dmu, dlogvar
         roots_at, means_at = roots + start, scaled_means + start
         for d in range(0, shape[0], 4):
-            zs = four(load_centred(mu_at, centre, d, shape[0], "expected", TAIL, DTYPE), ROWS)
-            vs = four(exp(load_rows(logvar_at, d, shape[0], TAIL, DTYPE)), ROWS)
+            zs, vs = load_four(mu_at, logvar_at, centre, d, shape[0], TAIL, ROWS, DTYPE)
             sums, others = (), ()
             for i in tl.static_range(4):
                 s = tl.load(roots_at + tl.arange(0, COMPONENTS))[:, None]
@@ -87,7 +85,6 @@ def kl_gmm_bounds_components_kernel(
     part = tl.program_id(0) // component_blocks
     start_component = tl.program_id(0) % component_blocks * COMPONENTS
     lanes = tl.arange(0, COMPONENTS)
-    quad = tl.arange(0, 4).to(tl.int64)[None, :]
     steps = (strides[0][1] * 4, strides[1][1] * 4)
     first = part * rows_per_program
     sums_start = sums + part.to(tl.int64) * part_stride + start_component
@@ -97,8 +94,7 @@ def kl_gmm_bounds_components_kernel(
     for start in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
         index = start + tl.arange(0, ROWS)
         row = tl.minimum(index, rows - 1).to(tl.int64)  # beyond the last row it again, with no weight
-        mu_at = mu + row[:, None] * strides[0][0] + quad * strides[0][1]
-        logvar_at = logvar + row[:, None] * strides[1][0] + quad * strides[1][1]
+        mu_at, logvar_at = quads(mu, row, strides[0]), quads(logvar, row, strides[1])
         low, high = joint_tiles(
             mu_at, logvar_at, normaliser, centre, constants, roots, scaled_means, start_component, shape, steps,
             TAIL, False, ROWS, COMPONENTS, DTYPE,
@@ -113,8 +109,7 @@ def kl_gmm_bounds_components_kernel(
             squared_at = squared_start
         again = start + tl.arange(0, 1) > first  # else 0: nothing yet
         for d in range(0, shape[0], 4):
-            zs = four(load_centred(mu_at, centre, d, shape[0], "expected", TAIL, DTYPE), ROWS)
-            vs = four(exp(load_rows(logvar_at, d, shape[0], TAIL, DTYPE)), ROWS)
+            zs, vs = load_four(mu_at, logvar_at, centre, d, shape[0], TAIL, ROWS, DTYPE)
             mu_at += steps[0]
             logvar_at += steps[1]
             for i in tl.static_range(4):

@@ -4,9 +4,11 @@ Everything takes and returns the compute dtype: float32, or float64 where an inp
 float argument stays one, so nothing here calls `.to` on a scalar argument.
 """
 
+import torch
 import triton
 import triton.language as tl
 
+TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}  # what things are computed in
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_TAIL = tl.constexpr(1.925963033500702e-08)  # log2(e) - float32(log2(e))
 LN2 = tl.constexpr(0.6931471805599453)

@@ -9,7 +9,6 @@ import triton.language as tl
 from fastkl.kernels._device import exp
 from fastkl.kernels._layout import next_power_of_2
 
-TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 LN_2PI = tl.constexpr(1.8378770664093453)
 # Elements of a tile for each thread of a warp of 32, and the longest row that one program holds.
 THREAD_TILE = {torch.float32: 8, torch.float64: 4}

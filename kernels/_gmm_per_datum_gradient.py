@@ -5,9 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import proportion, two_parts
+from fastkl.kernels._device import TRITON_DTYPE, proportion, two_parts
 from fastkl.kernels._gmm_per_datum import (
-    TRITON_DTYPE,
     blocks,
     element,
     element_gradient,

@@ -16,7 +16,6 @@ import triton.language as tl
 
 from fastkl.kernels._device import LN2, exp
 from fastkl.kernels._layout import PROGRAMS, cdiv, next_power_of_2, registers, share
-from fastkl.kernels._mixture_prepare import STEP, TRITON_DTYPE, add_exponentials, prepare  # noqa: F401
 
 # Bytes that partial sums may take, all splits together, unless a single one takes more.
 PARTIAL_BYTES = 32 << 20
@@ -82,16 +81,6 @@ def fraction_and_exponent(x):
 
 
 @triton.jit
-def by_row(x, BY_ROWS: tl.constexpr):
-    return x[None, :] if BY_ROWS else x[:, None]
-
-
-@triton.jit
-def by_component(x, BY_ROWS: tl.constexpr):
-    return x[:, None] if BY_ROWS else x[None, :]
-
-
-@triton.jit
 def four(x, COUNT: tl.constexpr):
     """[COUNT, 4] as its four columns."""
     even, odd = tl.split(tl.reshape(x, [COUNT, 2, 2]))
@@ -101,8 +90,9 @@ def four(x, COUNT: tl.constexpr):
 
 
 @triton.jit
-def together(x0, x1, x2, x3, COUNT: tl.constexpr):
-    return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [COUNT, 4])
+def quads(at, row, strides):
+    """[rows, 4] pointers to the first four columns."""
+    return at + row.to(tl.int64)[:, None] * strides[0] + tl.arange(0, 4).to(tl.int64)[None, :] * strides[1]
 
 
 @triton.jit

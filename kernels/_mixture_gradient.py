@@ -15,10 +15,20 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import exp, two_parts
+from fastkl.kernels._device import TRITON_DTYPE, exp, two_parts
 from fastkl.kernels._layout import cdiv, compute_dtype
-from fastkl.kernels._mixture import blocks, four, joint_tile, load_centred, load_rows, of_rows, own_index, split
-from fastkl.kernels._mixture_prepare import STEP, TRITON_DTYPE, prepare
+from fastkl.kernels._mixture import (
+    blocks,
+    four,
+    joint_tile,
+    load_centred,
+    load_rows,
+    of_rows,
+    own_index,
+    quads,
+    split,
+)
+from fastkl.kernels._mixture_prepare import STEP, prepare
 from fastkl.kernels._mixture_rows import by_rows, given_weights, row_launch_arguments, stacked, summed
 
 FINISH = {"COMPONENTS": 32, "COLUMNS": 32}
@@ -62,20 +72,18 @@ def gmm_components_kernel(
     steps = (strides[0][1] * 4, strides[1][1] * 4)
     first_row = part * rows_per_program
     end = tl.minimum(first_row + rows_per_program, rows)
-    at = component.to(tl.int64)[:, None]
     sums += part.to(tl.int64) * part_stride
-    sums_start = sums + at * out_strides[0][0] + quad[None, :] * out_strides[0][1]
+    sums_start = quads(sums, component, out_strides[0])
     if squared is not None:
         squared += part.to(tl.int64) * part_stride
-        squared_start = squared + at * out_strides[1][0] + quad[None, :] * out_strides[1][1]
+        squared_start = quads(squared, component, out_strides[1])
     count = tl.zeros([COMPONENTS], dtype=DTYPE)
     for start in range(first_row, end, ROWS):
         index = start + tl.arange(0, ROWS)
         row = tl.minimum(index, rows - 1).to(tl.int64)  # beyond the last row it again, with no weight
-        z_at = z + row[:, None] * strides[0][0] + quad.to(tl.int64)[None, :] * strides[0][1]
-        logvar_at = None
+        z_at, logvar_at = quads(z, row, strides[0]), None
         if logvar is not None:
-            logvar_at = logvar + row[:, None] * strides[1][0] + quad.to(tl.int64)[None, :] * strides[1][1]
+            logvar_at = quads(logvar, row, strides[1])
         gradient = tl.load(dlp + row * strides[3], mask=index < rows, other=0.0).to(DTYPE)
         if GIVEN:
             weight = given_weights(

@@ -13,10 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import exp
+from fastkl.kernels._device import TRITON_DTYPE, exp
 from fastkl.kernels._layout import cdiv, next_power_of_2, registers
 
-TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 PAD = 128  # components are padded to whole tiles, of 128 at most, dimensions to whole steps of the inner loop
 STEP = 4
 PREPARE = {"COMPONENTS": 32, "COLUMNS": 32, "ROWS": 8, "LOGITS": 128}

@@ -6,10 +6,20 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import exp, two_parts
+from fastkl.kernels._device import TRITON_DTYPE, exp, two_parts
 from fastkl.kernels._layout import cdiv
-from fastkl.kernels._mixture import blocks, four, joint_tile, load_centred, load_rows, of_rows, split, term_index
-from fastkl.kernels._mixture_prepare import STEP, TRITON_DTYPE
+from fastkl.kernels._mixture import (
+    blocks,
+    four,
+    joint_tile,
+    load_centred,
+    load_rows,
+    of_rows,
+    quads,
+    split,
+    term_index,
+)
+from fastkl.kernels._mixture_prepare import STEP
 
 
 @triton.jit
@@ -60,7 +70,6 @@ def gmm_rows_kernel(
     index = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
     valid = index < rows
     index = tl.minimum(index, rows - 1)  # beyond the last row it again, not stored
-    quad = tl.arange(0, 4).to(tl.int64)[None, :]
     steps = (strides[0][1] * 4, strides[1][1] * 4)
     lanes = term_index(COMPONENTS, TERMS)
     first = split * components_per_program
@@ -72,10 +81,9 @@ def gmm_rows_kernel(
         normal = of_rows(tl.load(normaliser + index), True, TERMS, LANES)
     for copy in range(copies):
         row = index.to(tl.int64) + copy * rows
-        z_at = z + row[:, None] * strides[0][0] + quad * strides[0][1]
-        logvar_at = None
+        z_at, logvar_at = quads(z, row, strides[0]), None
         if logvar is not None:
-            logvar_at = logvar + row[:, None] * strides[1][0] + quad * strides[1][1]
+            logvar_at = quads(logvar, row, strides[1])
         gradient = tl.load(dlp + row * strides[3]).to(DTYPE)
         if not GIVEN:
             value, rest = two_parts(tl.load(lp + row), DTYPE)
@@ -104,10 +112,10 @@ def gmm_rows_kernel(
                 change += tl.load(dlogits + out, copy + lanes * 0 > 0, other=0.0).to(DTYPE)  # else 0: nothing yet
                 tl.store(dlogits + out, change, inside)
             if dz is not None:
-                dz_at = dz + row[:, None] * strides[5][0] + quad * strides[5][1]
+                dz_at = quads(dz, row, strides[5])
                 roots_at, means_at = roots + start, scaled_means + start
                 if dlogvar is not None:
-                    dlogvar_at = dlogvar + row[:, None] * strides[6][0] + quad * strides[6][1]
+                    dlogvar_at = quads(dlogvar, row, strides[6])
                     logvar_here = logvar_at
                 z_here = z_at
                 for d in range(0, shape[0], 4):

@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
+from fastkl.kernels._device import TRITON_DTYPE
 from fastkl.kernels._layout import cdiv, compute_dtype, next_power_of_2
 
-TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 INPUT_PRECISION = {"exact": "ieee", "tf32x3": "tf32x3", "tf32": "tf32"}
 BUFFER_BYTES = 32 << 20
 

@@ -6,11 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import exp
+from fastkl.kernels._device import TRITON_DTYPE, exp
 from fastkl.kernels._layout import cdiv, compute_dtype
-from fastkl.kernels._mixture import blocks, joint_tile, of_rows, split, term_index
+from fastkl.kernels._mixture import blocks, joint_tile, of_rows, quads, split, term_index
 from fastkl.kernels._mixture_gradient import gradients
-from fastkl.kernels._mixture_prepare import STEP, TRITON_DTYPE, add_exponentials, prepare
+from fastkl.kernels._mixture_prepare import STEP, add_exponentials, prepare
 
 
 def module(means, scale_tril, precision):
@@ -42,12 +42,10 @@ def gmm_fwd_kernel(
     split = tl.program_id(0) % splits
     index = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(index, rows - 1)  # beyond the last row it again: no mask in the inner loop
-    quad = tl.arange(0, 4).to(tl.int64)[None, :]
-    z_at = z + row.to(tl.int64)[:, None] * strides[0][0] + quad * strides[0][1]
+    z_at, logvar_at = quads(z, row, strides[0]), None
     steps = (strides[0][1] * 4, strides[1][1] * 4)
-    logvar_at = None
     if logvar is not None:
-        logvar_at = logvar + row.to(tl.int64)[:, None] * strides[1][0] + quad * strides[1][1]
+        logvar_at = quads(logvar, row, strides[1])
     # Each group's own maximum and sum, put together at the end.
     top = tl.full([ROWS // LANES, COMPONENTS // TERMS, LANES], float("-inf"), dtype=DTYPE)
     total = tl.zeros([ROWS // LANES, COMPONENTS // TERMS, LANES], dtype=DTYPE)

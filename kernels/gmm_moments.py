@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fastkl.kernels._layout import compute_dtype
-from fastkl.kernels._mixture import prepare
 from fastkl.kernels._mixture_gradient import by_components
+from fastkl.kernels._mixture_prepare import prepare
 from fastkl.kernels.gmm_log_prob import launch_fwd
 
 

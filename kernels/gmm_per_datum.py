@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastkl.kernels._device import TRITON_DTYPE
 from fastkl.kernels._gmm_per_datum import (
-    TRITON_DTYPE,
     blocks,
     by_sample,
     canonical,

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import LN2
+from fastkl.kernels._device import LN2, TRITON_DTYPE
 from fastkl.kernels._gumbel_softmax import (
     NOT_A_CLASS,
     finite,
@@ -25,7 +25,6 @@ from fastkl.kernels._gumbel_softmax import (
     tile,
 )
 from fastkl.kernels._layout import PROGRAMS, cdiv, compute_dtype, next_power_of_2, share
-from fastkl.kernels.rsample_kl import TRITON_DTYPE
 
 # Elements of a tile that holds all classes, of one that does not, and of a tile of short rows.
 WHOLE, PART, SHORT = 8192, 2048, 512

@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels import gmm_log_prob
-from fastkl.kernels._device import exp, normals
+from fastkl.kernels._device import TRITON_DTYPE, exp, normals
 from fastkl.kernels._layout import cdiv, compute_dtype
-from fastkl.kernels._mixture import TRITON_DTYPE
 
 SAMPLES_BYTES = 32 << 20
 

@@ -8,8 +8,10 @@ import triton.language as tl
 
 from fastkl.kernels._bounds import blocks, joint_tiles
 from fastkl.kernels._bounds_gradient import by_components, by_rows
+from fastkl.kernels._device import TRITON_DTYPE
 from fastkl.kernels._layout import cdiv, compute_dtype
-from fastkl.kernels._mixture import STEP, TRITON_DTYPE, add_exponentials, load_rows, prepare, split
+from fastkl.kernels._mixture import load_rows, quads, split
+from fastkl.kernels._mixture_prepare import STEP, add_exponentials, prepare
 
 
 @triton.jit
@@ -22,9 +24,7 @@ def kl_gmm_bounds_fwd_kernel(
     split = tl.program_id(0) % splits
     index = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(index, rows - 1).to(tl.int64)  # beyond the last row it again: no mask in the inner loop
-    quad = tl.arange(0, 4).to(tl.int64)[None, :]
-    mu_at = mu + row[:, None] * strides[0][0] + quad * strides[0][1]
-    logvar_at = logvar + row[:, None] * strides[1][0] + quad * strides[1][1]
+    mu_at, logvar_at = quads(mu, row, strides[0]), quads(logvar, row, strides[1])
     steps = (strides[0][1] * 4, strides[1][1] * 4)
     low_top = tl.full([ROWS], float("-inf"), dtype=DTYPE)
     high_top = tl.full([ROWS], float("-inf"), dtype=DTYPE)

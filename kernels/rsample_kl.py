@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import (
+    TRITON_DTYPE,
     bound,
     bound_gradient,
     elements,
@@ -42,7 +43,6 @@ SHARED_ROWS = 32
 TILE_BYTES = 4096
 # Elements of a tile whose rows cannot be read 16 bytes at a time.
 ODD_TILE = {2: 512, 4: 512, 8: 256}
-TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def blocks(rows: int, columns: int, tensors: list[torch.Tensor]) -> dict[str, int]:
