@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -48,10 +49,14 @@ def check_event_ndim(event_ndim: int, ndim: int, what: str) -> int:
     return event_ndim
 
 
+def check_choice(name: str, value: str, known: Iterable[str]) -> str:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    return value
+
+
 def check_scale(scale: str) -> str:
-    if scale not in SCALES:
-        raise ValueError(f"scale must be one of {', '.join(map(repr, SCALES))}, got {scale!r}")
-    return scale
+    return check_choice("scale", scale, SCALES)
 
 
 def check_bounds(bounds: SoftBounds | tuple[float, float] | None) -> tuple[float, float, bool]:
@@ -126,6 +131,12 @@ def batch_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 
 def batch_first_all(tensors, dims, size: int) -> list[Tensor]:
     return [batch_first(tensor, dim, size) for tensor, dim in zip(tensors, dims) if tensor is not None]
+
+
+def examples(size: int, dims, inputs) -> Iterator[tuple]:
+    """The inputs of each example under vmap, for an op that cannot take them all in one call."""
+    for index in range(size):
+        yield tuple(x if dim is None else x.select(dim, index) for x, dim in zip(inputs, dims))
 
 
 def match(gradient: Tensor, like: Tensor) -> Tensor:

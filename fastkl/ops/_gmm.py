@@ -14,12 +14,10 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _mixture as sweeps
 from fastkl.ops import _mixture_arguments as mixtures
 from fastkl.ops._components import Differences, Full, Mixture
-from fastkl.ops._mixture import by_datum, gradient_buffers
 from fastkl.ops._register import apply, needs_closed_form, register, without_autocast
 
 MIXTURE = "Tensor logits, Tensor means, Tensor? logvars, Tensor? scale_tril"
 _ARGUMENTS = f"Tensor z, Tensor? logvar, {MIXTURE}, str form, str precision"
-FULL = slice(None)
 # Rows times components times dimensions up to which everything is made at once: a sweep would cost more in calls.
 SMALL = 1 << 17
 
@@ -38,17 +36,27 @@ def prepare(z, logvar, logits, means, logvars, scale_tril, form):
     """(part, prepared) of all components and rows at once."""
     dtype = reference.compute_dtype(z, logvar, logits, means, logvars, scale_tril)
     data = max(logits.shape[0], means.shape[0])
-    part = (Differences if scale_tril is None else Full)(Mixture(logits, means, logvars, scale_tril), FULL, form, dtype)
-    variance = None if logvar is None else by_datum(logvar.to(dtype).exp(), data)
-    return part, part.prepare(by_datum(z.to(dtype), data), variance, FULL)
+    kind, mixture = Differences if scale_tril is None else Full, Mixture(logits, means, logvars, scale_tril)
+    part = kind(mixture, arguments.EVERYTHING, form, dtype)
+    variance = None if logvar is None else sweeps.by_datum(logvar.to(dtype).exp(), data)
+    return part, part.prepare(sweeps.by_datum(z.to(dtype), data), variance, arguments.EVERYTHING)
+
+
+def joint_of(part, prepared) -> Tensor:
+    """ln pi_k + what the form says of component k [S, B, K], differentiable."""
+    return part.joint(prepared, torch.log_softmax(part.mixture.logits.to(part.dtype), -1))
+
+
+def softmax_of(part, prepared) -> Tensor:
+    """The responsibilities [S, B, K], differentiable."""
+    return torch.softmax(joint_of(part, prepared), -1)
 
 
 @without_autocast
 def values(z, logvar, logits, means, logvars, scale_tril, form, precision, keep) -> list[Tensor]:
     """What _mixture.log_prob returns."""
     if is_small(z, means, scale_tril):
-        part, prepared = prepare(z, logvar, logits, means, logvars, scale_tril, form)
-        joint = part.joint(prepared, torch.log_softmax(logits.to(part.dtype), -1)).flatten(0, 1)
+        joint = joint_of(*prepare(z, logvar, logits, means, logvars, scale_tril, form)).flatten(0, 1)
         lp = joint.logsumexp(-1)
         results = [lp, lp.to(torch.float64, copy=True)]
         return [*results, torch.softmax(joint, -1)] if keep == 2 else results[: keep + 1]
@@ -96,14 +104,24 @@ def summed_gradients(
         return wanted(found, data, False), sums
     sweep = sweeps.Sweep(z, logvar, *mixture, form, precision)
     if buffers is None:
-        buffers = gradient_buffers(mixture, sweep.dtype) if parameters else []
+        buffers = sweeps.gradient_buffers(mixture, sweep.dtype) if parameters else []
     return sweeps.gradients(sweep, sweeps.Weights(sweep, dlp, *kept), data, buffers), buffers
 
 
 def wanted(tensors, data: bool, parameters: bool) -> list[Tensor]:
     """Of what belongs to (z, logvar, logits, means, logvars, scale_tril): what is there and asked for."""
-    asked = (data, data, *[parameters] * 4)
-    return [tensor for tensor, ask in zip(tensors, asked) if ask and tensor is not None]
+    return [tensor for tensor, ask in zip(tensors, _asked(data, parameters)) if ask and tensor is not None]
+
+
+def placed(gradients, inputs, data: bool, parameters: bool) -> list[Tensor | None]:
+    """The inverse of `wanted`: the gradients of these inputs in their places, None in all others."""
+    found = iter(gradients)
+    asked = _asked(data, parameters)
+    return [next(found) if ask and tensor is not None else None for tensor, ask in zip(inputs, asked)]
+
+
+def _asked(data: bool, parameters: bool) -> tuple[bool, ...]:
+    return data, data, *[parameters] * 4
 
 
 def matched(gradients, z, logvar, mixture, data: bool, parameters: bool) -> list[Tensor]:
@@ -159,19 +177,14 @@ def differentiable_gradients(weights_of, *inputs_and_form) -> list[Tensor | None
     ]
 
 
-def softmax_of(part, prepared) -> Tensor:
-    """The responsibilities [S, B, K], differentiable."""
-    return torch.softmax(part.joint(prepared, torch.log_softmax(part.mixture.logits.to(part.dtype), -1)), -1)
-
-
 @without_autocast
-def _gradients(dlp, z, logvar, logits, means, logvars, scale_tril, form) -> list[Tensor | None]:
+def log_prob_gradients(dlp, z, logvar, logits, means, logvars, scale_tril, form) -> list[Tensor | None]:
     """_backward in differentiable torch ops."""
     inputs = (z, logvar, logits, means, logvars, scale_tril)
     dtype = reference.compute_dtype(*inputs)
-    rows = by_datum(dlp.to(dtype), max(logits.shape[0], means.shape[0])).unsqueeze(-1)
+    rows = sweeps.by_datum(dlp.to(dtype), max(logits.shape[0], means.shape[0])).unsqueeze(-1)
     found = differentiable_gradients(lambda *prepared: softmax_of(*prepared) * rows, *inputs, form)
-    total = by_datum(dlp.to(dtype), logits.shape[0]).sum(0).unsqueeze(-1)
+    total = sweeps.by_datum(dlp.to(dtype), logits.shape[0]).sum(0).unsqueeze(-1)
     found[2] = (found[2].to(dtype) - torch.softmax(logits.to(dtype), -1) * total).to(logits.dtype)
     return found
 
@@ -195,24 +208,29 @@ class _GMMLogProb(torch.autograd.Function):
         saved = ctx.saved_tensors
         inputs, kept = saved[:6], saved[6:]
         if needs_closed_form(dlp):
-            return *_gradients(dlp, *inputs, ctx.settings[0]), None, None, None
+            return *log_prob_gradients(dlp, *inputs, ctx.settings[0]), None, None, None
         data, parameters = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[2:6])
-        found = iter(gmm_log_prob_bwd(dlp, list(kept), *inputs, *ctx.settings, data, parameters))
-        wanted = [data, data, *[parameters] * 4]
-        return *(next(found) if want and t is not None else None for want, t in zip(wanted, inputs)), None, None, None
+        found = gmm_log_prob_bwd(dlp, list(kept), *inputs, *ctx.settings, data, parameters)
+        return *placed(found, inputs, data, parameters), None, None, None
 
     @staticmethod
     def vmap(info, in_dims, z, logvar, logits, means, logvars, scale_tril, form, precision, keep):
-        size = info.batch_size
-        mixture = (logits, means, logvars, scale_tril)
-        mixture, data, per_datum = mixtures.vmap_mixture(mixture, in_dims[2:6], size)
-        rows = [
-            None if t is None else mixtures.vmap_rows(t, dim, size, data, per_datum)
-            for t, dim in zip((z, logvar), in_dims)
-        ]
-        keep = min(keep, sweeps.keep_for(rows[0], mixture[0], reference.compute_dtype(*rows, *mixture)))
-        outputs = apply(_GMMLogProb, *rows, *mixture, form, precision, keep)
-        return tuple(mixtures.vmap_result(out, size, data, per_datum) for out in outputs), (0,) * len(outputs)
+        def call(rows, mixture):
+            return apply(_GMMLogProb, *rows, *mixture, form, precision, min(keep, keep_for_rows(rows, mixture)))
+
+        return mixtures.vmap_call(call, info.batch_size, in_dims, (z, logvar), (logits, means, logvars, scale_tril))
+
+
+def keep_for_rows(rows, mixture) -> int:
+    """keep_for of a call."""
+    return sweeps.keep_for(rows[0], mixture[0], reference.compute_dtype(*rows, *mixture))
+
+
+def keep_now(rows, mixture) -> int:
+    """keep_for of a call that may have a gradient, else 0."""
+    if not torch.is_grad_enabled():
+        return 0
+    return 1 if torch.compiler.is_compiling() else keep_for_rows(rows, mixture)  # a graph is one for any number of rows
 
 
 def log_prob(rows: dict[str, Tensor], logits, means, logvars, scale_tril, form: str, precision: str) -> Tensor:
@@ -222,12 +240,7 @@ def log_prob(rows: dict[str, Tensor], logits, means, logvars, scale_tril, form: 
     if rows[0].shape[0] == 0:
         return restore(nothing(rows, mixture))
     z, logvar = (*rows, None)[:2]
-    dtype = reference.compute_dtype(z, logvar, *mixture)
-    keep = 0
-    if torch.is_grad_enabled():  # a compiled graph must not depend on how many rows there are
-        keep = 1 if torch.compiler.is_compiling() else sweeps.keep_for(z, mixture[0], dtype)
-    found = apply(_GMMLogProb, z, logvar, *mixture, form, precision, keep)[0]
-    return restore(found)
+    return restore(apply(_GMMLogProb, z, logvar, *mixture, form, precision, keep_now(rows, mixture))[0])
 
 
 def nothing(rows: list[Tensor], mixture) -> Tensor:

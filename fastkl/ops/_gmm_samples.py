@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from fastkl import reference
+from fastkl.ops import _arguments as arguments
 from fastkl.ops import _mixture as sweeps
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._gmm import (
     MIXTURE,
     differentiable_gradients,
     fake_gradients,
-    gradient_buffers,
     joined,
     matched,
+    placed,
     softmax_of,
     summed_gradients,
     values,
 )
-from fastkl.ops._mixture import by_datum
 from fastkl.ops._register import apply, needs_closed_form, register, without_autocast
 
 _ARGUMENTS = f"Tensor mu, Tensor logvar, Tensor seed, {MIXTURE}, int num_samples, str precision"
@@ -85,7 +85,7 @@ def _backward(dkl, mu, logvar, seed, logits, means, logvars, scale_tril, num_sam
     mixture = (logits, means, logvars, scale_tril)
     dtype = reference.compute_dtype(mu, logvar, *mixture)
     rows = [torch.zeros(mu.shape, dtype=dtype, device=mu.device) for _ in range(2 if data else 0)]
-    buffers = gradient_buffers(mixture, dtype) if parameters else []
+    buffers = sweeps.gradient_buffers(mixture, dtype) if parameters else []
     dlp = dkl.to(dtype) / -num_samples
     for block in _blocks(mu, logvar, mixture):
         weight = dlp[block.rows]
@@ -146,7 +146,7 @@ def _gradients(dkl, mu, logvar, seed, logits, means, logvars, scale_tril, num_sa
         dz = dz - (dkl / num_samples).unsqueeze(-1) * eps / sigma
     dlogvar = 0.5 * (dz * eps).sum(0) * sigma
     dlogvar = dlogvar if stl else dlogvar - 0.5 * dkl.unsqueeze(-1)
-    total = -by_datum(dkl, logits.shape[0]).sum(0).unsqueeze(-1)
+    total = -sweeps.by_datum(dkl, logits.shape[0]).sum(0).unsqueeze(-1)
     dlogits = found[2].to(dtype) - torch.softmax(logits.to(dtype), -1) * total
     return [dz.sum(0).to(mu.dtype), dlogvar.to(logvar.dtype), None, dlogits.to(logits.dtype), *found[3:]]
 
@@ -167,15 +167,12 @@ class KLSamples(torch.autograd.Function):
         if needs_closed_form(dkl):
             return *_gradients(dkl, *inputs, num_samples, stl), *[None] * 4
         data, parameters = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[3:7])
-        found = iter(kl_gmm_bwd(dkl, *inputs, num_samples, precision, stl, data, parameters))
-        wanted = [data, data, False, *[parameters] * 4]
-        return *(next(found) if want and t is not None else None for want, t in zip(wanted, inputs)), *[None] * 4
+        found = kl_gmm_bwd(dkl, *inputs, num_samples, precision, stl, data, parameters)
+        dmu, dlogvar, *dmixture = placed(found, (*inputs[:2], *inputs[3:]), data, parameters)
+        return dmu, dlogvar, None, *dmixture, *[None] * 4
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
         """Example by example: each draws the noise of its seed for its own rows."""
-        results = []
-        for index in range(info.batch_size):
-            pairs = zip(inputs, in_dims)
-            results.append(apply(KLSamples, *(x if dim is None else x.select(dim, index) for x, dim in pairs)))
+        results = [apply(KLSamples, *example) for example in arguments.examples(info.batch_size, in_dims, inputs)]
         return torch.stack(results), 0

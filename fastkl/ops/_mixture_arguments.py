@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +16,6 @@ from fastkl.ops import _arguments as arguments
 
 PRECISIONS = ("exact", "tf32x3", "tf32")
 EVENTS = (1, 2, 2, 3)  # dimensions of one mixture's logits, means, logvars, scale_tril
-
-
-class Canonical(NamedTuple):
-    rows: list[Tensor]  # each [R, D]
-    mixture: tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # logits, means, logvars, scale_tril
-    batch: torch.Size  # R in the caller's dimensions
 
 
 class _Collapse(torch.autograd.Function):
@@ -69,16 +62,17 @@ def _without_leading_ones(tensor: Tensor, batch: int) -> Tensor:
 
 
 def check_precision(precision: str) -> str:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
-    return precision
+    return arguments.check_choice("precision", precision, PRECISIONS)
 
 
 def canonical(
     z: dict[str, Tensor], logits: Tensor, means: Tensor, logvars: Tensor | None, scale_tril: Tensor | None
-) -> Canonical:
-    """`z` names the tensors [..., D] that have a row each: {"z": z}, or {"mu": mu, "logvar": logvar}. Rows keep the
-    order of the batch; parameters that vary along other than its last dimensions are copied."""
+) -> tuple[list[Tensor], tuple, torch.Size]:
+    """(rows, each [R, D]; logits, means, logvars, scale_tril; the batch, R in the caller's dimensions).
+
+    `z` names the tensors [..., D] that have a row each: {"z": z}, or {"mu": mu, "logvar": logvar}. Rows keep the order
+    of the batch; parameters that vary along other than its last dimensions are copied.
+    """
     batch, mixture = _collapsed(z, logits, means, logvars, scale_tril)
     return _flattened(list(z.values()), mixture, batch)
 
@@ -148,7 +142,7 @@ def _order(row_tensors: int, mixture, batch: torch.Size) -> list[int] | None:
     return sorted(range(len(batch)), key=varies.__contains__)
 
 
-def _flattened(rows: list[Tensor], mixture, batch: torch.Size) -> Canonical:
+def _flattened(rows: list[Tensor], mixture, batch: torch.Size) -> tuple[list[Tensor], tuple, torch.Size]:
     dimensions = mixture[1].shape[-1]
     rows = [arguments.expand(tensor, (*batch, dimensions)).reshape(-1, dimensions) for tensor in rows]
     ndim = [0 if tensor is None else tensor.dim() - event for tensor, event in zip(mixture, EVENTS)]
@@ -161,7 +155,7 @@ def _flattened(rows: list[Tensor], mixture, batch: torch.Size) -> Canonical:
         elif tensor is not None:
             tensor = tensor[None]
         flat.append(tensor)
-    return Canonical(rows, tuple(flat), batch)
+    return rows, tuple(flat), batch
 
 
 def batch_shape(z: dict[str, Tensor], logits, means, logvars, scale_tril) -> torch.Size:
@@ -209,7 +203,15 @@ def check_triangles(scale_tril: Tensor) -> None:
                              "covariance is singular")  # fmt: skip
 
 
-def vmap_rows(tensor: Tensor, dim: int | None, size: int, data: int, per_datum: bool) -> Tensor:
+def vmap_call(call, size: int, dims, rows, mixture) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """What a Function's vmap returns, made of one call(rows, mixture) -> tensors [R, ...] for all examples."""
+    mixture, data, per_datum = _vmap_mixture(mixture, dims[len(rows) : len(rows) + 4], size)
+    rows = [None if t is None else _vmap_rows(t, dim, size, data, per_datum) for t, dim in zip(rows, dims)]
+    outputs = call(rows, mixture)
+    return tuple(_vmap_result(out, size, data, per_datum) for out in outputs), (0,) * len(outputs)
+
+
+def _vmap_rows(tensor: Tensor, dim: int | None, size: int, data: int, per_datum: bool) -> Tensor:
     """Rows [R, ...] of each example as rows of one call: examples by rows, or, where the mixture's parameters differ by
     example, samples by examples by data."""
     tensor = arguments.batch_first(tensor, dim, size)
@@ -218,14 +220,14 @@ def vmap_rows(tensor: Tensor, dim: int | None, size: int, data: int, per_datum: 
     return tensor.flatten(0, 1)
 
 
-def vmap_result(tensor: Tensor, size: int, data: int, per_datum: bool) -> Tensor:
-    """The inverse of vmap_rows for a result [R', ...]: [examples, R, ...]."""
+def _vmap_result(tensor: Tensor, size: int, data: int, per_datum: bool) -> Tensor:
+    """The inverse of _vmap_rows for a result [R', ...]: [examples, R, ...]."""
     if not per_datum:
         return tensor.unflatten(0, (size, -1))
     return tensor.unflatten(0, (-1, size, data)).transpose(0, 1).flatten(1, 2)
 
 
-def vmap_mixture(mixture, dims, size: int) -> tuple[list[Tensor | None], int, bool]:
+def _vmap_mixture(mixture, dims, size: int) -> tuple[list[Tensor | None], int, bool]:
     """(the mixture's tensors for all examples at once, data of each, whether parameters differ by example)."""
     per_datum = any(dim is not None for tensor, dim in zip(mixture, dims) if tensor is not None)
     lengths = [1 if t is None else t.shape[0 if dim is None or dim > 0 else 1] for t, dim in zip(mixture, dims)]

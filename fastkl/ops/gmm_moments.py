@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from fastkl import reference
+from fastkl.ops import _arguments as arguments
 from fastkl.ops import _mixture as sweeps
 from fastkl.ops import _mixture_arguments as mixtures
-from fastkl.ops._gmm import MIXTURE, is_small, prepare
+from fastkl.ops._gmm import MIXTURE, is_small, joint_of, prepare
 from fastkl.ops._register import apply, register, without_autocast
 
 
 class GMMMoments(NamedTuple):
     """What `fastkl.gmm_moments` returns; r_nk = p(k | z_n), and moments are about the components' present means."""
 
-    log_prob: Tensor  # [*batch] ln p(z_n)
+    log_prob: Tensor  # [*batch] ln p(z_n) in nats
     counts: Tensor  # [K] sum_n r_nk
     first: Tensor  # [K, D] sum_n r_nk (z_n - m_k)
     second: Tensor  # [K, D] sum_n r_nk (z_n - m_k)^2; with scale_tril [K, D, D], of the outer products
@@ -27,7 +28,7 @@ class GMMMoments(NamedTuple):
 def _forward(z, logits, means, logvars, scale_tril) -> list[Tensor]:
     if is_small(z, means, scale_tril):
         part, prepared = prepare(z, None, logits, means, logvars, scale_tril, "point")
-        joint = part.joint(prepared, torch.log_softmax(logits.to(part.dtype), -1))
+        joint = joint_of(part, prepared)
         return [joint.logsumexp(-1).flatten(), *part.moments(prepared, torch.softmax(joint, -1))]
     sweep = sweeps.Sweep(z, None, logits, means, logvars, scale_tril, "point", "exact")
     return sweeps.moments(sweep, sweeps.keep_for(z, logits, sweep.dtype))
@@ -61,10 +62,7 @@ class _GMMMoments(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *inputs):
         """Example by example: each has sums of its own."""
-        results = []
-        for index in range(info.batch_size):
-            pairs = zip(inputs, in_dims)
-            results.append(apply(_GMMMoments, *(x if dim is None else x.select(dim, index) for x, dim in pairs)))
+        results = [apply(_GMMMoments, *example) for example in arguments.examples(info.batch_size, in_dims, inputs)]
         return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * 4
 
 
@@ -95,9 +93,8 @@ def gmm_moments(
     tensor([[-0.7523],
             [ 1.8794]])
     """
-    (rows,), mixture, batch = mixtures.canonical({"z": z.detach() if isinstance(z, Tensor) else z}, *(
-        tensor.detach() if isinstance(tensor, Tensor) else tensor for tensor in (logits, means, logvars, scale_tril)
-    ))  # fmt: skip
+    z, *mixture = (t.detach() if isinstance(t, Tensor) else t for t in (z, logits, means, logvars, scale_tril))
+    (rows,), mixture, batch = mixtures.canonical({"z": z}, *mixture)
     if any(tensor is not None and tensor.shape[0] > 1 for tensor in mixture):
         raise ValueError("gmm_moments sums over data of one mixture, but logits, means or covariances differ by datum")
     log_prob, counts, first, second = apply(_GMMMoments, rows, *mixture)

@@ -14,8 +14,10 @@ from fastkl.ops._gmm import (
     differentiable_gradients,
     fake_gradients,
     is_small,
+    joint_of,
     matched,
     nothing,
+    placed,
     prepare,
     softmax_of,
     wanted,
@@ -28,8 +30,7 @@ _ARGUMENTS = f"Tensor z, {MIXTURE}, str precision"
 @without_autocast
 def _forward(z, logits, means, logvars, scale_tril, precision) -> Tensor:
     if is_small(z, means, scale_tril):
-        part, prepared = prepare(z, None, logits, means, logvars, scale_tril, "point")
-        joint = part.joint(prepared, torch.log_softmax(logits.to(part.dtype), -1))
+        joint = joint_of(*prepare(z, None, logits, means, logvars, scale_tril, "point"))
         return torch.log_softmax(joint, -1).flatten(0, 1)
     return sweeps.log_responsibilities(sweeps.Sweep(z, None, logits, means, logvars, scale_tril, "point", precision))
 
@@ -95,20 +96,21 @@ class _GMMResponsibilities(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dlog_r):
-        *inputs, log_r = ctx.saved_tensors
+        z, *mixture, log_r = ctx.saved_tensors
         if needs_closed_form(dlog_r):
-            return *_gradients(dlog_r, *inputs), None
+            return *_gradients(dlog_r, z, *mixture), None
         data, parameters = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])
-        found = iter(gmm_responsibilities_bwd(dlog_r, log_r, *inputs, ctx.precision, data, parameters))
-        wanted = [data, *[parameters] * 4]
-        return *(next(found) if want and t is not None else None for want, t in zip(wanted, inputs)), None
+        found = gmm_responsibilities_bwd(dlog_r, log_r, z, *mixture, ctx.precision, data, parameters)
+        dz, _, *dmixture = placed(found, (z, None, *mixture), data, parameters)
+        return dz, *dmixture, None
 
     @staticmethod
     def vmap(info, in_dims, z, logits, means, logvars, scale_tril, precision):
-        size = info.batch_size
-        mixture, data, per_datum = mixtures.vmap_mixture((logits, means, logvars, scale_tril), in_dims[1:5], size)
-        z = mixtures.vmap_rows(z, in_dims[0], size, data, per_datum)
-        return mixtures.vmap_result(apply(_GMMResponsibilities, z, *mixture, precision), size, data, per_datum), 0
+        def call(rows, mixture):
+            return (apply(_GMMResponsibilities, *rows, *mixture, precision),)
+
+        (out,), _ = mixtures.vmap_call(call, info.batch_size, in_dims, (z,), (logits, means, logvars, scale_tril))
+        return out, 0
 
 
 def gmm_responsibilities(

@@ -15,12 +15,6 @@ from fastkl.ops._register import apply
 METHODS = {"mc": "point", "upper": "expected", "lower": "convolved"}
 
 
-def _one_of(name: str, value: str, known) -> str:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-    return value
-
-
 def _bound(mu, logvar, logits, means, logvars, scale_tril, form: str, precision: str) -> Tensor:
     """-H(q) - logsumexp_k [ln pi_k + what `form` says of component k]."""
     log_prob = _gmm.log_prob({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril, form, precision)
@@ -69,15 +63,15 @@ def kl_gmm(
     >>> fastkl.kl_gmm(mu, logvar, logits, means, method="upper").abs() < 1e-6
     tensor([True, True])
     """
-    form = METHODS[_one_of("method", method, METHODS)]
-    _one_of("entropy", entropy, ("closed", "sampled"))
-    stl = _one_of("gradient", gradient, ("plain", "stl")) == "stl"
+    form = METHODS[arguments.check_choice("method", method, METHODS)]
+    arguments.check_choice("entropy", entropy, ("closed", "sampled"))
+    stl = arguments.check_choice("gradient", gradient, ("plain", "stl")) == "stl"
     num_samples = arguments.check_int("num_samples", num_samples, 1)
     mixtures.check_precision(precision)
     if method != "mc":
         return _bound(mu, logvar, logits, means, logvars, scale_tril, form, precision)
     rows, mixture, batch = mixtures.canonical({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril)
-    seed, _ = sampling.check_noise(seed, None, None, mu.shape, mu.device)
+    seed = sampling.check_seed(seed, mu.device, "mu")
     if batch.numel() == 0:
         return _gmm.nothing(rows, mixture).view(batch)
     return apply(KLSamples, *rows, seed, *mixture, num_samples, precision, entropy, stl).view(batch)

@@ -8,8 +8,6 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _gmm
 from fastkl.ops import _mixture_arguments as mixtures
-from fastkl.ops._arguments import match
-from fastkl.ops._mixture import keep_for
 from fastkl.ops._register import apply, needs_closed_form, register
 
 _ARGUMENTS = f"Tensor mu, Tensor logvar, {_gmm.MIXTURE}, str precision"
@@ -53,8 +51,7 @@ def _backward(
         if data:
             found[1] = torch.sub(found[1], gradient.to(found[1].dtype).unsqueeze(-1), alpha=0.5)  # -H(q)
         total = [a + b for a, b in zip(total, found)] if total else found
-    outputs = [t for t, wanted in zip(inputs, [data] * 2 + [parameters] * 4) if wanted and t is not None]
-    return [match(gradient, tensor) for gradient, tensor in zip(total, outputs)]
+    return _gmm.matched(total, mu, logvar, inputs[2:], data, parameters)
 
 
 def _fake_backward(
@@ -82,7 +79,7 @@ def _gradients(dlower, dupper, *inputs) -> list[Tensor | None]:
     """_backward in differentiable torch ops."""
     total: list[Tensor | None] = [None] * len(inputs)
     for form, gradient, _ in _incoming(dlower, dupper, ()):
-        found = _gmm._gradients(-gradient, *inputs, form)
+        found = _gmm.log_prob_gradients(-gradient, *inputs, form)
         found[1] = found[1] - 0.5 * gradient.unsqueeze(-1).to(found[1].dtype)  # -H(q)
         total = [a if b is None else b if a is None else a + b for a, b in zip(found, total)]
     return total
@@ -110,19 +107,15 @@ class _Bounds(torch.autograd.Function):
         if needs_closed_form(*given):
             return *_gradients(dlower, dupper, *inputs), None, None
         data, parameters = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[2:6])
-        found = iter(kl_gmm_bounds_bwd(dlower, dupper, list(kept), *inputs, ctx.precision, data, parameters))
-        wanted = [data] * 2 + [parameters] * 4
-        return *(next(found) if want and t is not None else None for want, t in zip(wanted, inputs)), None, None
+        found = kl_gmm_bounds_bwd(dlower, dupper, list(kept), *inputs, ctx.precision, data, parameters)
+        return *_gmm.placed(found, inputs, data, parameters), None, None
 
     @staticmethod
     def vmap(info, in_dims, mu, logvar, logits, means, logvars, scale_tril, precision, keep):
-        size = info.batch_size
-        mixture = (logits, means, logvars, scale_tril)
-        mixture, data, per_datum = mixtures.vmap_mixture(mixture, in_dims[2:6], size)
-        rows = [mixtures.vmap_rows(t, dim, size, data, per_datum) for t, dim in zip((mu, logvar), in_dims)]
-        keep = min(keep, keep_for(rows[0], mixture[0], reference.compute_dtype(*rows, *mixture)))
-        outputs = apply(_Bounds, *rows, *mixture, precision, keep)
-        return tuple(mixtures.vmap_result(out, size, data, per_datum) for out in outputs), (0,) * len(outputs)
+        def call(rows, mixture):
+            return apply(_Bounds, *rows, *mixture, precision, min(keep, _gmm.keep_for_rows(rows, mixture)))
+
+        return mixtures.vmap_call(call, info.batch_size, in_dims, (mu, logvar), (logits, means, logvars, scale_tril))
 
 
 def kl_gmm_bounds(
@@ -144,9 +137,5 @@ def kl_gmm_bounds(
     if rows[0].shape[0] == 0:
         nothing = restore(_gmm.nothing(rows, mixture))
         return nothing, nothing.clone()
-    keep = 0
-    if torch.is_grad_enabled():  # a compiled graph must not depend on how many rows there are
-        dtype = reference.compute_dtype(*rows, *mixture)
-        keep = 1 if torch.compiler.is_compiling() else keep_for(rows[0], mixture[0], dtype)
-    lower, upper, *_ = apply(_Bounds, *rows, *mixture, precision, keep)
+    lower, upper, *_ = apply(_Bounds, *rows, *mixture, precision, _gmm.keep_now(rows, mixture))
     return restore(lower), restore(upper)

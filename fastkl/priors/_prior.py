@@ -48,9 +48,7 @@ class Prior(nn.Module):
     def _check_estimator(self, method: str, entropy: str, gradient: str) -> None:
         known = {"method": self.methods, "entropy": ("closed", "sampled"), "gradient": ("plain", "stl")}
         for (name, values), value in zip(known.items(), (method, entropy, gradient)):
-            if value not in values:
-                listed = ", ".join(map(repr, values))
-                raise ValueError(f"{name} of {type(self).__name__}.kl must be one of {listed}, got {value!r}")
+            arguments.check_choice(f"{name} of {type(self).__name__}.kl", value, values)
 
     def _check_posterior(self, q: distributions.DiagonalNormal, dim: int | None) -> None:
         if not isinstance(q, distributions.DiagonalNormal):

@@ -46,8 +46,7 @@ class GaussianMixture(MixturePrior):
 
     def __init__(self, components: int, dim: int, covariance: str = "diag", *, precision: str = "exact"):
         super().__init__()
-        if covariance not in COVARIANCES:
-            raise ValueError(f"covariance must be one of {', '.join(map(repr, COVARIANCES))}, got {covariance!r}")
+        arguments.check_choice("covariance", covariance, COVARIANCES)
         self.components, self.dim = (
             arguments.check_int(name, size, 1) for name, size in (("components", components), ("dim", dim))
         )
