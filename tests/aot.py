@@ -1,17 +1,18 @@
 """Compile kernels ahead of time, for every target, on a machine without a GPU.
 
-    TRITON_INTERPRET=0 python tests/aot.py test_kl_normal
+    TRITON_INTERPRET=0 python tests/aot.py test_kl_normal test_rsample_kl
 
-runs that module's `aot_calls()` (name -> a call of a launcher), compiles each launch exactly as Triton would specialise
-it there instead of running it, and prints one JSON line per kernel and target: instructions of interest in the machine
-code, spills, shared memory. `test_compiled.py` asserts on them. To save time, only calls named "core ..." are compiled
-for every target, the others for one each, in turn; FASTKL_AOT=all compiles everything everywhere.
+runs those modules' `aot_calls()` (name -> a call of a launcher), compiles each launch as Triton would specialise it
+there instead of running it, and prints one JSON line per kernel and target: spills, shared memory, the width of global
+loads and stores. `test_compiled.py` asserts on them. To save time, only calls named "core ..." are compiled for every
+target, the others for one each, in turn; FASTKL_AOT=all compiles everything everywhere.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import importlib
+import itertools
 import json
 import os
 import re
@@ -42,33 +43,30 @@ def compile_for(fn, args: tuple, kwargs: dict, target):
     return triton.compile(ASTSource(fn, signature, constants, attributes), target=target, options=options.__dict__)
 
 
-def describe(kernel, target, widths: bool) -> dict:
-    """Spills and shared memory; `widths`: loads and stores too, a disassembly that takes as long as compiling."""
+def describe(kernel, target) -> dict:
+    """Spills, bytes of shared memory, and how many global loads and stores move 16 bytes or more for each thread."""
     if target.backend == "hip":
         code = kernel.asm["amdgcn"]
         # Scalar registers spill into lanes of vector registers, not to memory.
         spills = sum(int(n) for n in re.findall(r"vgpr_spill_count:\s*(\d+)", code))
-        loads = re.findall(r"\b(?:global|buffer)_load_(\w+)", code)
-        stores = re.findall(r"\b(?:global|buffer)_store_(\w+)", code)
-        wide = [sum(name.startswith("dwordx4") for name in names) for names in (loads, stores)]
+        wide = [len(re.findall(rf"\b(?:global|buffer)_{what}_dwordx4", code)) for what in ("load", "store")]
     else:
         # What spills lies in the frame on the stack, and the kernels have nothing else there.
-        spills = sum(int(n) for n in re.findall(r"STACK:(\d+)", cuobjdump("-res-usage", kernel.asm["cubin"])))
-        code = cuobjdump("-sass", kernel.asm["cubin"]) if widths else ""
-        loads, stores = re.findall(r"\bLDG\.(\S+)", code), re.findall(r"\bSTG\.(\S+)", code)
-        wide = [sum("128" in name for name in names) for names in (loads, stores)]
-    counts = {"loads": len(loads), "stores": len(stores), "wide_loads": wide[0], "wide_stores": wide[1]}
-    return {"spills": spills, "shared": kernel.metadata.shared, **counts}
+        spills = sum(int(n) for n in re.findall(r"STACK:(\d+)", resources(kernel.asm["cubin"])))
+        # ptxas keeps these widths, and disassembling what it makes would take as long as compiling.
+        accesses = [re.findall(rf"\b{what}\.global\S*?\.v(\d)\.b(\d+)", kernel.asm["ptx"]) for what in ("ld", "st")]
+        wide = [sum(int(count) * int(bits) >= 128 for count, bits in found) for found in accesses]
+    return {"spills": spills, "shared": kernel.metadata.shared, "wide_loads": wide[0], "wide_stores": wide[1]}
 
 
-def cuobjdump(option: str, cubin: bytes) -> str:
+def resources(cubin: bytes) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+        return subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
 
 
 def compile_module(module: str, target_name: str) -> list[dict]:
@@ -79,15 +77,8 @@ def compile_module(module: str, target_name: str) -> list[dict]:
     every = os.environ.get("FASTKL_AOT") == "all"
 
     def run(self, *args, grid, warmup=False, **kwargs):
-        kernel = compile_for(self, args, kwargs, target)
-        records.append(
-            {
-                "call": call,
-                "kernel": self.__name__,
-                "target": target_name,
-                **describe(kernel, target, "aligned" in call),
-            }
-        )
+        about = {"module": module, "call": call, "kernel": self.__name__, "target": target_name}
+        records.append({**about, **describe(compile_for(self, args, kwargs, target), target)})
 
     JITFunction.run = run
     warnings.simplefilter("ignore")
@@ -98,12 +89,13 @@ def compile_module(module: str, target_name: str) -> list[dict]:
     return records
 
 
-def main(module: str) -> None:
+def main(modules: list[str]) -> None:
+    jobs = itertools.product(modules, TARGETS)
     with concurrent.futures.ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for records in pool.map(compile_module, [module] * len(TARGETS), TARGETS):
+        for records in pool.map(compile_module, *zip(*jobs)):
             for record in records:
                 print(json.dumps(record))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])
