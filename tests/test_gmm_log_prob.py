@@ -149,6 +149,16 @@ def test_symmetries():
     torch.testing.assert_close(responsibilities.exp().sum(-1), torch.ones_like(value))
 
 
+def test_gradients_of_weights_within_the_softmax():
+    """Two large sums that cancel: in float16 each of them alone would be infinite."""
+    z, means = torch.zeros(70_000, 1, device=DEVICE).half(), torch.zeros(2, 1, device=DEVICE).half()
+    logits = leaf(torch.tensor([4.0, 0.0]).half())
+    for again in (False, True):
+        value = fastkl.gmm_log_prob(z, logits, means).sum()
+        (gradient,) = torch.autograd.grad(value, logits, create_graph=again)
+        assert gradient.abs().max() < 0.1
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="the closed form's expansion")
 @pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("components", [1, K])

@@ -134,6 +134,6 @@ def test_slices_and_blocks_change_nothing(monkeypatch, op, samples, limit):
     monkeypatch.setattr(_gmm, "SMALL", 0)
     torch.testing.assert_close(gradients(op, *inputs), expected, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(_mixture, limit, 1000 if samples else 4000)
-    monkeypatch.setattr("fastkl.ops._components.PRODUCT_BYTES", 8000)
+    monkeypatch.setattr("fastkl.ops._expansion.PRODUCT_BYTES", 8000)
     monkeypatch.setattr("fastkl.ops._components.DIFFERENCES_BYTES", 8000)
     torch.testing.assert_close(gradients(op, *inputs), expected, rtol=1e-4, atol=1e-4)

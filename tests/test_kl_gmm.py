@@ -8,16 +8,12 @@ import torch
 import fastkl
 from fastkl import reference
 
+from gmm_helpers import BACKENDS, draw, triangles
 from helpers import DEVICE, DTYPES, implementation, launcher, leaf, peak_bytes
 
 N, K, D = 6, 4, 3
-BACKENDS = ("torch", "triton")
 # The kernels' float32 noise is that of the definition up to rounding.
 NOISE = {"torch": {}, "triton": {"rtol": 1e-5, "atol": 1e-5}}
-
-
-def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype).to(DEVICE)
 
 
 def posterior_and_mixture(n=N, k=K, d=D, dtype=torch.float64):
@@ -25,10 +21,6 @@ def posterior_and_mixture(n=N, k=K, d=D, dtype=torch.float64):
         draw(n, d, dtype=dtype), 0.5 * draw(n, d, seed=1, dtype=dtype), draw(k, seed=2, dtype=dtype),
         2 * draw(k, d, seed=3, dtype=dtype), 0.5 * draw(k, d, seed=4, dtype=dtype),
     ]  # fmt: skip
-
-
-def triangles():
-    return 0.4 * draw(K, D, D, seed=5).tril(-1) + torch.diag_embed(0.5 + draw(K, D, seed=6).abs())
 
 
 def quadrature(mu, logvar, logits, means, logvars):
@@ -73,7 +65,7 @@ def test_the_definition(backend, method, covariance):
     if covariance == "spherical":
         inputs[4] = inputs[4][:, :1]
     if covariance == "full":
-        inputs[4] = triangles()
+        inputs[4] = triangles(K, size=D, seed=5)
 
     def call(function):
         def with_spread(mu, logvar, logits, means, spread):

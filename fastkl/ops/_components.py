@@ -1,9 +1,11 @@
 """A slice of a mixture's components in torch ops: their log-densities at a block of rows, and the gradients.
 
-Three ways, one interface. `prepare` a block of rows [S, B, D]; `joint` gives ln pi + ln N [S, B, k]; with weights
-[S, B, k] and a scale for each row [S, B, 1], `data_gradient` is (dz, dvariance), and `add` adds to the gradients of the
-parameters, from `start` with their buffers (of the parameters' shapes, in the compute dtype; that of logits which all
-rows share takes the sum of the weights) to `finish`.
+Three ways, one interface: `Differences` and `Full` are here, `Expansion` has a file of its own. `prepare` a block of
+rows [S, B, D]; `joint` gives ln pi + ln N [S, B, k]; with weights [S, B, k] and a scale for each row [S, B, 1],
+`data_gradient` is (dz, dvariance), and `add` adds to the gradients of the parameters, from `start` with their buffers
+(of the parameters' shapes, in the compute dtype; that of logits which all rows share takes the sum of the weights) to
+`finish`. `add_moments` to `finish_moments`, with one mixture for all rows, add to its moments instead: the sum of the
+weights, and those of z - m and of its square, or of its outer product.
 """
 
 from __future__ import annotations
@@ -14,14 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Bytes of a block's temporaries. Matrix products want many rows; differences, elementwise, want to stay in a cache.
-PRODUCT_BYTES = 10 << 20
+# Bytes of a block's temporaries, which want to stay in a cache.
 DIFFERENCES_BYTES = 4 << 20
-# sum_d (m s)^2 up to which the expansion of (z - m)^2 s^2 in float64 is as exact as differences in the compute dtype
-# are, and (m s)^2 up to which the gradients' sums may be expanded in float32.
-EXPANSION_LIMIT = {torch.float32: 1e8, torch.float64: 1e3}
-GRADIENT_LIMIT = 64.0
-ROWS_IN_FLOAT32 = 512
 LN_2_PI = math.log(2 * math.pi)
 
 
@@ -39,121 +35,6 @@ class Mixture(NamedTuple):
         return tensor[rows, components if tensor.shape[1] > 1 else slice(None)]
 
 
-class Expansion:
-    """Diagonal components that all rows share: sums over dimensions as matrix products of features [x^2, x, 1] of
-    x = z - centre, whose coefficients are [-1/2 s^2, (m - centre) s^2, the rest]."""
-
-    def __init__(self, mixture: Mixture, components: slice, form: str, precision: str, centre: Tensor):
-        exact, self.mixture, self.components = precision == "exact", mixture, components
-        self.dtype = torch.float64 if exact else centre.dtype
-        self.centre = centre
-        means = self._means()
-        count, dimensions = means.shape
-        logvars = means.new_zeros(())
-        if mixture.logvars is not None:
-            logvars = mixture.part(mixture.logvars, slice(None), components)[0].to(self.dtype)
-        logvars = logvars.expand(means.shape)
-        self.coefficients = means.new_empty(count, 2 * dimensions + 1)
-        half_precision = torch.exp(-logvars, out=self.coefficients[:, :dimensions]).mul_(-0.5)
-        linear = torch.mul(means, half_precision, out=self.coefficients[:, dimensions:-1]).mul_(-2)
-        squares = means.mul_(linear)
-        norms = squares.sum(-1)
-        self.constant = -0.5 * (norms + logvars.sum(-1) + LN_2_PI * dimensions)
-        self.is_exact = not (exact and count and not norms.amax() <= EXPANSION_LIMIT[centre.dtype])  # NaN is not
-        narrow = exact and count and squares.amax() > GRADIENT_LIMIT
-        self.gradient_dtype = self.dtype if narrow else centre.dtype
-        self.rows = max(1, PRODUCT_BYTES // (12 * count + 48 * dimensions))
-        self.infinite_rows = False  # whether some entries of z may be infinite
-        self.buffers: dict = {}
-
-    def _means(self) -> Tensor:
-        return self.mixture.means[0, self.components].to(self.dtype) - self.centre
-
-    def _buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """Memory that every block uses again: fresh memory costs a page fault every 4 KB."""
-        key = (name, rows, columns, dtype)
-        if key not in self.buffers:
-            self.buffers[key] = torch.empty(rows, columns, dtype=dtype, device=self.centre.device)
-        return self.buffers[key]
-
-    def prepare(self, z: Tensor, variance: Tensor | None, data: slice, for_gradient: bool = False):
-        """(features, shape), valid until the next block."""
-        dtype = self.gradient_dtype if for_gradient else self.dtype
-        (rows, size), shape = z.flatten(0, 1).shape, z.shape[:2]
-        features = self._buffer("features", rows, 2 * size + 1, dtype)
-        x = torch.sub(z.flatten(0, 1).to(dtype), self.centre, out=features[:, size:-1])
-        square = torch.mul(x, x, out=features[:, :size])
-        if self.infinite_rows:  # the square alone then says so: -inf, where 2 x m - x^2 is NaN
-            x.masked_fill_(x.isinf(), 0.0)
-        if variance is not None:
-            square += variance.flatten(0, 1)
-        features[:, -1] = 1
-        return features, shape
-
-    def for_gradient(self, prepared):
-        """What `prepare` gives for a gradient."""
-        features, shape = prepared
-        if features.dtype == self.gradient_dtype:
-            return prepared
-        return self._buffer("features", *features.shape, self.gradient_dtype).copy_(features), shape
-
-    def joint(self, prepared, log_weights: Tensor) -> Tensor:
-        features, shape = prepared
-        shared = len(log_weights) == 1
-        self.coefficients[:, -1] = self.constant + log_weights[0] if shared else self.constant
-        joint = self._buffer("joint", len(features), len(self.coefficients), self.dtype)
-        joint = torch.mm(features, self.coefficients.T, out=joint).view(*shape, -1)
-        return joint if shared else joint.add_(log_weights)
-
-    def start(self, dmeans=None, dspread=None, dlogits=None) -> None:
-        self.dmeans, self.dspread, self.dlogits = dmeans, dspread, dlogits
-        self.moments = self.coefficients.new_zeros(self.coefficients.shape, dtype=torch.float64)
-        self.gradient_coefficients = self.coefficients[:, :-1].to(self.gradient_dtype)
-
-    def data_gradient(self, prepared, weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """(dz, dvariance), valid until the next block."""
-        features, shape = prepared
-        size = features.shape[1] // 2
-        gradient = self._buffer("gradient", len(features), 2 * size, self.gradient_dtype)
-        torch.mm(weights.flatten(0, 1), self.gradient_coefficients, out=gradient).mul_(scale.reshape(-1, 1))
-        dsquare, dx = gradient.chunk(2, 1)
-        return dx.addcmul_(dsquare, features[:, size:-1], value=2).view(*shape, -1), dsquare.view(*shape, -1)
-
-    def add(self, prepared, weights: Tensor, scale: Tensor) -> None:
-        """The sums over rows of weights times scale times [(z - centre)^2, z - centre, 1]."""
-        features = prepared[0].mul_(scale.reshape(-1, 1))
-        # A product of narrow matrices adds its rows up one after the other: not too many of them in float32.
-        for some, of_them in zip(weights.flatten(0, 1).split(ROWS_IN_FLOAT32), features.split(ROWS_IN_FLOAT32)):
-            self.moments += some.T @ of_them
-
-    def central_moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """sum w [k], sum w (z - m) [k, D], sum w (z - m)^2 [k, D]; the variance of q belongs to the square."""
-        size = self.centre.numel()
-        self.buffers.clear()
-        second, first, count = self.moments[:, :size], self.moments[:, size:-1], self.moments[:, -1:]
-        means = self._means().double()
-        central = first - means * count
-        return count[:, 0], central, second - means * (first + central)
-
-    def add_moments(self, prepared, weights: Tensor, scale: Tensor, first: Tensor, second: Tensor) -> None:
-        self.add(prepared, weights, scale)
-
-    def finish_moments(self, first: Tensor, second: Tensor) -> None:
-        count, first[self.components], second[self.components] = self.central_moments()
-        self.dlogits[0, self.components] += count.to(self.dlogits.dtype)
-
-    def finish(self) -> None:
-        count, first, second = self.central_moments()
-        if self.dlogits is not None:
-            self.dlogits[0, self.components] += count.to(self.dlogits.dtype)
-        precision = self.coefficients[:, : self.centre.numel()].mul(-2).to(first.dtype)
-        self.dmeans[0, self.components] += (first * precision).to(self.dmeans.dtype)
-        if self.dspread is not None:
-            dlogvars = second.mul_(precision).sub_(count.unsqueeze(-1)).mul_(0.5)
-            target = self.mixture.part(self.dspread, slice(None), self.components)
-            target += dlogvars.sum_to_size(target.shape[1:]).to(target.dtype)
-
-
 class _ByDifferences:
     """What is not an expansion: pure functions of a prepared block, whose results are added up as they come."""
 
@@ -163,14 +44,13 @@ class _ByDifferences:
         count, dimensions = len(range(*components.indices(mixture.means.shape[1]))), mixture.means.shape[2]
         matrices = mixture.scale_tril is not None and form == "convolved"
         size = count * dimensions * (dimensions if matrices else 1)
-        self.rows = max(1, DIFFERENCES_BYTES // (4 * dtype.itemsize * max(1, size)))
+        self.rows = max(1, DIFFERENCES_BYTES // (4 * dtype.itemsize * size))
 
     def part(self, tensor: Tensor, data: slice) -> Tensor:
         return self.mixture.part(tensor, data, self.components)
 
-    def start(self, dmeans=None, dspread=None, dlogits=None) -> None:
-        self.dlogits = dlogits
-        self.buffers = [buffer for buffer in (dmeans, dspread) if buffer is not None]
+    def start(self, dlogits=None, first=None, second=None) -> None:
+        self.dlogits, self.first, self.second = dlogits, first, second
 
     def for_gradient(self, prepared):
         return prepared
@@ -178,9 +58,10 @@ class _ByDifferences:
     def add(self, prepared, weights: Tensor, scale: Tensor) -> None:
         if self.dlogits is not None:
             self.dlogits[0, self.components] += weights.flatten(0, 1).T @ scale.flatten()
-        for buffer, gradient in zip(self.buffers, self.parameter_gradients(prepared, weights, scale)):
-            target = self.part(buffer, prepared[-1])
-            target += gradient.sum_to_size(target.shape)
+        for buffer, gradient in zip((self.first, self.second), self.parameter_gradients(prepared, weights, scale)):
+            if buffer is not None:
+                target = self.part(buffer, prepared[-1])
+                target += gradient.sum_to_size(target.shape)
 
     def gradients(self, prepared, weights: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """(dz, dvariance, dmeans, dlogvars or dscale_tril)."""
@@ -190,18 +71,15 @@ class _ByDifferences:
     def finish(self) -> None:
         pass
 
-    def add_moments(self, prepared, weights: Tensor, scale: Tensor, first: Tensor, second: Tensor) -> None:
-        """Adds to the moments of the one mixture."""
+    def add_moments(self, prepared, weights: Tensor, scale: Tensor) -> None:
         self.dlogits[0, self.components] += weights.flatten(0, 1).T @ scale.flatten()
-        found = self.central_moments(prepared, weights * scale)
-        first[self.components] += found[0]
-        second[self.components] += found[1]
+        for buffer, moment in zip((self.first, self.second), self.central_moments(prepared, weights * scale)):
+            buffer[0, self.components] += moment
 
     def moments(self, prepared, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return weights.sum((0, 1)), *self.central_moments(prepared, weights)
 
-    def finish_moments(self, first: Tensor, second: Tensor) -> None:
-        pass
+    finish_moments = finish
 
 
 class Differences(_ByDifferences):

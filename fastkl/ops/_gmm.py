@@ -29,7 +29,7 @@ def joined(tensor: Tensor) -> Tensor:
 
 def is_small(z: Tensor, means: Tensor, scale_tril: Tensor | None) -> bool:
     matrices = 0 if scale_tril is None else scale_tril.numel()
-    return max(z.shape[0] * means.shape[1] * means.shape[2], matrices) <= SMALL and means.shape[1] > 0
+    return max(z.shape[0] * means.shape[1] * means.shape[2], matrices) <= SMALL
 
 
 def prepare(z, logvar, logits, means, logvars, scale_tril, form):
@@ -71,11 +71,9 @@ def _fake_forward(z, logvar, logits, means, logvars, scale_tril, form, precision
 @without_autocast
 def _backward(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, precision, data, parameters):
     mixture = (logits, means, logvars, scale_tril)
-    total = dlp.reshape(-1, logits.shape[0]).sum(0, dtype=torch.float64 if len(logits) == 1 else None)
     rows, sums = summed_gradients(dlp, kept, z, logvar, mixture, form, precision, data, parameters)
     if parameters:
-        sums[0] = sums[0].to(total.dtype)
-        sweeps.subtract_softmax(sums[0], logits, total)
+        sweeps.subtract_softmax(sums[0], logits)
     return matched([*rows, *sums], z, logvar, mixture, data, parameters)
 
 
@@ -169,11 +167,13 @@ def at_once(weights_of, z, logvar, logits, means, logvars, scale_tril, form) -> 
 
 
 def differentiable_gradients(weights_of, *inputs_and_form) -> list[Tensor | None]:
-    """at_once, each in its input's shape and dtype."""
+    """at_once, the logits' gradient within the softmax, each in its input's shape and dtype."""
     *inputs, _ = inputs_and_form
+    found = at_once(weights_of, *inputs_and_form)
+    found[2] = found[2] - torch.softmax(inputs[2].to(found[2].dtype), -1) * found[2].sum(-1, keepdim=True)
     return [
         None if gradient is None else gradient.sum_to_size(tensor.shape).to(tensor.dtype)
-        for gradient, tensor in zip(at_once(weights_of, *inputs_and_form), inputs)
+        for gradient, tensor in zip(found, inputs)
     ]
 
 
@@ -183,10 +183,7 @@ def log_prob_gradients(dlp, z, logvar, logits, means, logvars, scale_tril, form)
     inputs = (z, logvar, logits, means, logvars, scale_tril)
     dtype = reference.compute_dtype(*inputs)
     rows = sweeps.by_datum(dlp.to(dtype), max(logits.shape[0], means.shape[0])).unsqueeze(-1)
-    found = differentiable_gradients(lambda *prepared: softmax_of(*prepared) * rows, *inputs, form)
-    total = sweeps.by_datum(dlp.to(dtype), logits.shape[0]).sum(0).unsqueeze(-1)
-    found[2] = (found[2].to(dtype) - torch.softmax(logits.to(dtype), -1) * total).to(logits.dtype)
-    return found
+    return differentiable_gradients(lambda *prepared: softmax_of(*prepared) * rows, *inputs, form)
 
 
 class _GMMLogProb(torch.autograd.Function):

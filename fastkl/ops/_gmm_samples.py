@@ -102,8 +102,7 @@ def _backward(dkl, mu, logvar, seed, logits, means, logvars, scale_tril, num_sam
     if data and not stl:
         rows[1] -= 0.5 * dkl.to(dtype).unsqueeze(-1)
     if parameters:
-        total = -dkl.to(dtype).view(-1, logits.shape[0]).sum(0)
-        sweeps.subtract_softmax(buffers[0], logits, total)
+        sweeps.subtract_softmax(buffers[0], logits)
     return matched([*rows, *buffers], mu, logvar, mixture, data, parameters)
 
 
@@ -146,9 +145,7 @@ def _gradients(dkl, mu, logvar, seed, logits, means, logvars, scale_tril, num_sa
         dz = dz - (dkl / num_samples).unsqueeze(-1) * eps / sigma
     dlogvar = 0.5 * (dz * eps).sum(0) * sigma
     dlogvar = dlogvar if stl else dlogvar - 0.5 * dkl.unsqueeze(-1)
-    total = -sweeps.by_datum(dkl, logits.shape[0]).sum(0).unsqueeze(-1)
-    dlogits = found[2].to(dtype) - torch.softmax(logits.to(dtype), -1) * total
-    return [dz.sum(0).to(mu.dtype), dlogvar.to(logvar.dtype), None, dlogits.to(logits.dtype), *found[3:]]
+    return [dz.sum(0).to(mu.dtype), dlogvar.to(logvar.dtype), None, *found[2:]]
 
 
 class KLSamples(torch.autograd.Function):

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from fastkl import reference
-from fastkl.ops._components import Differences, Expansion, Full, Mixture
+from fastkl.ops._components import Differences, Full, Mixture
+from fastkl.ops._expansion import Expansion
 
-# Bytes of what a slice of components needs, and of the responsibilities that forward keeps; _components has a block's.
+# Bytes of what a slice of components needs, and of the responsibilities that forward keeps; a part knows a block's.
 COMPONENTS_BYTES = 12 << 20
 KEPT_BYTES = 10 << 20
+# Bytes of a slice's means, where rows meet each of them by itself: in a cache for all of the rows.
+CACHED_BYTES = 1 << 19
 # Data with their own components in a block of several samples, or with matrices, which are bounded so as well.
 BLOCK_DATA = 16
 # A responsibility below exp of this is 0, and not a subnormal number, whose arithmetic is some 30 times slower.
@@ -31,20 +34,20 @@ def keep_for(z: Tensor, logits: Tensor, dtype: torch.dtype) -> int:
     return 2 if z.device.type == "cpu" and z.shape[0] * logits.shape[1] * dtype.itemsize <= KEPT_BYTES else 1
 
 
-def _slices(count: int, step: int) -> list[slice]:
-    """`count` in slices of about the same length, at most `step`."""
+def _slices(count: int, step: int, first: int = 0) -> list[slice]:
+    """The `count` from `first` on in slices of about the same length, at most `step`."""
     step = -(-count // -(-count // max(1, step))) if count else 1
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+    return [slice(start, min(start + step, first + count)) for start in range(first, first + count, step)]
+
+
+def _row_blocks(logits: Tensor) -> tuple[Tensor, ...]:
+    """[I, K] in blocks of about a million."""
+    return logits.split(max(1, (1 << 20) // logits.shape[1]))
 
 
 def by_datum(tensor: Tensor, data: int) -> Tensor:
     """[R, ...] -> [S, B, ...]; a reshape, for which is_grads_batched has a rule."""
     return tensor.reshape(-1, data, *tensor.shape[1:])
-
-
-def exponential(x: Tensor) -> Tensor:
-    """exp(x) in place of x, which is at most about 0."""
-    return torch.nn.functional.threshold_(x, NEGLIGIBLE[x.dtype], float("-inf")).exp_()
 
 
 class Sweep:
@@ -58,13 +61,10 @@ class Sweep:
         self.samples = self.z.shape[0]
         self.infinite_rows = z.device.type != "cpu"  # on a CPU log_prob sees from its result whether to look
         self.centre = means[0].to(self.dtype).mean(0)
-        self.normaliser = torch.cat([torch.logsumexp(rows.to(self.dtype), -1) for rows in self._logit_rows()])
+        self.normaliser = torch.cat([torch.logsumexp(rows.to(self.dtype), -1) for rows in _row_blocks(logits)])
 
     def by_datum(self, tensor: Tensor) -> Tensor:
         return by_datum(tensor, self.data)
-
-    def _logit_rows(self):
-        return self.mixture.logits.split(max(1, (1 << 20) // max(1, self.mixture.logits.shape[1])))
 
     def log_weights(self, data: slice, components: slice) -> Tensor:
         """ln pi [1 or B, k]."""
@@ -80,18 +80,16 @@ class Sweep:
         else:
             size = 48 * dimensions  # of an Expansion, its sums and what computing both takes
         shared = data == 1 and self.mixture.scale_tril is None and self.form != "convolved"
-        for components in _slices(count, COMPONENTS_BYTES // max(1, size)):
-            part = None
+        for components in _slices(count, COMPONENTS_BYTES // size):
             if shared:
-                part = Expansion(self.mixture, components, self.form, self.precision, self.centre)
-            if part is not None and part.is_exact:
-                part.infinite_rows = self.infinite_rows
-                yield part
-                continue
+                part = Expansion(self.mixture, components, self.precision, self.centre)
+                if part.is_allowed:
+                    part.infinite_rows = self.infinite_rows
+                    yield part
+                    continue
             kind = Differences if self.mixture.scale_tril is None else Full
-            width = components.stop - components.start
-            for inner in _slices(width, max(1, (1 << 19) // max(1, dimensions * self.dtype.itemsize))):
-                inner = slice(components.start + inner.start, components.start + inner.stop)
+            step = CACHED_BYTES // (dimensions * self.dtype.itemsize)
+            for inner in _slices(components.stop - components.start, step, components.start):
                 yield kind(self.mixture, inner, self.form, self.dtype)
 
     def blocks(self, part) -> Iterator[tuple[slice, slice]]:
@@ -101,7 +99,7 @@ class Sweep:
             rows = min(rows, max(BLOCK_DATA, 0 if self.mixture.scale_tril is not None else rows // self.samples))
         per_sample = min(self.data, rows)
         for data in _slices(self.data, per_sample):
-            for samples in _slices(self.samples, part.rows // max(1, per_sample)):
+            for samples in _slices(self.samples, part.rows // per_sample):
                 yield samples, data
 
     def prepare(self, part, samples: slice, data: slice, for_gradient: bool = False):
@@ -113,9 +111,10 @@ class Sweep:
         return part.joint(prepared, self.log_weights(data, part.components))
 
     def weights(self, joint: Tensor, origin: Tensor, out: Tensor | None = None) -> Tensor:
-        """exp(joint - origin) in the compute dtype."""
+        """exp(joint - origin), which is at most about 1, in the compute dtype."""
         joint = joint.sub_(origin)
-        return exponential(joint.to(self.dtype) if out is None else out.copy_(joint))
+        exponent = joint.to(self.dtype) if out is None else out.copy_(joint)
+        return torch.nn.functional.threshold_(exponent, NEGLIGIBLE[self.dtype], float("-inf")).exp_()
 
 
 def log_prob(sweep: Sweep, keep: int = 0) -> list[Tensor]:
@@ -190,10 +189,10 @@ class Weights:
         return part.for_gradient(prepared), weights, self.scale[samples, data]
 
 
-class ResponsibilityWeights(Weights):
-    """G - exp(log_r) sum_k G for the gradient G of the log-responsibilities."""
+class ResponsibilityWeights:
+    """As Weights: G - exp(log_r) sum_k G for the gradient G of the log-responsibilities."""
 
-    def __init__(self, sweep: Sweep, dlog_r: Tensor, log_r: Tensor):  # its own, not Weights'
+    def __init__(self, sweep: Sweep, dlog_r: Tensor, log_r: Tensor):
         self.sweep = sweep
         self.gradient, self.log_r = sweep.by_datum(dlog_r).to(sweep.dtype), sweep.by_datum(log_r)
         self.total = self.gradient.sum(-1, keepdim=True)
@@ -211,17 +210,19 @@ def gradient_buffers(mixture, dtype: torch.dtype) -> list[Tensor]:
     return [torch.zeros(t.shape, dtype=d, device=t.device) for t, d in zip((logits, *others), dtypes)]
 
 
-def gradients(sweep: Sweep, weights: Weights, data: bool, buffers: list[Tensor] | None) -> list[Tensor]:
+def gradients(
+    sweep: Sweep, weights: Weights | ResponsibilityWeights, data: bool, buffers: list[Tensor]
+) -> list[Tensor]:
     """[dz, dlogvar of q if there] if `data`, in the compute dtype; what `buffers` holds is added to: the sum of the
     weights [I, K], dmeans, and dlogvars or dscale_tril if there."""
-    dlogits, dmeans, dspread = [*buffers, None][:3] if buffers else [None] * 3
+    dlogits, *others = buffers or [None]
     parameters, shared = bool(buffers), sweep.mixture.logits.shape[0] == 1
     dz, dvariance = (
         torch.zeros_like(sweep.z, dtype=sweep.dtype) if wanted else None
         for wanted in (data, data and sweep.logvar is not None)
     )
     for part in sweep.parts():
-        part.start(dmeans, dspread, dlogits if shared else None)
+        part.start(dlogits if shared else None, *others)
         for samples, rows in sweep.blocks(part):
             prepared, block, scale = weights.block(part, samples, rows)
             block = block.to(part.gradient_dtype)
@@ -242,14 +243,10 @@ def gradients(sweep: Sweep, weights: Weights, data: bool, buffers: list[Tensor] 
     return results
 
 
-def subtract_softmax(dlogits: Tensor, logits: Tensor, total: Tensor) -> None:
-    """dlogits -= softmax(logits) total, total [I] the sum of dlp over the rows that share logits."""
-    step = max(1, (1 << 20) // max(1, logits.shape[1]))
-    if len(logits) <= step:
-        dlogits.addcmul_(torch.softmax(logits, -1, dtype=dlogits.dtype), total.unsqueeze(-1), value=-1)
-        return
-    for some in zip(dlogits.split(step), logits.split(step), total.split(step)):
-        subtract_softmax(*some)
+def subtract_softmax(dlogits: Tensor, logits: Tensor) -> None:
+    """dlogits -= softmax(logits) sum_k dlogits: from the gradient in ln softmax(logits) to that in the logits."""
+    for gradient, rows in zip(_row_blocks(dlogits), _row_blocks(logits)):
+        gradient.addcmul_(torch.softmax(rows, -1, dtype=gradient.dtype), gradient.sum(-1, keepdim=True), value=-1)
 
 
 def moments(sweep: Sweep, keep: int) -> list[Tensor]:
@@ -259,10 +256,9 @@ def moments(sweep: Sweep, keep: int) -> list[Tensor]:
     dlogits, first, *rest = gradient_buffers(sweep.mixture, sweep.dtype)
     second = torch.zeros_like(first) if sweep.mixture.scale_tril is None else rest[0]
     for part in sweep.parts():
-        part.start(dlogits=dlogits)
+        part.start(dlogits, first, second)
         for samples, rows in sweep.blocks(part):
             prepared, block, scale = weights.block(part, samples, rows)
-            block = block.to(part.gradient_dtype)
-            part.add_moments(prepared, block, scale, first[0], second[0])
-        part.finish_moments(first[0], second[0])
+            part.add_moments(prepared, block.to(part.gradient_dtype), scale)
+        part.finish_moments()
     return [lp, dlogits[0].to(sweep.dtype), first[0], second[0]]
