@@ -16,15 +16,14 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import LN2, exp, two_parts
-from fastkl.kernels._layout import PROGRAMS, cdiv, next_power_of_2
+from fastkl.kernels._layout import PROGRAMS, cdiv, next_power_of_2, registers
 from fastkl.kernels._mixture import four, fraction_and_exponent, load_centred, load_rows
 
 
-def blocks(dtype: torch.dtype, kind: str, rows: int, components: int, *, tail: bool) -> dict[str, int]:
+def blocks(dtype: torch.dtype, kind: str, rows: int, components: int, *, scattered: bool) -> dict[str, int]:
     """A tile of rows x components for the kernel "forward", by "rows" or by "components".
 
-    As kernels._mixture's, with fewer elements a thread, each of which takes two sums or weights. `tail`: the last step
-    of the inner loop is masked.
+    As kernels._mixture's, with fewer elements a thread, each of which takes two sums or weights.
     """
     half = dtype == torch.float64
     if kind == "components":
@@ -32,8 +31,9 @@ def blocks(dtype: torch.dtype, kind: str, rows: int, components: int, *, tail: b
         return {"ROWS": (1 if half else 8) * warps, "COMPONENTS": 32, "num_warps": warps}
     few = kind == "rows" and cdiv(rows, 64) < PROGRAMS // 2  # programs: the warps of one share a sum over components
     warps = min(4, next_power_of_2(cdiv(components, 32))) if few else 1
-    halvings = max(tail, 2 * half) if kind == "forward" else max(1 + tail, 3 * half)
-    return {"ROWS": 32, "COMPONENTS": (16 >> halvings) * warps, "num_warps": warps}
+    halvings = max(scattered, 2 * half) if kind == "forward" else max(1 + scattered, 3 * half)
+    held = registers(255) if few and scattered else {}
+    return {"ROWS": 32, "COMPONENTS": (16 >> halvings) * warps, "num_warps": warps, **held}
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from fastkl.kernels._bounds import blocks, element, joint_tiles, load_four, together, weights
 from fastkl.kernels._device import TRITON_DTYPE
 from fastkl.kernels._layout import cdiv
-from fastkl.kernels._mixture import quads, split
+from fastkl.kernels._mixture import quads, scattered, split
 from fastkl.kernels._mixture_gradient import FINISH, gmm_finish_kernel
 from fastkl.kernels._mixture_prepare import STEP
 
@@ -133,7 +133,7 @@ def by_rows(given, mu, logvar, components, mixture):
     """[dmu, dlogvar]."""
     (rows, columns), dtype = mu.shape, mixture.roots.dtype
     tail = columns % STEP != 0
-    block = blocks(dtype, "rows", rows, components, tail=tail)
+    block = blocks(dtype, "rows", rows, components, scattered=scattered(mu, logvar))
     row_blocks = cdiv(rows, block["ROWS"])
     length, splits = split(components, block["COMPONENTS"], row_blocks, 2 * rows * columns * dtype.itemsize)
     outputs = [torch.empty_like(mu), torch.empty_like(logvar)]
@@ -159,7 +159,7 @@ def by_components(given, mu, logvar, logits, means, logvars, mixture):
     (rows, columns), components, device = mu.shape, means.shape[1], mu.device
     (padded_columns, padded), dtype = mixture.roots.shape, mixture.roots.dtype
     second, tail = logvars is not None, columns % STEP != 0
-    block = blocks(dtype, "components", rows, components, tail=tail)
+    block = blocks(dtype, "components", rows, components, scattered=scattered(mu, logvar))
     component_blocks, part = cdiv(components, block["COMPONENTS"]), padded_columns * padded
     partial = part * (1 + second) * dtype.itemsize
     length, parts = split(rows, block["ROWS"], component_blocks, partial, 2 * mu.numel() * mu.itemsize)

@@ -65,6 +65,12 @@ def proportion(x):
 
 
 @triton.jit
+def finite(maximum):
+    """0 in place of -inf: exponentials of differences to it are 0, not NaN."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
 def two_parts(value, DTYPE: tl.constexpr):
     """A float64 value as a sum of two in DTYPE."""
     high = value.to(DTYPE)

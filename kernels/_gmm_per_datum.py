@@ -102,12 +102,6 @@ def load_log_weights(log_weights, sample, datum, component, shape, strides):
     return tl.load(log_weights + at + component.to(tl.int64) * strides[4][2], component < shape[2], float("-inf"))
 
 
-@triton.jit
-def finite(peak):
-    """A maximum of -inf replaced by 0, so that exponentials of differences to it are 0, not NaN."""
-    return tl.where(peak == float("-inf"), 0.0, peak)
-
-
 def by_sample(tensor, data):
     """[rows, ...] as [samples, data, ...], a view."""
     return None if tensor is None else tensor.unflatten(0, (-1, data))

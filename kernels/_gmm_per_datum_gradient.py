@@ -5,12 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import TRITON_DTYPE, proportion, two_parts
+from fastkl.kernels._device import TRITON_DTYPE, finite, proportion, two_parts
 from fastkl.kernels._gmm_per_datum import (
     blocks,
     element,
     element_gradient,
-    finite,
     load_components,
     load_log_weights,
     load_rows,

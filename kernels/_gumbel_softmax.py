@@ -105,10 +105,5 @@ def temperature(tau, TENSOR: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def finite(top):
-    return tl.where(top == float("-inf"), 0.0, top)
-
-
-@triton.jit
 def first_maximum(values, index, top, AXIS: tl.constexpr):
     return tl.min(tl.where(values == top, index, NOT_A_CLASS), axis=AXIS, keep_dims=True)

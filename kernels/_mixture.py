@@ -22,20 +22,20 @@ PARTIAL_BYTES = 32 << 20
 ENOUGH = 264  # programs: two for each multiprocessor of a large GPU
 
 
-def blocks(dtype: torch.dtype, form: str, kind: str, rows: int, components: int, *, own: bool, tail: bool) -> dict:
+def blocks(dtype: torch.dtype, form: str, kind: str, rows: int, components: int, *, own: bool, scattered: bool) -> dict:
     """A tile of rows x components for the forward kernel, that by "rows" or that by "components".
 
     A thread has two of one and 16 of the other, over which sums are; fewer where an element takes more registers, down
     to 1 by 2. Sums that few rows or components would leave to few programs are shared by the warps of one, which saves
-    partial sums in memory. `own`: each row has logits of its own; `tail`: its last step of the inner loop is masked.
+    partial sums in memory. `own`: each row has logits of its own; for `scattered` see there.
     """
     half = dtype == torch.float64
     halvings = half + (form == "convolved") * (1 + half) + own * (1 + (kind == "rows") * (1 + (form == "convolved")))
-    halvings += (form == "expected") * (tail + (kind != "forward" or own or half) + (own and kind == "forward"))
+    halvings += (form == "expected") * (scattered + (kind != "forward" or own or half) + (own and kind == "forward"))
     few = cdiv(rows, 64) < PROGRAMS // 2
-    halvings += (form == "point" and tail) * (2 if kind == "rows" else kind != "forward")
-    if kind == "rows" and half:
-        halvings = max(2, halvings + (form == "convolved"))
+    halvings += (form == "point" and scattered) * (2 if kind == "rows" else kind != "forward")
+    if kind == "rows" and (half or (form == "convolved" and scattered)):
+        halvings = max(2, halvings + (half and form == "convolved"))
     owned = 2 if halvings < 2 else 1
     halvings += kind == "rows" and form == "expected" and owned == 2 and not few
     terms = max(2, (32 // owned) >> halvings)
@@ -50,9 +50,17 @@ def blocks(dtype: torch.dtype, form: str, kind: str, rows: int, components: int,
         groups = min(4 if own else 8, next_power_of_2(cdiv(components, terms))) if few else 1
         tile = {"ROWS": owned * lanes, "COMPONENTS": terms * groups}
     held = {}
-    if kind != "components" and (few or (tail and form == "expected")):
-        held = registers(255 if few else 168)  # few have a multiprocessor to themselves
+    if few or kind == "components":
+        held = registers(255)  # few have a multiprocessor to themselves, and so has every program of eight warps
+    elif scattered and form == "expected":
+        held = registers(168)
     return {**tile, "TERMS": terms, "LANES": lanes, "num_warps": groups * lanes // 32, **held}
+
+
+def scattered(*tensors: torch.Tensor | None) -> bool:
+    """Whether rows may start anywhere, or their last step of four is masked: a thread then keeps a pointer to each
+    element, where it would one to 16 bytes, and a tile that is a full one elsewhere spills."""
+    return any(t.stride(0) % 16 or t.stride(1) != 1 or t.shape[1] % 4 for t in tensors if t is not None)
 
 
 def split(total: int, block: int, others: int, partial_bytes: int, read_bytes: float = math.inf) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from fastkl.kernels._mixture import (
     of_rows,
     own_index,
     quads,
+    scattered,
     split,
 )
 from fastkl.kernels._mixture_prepare import STEP, prepare
@@ -187,7 +188,7 @@ def by_components(given, z, logvar, logits, means, logvars, mixture, form, kind,
     components, padded = means.shape[1], mixture.padded
     padded_columns, dtype, device = mixture.roots.shape[0], mixture.roots.dtype, z.device
     own, tail = logits.shape[0] > 1, columns % STEP != 0
-    block = blocks(dtype, form, "components", rows, components, own=own, tail=tail)
+    block = blocks(dtype, form, "components", rows, components, own=own, scattered=scattered(z, logvar))
     component_blocks = cdiv(components, block["COMPONENTS"])
     part = padded_columns * padded
     partial = part * (1 + second) * dtype.itemsize

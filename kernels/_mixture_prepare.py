@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import TRITON_DTYPE, exp
+from fastkl.kernels._device import TRITON_DTYPE, exp, finite
 from fastkl.kernels._layout import cdiv, next_power_of_2, registers
 
 PAD = 128  # components are padded to whole tiles, of 128 at most, dimensions to whole steps of the inner loop
@@ -39,7 +39,7 @@ class Mixture(NamedTuple):
 def add_exponentials(top, total, value, AXIS: tl.constexpr):
     """(top, total) with total exp(top) = a sum of exponentials, after `value`'s are added; -inf everywhere is legal."""
     new = tl.maximum(top, tl.max(value, axis=AXIS))
-    reference = tl.where(new == float("-inf"), 0.0, new)  # -inf - -inf would be NaN
+    reference = finite(new)
     total = total * exp(top - reference) + tl.sum(exp(value - tl.expand_dims(reference, AXIS)), axis=AXIS)
     return new, total
 

@@ -16,6 +16,7 @@ from fastkl.kernels._mixture import (
     load_rows,
     of_rows,
     quads,
+    scattered,
     split,
     term_index,
 )
@@ -171,7 +172,7 @@ def by_rows(given, z, logvar, logits, components, mixture, form, *, data, own):
     rows, columns = z.shape
     logit_rows, dtype = logits.shape[0], mixture.roots.dtype
     owners = logit_rows if logit_rows > 1 else rows
-    block = blocks(dtype, form, "rows", owners, components, own=logit_rows > 1, tail=columns % STEP != 0)
+    block = blocks(dtype, form, "rows", owners, components, own=logit_rows > 1, scattered=scattered(z, logvar))
     row_blocks = cdiv(owners, block["ROWS"])
     outputs = [torch.empty_like(z), None if logvar is None else torch.empty_like(logvar)] if data else [None, None]
     partial = rows * columns * dtype.itemsize * sum(output is not None for output in outputs)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import exp, two_parts
+from fastkl.kernels._device import exp, finite, two_parts
 from fastkl.kernels._layout import PROGRAMS, cdiv, compute_dtype, next_power_of_2, share
 from fastkl.kernels.gmm_full import BUFFER_BYTES, add_logits_gradient, blocks_of_rows, supported
 
@@ -81,7 +81,7 @@ def gmm_dot_kernel(
         a += tl.load(log_weights + at, (component < components)[None, :], other=float("-inf"))  # a weight of zero
         if weight is None:
             new_peak = tl.maximum(peak, tl.max(a, axis=1))
-            top = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # exponentials of differences to it are 0, not NaN
+            top = finite(new_peak)
             total = total * tl.exp(peak - top) + tl.sum(tl.exp(a - top[:, None]), axis=1)
             peak = new_peak
         else:
@@ -92,7 +92,7 @@ def gmm_dot_kernel(
             inside = (row < rows)[:, None] & (component < components)[None, :]
             tl.store(weight + at, incoming[:, None] * tl.exp(a - high[:, None] - low[:, None]), inside)
     if weight is None:
-        top = tl.where(peak == float("-inf"), 0.0, peak)
+        top = finite(peak)
         value = top.to(tl.float64) + tl.log(total).to(tl.float64)
         tl.store(lp + split.to(tl.int64) * rows + row, value, row < rows)
 

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import TRITON_DTYPE, exp
+from fastkl.kernels._device import TRITON_DTYPE, exp, finite
 from fastkl.kernels._layout import cdiv, compute_dtype
-from fastkl.kernels._mixture import blocks, joint_tile, of_rows, quads, split, term_index
+from fastkl.kernels._mixture import blocks, joint_tile, of_rows, quads, scattered, split, term_index
 from fastkl.kernels._mixture_gradient import gradients
 from fastkl.kernels._mixture_prepare import STEP, add_exponentials, prepare
 
@@ -61,7 +61,7 @@ def gmm_fwd_kernel(
             tl.store(joints + at, joint, (component < shape[1]) & of_rows(index < rows, True, TERMS, LANES))
         top, total = add_exponentials(top, total, joint, 1)
     highest = tl.max(top, axis=1)
-    reference = tl.where(highest == float("-inf"), 0.0, highest)  # -inf - -inf would be NaN
+    reference = finite(highest)
     total = tl.sum(total * exp(top - reference[:, None, :]), axis=1)
     value = reference.to(tl.float64) + tl.log(total).to(tl.float64)
     value = tl.reshape(tl.permute(value, [1, 0]), [ROWS])
@@ -78,7 +78,7 @@ def launch_fwd(z, logvar, logits, means, logvars, form, *, joints=False):
         return torch.empty(0, dtype=torch.float64, device=device), joint
     mixture = prepare(logits, means, logvars, form, dtype)
     own, tail = logits.shape[0] > 1, columns % STEP != 0
-    block = blocks(dtype, form, "forward", rows, components, own=own + joints, tail=tail)
+    block = blocks(dtype, form, "forward", rows, components, own=own + joints, scattered=scattered(z, logvar))
     row_blocks = cdiv(rows, block["ROWS"])
     length, splits = split(components, block["COMPONENTS"], row_blocks, rows * 8)
     lp = torch.empty((splits, rows), dtype=torch.float64, device=device)

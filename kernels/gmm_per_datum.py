@@ -14,13 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import TRITON_DTYPE
+from fastkl.kernels._device import TRITON_DTYPE, finite
 from fastkl.kernels._gmm_per_datum import (
     blocks,
     by_sample,
     canonical,
     element,
-    finite,
     load_components,
     load_log_weights,
     load_rows,

@@ -13,10 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import LN2, TRITON_DTYPE
+from fastkl.kernels._device import LN2, TRITON_DTYPE, finite
 from fastkl.kernels._gumbel_softmax import (
     NOT_A_CLASS,
-    finite,
     first_maximum,
     log,
     offsets,

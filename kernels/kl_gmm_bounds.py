@@ -10,7 +10,7 @@ from fastkl.kernels._bounds import blocks, joint_tiles
 from fastkl.kernels._bounds_gradient import by_components, by_rows
 from fastkl.kernels._device import TRITON_DTYPE
 from fastkl.kernels._layout import cdiv, compute_dtype
-from fastkl.kernels._mixture import load_rows, quads, split
+from fastkl.kernels._mixture import load_rows, quads, scattered, split
 from fastkl.kernels._mixture_prepare import STEP, add_exponentials, prepare
 
 
@@ -63,7 +63,7 @@ def fwd(mu, logvar, logits, means, logvars, scale_tril, precision, keep):
     (rows, columns), components, device = mu.shape, means.shape[1], mu.device
     mixture = prepare(logits, means, logvars, "expected", dtype)
     tail = columns % STEP != 0
-    block = blocks(dtype, "forward", rows, components, tail=tail)
+    block = blocks(dtype, "forward", rows, components, scattered=scattered(mu, logvar))
     row_blocks = cdiv(rows, block["ROWS"])
     length, splits = split(components, block["COMPONENTS"], row_blocks, 2 * rows * 8)
     lp = torch.empty((2, splits, rows), dtype=torch.float64, device=device)

@@ -268,4 +268,6 @@ def aot_calls():
     add("small", 33, 20, 7)
     add("few rows and components", few, 20, 64)
     add("small, float64", 20, 20, 8, torch.float64)
+    add("few components and columns, bfloat16", 33, 3, 8, torch.bfloat16)
+    add("rows of 40", many, 512, 40)
     return calls
