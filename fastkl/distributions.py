@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -147,8 +145,7 @@ class DiagonalNormal:
 
     def entropy(self) -> Tensor:
         """1/2 sum_d [ln(2 pi e) + logvar_d] in nats, one per datum."""
-        logvar = self._logvar().to(reference.compute_dtype(self._parameter))
-        return reference.sum_event(0.5 * (math.log(2 * math.pi * math.e) + logvar), self.event_ndim)
+        return reference.normal_entropy(self._logvar().flatten(len(self.shape) - self.event_ndim))
 
     def __repr__(self) -> str:
         return f"DiagonalNormal(shape={tuple(self.shape)}, event_ndim={self.event_ndim})"

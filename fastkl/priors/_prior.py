@@ -35,7 +35,7 @@ class Prior(nn.Module):
             ValueError: q has another number of dimensions; a method that this prior does not have.
         """
         self._check_estimator(method, entropy, gradient)
-        mu, logvar = self._parameters_of(q)
+        mu, logvar = self._parameters_of(q, self.dim)
         z = rsample_normal(mu, logvar, num_samples=arguments.check_int("num_samples", num_samples, 1), seed=seed)
         if entropy == "closed" and gradient == "plain":
             return -reference.normal_entropy(logvar) - self.log_prob(z).mean(0)
@@ -57,9 +57,9 @@ class Prior(nn.Module):
         if dim not in (None, event.numel()):
             raise ValueError(f"q has events of shape {tuple(event)}, but the prior has {dim} dimensions")
 
-    def _parameters_of(self, q: distributions.DiagonalNormal) -> tuple[Tensor, Tensor]:
-        """mu and ln sigma^2 [*batch, D]."""
-        self._check_posterior(q, self.dim)
+    def _parameters_of(self, q: distributions.DiagonalNormal, dim: int | None) -> tuple[Tensor, Tensor]:
+        """mu and ln sigma^2 [*batch, dim]."""
+        self._check_posterior(q, dim)
         batch_ndim = len(q.shape) - q.event_ndim
         return q.mean.flatten(batch_ndim), q._logvar().flatten(batch_ndim)
 

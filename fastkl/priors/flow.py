@@ -44,7 +44,7 @@ class FlowPrior(Prior):
         if seed is None:
             return self.flow().sample(shape)
         devices = {p.device for p in self.flow.parameters() if p.device.type != "cpu"}
-        with torch.random.fork_rng(devices, enabled=True):
+        with torch.random.fork_rng(devices):
             torch.manual_seed(arguments.check_int("seed", seed.item() if isinstance(seed, Tensor) else seed, -(2**63)))
             return self.flow().sample(shape)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -65,12 +66,12 @@ class GaussianMixture(MixturePrior):
     def reset_parameters(self) -> None:
         self.logits.zero_()
         self.means.normal_(0.0, 0.5**0.5)
-        half = torch.tensor(0.5).log().item()
+        logvar = math.log(0.5)
         if self.covariance == "full":
-            self.log_diagonal.fill_(0.5 * half)
+            self.log_diagonal.fill_(0.5 * logvar)
             self.lower.zero_()
         else:
-            self.logvars.fill_(half)
+            self.logvars.fill_(logvar)
 
     @property
     def scale_tril(self) -> Tensor:
@@ -84,8 +85,8 @@ class GaussianMixture(MixturePrior):
 
     def mixture(self) -> Mixture:
         if self.covariance == "full":
-            return Mixture(self.logits, self.means, None, self.scale_tril)
-        return Mixture(self.logits, self.means, self.logvars, None)
+            return Mixture(self.logits, self.means, scale_tril=self.scale_tril)
+        return Mixture(self.logits, self.means, self.logvars)
 
     def fit(
         self, z: Tensor, *, iterations: int = 100, tolerance: float = 1e-3, init: str | Tensor = "k-means++",

@@ -103,9 +103,8 @@ class MixturePrior(Prior):
 
     def _both(self, q: distributions.DiagonalNormal) -> tuple[Tensor, Tensor, Mixture]:
         """mu, ln sigma^2 [*batch, D] and the mixture, which fit each other."""
-        parameters, mixture = self._parameters_of(q), self.mixture()
-        self._check_posterior(q, mixture.means.shape[-1])
-        return *parameters, mixture
+        mixture = self.mixture()
+        return *self._parameters_of(q, mixture.means.shape[-1]), mixture
 
     def kl_bounds(self, q: distributions.DiagonalNormal) -> tuple[Tensor, Tensor]:
         """(lower, upper), as `fastkl.kl_gmm_bounds`."""
@@ -137,15 +136,14 @@ class MixturePrior(Prior):
             return mixture.means.new_empty(0, mixture.means.shape[-1])
         if component is None:
             return sample_gmm(**mixture._asdict(), num_samples=n, seed=seed)[0]
-        count = len(mixture.means)
+        components = len(mixture.means)
         chosen = torch.as_tensor(component, device=mixture.means.device)
         kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
         good = chosen.dtype in kinds and chosen.shape in ((), (n,))
-        if not good or not 0 <= chosen.min() <= chosen.max() < count:
-            raise ValueError(f"component must be one int from 0 to {count - 1}, or {n} of them, got {component!r}")
+        if not good or not 0 <= chosen.min() <= chosen.max() < components:
+            raise ValueError(f"component must be one int from 0 to {components - 1}, or {n} of them, got {component!r}")
         # Mixtures of one component each: one for all draws, or one per draw.
         one = [t if t is None or len(t) == 1 else t[chosen].unsqueeze(chosen.dim()) for t in mixture[1:]]
         logits = mixture.logits.new_zeros(*chosen.shape, 1)
-        return sample_gmm(logits, *one[:2], scale_tril=one[2], num_samples=n if chosen.dim() == 0 else 1, seed=seed)[
-            0
-        ].view(n, -1)
+        count = n if chosen.dim() == 0 else 1
+        return sample_gmm(logits, *one[:2], scale_tril=one[2], num_samples=count, seed=seed)[0].view(n, -1)

@@ -78,7 +78,7 @@ class VampPrior(MixturePrior):
         return out
 
     def mixture(self) -> Mixture:
-        return Mixture(self.logits, *self._parameters_of(self.posteriors()), None)
+        return Mixture(self.logits, *self._parameters_of(self.posteriors(), None))
 
     def extra_repr(self) -> str:
         return f"components={self.components}, datum={tuple(self.pseudo_inputs.shape[1:])}"
