@@ -25,12 +25,19 @@ def kl_per_sample(q, packed_dim, prior, event_ndim, scale, bounds) -> Tensor:
     return arguments.by_rows(lambda *rows: reference.kl_normal(*rows, **settings), mu, event_ndim, tensors)
 
 
-def sample(q, packed_dim, eps, num_samples, scale, bounds) -> Tensor:
-    """mu + sigma eps in the memory layout that the fakes promise, block of rows by block of rows."""
+def empty_samples(q, packed_dim, num_samples) -> Tensor:
+    """z in the parameters' dtype, [*shape] in mu's memory layout, or [num_samples, *shape]."""
     mu, parameter = unpack(q, packed_dim)
     dtype = torch.promote_types(mu.dtype, parameter.dtype)
-    shape = mu.shape if num_samples is None else (num_samples, *mu.shape)
-    z = torch.empty_like(mu, dtype=dtype) if num_samples is None else mu.new_empty(shape, dtype=dtype)
+    if num_samples is None:
+        return torch.empty_like(mu, dtype=dtype)
+    return mu.new_empty((num_samples, *mu.shape), dtype=dtype)
+
+
+def sample(q, packed_dim, eps, num_samples, scale, bounds) -> Tensor:
+    """mu + sigma eps, block of rows by block of rows."""
+    mu, parameter = unpack(q, packed_dim)
+    z = empty_samples(q, packed_dim, num_samples)
     for rows in arguments.row_blocks(mu):
         target, *block, noise = (arguments.rows_of(tensor, rows, mu) for tensor in (z, mu, parameter, eps))
         target.copy_(reference.rsample_normal(*block, eps=noise, num_samples=num_samples, scale=scale, bounds=bounds))

@@ -119,8 +119,8 @@ def check_tau(tau: float | Tensor, logits: Tensor) -> tuple[Tensor | None, float
         arguments.check_tensors(tau=tau)
         if tau.dim():
             raise ValueError(f"tau must be a number or a tensor without dimensions, got shape {tuple(tau.shape)}")
-        known = tau.device.type == "cpu" and not torch.compiler.is_compiling() and type(tau) in (Tensor, _PARAMETER)
-        if known and not torch._C._functorch.is_functorch_wrapped_tensor(tau):
+        known = tau.device.type == "cpu" and type(tau) in (Tensor, torch.nn.Parameter)
+        if known and not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(tau):
             _check_temperature(tau.item())
         return tau.to(logits.device), 1.0
     if isinstance(tau, bool) or not isinstance(tau, (numbers.Real, torch.SymInt, torch.SymFloat)):
@@ -129,9 +129,6 @@ def check_tau(tau: float | Tensor, logits: Tensor) -> tuple[Tensor | None, float
     if torch.compiler.is_compiling():  # a number would be part of the graph; only a product keeps it out
         return torch.ones((), dtype=reference.compute_dtype(logits), device=logits.device) * tau, 1.0
     return None, float(tau)
-
-
-_PARAMETER = torch.nn.Parameter
 
 
 def _check_temperature(tau: float) -> None:

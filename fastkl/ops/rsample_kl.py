@@ -8,7 +8,14 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
-from fastkl.ops._closed_form import fill_normal_gradients, kl_per_sample, normal_gradients, sample, unpack
+from fastkl.ops._closed_form import (
+    empty_samples,
+    fill_normal_gradients,
+    kl_per_sample,
+    normal_gradients,
+    sample,
+    unpack,
+)
 from fastkl.ops._register import apply, needs_closed_form, register
 from fastkl.reference import SoftBounds
 
@@ -44,20 +51,12 @@ def _backward(
         dq = fill_normal_gradients(q, packed_dim, [], scale, bounds, dz=dz, eps=eps)
         return dq + [torch.zeros_like(tensor) for tensor in prior if prior_gradient]
     dkl = dkl.reshape(*dkl.shape, *[1] * event_ndim)
-    drawn = {"dz": dz, "eps": eps}
-    return fill_normal_gradients(
-        q, packed_dim, prior, scale, bounds, dkl=dkl, prior_gradient=prior_gradient, **drawn
-    )  # fmt: skip
+    settings = {"dkl": dkl, "dz": dz, "eps": eps, "prior_gradient": prior_gradient}
+    return fill_normal_gradients(q, packed_dim, prior, scale, bounds, **settings)
 
 
 def _fake_forward(q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live):
-    mu, parameter = unpack(q, packed_dim)
-    dtype = torch.promote_types(mu.dtype, parameter.dtype)
-    z = (
-        torch.empty_like(mu, dtype=dtype)
-        if num_samples is None
-        else mu.new_empty((num_samples, *mu.shape), dtype=dtype)
-    )
+    z, mu = empty_samples(q, packed_dim, num_samples), unpack(q, packed_dim)[0]
     return z, mu.new_empty(mu.shape[: mu.dim() - event_ndim], dtype=reference.compute_dtype(*q, *prior))
 
 
@@ -188,13 +187,4 @@ def rsample_kl(
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
     settings = (-1, event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
     seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
-    return apply(
-        _RsampleKL,
-        mu.expand(shape),
-        logvar.expand(shape),
-        *prior,
-        eps,
-        seed,
-        num_samples,
-        *settings,
-    )
+    return apply(_RsampleKL, mu.expand(shape), logvar.expand(shape), *prior, eps, seed, num_samples, *settings)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
-from fastkl.ops._closed_form import fill_normal_gradients, normal_gradients, sample, unpack
+from fastkl.ops._closed_form import empty_samples, fill_normal_gradients, normal_gradients, sample
 from fastkl.ops._register import apply, needs_closed_form, register
 from fastkl.reference import SoftBounds
 
@@ -34,13 +34,7 @@ def _backward(dz, q, seed, eps, num_samples, packed_dim, scale, low, high, live)
 
 
 def _fake_forward(q, seed, eps, num_samples, packed_dim, scale, low, high, live) -> Tensor:
-    mu, parameter = unpack(q, packed_dim)
-    dtype = torch.promote_types(mu.dtype, parameter.dtype)
-    return (
-        torch.empty_like(mu, dtype=dtype)
-        if num_samples is None
-        else mu.new_empty((num_samples, *mu.shape), dtype=dtype)
-    )
+    return empty_samples(q, packed_dim, num_samples)
 
 
 def _fake_backward(dz, q, *settings) -> list[Tensor]:

@@ -12,9 +12,7 @@ from fastkl.reference.likelihoods import normal_log_prob
 from fastkl.reference.sampling import normal_noise
 
 
-def gmm_joint_log_prob(
-    z, logits, means, logvars=None, *, scale_tril=None, logvar=None, form="point"
-) -> Tensor:  # fmt: skip
+def gmm_joint_log_prob(z, logits, means, logvars=None, *, scale_tril=None, logvar=None, form="point") -> Tensor:
     """ln pi_k + (what `form` says about component k at z), [..., K]; pi = softmax(logits).
 
     With q = N(z, diag exp(logvar)): "point" is ln N(z; m_k, S_k); "expected" is E_q[ln N(.; m_k, S_k)]; "convolved" is
