@@ -42,7 +42,7 @@ def relaxed_component(weights: Tensor, means: Tensor, logvars: Tensor | None) ->
     """Mean and standard deviation sum_k y_k m_k, sum_k y_k sigma_k of a relaxed choice y [S, *batch, K]."""
     if logvars is None:
         return _mix(weights, means), weights.new_ones(1)
-    sigma = _mix(weights, (0.5 * (logvars if logvars.dim() > 1 else logvars.unsqueeze(0))).exp())
+    sigma = _mix(weights, (0.5 * parameters.by_component(logvars)).exp())
     # All components may be excluded, or the chosen one's deviation have underflowed.
     return _mix(weights, means), sigma.clamp(min=torch.finfo(sigma.dtype).tiny)
 
@@ -215,7 +215,7 @@ def sample_gmm(
     mean = _take(means.to(dtype), component, 1).expand(*component.shape, means.shape[-1])
     zero = torch.zeros((), dtype=dtype, device=mean.device)
     if scale_tril is None:
-        logvars = zero.expand(1, 1) if logvars is None else logvars if logvars.dim() > 1 else logvars.unsqueeze(0)
+        logvars = zero.expand(1, 1) if logvars is None else parameters.by_component(logvars)
         return rsample_normal(mean, _take(logvars.to(dtype), component, 1), seed=seed ^ SECOND_KEY), component
     eps = rsample_normal(zero.expand(mean.shape), zero, seed=seed ^ SECOND_KEY)
     scale_tril, matrix = scale_tril.to(dtype), means.shape[-1] ** 2 * dtype.itemsize

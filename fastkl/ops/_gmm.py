@@ -63,7 +63,7 @@ def values(z, logvar, logits, means, logvars, scale_tril, form, precision, keep)
     return sweeps.log_prob(sweeps.Sweep(z, logvar, logits, means, logvars, scale_tril, form, precision), keep)
 
 
-def _fake_forward(z, logvar, logits, means, logvars, scale_tril, form, precision, keep) -> list[Tensor]:
+def fake_values(z, logvar, logits, means, logvars, scale_tril, form, precision, keep) -> list[Tensor]:
     lp = z.new_empty(z.shape[0], dtype=reference.compute_dtype(z, logvar, logits, means, logvars, scale_tril))
     return [lp, torch.empty_like(lp, dtype=torch.float64), lp.new_empty(lp.shape[0], means.shape[1])][: keep + 1]
 
@@ -139,7 +139,7 @@ def _fake_backward(dlp, kept, z, logvar, logits, means, logvars, scale_tril, for
 gmm_log_prob_fwd = register(
     f"gmm_log_prob_fwd({_ARGUMENTS}, int keep) -> Tensor[]",
     closed_form=values,
-    fake=_fake_forward,
+    fake=fake_values,
     kernel="gmm_log_prob.fwd",
 )
 gmm_log_prob_bwd = register(

@@ -61,6 +61,11 @@ def _without_leading_ones(tensor: Tensor, batch: int) -> Tensor:
     return tensor.reshape(tensor.shape[ndim:]) if ndim > 0 else tensor
 
 
+def by_component(logvars: Tensor) -> Tensor:
+    """logvars [D], which all components share, as [1, D]."""
+    return logvars if logvars.dim() > 1 else logvars.unsqueeze(0)
+
+
 def check_precision(precision: str) -> str:
     return arguments.check_choice("precision", precision, PRECISIONS)
 
@@ -74,7 +79,8 @@ def canonical(
     of the batch; parameters that vary along other than its last dimensions are copied.
     """
     batch, mixture = _collapsed(z, logits, means, logvars, scale_tril)
-    return _flattened(list(z.values()), mixture, batch)
+    rows, mixture = _flattened(list(z.values()), mixture, batch)
+    return rows, mixture, batch
 
 
 def arranged(
@@ -91,7 +97,7 @@ def arranged(
             for tensor, event in zip(mixture, EVENTS)
         ]
         batch = torch.Size([batch[dim] for dim in order])
-    rows, mixture, batch = _flattened(rows, mixture, batch)
+    rows, mixture = _flattened(rows, mixture, batch)
 
     def restore(result: Tensor) -> Tensor:
         result = result.view((*batch, *result.shape[1:]))
@@ -109,8 +115,7 @@ def _collapsed(z: dict[str, Tensor], *parameters: Tensor | None) -> tuple[torch.
     logits, means, logvars, scale_tril = parameters
     if scale_tril is not None:
         check_triangles(scale_tril)
-    if logvars is not None and logvars.dim() == 1:
-        logvars = logvars[None]
+    logvars = None if logvars is None else by_component(logvars)
     mixture = [None if t is None else collapse(t, n) for t, n in zip((logits, means, logvars, scale_tril), EVENTS)]
     return batch_shape(z, *parameters), mixture
 
@@ -142,7 +147,8 @@ def _order(row_tensors: int, mixture, batch: torch.Size) -> list[int] | None:
     return sorted(range(len(batch)), key=varies.__contains__)
 
 
-def _flattened(rows: list[Tensor], mixture, batch: torch.Size) -> tuple[list[Tensor], tuple, torch.Size]:
+def _flattened(rows: list[Tensor], mixture, batch: torch.Size) -> tuple[list[Tensor], tuple]:
+    """The batch's dimensions as one of rows, and those along which parameters vary as one of data."""
     dimensions = mixture[1].shape[-1]
     rows = [arguments.expand(tensor, (*batch, dimensions)).reshape(-1, dimensions) for tensor in rows]
     ndim = [0 if tensor is None else tensor.dim() - event for tensor, event in zip(mixture, EVENTS)]
@@ -155,7 +161,7 @@ def _flattened(rows: list[Tensor], mixture, batch: torch.Size) -> tuple[list[Ten
         elif tensor is not None:
             tensor = tensor[None]
         flat.append(tensor)
-    return rows, tuple(flat), batch
+    return rows, tuple(flat)
 
 
 def batch_shape(z: dict[str, Tensor], logits, means, logvars, scale_tril) -> torch.Size:

@@ -27,9 +27,9 @@ def _forward(mu, logvar, logits, means, logvars, scale_tril, precision, keep) ->
 
 
 def _fake_forward(mu, logvar, logits, means, logvars, scale_tril, precision, keep) -> list[Tensor]:
-    bound = mu.new_empty(mu.shape[0], dtype=reference.compute_dtype(mu, logvar, logits, means, logvars, scale_tril))
-    kept = [torch.empty_like(bound, dtype=torch.float64), bound.new_empty(bound.shape[0], means.shape[1])][:keep]
-    return [bound, torch.empty_like(bound), *kept, *(torch.empty_like(tensor) for tensor in kept)]
+    settings = (mu, logvar, logits, means, logvars, scale_tril, "convolved", precision, keep)
+    (lower, *kept), (upper, *also_kept) = (_gmm.fake_values(*settings) for _ in range(2))
+    return [lower, upper, *kept, *also_kept]
 
 
 def _incoming(dlower, dupper, kept):
