@@ -9,15 +9,23 @@ from torch import Tensor
 from fastkl.vae.errors import require
 
 
+def shares(responsibilities: Tensor) -> Tensor:
+    """The mean responsibility of each component [K], from ln p(k | z) [N, K]."""
+    return responsibilities.double().exp().mean(dim=0)
+
+
+def used(shares: Tensor) -> Tensor:
+    """Which components are used [K]; as fastkl.priors counts them, a tenth of an equal share is use."""
+    return shares > 0.1 / len(shares)
+
+
 def usage(responsibilities: Tensor) -> dict[str, float]:
     """From ln p(k | z) [N, K]: the entropy of the mean responsibility, in nats, and how many components are used."""
-    shares = responsibilities.double().exp().mean(dim=0)
-    # As fastkl.priors counts them: a tenth of an equal share is use.
-    used = int((shares > 0.1 / len(shares)).sum())
+    part = shares(responsibilities)
     return {
-        "components": len(shares),
-        "used_components": used,
-        "usage_entropy": torch.special.entr(shares).sum().item(),
+        "components": len(part),
+        "used_components": int(used(part).sum()),
+        "usage_entropy": torch.special.entr(part).sum().item(),
     }
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastkl.vae import clusters
 from fastkl.vae.errors import require
-from fastkl.vae.evaluate import Evaluation
+from fastkl.vae.evaluate import ACTIVE, Evaluation
 from fastkl.vae.events import shades
 from fastkl.vae.prior import draw as draw_latents
 from fastkl.vae.prior import is_mixture
@@ -104,7 +105,7 @@ def decoded(run: Run, z: Tensor) -> Tensor:
 
 def components(run: Run, evaluation: Evaluation, rows: int = 20, columns: int = 10) -> Any:
     """A row of samples for each component, those that the test data use most first."""
-    shares = evaluation.responsibilities.exp().mean(dim=0)
+    shares = clusters.shares(evaluation.responsibilities)
     chosen = shares.argsort(descending=True)[:rows].tolist()
     columns = 4 if run.data.shape[-1] > 64 else columns
     # Two components side by side, or the picture would be a tower.
@@ -126,12 +127,11 @@ def components(run: Run, evaluation: Evaluation, rows: int = 20, columns: int = 
 
 def component_usage(evaluation: Evaluation) -> Any:
     """Mean responsibilities over the test data, largest first."""
-    figures = evaluation.mixture_figures()
-    shares = evaluation.responsibilities.exp().mean(dim=0).sort(descending=True).values.numpy()
+    figures = clusters.usage(evaluation.responsibilities)
+    shares = clusters.shares(evaluation.responsibilities).sort(descending=True).values
     figure, panel = new_figure(8.6, 3.8)
-    threshold = 0.1 / len(shares)
-    colours = [BLUE if share > threshold else "#bbbbbb" for share in shares]
-    panel.bar(range(1, len(shares) + 1), 100 * shares, color=colours, width=0.8)
+    colours = [BLUE if used else "#bbbbbb" for used in clusters.used(shares)]
+    panel.bar(range(1, len(shares) + 1), 100 * shares.numpy(), color=colours, width=0.8)
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.axhline(100 / len(shares), color=GREY, linewidth=1, linestyle="--")
     panel.set(
@@ -234,7 +234,7 @@ def kl_per_dimension(run: Run, evaluation: Evaluation) -> Any:
     active = evaluation.means.flatten(2).var(dim=0).amax(dim=1) if spatial else evaluation.means.var(dim=0)
     order = kl.argsort(descending=True)
     figure, panel = new_figure(8.6, 3.8)
-    colours = [BLUE if active[index] > 0.01 else "#bbbbbb" for index in order]
+    colours = [BLUE if active[index] > ACTIVE else "#bbbbbb" for index in order]
     panel.bar(range(len(kl)), kl[order].numpy(), color=colours, width=0.8)
     if len(kl) <= 40:
         panel.set_xticks(range(len(kl)), [str(int(index)) for index in order])

@@ -124,7 +124,7 @@ def resolve(given: dict[str, Any]) -> Settings:
     if "beta_schedule" in given and settings.warm_up == 0:
         raise UserError("--beta-schedule says how the weight of the KL rises over --warm-up; this run has --warm-up 0")
     if settings.kl == "upper" and "samples" in given:
-        raise UserError("--samples belongs to --kl mc; the bound of --kl upper takes one sample, for the decoder")
+        raise UserError("--samples belongs to --kl mc or relaxed; --kl upper takes one sample, for the decoder")
     return settings
 
 
