@@ -36,7 +36,6 @@ PRIORS = {
 }  # fmt: skip
 SEEDS = 5
 RESULTS = Path(__file__).parent / "results"
-# How to train at all may be the same for all priors; what only some of them know is left to their defaults.
 COLUMNS = (
     ("log p(x), nats", "log_prob", "{:.2f}"), ("ELBO, nats", "elbo", "{:.2f}"), ("KL, nats", "kl", "{:.2f}"),
     ("active units", "active_units", "{:.1f}"), ("used components", "used_components", "{:.1f}"),
@@ -51,6 +50,7 @@ def main() -> None:
     about.add_argument("--seeds", type=int, nargs="+", default=range(SEEDS), help="default: 0 to 4")
     mine, rest = about.parse_known_args()
     options = parser().parse_args(["train", *rest])
+    # How to train at all may be the same for all priors; what only some of them know is left to their defaults.
     given = {item.name: getattr(options, item.name) for item in dataclasses.fields(Settings) if item.name in options}
     path = RESULTS / f"priors_{Path(given.get('data', 'digits')).stem}.jsonl"
     if not mine.table:
