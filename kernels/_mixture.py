@@ -34,8 +34,8 @@ def blocks(dtype: torch.dtype, form: str, kind: str, rows: int, components: int,
     halvings += (form == "expected") * (scattered + (kind != "forward" or own or half) + (own and kind == "forward"))
     few = cdiv(rows, 64) < PROGRAMS // 2
     halvings += (form == "point" and scattered) * (2 if kind == "rows" else kind != "forward")
-    if kind == "rows" and (half or (form == "convolved" and scattered)):
-        halvings = max(2, halvings + (half and form == "convolved"))
+    if (kind == "rows" and half) or (kind != "forward" and form == "convolved" and scattered):
+        halvings = max(2, halvings + (kind == "rows" and half and form == "convolved"))
     owned = 2 if halvings < 2 else 1
     halvings += kind == "rows" and form == "expected" and owned == 2 and not few
     terms = max(2, (32 // owned) >> halvings)
@@ -51,9 +51,9 @@ def blocks(dtype: torch.dtype, form: str, kind: str, rows: int, components: int,
         tile = {"ROWS": owned * lanes, "COMPONENTS": terms * groups}
     held = {}
     if few or kind == "components":
-        held = registers(255)  # few have a multiprocessor to themselves, and so has every program of eight warps
-    elif scattered and form == "expected":
-        held = registers(168)
+        held = registers(255)  # few have a multiprocessor to themselves, and so has a program of eight warps
+    elif scattered:
+        held = registers(168 if form == "point" or (form == "expected" and kind == "forward") else 255)
     return {**tile, "TERMS": terms, "LANES": lanes, "num_warps": groups * lanes // 32, **held}
 
 
