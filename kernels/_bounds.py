@@ -20,7 +20,7 @@ from fastkl.kernels._layout import PROGRAMS, cdiv, next_power_of_2, registers
 from fastkl.kernels._mixture import four, fraction_and_exponent, load_centred, load_rows
 
 
-def blocks(dtype: torch.dtype, kind: str, rows: int, components: int, *, scattered: bool) -> dict[str, int]:
+def blocks(dtype: torch.dtype, kind: str, rows: int, components: int, *, scattered: str) -> dict[str, int]:
     """A tile of rows x components for the kernel "forward", by "rows" or by "components".
 
     As kernels._mixture's, with fewer elements a thread, each of which takes two sums or weights.
@@ -31,7 +31,7 @@ def blocks(dtype: torch.dtype, kind: str, rows: int, components: int, *, scatter
         return {"ROWS": (1 if half else 8) * warps, "COMPONENTS": 32, "num_warps": warps}
     few = kind == "rows" and cdiv(rows, 64) < PROGRAMS // 2  # programs: the warps of one share a sum over components
     warps = min(4, next_power_of_2(cdiv(components, 32))) if few else 1
-    halvings = max(scattered, 2 * half) if kind == "forward" else max(1 + scattered, 3 * half)
+    halvings = max(bool(scattered), 2 * half) if kind == "forward" else max(1 + bool(scattered), 3 * half)
     held = registers(255) if few and scattered else {}
     return {"ROWS": 32, "COMPONENTS": (16 >> halvings) * warps, "num_warps": warps, **held}
 

@@ -22,7 +22,7 @@ PARTIAL_BYTES = 32 << 20
 ENOUGH = 264  # programs: two for each multiprocessor of a large GPU
 
 
-def blocks(dtype: torch.dtype, form: str, kind: str, rows: int, components: int, *, own: bool, scattered: bool) -> dict:
+def blocks(dtype: torch.dtype, form: str, kind: str, rows: int, components: int, *, own: bool, scattered: str) -> dict:
     """A tile of rows x components for the forward kernel, that by "rows" or that by "components".
 
     A thread has two of one and 16 of the other, over which sums are; fewer where an element takes more registers, down
@@ -31,9 +31,11 @@ def blocks(dtype: torch.dtype, form: str, kind: str, rows: int, components: int,
     """
     half = dtype == torch.float64
     halvings = half + (form == "convolved") * (1 + half) + own * (1 + (kind == "rows") * (1 + (form == "convolved")))
-    halvings += (form == "expected") * (scattered + (kind != "forward" or own or half) + (own and kind == "forward"))
+    if form == "expected":
+        halvings += bool(scattered) + (kind != "forward" or own or half) + (own and kind == "forward")
     few = cdiv(rows, 64) < PROGRAMS // 2
-    halvings += (form == "point" and scattered) * (2 if kind == "rows" else kind != "forward")
+    if form == "point" and scattered:
+        halvings += (scattered == "tail") * 2 if kind == "rows" else kind == "components"
     if (kind == "rows" and half) or (kind != "forward" and form == "convolved" and scattered):
         halvings = max(2, halvings + (kind == "rows" and half and form == "convolved"))
     owned = 2 if halvings < 2 else 1
@@ -53,14 +55,20 @@ def blocks(dtype: torch.dtype, form: str, kind: str, rows: int, components: int,
     if few or kind == "components":
         held = registers(255)  # few have a multiprocessor to themselves, and so has a program of eight warps
     elif scattered:
-        held = registers(168 if form == "point" or (form == "expected" and kind == "forward") else 255)
+        held = registers(168 if kind == "forward" and form != "convolved" else 255)
     return {**tile, "TERMS": terms, "LANES": lanes, "num_warps": groups * lanes // 32, **held}
 
 
-def scattered(*tensors: torch.Tensor | None) -> bool:
-    """Whether rows may start anywhere, or their last step of four is masked: a thread then keeps a pointer to each
-    element, where it would one to 16 bytes, and a tile that is a full one elsewhere spills."""
-    return any(t.stride(0) % 16 or t.stride(1) != 1 or t.shape[1] % 4 for t in tensors if t is not None)
+def scattered(*tensors: torch.Tensor | None) -> str:
+    """ "tail" where the last step of four of a row is masked, "rows" where rows may begin anywhere, else "".
+
+    A thread then keeps a pointer to each element, where it would one to 16 bytes, and a tile that is a full one
+    elsewhere spills.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(tensor.shape[1] % 4 for tensor in given):
+        return "tail"
+    return "rows" if any(tensor.stride(0) % 16 or tensor.stride(1) != 1 for tensor in given) else ""
 
 
 def split(total: int, block: int, others: int, partial_bytes: int, read_bytes: float = math.inf) -> tuple[int, int]:

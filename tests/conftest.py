@@ -17,6 +17,8 @@ def patch_once_a_launch() -> None:
     from triton import language
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter, "_patch_lang") or not hasattr(interpreter, "_LangPatchScope"):
+        return  # another Triton, which may be slower
     patch, patched = interpreter._patch_lang, set()
 
     def patch_once(function):

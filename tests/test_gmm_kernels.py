@@ -111,7 +111,7 @@ def test_more_components_for_each_program(monkeypatch):
     """As where a GPU is full: 16 lanes in place of 4 in the kernel by components."""
     kernels = importlib.import_module("fastkl.kernels._mixture")
     monkeypatch.setattr(kernels, "ENOUGH", 1)
-    settings = {"own": False, "scattered": True}
+    settings = {"own": False, "scattered": "tail"}
     assert kernels.blocks(torch.float32, "point", "components", 210, 40, **settings)["LANES"] == 16
     check_log_prob(draw(210, 40, 2))
 
@@ -302,6 +302,7 @@ def aot_calls():
     # Rows of no multiple of 16 elements: a pointer to each, the more in a thread, the fewer the components.
     for form, dtype in (("point", torch.float32), ("expected", torch.float64), ("convolved", torch.float32)):
         add("few components and columns", 33, 3, 8, form, dtype)
+    add("core rows of 40", many, 512, 40)
     add("rows of 40", many, 512, 40, "convolved")
 
     z, logits, means = torch.empty(few, 64), torch.empty(1, 512), torch.empty(1, 512, 64)
