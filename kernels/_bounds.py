@@ -28,7 +28,7 @@ def blocks(dtype: torch.dtype, kind: str, rows: int, components: int, *, scatter
     half = dtype == torch.float64
     if kind == "components":
         warps = 8 if half else min(8, next_power_of_2(cdiv(rows, 32)))
-        return {"ROWS": (1 if half else 8) * warps, "COMPONENTS": 32, "num_warps": warps}
+        return {"ROWS": (1 if half else 8) * warps, "COMPONENTS": 32, "num_warps": warps, **registers(255)}
     few = kind == "rows" and cdiv(rows, 64) < PROGRAMS // 2  # programs: the warps of one share a sum over components
     warps = min(4, next_power_of_2(cdiv(components, 32))) if few else 1
     halvings = max(bool(scattered), 2 * half) if kind == "forward" else max(1 + bool(scattered), 3 * half)

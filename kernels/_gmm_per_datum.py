@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import exp
-from fastkl.kernels._layout import next_power_of_2
+from fastkl.kernels._layout import next_power_of_2, registers
 
 LN_2PI = tl.constexpr(1.8378770664093453)
 # Elements of a tile for each thread of a warp of 32, and the longest row that one program holds.
@@ -25,7 +25,8 @@ def blocks(data: int, components: int, columns: int, dtype: torch.dtype, form: s
     pairs = max(1, tile // block_columns // (2 if columns % 16 and form != "point" else 1))
     block_components = min(next_power_of_2(components), pairs)
     block_data = min(next_power_of_2(data), pairs // block_components)
-    return {"DATA": block_data, "COMPONENTS": block_components, "COLUMNS": block_columns, "num_warps": warps}
+    tile = {"DATA": block_data, "COMPONENTS": block_components, "COLUMNS": block_columns}
+    return {**tile, "num_warps": warps, **registers(255 if dtype == torch.float64 else 128)}
 
 
 @triton.jit

@@ -161,4 +161,6 @@ def aot_calls():
     add("float64", (1, 64, 10, 48), "convolved", torch.float64)
     add("odd float64", (2, 64, 10, 37), "convolved", torch.float64)
     add("long float64", (1, 4, 3, 1024), "expected", torch.float64)
+    add("small float64", (2, 3, 5, 16), "expected", torch.float64)
+    add("small float16", (2, 3, 5, 16), dtype=torch.float16)
     return calls

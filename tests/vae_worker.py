@@ -8,9 +8,12 @@ from pathlib import Path
 
 from fastkl.vae.cli import main
 
-code = main()
-threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]  # none where there is no /proc
-if left := [name for name in threads if "gloo" in name]:
-    print(f"threads that outlive the process group: {left}", file=sys.stderr)
-    code = code or 3
-sys.exit(code)
+if __name__ == "__main__":
+    code = main()
+    threads = [
+        path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")
+    ]  # none where there is no /proc
+    if left := [name for name in threads if "gloo" in name]:
+        print(f"threads that outlive the process group: {left}", file=sys.stderr)
+        code = code or 3
+    sys.exit(code)
