@@ -1,6 +1,6 @@
 """The tensor-core path of mixtures: the launchers, called directly, against the float64 definition and its autograd.
 
-The interpreter's tl.dot is float32 whatever the precision: these tests bound the expansion, not tf32.
+The interpreter's tl.dot is float32 whatever the precision: there these tests bound the expansion, not tf32.
 """
 
 import functools
@@ -49,11 +49,12 @@ def launch(tensors, weights, form, data=True, parameters=True, precision="tf32x3
 def check(tensors, form, precision="tf32x3"):
     """Rounding of the expansion: some units of the largest term, which for these narrow draws is the result's size."""
     actual, exact, _ = launch_and_differentiate(functools.partial(launch, precision=precision), tensors, form)
+    rounding = 2.0**-10 if precision == "tf32" else 16 * torch.finfo(torch.float32).eps
     size = 1 + (exact[0].abs().max().item() if len(exact[0]) else 0.0)
     for index, (got, truth) in enumerate(zip(actual, exact)):
         assert got.shape == truth.shape
         if truth.numel():
-            units = 16 * torch.finfo(torch.float32).eps * (size if index else 1.0) + 2 * torch.finfo(got.dtype).eps
+            units = rounding * (size if index else 1.0) + 2 * torch.finfo(got.dtype).eps
             error = (got.double() - truth).abs().max().item()
             assert error <= units * (size if index == 0 else truth.abs().max().item() + 1e-3), index
 
@@ -67,7 +68,8 @@ def test_shapes(shape, form):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_dtypes(dtype):
     for form in ("point", "expected"):
-        check(draw(6, 3, 16, form, dtype=dtype), form, "tf32")
+        for precision in ("tf32x3", "tf32"):
+            check(draw(6, 3, 16, form, dtype=dtype), form, precision)
 
 
 @pytest.mark.parametrize("logvars", ["none", (1, 7, 1), (1, 1, 5), (1, 1, 1)], ids=str)
