@@ -326,6 +326,7 @@ def aot_calls():
     add("odd pixels", (16, 64, 49))
     add("odd pixels, two sweeps", (16, 8192, 49), tensor=True)
     add("pixels, two sweeps", (16, 8192, 1024))
+    add("few pixels, two sweeps", (1, 600, 20), tensor=True)
     add("float64 largest tile", (64, 4096), torch.float64, tensor=True)
     add("float64 two sweeps", (4, 65536), torch.float64)
     return calls
