@@ -71,3 +71,14 @@ def check_launch(launch, tensors, form):
     for got, naive, truth, scale in zip(actual, eager, exact, scales):
         assert_as_good_as_eager(got, naive, truth, scale=scale)
     return actual
+
+
+def check_parts(launch, tensors):
+    """What is asked for alone, of data (z, logvar) or of three parameters, has the bits that it has among all."""
+    weights = torch.linspace(-1, 1, len(tensors[0]), device=DEVICE)
+    both = launch(tensors, weights, "expected")[1:]
+    data = launch(tensors, weights, "expected", parameters=False)[1:]
+    parameters = launch(tensors, weights, "expected", data=False)[1:]
+    assert len(data) == 2
+    assert len(parameters) == 3
+    assert all(torch.equal(got, expected) for got, expected in zip(data + parameters, both))

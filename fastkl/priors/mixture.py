@@ -35,7 +35,12 @@ class Usage(NamedTuple):
 
     shares: Tensor  # [K] mean responsibilities, which sum to 1
     entropy: Tensor  # [] of the shares in nats; ln K where all components are used alike
-    used: int  # how many shares are above 1 / (10 K), a tenth of an equal share
+    used: int  # how many components have more than a tenth of an equal share, 1 / (10 K)
+
+
+def used(shares: Tensor) -> Tensor:
+    """Which components [K] are in use: those with more than a tenth of an equal share."""
+    return shares > 0.1 / len(shares)
 
 
 class MixturePrior(Prior):
@@ -119,8 +124,7 @@ class MixturePrior(Prior):
         if moments.log_prob.numel() == 0:
             raise ValueError(f"z must hold at least one datum, got {tuple(z.shape)}")
         shares = moments.counts / moments.counts.sum()
-        used = int((shares > 0.1 / len(shares)).sum())
-        return Usage(shares, torch.special.entr(shares).sum(), used)
+        return Usage(shares, torch.special.entr(shares).sum(), int(used(shares).sum()))
 
     @torch.no_grad()
     def sample(self, n: int, *, component: int | Tensor | None = None, seed: int | Tensor | None = None) -> Tensor:

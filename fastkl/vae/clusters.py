@@ -6,17 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastkl.priors.mixture import used
 from fastkl.vae.errors import require
 
 
 def shares(responsibilities: Tensor) -> Tensor:
     """The mean responsibility of each component [K], from ln p(k | z) [N, K]."""
     return responsibilities.double().exp().mean(dim=0)
-
-
-def used(shares: Tensor) -> Tensor:
-    """Which components are used [K]; as fastkl.priors counts them, a tenth of an equal share is use."""
-    return shares > 0.1 / len(shares)
 
 
 def usage(responsibilities: Tensor) -> dict[str, float]:
