@@ -26,7 +26,7 @@ def blocks(data: int, components: int, columns: int, dtype: torch.dtype, form: s
     block_components = min(next_power_of_2(components), pairs)
     block_data = min(next_power_of_2(data), pairs // block_components)
     tile = {"DATA": block_data, "COMPONENTS": block_components, "COLUMNS": block_columns}
-    return {**tile, "num_warps": warps, **registers(255 if dtype == torch.float64 else 128)}
+    return {**tile, "num_warps": warps, **registers(255)}
 
 
 @triton.jit

@@ -34,8 +34,8 @@ def blocks(dtype: torch.dtype, form: str, kind: str, rows: int, components: int,
     if form == "expected":
         halvings += bool(scattered) + (kind != "forward" or own or half) + (own and kind == "forward")
     few = cdiv(rows, 64) < PROGRAMS // 2
-    if form == "point" and scattered:
-        halvings += (scattered == "tail") * 2 if kind == "rows" else kind == "components"
+    if form == "point" and scattered and kind != "forward":
+        halvings += 1 if kind == "components" else 2 if scattered == "tail" else not few
     if (kind == "rows" and half) or (kind != "forward" and form == "convolved" and scattered):
         halvings = max(2, halvings + (kind == "rows" and half and form == "convolved"))
     owned = 2 if halvings < 2 else 1

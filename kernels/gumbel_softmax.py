@@ -46,7 +46,7 @@ def blocks(classes: int, inner: int, wide: bool, odd: bool) -> tuple[dict[str, i
         fits = rows * narrow <= whole
         rows, columns = (rows, narrow) if fits else (part // columns, columns)
     warps = max(1, rows * columns // (256 if wide else 512))  # 16 elements a thread: fewer shuffles than with 8
-    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, **({} if fits else registers(168))}, fits
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, **({} if fits else registers(255))}, fits
 
 
 @triton.jit
