@@ -16,7 +16,6 @@ from fastkl.kernels._device import TRITON_DTYPE
 from fastkl.kernels._layout import cdiv
 from fastkl.kernels._mixture import quads, scattered, split
 from fastkl.kernels._mixture_gradient import FINISH, gmm_finish_kernel
-from fastkl.kernels._mixture_prepare import STEP
 
 
 @triton.jit
@@ -132,8 +131,8 @@ def kl_gmm_bounds_components_kernel(
 def by_rows(given, mu, logvar, components, mixture):
     """[dmu, dlogvar]."""
     (rows, columns), dtype = mu.shape, mixture.roots.dtype
-    tail = columns % STEP != 0
-    block = blocks(dtype, "rows", rows, components, scattered=scattered(mu, logvar))
+    odd = scattered(mu, logvar)
+    block = blocks(dtype, "rows", rows, components, scattered=odd)
     row_blocks = cdiv(rows, block["ROWS"])
     length, splits = split(components, block["COMPONENTS"], row_blocks, 2 * rows * columns * dtype.itemsize)
     outputs = [torch.empty_like(mu), torch.empty_like(logvar)]
@@ -149,7 +148,7 @@ def by_rows(given, mu, logvar, components, mixture):
     kl_gmm_bounds_rows_kernel[(row_blocks * splits,)](
         *given, mu, logvar, *mixture, *written, rows, (columns, components, mixture.padded),
         (*strides, *(w.stride()[-2:] for w in written)), tuple(w.stride(0) if w.dim() == 3 else 0 for w in written),
-        length, splits, TAIL=tail, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
+        length, splits, TAIL=odd == "tail", DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
     )  # fmt: skip
     return [o if o is w else o.copy_(w.sum(0)) for o, w in zip(outputs, written)]
 
@@ -158,8 +157,8 @@ def by_components(given, mu, logvar, logits, means, logvars, mixture):
     """[dlogits, dmeans, dlogvars or None]."""
     (rows, columns), components, device = mu.shape, means.shape[1], mu.device
     (padded_columns, padded), dtype = mixture.roots.shape, mixture.roots.dtype
-    second, tail = logvars is not None, columns % STEP != 0
-    block = blocks(dtype, "components", rows, components, scattered=scattered(mu, logvar))
+    second, odd = logvars is not None, scattered(mu, logvar)
+    block = blocks(dtype, "components", rows, components, scattered=odd)
     component_blocks, part = cdiv(components, block["COMPONENTS"]), padded_columns * padded
     partial = part * (1 + second) * dtype.itemsize
     length, parts = split(rows, block["ROWS"], component_blocks, partial, 2 * mu.numel() * mu.itemsize)
@@ -169,7 +168,7 @@ def by_components(given, mu, logvar, logits, means, logvars, mixture):
     kl_gmm_bounds_components_kernel[(component_blocks * parts,)](
         *given, mu, logvar, *mixture, counts, sums[0], squared, rows, shape,
         (mu.stride(), logvar.stride(), given[0].stride(0), given[1].stride(0)), part, length, component_blocks,
-        TAIL=tail, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
+        TAIL=odd == "tail", DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
     )  # fmt: skip
     count, dmeans = torch.empty(components, dtype=dtype, device=device), torch.empty_like(means)
     whole = second and logvars.shape == means.shape  # else summed afterwards

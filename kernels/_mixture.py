@@ -16,6 +16,7 @@ import triton.language as tl
 
 from fastkl.kernels._device import LN2, exp
 from fastkl.kernels._layout import PROGRAMS, cdiv, next_power_of_2, registers, share
+from fastkl.kernels._mixture_prepare import STEP
 
 # Bytes that partial sums may take, all splits together, unless a single one takes more.
 PARTIAL_BYTES = 32 << 20
@@ -60,13 +61,13 @@ def blocks(dtype: torch.dtype, form: str, kind: str, rows: int, components: int,
 
 
 def scattered(*tensors: torch.Tensor | None) -> str:
-    """ "tail" where the last step of four of a row is masked, "rows" where rows may begin anywhere, else "".
+    """Of rows: "tail" where the last step of four of each is masked, "rows" where rows may begin anywhere, else "".
 
     A thread then keeps a pointer to each element, where it would one to 16 bytes, and a tile that is a full one
     elsewhere spills.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    if any(tensor.shape[1] % 4 for tensor in given):
+    if given[0].shape[1] % STEP:
         return "tail"
     return "rows" if any(tensor.stride(0) % 16 or tensor.stride(1) != 1 for tensor in given) else ""
 

@@ -29,7 +29,7 @@ from fastkl.kernels._mixture import (
     scattered,
     split,
 )
-from fastkl.kernels._mixture_prepare import STEP, prepare
+from fastkl.kernels._mixture_prepare import prepare
 from fastkl.kernels._mixture_rows import by_rows, given_weights, row_launch_arguments, stacked, summed
 
 FINISH = {"COMPONENTS": 32, "COLUMNS": 32}
@@ -187,8 +187,8 @@ def by_components(given, z, logvar, logits, means, logvars, mixture, form, kind,
     rows, columns = z.shape
     components, padded = means.shape[1], mixture.padded
     padded_columns, dtype, device = mixture.roots.shape[0], mixture.roots.dtype, z.device
-    own, tail = logits.shape[0] > 1, columns % STEP != 0
-    block = blocks(dtype, form, "components", rows, components, own=own, scattered=scattered(z, logvar))
+    own, odd = logits.shape[0] > 1, scattered(z, logvar)
+    block = blocks(dtype, form, "components", rows, components, own=own, scattered=odd)
     component_blocks = cdiv(components, block["COMPONENTS"])
     part = padded_columns * padded
     partial = part * (1 + second) * dtype.itemsize
@@ -211,8 +211,8 @@ def by_components(given, z, logvar, logits, means, logvars, mixture, form, kind,
     shape = (columns, components, padded)
     gmm_components_kernel[(component_blocks * parts,)](
         *pointers, counts, sums[0], sums[1] if second else None, rows, logits.shape[0], shape, strides, sums_strides,
-        part, length, component_blocks, FORM=form, GIVEN=given[2] is not None, TAIL=tail, KIND=kind if direct else None,
-        DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
+        part, length, component_blocks, FORM=form, GIVEN=given[2] is not None, TAIL=odd == "tail",
+        KIND=kind if direct else None, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
     )  # fmt: skip
     count_out = counts[0, :components]
     if not direct:

@@ -20,7 +20,6 @@ from fastkl.kernels._mixture import (
     split,
     term_index,
 )
-from fastkl.kernels._mixture_prepare import STEP
 
 
 @triton.jit
@@ -172,7 +171,8 @@ def by_rows(given, z, logvar, logits, components, mixture, form, *, data, own):
     rows, columns = z.shape
     logit_rows, dtype = logits.shape[0], mixture.roots.dtype
     owners = logit_rows if logit_rows > 1 else rows
-    block = blocks(dtype, form, "rows", owners, components, own=logit_rows > 1, scattered=scattered(z, logvar))
+    odd = scattered(z, logvar)
+    block = blocks(dtype, form, "rows", owners, components, own=logit_rows > 1, scattered=odd)
     row_blocks = cdiv(owners, block["ROWS"])
     outputs = [torch.empty_like(z), None if logvar is None else torch.empty_like(logvar)] if data else [None, None]
     partial = rows * columns * dtype.itemsize * sum(output is not None for output in outputs)
@@ -191,7 +191,7 @@ def by_rows(given, z, logvar, logits, components, mixture, form, *, data, own):
     if rows:
         gmm_rows_kernel[(row_blocks * splits,)](
             *pointers, *written, owners, rows // owners, (columns, components, mixture.padded), strides, split_strides,
-            length, splits, FORM=form, GIVEN=given[2] is not None, TAIL=columns % STEP != 0,
+            length, splits, FORM=form, GIVEN=given[2] is not None, TAIL=odd == "tail",
             DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
         )  # fmt: skip
         for output, partials in zip(outputs, written):

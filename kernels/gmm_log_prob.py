@@ -10,7 +10,7 @@ from fastkl.kernels._device import TRITON_DTYPE, exp, finite
 from fastkl.kernels._layout import cdiv, compute_dtype
 from fastkl.kernels._mixture import blocks, joint_tile, of_rows, quads, scattered, split, term_index
 from fastkl.kernels._mixture_gradient import gradients
-from fastkl.kernels._mixture_prepare import STEP, add_exponentials, prepare
+from fastkl.kernels._mixture_prepare import add_exponentials, prepare
 
 
 def module(means, scale_tril, precision):
@@ -77,8 +77,8 @@ def launch_fwd(z, logvar, logits, means, logvars, form, *, joints=False):
     if rows == 0:
         return torch.empty(0, dtype=torch.float64, device=device), joint
     mixture = prepare(logits, means, logvars, form, dtype)
-    own, tail = logits.shape[0] > 1, columns % STEP != 0
-    block = blocks(dtype, form, "forward", rows, components, own=own + joints, scattered=scattered(z, logvar))
+    own, odd = logits.shape[0] > 1, scattered(z, logvar)
+    block = blocks(dtype, form, "forward", rows, components, own=own + joints, scattered=odd)
     row_blocks = cdiv(rows, block["ROWS"])
     length, splits = split(components, block["COMPONENTS"], row_blocks, rows * 8)
     lp = torch.empty((splits, rows), dtype=torch.float64, device=device)
@@ -86,7 +86,7 @@ def launch_fwd(z, logvar, logits, means, logvars, form, *, joints=False):
         z, logvar, None if logits.shape[0] == 1 else logits, *mixture, lp, joint, rows, logits.shape[0],
         (columns, components, mixture.padded),
         (z.stride(), (0, 0) if logvar is None else logvar.stride(), logits.stride()), length, splits,
-        FORM=form, TAIL=tail, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
+        FORM=form, TAIL=odd == "tail", DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
     )  # fmt: skip
     return lp[0] if splits == 1 else lp.logsumexp(0), joint
 

@@ -11,7 +11,7 @@ from fastkl.kernels._bounds_gradient import by_components, by_rows
 from fastkl.kernels._device import TRITON_DTYPE
 from fastkl.kernels._layout import cdiv, compute_dtype
 from fastkl.kernels._mixture import load_rows, quads, scattered, split
-from fastkl.kernels._mixture_prepare import STEP, add_exponentials, prepare
+from fastkl.kernels._mixture_prepare import add_exponentials, prepare
 
 
 @triton.jit
@@ -62,15 +62,15 @@ def fwd(mu, logvar, logits, means, logvars, scale_tril, precision, keep):
     dtype = compute_dtype([t for t in (mu, logvar, logits, means, logvars) if t is not None])
     (rows, columns), components, device = mu.shape, means.shape[1], mu.device
     mixture = prepare(logits, means, logvars, "expected", dtype)
-    tail = columns % STEP != 0
-    block = blocks(dtype, "forward", rows, components, scattered=scattered(mu, logvar))
+    odd = scattered(mu, logvar)
+    block = blocks(dtype, "forward", rows, components, scattered=odd)
     row_blocks = cdiv(rows, block["ROWS"])
     length, splits = split(components, block["COMPONENTS"], row_blocks, 2 * rows * 8)
     lp = torch.empty((2, splits, rows), dtype=torch.float64, device=device)
     negative_entropy = torch.empty(rows, dtype=torch.float64, device=device)
     kl_gmm_bounds_fwd_kernel[(row_blocks * splits,)](
         mu, logvar, *mixture, *lp, negative_entropy, rows, (columns, components, mixture.padded),
-        (mu.stride(), logvar.stride()), length, splits, TAIL=tail, DTYPE=TRITON_DTYPE[dtype],
+        (mu.stride(), logvar.stride()), length, splits, TAIL=odd == "tail", DTYPE=TRITON_DTYPE[dtype],
         enable_fp_fusion=True, **block,
     )  # fmt: skip
     lp = lp[:, 0] if splits == 1 else lp.logsumexp(1)
