@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,15 @@ def check_int(name: str, value: Any, minimum: int) -> int:
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return value
+
+
+def check_number(name: str, value: Any, *, above: bool = False) -> float:
+    """A finite number from 0 on, or above 0."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 <= value < float("inf") or (above and value == 0):
+        raise ValueError(f"{name} must be a finite number{' above 0' if above else ', 0 or more'}, got {value}")
+    return float(value)
 
 
 def check_event_ndim(event_ndim: int, ndim: int, what: str) -> int:

@@ -1,0 +1,74 @@
+"""What objectives share: what they return, the draws they look at, and the prior as they see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkl import distributions
+from fastkl.ops import _arguments as arguments
+from fastkl.ops.normal_log_prob import normal_log_prob
+from fastkl.priors._prior import Prior
+
+LogLikelihood = Callable[[Tensor], Tensor]
+
+
+class Loss(NamedTuple):
+    """What an objective returns.
+
+    loss: the scalar to minimise, the mean over the batch. terms: what it is made of, scalars without gradient, means
+    over the batch in nats (where they are distances: in the units of the distance), in the order of a log.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+
+
+def made_of(loss: Tensor, **terms: Tensor) -> Loss:
+    return Loss(loss, {name: term.detach().mean() for name, term in terms.items()})
+
+
+def check(posterior: distributions.DiagonalNormal, prior: Prior | None, log_likelihood: LogLikelihood) -> None:
+    if not isinstance(posterior, distributions.DiagonalNormal):
+        raise TypeError(f"posterior must be a fastkl.DiagonalNormal, got {type(posterior).__name__}")
+    if len(posterior.shape) == posterior.event_ndim:
+        raise ValueError(f"posterior must have a batch dimension, got {posterior}")
+    if not (prior is None or hasattr(prior, "log_prob")):
+        raise TypeError(f"prior must be one of fastkl.priors or None for N(0, I), got {type(prior).__name__}")
+    if not callable(log_likelihood):
+        raise TypeError(f"log_likelihood must be callable, z -> ln p(x | z), got {type(log_likelihood).__name__}")
+
+
+def flat(posterior: distributions.DiagonalNormal, z: Tensor) -> Tensor:
+    """z with its event in one dimension [..., D], as priors and matching distances take it."""
+    return z.flatten(z.dim() - posterior.event_ndim)
+
+
+def log_prior(posterior: distributions.DiagonalNormal, prior: Prior | None, z: Tensor) -> Tensor:
+    """ln p(z) [..., *batch] of z [..., *batch, *event]."""
+    if prior is None:
+        zero = torch.zeros((), device=z.device)
+        return normal_log_prob(z, zero, zero, event_ndim=posterior.event_ndim)
+    return prior.log_prob(flat(posterior, z))
+
+
+def reconstruction_of(log_likelihood: LogLikelihood, z: Tensor, posterior: distributions.DiagonalNormal) -> Tensor:
+    """ln p(x | z), one value per sample and datum."""
+    out = log_likelihood(z)
+    wanted = z.shape[: z.dim() - posterior.event_ndim]
+    if not isinstance(out, Tensor) or out.shape != wanted:
+        found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"log_likelihood(z) must be one value per datum, {tuple(wanted)}, got {found}")
+    return out
+
+
+def weight(name: str, value: Tensor | float) -> Tensor | float:
+    """A weight in the loss: a number from 0 on, or a tensor with one value, which is not read here."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must have one value, got {tuple(value.shape)}")
+        return value
+    return arguments.check_number(name, value)

@@ -1,0 +1,103 @@
+"""A batch that is spread over the processes of a torch.distributed group, put together with its gradient.
+
+The rule for gradients: every process's result counts once, so a process's rows get the sum, over all processes, of what
+each result hands back to them. DistributedDataParallel, which averages parameters' gradients over the processes, then
+has the gradient of the mean of the results: of the result itself, where it is the same for all.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def gather(group: ProcessGroup | None, *tensors: Tensor) -> tuple[list[Tensor], int]:
+    """(the tensors of all processes one after the other along dimension 0, in order of rank; where this one's begin).
+
+    Processes may have different numbers of rows, the same for all tensors of a process. Without a group, or in a group
+    of one, the tensors are the global ones already.
+    """
+    sizes = row_counts(group, len(tensors[0]), tensors[0].device)
+    if len(sizes) == 1:
+        return list(tensors), 0
+    rank = torch.distributed.get_rank(group)
+    return [_Gather.apply(tensor, sizes, group) for tensor in tensors], sum(sizes[:rank])
+
+
+def total(group: ProcessGroup | None, tensor: Tensor) -> Tensor:
+    """The sum over the processes of a group, differentiable."""
+    if group is None or torch.distributed.get_world_size(group) == 1:
+        return tensor
+    return _Sum.apply(tensor, group)
+
+
+def row_counts(group: ProcessGroup | None, rows: int, device: torch.device) -> list[int]:
+    """How many rows each process has."""
+    if group is None:
+        return [rows]
+    check_group(group)
+    counts = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(counts, torch.full((), rows, dtype=torch.int64, device=device), group=group)
+    return torch.stack(counts).tolist()
+
+
+def check_group(group: Any) -> None:
+    """Before the first exchange, in which the other processes would wait."""
+    available = torch.distributed.is_available()
+    if not available or not isinstance(group, torch.distributed.ProcessGroup):
+        name = "this build of torch has no torch.distributed" if not available else f"got {type(group).__name__}"
+        raise TypeError(f"group must be a torch.distributed process group or None, {name}")
+    if torch.distributed.get_rank(group) < 0:
+        raise ValueError("group must hold this process, which is not one of its members")
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, sizes: list[int], group) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        # Processes exchange blocks of the same size.
+        padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        blocks = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(blocks, padded, group=group)
+        return torch.cat([block[:size] for block, size in zip(blocks, sizes)])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return _SumOfOwnRows.apply(gradient, ctx.sizes, ctx.group), None, None
+
+
+class _SumOfOwnRows(torch.autograd.Function):
+    """The gradient of _Gather, whose own gradient is _Gather."""
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor, sizes: list[int], group) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        rank = torch.distributed.get_rank(group)
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(gradient, group=group)
+        return gradient.split(sizes)[rank].clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return _Gather.apply(gradient, ctx.sizes, ctx.group), None, None
+
+
+class _Sum(torch.autograd.Function):
+    """Its own gradient: the sum of what every process's result hands back."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group) -> Tensor:
+        ctx.group = group
+        out = tensor.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(out, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return _Sum.apply(gradient, ctx.group), None

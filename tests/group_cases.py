@@ -1,0 +1,61 @@
+"""What takes `group=`: the same function of a batch, whether one process has it or several have a part each.
+
+    torchrun --nproc-per-node 3 tests/group_cases.py FOLDER
+
+runs every case on this process's rows and leaves results and gradients in FOLDER; `test_group.py` compares them with
+those of one process. A case takes the leaves [rows, ...] and the group, and returns values [rows] or one value for all.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from fastkl.ops import _group
+
+
+def draw(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def gathered(x, group):
+    (everything,), first = _group.gather(group, x)
+    return (everything.sin().sum() - everything[first : first + len(x)].cos().sum(1)) * x[:, 0]
+
+
+def summed(x, group):
+    return _group.total(group, x.square().sum(0)).prod().log()
+
+
+ROWS = 7  # which neither 2 nor 3 divide
+# name -> (case, leaves)
+CASES = {
+    "gather": (gathered, draw((ROWS, 3))),
+    "total": (summed, draw((ROWS, 3))),
+}
+
+
+def run(case, leaves, group, first=0, ranks=1):
+    """Value and gradients, of a loss whose sum over the processes is the same however many they are."""
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    out = case(*leaves, group)
+    weights = torch.linspace(1, 2, ROWS, dtype=out.dtype)[first : first + len(leaves[0])]
+    loss = out / ranks if out.dim() == 0 else (out * weights).sum()
+    return [out.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def main(folder: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rows = torch.arange(ROWS).tensor_split(ranks)[rank]
+    found = {
+        name: run(case, [leaf[rows] for leaf in leaves], torch.distributed.group.WORLD, int(rows[0]), ranks)
+        for name, (case, leaves) in CASES.items()
+    }
+    torch.save(found, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

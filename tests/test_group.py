@@ -1,0 +1,40 @@
+"""Batch statistics over 2 and 3 processes mean the global batch, with its gradients."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastkl.ops import _group
+
+import group_cases
+from vae_helpers import run
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this build has no torch.distributed")
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def found(request, tmp_path_factory):
+    """What each process found, of all cases, in order of rank."""
+    folder = tmp_path_factory.mktemp("group")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
+    done = run([sys.executable, *launcher, str(Path(group_cases.__file__)), str(folder)], timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("name", group_cases.CASES)
+def test_several_processes_find_what_one_finds(found, name):
+    case, leaves = group_cases.CASES[name]
+    value, *gradients = group_cases.run(case, leaves, None)
+    values, *parts = zip(*(rank[name] for rank in found))
+    for each in [torch.cat(values)] if value.dim() else values:
+        torch.testing.assert_close(each, value)
+    for gradient, part in zip(gradients, parts):
+        torch.testing.assert_close(torch.cat(part), gradient)
+
+
+def test_what_is_no_group_is_refused():
+    with pytest.raises(TypeError, match=r"group must be .* got str"):
+        _group.gather("world", torch.zeros(2, 2))
