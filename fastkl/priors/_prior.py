@@ -11,7 +11,8 @@ from fastkl.ops.rsample_normal import rsample_normal
 
 
 class Prior(nn.Module):
-    """What all priors share. One of your own needs `log_prob(z)` [..., D] -> [...] and `sample(n)`, and gets `kl`."""
+    """What all priors share. One of your own needs `log_prob(z)` [..., D] -> [...] and `sample(n)`, and gets `kl`; with
+    `rsample(n)` it can be matched by draws, too."""
 
     dim: int | None = None
     methods: tuple[str, ...] = ("mc",)
@@ -22,6 +23,10 @@ class Prior(nn.Module):
 
     def sample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:
         """n draws [n, D], without gradient; the same for the same seed, without one torch's generator draws it."""
+        raise NotImplementedError
+
+    def rsample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:
+        """n draws [n, D] with gradients to the prior's parameters, for what compares draws (MMD, transport)."""
         raise NotImplementedError
 
     def kl(

@@ -38,15 +38,18 @@ class FlowPrior(Prior):
             return z.sum(-1)
         return density.log_prob(z.to(next((p.dtype for p in self.flow.parameters()), z.dtype)))
 
-    @torch.no_grad()
-    def sample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:
+    def rsample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:
         shape = (arguments.check_int("n", n, 0),)
         if seed is None:
-            return self.flow().sample(shape)
+            return self.flow().rsample(shape)
         devices = {p.device for p in self.flow.parameters() if p.device.type != "cpu"}
         with torch.random.fork_rng(devices):
             torch.manual_seed(arguments.check_int("seed", seed.item() if isinstance(seed, Tensor) else seed, -(2**63)))
-            return self.flow().sample(shape)
+            return self.flow().rsample(shape)
+
+    @torch.no_grad()
+    def sample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:
+        return self.rsample(n, seed=seed)
 
     def extra_repr(self) -> str:
         return ""

@@ -33,10 +33,13 @@ class _Gaussian(Prior):
     def log_prob(self, z: Tensor) -> Tensor:
         return normal_log_prob(self._check_latent(z), self.mu, self.logvar, event_ndim=1)
 
-    @torch.no_grad()
-    def sample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:
+    def rsample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:
         shape = (arguments.check_int("n", n, 0), self.dim)
         return rsample_normal(self.mu.expand(shape), self.logvar, seed=seed)
+
+    @torch.no_grad()
+    def sample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:
+        return self.rsample(n, seed=seed)
 
 
 class StandardNormal(_Gaussian):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkl import distributions, reference
-from fastkl.mixtures import SECOND_KEY, sample_gmm
+from fastkl.mixtures import SECOND_KEY, rsample_gmm, sample_gmm
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops.gmm_log_prob import gmm_log_prob
@@ -125,6 +125,17 @@ class MixturePrior(Prior):
             raise ValueError(f"z must hold at least one datum, got {tuple(z.shape)}")
         shares = moments.counts / moments.counts.sum()
         return Usage(shares, torch.special.entr(shares).sum(), int(used(shares).sum()))
+
+    def rsample(self, n: int, *, seed: int | Tensor | None = None, tau: float | Tensor = 1.0) -> Tensor:
+        """n draws [n, D] with the law of `sample`, and with gradients: exact ones to the parameters of the component
+        that each came from, to the weights those of a straight-through choice at temperature tau, which are biased.
+
+        Makes [n, K] for the choice. Source: as `fastkl.rsample_gmm` with hard=True.
+        """
+        mixture = self.mixture()
+        if arguments.check_int("n", n, 0) == 0:
+            return mixture.means[:0]
+        return rsample_gmm(**mixture._asdict(), tau=tau, hard=True, num_samples=n, seed=seed)
 
     @torch.no_grad()
     def sample(self, n: int, *, component: int | Tensor | None = None, seed: int | Tensor | None = None) -> Tensor:
