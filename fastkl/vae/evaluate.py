@@ -105,7 +105,8 @@ def evaluate(
     for part in x.split(max(1, ENCODED // x[0].numel())):
         part = part.to(device)
         posterior = vae.posterior(part)
-        reconstruction, log_prob_x, cross = importance_weighted(vae, part, posterior, samples, prior)
+        # Observed here, because all samples must be weighed by the same data.
+        reconstruction, log_prob_x, cross = importance_weighted(vae, vae.observed(part), posterior, samples, prior)
         kl = posterior.kl() if prior is None else -posterior.entropy() - cross
         parts.append((reconstruction, log_prob_x, kl, posterior.mean))
         if is_mixture(prior):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastkl
+from fastkl.vae.autoregressive import MaskedDecoder
 from fastkl.vae.errors import UserError
 from fastkl.vae.settings import Settings
 
@@ -32,41 +33,71 @@ class VAE(nn.Module):
         """q(z | x); the head is [N, 2 * latent, ...] and is used where it lies."""
         return fastkl.DiagonalNormal.from_packed(self.encoder(x), dim=1)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Logits (bernoulli) or means (normal), [..., *shape] for z [..., *latent_shape]."""
+    @property
+    def autoregressive(self) -> bool:
+        """Whether the decoder reads the datum that it predicts."""
+        return isinstance(self.decoder, MaskedDecoder)
+
+    def decode(self, z: Tensor, x: Tensor | None = None) -> Tensor:
+        """Logits (bernoulli) or means (normal), [..., *shape] for z [..., *latent_shape]; x is what an autoregressive
+        decoder reads."""
+        if self.autoregressive:
+            return self.decoder(z, x)
         leading = z.shape[: z.dim() - len(self.latent_shape)]
         return self.decoder(z.reshape(-1, *self.latent_shape)).reshape(*leading, *self.shape)
 
+    def observed(self, x: Tensor) -> Tensor:
+        """What the likelihood is of: x, or zeros and ones drawn with these chances for a decoder that reads them.
+
+        A grey value read from its neighbours would tell more than the zeros and ones that the likelihood is of.
+        """
+        return torch.bernoulli(x) if self.autoregressive and self.likelihood == "bernoulli" else x
+
     def log_likelihood(self, z: Tensor, x: Tensor) -> Tensor:
         """log p(x | z) in nats, one per leading index of z; x may lack the first of them (samples of a datum)."""
-        output = self.decode(z)
+        x = self.observed(x)
+        output = self.decode(z, x)
         x = x.expand_as(output)
         if self.likelihood == "bernoulli":
             return fastkl.bernoulli_log_prob(output, x, event_ndim=len(self.shape))
         return fastkl.normal_log_prob(x, output, self.logvar.expand_as(output), event_ndim=len(self.shape))
 
     def pictured(self, z: Tensor) -> Tensor:
-        """The decoder's expectation of x, for pictures."""
-        output = self.decode(z)
+        """The decoder's expectation of x, for pictures: of each value given a draw of those before it, where it reads
+        them."""
+        output = self.decoder.sample(z, self.drawn)[1] if self.autoregressive else self.decode(z)
         return output.sigmoid() if self.likelihood == "bernoulli" else output
+
+    def drawn(self, output: Tensor, index: int) -> Tensor:
+        """One value of each datum, from the decoder's output for it."""
+        if self.likelihood == "bernoulli":
+            return torch.bernoulli(output.sigmoid())
+        return torch.normal(output, (self.logvar.expand(self.shape).flatten()[index] / 2).exp())
 
 
 def build(settings: Settings, shape: tuple[int, ...], likelihood: str) -> VAE:
-    make = {"mlp": mlp, "conv": conv}[settings.model]
+    make = {"mlp": mlp, "conv": conv, "autoregressive": autoregressive}[settings.model]
     encoder, decoder, latent_shape = make(shape, settings.latent, settings.hidden, settings.layers)
     return VAE(encoder, decoder, shape, latent_shape, likelihood)
 
 
 def mlp(shape: tuple, latent: int, hidden: int, layers: int) -> tuple[nn.Module, nn.Module, tuple]:
-    def stack(inputs: int, outputs: int) -> list[nn.Module]:
-        widths = [inputs] + [hidden] * layers
-        inner = [module for a, b in pairwise(widths) for module in (nn.Linear(a, b), nn.SiLU())]
-        return [*inner, nn.Linear(hidden, outputs)]
-
     features = math.prod(shape)
-    encoder = nn.Sequential(nn.Flatten(), *stack(features, 2 * latent))
-    decoder = nn.Sequential(*stack(latent, features), nn.Unflatten(1, shape))
+    encoder = nn.Sequential(nn.Flatten(), *stack(features, 2 * latent, hidden, layers))
+    decoder = nn.Sequential(*stack(latent, features, hidden, layers), nn.Unflatten(1, shape))
     return encoder, decoder, (latent,)
+
+
+def autoregressive(shape: tuple, latent: int, hidden: int, layers: int) -> tuple[nn.Module, nn.Module, tuple]:
+    """The encoder of mlp, and a decoder of the same size that reads the datum's earlier values."""
+    encoder = nn.Sequential(nn.Flatten(), *stack(math.prod(shape), 2 * latent, hidden, layers))
+    return encoder, MaskedDecoder(shape, latent, hidden, layers), (latent,)
+
+
+def stack(inputs: int, outputs: int, hidden: int, layers: int) -> list[nn.Module]:
+    widths = [inputs] + [hidden] * layers
+    inner = [module for a, b in pairwise(widths) for module in (nn.Linear(a, b), nn.SiLU())]
+    return [*inner, nn.Linear(hidden, outputs)]
 
 
 class Residual(nn.Module):

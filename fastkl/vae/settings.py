@@ -6,15 +6,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastkl.vae.errors import UserError
-
 LEARNED = ("gmm", "vamp", "flow")
-# Which priors an option says something to.
-BELONGS = {
-    "components": ("gmm", "vamp"), "covariance": ("gmm",), "kl": LEARNED, "samples": LEARNED,
-    "prior_learning_rate": LEARNED,
-}  # fmt: skip
-RELAXED = ("tau", "final_tau", "tau_schedule")  # what belongs to --kl relaxed
+OBJECTIVES = (
+    "elbo", "beta_vae", "iwae", "miwae", "piwae", "ciwae", "wae_mmd", "info_vae", "swae", "sinkhorn_ae", "aae",
+    "beta_tc_vae", "vade",
+)  # fmt: skip
 
 
 def option(default: Any, text: str, maths: bool = True, choices: tuple = (), kind: type | None = None) -> Any:
@@ -32,7 +28,11 @@ class Settings:
     data: str = option("digits", "digits, mnist5k, pbmc, or a .npy, .npz, .pt file or a folder of images", maths=False)
     image_size: int = option(0, "resize images to this many pixels a side (0: as they are)")
     likelihood: str = option("auto", "distribution of a pixel", choices=("auto", "bernoulli", "normal"))
-    model: str = option("mlp", "encoder and decoder", choices=("mlp", "conv"))
+    model: str = option(
+        "mlp",
+        "encoder and decoder; that of autoregressive also reads the earlier pixels, and may not need the latent",
+        choices=("mlp", "conv", "autoregressive"),
+    )
     latent: int = option(16, "latent dimensions (mlp) or channels of the spatial latent (conv)")
     hidden: int = option(256, "width of the hidden layers (mlp) or of the first level (conv)")
     layers: int = option(2, "hidden layers (mlp) or levels, each halving the image (conv)")
@@ -42,9 +42,22 @@ class Settings:
     learning_rate: float = option(3e-3, "of AdamW, after at most 100 steps of warm-up")
     schedule: str = option("cosine", "learning rate over the run", choices=("cosine", "constant"))
     weight_decay: float = option(0.0, "of AdamW")
-    beta: float = option(1.0, "weight of the KL term")
+    objective: str = option("elbo", "what a step minimises, of fastkl.objectives", choices=OBJECTIVES)
+    beta: float = option(1.0, "weight of the KL term, of the total correlation for beta_tc_vae")
     warm_up: int = option(0, "steps over which that weight rises from 0; a learned prior begins after them")
-    beta_schedule: str = option("linear", "how it rises over --warm-up", choices=("linear", "cosine"))
+    beta_schedule: str = option(
+        "linear", "how it rises over --warm-up", choices=("linear", "cosine", "sigmoid", "cyclical")
+    )
+    cycles: int = option(4, "of --beta-schedule cyclical, over --warm-up")
+    free_bits: float = option(0.0, "KL in nats below which nothing pulls (0: none)")
+    free_bits_per: str = option(
+        "batch",
+        "where it counts: the KL of a sample, of each of its dimensions, or of a dimension on average over the batch",
+        choices=("sample", "dimension", "batch"),
+    )
+    capacity: float = option(-1.0, "KL in nats that beta_vae holds instead of lowering it (below 0: none)")
+    capacity_steps: int = option(0, "steps over which it rises from 0")
+    balance: int = option(0, "balance so many groups of latent dimensions during --warm-up, as NVAE does (0: not)")
     prior: str = option("standard", "of the latent; all but N(0, I) are learned", choices=("standard", *LEARNED))
     components: int = option(20, "of the mixture (gmm), or pseudo-inputs (vamp)")
     covariance: str = option("diag", "of the components of gmm", choices=("diag", "spherical", "tied", "full"))
@@ -53,7 +66,20 @@ class Settings:
         "to a learned prior: by samples, a bound from above, or to a component chosen by Gumbel-Softmax (relaxed)",
         choices=("mc", "upper", "relaxed"),
     )
-    samples: int = option(1, "of the latent per datum and step, for --kl mc and relaxed")
+    samples: int = option(1, "of the latent per datum and step: of a learned prior's KL, of importance weighting")
+    groups: int = option(4, "of --samples each, for miwae and piwae")
+    gradient: str = option(
+        "plain", "of the importance-weighted objectives and the encoder", choices=("plain", "stl", "dreg")
+    )
+    elbo_share: float = option(0.5, "of the ELBO in ciwae; the rest is IWAE")
+    penalty: float = option(10.0, "weight of the distance between latents and prior (wae_mmd, info_vae, swae, ...)")
+    alpha: float = option(0.0, "share of the KL that info_vae gives up; weight of beta_tc_vae's mutual information")
+    kernel: str = option("imq", "of the maximum mean discrepancy", choices=("imq", "rbf"))
+    projections: int = option(50, "of swae")
+    blur: float = option(0.5, "of sinkhorn_ae, in units of the latent")
+    weights: str = option("mss", "of the data in beta_tc_vae's estimates", choices=("mss", "mws"))
+    discriminator_learning_rate: float = option(0.0, "of aae's discriminator (0: as --learning-rate)")
+    bad_steps: int = option(10, "steps in a row that may be skipped for a loss that is not finite", maths=False)
     tau: float = option(1.0, "temperature of --kl relaxed where the prior begins")
     final_tau: float = option(0.1, "temperature at the end of the run")
     tau_schedule: str = option(
@@ -80,7 +106,8 @@ class Settings:
         """What a run folder is called when --out does not say."""
         plain = self.preset if self.data in ("digits", "") or self.preset != "digits" else self.data
         plain = plain.replace("\\", "/").rstrip("/").split("/")[-1].split(".")[0] or "run"
-        return plain if self.prior == "standard" else f"{plain}-{self.prior}"
+        objective = () if self.objective == "elbo" else (self.objective.replace("_", "-"),)
+        return "-".join([plain, *(() if self.prior == "standard" else (self.prior,)), *objective])
 
 
 # A data set may want other defaults than digits; options given by hand win over these.
@@ -97,79 +124,15 @@ FOR_PRESET = {
     },
 }  # fmt: skip
 
+# What the papers take, or what was found on digits (bench/compare_objectives.py).
+FOR_OBJECTIVE: dict[str, dict[str, Any]] = {
+    "beta_vae": {"beta": 4.0},
+    "beta_tc_vae": {"beta": 6.0, "alpha": 1.0},
+    "iwae": {"samples": 5},
+    "miwae": {"samples": 4},
+    "piwae": {"samples": 4},
+    "ciwae": {"samples": 5},
+}
 
 # A learned prior begins when the posteriors have taken their places; a short run has few steps for that.
 WARM_UP = {"digits": 500, "pbmc": 100, "large-latent": 3}
-
-
-def resolve(given: dict[str, Any]) -> Settings:
-    """The settings of a new run; options that contradict one another are refused."""
-    settings = defaults(given)
-    check(settings)
-    for name in given:
-        if settings.prior not in (known := BELONGS.get(name, (settings.prior,))):
-            wanted = " or ".join(known)
-            raise UserError(f"{flag(name)} belongs to --prior {wanted}; this run has --prior {settings.prior}")
-    if settings.kl == "upper" and settings.prior == "flow":
-        raise UserError("--kl upper is a bound for mixtures, --prior gmm or vamp; a flow has only --kl mc")
-    if settings.kl == "relaxed" and settings.prior == "flow":
-        raise UserError("--kl relaxed chooses a component of a mixture, --prior gmm or vamp; a flow has only --kl mc")
-    if settings.kl == "relaxed" and settings.covariance == "full":
-        raise UserError("--kl relaxed interpolates deviations: --covariance diag, spherical or tied, not full")
-    for name in RELAXED:
-        if name in given and settings.kl != "relaxed":
-            raise UserError(f"{flag(name)} belongs to --kl relaxed; this run has --kl {settings.kl}")
-    if "tau_schedule" in given and settings.tau == settings.final_tau:
-        raise UserError(f"--tau-schedule has nothing to do where --tau and --final-tau are both {settings.tau}")
-    if "beta_schedule" in given and settings.warm_up == 0:
-        raise UserError("--beta-schedule says how the weight of the KL rises over --warm-up; this run has --warm-up 0")
-    if settings.kl == "upper" and "samples" in given:
-        raise UserError("--samples belongs to --kl mc or relaxed; --kl upper takes one sample, for the decoder")
-    return settings
-
-
-def defaults(given: dict[str, Any]) -> Settings:
-    """Defaults, then what suits the data, then the preset, then the prior, then what was typed."""
-    preset, data, prior = (given.get(name, getattr(Settings, name)) for name in ("preset", "data", "prior"))
-    learned = {} if prior == "standard" else {"warm_up": WARM_UP.get(preset if data == "digits" else data, 500)}
-    return Settings(**{**FOR_DATA.get(data, {}), **FOR_PRESET[preset], **learned, **given})
-
-
-def check(settings: Settings) -> None:
-    ones = ("latent", "hidden", "layers", "batch_size", "epochs", "importance_samples", "log_every", "checkpoint_every")
-    zeros = ("image_size", "steps", "seed", "split_seed", "test_data", "threads", "warm_up")
-    for name, minimum in {**dict.fromkeys((*ones, "components", "samples"), 1), **dict.fromkeys(zeros, 0)}.items():
-        if getattr(settings, name) < minimum:
-            raise UserError(f"{flag(name)} must be at least {minimum}, got {getattr(settings, name)}")
-    for name in ("learning_rate", "weight_decay", "beta", "prior_learning_rate"):
-        value = getattr(settings, name)
-        if not 0 <= value < float("inf"):
-            raise UserError(f"{flag(name)} must be a finite number, 0 or more, got {value}")
-    for name in ("tau", "final_tau"):
-        value = getattr(settings, name)
-        if not 0 < value < float("inf"):
-            raise UserError(f"{flag(name)} must be a finite number above 0, got {value}")
-    if settings.final_tau > settings.tau:
-        raise UserError(f"--final-tau {settings.final_tau} is above --tau {settings.tau}: the temperature falls")
-
-
-def resume(saved: dict[str, Any], given: dict[str, Any]) -> Settings:
-    """The saved settings, with what was typed where that leaves the numbers as they are; anything else is refused."""
-    fields = {item.name: item for item in dataclasses.fields(Settings)}
-    if unknown := sorted(set(saved) - set(fields)):
-        raise UserError(f"the checkpoint has settings unknown here ({', '.join(unknown)}); it is from another version")
-    before = Settings(**saved)
-    for name, value in given.items():
-        old = getattr(before, name)
-        # How long to train changes nothing before the end, unless learning rate or temperature are planned over it all.
-        planned = before.schedule != "constant" or (before.kl == "relaxed" and before.tau != before.final_tau)
-        free = name in ("epochs", "steps") and not planned
-        if fields[name].metadata["maths"] and value != old and not free:
-            raise UserError(f"{flag(name)} {value} differs from the run's {old}; resume without it, or start a new run")
-    settings = dataclasses.replace(before, **given)
-    check(settings)
-    return settings
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

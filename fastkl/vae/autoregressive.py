@@ -1,0 +1,77 @@
+"""A decoder that knows the data before z says anything: p(x | z) = prod_i p(x_i | x_1 .. x_{i-1}, z).
+
+It may explain x without z, and then the best posterior is the prior: the model on which remedies against collapse are
+compared. One masked network gives all conditionals at once (MADE: Germain, Gregor, Murray and Larochelle 2015,
+arXiv:1502.03509); only drawing x takes a step for each of its values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastkl.vae.errors import UserError
+
+LARGEST = 4096  # values of a datum: as many steps a picture takes, and the weights grow with them
+
+
+class Masked(nn.Linear):
+    """A linear map from `before` to `after`, degrees of its inputs and outputs, that leaves out where the input's is
+    greater."""
+
+    def __init__(self, before: Tensor, after: Tensor, bias: bool = True):
+        super().__init__(len(before), len(after), bias)
+        # Made again from the sizes, so a checkpoint need not hold it.
+        self.register_buffer("mask", (before <= after[:, None]).float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+class MaskedDecoder(nn.Module):
+    """(z [..., latent], x [..., *shape]) -> parameters of the conditionals [..., *shape]; batch dimensions broadcast.
+
+    Value i (from 0, in the order in which x is stored) has degree i + 1 where it is read and i where it is predicted; a
+    hidden unit of degree m is a function of z and the first m values. z enters every layer.
+    """
+
+    def __init__(self, shape: tuple[int, ...], latent: int, hidden: int, layers: int):
+        super().__init__()
+        features = math.prod(shape)
+        if features > LARGEST:
+            raise UserError(
+                f"--model autoregressive draws a datum value by value, {LARGEST:,} at most; this one has {features:,}"
+            )
+        self.shape = tuple(shape)
+        predicted = torch.arange(features)
+        unit = torch.arange(hidden) * features // hidden  # spread evenly over 0 .. features - 1
+        degrees = [predicted + 1, *[unit] * layers, predicted]
+        self.layers = nn.ModuleList(Masked(before, after) for before, after in pairwise(degrees))
+        self.from_latent = nn.ModuleList(nn.Linear(latent, len(after), bias=False) for after in degrees[1:])
+        # What has fewer hidden units than values still reads all that came before.
+        self.direct = Masked(predicted + 1, predicted, bias=False)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        x = x.flatten(x.dim() - len(self.shape))
+        hidden = x
+        for layer, from_latent in zip(self.layers, self.from_latent):
+            if layer is not self.layers[0]:
+                hidden = F.silu(hidden)
+            # Samples of one datum share what x gives: its batch dimensions are broadcast only here.
+            hidden = layer(hidden) + from_latent(z)
+        return (hidden + self.direct(x)).unflatten(-1, self.shape)
+
+    @torch.no_grad()
+    def sample(self, z: Tensor, draw: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor]:
+        """(x, the parameters of the conditionals it was drawn from), one for each z; draw(parameter, i) is value i."""
+        x = z.new_zeros(*z.shape[:-1], math.prod(self.shape))
+        for index in range(x.shape[-1]):
+            # A value depends on earlier ones alone, so that what is not drawn yet may be anything finite.
+            output = self(z, x.unflatten(-1, self.shape)).flatten(-len(self.shape))
+            x[..., index] = draw(output[..., index], index)
+        return x.unflatten(-1, self.shape), output.unflatten(-1, self.shape)
