@@ -1,4 +1,4 @@
-"""Weights that change over a run: of the KL term (beta), or the temperature of a relaxation (tau).
+"""Weights that change over a run: of the KL term (beta), its target (a capacity), or a relaxation's temperature (tau).
 
 Every schedule is a function of the step and of nothing else, so a resumed run needs no state of it. A step that is a
 number gives a float; a step that is a tensor gives a tensor on its device, made of torch ops: inside a compiled
@@ -61,6 +61,68 @@ def exponential(step: float | Tensor, start: float, end: float, *, steps: float)
         raise ValueError(f"an exponential schedule runs between values above 0, got start {start} and end {end}")
     part = progress(step, steps)
     return start ** (1 - part) * end**part
+
+
+def sigmoid(
+    step: float | Tensor, start: float, end: float, *, steps: float, steepness: float = 10.0
+) -> float | Tensor:  # fmt: skip
+    """As `linear`, along the logistic function: slow at both ends, steep in the middle.
+
+    With p = step / steps and s(p) = 1 / (1 + exp(-steepness (p - 1/2))), the part of the way is
+    (s(p) - s(0)) / (s(1) - s(0)), so that the ends are reached. Towards steepness 0 it becomes `linear`.
+
+    Raises:
+        ValueError: steepness is not a finite number above 0.
+
+    Source: Bowman et al. 2016, "Generating Sentences from a Continuous Space", arXiv:1511.06349, section 3.1.
+
+    >>> from fastkl import schedules
+    >>> [round(schedules.sigmoid(step, 0.0, 1.0, steps=4), 3) for step in (0, 1, 2, 3, 4)]
+    [0.0, 0.07, 0.5, 0.93, 1.0]
+    """
+    if not 0 < steepness < math.inf:
+        raise ValueError(f"steepness must be a finite number above 0, got {steepness}")
+    # s is 1/2 + 1/2 tanh of half its argument. The middle's place is exactly halfway, so both ends are exactly reached.
+    place = (progress(step, steps) - 0.5) * (0.5 * steepness)
+    level = torch.tanh(place) if isinstance(place, Tensor) else math.tanh(place)
+    part = 0.5 + 0.5 * (level / math.tanh(0.25 * steepness))
+    return start * (1 - part) + end * part
+
+
+def cyclical(
+    step: float | Tensor, start: float, end: float, *, steps: float, cycles: int = 4, ratio: float = 0.5
+) -> float | Tensor:  # fmt: skip
+    """`cycles` times over: from `start` to `end` within the first `ratio` of a cycle, then at `end` for the rest of it.
+    After `steps`, which all cycles take together, it stays at `end`.
+
+    Args:
+        cycles: how many times the way begins anew; 1 or more.
+        ratio: the part of a cycle that rises, in [0, 1]; with 0 there is no way, only the end.
+
+    Raises:
+        ValueError: cycles or ratio is out of range.
+
+    Source: Fu et al. 2019, "Cyclical Annealing Schedule: A Simple Approach to Mitigating KL Vanishing",
+    arXiv:1903.10145, equations 6 and 7.
+
+    >>> from fastkl import schedules
+    >>> [schedules.cyclical(step, 0.0, 1.0, steps=8, cycles=2) for step in range(9)]
+    [0.0, 0.5, 1.0, 1.0, 0.0, 0.5, 1.0, 1.0, 1.0]
+    """
+    if isinstance(cycles, bool) or not isinstance(cycles, int) or cycles < 1:
+        raise ValueError(f"cycles must be an int, 1 or more, got {cycles}")
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio must be within [0, 1], got {ratio}")
+    over = progress(step, steps)  # checks steps; 0 before the first cycle, 1 after the last
+    # Of whole numbers the remainder is exact: no cycle begins a step late because of rounding.
+    within = (step * cycles % steps) / steps if steps else over
+    if isinstance(over, Tensor):
+        part = (within / ratio).clamp(0, 1) if ratio else torch.ones_like(over)
+        part = torch.where(over >= 1, 1.0, torch.where(over <= 0, 0.0 if ratio else 1.0, part))
+    else:
+        part = min(1.0, within / ratio) if ratio else 1.0
+        part = 1.0 if over >= 1 else part if over > 0 or not ratio else 0.0
+    return start * (1 - part) + end * part
 
 
 def progress(step: float | Tensor, steps: float) -> float | Tensor:
