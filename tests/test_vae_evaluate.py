@@ -9,7 +9,7 @@ import torch
 from torch import distributions
 
 from fastkl.vae import memory, streams
-from fastkl.vae.evaluate import evaluate, quick_elbo
+from fastkl.vae.evaluate import evaluate, mutual_information, quick_elbo
 from fastkl.vae.model import build
 from fastkl.vae.settings import Settings
 
@@ -53,6 +53,25 @@ def test_active_units_counts_dimensions_whose_mean_varies():
     with torch.no_grad():
         vae.encoder.weight[1].zero_()
     assert evaluate(vae, x, samples=1, seed=0, device=CPU).active_units == 1
+
+
+def test_mutual_information_between_none_and_all():
+    means, logvars = torch.randn(6, 2, 2, generator=torch.Generator().manual_seed(0)), torch.full((6, 2, 2), -1.0)
+    assert abs(mutual_information(means[:1].expand(6, 2, 2), logvars, 0)) < 1e-6, "a latent that is the same for all"
+    assert mutual_information(100 * means, logvars, 0) == pytest.approx(math.log(6), abs=1e-6), "or tells each datum"
+
+
+def test_mutual_information_is_the_difference_of_two_kls(monkeypatch):
+    """E KL(q(z|x) || p) - KL(q(z) || p), here by quadrature in one dimension."""
+    means, logvars = torch.tensor([[-1.0], [0.3], [0.5], [2.0]]), torch.tensor([[-1.0], [0.0], [-3.0], [0.5]])
+    z = torch.linspace(-12, 12, 24_001, dtype=torch.float64)
+    each = distributions.Normal(means.double(), (logvars.double() / 2).exp()).log_prob(z)
+    average = each.logsumexp(0) - math.log(4)
+    prior = distributions.Normal(0.0, 1.0).log_prob(z)
+    kl = (each.exp() * (each - prior)).sum(1) * 0.001
+    exact = kl.mean() - (average.exp() * (average - prior)).sum() * 0.001
+    monkeypatch.setattr("fastkl.vae.evaluate.DRAWS", 200_000)
+    assert mutual_information(means, logvars, 0) == pytest.approx(exact.item(), abs=0.005)
 
 
 def test_quick_elbo_is_the_elbo():

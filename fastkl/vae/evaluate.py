@@ -14,6 +14,8 @@ from fastkl.vae.model import DECODED, ENCODED, VAE
 from fastkl.vae.prior import is_mixture, log_prob, sample_kl
 
 ACTIVE = 0.01  # variance of the posterior mean over the data, above which a unit is active
+# Of the mutual information: data (it is at most ln of them), draws from all their posteriors, and numbers drawn.
+COMPARED, DRAWS, NUMBERS = 1000, 10_000, 2**22
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Evaluation:
     means: Tensor
     kl_per_dim: Tensor  # to N(0, I): another prior's does not divide so
     samples: int
+    mutual_information: float  # between data and latent
     # Of a mixture: bounds on the KL [N], ln p(k | mean) [N, K], and what labels, if there are any, say of them.
     bounds: tuple[Tensor, Tensor] | None = None
     responsibilities: Tensor | None = None
@@ -46,7 +49,8 @@ class Evaluation:
         errors = {f"{name}_standard_error": value.std().item() / math.sqrt(len(value)) for name, value in named.items()}
         units = {"active_units": self.active_units, "latent_units": self.means[0].numel()}
         return {
-            **means, **errors, **units, "importance_samples": self.samples, "test_data": len(self.kl),
+            **means, **errors, **units, "mutual_information": self.mutual_information,
+            "importance_samples": self.samples, "test_data": len(self.kl),
             **self.mixture_figures(),
         }  # fmt: skip
 
@@ -108,13 +112,31 @@ def evaluate(
         # Observed here, because all samples must be weighed by the same data.
         reconstruction, log_prob_x, cross = importance_weighted(vae, vae.observed(part), posterior, samples, prior)
         kl = posterior.kl() if prior is None else -posterior.entropy() - cross
-        parts.append((reconstruction, log_prob_x, kl, posterior.mean))
+        parts.append((reconstruction, log_prob_x, kl, posterior.mean, posterior.logvar))
         if is_mixture(prior):
             parts[-1] += (*prior.kl_bounds(posterior), prior.responsibilities(posterior.mean.flatten(1)))
         per_dim += posterior.kl_per_dim().double().cpu() * len(part)
-    reconstruction, log_prob_x, kl, means, *mixture = (torch.cat(column).float().cpu() for column in zip(*parts))
+    columns = (torch.cat(column).float().cpu() for column in zip(*parts))
+    reconstruction, log_prob_x, kl, means, logvars, *mixture = columns
     more = {"bounds": tuple(mixture[:2]), "responsibilities": mixture[2], "labels": labels} if mixture else {}
-    return Evaluation(reconstruction, kl, log_prob_x, means, (per_dim / len(x)).float(), samples, **more)
+    information = mutual_information(means, logvars, seed)
+    return Evaluation(reconstruction, kl, log_prob_x, means, (per_dim / len(x)).float(), samples, information, **more)
+
+
+@torch.no_grad()
+def mutual_information(means: Tensor, logvars: Tensor, seed: int) -> float:
+    """I(x; z) in nats of posteriors [N, *latent_shape]: E ln q(z | x) - ln q(z), q(z) the mean of all the posteriors.
+
+    It is E KL(q(z | x) || p) - KL(q(z) || p) whatever p, and at most ln N. Source: Hoffman and Johnson 2016, "ELBO
+    surgery".
+    """
+    means, logvars = means[:COMPARED].flatten(1), logvars[:COMPARED].flatten(1)
+    torch.manual_seed(streams.seed_for(seed, "information"))
+    posterior = fastkl.DiagonalNormal(means, logvars)
+    z = posterior.rsample(num_samples=max(1, min(DRAWS // len(means), NUMBERS // means.numel())))
+    # The same draws in both terms: where the posteriors are all alike, the difference is 0 draw by draw.
+    everything = fastkl.gmm_log_prob(z, means.new_zeros(len(means)), means, logvars)
+    return (posterior.log_prob(z) - everything).double().mean().item()
 
 
 def importance_weighted(
