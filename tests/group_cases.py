@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+import fastkl
+from fastkl import remedies
 from fastkl.ops import _group
 
 
@@ -28,11 +30,24 @@ def summed(x, group):
     return _group.total(group, x.square().sum(0)).prod().log()
 
 
+def remedied(mu, logvar, group):
+    q = fastkl.DiagonalNormal(mu, logvar)
+    bits = [remedies.free_bits(kl, 0.9, per="batch", group=group) for kl in (q, q.kl()[:, None])]
+    capacity = remedies.capacity(q.kl(), 1.0, per="batch", group=group)
+    return bits[0] + bits[1].square() + capacity
+
+
+def balanced(kl, group):
+    return remedies.balance(kl, [1, 2, 3], group=group)
+
+
 ROWS = 7  # which neither 2 nor 3 divide
 # name -> (case, leaves)
 CASES = {
     "gather": (gathered, draw((ROWS, 3))),
     "total": (summed, draw((ROWS, 3))),
+    "free bits and capacity": (remedied, draw((ROWS, 3), (ROWS, 3))),
+    "balance": (balanced, draw((ROWS, 3))),
 }
 
 

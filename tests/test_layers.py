@@ -29,8 +29,14 @@ ARROWS = {
     "fastkl.distributions": ("fastkl.ops", "fastkl.reference"),
     "fastkl.mixtures": ("fastkl.ops", "fastkl.reference"),
     "fastkl.priors": ("fastkl.ops", "fastkl.reference", "fastkl.distributions", "fastkl.mixtures", "fastkl.priors"),
-    "fastkl.remedies": ("fastkl.ops", "fastkl.reference", "fastkl.distributions"),
-    "fastkl.monitors": ("fastkl.ops", "fastkl.reference", "fastkl.distributions", "fastkl.priors"),
+    "fastkl.remedies": ("fastkl.ops", "fastkl.reference", "fastkl.distributions", "fastkl.remedies"),
+    "fastkl.monitors": (
+        "fastkl.ops",
+        "fastkl.reference",
+        "fastkl.distributions",
+        "fastkl.priors",
+        "fastkl.monitors",
+    ),
     "fastkl.objectives": (
         "fastkl.ops",
         "fastkl.reference",

@@ -1,0 +1,38 @@
+"""What remedies share: numbers in nats, and means over the batch of a group of processes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastkl.ops import _arguments as arguments
+from fastkl.ops import _group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def nats(name: str, value: float | Tensor) -> float | Tensor:
+    if not isinstance(value, Tensor):
+        return arguments.check_number(name, value)
+    if value.numel() != 1:
+        raise ValueError(f"{name} must have one value, got {tuple(value.shape)}")
+    return value.reshape(())
+
+
+def check_group(group: ProcessGroup | None, per: str) -> None:
+    if group is None:
+        return
+    if per != "batch":
+        raise ValueError(f'group is for per="batch", which looks at the whole batch, got per="{per}"')
+    _group.check_group(group)
+
+
+def batch_mean(sums: Tensor, rows: int, group: ProcessGroup | None) -> Tensor:
+    """Sums over this process's rows, divided by the rows of all processes. One exchange, no synchronisation."""
+    if group is None:
+        return sums / rows if rows else sums * float("nan")
+    both = _group.total(group, torch.cat([sums.reshape(-1), sums.new_full((1,), rows)]))
+    return (both[:-1] / both[-1]).view(sums.shape)

@@ -1,0 +1,111 @@
+"""A level below which the KL is not felt."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastkl.distributions import DiagonalNormal
+from fastkl.ops import _arguments as arguments
+from fastkl.remedies._batch import batch_mean, check_group, nats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def free_bits(
+    kl: Tensor | DiagonalNormal, threshold: float | Tensor, *, per: str = "sample", prior: DiagonalNormal | None = None,
+    joint_ndim: int = 0, group: ProcessGroup | None = None,
+) -> Tensor:  # fmt: skip
+    """The KL with a level below which it is neither felt nor counted: no gradient pushes it further down.
+
+    per="sample":     max(KL_n, threshold)                one value for each datum n
+    per="dimension":  sum_d max(KL_nd, threshold)         one value for each datum n; d are the latent dimensions
+    per="batch":      sum_d max(mean_n KL_nd, threshold)  one value for the batch
+
+    Only the last lets a dimension stay silent for one datum and speak for another; it is the one of the paper.
+
+    Args:
+        kl: the posterior q, whose KL to `prior` is then made by the fused op that fits, of every datum, of every
+            element or of the batch; or the KL itself where another prior gives it: [*batch] per sample, else
+            [*batch, D], whose last dimension may as well hold groups of dimensions (or layers).
+        threshold: nats, a number from 0 on or a tensor with one value.
+        per: what the threshold belongs to, as above.
+        prior: what a posterior's KL is to; absent, N(0, I).
+        joint_ndim: how many of the last dimensions of a posterior's event share a threshold, which belongs to their
+            sum. With events [C, H, W], 0 means every single latent variable, 2 every feature map, as in the paper.
+        group: of processes, with per="batch"; see `fastkl.remedies`.
+
+    Returns:
+        [*batch], or one value [] per="batch"; `.mean()` is the term of the loss in all three. At the threshold itself
+        the gradient is the KL's. per="dimension" of a posterior keeps one value for each maximum for the backward
+        pass, the others one for each datum or dimension.
+
+    Raises:
+        TypeError: kl is neither a tensor of floating point nor a posterior; group is no process group.
+        ValueError: an unknown `per`; a negative threshold, or a tensor of more than one value; a posterior without
+            batch dimensions; `prior` or joint_ndim beside a KL that is there already; a group without per="batch".
+
+    Source: Kingma et al. 2016, "Improved Variational Inference with Inverse Autoregressive Flow", arXiv:1606.04934,
+    equation 16 (per="batch").
+
+    >>> import torch, fastkl
+    >>> from fastkl import remedies
+    >>> q = fastkl.DiagonalNormal(torch.tensor([[0.0, 2.0], [0.0, 0.0]]), torch.zeros(2, 2))
+    >>> [remedies.free_bits(q, 0.5, per=per).tolist() for per in ("sample", "dimension", "batch")]
+    [[2.0, 0.5], [2.5, 1.0], 1.5]
+    """
+    arguments.check_choice("per", per, ("sample", "dimension", "batch"))
+    threshold = nats("threshold", threshold)
+    check_group(group, per)
+    if isinstance(kl, DiagonalNormal):
+        terms = _terms_of(kl, per, prior, joint_ndim, group)
+    else:
+        arguments.check_tensors(kl=kl)
+        if prior is not None or joint_ndim != 0:
+            raise ValueError("prior and joint_ndim are for a posterior, but kl is given as a tensor")
+        if per != "sample" and kl.dim() < 2:
+            wanted = "[*batch, dimensions]" if per == "dimension" else "[batch, dimensions]"
+            raise ValueError(f'kl must be {wanted} with per="{per}", got {tuple(kl.shape)}')
+        terms = kl.to(torch.promote_types(kl.dtype, torch.float32))
+        if per == "batch":
+            terms = terms.flatten(0, -2)
+            terms = batch_mean(terms.sum(0), len(terms), group)
+    # At equality clamp has the gradient 1, maximum 1/2.
+    felt = terms.clamp(min=threshold)
+    return felt if per == "sample" else felt.sum(-1)
+
+
+def _terms_of(
+    q: DiagonalNormal, per: str, prior: DiagonalNormal | None, joint_ndim: int, group: ProcessGroup | None
+) -> Tensor:
+    """What the threshold is compared with: [*batch], [*batch, maxima] or [maxima]."""
+    batch_ndim = len(q.shape) - q.event_ndim
+    if batch_ndim == 0:
+        raise ValueError(f"kl must be a posterior with batch dimensions, got {q}")
+    if not 0 <= arguments.check_int("joint_ndim", joint_ndim, 0) <= q.event_ndim:
+        raise ValueError(f"joint_ndim must be at most {q.event_ndim}, the dimensions of an event, got {joint_ndim}")
+    if per == "sample":
+        if joint_ndim:
+            raise ValueError('joint_ndim is for per="dimension" and per="batch"; a whole datum is joint already')
+        return q.kl(prior)
+    if per == "dimension":
+        terms = _joint(q, joint_ndim).kl(None if prior is None else _joint(prior, joint_ndim))
+        return terms.unsqueeze(-1).flatten(batch_ndim)
+    rows = q.shape[:batch_ndim].numel()
+    means = q.kl_per_dim(prior)
+    # Without rows the means are NaN; the sums that the other processes' are added to are not.
+    sums = means.nan_to_num(nan=0.0) if rows == 0 else means * rows
+    means = means if group is None else batch_mean(sums, rows, group)
+    joint = q.event_ndim - joint_ndim
+    return means.flatten(joint).sum(-1).flatten() if joint_ndim else means.flatten()
+
+
+def _joint(q: DiagonalNormal, joint_ndim: int) -> DiagonalNormal:
+    """The same Gaussians with events of `joint_ndim` dimensions, which 0 of them are not: one of size 1 is added."""
+    settings = {"event_ndim": joint_ndim + 1, **q._settings}
+    if q._head is not None:
+        return DiagonalNormal.from_packed(q._head.unsqueeze(-1), q._dim, **settings)
+    return DiagonalNormal(q._mu.unsqueeze(-1), q._parameter.unsqueeze(-1), **settings)
