@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import fastkl
-from fastkl import remedies
+from fastkl import monitors, remedies
 from fastkl.ops import _group
 
 
@@ -41,13 +41,25 @@ def balanced(kl, group):
     return remedies.balance(kl, [1, 2, 3], group=group)
 
 
+def monitored(x, group):
+    """Of all processes' data, and of two that only the first one saw."""
+    units, one = (monitors.ActiveUnits(group=group) for _ in range(2))
+    units.update(x)
+    if group is None or torch.distributed.get_rank(group) == 0:
+        one.update(x[:2])
+    return (units.compute() + one.compute()).sum() + 0 * x.sum()  # monitors have no gradient
+
+
 ROWS = 7  # which neither 2 nor 3 divide
 # name -> (case, leaves)
 CASES = {
+    "mmd": (lambda x, y, group: fastkl.mmd(x, y, group=group), draw((ROWS, 3), (ROWS, 3))),
+    "mmd_normal": (lambda mu, logvar, group: fastkl.mmd_normal(mu, logvar, group=group), draw((ROWS, 3), (ROWS, 3))),
     "gather": (gathered, draw((ROWS, 3))),
     "total": (summed, draw((ROWS, 3))),
     "free bits and capacity": (remedied, draw((ROWS, 3), (ROWS, 3))),
     "balance": (balanced, draw((ROWS, 3))),
+    "active units": (monitored, draw((ROWS, 3))),
 }
 
 

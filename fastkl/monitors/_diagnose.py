@@ -1,0 +1,67 @@
+"""Figures of a run read by the eye of someone who has seen such runs fail."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+# Below these, a line is written.
+ACTIVE_PART = 0.1  # of the latent units are active
+LEAST_KL = 0.1  # nats for each datum
+USED_PART = 0.2  # of the components of a mixture are used
+ESS_PART = 0.05  # of the way from 1 to L has the effective sample size
+
+
+def diagnose(
+    *, kl: float | Tensor | None = None, active_units: int | None = None, latent_units: int | None = None,
+    used_components: int | None = None, components: int | None = None,
+    effective_sample_size: float | Tensor | None = None, samples: int | None = None, **others: float | Tensor | None,
+) -> list[str]:  # fmt: skip
+    """Plain one-line warnings of what has gone wrong, each naming remedies; none where all is well.
+
+    - "posterior collapse": at most a tenth of the latent units are active, or the KL is below 0.1 nats for each datum.
+    - "mixture collapse": at most a fifth of the components are used, of two or more.
+    - "degenerate weights": the effective sample size is below 1 + (L - 1) / 20, of L samples.
+    - "not finite": any figure is infinite or no number.
+
+    Args:
+        kl: mean KL of a datum, in nats.
+        active_units, latent_units: how many of how many, as `ActiveUnits`.
+        used_components, components: how many of how many, as `ComponentUsage`.
+        effective_sample_size, samples: of how many, as `EffectiveSampleSize`.
+        others: any other figures, whose finiteness is asked for: loss=..., gradient_norm=...
+
+    >>> from fastkl import monitors
+    >>> monitors.diagnose(kl=14.2, active_units=17, latent_units=20, loss=98.6)
+    []
+    >>> print(*monitors.diagnose(kl=0.02, active_units=0, latent_units=20), sep="\\n")
+    posterior collapse (0 of 20 latent units active, KL 0.02 nats): free bits, a longer KL warm-up, cyclical beta, or a weaker decoder
+    """  # noqa: E501
+    figures = {"kl": kl, "effective_sample_size": effective_sample_size, **others}
+    bad = [name for name, value in figures.items() if value is not None and not math.isfinite(value)]
+    lines = []
+    if bad:
+        remedies = "skip such steps, a smaller learning rate, or bounds on the log-variance"
+        lines.append(f"not finite ({', '.join(bad)}): {remedies}")
+    found = []
+    if active_units is not None and latent_units and active_units <= ACTIVE_PART * latent_units:
+        found.append(f"{active_units} of {latent_units} latent units active")
+    if kl is not None and kl < LEAST_KL:
+        found.append(f"KL {float(kl):.2g} nats")
+    if found:
+        remedies = "free bits, a longer KL warm-up, cyclical beta, or a weaker decoder"
+        lines.append(f"posterior collapse ({', '.join(found)}): {remedies}")
+    if (
+        used_components is not None
+        and components
+        and components > 1
+        and used_components <= max(1, USED_PART * components)
+    ):
+        remedies = "a longer warm-up before the mixture, components fitted again, or a higher temperature"
+        lines.append(f"mixture collapse ({used_components} of {components} components used): {remedies}")
+    size = effective_sample_size
+    if size is not None and samples and samples > 1 and size < 1 + ESS_PART * (samples - 1):
+        remedies = "train the encoder longer, a richer posterior, or the plain ELBO, which weighs all samples alike"
+        lines.append(f"degenerate weights (effective sample size {float(size):.3g} of {samples}): {remedies}")
+    return lines

@@ -1,0 +1,73 @@
+"""How evenly weight is spread: over the components of a mixture, over importance-weighted samples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkl.monitors._monitor import Monitor, State
+from fastkl.ops import _arguments as arguments
+from fastkl.ops.gmm_moments import GMMMoments
+from fastkl.ops.iwae import effective_sample_size
+from fastkl.priors.mixture import Usage, used
+
+
+class ComponentUsage(Monitor):
+    """Which components of a mixture the data use.
+
+    >>> import torch, fastkl
+    >>> from fastkl import monitors
+    >>> prior = fastkl.priors.GaussianMixture(4, 2)
+    >>> usage = monitors.ComponentUsage()
+    >>> for z in torch.zeros(3, 100, 2):
+    ...     usage.update(fastkl.gmm_moments(z, **prior.mixture()._asdict()))
+    >>> usage.compute().shares.sum()
+    tensor(1.0000, dtype=torch.float64)
+    """
+
+    @torch.no_grad()
+    def update(self, responsibilities: Tensor | GMMMoments) -> None:
+        """What `fastkl.gmm_moments` gives, which makes nothing of the size of data times components; or ln p(k | z)
+        [*batch, K], as `fastkl.gmm_responsibilities`."""
+        if isinstance(responsibilities, GMMMoments):
+            count, sums = responsibilities.log_prob.numel(), responsibilities.counts.double()
+        else:
+            arguments.check_tensors(responsibilities=responsibilities)
+            if responsibilities.dim() == 0:
+                raise ValueError("responsibilities must be ln p(k | z) [*batch, K], got a single value")
+            rows = responsibilities.detach().reshape(-1, responsibilities.shape[-1])
+            count, sums = len(rows), rows.exp().sum(0, dtype=torch.float64)
+        self.add(State(count, (sums,)))
+
+    def compute(self) -> Usage:
+        """(shares [K], their entropy in nats, how many components are used), as a prior's `usage` of all the data."""
+        sums = self.everything().values[0]
+        shares = sums / sums.sum()
+        return Usage(shares, torch.special.entr(shares).sum(), int(used(shares).sum()))
+
+
+class EffectiveSampleSize(Monitor):
+    """The mean over the data of `fastkl.effective_sample_size`, (sum_l w_l)^2 / sum_l w_l^2, and of its part of L.
+
+    >>> import math, torch
+    >>> from fastkl import monitors
+    >>> size = monitors.EffectiveSampleSize()
+    >>> size.update(torch.tensor([[0.0, 0.0], [0.0, -math.inf]]))  # two samples for each of two data
+    >>> size.compute(), size.fraction()
+    (tensor(1.5000, dtype=torch.float64), tensor(0.7500, dtype=torch.float64))
+    """
+
+    @torch.no_grad()
+    def update(self, log_w: Tensor, dim: int = 0) -> None:
+        """Log-weights ln p(x, z_l) - ln q(z_l | x) [L, *batch], samples along `dim`."""
+        sizes = effective_sample_size(log_w.detach() if isinstance(log_w, Tensor) else log_w, dim).double()
+        self.add(State(sizes.numel(), (sizes.sum(), sizes.sum() / log_w.shape[dim])))
+
+    def compute(self) -> Tensor:
+        """One value [], from 1 to L."""
+        return self.mean()
+
+    def fraction(self) -> Tensor:
+        """The same over L, the number of samples: up to 1, and comparable between updates of different L."""
+        count, (_, parts) = self.everything()
+        return parts / count
