@@ -1,6 +1,6 @@
 """fastkl: drop-in losses for variational autoencoders."""
 
-from fastkl import priors
+from fastkl import monitors, priors, remedies
 from fastkl.distributions import DiagonalNormal
 from fastkl.mixtures import rsample_gmm, sample_gmm
 from fastkl.ops.bernoulli_log_prob import bernoulli_log_prob
@@ -8,14 +8,19 @@ from fastkl.ops.gmm_log_prob import gmm_log_prob
 from fastkl.ops.gmm_moments import GMMMoments, gmm_moments
 from fastkl.ops.gmm_responsibilities import gmm_responsibilities
 from fastkl.ops.gumbel_softmax import gumbel_softmax
+from fastkl.ops.iwae import effective_sample_size, iwae, weight_entropy
 from fastkl.ops.kl_gmm import kl_gmm
 from fastkl.ops.kl_gmm_bounds import kl_gmm_bounds
 from fastkl.ops.kl_multivariate_normal import kl_multivariate_normal
 from fastkl.ops.kl_normal import kl_normal
 from fastkl.ops.kl_normal_per_dim import kl_normal_per_dim
+from fastkl.ops.mmd import mmd
+from fastkl.ops.mmd_normal import mmd_normal
 from fastkl.ops.normal_log_prob import normal_log_prob
 from fastkl.ops.rsample_kl import rsample_kl
 from fastkl.ops.rsample_normal import rsample_normal
+from fastkl.ops.wasserstein2_multivariate_normal import wasserstein2_multivariate_normal
+from fastkl.ops.wasserstein2_normal import wasserstein2_normal
 from fastkl.reference import SoftBounds
 
 __version__ = "0.1.0"
@@ -25,19 +30,28 @@ __all__ = [
     "GMMMoments",
     "SoftBounds",
     "bernoulli_log_prob",
+    "effective_sample_size",
     "gmm_log_prob",
     "gmm_moments",
     "gmm_responsibilities",
     "gumbel_softmax",
+    "iwae",
     "kl_gmm",
     "kl_gmm_bounds",
     "kl_multivariate_normal",
     "kl_normal",
     "kl_normal_per_dim",
+    "mmd",
+    "mmd_normal",
+    "monitors",
     "normal_log_prob",
     "priors",
+    "remedies",
     "rsample_gmm",
     "rsample_kl",
     "rsample_normal",
     "sample_gmm",
+    "wasserstein2_multivariate_normal",
+    "wasserstein2_normal",
+    "weight_entropy",
 ]

@@ -78,7 +78,7 @@ def two_parts(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _exp_minus_one_minus_series(x):
+def exp_minus_one_minus_series(x):
     """x^2 (1/2 + x/6 + x^2/24 + ...), exact to rounding for |x| < 1/2."""
     if x.dtype == tl.float64:
         series = x * 0.0 + 1.0
@@ -96,12 +96,12 @@ def _exp_minus_one_minus_series(x):
 @triton.jit
 def exp_minus_one_minus(x, exp_x):
     """exp(x) - 1 - x without cancellation."""
-    return tl.where(tl.abs(x) < 0.5, _exp_minus_one_minus_series(x), exp_x - 1.0 - x)
+    return tl.where(tl.abs(x) < 0.5, exp_minus_one_minus_series(x), exp_x - 1.0 - x)
 
 
 @triton.jit
 def expm1(x, exp_x):
-    return tl.where(tl.abs(x) < 0.5, x + _exp_minus_one_minus_series(x), exp_x - 1.0)
+    return tl.where(tl.abs(x) < 0.5, x + exp_minus_one_minus_series(x), exp_x - 1.0)
 
 
 @triton.jit

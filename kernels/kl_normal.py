@@ -31,6 +31,13 @@ from fastkl.kernels._layout import (
     share,
     unpack,
 )
+from fastkl.kernels._wasserstein2 import (
+    above_zero,
+    wasserstein2_terms,
+    wasserstein2_terms_gradient,
+    wasserstein2_terms_prior,
+    wasserstein2_terms_prior_gradient,
+)
 
 # Rows that one program sums at least, for a prior that the batch shares: partial sums stay a small part of the traffic.
 SHARED_ROWS = 32
@@ -59,9 +66,10 @@ def blocks(rows: int, columns: int, tensors: list[torch.Tensor], *, tall: bool =
 def kl_normal_fwd_kernel(
     mu, parameter, prior_mu, prior_logvar, kl, shape, strides, columns_per_program, splits,
     low: tl.constexpr, high: tl.constexpr,
-    SCALE: tl.constexpr, BOUNDED: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DISTANCE: tl.constexpr, SCALE: tl.constexpr, BOUNDED: tl.constexpr, NESTED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`splits` programs share each block of rows; kl is [splits, rows]."""
+    """`splits` programs share each block of rows; kl is [splits, rows], or with DISTANCE "wasserstein2" its square."""
     rows, columns = shape[0], shape[2]
     split = tl.program_id(0) % splits
     row = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
@@ -72,19 +80,24 @@ def kl_normal_fwd_kernel(
     total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
     for start in range(first, last, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        # A masked element has mean 0 and log-variance 0 on both sides: its KL is 0 exactly, unless a clamp or softplus
-        # makes another log-variance of it.
+        # A masked element has mean 0 and log-variance 0 on both sides: its term is 0 exactly, unless a clamp or
+        # softplus makes another log-variance of it.
         mask = (row < rows)[:, None] & (column < last)[None, :]
         m = tl.load(mu + tile(row, column, shape, strides[0], NESTED), mask, other=0.0).to(dtype)
         fill: tl.constexpr = 1.0 if SCALE == "std" else 0.0
         v = tl.load(parameter + tile(row, column, shape, strides[1], NESTED), mask, other=fill).to(dtype)
+        if DISTANCE == "wasserstein2":
+            v = above_zero(v, SCALE)
         logvar = bound(to_logvar(v, SCALE), low, high, BOUNDED)
         if prior_mu is None:
-            terms = kl_terms(m, logvar, exp(logvar))
+            terms = kl_terms(m, logvar, exp(logvar)) if DISTANCE == "kl" else wasserstein2_terms(m, logvar)
         else:
             pm = tl.load(prior_mu + tile(row, column, shape, strides[2], NESTED), mask, other=0.0).to(dtype)
             pv = tl.load(prior_logvar + tile(row, column, shape, strides[3], NESTED), mask, other=0.0).to(dtype)
-            terms = kl_terms_prior(m, logvar, pm, pv)
+            if DISTANCE == "kl":
+                terms = kl_terms_prior(m, logvar, pm, pv)
+            else:
+                terms = wasserstein2_terms_prior(m, logvar, pm, pv)
         if BOUNDED or SCALE == "softplus":
             terms = tl.where(mask, terms, 0.0)
         total += terms
@@ -96,8 +109,8 @@ def kl_normal_bwd_kernel(
     dkl, mu, parameter, prior_mu, prior_logvar, dmu, dparameter, dprior_mu, dprior_logvar,
     shape, strides, weight, rows_per_program, column_blocks, partial_stride,
     low: tl.constexpr, high: tl.constexpr,
-    SCALE: tl.constexpr, BOUNDED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr, PER_COLUMN: tl.constexpr,
-    NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DISTANCE: tl.constexpr, SCALE: tl.constexpr, BOUNDED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr,
+    PER_COLUMN: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One block of columns by `rows_per_program` rows. dkl is one value per row, with PER_COLUMN one per column. With
     SHARED the prior is one row, and dprior this program's partial sum over its rows, `partial_stride` apart."""
@@ -121,14 +134,22 @@ def kl_normal_bwd_kernel(
             d = tl.load(dkl + at, row < rows, other=0.0)[:, None] * weight
         m = tl.load(mu + tile(row, column, shape, strides[1], NESTED), mask, other=1.0).to(dtype)
         v = tl.load(parameter + tile(row, column, shape, strides[2], NESTED), mask, other=1.0).to(dtype)
+        if DISTANCE == "wasserstein2":
+            v = above_zero(v, SCALE)
         raw = to_logvar(v, SCALE)
         logvar = bound(raw, low, high, BOUNDED)
         if prior_mu is None:
-            gradient_mu, gradient_logvar = kl_terms_gradient(m, logvar, exp(logvar))
+            if DISTANCE == "kl":
+                gradient_mu, gradient_logvar = kl_terms_gradient(m, logvar, exp(logvar))
+            else:
+                gradient_mu, gradient_logvar = wasserstein2_terms_gradient(m, logvar)
         else:
             pm = tl.load(prior_mu + tile(row, column, shape, strides[3], NESTED), mask, other=1.0).to(dtype)
             pv = tl.load(prior_logvar + tile(row, column, shape, strides[4], NESTED), mask, other=1.0).to(dtype)
-            gradient_mu, gradient_logvar, gradient_pv = kl_terms_prior_gradient(m, logvar, pm, pv)
+            if DISTANCE == "kl":
+                gradient_mu, gradient_logvar, gradient_pv = kl_terms_prior_gradient(m, logvar, pm, pv)
+            else:
+                gradient_mu, gradient_logvar, gradient_pv = wasserstein2_terms_prior_gradient(m, logvar, pm, pv)
             if SHARED:
                 total_mu -= d * gradient_mu  # 0 in masked rows, where d is
                 total_logvar += d * gradient_pv
@@ -145,7 +166,7 @@ def kl_normal_bwd_kernel(
         tl.store(dprior_logvar + at, tl.sum(total_logvar, axis=0), mask=column < columns)
 
 
-def fwd(q, packed_dim, prior, event_ndim, scale, low, high, live) -> torch.Tensor:
+def fwd(q, packed_dim, prior, event_ndim, scale, low, high, live, distance="kl") -> torch.Tensor:
     mu = unpack(q, packed_dim)[0]
     inputs = [*unpack(q, packed_dim), *(p.expand(mu.shape) for p in prior)]
     dtype = compute_dtype(inputs)
@@ -157,19 +178,24 @@ def fwd(q, packed_dim, prior, event_ndim, scale, low, high, live) -> torch.Tenso
     if layout.rows:
         kl_normal_fwd_kernel[(row_blocks * splits,)](
             *inputs, *[None] * (4 - len(inputs)), kl, layout.shape, layout.strides, columns_per_program, splits,
-            low, high, SCALE=scale, BOUNDED=is_bounded(low, high), NESTED=layout.nested, enable_fp_fusion=True, **block,
+            low, high, DISTANCE=distance, SCALE=scale, BOUNDED=is_bounded(low, high), NESTED=layout.nested,
+            enable_fp_fusion=True, **block,
         )  # fmt: skip
     kl = kl[0] if splits == 1 else kl.sum(0)
     return kl.view(mu.shape[: mu.dim() - event_ndim])
 
 
-def bwd(dkl, q, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient) -> list[torch.Tensor]:
+def bwd(
+    dkl, q, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient, distance="kl"
+) -> list[torch.Tensor]:
     rows = dkl.reshape(*dkl.shape, *[1] * event_ndim)
     settings = (scale, low, high, live)
-    return launch_bwd(rows, 1.0, q, packed_dim, prior, event_ndim, settings, prior_gradient, per_column=False)
+    return launch_bwd(
+        rows, 1.0, q, packed_dim, prior, event_ndim, settings, prior_gradient, per_column=False, distance=distance
+    )
 
 
-def launch_bwd(dkl, weight, q, packed_dim, prior, event_ndim, settings, prior_gradient, *, per_column):
+def launch_bwd(dkl, weight, q, packed_dim, prior, event_ndim, settings, prior_gradient, *, per_column, distance="kl"):
     """The gradients of q, and of the prior where wanted. dkl broadcasts with mu: one value per row, or per column."""
     scale, low, high, live = settings
     mu, parameter = unpack(q, packed_dim)
@@ -201,7 +227,7 @@ def launch_bwd(dkl, weight, q, packed_dim, prior, event_ndim, settings, prior_gr
         *inputs, *[None] * missing, *launched, *[None] * (4 - len(launched)),
         layout.shape, strides[: len(inputs)] + (NO_STRIDES,) * missing + strides[len(inputs) :], weight,
         rows_per_program, column_blocks, 2 * columns, low, high,
-        SCALE=scale, BOUNDED=is_bounded(low, high), LIVE=live, SHARED=shared, PER_COLUMN=per_column,
+        DISTANCE=distance, SCALE=scale, BOUNDED=is_bounded(low, high), LIVE=live, SHARED=shared, PER_COLUMN=per_column,
         NESTED=layout.nested, enable_fp_fusion=True, **block,
     )  # fmt: skip
     finish(outputs, launched)

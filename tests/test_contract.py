@@ -80,11 +80,23 @@ OPS = {
         ),
         lambda n: [(n, 3), (n, 3, 3), (n, 3), (n, 3)],
     ),
+    "wasserstein2_normal": (fastkl.wasserstein2_normal, lambda n: [(n, 4), (n, 4)]),
+    "wasserstein2_normal, full prior": (fastkl.wasserstein2_normal, lambda n: [(n, 4)] * 4),
+    "wasserstein2_multivariate_normal": (
+        lambda m, a, pm, b: fastkl.wasserstein2_multivariate_normal(
+            m, a.tril(-1) + torch.eye(3, device=a.device, dtype=a.dtype), pm, b.exp()
+        ),
+        lambda n: [(n, 3), (n, 3, 3), (n, 3), (n, 3)],
+    ),
 }
 # Batch statistics and parameters that the batch shares: not one result for each example.
 SHARED = {
     "kl_normal, shared prior": (fastkl.kl_normal, lambda n: [(n, 4), (n, 4), (4,), (1, 4)]),
     "kl_normal_per_dim": (fastkl.kl_normal_per_dim, lambda n: [(n, 4), (n, 4), (4,), (1, 4)]),
+    "mmd": (fastkl.mmd, lambda n: [(n, 4), (3, 4)]),
+    "mmd, rbf": (lambda *t: fastkl.mmd(*t, kernel="rbf", estimator="biased"), lambda n: [(n, 4), (n, 4)]),
+    "mmd_normal": (fastkl.mmd_normal, lambda n: [(n, 4), (n, 4)]),
+    "wasserstein2_normal, shared prior": (fastkl.wasserstein2_normal, lambda n: [(n, 4), (n, 4), (4,), (1, 4)]),
     "rsample_kl, shared prior": (
         lambda *t: fastkl.rsample_kl(*t, seed=SEED, scale="softplus", bounds=(-9, 9))[1],
         lambda n: [(n, 4), (n, 4), (4,), (1, 4)],
@@ -219,6 +231,10 @@ def test_checkpointing_draws_the_same_noise_again():
 def test_empty_batch(name, backend):
     function, shapes = get(name)
     inputs = draw(*shapes(0), dtype=torch.float32)
+    if name.startswith("mmd"):  # a mean over pairs
+        with pytest.raises(ValueError, match="must have at least"):
+            function(*inputs)
+        return
     with implementation(backend):
         value = function(*inputs)
         gradients = torch.autograd.grad(value.sum(), inputs)

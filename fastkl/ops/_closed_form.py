@@ -5,6 +5,8 @@ One formula for the four ops that share it; tests hold it against autograd of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -47,20 +49,22 @@ def sample(q, packed_dim, eps, num_samples, scale, bounds) -> Tensor:
 def normal_gradients(
     q: list[Tensor], packed_dim: int, prior: list[Tensor], scale: str, bounds, *,
     dkl: Tensor | None = None, dz: Tensor | None = None, eps: Tensor | None = None,
+    terms_gradient: Callable[..., tuple[Tensor, ...]] = reference.kl_terms_gradient,
 ) -> list[Tensor]:  # fmt: skip
     """One gradient for each tensor of q and prior, in its dtype.
 
-    dkl broadcasts with mu: the gradient of every element's KL. dz is the gradient of mu + sigma eps, [L, *shape] where
-    eps is, else [*shape]. At least one of the two is there.
+    dkl broadcasts with mu: the gradient of every element's KL, or of what has `terms_gradient` as its own. dz is the
+    gradient of mu + sigma eps, [L, *shape] where eps is, else [*shape]. At least one of the two is there.
     """
     inputs = [*unpack(q, packed_dim), *prior]
-    gradients = _element_gradients(*inputs, scale=scale, bounds=bounds, dkl=dkl, dz=dz, eps=eps)
+    incoming = {"dkl": dkl, "dz": dz, "eps": eps, "terms_gradient": terms_gradient}
+    gradients = _element_gradients(*inputs, scale=scale, bounds=bounds, **incoming)
     dq = gradients[:2] if len(q) == 2 else [torch.cat(gradients[:2], packed_dim)]
     dprior = [gradient.sum_to_size(tensor.shape) for gradient, tensor in zip(gradients[2:], prior)]
     return [gradient.to(tensor.dtype) for gradient, tensor in zip(dq + dprior, [*q, *prior])]
 
 
-def _element_gradients(*inputs: Tensor, scale: str, bounds, dkl, dz, eps) -> list[Tensor]:
+def _element_gradients(*inputs: Tensor, scale: str, bounds, dkl, dz, eps, terms_gradient) -> list[Tensor]:
     """In mu, the parameter and the prior's two tensors, each of mu's shape."""
     dtype = reference.compute_dtype(*inputs)
     mu, parameter, *prior = (tensor.to(dtype) for tensor in inputs)
@@ -70,7 +74,7 @@ def _element_gradients(*inputs: Tensor, scale: str, bounds, dkl, dz, eps) -> lis
     dprior: list[Tensor] = []
     if dkl is not None:
         dkl = dkl.to(dtype)
-        dmu, dlogvar, *dprior = (dkl * gradient for gradient in reference.kl_terms_gradient(mu, logvar, *prior))
+        dmu, dlogvar, *dprior = (dkl * gradient for gradient in terms_gradient(mu, logvar, *prior))
     if dz is not None:
         dz, eps = dz.to(dtype), eps.to(dtype)
         dsigma = dz * eps
@@ -87,6 +91,7 @@ def _element_gradients(*inputs: Tensor, scale: str, bounds, dkl, dz, eps) -> lis
 def fill_normal_gradients(
     q: list[Tensor], packed_dim: int, prior: list[Tensor], scale: str, bounds, *,
     dkl: Tensor | None = None, dz: Tensor | None = None, eps: Tensor | None = None, prior_gradient: bool = False,
+    terms_gradient: Callable[..., tuple[Tensor, ...]] = reference.kl_terms_gradient,
 ) -> list[Tensor]:  # fmt: skip
     """normal_gradients for an op's own backward: nothing differentiable, written once, block of rows by block of rows.
 
@@ -100,6 +105,7 @@ def fill_normal_gradients(
     for rows in arguments.row_blocks(mu) if packed_dim != 0 else [arguments.EVERYTHING]:
         blocks = [arguments.rows_of(tensor, rows, mu) for tensor in (mu, parameter, *prior)]
         incoming = {name: arguments.rows_of(t, rows, mu) for name, t in (("dkl", dkl), ("dz", dz), ("eps", eps))}
+        incoming["terms_gradient"] = terms_gradient
         found = _element_gradients(*blocks, scale=scale, bounds=bounds, **incoming)
         for output, gradient in zip(outputs[: 2 if shared else 4], found):
             arguments.rows_of(output, rows, mu).copy_(gradient)

@@ -5,23 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkl.ops import _arguments as arguments
+from fastkl.ops._covariances import check_pair
 from fastkl.reference import compute_dtype
-
-
-def _is_matrix(name: str, scale: Tensor, loc: Tensor) -> bool:
-    """More dimensions than its loc: matrices, else diagonals. Raises where the shape contradicts that."""
-    size, loc_name = loc.shape[-1], name.replace("scale_tril", "loc")
-    matrix = scale.dim() > loc.dim()
-    # [D, D] beside loc [N, D] is one matrix for all rows in some conventions: never guess.
-    unclear = not matrix and scale.dim() > 1 and scale.shape[-2] == size > 1 and scale.shape[-2] != loc.shape[-2]
-    if unclear or scale.dim() == 0 or scale.shape[-1] != size or (matrix and scale.shape[-2] != size):
-        hint = f"; for one matrix shared by the batch write {name}[None]" if unclear else ""
-        raise ValueError(
-            f"{name} must be lower triangles (*batch, {size}, {size}) with more dimensions than {loc_name} "
-            f"{tuple(loc.shape)}, or diagonals (*batch, {size}) with as many or fewer, got {tuple(scale.shape)}{hint}"
-        )
-    return matrix
 
 
 def _solve(scale_tril: Tensor, columns: Tensor) -> Tensor:
@@ -72,17 +57,7 @@ def kl_multivariate_normal(loc_q: Tensor, scale_tril_q: Tensor, loc_p: Tensor, s
     >>> fastkl.kl_multivariate_normal(loc, std, prior_loc, prior_scale_tril)
     tensor([1.3294, 1.3294])
     """
-    scales = {"scale_tril_q": scale_tril_q, "scale_tril_p": scale_tril_p}
-    arguments.check_tensors(loc_q=loc_q, loc_p=loc_p, **scales)
-    shapes = tuple(loc_q.shape), tuple(loc_p.shape)
-    if loc_q.dim() == 0 or loc_p.dim() == 0 or shapes[0][-1] != shapes[1][-1] or shapes[0][-1] == 0:
-        raise ValueError(f"loc_q and loc_p must be (*batch, D) with the same D > 0, got {shapes[0]} and {shapes[1]}")
-    matrix_q, matrix_p = (_is_matrix(*item, loc) for item, loc in zip(scales.items(), (loc_q, loc_p)))
-    batches = {"loc_q": loc_q[..., 0], "loc_p": loc_p[..., 0]}
-    batches["scale_tril_q"] = scale_tril_q[..., 0, 0] if matrix_q else scale_tril_q[..., 0]
-    batches["scale_tril_p"] = scale_tril_p[..., 0, 0] if matrix_p else scale_tril_p[..., 0]
-    arguments.broadcast_shape(**batches)
-
+    matrix_q, matrix_p = check_pair(loc_q, scale_tril_q, loc_p, scale_tril_p)
     dtype = compute_dtype(loc_q, loc_p, scale_tril_q, scale_tril_p)
     difference, scale_q, scale_p = loc_p.to(dtype) - loc_q.to(dtype), scale_tril_q.to(dtype), scale_tril_p.to(dtype)
     std_q = scale_q.diagonal(dim1=-2, dim2=-1) if matrix_q else scale_q

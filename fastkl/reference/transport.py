@@ -1,0 +1,147 @@
+"""Optimal transport: between Gaussians in closed form, between samples by projections or by entropic regularisation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastkl.reference._parameters import bound, compute_dtype, sum_event, to_logvar
+from fastkl.reference.sampling import normal_noise
+
+
+def wasserstein2_terms(mu, logvar, prior_mu=None, prior_logvar=None) -> Tensor:
+    """(mu - prior_mu)^2 + (sigma - prior_sigma)^2 of each element."""
+    difference = mu if prior_mu is None else mu - prior_mu
+    return difference * difference + _sigma_difference(logvar, prior_logvar).square()
+
+
+def wasserstein2_terms_gradient(mu, logvar, prior_mu=None, prior_logvar=None) -> tuple[Tensor, ...]:
+    """In mu and logvar, and with a prior also in prior_mu and prior_logvar."""
+    difference = _sigma_difference(logvar, prior_logvar)
+    dlogvar = difference * torch.exp(0.5 * logvar)
+    if prior_mu is None:
+        return 2 * mu, dlogvar
+    dmu = 2 * (mu - prior_mu)
+    return dmu, dlogvar, -dmu, -difference * torch.exp(0.5 * prior_logvar)
+
+
+def _sigma_difference(logvar: Tensor, prior_logvar: Tensor | None) -> Tensor:
+    """sigma - prior_sigma, which keeps its digits where the two are close."""
+    if prior_logvar is None:
+        return torch.expm1(0.5 * logvar)
+    x, prior_sigma = 0.5 * (logvar - prior_logvar), torch.exp(0.5 * prior_logvar)
+    close = prior_sigma * torch.expm1(x.clamp(-0.5, 0.5))  # clamped, so that what is not chosen has a finite gradient
+    return torch.where(x.abs() < 0.5, close, torch.exp(0.5 * logvar) - prior_sigma)
+
+
+def above_zero(parameter: Tensor, scale: str) -> Tensor:
+    """A standard deviation of 0, which a point has and whose logarithm has no gradient, is 1e-30 instead."""
+    return parameter + 1e-30 * (parameter == 0) if scale == "std" else parameter
+
+
+def wasserstein2_normal(
+    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=1, scale="logvar", bounds=None
+) -> Tensor:
+    """The squared 2-Wasserstein distance, summed over the last `event_ndim` dimensions."""
+    dtype = compute_dtype(mu, logvar, prior_mu, prior_logvar)
+    prior = [None if tensor is None else tensor.to(dtype) for tensor in (prior_mu, prior_logvar)]
+    logvar = bound(to_logvar(above_zero(logvar.to(dtype), scale), scale), bounds)
+    mu, logvar = torch.broadcast_tensors(mu.to(dtype), logvar)
+    return sum_event(wasserstein2_terms(mu, logvar, *prior), event_ndim)
+
+
+def wasserstein2_multivariate_normal(loc_q, scale_tril_q, loc_p, scale_tril_p) -> Tensor:
+    """|m_q - m_p|^2 + tr(S_q + S_p - 2 (S_p^1/2 S_q S_p^1/2)^1/2), S = L L^T, by eigenvalues of symmetric matrices.
+
+    A scale with no more dimensions than its own loc is a diagonal.
+    """
+    dtype = compute_dtype(loc_q, scale_tril_q, loc_p, scale_tril_p)
+    covariances = []
+    for loc, scale in ((loc_q, scale_tril_q), (loc_p, scale_tril_p)):
+        matrix = (scale.tril() if scale.dim() > loc.dim() else torch.diag_embed(scale)).to(dtype)
+        covariances.append(matrix @ matrix.mT)
+    values, vectors = torch.linalg.eigh(covariances[1])
+    root = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
+    fidelity = torch.linalg.eigvalsh(root @ covariances[0] @ root).clamp(min=0).sqrt().sum(-1)
+    traces = sum(covariance.diagonal(dim1=-2, dim2=-1).sum(-1) for covariance in covariances)
+    return (loc_q.to(dtype) - loc_p.to(dtype)).square().sum(-1) + traces - 2 * fidelity
+
+
+def projections(seed: Tensor, num_projections: int, dimensions: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Directions [P, D] on the unit sphere, uniformly distributed: normal noise over its length."""
+    return directions(normal_noise(seed, (num_projections, dimensions)).to(dtype))
+
+
+def directions(noise: Tensor) -> Tensor:
+    """Rows of noise over their lengths. float32 noise is 0 once in 2^25 times, which for D = 1 is no direction."""
+    noise = noise.masked_fill(noise == 0, 1e-6)
+    return noise / torch.linalg.vector_norm(noise, dim=-1, keepdim=True)
+
+
+def quantile_segments(n: int, m: int, device=None) -> tuple[Tensor, Tensor, Tensor]:
+    """(length, index into x, index into y) of the pieces on which both quantile functions of n and of m equal masses
+    are constant. In integers, of which one unit is the mass 1 / (n m): no piece is lost or found by rounding."""
+    ends = [torch.arange(1, a + 1, device=device) * b for a, b in ((n, m), (m, n))]
+    ends = torch.cat(ends).sort().values
+    lengths = ends.diff(prepend=ends.new_zeros(1))  # 0 where both functions step
+    return lengths, (ends - 1) // m, (ends - 1) // n
+
+
+def sliced_wasserstein(x, y, num_projections, p=2, seed=None) -> Tensor:
+    """mean over unit vectors of the integral over t in [0, 1] of |F_x^-1(t) - F_y^-1(t)|^p."""
+    dtype = compute_dtype(x, y)
+    unit = projections(seed, num_projections, x.shape[1], dtype)
+    quantiles = [(unit @ points.to(dtype).T).sort(-1).values for points in (x, y)]
+    lengths, *indices = quantile_segments(len(x), len(y), x.device)
+    difference = (quantiles[0][:, indices[0]] - quantiles[1][:, indices[1]]).abs()
+    return (difference.pow(p) * (lengths.to(dtype) / (len(x) * len(y)))).sum(-1).mean()
+
+
+def sinkhorn_schedule(diameter: float, blur: float, scaling: float) -> list[float]:
+    """Temperatures eps, from the squared diameter down to blur^2, each scaling^2 times the one before it."""
+    steps, eps = [], diameter * diameter
+    if eps > 0:
+        count = max(0, math.ceil(round((math.log(blur) - math.log(diameter)) / math.log(scaling), 9)))
+        steps = [eps, *(eps * scaling ** (2 * index) for index in range(count))]
+    return [*steps, blur * blur]
+
+
+def sinkhorn_divergence(x, y, blur=0.05, *, weights_x=None, weights_y=None, scaling=0.5, debias=True, diameter=None):
+    """OT_eps(x, y) - (OT_eps(x, x) + OT_eps(y, y)) / 2 by Sinkhorn's algorithm on matrices of costs |x - y|^2 / 2.
+
+    Both potentials of a problem are averaged with their updates at every temperature. The gradient is the envelope
+    theorem's: that of one more update of potentials that are held fixed.
+    """
+    dtype = compute_dtype(x, y)
+    points = [x.to(dtype), y.to(dtype)]
+    weights = [
+        p.new_full((len(p),), 1 / len(p)) if w is None else w.to(dtype) for p, w in zip(points, (weights_x, weights_y))
+    ]
+    if diameter is None:
+        both = torch.cat(points).detach()
+        diameter = torch.linalg.vector_norm(both.amax(0) - both.amin(0)).item()
+    schedule = sinkhorn_schedule(diameter, blur, scaling)
+    cross = _potentials(points, weights, schedule)
+    if debias:
+        own = [_potentials([p, p], [w, w], schedule)[0] for p, w in zip(points, weights)]
+        cross = [f - g for f, g in zip(cross, own)]
+    return sum((w * f).sum() for w, f in zip(weights, cross))
+
+
+def _potentials(points, weights, schedule: list[float]) -> list[Tensor]:
+    """[f on x, g on y] for the cost |x - y|^2 / 2, as functions of where their own points are."""
+    x, y = points
+    log_x, log_y = (w.detach().log() for w in weights)
+
+    def softmin(eps, source, target, exponent) -> Tensor:
+        difference = source.unsqueeze(1) - target.detach()
+        return -eps * torch.logsumexp(exponent - difference.square().sum(-1) / (2 * eps), 1)
+
+    with torch.no_grad():
+        f, g = softmin(schedule[0], x, y, log_y), softmin(schedule[0], y, x, log_x)
+        for eps in schedule:
+            f_new, g_new = softmin(eps, x, y, log_y + g / eps), softmin(eps, y, x, log_x + f / eps)
+            f, g = (f + f_new) / 2, (g + g_new) / 2
+    return [softmin(eps, x, y, log_y + g / eps), softmin(eps, y, x, log_x + f / eps)]

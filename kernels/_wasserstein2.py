@@ -1,0 +1,48 @@
+"""Device functions of the squared 2-Wasserstein distance of Gaussians: its terms, which kl_normal's kernels sum."""
+
+import triton
+import triton.language as tl
+
+from fastkl.kernels._device import exp, exp_minus_one_minus_series, expm1
+
+
+@triton.jit
+def above_zero(parameter, SCALE: tl.constexpr):
+    """A standard deviation of 0, which a point has and whose logarithm has no gradient, is 1e-30 instead."""
+    if SCALE == "std":
+        return tl.where(parameter == 0.0, 1e-30, parameter)
+    return parameter
+
+
+@triton.jit
+def _sigma_difference(logvar, prior_logvar):
+    """(sigma, prior_sigma, sigma - prior_sigma), which keeps its digits where the two are close."""
+    x, sigma, prior_sigma = 0.5 * (logvar - prior_logvar), exp(0.5 * logvar), exp(0.5 * prior_logvar)
+    close = prior_sigma * (x + exp_minus_one_minus_series(x))
+    return sigma, prior_sigma, tl.where(tl.abs(x) < 0.5, close, sigma - prior_sigma)
+
+
+@triton.jit
+def wasserstein2_terms(mu, logvar):
+    """The squared 2-Wasserstein distance from N(mu, exp(logvar)) to N(0, 1)."""
+    difference = expm1(0.5 * logvar, exp(0.5 * logvar))
+    return mu * mu + difference * difference
+
+
+@triton.jit
+def wasserstein2_terms_gradient(mu, logvar):
+    sigma = exp(0.5 * logvar)
+    return 2.0 * mu, expm1(0.5 * logvar, sigma) * sigma
+
+
+@triton.jit
+def wasserstein2_terms_prior(mu, logvar, prior_mu, prior_logvar):
+    _, _, difference = _sigma_difference(logvar, prior_logvar)
+    return (mu - prior_mu) * (mu - prior_mu) + difference * difference
+
+
+@triton.jit
+def wasserstein2_terms_prior_gradient(mu, logvar, prior_mu, prior_logvar):
+    """In mu, logvar and prior_logvar; in prior_mu it is that in mu with the sign turned."""
+    sigma, prior_sigma, difference = _sigma_difference(logvar, prior_logvar)
+    return 2.0 * (mu - prior_mu), difference * sigma, -difference * prior_sigma

@@ -1,0 +1,15 @@
+"""Squared 2-Wasserstein distance of diagonal Gaussians: the kernels of kl_normal with other terms, the same traffic."""
+
+from __future__ import annotations
+
+import torch
+
+from fastkl.kernels import kl_normal
+
+
+def fwd(mu, parameter, prior, *settings) -> torch.Tensor:
+    return kl_normal.fwd([mu, parameter], -1, prior, *settings, distance="wasserstein2")
+
+
+def bwd(ddistance, mu, parameter, prior, *settings) -> list[torch.Tensor]:
+    return kl_normal.bwd(ddistance, [mu, parameter], -1, prior, *settings, distance="wasserstein2")
