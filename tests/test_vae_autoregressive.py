@@ -84,7 +84,7 @@ def test_draws_have_the_probabilities_of_the_model():
     drawn, output = vae.decoder.sample(z.expand(count, 2), vae.drawn)
     found = torch.bincount((drawn @ torch.tensor([8.0, 4.0, 2.0, 1.0])).long(), minlength=16) / count
     assert ((found - wanted).abs() <= 4.5 * (wanted * (1 - wanted) / count).sqrt()).all()
-    torch.testing.assert_close(output, vae.decode(z, drawn)), "and the outputs are the conditionals given these draws"
+    torch.testing.assert_close(output, vae.decode(z, drawn))  # the conditionals given these very draws
 
 
 @torch.no_grad()
