@@ -1,0 +1,95 @@
+"""The squared MMD of two samples as a registered op with its gradient, for the public functions that are made of it.
+
+Value and gradient come from one sweep over the pairs, in the forward pass, where the value is one number: what is saved
+is the gradient itself, of the inputs' size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkl import reference
+from fastkl.ops import _arguments as arguments
+from fastkl.ops import _pairs
+from fastkl.ops._register import apply, needs_closed_form, register
+
+
+def _fake(x, y, kernel, scales, unbiased, dx, dy) -> list[Tensor]:
+    dtype = reference.compute_dtype(x, y)
+    return [x.new_empty((), dtype=torch.float64), *(z.new_empty(z.shape, dtype=dtype) for z in [x] * dx + [y] * dy)]
+
+
+mmd_sums = register(
+    "mmd(Tensor x, Tensor y, str kernel, float[] scales, bool unbiased, bool dx, bool dy) -> Tensor[]",
+    closed_form=_pairs.mmd,
+    fake=_fake,
+    kernel="mmd.fwd",
+)
+
+
+class _MMD(torch.autograd.Function):
+    @staticmethod
+    def forward(x, y, kernel, scales, unbiased, dx, dy):
+        return tuple(mmd_sums(x, y, kernel, scales, unbiased, dx, dy))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2], *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.settings = inputs[2:5]
+
+    @staticmethod
+    def backward(ctx, dvalue, *_):
+        if dvalue is None:
+            return (None,) * 7
+        x, y, *kept = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:2]
+        if needs_closed_form(dvalue):
+            return *_pairs.mmd_gradients(dvalue, x, y, *ctx.settings), *[None] * 5
+        if len(kept) != sum(wanted):  # asked for after all
+            kept = mmd_sums(x, y, *ctx.settings, *wanted)[1:]
+        found = iter(kept)
+        gradients = [next(found).mul(dvalue).to(z.dtype) if ask else None for z, ask in zip((x, y), wanted)]
+        return *gradients, *[None] * 5
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        results = [apply(_MMD, *example) for example in arguments.examples(info.batch_size, in_dims, inputs)]
+        return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * len(results[0])
+
+
+def mmd(x: Tensor, y: Tensor, kernel: str, scales: tuple[float, ...], unbiased: bool) -> Tensor:
+    """Of checked x [N, D] and y [M, D], in float64: a difference of large sums, to which more may be added."""
+    asked = [torch.is_grad_enabled() and z.requires_grad for z in (x, y)]
+    return apply(_MMD, x, y, kernel, list(scales), unbiased, *asked)[0]
+
+
+def check_scales(scales: Any) -> tuple[float, ...]:
+    try:
+        numbers = tuple(scales)
+    except TypeError:
+        raise TypeError(f"scales must be a sequence of numbers, got {type(scales).__name__}") from None
+    if not numbers:
+        raise ValueError("scales must hold at least one number")
+    return tuple(arguments.check_number("scales", number, above=True) for number in numbers)
+
+
+def check_estimator(estimator: str, **rows: int) -> bool:
+    """Whether it is unbiased; rows are counted over all processes of a group."""
+    unbiased = arguments.check_choice("estimator", estimator, reference.MMD_ESTIMATORS) == "unbiased"
+    for name, count in rows.items():
+        if count < 1 + unbiased:
+            least = "2 rows for an unbiased estimate" if unbiased else "1 row"
+            raise ValueError(f"{name} must have at least {least}, got {count}")
+    return unbiased
+
+
+def check_points(name: str, points: Tensor) -> Tensor:
+    """[N, D], the dimensions of an event in one."""
+    if points.dim() < 2 or points.shape[1:].numel() == 0:
+        raise ValueError(f"{name} must be [N, D] with at least one dimension D, got shape {tuple(points.shape)}")
+    return points.flatten(1)
