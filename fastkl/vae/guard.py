@@ -1,0 +1,84 @@
+"""Steps that would ruin the weights are left out, and a run that has nothing but such steps is stopped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkl.vae.errors import UserError
+from fastkl.vae.parallel import Ranks
+
+ALONE = Ranks()
+
+
+class Diverged(UserError):
+    """Too many bad steps in a row. The weights are still those of the last good one."""
+
+
+class Guard:
+    """Between `backward` and the optimiser's step: says whether loss and gradients are fit to be used.
+
+        if guard.admit(loss, model.parameters(), step):
+            optimizer.step()
+
+    A bad step is then without effect on the weights and on the optimiser's moments, which a single NaN would ruin for
+    ever. All processes decide together, since a step that one of them left out would part their weights.
+
+    Args:
+        patience: so many bad steps in a row are too many; 1 or more.
+        ranks: the processes that decide together.
+        checkpoint: the file that the error points to.
+    """
+
+    def __init__(self, patience: int = 10, ranks: Ranks = ALONE, checkpoint: Path | None = None):
+        if patience < 1:
+            raise ValueError(f"patience must be at least 1, got {patience}")
+        self.patience, self.ranks, self.checkpoint = patience, ranks, checkpoint
+        self.skipped = self.in_a_row = 0
+
+    @torch.no_grad()
+    def admit(self, loss: Tensor, parameters: Iterable[Tensor], step: int | None = None) -> bool:
+        """Whether the loss of every process and all gradients are finite; waits for the device once.
+
+        Raises:
+            Diverged: this is the last of `patience` bad steps in a row.
+        """
+        good = torch.stack([loss.detach().reshape(()).isfinite(), largest(parameters, loss).isfinite()])
+        # Shares of processes: what is good on all of them is bad on none of them.
+        bad_loss, bad_gradient = self.ranks.mean((~good).float()).tolist()
+        if bad_loss == bad_gradient == 0:
+            self.in_a_row = 0
+            return True
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row >= self.patience:
+            raise Diverged(self.what_to_do("the loss" if bad_loss else "a gradient", step))
+        return False
+
+    def what_to_do(self, what: str, step: int | None) -> str:
+        times = f"{self.in_a_row} times in a row, the last" if self.in_a_row > 1 else "once"
+        place = "" if step is None else f" at step {step}"
+        kept = "no checkpoint yet"
+        if self.checkpoint is not None and self.checkpoint.exists():
+            kept = f"{self.checkpoint} is from before"
+        return f"{what} was not finite {times}{place}: try a smaller --learning-rate ({kept})"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skipped, self.in_a_row = int(state["skipped"]), int(state["in_a_row"])
+
+
+def largest(parameters: Iterable[Tensor], like: Tensor) -> Tensor:
+    """The largest absolute value in all gradients: not finite where any is not. (The sum of the squares of finite
+    gradients may be infinite.) On the device of `like`, and one pass over all of them, not one for each."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None and parameter.numel()]
+    if not gradients:
+        return torch.zeros((), device=like.device)
+    return nn.utils.get_total_norm(gradients, norm_type=math.inf).to(like.device)
