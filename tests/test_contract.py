@@ -74,6 +74,9 @@ OPS = {
         lambda *t: fastkl.rsample_gmm(*t, tau=0.7, seed=SEED).square().sum(-1),
         lambda n: [(n, 3), (3, 4), (3, 4)],
     ),
+    "iwae": (fastkl.iwae, lambda n: [(3, n)]),
+    "effective_sample_size": (fastkl.effective_sample_size, lambda n: [(3, n)]),
+    "weight_entropy": (fastkl.weight_entropy, lambda n: [(3, n)]),
     "kl_multivariate_normal": (
         lambda m, a, pm, b: fastkl.kl_multivariate_normal(
             m, a.tril(-1) + torch.eye(3, device=a.device, dtype=a.dtype), pm, b.exp()
