@@ -123,8 +123,19 @@ def test_counts_survive_a_checkpoint():
 def test_what_is_bad_on_another_process_is_bad_here(bad):
     guard = Guard(ranks=Others(*bad))
     assert not guard.admit(*backward(1.0, [1.0]))
-    assert guard.ranks.exchanges == [(2,)], "one exchange a step"
-    assert Guard(ranks=Others(0.0, 0.0)).admit(*backward(1.0, [1.0]))
+    fine = Others(0.0, 0.0)
+    assert Guard(ranks=fine).admit(*backward(1.0, [1.0]))
+    assert fine.exchanges == [(2,)], "one exchange a step"
+
+
+def test_a_norm_that_overflows_here_is_looked_into_by_all():
+    """Or the other process would wait for an exchange that this one does not take part in."""
+    ranks = Others(0.0, 0.0)
+    assert Guard(ranks=ranks).admit(*backward(1.0, [3e38]))
+    assert len(ranks.exchanges) == 2
+    there = Others(0.0, 1.0)
+    assert not Guard(ranks=there).admit(*backward(1.0, [1.0]))
+    assert len(there.exchanges) == 2
 
 
 def test_the_device_is_waited_for_once(monkeypatch):

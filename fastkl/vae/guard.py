@@ -43,14 +43,17 @@ class Guard:
 
     @torch.no_grad()
     def admit(self, loss: Tensor, parameters: Iterable[Tensor], step: int | None = None) -> bool:
-        """Whether the loss of every process and all gradients are finite; waits for the device once.
+        """Whether the loss of every process and all gradients are finite; waits for the device once if they are.
 
         Raises:
             Diverged: this is the last of `patience` bad steps in a row.
         """
-        good = torch.stack([loss.detach().reshape(()).isfinite(), largest(parameters, loss).isfinite()])
-        # Shares of processes: what is good on all of them is bad on none of them.
-        bad_loss, bad_gradient = self.ranks.mean((~good).float()).tolist()
+        parameters = list(parameters)
+        bad_loss, bad_gradient = self.bad(loss, norm(parameters, 2.0, loss))
+        if bad_gradient:
+            # The squares of finite gradients may be too large to be summed. Asked again only then: their maximum takes
+            # a CPU ten times as long.
+            bad_loss, bad_gradient = self.bad(loss, norm(parameters, math.inf, loss))
         if bad_loss == bad_gradient == 0:
             self.in_a_row = 0
             return True
@@ -59,6 +62,11 @@ class Guard:
         if self.in_a_row >= self.patience:
             raise Diverged(self.what_to_do("the loss" if bad_loss else "a gradient", step))
         return False
+
+    def bad(self, *values: Tensor) -> list[float]:
+        """Of each value the share of the processes on which it is not finite: none where it is finite on all."""
+        finite = torch.stack([value.detach().reshape(()).isfinite() for value in values])
+        return self.ranks.mean((~finite).float()).tolist()
 
     def what_to_do(self, what: str, step: int | None) -> str:
         times = f"{self.in_a_row} times in a row, the last" if self.in_a_row > 1 else "once"
@@ -75,10 +83,9 @@ class Guard:
         self.skipped, self.in_a_row = int(state["skipped"]), int(state["in_a_row"])
 
 
-def largest(parameters: Iterable[Tensor], like: Tensor) -> Tensor:
-    """The largest absolute value in all gradients: not finite where any is not. (The sum of the squares of finite
-    gradients may be infinite.) On the device of `like`, and one pass over all of them, not one for each."""
+def norm(parameters: list[Tensor], kind: float, like: Tensor) -> Tensor:
+    """Of all gradients together, on the device of `like`."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None and parameter.numel()]
     if not gradients:
         return torch.zeros((), device=like.device)
-    return nn.utils.get_total_norm(gradients, norm_type=math.inf).to(like.device)
+    return nn.utils.get_total_norm(gradients, norm_type=kind).to(like.device)
