@@ -57,8 +57,9 @@ class _MMD(torch.autograd.Function):
         return *gradients, *[None] * 5
 
     @staticmethod
-    def vmap(info, in_dims, *inputs):
-        results = [apply(_MMD, *example) for example in arguments.examples(info.batch_size, in_dims, inputs)]
+    def vmap(info, in_dims, x, y, *settings):
+        examples = arguments.examples(info.batch_size, in_dims[:2], (x, y))
+        results = [apply(_MMD, *example, *settings) for example in examples]
         return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * len(results[0])
 
 

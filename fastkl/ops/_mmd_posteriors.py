@@ -159,8 +159,9 @@ class _Posteriors(torch.autograd.Function):
         return *(part.mul(dvalue).to(z.dtype) for part, z in zip(kept, (mu, logvar))), *[None] * 3
 
     @staticmethod
-    def vmap(info, in_dims, *inputs):
-        results = [apply(_Posteriors, *example) for example in arguments.examples(info.batch_size, in_dims, inputs)]
+    def vmap(info, in_dims, mu, logvar, *settings):
+        examples = arguments.examples(info.batch_size, in_dims[:2], (mu, logvar))
+        results = [apply(_Posteriors, *example, *settings) for example in examples]
         return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * len(results[0])
 
 

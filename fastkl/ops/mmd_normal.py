@@ -75,8 +75,8 @@ def mmd_normal(
 
     >>> import torch, fastkl
     >>> mu, logvar = torch.zeros(3, 2), torch.zeros(3, 2)
-    >>> fastkl.mmd_normal(mu, logvar)  # the posteriors are the prior
-    tensor(0.)
+    >>> fastkl.mmd_normal(mu, logvar).abs() < 1e-6  # the posteriors are the prior
+    tensor(True)
     >>> fastkl.mmd_normal(mu, scales=[1.0])  # 1 - 2 (2/3) + 2/4
     tensor(0.1667)
     """

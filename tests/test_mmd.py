@@ -1,0 +1,189 @@
+"""mmd: both implementations against the float64 definition, geomloss, and the defects of others."""
+
+import pytest
+import torch
+
+import fastkl
+from fastkl import reference
+from fastkl.ops import _pairs
+
+from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, leaf, peak_bytes
+
+both = pytest.mark.parametrize("backend", ["torch", "triton"])
+kernels = pytest.mark.parametrize("kernel", reference.MMD_KERNELS)
+# (N, M, D): why
+SHAPES = [
+    (64, 32, 16),  # whole tiles
+    (33, 70, 5),  # parts of tiles, odd dimensions
+    (2, 3, 1),  # the fewest, one dimension
+    (5, 4, 70),  # several blocks of dimensions
+]
+
+
+def draw(n, m, d, dtype=torch.float32, far=0.0):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(n, d, generator=generator) + far, 1.2 * torch.randn(m, d, generator=generator) + far
+    return [leaf(x.to(dtype)), leaf(y.to(dtype))]
+
+
+def run(function, tensors, **settings):
+    value = function(*tensors, **settings)
+    return [value, *torch.autograd.grad(3 * value, tensors)]
+
+
+def check(function, definition, tensors, **settings):
+    exact = run(definition, [leaf(t.double()) for t in tensors], **settings)
+    eager, actual = run(definition, tensors, **settings), run(function, tensors, **settings)
+    # A discrepancy is a small difference of means of kernels, which are what is rounded.
+    assert_as_good_as_eager(actual[0], eager[0], exact[0], scale=float(len(settings.get("scales", range(7)))))
+    for got, naive, truth in zip(actual[1:], eager[1:], exact[1:]):
+        assert_as_good_as_eager(got, naive, truth, units=8.0, scale=truth.abs().max())
+    assert [t.dtype for t in actual] == [reference.compute_dtype(*tensors), *(t.dtype for t in tensors)]
+
+
+@both
+@kernels
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(backend, kernel, shape):
+    with implementation(backend):
+        for estimator in reference.MMD_ESTIMATORS:
+            check(fastkl.mmd, reference.mmd, draw(*shape), kernel=kernel, estimator=estimator)
+
+
+@both
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes(backend, kernel, dtype):
+    with implementation(backend):
+        check(fastkl.mmd, reference.mmd, draw(20, 17, 6, dtype), kernel=kernel, scales=(2.0, 1.0, 0.5, 0.3))
+
+
+@both
+def test_mixed_dtypes_strides_and_images(backend):
+    x, y = torch.randn(6, 9, 4, device=DEVICE), torch.randn(4, 7, device=DEVICE, dtype=torch.float64).t()
+    with implementation(backend):
+        for a, b in ((x[:, 1::2], x[:, ::2][:5, :4]), (x[0, :, :].t(), x[1, :, :].t()), (x[0], y[:1].expand(9, 4))):
+            expected = reference.mmd(a.double(), b.double())
+            torch.testing.assert_close(fastkl.mmd(a, b).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@both
+def test_only_one_side_wants_a_gradient(backend):
+    x, y = draw(9, 7, 4)
+    with implementation(backend):
+        full = torch.autograd.grad(fastkl.mmd(x, y), (x, y))
+        for position in range(2):
+            tensors = [x.detach(), y.detach()]
+            tensors[position] = leaf(tensors[position])
+            (alone,) = torch.autograd.grad(fastkl.mmd(*tensors), tensors[position])
+            torch.testing.assert_close(alone, full[position], rtol=1e-5, atol=1e-7)
+
+
+@kernels
+@pytest.mark.parametrize(("far", "spread"), [(1000.0, 0.0), (0.0, 100.0), (0.0, 1e6)])
+def test_points_far_from_the_origin_and_from_each_other(kernel, far, spread):
+    """A product of matrices loses the digits of small distances between points of large norms."""
+    x, y = draw(60, 50, 3, far=far)
+    for points in (x, y):
+        points.data += spread * (torch.arange(len(points), device=DEVICE) % 2).unsqueeze(1)
+    check(fastkl.mmd, reference.mmd, [x, y], kernel=kernel)
+
+
+def test_several_blocks(monkeypatch):
+    monkeypatch.setattr(_pairs, "BLOCK", 16)
+    monkeypatch.setattr(_pairs, "SUMMED", 5)
+    for kernel in reference.MMD_KERNELS:
+        for estimator in reference.MMD_ESTIMATORS:
+            check(fastkl.mmd, reference.mmd, draw(50, 33, 4), kernel=kernel, estimator=estimator)
+
+
+def test_value_near_zero_to_float64s_digits():
+    """Samples of the same distribution: the unbiased estimate is 1e-4 of the means that it is a difference of."""
+    x, y = (torch.randn(1500, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    for kernel in reference.MMD_KERNELS:
+        exact = fastkl.mmd(x.double(), y.double(), kernel=kernel)
+        assert abs(fastkl.mmd(x, y, kernel=kernel).double() - exact) < 5e-8
+
+
+def test_agrees_with_geomloss():
+    geomloss = pytest.importorskip("geomloss")
+    x, y = (leaf(t.detach().cpu().double()) for t in draw(40, 30, 5))
+    for s in (0.3, 1.0):  # geomloss: half the biased discrepancy, exp(-d^2 / (2 blur^2))
+        theirs = 2 * geomloss.SamplesLoss("gaussian", blur=(5 * s) ** 0.5, backend="tensorized")(x.cpu(), y.cpu())
+        ours = fastkl.mmd(x, y, kernel="rbf", scales=[s], estimator="biased")
+        torch.testing.assert_close(ours.cpu(), theirs)
+        torch.testing.assert_close(
+            [g.cpu() for g in torch.autograd.grad(ours, (x, y))], list(torch.autograd.grad(theirs, (x, y)))
+        )
+
+
+@both
+def test_rbf_is_normalised_once(backend):
+    """AntixK/PyTorch-VAE averages d^2 over the D dimensions and divides by D again: exp(-d^2 / D^2) is 1 for all pairs
+    of a large latent, and samples of any two distributions look the same. Here it depends on d^2 / D alone."""
+
+    def twice(x, y):
+        k = [
+            torch.exp(-(a.unsqueeze(1) - b).square().mean(-1) / x.shape[1]).mean() for a, b in ((x, x), (y, y), (x, y))
+        ]
+        return k[0] + k[1] - 2 * k[2]
+
+    found = {"twice": [], "once": []}
+    for d in (4, 256):
+        x, y = torch.randn(2, 40, d, generator=torch.Generator().manual_seed(d)).to(DEVICE)
+        with implementation(backend):
+            once = fastkl.mmd(x, 2 * y, kernel="rbf", scales=[1.0], estimator="biased")
+        found["once"].append(once.item())
+        found["twice"].append(twice(x, 2 * y).item())
+    assert found["twice"][1] < 0.05 * found["twice"][0]  # the defect is real
+    assert found["once"][1] > 0.5 * found["once"][0]
+
+
+def test_vmap_keeps_its_dimension_out_of_the_pairs():
+    x, y = (torch.randn(3, n, 4, dtype=torch.float64, device=DEVICE, requires_grad=True) for n in (5, 6))
+    mapped, looped = torch.func.vmap(fastkl.mmd)(x, y), torch.stack([fastkl.mmd(*each) for each in zip(x, y)])
+    torch.testing.assert_close(mapped, looped)
+    torch.testing.assert_close(*[torch.autograd.grad(value.square().sum(), (x, y)) for value in (mapped, looped)])
+    shared = torch.func.vmap(torch.func.grad(fastkl.mmd), (0, None))(x, y[0])
+    torch.testing.assert_close(shared[1], torch.autograd.grad(fastkl.mmd(x[1], y[0]), x)[0][1])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts the CPU's memory")
+def test_nothing_of_the_size_of_the_pairs():
+    tensors = draw(3000, 3000, 8)  # 36 MB in float32
+    assert peak_bytes(lambda: run(fastkl.mmd, tensors)) < 8 << 20
+
+
+@both
+def test_repeats_bit_for_bit_and_saves_gradients_only(backend):
+    tensors, saved = draw(50, 40, 4), []
+    with implementation(backend):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            fastkl.mmd(*tensors)
+        first, second = run(fastkl.mmd, tensors), run(fastkl.mmd, tensors)
+    assert sum(saved) <= 2 * sum(t.numel() for t in tensors) + 2
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_bad_arguments():
+    x = torch.zeros(3, 4)
+    bad = {
+        "same dimensions": lambda: fastkl.mmd(x, x[:, :2]),
+        "must be \\[N, D\\]": lambda: fastkl.mmd(x[0], x),
+        "x must have at least 2 rows": lambda: fastkl.mmd(x[:1], x),
+        "y must have at least 1 row,": lambda: fastkl.mmd(x, x[:0], estimator="biased"),
+        "at least one number": lambda: fastkl.mmd(x, x, scales=()),
+        "scales must be a finite number above 0": lambda: fastkl.mmd(x, x, scales=(1.0, 0.0)),
+        "kernel must be one of 'imq', 'rbf'": lambda: fastkl.mmd(x, x, kernel="laplace"),
+        "estimator must be one of": lambda: fastkl.mmd(x, x, estimator="linear"),
+    }
+    for message, call in bad.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+    for message, call in {
+        "sequence of numbers, got float": lambda: fastkl.mmd(x, x, scales=1.0),
+        "got dtype torch.int64": lambda: fastkl.mmd(x, x.long()),
+        "group must be": lambda: fastkl.mmd(x, x, group=1),
+    }.items():
+        with pytest.raises(TypeError, match=message):
+            call()
