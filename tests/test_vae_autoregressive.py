@@ -81,10 +81,19 @@ def test_draws_have_the_probabilities_of_the_model():
     z = torch.randn(2)
     wanted = vae.log_likelihood(z, everything).exp()
     torch.manual_seed(1)
-    drawn, output = vae.decoder.sample(z.expand(count, 2), vae.drawn)
+    drawn, _ = vae.decoder.sample(z.expand(count, 2), vae.drawn)
     found = torch.bincount((drawn @ torch.tensor([8.0, 4.0, 2.0, 1.0])).long(), minlength=16) / count
     assert ((found - wanted).abs() <= 4.5 * (wanted * (1 - wanted) / count).sqrt()).all()
-    torch.testing.assert_close(output, vae.decode(z, drawn))  # the conditionals given these very draws
+
+
+@pytest.mark.parametrize(("shape", "hidden", "layers"), SIZES)
+def test_a_draw_comes_with_its_conditionals(shape, hidden, layers):
+    """Drawing computes each hidden unit when its inputs are there; it must be what the whole pass gives afterwards."""
+    vae = made(shape, hidden, layers)
+    z = torch.randn(3, 5, 2)
+    drawn, output = vae.decoder.sample(z, vae.drawn)
+    assert drawn.shape == (3, 5, *shape)
+    torch.testing.assert_close(output, vae.decode(z, drawn), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ arXiv:1502.03509); only drawing x takes a step for each of its values.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -21,16 +22,21 @@ LARGEST = 4096  # values of a datum: as many steps a picture takes, and the weig
 
 
 class Masked(nn.Linear):
-    """A linear map from `before` to `after`, degrees of its inputs and outputs, that leaves out where the input's is
-    greater."""
+    """A linear map that leaves out whatever leads from a greater degree to a smaller; `before` and `after` are those of
+    its inputs and outputs, in ascending order."""
 
     def __init__(self, before: Tensor, after: Tensor, bias: bool = True):
         super().__init__(len(before), len(after), bias)
         # Made again from the sizes, so a checkpoint need not hold it.
         self.register_buffer("mask", (before <= after[:, None]).float(), persistent=False)
+        self.degrees = after.tolist()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight * self.mask, self.bias)
+
+    def of_degree(self, degree: int) -> slice:
+        """The outputs of this degree, side by side because degrees ascend."""
+        return slice(bisect_left(self.degrees, degree), bisect_right(self.degrees, degree))
 
 
 class MaskedDecoder(nn.Module):
@@ -68,10 +74,22 @@ class MaskedDecoder(nn.Module):
 
     @torch.no_grad()
     def sample(self, z: Tensor, draw: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor]:
-        """(x, the parameters of the conditionals it was drawn from), one for each z; draw(parameter, i) is value i."""
-        x = z.new_zeros(*z.shape[:-1], math.prod(self.shape))
-        for index in range(x.shape[-1]):
-            # A value depends on earlier ones alone, so that what is not drawn yet may be anything finite.
-            output = self(z, x.unflatten(-1, self.shape)).flatten(-len(self.shape))
-            x[..., index] = draw(output[..., index], index)
-        return x.unflatten(-1, self.shape), output.unflatten(-1, self.shape)
+        """(x, the parameters of the conditionals it was drawn from), one for each z; draw(parameter, i) is value i.
+
+        Once the first m values are drawn, the units of degree m are what they will be, and each is computed only then:
+        all steps together cost what one pass does.
+        """
+        weights = [layer.weight * layer.mask for layer in self.layers]
+        direct = self.direct.weight * self.direct.mask
+        # What z and the biases give; the rest is added degree by degree. What is not known yet has no weight.
+        sums = [from_latent(z) + layer.bias for layer, from_latent in zip(self.layers, self.from_latent)]
+        known = [torch.zeros_like(each) for each in (sums[-1], *sums[:-1])]  # x, and the hidden units' activations
+        for degree in range(sums[-1].shape[-1]):
+            for index, (layer, weight) in enumerate(zip(self.layers, weights)):
+                units = layer.of_degree(degree)
+                sums[index][..., units] += F.linear(known[index], weight[units])
+                if index + 1 < len(weights):
+                    known[index + 1][..., units] = F.silu(sums[index][..., units])
+            sums[-1][..., units] += F.linear(known[0], direct[units])
+            known[0][..., degree] = draw(sums[-1][..., degree], degree)
+        return known[0].unflatten(-1, self.shape), sums[-1].unflatten(-1, self.shape)
