@@ -22,6 +22,7 @@ from fastkl.ops.rsample_normal import rsample_normal
 from fastkl.ops.wasserstein2_multivariate_normal import wasserstein2_multivariate_normal
 from fastkl.ops.wasserstein2_normal import wasserstein2_normal
 from fastkl.reference import SoftBounds
+from fastkl.transport import sliced_wasserstein
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "rsample_kl",
     "rsample_normal",
     "sample_gmm",
+    "sliced_wasserstein",
     "wasserstein2_multivariate_normal",
     "wasserstein2_normal",
     "weight_entropy",

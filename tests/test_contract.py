@@ -96,6 +96,11 @@ OPS = {
 SHARED = {
     "kl_normal, shared prior": (fastkl.kl_normal, lambda n: [(n, 4), (n, 4), (4,), (1, 4)]),
     "kl_normal_per_dim": (fastkl.kl_normal_per_dim, lambda n: [(n, 4), (n, 4), (4,), (1, 4)]),
+    "sliced_wasserstein": (lambda *t: fastkl.sliced_wasserstein(*t, 5, seed=SEED), lambda n: [(n, 4), (n, 4)]),
+    "sliced_wasserstein, sizes": (
+        lambda *t: fastkl.sliced_wasserstein(*t, 5, 3, seed=SEED),
+        lambda n: [(n, 4), (3, 4)],
+    ),
     "mmd": (fastkl.mmd, lambda n: [(n, 4), (3, 4)]),
     "mmd, rbf": (lambda *t: fastkl.mmd(*t, kernel="rbf", estimator="biased"), lambda n: [(n, 4), (n, 4)]),
     "mmd_normal": (fastkl.mmd_normal, lambda n: [(n, 4), (n, 4)]),
@@ -234,7 +239,7 @@ def test_checkpointing_draws_the_same_noise_again():
 def test_empty_batch(name, backend):
     function, shapes = get(name)
     inputs = draw(*shapes(0), dtype=torch.float32)
-    if name.startswith("mmd"):  # a mean over pairs
+    if name.startswith(("mmd", "sliced")):  # a mean over pairs, or points
         with pytest.raises(ValueError, match="must have at least"):
             function(*inputs)
         return

@@ -29,6 +29,7 @@ ARROWS = {
     "fastkl.distributions": ("fastkl.ops", "fastkl.reference"),
     "fastkl.mixtures": ("fastkl.ops", "fastkl.reference"),
     "fastkl.priors": ("fastkl.ops", "fastkl.reference", "fastkl.distributions", "fastkl.mixtures", "fastkl.priors"),
+    "fastkl.transport": ("fastkl.ops", "fastkl.reference"),
     "fastkl.remedies": ("fastkl.ops", "fastkl.reference", "fastkl.distributions", "fastkl.remedies"),
     "fastkl.monitors": (
         "fastkl.ops",

@@ -1,0 +1,181 @@
+"""Optimal transport between samples: the sliced Wasserstein distance."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastkl import reference
+from fastkl.ops import _arguments as arguments
+from fastkl.ops import _sampling as sampling
+from fastkl.ops._register import apply, needs_closed_form
+from fastkl.ops.rsample_normal import rsample_normal
+
+# Bytes of a block of projections' temporaries, and how many each of their points takes.
+CHUNK = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+POINT_BYTES = 48
+
+
+def _sort(values: Tensor) -> tuple[Tensor, Tensor]:
+    """values.sort(-1); on a CPU float32 numbers and their places are sorted as one integer, in a sixth of the time."""
+    plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or values.device.type != "cpu"
+    if plain or values.dtype != torch.float32:
+        return values.sort(-1)
+    bits = values.numpy().view(np.int32)
+    keys = (bits ^ (bits >> 31 & 0x7FFFFFFF)).astype(np.int64) << 32 | np.arange(values.shape[-1])
+    keys.sort(-1)
+    bits = (keys >> 32).astype(np.int32)
+    bits ^= bits >> 31 & 0x7FFFFFFF
+    return torch.from_numpy(bits.view(np.float32)), torch.from_numpy(keys & 0xFFFFFFFF)
+
+
+def _block(
+    x: Tensor, y: Tensor, unit: Tensor, p: float, wants: tuple[bool, bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(sum over projections of W_p^p, its gradient in x and in y where wanted), differentiable."""
+    n, m = len(x), len(y)
+    (first, first_order), (second, second_order) = (_sort(unit @ points.T) for points in (x, y))
+    if n == m:
+        mass, pieces = 1 / n, None
+        difference = first - second
+    else:
+        lengths, *pieces = reference.quantile_segments(n, m, x.device)
+        mass = lengths.to(x.dtype) / (n * m)
+        difference = first[:, pieces[0]] - second[:, pieces[1]]
+    if p == 2:
+        power, slope = difference.square(), 2 * difference
+    else:
+        size = difference.abs()
+        power, slope = size**p, p * size ** (p - 1) * difference.sign()
+    value = (power * mass).sum()
+    gradients = []
+    for index, (order, want) in enumerate(zip((first_order, second_order), wants)):
+        if not want:
+            gradients.append(None)
+            continue
+        moved = (1 - 2 * index) * mass * slope
+        if pieces is not None:
+            moved = torch.zeros_like(order, dtype=x.dtype).index_add(1, pieces[index], moved)
+        gradients.append(torch.zeros_like(moved).scatter(1, order, moved).T @ unit)
+    return value, gradients
+
+
+def _blocks(x: Tensor, y: Tensor, unit: Tensor, p: float, wants: tuple[bool, bool]) -> list[Tensor]:
+    """[mean over projections of W_p^p, its gradients that are wanted], a block of projections at a time."""
+    x, y = x.to(unit.dtype), y.to(unit.dtype)
+    if torch.compiler.is_compiling():  # a graph is one for any number of rows
+        blocks = [unit]
+    else:
+        blocks = unit.split(max(1, CHUNK.get(x.device.type, CHUNK["cuda"]) // (POINT_BYTES * (len(x) + len(y)))))
+    value, totals = 0.0, [None, None]
+    for block in blocks:
+        found, gradients = _block(x, y, block, p, wants)
+        value = value + found.double()
+        totals = [g if total is None else total + g for total, g in zip(totals, gradients)]
+    count = len(unit)
+    return [(value / count).to(unit.dtype), *(total / count for total in totals if total is not None)]
+
+
+class _SlicedWasserstein(torch.autograd.Function):
+    """The gradient is made on the way forward, where the order is known: sorting takes most of the time."""
+
+    @staticmethod
+    def forward(x, y, unit, p, wants_x, wants_y):
+        return tuple(_blocks(x, y, unit, p, (wants_x, wants_y)))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3], *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.p, ctx.kept = inputs[3], inputs[4:]
+
+    @staticmethod
+    def backward(ctx, dvalue, *_):
+        if dvalue is None:
+            return (None,) * 6
+        x, y, unit, *gradients = ctx.saved_tensors
+        wants = tuple(ctx.needs_input_grad[:2])
+        if needs_closed_form(dvalue):
+            _, gradients = _block(x.to(unit.dtype), y.to(unit.dtype), unit, ctx.p, wants)
+            gradients = [None if g is None else g / len(unit) for g in gradients]
+        elif ctx.kept == wants:
+            found = iter(gradients)
+            gradients = [next(found) if want else None for want in wants]
+        else:
+            found = iter(_blocks(x, y, unit, ctx.p, wants)[1:])
+            gradients = [next(found) if want else None for want in wants]
+        scaled = [None if g is None else (dvalue * g).to(points.dtype) for g, points in zip(gradients, (x, y))]
+        return *scaled, None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, x, y, unit, p, wants_x, wants_y):
+        settings = (p, wants_x, wants_y)
+        each = [
+            apply(_SlicedWasserstein, *tensors, *settings)
+            for tensors in arguments.examples(info.batch_size, in_dims, (x, y, unit))
+        ]
+        outputs = tuple(torch.stack(outputs) for outputs in zip(*each))
+        return outputs, (0,) * len(outputs)
+
+
+def check_samples(**samples: Tensor) -> None:
+    """Points [N, D], with N > 0 and the same D > 0."""
+    arguments.check_tensors(**samples)
+    for name, points in samples.items():
+        if points.dim() != 2:
+            raise ValueError(f"{name} must be points [N, D], got {tuple(points.shape)}")
+        if 0 in points.shape:
+            raise ValueError(f"{name} must have at least one point and one dimension, got {tuple(points.shape)}")
+    (first, x), (second, y) = samples.items()
+    if x.shape[1] != y.shape[1]:
+        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
+        raise ValueError(f"{first} and {second} must have as many dimensions, got {shapes}")
+
+
+def sliced_wasserstein(
+    x: Tensor, y: Tensor, num_projections: int, p: float = 2, seed: int | Tensor | None = None
+) -> Tensor:
+    """Sliced p-Wasserstein distance of two samples to the p-th power, by random projections.
+
+    SW_p^p = mean over unit vectors t of W_p^p(t^T x, t^T y), W_p^p(u, v) = int_0^1 |F_u^-1(s) - F_v^-1(s)|^p ds
+
+    The mean of the p-th powers, which the sliced-Wasserstein autoencoder minimises; POT's sliced_wasserstein_distance
+    is its p-th root. In one dimension W_p^p is found by sorting, for unequal sizes by merging the quantiles.
+
+    Args:
+        x, y: points [N, D] and [M, D], all of the same mass.
+        num_projections: how many directions; they are normal noise from the seed over its length, the same on every
+            device.
+        p: the power, at least 1.
+        seed: an int or an int64 tensor without dimensions, for the same directions again; absent, torch draws it.
+
+    Returns:
+        One number, float32 for float16, bfloat16 and float32 input, float64 if any input is. Nothing of size N x M is
+        made; a block of projections at a time takes 32 MiB on a CPU, 256 MiB on a GPU (under torch.compile there is one
+        block). The gradient is found with the value, where the order is known, and kept: [N, D] and [M, D].
+
+    Raises:
+        TypeError: x or y is not a floating-point tensor, num_projections is not an int, p is not a number.
+        ValueError: x and y are not [N, D] and [M, D], no projections, p < 1.
+
+    Source: Kolouri et al. 2018, "Sliced-Wasserstein Autoencoder", arXiv:1804.01947, equation 15; Bonneel et al. 2015,
+    "Sliced and Radon Wasserstein Barycenters of Measures".
+
+    >>> import torch, fastkl
+    >>> x = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+    >>> f"{fastkl.sliced_wasserstein(x, x + 2.0, 500, seed=0):.1f}"  # |shift|^2 / D
+    '4.0'
+    """
+    check_samples(x=x, y=y)
+    num_projections, p = arguments.check_int("num_projections", num_projections, 1), arguments.check_number("p", p)
+    if p < 1:
+        raise ValueError(f"p must be at least 1, got {p}")
+    seed = sampling.check_seed(seed, x.device, "x")
+    zero = torch.zeros((), device=x.device)
+    noise = rsample_normal(zero.expand(num_projections, x.shape[1]), zero, seed=seed)
+    unit = reference.directions(noise.to(reference.compute_dtype(x, y)))
+    wants = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, y))
+    with torch.autocast(x.device.type, enabled=False):
+        return apply(_SlicedWasserstein, x, y, unit, p, *wants)[0]
