@@ -6,7 +6,8 @@
     python bench/collapse.py --table                          # what has been measured so far, and the picture of it
 
 Every run is one line of JSON in bench/results/collapse_DATA.jsonl. The figures are those of the test data: how much of
-the latent is used (mutual information, KL, active units) and what that costs (ELBO, log p(x)).
+the latent is used (mutual information, KL, active units) and what that costs (ELBO, log p(x)). Grey values are drawn as
+zeros and ones for a decoder that reads them, with the seed of the run: the same for all variants.
 """
 
 from __future__ import annotations
@@ -174,14 +175,13 @@ def draw(rows: list[dict], source: str) -> None:
                     mean = statistics.mean(values)
                     panel.plot([mean, mean], [place - 0.3, place + 0.3], color=colour, linewidth=2)
             panel.set(title=title, xlabel=unit)
-            if len(series) > 1:
-                panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
-            else:
+            if len(series) == 1:
                 panel.set_xlim(left=0)
             panel.axhline(1.5, color=GREY, linewidth=1, linestyle="--")
         panels[0].set_yticks(range(len(variants)), variants)
         panels[0].set_ylim(len(variants) - 0.5, -0.5)
         panels[1].set_xlim(0, units)
+        figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower right", ncols=2)
         name = "collapse.png" if source == "digits" else f"collapse_{source}.png"
         path = HERE.parent / "docs" / "pictures" / name
         figure.savefig(path, metadata={"Software": None})
