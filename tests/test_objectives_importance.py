@@ -1,8 +1,6 @@
-"""The importance-weighted objectives: on a model that is solved exactly, and against gradients worked out by hand."""
+"""The importance-weighted objectives: every gradient by hand, latents, priors and surroundings of every kind."""
 
 import math
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import fastkl
 from fastkl import objectives
 
+from gmm_helpers import draw
 from helpers import DEVICE
 
 GRADIENTS = ("plain", "stl", "dreg")
@@ -26,86 +25,9 @@ every = pytest.mark.parametrize("name", SETTINGS)
 every_gradient = pytest.mark.parametrize("gradient", GRADIENTS)
 
 
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
-
-
 def likelihood_of(x, mean=lambda z: z):
     """p(x | z) = N(mean(z), I)."""
     return lambda z: fastkl.normal_log_prob(x, mean(z), torch.zeros((), device=DEVICE), event_ndim=1)
-
-
-def evidence(x):
-    """ln p(x) of p(z) = N(0, I), p(x | z) = N(z, I)."""
-    return (-0.25 * x.square() - 0.5 * math.log(4 * math.pi)).sum(-1)
-
-
-# ---- the model that is solved exactly ----
-
-
-@every
-@every_gradient
-def test_at_the_exact_posterior(name, gradient):
-    """All weights are p(x): the bound is ln p(x) whatever L, and only the plain gradient has noise."""
-    x = 2 * normal(N, D)
-    mu, logvar = (x / 2).requires_grad_(), torch.full_like(x, math.log(0.5)).requires_grad_()
-    q = fastkl.DiagonalNormal(mu, logvar)
-    objective = getattr(objectives, name)
-    loss, terms = objective(q, None, likelihood_of(x), gradient=gradient, eps=normal(M * L, N, D), **SETTINGS[name])
-    torch.testing.assert_close(loss, -evidence(x).mean(), rtol=1e-13, atol=0)
-    assert terms["bound"] == -loss
-    count = SETTINGS[name]["num_samples"]
-    assert terms["effective_sample_size"].item() == pytest.approx(count, rel=1e-12)
-    assert terms["weight_entropy"].item() == pytest.approx(math.log(count), rel=1e-12)
-    for d in torch.autograd.grad(loss, [mu, logvar]):
-        assert d.abs().min() > 1e-4 if gradient == "plain" else d.abs().max() < 1e-14
-
-
-def test_below_the_evidence_and_tighter_with_more_samples():
-    repeats = 4000
-    x = torch.full((repeats, 1), 1.0, dtype=torch.float64, device=DEVICE)
-    q = fastkl.DiagonalNormal(x / 2 + 1, torch.zeros_like(x))
-    exact, previous = evidence(x)[0], -math.inf
-    for count in (1, 3, 9):
-        z = q.rsample(eps=normal(count, repeats, 1, seed=count), num_samples=count)
-        prior = fastkl.normal_log_prob(z, *torch.zeros(2, 1, device=DEVICE), event_ndim=1)
-        bounds = fastkl.iwae(likelihood_of(x)(z) + prior - q.log_prob(z))
-        mean, error = bounds.mean(), bounds.std() / math.sqrt(repeats)
-        assert previous + 4 * error < mean < exact - 4 * error
-        previous = mean
-        loss = objectives.iwae(
-            q, None, likelihood_of(x), num_samples=count, eps=normal(count, repeats, 1, seed=count)
-        ).loss
-        torch.testing.assert_close(loss, -mean)
-
-
-BENCH = runpy.run_path(Path(__file__).parent.parent / "bench" / "iwae_snr.py")
-
-
-def test_dreg_is_unbiased_and_stl_is_not():
-    """As L grows STL tends to (x / 2 - mu) / sigma^2, the mean over the posterior of d ln w / dz, the bound's to 0."""
-    few = {name: BENCH["gradients"](name, 4, 40_000, seed) for seed, name in enumerate(GRADIENTS)}
-    errors = {name: values.std(0) / math.sqrt(len(values)) for name, values in few.items()}
-    means = {name: values.mean(0) for name, values in few.items()}
-    both = (errors["plain"].square() + errors["dreg"].square()).sqrt()
-    assert ((means["plain"] - means["dreg"]).abs() < 4 * both).all()
-    assert (means["plain"].abs() > 10 * both).all()
-    limit = (BENCH["X"] / 2 - BENCH["MU"]) / BENCH["VARIANCE"]
-    assert means["stl"][0] < means["dreg"][0] - 100 * errors["stl"][0]
-    assert BENCH["gradients"]("stl", 1000, 200)[:, 0].mean().item() == pytest.approx(limit, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("gradient", "repeats", "low", "high"), [("plain", 20_000, -0.65, -0.4), ("dreg", 500, 0.4, 0.6)]
-)
-def test_signal_to_noise(gradient, repeats, low, high):
-    """Of the gradient in q's mean: plain it falls as 1 / sqrt(L), doubly reparameterised it grows as sqrt(L)."""
-    samples = (4, 16, 64)
-    values = [BENCH["gradients"](gradient, count, repeats)[:, 0] for count in samples]
-    assert low < BENCH["slope"](samples, [(v.mean().abs() / v.std()).item() for v in values]) < high
-
-
-# ---- every gradient by hand ----
 
 
 class Toy(nn.Module):
@@ -126,7 +48,7 @@ class Toy(nn.Module):
         return getattr(objectives, name)(q, self.prior, likelihood, gradient=gradient, eps=eps, **settings)
 
     def log_w(self, x, eps, fixed):
-        """ln w [M L, N] by torch.distributions, and its part in which q's parameters stand still or not."""
+        """ln w [M L, N] by torch.distributions, with ln q's parameters standing still or not."""
         normal = torch.distributions.Normal
         mu, logvar = self.encoder(x).chunk(2, 1)
         z = mu + (0.5 * logvar).exp() * eps
@@ -157,11 +79,8 @@ def by_hand(name, log_w):
 @every
 @every_gradient
 def test_value_and_gradients(name, gradient):
-    """The bound's value whatever the gradient; weights over the samples of an estimate, with the right sign, constant.
-
-    Pythae's MIWAE and PIWAE take the softmax over the estimates; PyTorch-VAE's MIWAE weighs the worst samples most,
-    with weights that are not detached; both return sum_l v_l ln w_l, which is no bound."""
-    toy, x, eps = Toy(), normal(N, 3), normal(M * L, N, D, seed=1)
+    """The bound's value whatever the gradient; its weights are those of the right samples."""
+    toy, x, eps = Toy(), draw(N, 3), draw(M * L, N, D, seed=1)
     log_w = toy.log_w(x, eps, fixed=gradient != "plain")
     bound, decoder, encoder, doubly = by_hand(name, log_w.detach())
     encoder = doubly if gradient == "dreg" else encoder
@@ -171,18 +90,50 @@ def test_value_and_gradients(name, gradient):
     for module, weights in ((toy.decoder, decoder), (toy.prior, decoder), (toy.encoder, encoder)):
         expected = toy.gradients(-(weights * log_w).sum(0).mean(), module)
         torch.testing.assert_close(toy.gradients(loss, module), expected, rtol=1e-10, atol=1e-12)
-    others = {"softmax over the estimates": torch.softmax(log_w.detach().view(M, L, N), 0).view_as(log_w) / L}
-    others["the sign"] = torch.softmax(-log_w.detach(), 0)
-    for defect, weights in others.items():
-        wrong = toy.gradients(-(weights * log_w).sum(0).mean(), toy.encoder)[0]
-        assert (toy.gradients(loss, toy.encoder)[0] - wrong).abs().max() > 1e-3, defect
-    surrogate = (torch.softmax(log_w.detach(), 0) * log_w.detach()).sum(0).mean()
-    assert abs(surrogate + loss) > 0.1
+
+
+def table_gradient(name, table):
+    """d loss / d ln p(x | z_ml) [M L, 1], and ln w of the same draws."""
+    table = table.clone().requires_grad_()
+    q = fastkl.DiagonalNormal(*draw(2, 1, D))
+    eps = draw(M * L, 1, D, seed=1)
+    z = q.rsample(num_samples=M * L, eps=eps)
+    loss, _ = getattr(objectives, name)(q, None, lambda z: table, eps=eps, **SETTINGS[name])
+    (gradient,) = torch.autograd.grad(loss, table)
+    return (
+        loss,
+        gradient,
+        table.detach() - q.log_prob(z) + fastkl.DiagonalNormal(*torch.zeros(2, 1, D).to(z)).log_prob(z),
+    )
+
+
+def test_weights_are_over_the_samples_of_an_estimate():
+    """Pythae's MIWAE and PIWAE take the softmax over estimates: there, all samples of a bad one count for nothing."""
+    table = torch.zeros(M, L, 1, dtype=torch.float64, device=DEVICE)
+    table[0] = -50.0  # every sample of the first estimate
+    _, gradient, log_w = table_gradient("miwae", table.view(M * L, 1))
+    torch.testing.assert_close(gradient, -torch.softmax(log_w.view(M, L, 1), 1).view(M * L, 1) / M)
+    torch.testing.assert_close(gradient[:L].sum().item(), -1 / M)
+    assert torch.softmax(log_w.view(M, L, 1), 0)[0].max() < 1e-15  # the defect is real
+
+
+@every
+def test_the_best_sample_weighs_most_and_weights_are_constants(name):
+    """PyTorch-VAE's MIWAE minimises sum_l v_l (-ln w_l) with v = softmax(-ln w), and through v as well."""
+    table = torch.zeros(M * L, 1, dtype=torch.float64, device=DEVICE)
+    table[2] = 8.0
+    loss, gradient, log_w = table_gradient(name, table)
+    assert gradient.argmin() == 2  # the largest of those that raise the likelihood
+    torch.testing.assert_close(gradient, -by_hand(name, log_w)[1])
+    leaf = log_w.clone().requires_grad_()
+    attached = -(torch.softmax(-leaf, 0) * leaf).sum()  # the defects are real
+    assert torch.autograd.grad(attached, leaf, retain_graph=True)[0][2].abs() < 0.01 * gradient[2].abs()
+    assert (torch.softmax(leaf, 0) * leaf).sum() + loss > 0.5  # sum_l v_l ln w_l, which both show as the loss
 
 
 @every
 def test_terms(name):
-    toy, x, eps = Toy(), normal(N, 3), normal(M * L, N, D, seed=1)
+    toy, x, eps = Toy(), draw(N, 3), draw(M * L, N, D, seed=1)
     _, terms = toy.loss(name, x, eps)
     log_w = toy.log_w(x, eps, fixed=False)
     torch.testing.assert_close(terms["reconstruction"] - terms["kl"], log_w.mean())
@@ -197,7 +148,7 @@ def test_terms(name):
 
 @every_gradient
 def test_members_of_the_family_meet(gradient):
-    toy, x, eps = Toy(), normal(N, 3), normal(M * L, N, D, seed=1)
+    toy, x, eps = Toy(), draw(N, 3), draw(M * L, N, D, seed=1)
 
     def result(name, **settings):
         loss, _ = toy.loss(name, x, eps, gradient, **settings)
@@ -212,14 +163,11 @@ def test_members_of_the_family_meet(gradient):
         torch.testing.assert_close(result("ciwae", beta=beta), elbo)
 
 
-# ---- latents, priors and surroundings of every kind ----
-
-
 @every
 @every_gradient
 def test_latents_that_are_images_and_a_mixture(name, gradient):
     """Packed [N, 2C, H, W], a prior over C H W: as the same latents as vectors."""
-    head, eps = normal(N, 4, 1, 2), normal(M * L, N, 2, 1, 2, seed=1)
+    head, eps = draw(N, 4, 1, 2), draw(M * L, N, 2, 1, 2, seed=1)
     torch.manual_seed(0)
     prior = fastkl.priors.GaussianMixture(3, 4).double().to(DEVICE)
     results = []
@@ -238,7 +186,7 @@ def test_latents_that_are_images_and_a_mixture(name, gradient):
 @every
 @every_gradient
 def test_checkpoint_and_autocast(name, gradient):
-    toy, x, eps = Toy().float(), normal(N, 3).float(), normal(M * L, N, D, seed=1).float()
+    toy, x, eps = Toy().float(), draw(N, 3).float(), draw(M * L, N, D, seed=1).float()
     loss, _ = toy.loss(name, x, eps, gradient)
     again, _ = toy.loss(name, x, eps, gradient, decoder=lambda z: checkpoint(toy.decoder, z, use_reentrant=False))
     torch.testing.assert_close([again, *toy.gradients(again, toy)], [loss, *toy.gradients(loss, toy)])
@@ -250,7 +198,7 @@ def test_checkpoint_and_autocast(name, gradient):
 
 @pytest.mark.parametrize(("name", "gradient"), [("iwae", "dreg"), ("ciwae", "stl")])
 def test_compiles_without_graph_breaks(name, gradient):
-    toy, x, eps = Toy(), normal(N, 3), normal(M * L, N, D, seed=1)
+    toy, x, eps = Toy(), draw(N, 3), draw(M * L, N, D, seed=1)
     torch._dynamo.reset()
     results = [
         loss(name, x, eps, gradient).loss
@@ -263,7 +211,7 @@ def test_compiles_without_graph_breaks(name, gradient):
 @every_gradient
 def test_distributed_data_parallel(name, gradient):
     """Only the one pass back reaches parameters, whose hooks DistributedDataParallel counts."""
-    toy, x, eps = Toy(), normal(N, 3), normal(M * L, N, D, seed=1)
+    toy, x, eps = Toy(), draw(N, 3), draw(M * L, N, D, seed=1)
     loss, _ = toy.loss(name, x, eps, gradient)
     expected = toy.gradients(loss, toy)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -280,7 +228,7 @@ def test_distributed_data_parallel(name, gradient):
 @every
 @every_gradient
 def test_without_gradients_and_with_impossible_data(name, gradient):
-    toy, x, eps = Toy(), normal(N, 3), normal(M * L, N, D, seed=1)
+    toy, x, eps = Toy(), draw(N, 3), draw(M * L, N, D, seed=1)
     with torch.no_grad():
         value = toy.loss(name, x, eps, gradient).loss
     assert not value.requires_grad
@@ -291,7 +239,7 @@ def test_without_gradients_and_with_impossible_data(name, gradient):
         assert all(d.abs().sum() > 0 for d in torch.autograd.grad(toy.loss(name, x, eps, gradient).loss, trained))
         module.requires_grad_(True)
     # One sample that cannot be: its weight is 0, its gradient too; an ELBO is -inf then.
-    mu = normal(N, D).requires_grad_()
+    mu = draw(N, D).requires_grad_()
     impossible = torch.zeros(M * L, N, dtype=torch.float64, device=DEVICE)
     impossible[0] = -math.inf
     q = fastkl.DiagonalNormal(mu, torch.zeros_like(mu))
@@ -303,7 +251,7 @@ def test_without_gradients_and_with_impossible_data(name, gradient):
 
 @every
 def test_bad_arguments_are_named(name):
-    q, objective = fastkl.DiagonalNormal(normal(N, D), normal(N, D)), getattr(objectives, name)
+    q, objective = fastkl.DiagonalNormal(draw(N, D), draw(N, D)), getattr(objectives, name)
     for changes, error, message in (
         ({"gradient": "score"}, ValueError, "gradient must be one of 'plain', 'stl', 'dreg', got 'score'"),
         ({"num_samples": 0}, ValueError, "num_samples must be at least 1"),
@@ -311,9 +259,9 @@ def test_bad_arguments_are_named(name):
         ({"num_estimates": 0}, ValueError, "num_estimates must be at least 1"),
         ({"beta": 1.5}, ValueError, "beta must be from 0 to 1, got 1.5"),
         ({"beta": torch.ones(2)}, ValueError, "beta must have one value"),
-        ({"eps": normal(2, N, D)}, ValueError, r"eps must be .*12, 5, 2.*got \(2, 5, 2\)"),
+        ({"eps": draw(2, N, D)}, ValueError, r"eps must be .*12, 5, 2.*got \(2, 5, 2\)"),
         ({"likelihood": lambda z: z}, ValueError, r"log_likelihood\(z\) must be one value per datum, \(12, 5\)"),
-        ({"q": normal(N, D)}, TypeError, r"posterior must be a fastkl\.DiagonalNormal"),
+        ({"q": draw(N, D)}, TypeError, r"posterior must be a fastkl\.DiagonalNormal"),
     ):
         settings = SETTINGS[name] | changes
         if not changes.keys() <= SETTINGS[name].keys() | {"gradient", "num_samples", "eps", "likelihood", "q"}:
