@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 
 def nats(name: str, value: float | Tensor) -> float | Tensor:
+    """A level that the KL is compared with, without gradient."""
     if not isinstance(value, Tensor):
         return arguments.check_number(name, value)
     if value.numel() != 1:
         raise ValueError(f"{name} must have one value, got {tuple(value.shape)}")
-    return value.reshape(())
+    return value.detach().reshape(())
 
 
 def check_group(group: ProcessGroup | None, per: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastkl.distributions import DiagonalNormal
 from fastkl.ops import _arguments as arguments
 from fastkl.remedies._batch import batch_mean, check_group, nats
+from fastkl.remedies._per_dimension import at_least, sum_of_parts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -40,8 +41,8 @@ def free_bits(
 
     Returns:
         [*batch], or one value [] per="batch"; `.mean()` is the term of the loss in all three. At the threshold itself
-        the gradient is the KL's. per="dimension" of a posterior keeps one value for each maximum for the backward
-        pass, the others one for each datum or dimension.
+        the gradient is the KL's. For the backward pass one value for each datum or dimension is kept; with
+        per="dimension" a byte for each maximum, and on a GPU, outside torch.compile, its value.
 
     Raises:
         TypeError: kl is neither a tensor of floating point nor a posterior; group is no process group.
@@ -60,52 +61,41 @@ def free_bits(
     arguments.check_choice("per", per, ("sample", "dimension", "batch"))
     threshold = nats("threshold", threshold)
     check_group(group, per)
-    if isinstance(kl, DiagonalNormal):
-        terms = _terms_of(kl, per, prior, joint_ndim, group)
-    else:
-        arguments.check_tensors(kl=kl)
-        if prior is not None or joint_ndim != 0:
-            raise ValueError("prior and joint_ndim are for a posterior, but kl is given as a tensor")
-        if per != "sample" and kl.dim() < 2:
-            wanted = "[*batch, dimensions]" if per == "dimension" else "[batch, dimensions]"
-            raise ValueError(f'kl must be {wanted} with per="{per}", got {tuple(kl.shape)}')
-        terms = kl.to(torch.promote_types(kl.dtype, torch.float32))
-        if per == "batch":
-            terms = terms.flatten(0, -2)
-            terms = batch_mean(terms.sum(0), len(terms), group)
-    # At equality clamp has the gradient 1, maximum 1/2.
-    felt = terms.clamp(min=threshold)
-    return felt if per == "sample" else felt.sum(-1)
-
-
-def _terms_of(
-    q: DiagonalNormal, per: str, prior: DiagonalNormal | None, joint_ndim: int, group: ProcessGroup | None
-) -> Tensor:
-    """What the threshold is compared with: [*batch], [*batch, maxima] or [maxima]."""
-    batch_ndim = len(q.shape) - q.event_ndim
+    if not isinstance(kl, DiagonalNormal):
+        return _of_kl(kl, threshold, per, prior, joint_ndim, group)
+    batch_ndim = len(kl.shape) - kl.event_ndim
     if batch_ndim == 0:
-        raise ValueError(f"kl must be a posterior with batch dimensions, got {q}")
-    if not 0 <= arguments.check_int("joint_ndim", joint_ndim, 0) <= q.event_ndim:
-        raise ValueError(f"joint_ndim must be at most {q.event_ndim}, the dimensions of an event, got {joint_ndim}")
+        raise ValueError(f"kl must be a posterior with batch dimensions, got {kl}")
+    if arguments.check_int("joint_ndim", joint_ndim, 0) > kl.event_ndim:
+        raise ValueError(f"joint_ndim must be at most {kl.event_ndim}, the dimensions of an event, got {joint_ndim}")
+    if per == "sample" and joint_ndim:
+        raise ValueError('joint_ndim is for per="dimension" and per="batch"; a whole datum is joint already')
     if per == "sample":
-        if joint_ndim:
-            raise ValueError('joint_ndim is for per="dimension" and per="batch"; a whole datum is joint already')
-        return q.kl(prior)
+        return kl.kl(prior).clamp(min=threshold)
     if per == "dimension":
-        terms = _joint(q, joint_ndim).kl(None if prior is None else _joint(prior, joint_ndim))
-        return terms.unsqueeze(-1).flatten(batch_ndim)
-    rows = q.shape[:batch_ndim].numel()
-    means = q.kl_per_dim(prior)
-    # Without rows the means are NaN; the sums that the other processes' are added to are not.
-    sums = means.nan_to_num(nan=0.0) if rows == 0 else means * rows
-    means = means if group is None else batch_mean(sums, rows, group)
-    joint = q.event_ndim - joint_ndim
-    return means.flatten(joint).sum(-1).flatten() if joint_ndim else means.flatten()
+        return sum_of_parts(kl, prior, threshold, joint_ndim)
+    means = kl.kl_per_dim(prior)
+    if group is not None:
+        rows = kl.shape[:batch_ndim].numel()
+        # Without rows the means are NaN; the sums that the other processes' are added to are not.
+        means = batch_mean(means * rows if rows else means.nan_to_num(nan=0.0), rows, group)
+    if joint_ndim:
+        means = means.flatten(-joint_ndim).sum(-1)
+    return at_least(means.flatten(), threshold)
 
 
-def _joint(q: DiagonalNormal, joint_ndim: int) -> DiagonalNormal:
-    """The same Gaussians with events of `joint_ndim` dimensions, which 0 of them are not: one of size 1 is added."""
-    settings = {"event_ndim": joint_ndim + 1, **q._settings}
-    if q._head is not None:
-        return DiagonalNormal.from_packed(q._head.unsqueeze(-1), q._dim, **settings)
-    return DiagonalNormal(q._mu.unsqueeze(-1), q._parameter.unsqueeze(-1), **settings)
+def _of_kl(kl, threshold, per, prior, joint_ndim, group) -> Tensor:
+    """Of a KL that is there already."""
+    arguments.check_tensors(kl=kl)
+    if prior is not None or joint_ndim != 0:
+        raise ValueError("prior and joint_ndim are for a posterior, but kl is given as a tensor")
+    kl = kl.to(torch.promote_types(kl.dtype, torch.float32))
+    if per == "sample":
+        return kl.clamp(min=threshold)
+    if kl.dim() < 2:
+        wanted = "[*batch, dimensions]" if per == "dimension" else "[batch, dimensions]"
+        raise ValueError(f'kl must be {wanted} with per="{per}", got {tuple(kl.shape)}')
+    if per == "batch":
+        rows = kl.flatten(0, -2)
+        kl = batch_mean(rows.sum(0), len(rows), group)
+    return at_least(kl, threshold)

@@ -1,0 +1,106 @@
+"""sum_d max(KL_nd, threshold) of every datum of a posterior, without its terms where they are many."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkl import reference
+from fastkl.distributions import DiagonalNormal
+from fastkl.ops import _arguments as arguments
+from fastkl.ops._closed_form import normal_gradients
+from fastkl.ops._register import apply, needs_closed_form
+
+
+def sum_of_parts(q: DiagonalNormal, prior: DiagonalNormal | None, threshold: float | Tensor, joint_ndim: int) -> Tensor:
+    """[*batch]: the sum of max(KL of a part, threshold) over the parts of a datum, of `joint_ndim` dimensions each.
+
+    On a GPU the terms come from the fused KL of events that small, and are kept for the backward pass. On a CPU, where
+    that op has little to sum, and for a compiler, which fuses plain ops, they come and go with a block of rows; a byte
+    of each says whether it is above the threshold.
+    """
+    batch_ndim = len(q.shape) - q.event_ndim
+    if not plain(q.mean.device):
+        terms = _parts(q, joint_ndim).kl(None if prior is None else _parts(prior, joint_ndim))
+        return at_least(_flat(terms, batch_ndim), threshold)
+    parameters = [q._mu, q._parameter]
+    if prior is not None:
+        parameters += [arguments.expand(t, q.shape) for t in (prior.mean.expand(prior.shape), prior._logvar())]
+    bounds = arguments.check_bounds(q._settings["bounds"])
+    if not isinstance(threshold, Tensor):
+        threshold = torch.full((), threshold, dtype=torch.float64, device=q.mean.device)
+    settings = (threshold, joint_ndim, batch_ndim, q._settings["scale"], *bounds)
+    return apply(_SumOfParts, *parameters, *[None] * (4 - len(parameters)), *settings)[0]
+
+
+def plain(device: torch.device) -> bool:
+    """Whether plain torch ops are better than the fused one."""
+    return device.type == "cpu" or torch.compiler.is_compiling()
+
+
+def at_least(terms: Tensor, threshold: float | Tensor) -> Tensor:
+    """sum max(terms, threshold) over the last dimension; at equality clamp has the gradient 1, maximum 1/2."""
+    return terms.clamp(min=threshold).sum(-1)
+
+
+def _parts(q: DiagonalNormal, joint_ndim: int) -> DiagonalNormal:
+    """The same Gaussians with events of `joint_ndim` dimensions, which 0 of them are not: one of size 1 is added."""
+    settings = {"event_ndim": joint_ndim + 1, **q._settings}
+    if q._head is not None:
+        return DiagonalNormal.from_packed(q._head.unsqueeze(-1), q._dim, **settings)
+    return DiagonalNormal(q._mu.unsqueeze(-1), q._parameter.unsqueeze(-1), **settings)
+
+
+def _flat(terms: Tensor, batch_ndim: int) -> Tensor:
+    """The KLs of all parts of a datum [*batch, parts]."""
+    return terms.unsqueeze(-1).flatten(batch_ndim)
+
+
+def _terms(parameters, joint_ndim, scale, bounds) -> Tensor:
+    """KL of every part."""
+    elements = (None if tensor is None else tensor.unsqueeze(-1) for tensor in parameters)
+    return reference.kl_normal(*elements, event_ndim=joint_ndim + 1, scale=scale, bounds=bounds)
+
+
+class _SumOfParts(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(mu, parameter, prior_mu, prior_logvar, threshold, joint_ndim, batch_ndim, scale, low, high, live):
+        """(the sums, which terms [*batch, *parts] are felt)."""
+        found, bounds = [], arguments.as_bounds(low, high, live)
+        for rows in arguments.row_blocks(mu):
+            block = [arguments.rows_of(tensor, rows, mu) for tensor in (mu, parameter, prior_mu, prior_logvar)]
+            terms = _terms(block, joint_ndim, scale, bounds)
+            level = threshold.to(terms.dtype)
+            found.append((at_least(_flat(terms, batch_ndim), level), terms >= level))
+        sums, felt = (torch.cat(blocks) if len(found) > 1 else blocks[0] for blocks in zip(*found))
+        return sums, felt
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs[:4], output[1])
+        ctx.settings = inputs[5:]
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        *parameters, felt = ctx.saved_tensors
+        joint_ndim, batch_ndim, scale, *bounds = ctx.settings
+        bounds, mu = arguments.as_bounds(*bounds), parameters[0]
+        tensors = [tensor for tensor in parameters if tensor is not None]
+        gradient = gradient.reshape(*gradient.shape, *[1] * (mu.dim() - batch_ndim))
+        felt = felt.reshape(*felt.shape, *[1] * joint_ndim)
+
+        def found(rows):
+            q_mu, q_parameter, *prior = (arguments.rows_of(tensor, rows, mu) for tensor in tensors)
+            dkl = torch.where(arguments.rows_of(felt, rows, mu), arguments.rows_of(gradient, rows, mu), 0.0)
+            return normal_gradients([q_mu, q_parameter], -1, prior, scale, bounds, dkl=dkl)
+
+        if needs_closed_form(gradient) or len(arguments.row_blocks(mu)) == 1:
+            return *found(arguments.EVERYTHING), *[None] * (11 - len(tensors))
+        gradients = [torch.empty_like(tensor) for tensor in tensors]
+        for rows in arguments.row_blocks(mu):
+            for out, block in zip(gradients, found(rows)):
+                out[rows].copy_(block)
+        return *gradients, *[None] * (11 - len(gradients))
