@@ -132,6 +132,10 @@ def test_grey_values_are_drawn_once_for_all_samples(monkeypatch):
     drawn = torch.stack([vae.observed(x) for _ in range(2000)])
     assert drawn.unique().tolist() == [0, 1]
     assert (drawn.mean(dim=0) - x).abs().max() < 0.06
+    torch.manual_seed(2)
+    found = vae.log_likelihood(torch.zeros(6, 2), x)
+    torch.manual_seed(2)
+    assert found.equal(vae.log_likelihood(torch.zeros(6, 2), vae.observed(x)))
 
 
 def test_refuses_data_too_large_to_draw():
