@@ -40,7 +40,7 @@ def iwae(log_w: Tensor, dim: int = 0) -> Tensor:
         TypeError: log_w is not a floating-point tensor, or dim is not an int.
         ValueError: dim is out of range, or has no samples.
 
-    Source: Burda, Grosse and Salakhutdinov 2016, "Importance Weighted Autoencoders", arXiv:1509.00519, equation 8.
+    Source: Burda, Grosse and Salakhutdinov 2016, "Importance Weighted Autoencoders", arXiv:1509.00519, section 3.
 
     >>> import torch, fastkl
     >>> log_w = torch.tensor([[0.0, -1000.0, -torch.inf], [0.0, -1001.0, -torch.inf]])
@@ -91,7 +91,7 @@ def weight_entropy(log_w: Tensor, dim: int = 0) -> Tensor:
         TypeError, ValueError: as `fastkl.iwae`.
 
     Source: Cappe, Douc, Guillin, Marin and Robert 2008, "Adaptive importance sampling in general mixture classes",
-    arXiv:0710.4242, section 5.1 (normalised perplexity).
+    arXiv:0710.4242 (its exponential over L is their normalised perplexity).
 
     >>> import torch, fastkl
     >>> fastkl.weight_entropy(torch.tensor([[0.0, 0.0], [0.0, -torch.inf], [0.0, -torch.inf]]))
