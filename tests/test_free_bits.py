@@ -132,6 +132,9 @@ def test_gradients_are_exact_and_at_the_threshold_the_kl_s(per):
         kl = leaf(torch.ones(1, 1))
         remedies.free_bits(kl if per != "sample" else kl[0], level, per=per).sum().backward()
         assert kl.grad.item() == gradient
+    mu = leaf(torch.ones(2, 1))  # whose KL is 1/2
+    remedies.free_bits(fastkl.DiagonalNormal(mu, torch.zeros_like(mu)), 0.5, per=per).mean().backward()
+    assert mu.grad.tolist() == [[0.5], [0.5]]
 
 
 def test_the_batch_mean_lets_a_datum_be_silent():
