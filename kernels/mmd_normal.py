@@ -1,2 +1,140 @@
-def fwd(*args):
-    return NotImplemented
+"""The RBF kernel between Gaussian posteriors, summed over all pairs, and its gradient: tiles as those of mmd.
+
+A program has some posteriors and a share of the others. For each scale it goes through the dimensions once for the
+exponents and determinants of a tile of pairs, and once more for the gradient; what depends on one posterior and a
+dimension alone is prepared (variances), and what depends on a pair alone lives in registers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastkl.kernels._device import proportion
+from fastkl.kernels._layout import cdiv, compute_dtype, next_power_of_2
+from fastkl.kernels._mixture import four, load_rows, of_rows, own_index, quads, split, term_index
+from fastkl.kernels._mixture_rows import summed
+from fastkl.kernels.mmd import beside
+
+
+def blocks(dtype: torch.dtype, others: int, *, gradient: bool) -> dict[str, int]:
+    """As mmd's; a pair has more to keep here."""
+    terms = 8 // (1 + (dtype == torch.float64))
+    groups = min(4, next_power_of_2(cdiv(others, terms)))
+    owned = 1 if dtype == torch.float64 else 2
+    return {"ROWS": owned * 32, "OTHERS": terms * groups, "TERMS": terms, "LANES": 32, "num_warps": groups}
+
+
+@triton.jit
+def ratio(mean, variance, other_mean, other_variance, inverse):
+    """(u, r): the means' difference, 1 / (1 + w / g)."""
+    return mean - other_mean, 1.0 / ((variance * inverse + 1.0) + other_variance * inverse)
+
+
+@triton.jit
+def mmd_normal_kernel(
+    mean, variance, other_means, other_variances, sums, dmean, dvariance, rows, shape, strides, split_stride,
+    per_program, splits, INVERSES: tl.constexpr, SELF: tl.constexpr, TAIL: tl.constexpr,
+    ROWS: tl.constexpr, OTHERS: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """A program's sum of K over its pairs, and per split dmean_i = sum_j -K u r / g and
+    dvariance_i = sum_j K r (u^2 r / g - 1) / (2 g).
+
+    shape is (dimensions, padded others), strides those of mean and of variance; INVERSES are the 1 / g."""
+    columns, padded = shape
+    dtype: tl.constexpr = other_means.dtype.element_ty
+    share = tl.program_id(0) % splits
+    first_row = tl.program_id(0) // splits * ROWS
+    index = first_row + tl.arange(0, ROWS)
+    valid = index < rows
+    row = tl.minimum(index, rows - 1).to(tl.int64)  # beyond the last row it again, neither counted nor stored
+    mean_start, variance_start = quads(mean, row, strides[0]), quads(variance, row, strides[1])
+    own = first_row + own_index(ROWS, LANES)
+    first = share * per_program
+    end = tl.minimum(first + per_program, rows)
+    if dmean is not None:
+        dmean_start = quads(dmean + share.to(tl.int64) * split_stride, row, (columns, 1))
+        dvariance_start = quads(dvariance + share.to(tl.int64) * split_stride, row, (columns, 1))
+    lanes = term_index(OTHERS, TERMS)
+    total = tl.zeros([ROWS // LANES, OTHERS // TERMS, LANES], dtype=dtype)
+    for start in range(first, end, OTHERS):
+        other = start + lanes
+        inside = (other < end) & (own < rows)
+        if not SELF:
+            inside = inside & (other != own)
+        for scale in range(len(INVERSES)):
+            inverse = tl.full([1, 1, 1, 1], INVERSES[0], dtype=dtype)
+            for i in tl.static_range(1, len(INVERSES)):
+                inverse = tl.where(scale == i, tl.full([1, 1, 1, 1], INVERSES[i], dtype=dtype), inverse)
+            mean_at, variance_at = mean_start, variance_start
+            means_at, variances_at = other_means + start, other_variances + start
+            exponent = tl.zeros([ROWS // LANES, TERMS, OTHERS // TERMS, LANES], dtype=dtype)
+            product = exponent + 1.0
+            for d in range(0, columns, 4):
+                ms = four(load_rows(mean_at, d, columns, TAIL, dtype), ROWS)
+                vs = four(load_rows(variance_at, d, columns, TAIL, dtype), ROWS)
+                mean_at += strides[0][1] * 4
+                variance_at += strides[1][1] * 4
+                for i in tl.static_range(4):
+                    u, r = ratio(
+                        of_rows(ms[i], True, TERMS, LANES), of_rows(vs[i], True, TERMS, LANES),
+                        tl.load(means_at + lanes), tl.load(variances_at + lanes), inverse,
+                    )  # fmt: skip
+                    means_at += padded
+                    variances_at += padded
+                    exponent += u * u * r
+                    product *= r  # underflows only where the kernel is nothing
+            value = tl.where(inside, proportion(exponent * (-0.5 * inverse)) * tl.sqrt(product), 0.0)
+            total += tl.sum(value, axis=1)
+            if dmean is not None:
+                value *= inverse
+                mean_at, variance_at, dmean_at, dvariance_at = mean_start, variance_start, dmean_start, dvariance_start
+                means_at, variances_at = other_means + start, other_variances + start
+                for d in range(0, columns, 4):
+                    ms = four(load_rows(mean_at, d, columns, TAIL, dtype), ROWS)
+                    vs = four(load_rows(variance_at, d, columns, TAIL, dtype), ROWS)
+                    mean_at += strides[0][1] * 4
+                    variance_at += strides[1][1] * 4
+                    firsts, seconds = (), ()
+                    for i in tl.static_range(4):
+                        u, r = ratio(
+                            of_rows(ms[i], True, TERMS, LANES), of_rows(vs[i], True, TERMS, LANES),
+                            tl.load(means_at + lanes), tl.load(variances_at + lanes), inverse,
+                        )  # fmt: skip
+                        means_at += padded
+                        variances_at += padded
+                        weight = value * r
+                        firsts += (tl.sum(weight * u, axis=1),)
+                        seconds += (tl.sum(weight * (u * u * r * inverse - 1.0), axis=1),)
+                    mask = valid[:, None] & (d + tl.arange(0, 4) < columns)[None, :]
+                    old = mask & (start + tl.arange(0, 1) + scale > first)[:, None]  # else 0: nothing yet
+                    tl.store(dmean_at, tl.load(dmean_at, old, other=0.0) - summed(firsts), mask)
+                    tl.store(dvariance_at, tl.load(dvariance_at, old, other=0.0) + 0.5 * summed(seconds), mask)
+                    dmean_at += 4
+                    dvariance_at += 4
+    tl.store(sums + tl.program_id(0), tl.sum(tl.sum(tl.sum(total, axis=2), axis=1), axis=0))
+
+
+def fwd(mu, logvar, scales, unbiased, gradient) -> list[torch.Tensor]:
+    dtype = compute_dtype([mu, logvar])
+    rows, columns = mu.shape
+    variance = logvar.to(dtype).exp()
+    others = beside(mu, dtype), beside(variance, dtype)
+    block = blocks(dtype, rows, gradient=gradient)
+    row_blocks = cdiv(rows, block["ROWS"])
+    partial_bytes = 2 * rows * columns * dtype.itemsize * gradient
+    per_program, splits = split(rows, block["OTHERS"], row_blocks, partial_bytes)
+    sums = torch.empty(row_blocks * splits, dtype=dtype, device=mu.device)
+    parts = torch.empty((2, splits, rows, columns), dtype=dtype, device=mu.device) if gradient else [None, None]
+    mmd_normal_kernel[(row_blocks * splits,)](
+        mu, variance, *others, sums, *parts, rows, (columns, others[0].shape[1]), (mu.stride(), variance.stride()),
+        rows * columns, per_program, splits, INVERSES=tuple(1 / (columns * s) for s in scales), SELF=not unbiased,
+        TAIL=columns % 4 > 0, enable_fp_fusion=True, **block,
+    )  # fmt: skip
+    weight = 1 / (rows * (rows - 1) if unbiased else rows * rows)
+    total = sums.sum(dtype=torch.float64) * weight
+    if not gradient:
+        return [total]
+    dmean, dvariance = parts.sum(1).mul_(2 * weight)
+    return [total, dmean, dvariance * variance]

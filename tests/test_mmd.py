@@ -7,7 +7,7 @@ import fastkl
 from fastkl import reference
 from fastkl.ops import _pairs
 
-from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, leaf, peak_bytes
+from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf, peak_bytes
 
 both = pytest.mark.parametrize("backend", ["torch", "triton"])
 kernels = pytest.mark.parametrize("kernel", reference.MMD_KERNELS)
@@ -16,7 +16,7 @@ SHAPES = [
     (64, 32, 16),  # whole tiles
     (33, 70, 5),  # parts of tiles, odd dimensions
     (2, 3, 1),  # the fewest, one dimension
-    (5, 4, 70),  # several blocks of dimensions
+    (5, 4, 12),  # several steps over the dimensions
 ]
 
 
@@ -45,9 +45,9 @@ def check(function, definition, tensors, **settings):
 @kernels
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(backend, kernel, shape):
+    estimator = reference.MMD_ESTIMATORS[(kernel == "imq") ^ (shape[0] % 2)]
     with implementation(backend):
-        for estimator in reference.MMD_ESTIMATORS:
-            check(fastkl.mmd, reference.mmd, draw(*shape), kernel=kernel, estimator=estimator)
+        check(fastkl.mmd, reference.mmd, draw(*shape), kernel=kernel, estimator=estimator)
 
 
 @both
@@ -55,7 +55,7 @@ def test_shapes(backend, kernel, shape):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(backend, kernel, dtype):
     with implementation(backend):
-        check(fastkl.mmd, reference.mmd, draw(20, 17, 6, dtype), kernel=kernel, scales=(2.0, 1.0, 0.5, 0.3))
+        check(fastkl.mmd, reference.mmd, draw(9, 7, 6, dtype), kernel=kernel, scales=(2.0, 1.0, 0.3))
 
 
 @both
@@ -129,13 +129,13 @@ def test_rbf_is_normalised_once(backend):
         return k[0] + k[1] - 2 * k[2]
 
     found = {"twice": [], "once": []}
-    for d in (4, 256):
+    for d in (4, 64):
         x, y = torch.randn(2, 40, d, generator=torch.Generator().manual_seed(d)).to(DEVICE)
         with implementation(backend):
             once = fastkl.mmd(x, 2 * y, kernel="rbf", scales=[1.0], estimator="biased")
         found["once"].append(once.item())
         found["twice"].append(twice(x, 2 * y).item())
-    assert found["twice"][1] < 0.05 * found["twice"][0]  # the defect is real
+    assert found["twice"][1] < 0.1 * found["twice"][0]  # the defect is real
     assert found["once"][1] > 0.5 * found["once"][0]
 
 
@@ -156,7 +156,7 @@ def test_nothing_of_the_size_of_the_pairs():
 
 @both
 def test_repeats_bit_for_bit_and_saves_gradients_only(backend):
-    tensors, saved = draw(50, 40, 4), []
+    tensors, saved = draw(40, 5, 4), []
     with implementation(backend):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
             fastkl.mmd(*tensors)
@@ -187,3 +187,22 @@ def test_bad_arguments():
     }.items():
         with pytest.raises(TypeError, match=message):
             call()
+
+
+def aot_calls():
+    launch, beside = launcher("mmd.launch"), launcher("mmd.beside")
+    calls = {}
+
+    def add(name, kernel, n=512, d=64, dtype=torch.float32, wide=torch.float32, odd=False, same=True, gradient=True):
+        x = torch.empty((n, d + odd), dtype=dtype)[:, :d]
+        settings = (x, beside(x, wide), n, kernel, list(reference.MMD_SCALES))
+        calls[name] = lambda: launch(*settings, same=same, self_pairs=not same, gradient=gradient)
+
+    add("core aligned imq", "imq")
+    add("core aligned rbf bfloat16", "rbf", dtype=torch.bfloat16, same=False)
+    add("imq value", "imq", gradient=False)
+    add("rbf rows begin anywhere", "rbf", odd=True)
+    add("imq odd dimensions, float16", "imq", d=37, dtype=torch.float16)
+    add("imq float64", "imq", dtype=torch.float64, wide=torch.float64)
+    add("rbf float64, odd dimensions, few rows", "rbf", n=10, d=5, dtype=torch.float64, wide=torch.float64)
+    return calls

@@ -9,7 +9,7 @@ import fastkl
 from fastkl import reference
 from fastkl.ops import _mmd_posteriors
 
-from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, leaf, peak_bytes
+from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf, peak_bytes
 
 both = pytest.mark.parametrize("backend", ["torch", "triton"])
 posteriors = pytest.mark.parametrize("with_logvar", [False, True], ids=["points", "posteriors"])
@@ -18,7 +18,7 @@ SHAPES = [
     (32, 16),  # whole tiles
     (35, 5),  # parts of tiles, odd dimensions
     (2, 1),  # the fewest, one dimension
-    (4, 70),  # several blocks of dimensions
+    (3, 12),  # several steps over the dimensions
 ]
 
 
@@ -47,9 +47,9 @@ def check(tensors, **settings):
 @posteriors
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(backend, shape, with_logvar):
+    estimator = reference.MMD_ESTIMATORS[with_logvar ^ (shape[0] % 2)]
     with implementation(backend):
-        for estimator in reference.MMD_ESTIMATORS:
-            check(draw(*shape, with_logvar), estimator=estimator)
+        check(draw(*shape, with_logvar), estimator=estimator, scales=(0.2, 2.0))
 
 
 @both
@@ -57,7 +57,7 @@ def test_shapes(backend, shape, with_logvar):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(backend, dtype, with_logvar):
     with implementation(backend):
-        check(draw(20, 6, with_logvar, dtype), scales=(2.0, 0.3))
+        check(draw(9, 6, with_logvar, dtype), scales=(2.0, 0.3))
 
 
 def test_several_blocks(monkeypatch):
@@ -74,16 +74,16 @@ def test_shared_logvar_images_and_strides(backend):
     with implementation(backend):
         cases = [(mu, logvar), (mu, logvar[:1]), (mu, logvar[0, 0, 0]), (mu[:, :, 0], logvar[:, :, 1])]
         for m, v in cases:
-            expected = reference.mmd_normal(m.double(), v.double().expand(m.shape))
-            torch.testing.assert_close(fastkl.mmd_normal(m, v).double(), expected, rtol=1e-5, atol=1e-6)
+            expected = reference.mmd_normal(m.double(), v.double().expand(m.shape), scales=[1.0])
+            torch.testing.assert_close(fastkl.mmd_normal(m, v, scales=[1.0]).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @both
 def test_of_posteriors_that_are_the_prior_it_is_zero(backend):
-    mu, logvar = (leaf(torch.zeros(9, 5, dtype=torch.float64)) for _ in range(2))
+    mu, logvar = (leaf(torch.zeros(5, 3, dtype=torch.float64)) for _ in range(2))
     with implementation(backend):
         for estimator in reference.MMD_ESTIMATORS:
-            value, *gradients = run(fastkl.mmd_normal, [mu, logvar], estimator=estimator)
+            value, *gradients = run(fastkl.mmd_normal, [mu, logvar], estimator=estimator, scales=[0.5])
             torch.testing.assert_close([value, *gradients], [torch.zeros_like(t) for t in (value, mu, logvar)])
 
 
@@ -133,10 +133,10 @@ def test_nothing_of_the_size_of_the_pairs():
 
 @both
 def test_far_posteriors_and_wide_ones_are_finite(backend):
-    mu, logvar = (leaf(t.detach()) for t in draw(6, 200))
-    mu.data[1], logvar.data[2], logvar.data[3] = 1e4, 20.0, -100.0
+    mu, logvar = (leaf(t.detach()) for t in draw(6, 20))
+    mu.data[1], logvar.data[2], logvar.data[3] = 1e4, 60.0, -100.0
     with implementation(backend):
-        check([mu, logvar])
+        check([mu, logvar], scales=(0.2, 1.0))
 
 
 def test_vmap_keeps_its_dimension_out_of_the_pairs():
@@ -161,3 +161,19 @@ def test_bad_arguments():
             call()
     with pytest.raises(TypeError, match=r"logvar must be a torch\.Tensor"):
         fastkl.mmd_normal(x, 0.0)
+
+
+def aot_calls():
+    fwd = launcher("mmd_normal.fwd")
+    calls = {}
+
+    def add(name, n=512, d=64, dtype=torch.float32, odd=False, gradient=True):
+        mu = torch.empty((n, d + odd), dtype=dtype)[:, :d]
+        calls[name] = lambda: fwd(mu, mu, list(reference.MMD_SCALES), True, gradient)
+
+    add("core aligned")
+    add("value", gradient=False)
+    add("rows begin anywhere, bfloat16", odd=True, dtype=torch.bfloat16)
+    add("odd dimensions", d=37)
+    add("float64, few rows", n=10, dtype=torch.float64)
+    return calls
