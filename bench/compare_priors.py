@@ -26,7 +26,8 @@ from fastkl.vae.cli import parser
 from fastkl.vae.evaluate import evaluate
 from fastkl.vae.parallel import Ranks
 from fastkl.vae.progress import Display
-from fastkl.vae.settings import Settings, resolve
+from fastkl.vae.rules import resolve
+from fastkl.vae.settings import Settings
 
 # The learned priors begin after a KL warm-up; what that does by itself is measured too.
 PRIORS = {

@@ -1,6 +1,6 @@
 """fastkl: drop-in losses for variational autoencoders."""
 
-from fastkl import monitors, priors, remedies
+from fastkl import monitors, objectives, priors, remedies
 from fastkl.distributions import DiagonalNormal
 from fastkl.mixtures import rsample_gmm, sample_gmm
 from fastkl.ops.bernoulli_log_prob import bernoulli_log_prob
@@ -19,14 +19,16 @@ from fastkl.ops.mmd_normal import mmd_normal
 from fastkl.ops.normal_log_prob import normal_log_prob
 from fastkl.ops.rsample_kl import rsample_kl
 from fastkl.ops.rsample_normal import rsample_normal
+from fastkl.ops.total_correlation import total_correlation
 from fastkl.ops.wasserstein2_multivariate_normal import wasserstein2_multivariate_normal
 from fastkl.ops.wasserstein2_normal import wasserstein2_normal
-from fastkl.reference import SoftBounds
-from fastkl.transport import sliced_wasserstein
+from fastkl.reference import Decomposition, SoftBounds
+from fastkl.transport import sinkhorn_divergence, sliced_wasserstein
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Decomposition",
     "DiagonalNormal",
     "GMMMoments",
     "SoftBounds",
@@ -46,13 +48,16 @@ __all__ = [
     "mmd_normal",
     "monitors",
     "normal_log_prob",
+    "objectives",
     "priors",
     "remedies",
     "rsample_gmm",
     "rsample_kl",
     "rsample_normal",
     "sample_gmm",
+    "sinkhorn_divergence",
     "sliced_wasserstein",
+    "total_correlation",
     "wasserstein2_multivariate_normal",
     "wasserstein2_normal",
     "weight_entropy",

@@ -18,6 +18,11 @@ SEED = 2**61 + 7
 both = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
+def many(backend):
+    """How many samples a law is tested with; interpreted kernels are slow."""
+    return 1000 if backend == "triton" and DEVICE == "cpu" else 4000
+
+
 def draw(*shapes, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     return [leaf(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes]
@@ -43,48 +48,49 @@ def mixture(logits, means, logvars):
 @pytest.mark.parametrize("spread", [(3, 1), (1, 1)], ids=["diagonal", "tied"])
 def test_hard_relaxed_and_plain_samples_have_the_law_of_the_mixture(backend, spread):
     logits, means, logvars = draw((3,), (3, 1), spread)
-    cdf = mixture(logits, 3 * means, logvars)
+    cdf, count = mixture(logits, 3 * means, logvars), many(backend)
     with implementation(backend):
-        hard = rsample_gmm(logits, 3 * means, logvars, tau=0.5, hard=True, num_samples=4000, seed=SEED)
-        cold = rsample_gmm(logits, 3 * means, logvars, tau=1e-3, num_samples=4000, seed=SEED)
-        plain, component = sample_gmm(logits, 3 * means, logvars, num_samples=4000, seed=SEED)
+        hard = rsample_gmm(logits, 3 * means, logvars, tau=0.5, hard=True, num_samples=count, seed=SEED)
+        cold = rsample_gmm(logits, 3 * means, logvars, tau=1e-3, num_samples=count, seed=SEED)
+        plain, component = sample_gmm(logits, 3 * means, logvars, num_samples=count, seed=SEED)
     for z in (hard, cold, plain):
-        assert z.shape == (4000, 1)
+        assert z.shape == (count, 1)
         assert stats.kstest(z.detach().cpu().flatten().numpy(), cdf).pvalue > 1e-3
-    expected = 4000 * logits.detach().softmax(-1).cpu()
+    expected = count * logits.detach().softmax(-1).cpu()
     assert stats.chisquare(torch.bincount(component.cpu(), minlength=3).numpy(), expected.numpy()).pvalue > 1e-3
 
 
 @both
 def test_the_choice_and_the_noise_are_independent(backend):
     """One seed gives both; they must not be the same words."""
-    zeros = torch.zeros(2, 1, device=DEVICE)
+    zeros, count = torch.zeros(2, 1, device=DEVICE), many(backend)
     with implementation(backend):
-        for logits in (torch.zeros(2, device=DEVICE), torch.zeros(4000, 2, device=DEVICE)):
-            samples = 4000 if logits.dim() == 1 else 1
+        for logits in (torch.zeros(2, device=DEVICE), torch.zeros(count, 2, device=DEVICE)):
+            samples = count if logits.dim() == 1 else 1
             shifted = torch.tensor([[0.0], [1000.0]], device=DEVICE)
             z = rsample_gmm(logits, shifted, tau=1.0, hard=True, num_samples=samples, seed=SEED).flatten()
             chosen = (z > 500).double()
-            assert abs(torch.corrcoef(torch.stack([chosen, z.double() - 1000 * chosen]))[0, 1]) < 5 / math.sqrt(4000)
+            assert abs(torch.corrcoef(torch.stack([chosen, z.double() - 1000 * chosen]))[0, 1]) < 5 / math.sqrt(count)
             z, component = sample_gmm(logits, zeros, num_samples=samples, seed=SEED)
             both = torch.stack([component.flatten().double(), z.flatten().double()])
-            assert abs(torch.corrcoef(both)[0, 1]) < 5 / math.sqrt(4000)
+            assert abs(torch.corrcoef(both)[0, 1]) < 5 / math.sqrt(count)
 
 
 @both
 def test_full_covariance(backend):
     logits, means = draw((2,), (2, 3), dtype=torch.float32)
     factor = tril(2, 3, torch.float32)
-    lower = factor.detach().tril()
+    lower, count = factor.detach().tril(), 5 * many(backend)
+    mean, covariance = 8.5 / count**0.5, 17 / count**0.5
     with implementation(backend):
-        relaxed = rsample_gmm(logits, means, scale_tril=factor, hard=True, tau=1.0, num_samples=20_000, seed=SEED)
-        plain, component = sample_gmm(logits, means, scale_tril=factor, num_samples=20_000, seed=SEED)
+        relaxed = rsample_gmm(logits, means, scale_tril=factor, hard=True, tau=1.0, num_samples=count, seed=SEED)
+        plain, component = sample_gmm(logits, means, scale_tril=factor, num_samples=count, seed=SEED)
     for k in range(2):
         rows = plain[component == k]
-        torch.testing.assert_close(rows.mean(0), means[k], rtol=0, atol=0.06)
-        torch.testing.assert_close(rows.T.cov(), lower[k] @ lower[k].mT, rtol=0, atol=0.12)
-    torch.testing.assert_close(relaxed.mean(0), plain.mean(0), rtol=0, atol=0.06)
-    torch.testing.assert_close(relaxed.T.cov(), plain.T.cov(), rtol=0, atol=0.12)
+        torch.testing.assert_close(rows.mean(0), means[k], rtol=0, atol=mean)
+        torch.testing.assert_close(rows.T.cov(), lower[k] @ lower[k].mT, rtol=0, atol=covariance)
+    torch.testing.assert_close(relaxed.mean(0), plain.mean(0), rtol=0, atol=mean)
+    torch.testing.assert_close(relaxed.T.cov(), plain.T.cov(), rtol=0, atol=covariance)
 
 
 @pytest.mark.parametrize("spread", [(4, 3), (4, 1), (1, 3), (3,), None, "full"], ids=str)

@@ -13,7 +13,7 @@ from fastkl.vae import checkpoint
 from fastkl.vae import train as loop
 from fastkl.vae.errors import UserError
 
-from vae_helpers import BARE, command, refused, run, train
+from vae_helpers import BARE, assert_same, command, refused, run, train
 
 FILE = checkpoint.NAME
 
@@ -113,24 +113,47 @@ def test_a_run_is_not_overwritten(good, capsys):
     assert "holds a run" in refused(capsys, good)
 
 
-@pytest.mark.parametrize("what", ["loss", "weights"])
-def test_non_finite_values_never_reach_the_checkpoint(good, capsys, monkeypatch, what):
-    before = (good / FILE).read_bytes()
+def spoil(monkeypatch, first, last, what):
+    """From step `first` to `last` the weights, or a gradient, are not finite."""
     real = loop.batch
 
     def spoiling(run):
-        if run.step == 15:  # the last: no later loss could tell
-            parameter = next(run.vae.parameters())
-            if what == "loss":
+        parameter = next(run.vae.parameters())
+        if first <= run.step < last:
+            if what == "weights":
                 parameter.data.fill_(float("nan"))
             else:
-                parameter.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
+                hook = parameter.register_hook(lambda gradient: (hook.remove(), gradient * float("nan"))[1])
         return real(run)
 
     monkeypatch.setattr(loop, "batch", spoiling)
-    error = refused(capsys, good, "--resume", "--steps", "16")
-    assert f"the {what} {'is' if what == 'loss' else 'are'} no longer finite" in error
+
+
+def test_weights_that_are_not_finite_never_reach_the_checkpoint(good, capsys, monkeypatch):
+    before = (good / FILE).read_bytes()
+    spoil(monkeypatch, 15, 16, "weights")  # the last step: no later loss could tell
+    assert "the weights are no longer finite" in refused(capsys, good, "--resume", "--steps", "16")
     assert (good / FILE).read_bytes() == before
+
+
+def test_bad_steps_are_skipped_and_counted(good, monkeypatch):
+    before = checkpoint.load(good)
+    spoil(monkeypatch, 12, 16, "gradients")
+    assert train(good, "--resume", "--steps", "16", *BARE) == 0
+    state = checkpoint.load(good)
+    assert state["step"] == 16
+    assert state["guard"] == {"skipped": 4, "in_a_row": 4}
+    assert_same(state["model"], before["model"])
+    assert_same(state["optimizers"]["autoencoder"]["state"], before["optimizers"]["autoencoder"]["state"])
+    assert [row[0] for row in state["history"]["train"]] == [row[0] for row in before["history"]["train"]]
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run(good, capsys, monkeypatch):
+    before = (good / FILE).read_bytes()
+    spoil(monkeypatch, 12, 99, "gradients")
+    error = refused(capsys, good, "--resume", "--steps", "99", "--bad-steps", "3")
+    assert "a gradient was not finite 3 times in a row, the last at step 15: try a smaller --learning-rate" in error
+    assert (good / FILE).read_bytes() == before, "the last good one is kept"
 
 
 def test_write_replaces_in_one_step(tmp_path):

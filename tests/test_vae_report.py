@@ -83,7 +83,7 @@ def test_bar_shows_elbo_kl_and_throughput(monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     run = types.SimpleNamespace(total_steps=10, batch_size=4, step=0)
     with progress.Terminal(run, None) as display:
-        display.trained(5, -3.25, 1.5, -1.75)
+        display.trained(5, -3.25, 1.5, -1.75, {})
         display.stepped(5)
         task = display.bar.tasks[0]
         assert task.completed == 5

@@ -8,24 +8,25 @@ import math
 import pytest
 
 from fastkl.vae import checkpoint, prior
-from fastkl.vae import train as loop
 from fastkl.vae.errors import UserError
-from fastkl.vae.settings import resolve, resume
+from fastkl.vae.objective import Objective
+from fastkl.vae.rules import resolve, resume
 
 from vae_helpers import BARE, train
 
 
 def recorded(monkeypatch, folder, *options) -> tuple[list, list]:
     """(beta, tau, where they are, whether the prior was learned) of each step, and the step when the prior began."""
-    seen, begun, real = [], [], loop.ELBO.forward
+    seen, begun, real = [], [], Objective.forward
 
-    def recording(self, x, noise, beta, tau, learned):
+    def recording(self, x, noise, weights, learned):
+        beta, tau, _ = weights
         seen.append((beta.item(), tau.item(), (beta.data_ptr(), tau.data_ptr()), learned))
-        return real(self, x, noise, beta, tau, learned)
+        return real(self, x, noise, weights, learned)
 
     with monkeypatch.context() as patch:
         patch.setattr(prior, "begin", lambda *given: begun.append(len(seen)))
-        patch.setattr(loop.ELBO, "forward", recording)
+        patch.setattr(Objective, "forward", recording)
         assert train(folder, *BARE, "--prior", "gmm", "--components", "3", "--warm-up", "4", *options) == 0
     return seen, begun
 

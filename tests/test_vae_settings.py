@@ -9,7 +9,8 @@ import pytest
 
 from fastkl.vae.cli import choose_folder, parser
 from fastkl.vae.errors import UserError, require
-from fastkl.vae.settings import FOR_DATA, FOR_PRESET, Settings, resolve, resume
+from fastkl.vae.rules import resolve, resume
+from fastkl.vae.settings import FOR_DATA, FOR_PRESET, Settings
 
 from vae_helpers import BARE, command, refused, run, train
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastkl import distributions
 from fastkl.ops import _arguments as arguments
 from fastkl.ops.normal_log_prob import normal_log_prob
+from fastkl.ops.rsample_normal import rsample_normal
 from fastkl.priors._prior import Prior
 
 LogLikelihood = Callable[[Tensor], Tensor]
@@ -42,9 +43,41 @@ def check(posterior: distributions.DiagonalNormal, prior: Prior | None, log_like
         raise TypeError(f"log_likelihood must be callable, z -> ln p(x | z), got {type(log_likelihood).__name__}")
 
 
+def weight(name: str, value: Tensor | float) -> Tensor | float:
+    """A weight in the loss: a number from 0 on, or a tensor with one value, which is not read here."""
+    if not isinstance(value, Tensor):
+        return arguments.check_number(name, value)
+    if value.numel() != 1:
+        raise ValueError(f"{name} must have one value, got {tuple(value.shape)}")
+    return value.reshape(())
+
+
 def flat(posterior: distributions.DiagonalNormal, z: Tensor) -> Tensor:
     """z with its event in one dimension [..., D], as priors and matching distances take it."""
     return z.flatten(z.dim() - posterior.event_ndim)
+
+
+def draws(posterior: distributions.DiagonalNormal, num_samples: int, eps: Tensor | None) -> Tensor:
+    """z [num_samples, *batch, *event], with this noise where it is given."""
+    if eps is not None and eps.shape != (wanted := (num_samples, *posterior.shape)):
+        raise ValueError(f"eps must be the noise of {num_samples} samples, {tuple(wanted)}, got {tuple(eps.shape)}")
+    return posterior.rsample(num_samples=num_samples, eps=eps)
+
+
+def prior_draws(
+    posterior: distributions.DiagonalNormal, prior: Prior | None, given: Tensor | None, seed: int | Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """As many draws from the prior as the batch has data [N, D], with gradients to a learned one's parameters."""
+    batch_ndim = len(posterior.shape) - posterior.event_ndim
+    shape = torch.Size((posterior.shape[:batch_ndim].numel(), posterior.shape[batch_ndim:].numel()))
+    if given is not None:
+        if given.shape[1:] != shape[1:] or given.dim() != 2:
+            raise ValueError(f"prior_samples must be draws from the prior (n, {shape[1]}), got {tuple(given.shape)}")
+        return given
+    if prior is not None:
+        return prior.rsample(shape[0], seed=seed)
+    zero = torch.zeros((), device=posterior.mean.device)
+    return rsample_normal(zero.expand(shape), zero, seed=seed)
 
 
 def log_prior(posterior: distributions.DiagonalNormal, prior: Prior | None, z: Tensor) -> Tensor:
@@ -55,20 +88,24 @@ def log_prior(posterior: distributions.DiagonalNormal, prior: Prior | None, z: T
     return prior.log_prob(flat(posterior, z))
 
 
-def reconstruction_of(log_likelihood: LogLikelihood, z: Tensor, posterior: distributions.DiagonalNormal) -> Tensor:
-    """ln p(x | z), one value per sample and datum."""
+def has_closed_form(prior: Prior | None) -> bool:
+    """Whether KL(q || p) needs no draws: p is one Gaussian."""
+    return prior is None or "closed" in getattr(prior, "methods", ())
+
+
+def sampled_kl(posterior: distributions.DiagonalNormal, prior: Prior | None, z: Tensor) -> Tensor:
+    """KL(q || p) [*batch], in closed form where there is one, else by draws z [L, *batch, *event]."""
+    if has_closed_form(prior):
+        return posterior.kl() if prior is None else prior.kl(posterior)
+    # E_q[ln q] has a closed form, which leaves less noise than the logarithms of these draws.
+    return -posterior.entropy() - log_prior(posterior, prior, z).mean(dim=0)
+
+
+def reconstruction_of(posterior: distributions.DiagonalNormal, log_likelihood: LogLikelihood, z: Tensor) -> Tensor:
+    """ln p(x | z), one value for each z."""
     out = log_likelihood(z)
     wanted = z.shape[: z.dim() - posterior.event_ndim]
     if not isinstance(out, Tensor) or out.shape != wanted:
         found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"log_likelihood(z) must be one value per datum, {tuple(wanted)}, got {found}")
     return out
-
-
-def weight(name: str, value: Tensor | float) -> Tensor | float:
-    """A weight in the loss: a number from 0 on, or a tensor with one value, which is not read here."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} must have one value, got {tuple(value.shape)}")
-        return value
-    return arguments.check_number(name, value)

@@ -33,6 +33,20 @@ def check_tensors(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} is on {tensor.device}, but {first_name} is on {first_device}; move one of them")
 
 
+def check_samples(**samples: Tensor) -> None:
+    """Points [N, D], with N > 0 and the same D > 0."""
+    check_tensors(**samples)
+    for name, points in samples.items():
+        if points.dim() != 2:
+            raise ValueError(f"{name} must be points [N, D], got {tuple(points.shape)}")
+        if 0 in points.shape:
+            raise ValueError(f"{name} must have at least one point and one dimension, got {tuple(points.shape)}")
+    (first, x), (second, y) = samples.items()
+    if x.shape[1] != y.shape[1]:
+        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
+        raise ValueError(f"{first} and {second} must have as many dimensions, got {shapes}")
+
+
 def check_int(name: str, value: Any, minimum: int) -> int:
     if isinstance(value, np.integer):
         value = int(value)

@@ -15,7 +15,7 @@ from fastkl.vae.errors import UserError
 from fastkl.vae.files import BROKEN, first_line, load_tensors
 
 NAME = "checkpoint.pt"
-FORMAT = "fastkl.vae 1"
+FORMAT = "fastkl.vae 2"
 PARTS = (
     "format",
     "settings",
@@ -25,8 +25,11 @@ PARTS = (
     "step",
     "seconds",
     "model",
-    "optimizer",
+    "optimizers",
+    "discriminator",
     "window",
+    "watch",
+    "guard",
     "history",
 )
 

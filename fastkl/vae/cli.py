@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fastkl.vae.errors import UserError
-from fastkl.vae.settings import Settings, defaults, flag, resolve, resume
+from fastkl.vae.rules import defaults, flag, resolve, resume
+from fastkl.vae.settings import Settings
 
 RUNS = Path("runs")
 

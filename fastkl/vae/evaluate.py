@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import fastkl
+from fastkl.objectives import sample_kl
 from fastkl.vae import clusters, streams
 from fastkl.vae.model import DECODED, ENCODED, VAE
-from fastkl.vae.prior import is_mixture, log_prob, sample_kl
+from fastkl.vae.prior import is_mixture, log_prob
 
 ACTIVE = 0.01  # variance of the posterior mean over the data, above which a unit is active
 # Of the mutual information: data (it is at most ln of them), draws from all their posteriors, and numbers drawn.
@@ -74,7 +75,7 @@ def quick_elbo(
     x = x[:at_most]
     for part in x.split(max(1, ENCODED // x[0].numel())):
         part = part.to(device)
-        z, kl = sample_kl(prior, vae.posterior(part))
+        z, kl = sample_kl(vae.posterior(part), prior)
         totals += torch.stack([kl.sum(), vae.log_likelihood(z, part).sum()]).double().cpu()
     kl, reconstruction = (totals / len(x)).tolist()
     return reconstruction - kl, kl, reconstruction

@@ -25,6 +25,11 @@ class Ranks:
         """Whether this process writes the files and the terminal; no other does."""
         return self.rank == 0
 
+    @property
+    def group(self) -> distributed.ProcessGroup | None:
+        """The processes whose batches together are the batch."""
+        return distributed.group.WORLD if self.size > 1 else None
+
     def mean(self, values: Tensor) -> Tensor:
         """The average over processes, the same bits on each."""
         if self.size > 1:

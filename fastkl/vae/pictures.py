@@ -39,6 +39,8 @@ def draw(run: Run, evaluation: Evaluation) -> dict[str, Any]:
     matplotlib.use("Agg")
     with matplotlib.rc_context(STYLE):
         figures = {"loss_curves": loss_curves(run)}
+        if any(name.startswith("terms/") for name in run.history):
+            figures["objective_terms"] = objective_terms(run)
         if len(run.data.shape) == 3:
             figures["reconstructions"] = reconstructions(run)
             figures["samples"] = samples(run)
@@ -73,6 +75,27 @@ def loss_curves(run: Run) -> Any:
             room = 0.06 * max(np.ptp(shown), 1e-6)
             panel.set_ylim(shown.min() - room, shown.max() + room)
     panels[0].legend(loc="lower right")
+    return figure
+
+
+def objective_terms(run: Run) -> Any:
+    """A panel for each term that the objective has beside reconstruction and KL."""
+    curves = {name.partition("/")[2]: rows for name, rows in run.history.items() if name.startswith("terms/")}
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure, panels = new_figure(3.5 * columns, 0.6 + 2.9 * rows, rows, columns)
+    headline(figure, f"What {run.settings.objective} is made of, beside reconstruction and KL")
+    panels = np.atleast_1d(panels).flatten()
+    for panel, (name, values) in zip(panels, curves.items()):
+        step, value = np.array(values).T
+        panel.plot(step, value, color=BLUE, linewidth=1)
+        panel.set(title=name.replace("_", " "), xlabel="step")
+        if len(value) > 20:  # as in the loss curves
+            shown = value[len(value) // 20 :]
+            room = 0.06 * max(np.ptp(shown), 1e-6)
+            panel.set_ylim(shown.min() - room, shown.max() + room)
+    for panel in panels[len(curves) :]:
+        panel.set_axis_off()
     return figure
 
 

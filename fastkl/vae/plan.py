@@ -21,7 +21,13 @@ def learning_rate(settings: Settings, step: int, total: int, rate: float) -> flo
 def kl_weight(settings: Settings, step: int) -> float:
     """From 0 to --beta, over --warm-up."""
     rise = getattr(schedules, settings.beta_schedule)
-    return rise(step + 1, 0.0, settings.beta, steps=settings.warm_up)
+    cycles = {"cycles": settings.cycles} if settings.beta_schedule == "cyclical" else {}
+    return rise(step + 1, 0.0, settings.beta, steps=settings.warm_up, **cycles)
+
+
+def capacity(settings: Settings, step: int) -> float:
+    """From 0 to --capacity, over --capacity-steps."""
+    return schedules.linear(step + 1, 0.0, max(0.0, settings.capacity), steps=settings.capacity_steps)
 
 
 def temperature(settings: Settings, step: int, total: int) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastkl
-from fastkl.priors import FlowPrior, GaussianMixture, VampPrior
+from fastkl.priors import FlowPrior, GaussianMixture, StandardNormal, VampPrior
 from fastkl.vae import streams
 from fastkl.vae.data import Data
 from fastkl.vae.errors import UserError, require
@@ -93,26 +93,10 @@ def begin(prior: nn.Module, vae: VAE, data: Data, settings: Settings, device: to
         raise UserError(f"--prior gmm cannot be fitted to the posteriors: {error}") from None
 
 
-def sample_kl(
-    prior: nn.Module | None, posterior: fastkl.DiagonalNormal, method: str = "mc", samples: int = 1,
-    eps: Tensor | None = None, gumbel: Tensor | None = None, tau: Tensor | float = 1.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(z, KL to the prior) for each datum; z is the first of the draws that the KL is estimated with.
-
-    eps [N, samples, *latent_shape] is their noise, if it is given, and gumbel [N, samples, components] that of the
-    choice of a component at temperature tau, for the method "relaxed".
-    """
-    if prior is None:
-        return posterior.rsample_kl(eps=None if eps is None else eps[:, 0])
-    draws = {"num_samples": samples} if eps is None else {"num_samples": samples, "eps": eps.transpose(0, 1)}
-    z = posterior.rsample(**draws)
-    if method == "upper":
-        return z[0], prior.kl(posterior, method="upper")
-    if method == "relaxed":
-        choice = None if gumbel is None else gumbel.transpose(0, 1)
-        return z[0], prior.kl_relaxed(posterior, z.flatten(2), tau, gumbel=choice)
-    # E_q[ln q] has a closed form, which leaves less noise than the logarithms of these draws.
-    return z[0], -posterior.entropy() - prior.log_prob(z.flatten(2)).mean(dim=0)
+def rsample(prior: nn.Module | None, vae: VAE, count: int, *seeds: int) -> Tensor:
+    """The same draws [count, latent] on every process, with gradients to a learned prior."""
+    seed, dim = streams.seed_for(seeds[0], "prior", *seeds[1:]), math.prod(vae.latent_shape)
+    return (StandardNormal(dim) if prior is None else prior).rsample(count, seed=seed)
 
 
 def log_prob(prior: nn.Module | None, z: Tensor, ndim: int) -> Tensor:

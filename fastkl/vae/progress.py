@@ -24,10 +24,13 @@ class Display:
     def __exit__(self, *error: Any) -> None:
         pass
 
-    def trained(self, step: int, elbo: float, kl: float, reconstruction: float) -> None:
+    def trained(self, step: int, elbo: float, kl: float, reconstruction: float, terms: dict[str, float]) -> None:
         pass
 
     def tested(self, run: Run, step: int, elbo: float, kl: float, reconstruction: float) -> None:
+        pass
+
+    def watched(self, step: int, figures: dict[str, float], warnings: list[str]) -> None:
         pass
 
     def stepped(self, step: int) -> None:
@@ -44,7 +47,7 @@ class Terminal(Display):
         self.total, self.batch_size, self.first = run.total_steps, run.batch_size, run.step
         self.began = time.perf_counter()
         self.values = {"elbo": float("nan"), "kl": float("nan"), "test": float("nan")}
-        self.used = ""
+        self.used = self.skipped = ""
         self.bar = None
         self.events = None if events is None else Events(events, run.step)
         if sys.stdout.isatty():
@@ -62,10 +65,11 @@ class Terminal(Display):
         if self.events:
             self.events.close(quiet=error != (None, None, None))
 
-    def trained(self, step: int, elbo: float, kl: float, reconstruction: float) -> None:
+    def trained(self, step: int, elbo: float, kl: float, reconstruction: float, terms: dict[str, float]) -> None:
         self.values.update(elbo=elbo, kl=kl)
         if self.events:
-            values = {"elbo": elbo, "kl": kl, "reconstruction": reconstruction, "data_per_second": self.rate(step)}
+            values = {"elbo": elbo, "kl": kl, "reconstruction": reconstruction, **terms}
+            values["data_per_second"] = self.rate(step)
             self.events.scalars("train", step, values)
 
     def tested(self, run: Run, step: int, elbo: float, kl: float, reconstruction: float) -> None:
@@ -82,6 +86,14 @@ class Terminal(Display):
         if not self.bar:
             print(f"step {step}/{self.total}  {self.line(step)}", flush=True)
 
+    def watched(self, step: int, figures: dict[str, float], warnings: list[str]) -> None:
+        self.skipped = f"  {figures['skipped_steps']} skipped" if figures["skipped_steps"] else ""
+        if self.events:
+            self.events.scalars("monitors", step, figures)
+        say = self.bar.console.print if self.bar else print
+        for line in warnings:
+            say(f"step {step}: {line}")
+
     def stepped(self, step: int) -> None:
         if self.bar:
             self.bar.update(self.task, completed=step, text=self.line(step))
@@ -95,7 +107,7 @@ class Terminal(Display):
 
     def line(self, step: int) -> str:
         elbo, kl, test = (self.values[name] for name in ("elbo", "kl", "test"))
-        return f"ELBO {elbo:.2f}  KL {kl:.2f}  test {test:.2f} nats{self.used}  {self.rate(step):,.0f}/s"
+        return f"ELBO {elbo:.2f}  KL {kl:.2f}  test {test:.2f} nats{self.used}{self.skipped}  {self.rate(step):,.0f}/s"
 
 
 def make_bar() -> Any:

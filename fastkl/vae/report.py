@@ -19,6 +19,8 @@ from fastkl.vae.train import Run
 CAPTIONS = {
     "loss_curves": "The ELBO is the reconstruction term less the KL. A test curve that falls while the "
     "training curve rises is overfitting.",
+    "objective_terms": "Means over the batches, in nats, or in the units of the distance. What each is, the "
+    "documentation of fastkl.objectives says.",
     "reconstructions": "Decoded from the posterior mean.",
     "samples": "Decoded from draws of the prior, which no image went into.",
     "components": "Decoded from draws of single components of the prior: a component that stands for a kind of image "
@@ -64,6 +66,7 @@ def write_report(run: Run, evaluation: Evaluation, more: dict[str, Any]) -> dict
     checkpoint.write(run.folder / "settings.json", (json.dumps(settings, indent=2) + "\n").encode())
     columns = {"mixture": ("step", "kl_lower", "kl", "kl_upper", "used_components", "tau")}
     usual = ("step", "elbo", "kl", "reconstruction")
+    columns |= {name: ("step", name.partition("/")[2]) for name in run.history if name.startswith("terms/")}
     history = {name: [dict(zip(columns.get(name, usual), row)) for row in rows] for name, rows in run.history.items()}
     content = json.dumps({**metrics, "history": history}, indent=2) + "\n"
     checkpoint.write(run.folder / "metrics.json", content.encode())

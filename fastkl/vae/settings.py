@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +72,7 @@ class Settings:
     )
     elbo_share: float = option(0.5, "of the ELBO in ciwae; the rest is IWAE")
     penalty: float = option(10.0, "weight of the distance between latents and prior (wae_mmd, info_vae, swae, ...)")
-    alpha: float = option(0.0, "share of the KL that info_vae gives up; weight of beta_tc_vae's mutual information")
+    alpha: float = option(0.0, "share of the KL that info_vae gives up")
     kernel: str = option("imq", "of the maximum mean discrepancy", choices=("imq", "rbf"))
     projections: int = option(50, "of swae")
     blur: float = option(0.5, "of sinkhorn_ae, in units of the latent")
@@ -127,7 +126,7 @@ FOR_PRESET = {
 # What the papers take, or what was found on digits (bench/compare_objectives.py).
 FOR_OBJECTIVE: dict[str, dict[str, Any]] = {
     "beta_vae": {"beta": 4.0},
-    "beta_tc_vae": {"beta": 6.0, "alpha": 1.0},
+    "beta_tc_vae": {"beta": 6.0},
     "iwae": {"samples": 5},
     "miwae": {"samples": 4},
     "piwae": {"samples": 4},

@@ -1,60 +1,34 @@
-"""The training loop, written to be read: `ELBO.forward` is the loss, `train` the loop, the rest is what they need."""
+"""The training loop, written to be read: `train` is the loop, objective.py has its loss, the rest is what they need."""
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastkl import reference
+from fastkl import monitors, reference
 from fastkl.vae import checkpoint, prior, streams
 from fastkl.vae.data import Data
 from fastkl.vae.errors import UserError
 from fastkl.vae.evaluate import quick_elbo, quick_mixture
+from fastkl.vae.guard import Guard
 from fastkl.vae.model import VAE, build
+from fastkl.vae.objective import Noise, Objective, Weights, draws_of
 from fastkl.vae.parallel import Ranks
-from fastkl.vae.plan import kl_weight, learning_rate, temperature
+from fastkl.vae.plan import capacity, kl_weight, learning_rate, temperature
 from fastkl.vae.progress import Display
+from fastkl.vae.rules import MATCHING
 from fastkl.vae.settings import Settings
+from fastkl.vae.watch import Watch
 
 TEST_POINTS = 25  # of the test curve, over the run
-
-
-class Noise(NamedTuple):
-    """Of one step, where it is not for the op to draw: of the latents, and of the choice of a component."""
-
-    eps: Tensor | None = None
-    gumbel: Tensor | None = None
-
-
-FUSED = Noise()
-
-
-class ELBO(nn.Module):
-    """The objective: a module, because DistributedDataParallel hooks into forward(). Another one may take its place."""
-
-    def __init__(self, vae: VAE, kl: str = "mc", samples: int = 1):
-        super().__init__()
-        self.vae, self.kl, self.samples = vae, kl, samples
-
-    def forward(
-        self, x: Tensor, noise: Noise = FUSED, beta: Tensor | float = 1.0, tau: Tensor | float = 1.0,
-        learned: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """(loss, reconstruction, KL), each the mean over the batch, in nats; the KL to the learned prior or N(0, I)."""
-        posterior = self.vae.posterior(x)
-        learned_prior = self.vae.prior if learned else None
-        z, kl = prior.sample_kl(learned_prior, posterior, self.kl, self.samples, *noise, tau)
-        reconstruction = self.vae.log_likelihood(z, x)
-        loss = (beta * kl - reconstruction).mean()
-        return loss, reconstruction.detach().mean(), kl.detach().mean()
+KEPT = 256  # latent dimensions whose KL is kept for each epoch
 
 
 @dataclass
@@ -67,15 +41,21 @@ class Run:
     device: torch.device
     folder: Path
     vae: VAE
-    objective: nn.Module
-    optimizer: torch.optim.Optimizer
+    objective: nn.Module  # an Objective, wrapped where there are several processes
+    optimizers: dict[str, torch.optim.Optimizer]  # of the autoencoder and, for aae, of the discriminator
     step: int = 0
     seconds: float = 0.0  # of training, over all the processes that went on with this run
-    # Sums since the last point of the curves: reconstruction, KL, steps.
-    window: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
-    # Rows of step, ELBO, KL, reconstruction; of a mixture step, lower bound, KL, upper bound, used components,
-    # and with --kl relaxed the temperature.
+    # Sums since the last point of the curves: of the objective's terms, and of the steps.
+    window: dict[str, float] = field(default_factory=dict)
+    watch: Watch = field(init=False)
+    guard: Guard = field(init=False)
+    # Rows of step, ELBO, KL, reconstruction; "terms/NAME" of step and each other term of the objective; of a mixture
+    # step, lower bound, KL, upper bound, used components, and with --kl relaxed the temperature.
     history: dict[str, list[list[float]]] = field(default_factory=lambda: {"train": [], "test": []})
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(self.settings, self.ranks)
+        self.guard = Guard(self.settings.bad_steps, self.ranks, self.folder / checkpoint.NAME)
 
     @property
     def batch_size(self) -> int:
@@ -107,16 +87,19 @@ def start(settings: Settings, data: Data, ranks: Ranks, folder: Path) -> Run:
     vae.prior = prior.build(settings, vae, data)
     vae = vae.to(device)
     learned = vae.prior is not None
+    objective = Objective(vae, settings, len(data.train), ranks.group).to(device)
+    optimizers = make_optimizers(settings, vae, objective.discriminator)
     # During the warm-up the learned prior has no part in the loss.
-    objective = ranks.wrap(ELBO(vae, settings.kl, settings.samples), partly=learned)
-    run = Run(settings, data, ranks, device, folder, vae, objective, make_optimizer(settings, vae))
+    run = Run(settings, data, ranks, device, folder, vae, ranks.wrap(objective, partly=learned), optimizers)
     if learned and 0 < run.total_steps <= settings.warm_up:
         wanted = f"--warm-up {settings.warm_up} leaves none of the {run.total_steps} steps to --prior {settings.prior}"
         raise UserError(f"{wanted}: choose fewer, or train for longer")
     return run
 
 
-def make_optimizer(settings: Settings, vae: VAE) -> torch.optim.Optimizer:
+def make_optimizers(
+    settings: Settings, vae: VAE, discriminator: nn.Module | None = None
+) -> dict[str, torch.optim.Optimizer]:
     rate, decay = settings.learning_rate, settings.weight_decay
     groups: list[dict[str, Any]] = [{"params": list(vae.parameters())}]
     if vae.prior is not None:
@@ -125,7 +108,12 @@ def make_optimizer(settings: Settings, vae: VAE) -> torch.optim.Optimizer:
         groups[0]["params"] = [parameter for parameter in groups[0]["params"] if parameter not in known]
         # No decay: it would pull means and log-variances to 0, which is not less of anything.
         groups.append({"params": own, "weight_decay": 0.0, "rate": settings.prior_learning_rate or rate})
-    return torch.optim.AdamW(groups, lr=rate, weight_decay=decay, fused=True)
+    optimizers = {"autoencoder": torch.optim.AdamW(groups, lr=rate, weight_decay=decay, fused=True)}
+    if discriminator is not None:
+        group = {"params": list(discriminator.parameters()), "rate": settings.discriminator_learning_rate or rate}
+        # The first moment's memory is short, as for the adversarial networks of Radford et al. 2016.
+        optimizers["discriminator"] = torch.optim.AdamW([group], lr=rate, betas=(0.5, 0.999), weight_decay=0.0)
+    return optimizers
 
 
 def choose_device(name: str, ranks: Ranks) -> torch.device:
@@ -141,24 +129,31 @@ def train(run: Run, display: Display) -> bool:
     began = time.perf_counter() - run.seconds
     settings = run.settings
     # Filled anew each step, so that a compiled objective stays compiled.
-    beta, tau = (torch.ones((), device=run.device) for _ in range(2))
+    weights = Weights(*(torch.ones((), device=run.device) for _ in Weights._fields))
     with Stop() as stop:
         while run.step < run.total_steps:
-            for group in run.optimizer.param_groups:
-                rate = group.get("rate", settings.learning_rate)
-                group["lr"] = learning_rate(settings, run.step, run.total_steps, rate)
-            beta.fill_(kl_weight(settings, run.step))
-            tau.fill_(temperature(settings, run.step, run.total_steps))
+            for optimizer in run.optimizers.values():
+                for group in optimizer.param_groups:
+                    rate = group.get("rate", settings.learning_rate)
+                    group["lr"] = learning_rate(settings, run.step, run.total_steps, rate)
+            weights.beta.fill_(kl_weight(settings, run.step))
+            weights.tau.fill_(temperature(settings, run.step, run.total_steps))
+            weights.capacity.fill_(capacity(settings, run.step))
             x, noise = batch(run)
-            loss, reconstruction, kl = run.objective(x, noise, beta, tau, run.prior is not None)
-            run.optimizer.zero_grad(set_to_none=True)
+            loss, terms, posterior = run.objective(x, noise, weights, run.prior is not None)
+            for optimizer in run.optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            run.optimizer.step()
             run.step += 1
+            good = run.guard.admit(loss, run.objective.parameters(), run.step)
+            if good:
+                for optimizer in run.optimizers.values():
+                    optimizer.step()
+                run.watch.saw(run.step, posterior, run.prior)
             if run.step == settings.warm_up and run.prior is not None:
                 begin(run)
             run.seconds = time.perf_counter() - began
-            if after_step(run, display, reconstruction, kl, stop.asked):
+            if after_step(run, display, terms if good else {}, stop.asked):
                 return False
     return True
 
@@ -181,33 +176,45 @@ def batch(run: Run) -> tuple[Tensor, Noise]:
     settings, ranks = run.settings, run.ranks
     indices = streams.batch_indices(settings.seed, run.step, len(run.data.train), run.batch_size)
     x = run.data.train[ranks.share(indices)].to(run.device)
-    eps = gumbel = None
+    eps = gumbel = drawn = None
     if settings.noise == "datum":
-        shape = (run.batch_size, settings.samples if run.prior is not None else 1)
+        shape = (run.batch_size, draws_of(settings, run.prior is not None))
         generator = streams.generator(settings.seed, "noise", run.step)
         eps = ranks.share(torch.randn((*shape, *run.vae.latent_shape), generator=generator)).to(run.device)
         if settings.kl == "relaxed":
             seed = torch.tensor(streams.seed_for(settings.seed, "choice", run.step))
             gumbel = ranks.share(reference.gumbel_noise(seed, (*shape, settings.components))).to(run.device)
+        if settings.objective in MATCHING:
+            drawn = ranks.share(prior.rsample(run.prior, run.vae, run.batch_size, settings.seed, run.step)).to(
+                run.device
+            )
     torch.manual_seed(streams.seed_for(settings.seed, "step", run.step, ranks.rank))
-    return x, Noise(eps, gumbel)
+    return x, Noise(eps, gumbel, drawn)
 
 
-def after_step(run: Run, display: Display, reconstruction: Tensor, kl: Tensor, asked: bool) -> bool:
-    """Curves, test and checkpoint when they are due; says whether to stop, which all processes must do together."""
-    told = torch.stack([reconstruction, kl, reconstruction.new_tensor(float(asked))]).double()
-    told = run.ranks.mean(told).cpu()
-    stopping = bool(told[2] > 0)
-    run.window += torch.stack([told[0], told[1], torch.ones((), dtype=torch.float64)])
+def after_step(run: Run, display: Display, terms: dict[str, Tensor], asked: bool) -> bool:
+    """Curves, test and checkpoint when they are due; says whether to stop, which all processes must do together.
+
+    Of a step that was skipped there are no terms.
+    """
+    told = torch.stack([*terms.values(), torch.full((), float(asked), device=run.device)]).double()
+    *values, stopping = run.ranks.mean(told).tolist()
+    for name, value in zip((*terms, "steps"), (*values, 1.0)):
+        run.window[name] = run.window.get(name, 0.0) + (value if terms else 0.0)
     last = run.step == run.total_steps
-    if run.step % run.settings.log_every == 0 or last:
-        mean_reconstruction, mean_kl = (run.window[:2] / run.window[2]).tolist()
-        if not math.isfinite(mean_reconstruction - mean_kl):
-            raise UserError(f"the loss is no longer finite at step {run.step}; {where_to_go(run)}")
-        row = [run.step, mean_reconstruction - mean_kl, mean_kl, mean_reconstruction]
+    if (run.step % run.settings.log_every == 0 or last) and run.window["steps"]:
+        steps = run.window.pop("steps")
+        means = {name: total / steps for name, total in run.window.items()}
+        run.window.clear()
+        kl, reconstruction = means.pop("kl"), means.pop("reconstruction")
+        row = [run.step, reconstruction - kl, kl, reconstruction]
         run.history["train"].append(row)
-        run.window.zero_()
-        display.trained(run.step, *row[1:])
+        means.pop("elbo", None)
+        for name, value in means.items():
+            run.history.setdefault(f"terms/{name}", []).append([run.step, value])
+        display.trained(*row, {**means, **(gradients(run) if terms else {})})
+    if run.step % run.steps_per_epoch == 0 or last:
+        watched(run, display)
     if run.ranks.main and (last or run.step % max(1, run.total_steps // TEST_POINTS) == 0):
         about = (run.vae, run.data.test, run.settings.seed, run.device, run.prior)
         row = [run.step, *quick_elbo(*about)]
@@ -219,13 +226,41 @@ def after_step(run: Run, display: Display, reconstruction: Tensor, kl: Tensor, a
             run.history.setdefault("mixture", []).append(bracket)
         display.tested(run, *row)
     display.stepped(run.step)
-    if run.ranks.main and (stopping or last or run.step % run.settings.checkpoint_every == 0):
-        display.flush()  # or events before this checkpoint may be lost when the process is killed after it
-        save(run)
-    return stopping
+    if stopping or last or run.step % run.settings.checkpoint_every == 0:
+        seen = run.watch.state_dict()  # of all processes
+        if run.ranks.main:
+            display.flush()  # or events before this checkpoint may be lost when the process is killed after it
+            save(run, seen)
+    return stopping > 0
 
 
-def save(run: Run) -> None:
+def gradients(run: Run) -> dict[str, float]:
+    """The norms of the gradients of encoder, decoder and whatever else learns, at this step."""
+    parts = {name: list(part.parameters()) for name, part in run.vae.named_children()}
+    norms = monitors.gradient_norms({name: part for name, part in parts.items() if part})
+    found = {f"gradient_norm_{name}": value.item() for name, value in norms.items()}
+    for name, value in found.items():
+        run.history.setdefault(f"monitors/{name}", []).append([run.step, value])
+    return found
+
+
+def watched(run: Run, display: Display) -> None:
+    """What the monitors saw since the last epoch, and what is to be said of it."""
+    figures = run.watch.figures()
+    if "active_units" not in figures:  # nothing but skipped steps
+        return
+    terms = {name: rows[-1][1] for name, rows in run.history.items() if name == "terms/effective_sample_size"}
+    figures["skipped_steps"] = run.guard.skipped
+    lines = run.watch.warnings(run.step, run.total_steps, figures, next(iter(terms.values()), None))
+    kl = figures.pop("kl_per_dimension")
+    if len(kl) <= KEPT:
+        run.history.setdefault("monitors/kl_per_dimension", []).append([run.step, *kl])
+    for name, value in figures.items():
+        run.history.setdefault(f"monitors/{name}", []).append([run.step, value])
+    display.watched(run.step, figures, lines)
+
+
+def save(run: Run, seen: dict[str, Any]) -> None:
     """The generators' states are missing on purpose: they are functions of the step (streams.py)."""
     for parameter in run.vae.parameters():
         if not parameter.isfinite().all():
@@ -239,9 +274,12 @@ def save(run: Run) -> None:
             "threads": torch.get_num_threads(),
             "step": run.step,
             "model": run.vae.state_dict(),
-            "optimizer": run.optimizer.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
+            "discriminator": discriminator_of(run).state_dict() if discriminator_of(run) is not None else {},
             "seconds": run.seconds,
             "window": run.window,
+            "watch": seen,
+            "guard": run.guard.state_dict(),
             "history": run.history,
         },
     )
@@ -257,11 +295,20 @@ def restore(run: Run, state: dict[str, Any]) -> None:
         )
     try:
         run.vae.load_state_dict(state["model"])
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.window.copy_(state["window"])
+        for name, optimizer in run.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        if (discriminator := discriminator_of(run)) is not None:
+            discriminator.load_state_dict(state["discriminator"])
+        run.window = dict(state["window"])
+        run.watch.load_state_dict(state["watch"], run.ranks.main)
+        run.guard.load_state_dict(state["guard"])
         run.step, run.seconds, run.history = int(state["step"]), float(state["seconds"]), state["history"]
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the checkpoint does not fit its own settings ({str(error).splitlines()[0]})") from None
+
+
+def discriminator_of(run: Run) -> nn.Module | None:
+    return getattr(run.objective, "module", run.objective).discriminator
 
 
 def where_to_go(run: Run) -> str:

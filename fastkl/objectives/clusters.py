@@ -1,0 +1,89 @@
+"""Variational deep embedding: the ELBO with the component of a mixture as a latent of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkl import distributions, reference
+from fastkl.objectives._loss import LogLikelihood, Loss, check, draws, flat, made_of, reconstruction_of, weight
+from fastkl.ops.gmm_log_prob import gmm_log_prob
+from fastkl.ops.gmm_responsibilities import gmm_responsibilities
+from fastkl.priors.mixture import MixturePrior
+
+
+def vade(
+    posterior: distributions.DiagonalNormal, prior: MixturePrior, log_likelihood: LogLikelihood, *,
+    beta: float | Tensor = 1.0, num_samples: int = 1, eps: Tensor | None = None,
+) -> Loss:  # fmt: skip
+    """Minus the ELBO of variational deep embedding, mean over the batch.
+
+    -E_q[ln p(x | z)] + beta (sum_k r_k KL(q(z | x) || N_k) + KL(r || pi)), r_k = p(k | z), z ~ q(z | x)
+
+    r is computed in logarithms, without a floor, and with the weight of a component counted once. Its gradient is part
+    of the loss's. The KL is a bound from above of KL(q || p), and never below `kl(method="upper")`.
+
+    Args:
+        posterior, log_likelihood: as for `elbo`.
+        prior: a mixture: GaussianMixture, of any covariance, or VampPrior.
+        beta: weight of the KL.
+        num_samples: of z, for r and the reconstruction, over which the mean is taken.
+        eps: their noise [num_samples, *batch, *event], where it is not for the op to draw.
+
+    Returns:
+        Loss(loss, terms): terms are elbo, reconstruction, kl (of z given the component) and kl_components (of the
+        component), in nats; elbo is reconstruction - kl - kl_components. Makes [num_samples, *batch, K], nothing of
+        size batch x K x D.
+
+    Raises:
+        TypeError: the prior has no components. ValueError: it has another number of dimensions.
+
+    Source: Jiang et al. 2017, "Variational Deep Embedding", arXiv:1611.05148, equations 8 and 16.
+
+    >>> import torch, fastkl
+    >>> q = fastkl.DiagonalNormal(torch.randn(8, 2), torch.zeros(8, 2))
+    >>> prior = fastkl.priors.GaussianMixture(components=5, dim=2)
+    >>> loss, terms = fastkl.objectives.vade(q, prior, lambda z: 0 * z.sum(-1))
+    >>> bool(loss >= prior.kl(q, method="upper").mean()), list(terms)
+    (True, ['elbo', 'reconstruction', 'kl', 'kl_components'])
+    """
+    check(posterior, prior, log_likelihood)
+    if not isinstance(prior, MixturePrior):
+        raise TypeError(f"prior must be a mixture, whose components vade assigns, got {type(prior).__name__}")
+    beta = weight("beta", beta)
+    z = draws(posterior, num_samples, eps)
+    reconstruction = reconstruction_of(posterior, log_likelihood, z).mean(0)
+    kl, kl_components = _kls(posterior, prior, flat(posterior, z))
+    loss = (beta * (kl + kl_components) - reconstruction).mean()
+    elbo = reconstruction - kl - kl_components
+    return made_of(loss, elbo=elbo, reconstruction=reconstruction, kl=kl, kl_components=kl_components)
+
+
+def _kls(posterior: distributions.DiagonalNormal, prior: MixturePrior, z: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_k r_k KL(q || N_k) and KL(r || pi) [*batch]."""
+    mu, logvar, mixture = prior._both(posterior)
+    logits, means, logvars, scale_tril = mixture
+    dtype = reference.compute_dtype(mu, logvar, z, *(tensor for tensor in mixture if tensor is not None))
+    with torch.autocast(z.device.type, enabled=False):
+        log_r = gmm_responsibilities(z, **mixture._asdict(), precision=prior.precision).to(dtype)
+        # ln N(mu; m_k, S_k) by way of p(k | mu): streamed, and without the digits that expanding a square loses.
+        at_mean = gmm_responsibilities(mu, **mixture._asdict(), precision=prior.precision).to(dtype)
+        at_mean = at_mean + gmm_log_prob(mu, **mixture._asdict(), precision=prior.precision).to(dtype).unsqueeze(-1)
+        log_pi = torch.log_softmax(logits.to(dtype), -1)
+        excluded = log_pi == float("-inf")
+        log_normal = at_mean - log_pi.masked_fill(excluded, 0.0)
+        trace = logvar.to(dtype).exp() @ _precisions(means, logvars, scale_tril).to(dtype).mT  # sum_d sigma^2 / S_kd
+        cross = (log_normal - 0.5 * trace).masked_fill(excluded, 0.0)  # E_q ln N_k
+        r = log_r.exp()
+        kl = -reference.normal_entropy(logvar.to(dtype)) - (r * cross).sum(-1)
+        # A component that cannot have made z adds 0: without weight it would be -inf - -inf, underflowed 0 times -inf.
+        surprise = (log_r - log_pi).masked_fill(log_r == float("-inf"), 0.0)
+        return kl.mean(0), (r * surprise).sum(-1).mean(0)
+
+
+def _precisions(means: Tensor, logvars: Tensor | None, scale_tril: Tensor | None) -> Tensor:
+    """The diagonals of S_k^-1 [K, D]."""
+    if scale_tril is not None:
+        identity = torch.eye(means.shape[-1], dtype=scale_tril.dtype, device=scale_tril.device)
+        return torch.linalg.solve_triangular(scale_tril, identity, upper=False).square().sum(-2)
+    return (torch.zeros_like(means) if logvars is None else -logvars).exp().expand(means.shape)

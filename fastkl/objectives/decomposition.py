@@ -1,0 +1,60 @@
+"""The beta-TCVAE, which weighs the parts of the KL."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fastkl import distributions
+from fastkl.objectives._loss import LogLikelihood, Loss, check, draws, flat, made_of, reconstruction_of, weight
+from fastkl.ops.total_correlation import total_correlation
+from fastkl.priors import StandardNormal
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def beta_tc_vae(
+    posterior: distributions.DiagonalNormal, prior: StandardNormal | None, log_likelihood: LogLikelihood, *,
+    dataset_size: int, beta: float | Tensor = 6.0, alpha: float | Tensor = 1.0, gamma: float | Tensor = 1.0,
+    weights: str = "mss", eps: Tensor | None = None, group: ProcessGroup | None = None,
+) -> Loss:  # fmt: skip
+    """The beta-TCVAE: the KL in three parts, each with its weight.
+
+    -E_q[ln p(x | z)] + alpha I(z; x) + beta TC(z) + gamma sum_d KL(q(z_d) || p(z_d))
+
+    Args:
+        posterior, log_likelihood: as for `elbo`.
+        prior: None or StandardNormal: the third part is one of single dimensions, of which another prior is no product.
+        dataset_size: how many data the batch was drawn from.
+        beta, alpha, gamma: numbers or tensors with one value.
+        weights, group: as for `fastkl.total_correlation`.
+        eps: the noise of the draw of z [1, *batch, *event], where it is not for the op to draw.
+
+    Returns:
+        Loss(loss, terms): terms are reconstruction, kl (the sum of the three, the sampled KL), mutual_information,
+        total_correlation and dimension_wise_kl, in nats.
+
+    Raises:
+        TypeError: prior is neither None nor StandardNormal. TypeError, ValueError: as `fastkl.total_correlation`.
+
+    Source: Chen et al. 2018, "Isolating Sources of Disentanglement in VAEs", arXiv:1802.04942, equation 4.
+
+    >>> import torch, fastkl
+    >>> q = fastkl.DiagonalNormal(torch.randn(64, 2), torch.zeros(64, 2))
+    >>> list(fastkl.objectives.beta_tc_vae(q, None, lambda z: z.sum(-1), dataset_size=1000).terms)[2:]
+    ['mutual_information', 'total_correlation', 'dimension_wise_kl']
+    """
+    check(posterior, prior, log_likelihood)
+    if not (prior is None or isinstance(prior, StandardNormal)):
+        name = type(prior).__name__
+        raise TypeError(f"prior must be None or StandardNormal: KL(q(z_d) || p(z_d)) needs a product, got {name}")
+    factors = [weight(name, value) for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma))]
+    z = draws(posterior, 1, eps)
+    reconstruction = reconstruction_of(posterior, log_likelihood, z)[0]
+    parameters = (flat(posterior, tensor).flatten(0, -2) for tensor in (z, posterior.mean, posterior._logvar()))
+    parts = total_correlation(*parameters, dataset_size, weights=weights, group=group)
+    weighted = sum(factor * part.mean() for factor, part in zip(factors, parts))
+    terms = {"reconstruction": reconstruction, "kl": sum(part.detach() for part in parts), **parts._asdict()}
+    return made_of(weighted - reconstruction.mean(), **terms)

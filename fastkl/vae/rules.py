@@ -1,0 +1,156 @@
+"""Which options go together: what a new run takes for the ones not given, and what a resumed run may change."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fastkl.vae.errors import UserError
+from fastkl.vae.settings import FOR_DATA, FOR_OBJECTIVE, FOR_PRESET, LEARNED, WARM_UP, Settings
+
+BOUNDS = ("elbo", "beta_vae")  # whose KL may have a bound or a choice of the component in its place
+WEIGHTED = (*BOUNDS, "beta_tc_vae", "vade")  # by --beta
+IMPORTANCE = ("iwae", "miwae", "piwae", "ciwae")
+MATCHING = ("wae_mmd", "info_vae", "swae", "sinkhorn_ae", "aae")
+# Which objectives an option says something to, and which priors.
+OF_OBJECTIVE = {
+    "beta": WEIGHTED, "beta_schedule": WEIGHTED, "kl": BOUNDS, "free_bits": ("elbo",), "free_bits_per": ("elbo",),
+    "balance": ("elbo",), "capacity": ("beta_vae",), "capacity_steps": ("beta_vae",),
+    "groups": ("miwae", "piwae"), "gradient": IMPORTANCE, "elbo_share": ("ciwae",), "penalty": MATCHING,
+    "alpha": ("info_vae",), "kernel": ("wae_mmd", "info_vae"), "projections": ("swae",), "blur": ("sinkhorn_ae",),
+    "weights": ("beta_tc_vae",), "discriminator_learning_rate": ("aae",),
+}  # fmt: skip
+OF_PRIOR = {
+    "components": ("gmm", "vamp"), "covariance": ("gmm",), "kl": LEARNED, "prior_learning_rate": LEARNED,
+}  # fmt: skip
+RELAXED = ("tau", "final_tau", "tau_schedule")  # what belongs to --kl relaxed
+# Combinations that make no sense, and why; the README's table says the same.
+REFUSED = {
+    "beta_tc_vae": (LEARNED, "its KL of single dimensions needs a prior that is a product of them"),
+    "vade": (("standard", "flow"), "it assigns data to the components of a mixture, --prior gmm or vamp"),
+}
+
+
+def resolve(given: dict[str, Any]) -> Settings:
+    """The settings of a new run; options that contradict one another are refused."""
+    settings = defaults(given)
+    check(settings)
+    priors, why = REFUSED.get(settings.objective, ((), ""))
+    if settings.prior in priors:
+        raise UserError(f"--objective {settings.objective} does not go with --prior {settings.prior}: {why}")
+    for table, about in ((OF_OBJECTIVE, "objective"), (OF_PRIOR, "prior")):
+        for name in given:
+            chosen = getattr(settings, about)
+            if chosen not in (known := table.get(name, (chosen,))):
+                wanted = " or ".join(known)
+                raise UserError(f"{flag(name)} belongs to --{about} {wanted}; this run has --{about} {chosen}")
+    if "samples" in given and settings.prior == "standard" and settings.objective not in (*IMPORTANCE, "vade"):
+        raise UserError(
+            "--samples belongs to the KL to a learned --prior, or to --objective iwae, miwae, piwae, ciwae or vade"
+        )
+    check_remedies(settings, given)
+    if settings.kl == "upper" and settings.prior == "flow":
+        raise UserError("--kl upper is a bound for mixtures, --prior gmm or vamp; a flow has only --kl mc")
+    if settings.kl == "relaxed" and settings.prior == "flow":
+        raise UserError("--kl relaxed chooses a component of a mixture, --prior gmm or vamp; a flow has only --kl mc")
+    if settings.kl == "relaxed" and settings.covariance == "full":
+        raise UserError("--kl relaxed interpolates deviations: --covariance diag, spherical or tied, not full")
+    for name in RELAXED:
+        if name in given and settings.kl != "relaxed":
+            raise UserError(f"{flag(name)} belongs to --kl relaxed; this run has --kl {settings.kl}")
+    if "tau_schedule" in given and settings.tau == settings.final_tau:
+        raise UserError(f"--tau-schedule has nothing to do where --tau and --final-tau are both {settings.tau}")
+    if "beta_schedule" in given and settings.warm_up == 0:
+        raise UserError("--beta-schedule says how the weight of the KL rises over --warm-up; this run has --warm-up 0")
+    if settings.kl == "upper" and "samples" in given:
+        raise UserError("--samples belongs to --kl mc or relaxed; --kl upper takes one sample, for the decoder")
+    return settings
+
+
+def check_remedies(settings: Settings, given: dict[str, Any]) -> None:
+    for name, of in (("free_bits_per", "free_bits"), ("capacity_steps", "capacity"), ("cycles", "beta_schedule")):
+        asked = settings.beta_schedule == "cyclical" if name == "cycles" else of in given
+        if name in given and not asked:
+            raise UserError(f"{flag(name)} belongs to {flag(of)}{' cyclical' if name == 'cycles' else ''}")
+    for name, parts in (("free_bits", settings.free_bits_per != "sample"), ("balance", True)):
+        if name in given and parts and settings.prior != "standard":
+            raise UserError(
+                f"{flag(name)} looks at the KL of single dimensions, and that to --prior {settings.prior} has none; "
+                "--free-bits with --free-bits-per sample goes with every prior"
+            )
+    if settings.balance and settings.free_bits:
+        raise UserError("--balance and --free-bits exclude each other: both change how the KL counts")
+    if settings.balance and settings.warm_up == 0:
+        raise UserError("--balance acts while the weight of the KL rises over --warm-up; this run has --warm-up 0")
+    if settings.balance > settings.latent:
+        raise UserError(f"--balance {settings.balance} is more groups than the {settings.latent} of --latent")
+
+
+def defaults(given: dict[str, Any]) -> Settings:
+    """Defaults, then what suits the data, the preset, the objective and the prior, then what was typed."""
+    names = ("preset", "data", "objective", "prior")
+    preset, data, objective, prior = (given.get(name, getattr(Settings, name)) for name in names)
+    learned = {} if prior == "standard" else {"warm_up": WARM_UP.get(preset if data == "digits" else data, 500)}
+    return Settings(
+        **{**FOR_DATA.get(data, {}), **FOR_PRESET[preset], **FOR_OBJECTIVE.get(objective, {}), **learned, **given}
+    )
+
+
+def check(settings: Settings) -> None:
+    ones = ("latent", "hidden", "layers", "batch_size", "epochs", "importance_samples", "log_every", "checkpoint_every")
+    ones += ("components", "samples", "groups", "cycles", "projections", "bad_steps")
+    zeros = (
+        "balance",
+        "capacity_steps",
+        "image_size",
+        "steps",
+        "seed",
+        "split_seed",
+        "test_data",
+        "threads",
+        "warm_up",
+    )
+    for name, minimum in {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)}.items():
+        if getattr(settings, name) < minimum:
+            raise UserError(f"{flag(name)} must be at least {minimum}, got {getattr(settings, name)}")
+    rates = ("learning_rate", "prior_learning_rate", "discriminator_learning_rate")
+    for name in (*rates, "weight_decay", "beta", "free_bits", "penalty", "alpha", "elbo_share"):
+        value = getattr(settings, name)
+        if not 0 <= value < float("inf"):
+            raise UserError(f"{flag(name)} must be a finite number, 0 or more, got {value}")
+    for name in ("tau", "final_tau", "blur"):
+        value = getattr(settings, name)
+        if not 0 < value < float("inf"):
+            raise UserError(f"{flag(name)} must be a finite number above 0, got {value}")
+    for name in ("alpha", "elbo_share"):
+        if getattr(settings, name) > 1:
+            raise UserError(f"{flag(name)} is a share, at most 1, got {getattr(settings, name)}")
+    if not settings.capacity < float("inf"):
+        raise UserError(f"--capacity must be a finite number, got {settings.capacity}")
+    if settings.objective == "info_vae" and settings.alpha + settings.penalty < 1:
+        total = settings.alpha + settings.penalty
+        raise UserError(f"--alpha and --penalty of info_vae must be 1 or more together, got {total}")
+    if settings.final_tau > settings.tau:
+        raise UserError(f"--final-tau {settings.final_tau} is above --tau {settings.tau}: the temperature falls")
+
+
+def resume(saved: dict[str, Any], given: dict[str, Any]) -> Settings:
+    """The saved settings, with what was typed where that leaves the numbers as they are; anything else is refused."""
+    fields = {item.name: item for item in dataclasses.fields(Settings)}
+    if unknown := sorted(set(saved) - set(fields)):
+        raise UserError(f"the checkpoint has settings unknown here ({', '.join(unknown)}); it is from another version")
+    before = Settings(**saved)
+    for name, value in given.items():
+        old = getattr(before, name)
+        # How long to train changes nothing before the end, unless learning rate or temperature are planned over it all.
+        planned = before.schedule != "constant" or (before.kl == "relaxed" and before.tau != before.final_tau)
+        free = name in ("epochs", "steps") and not planned
+        if fields[name].metadata["maths"] and value != old and not free:
+            raise UserError(f"{flag(name)} {value} differs from the run's {old}; resume without it, or start a new run")
+    settings = dataclasses.replace(before, **given)
+    check(settings)
+    return settings
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

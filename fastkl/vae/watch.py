@@ -1,0 +1,103 @@
+"""What is watched while a run goes on: fed by the steps with what the loss made anyway, read at each epoch's end."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+import fastkl
+from fastkl import DiagonalNormal, monitors
+from fastkl.monitors import ActiveUnits, ComponentUsage, KLPerDimension, MutualInformation
+from fastkl.monitors._monitor import Monitor, State
+from fastkl.vae.parallel import Ranks
+from fastkl.vae.prior import is_mixture
+from fastkl.vae.settings import Settings
+
+GRACE = 0.1  # of the run, before the first warning: at first every posterior is the prior
+
+
+class Watch:
+    """Active units and the KL of each dimension over the data of an epoch; mutual information and used components over
+    the batches at which curves have their points. Everything is of all processes together."""
+
+    def __init__(self, settings: Settings, ranks: Ranks):
+        self.settings = settings
+        self.warned: list[list[Any]] = []  # step, line
+        group = {"group": ranks.group}
+        self.monitors = {
+            "active_units": ActiveUnits(**group),
+            "kl_per_dimension": KLPerDimension(**group),
+            "mutual_information": MutualInformation(**group),
+            "used_components": ComponentUsage(**group),
+        }
+
+    def saw(self, step: int, posterior: DiagonalNormal, prior: nn.Module | None) -> None:
+        """The posteriors of a step; nothing is read from the device."""
+        for name in ("active_units", "kl_per_dimension"):
+            self.monitors[name].update(posterior)
+        if step % self.settings.log_every == 0:
+            self.monitors["mutual_information"].update(posterior)
+            if is_mixture(prior):
+                moments = fastkl.gmm_moments(posterior.mean.flatten(1), **prior.mixture()._asdict())
+                self.monitors["used_components"].update(moments)
+
+    def figures(self) -> dict[str, Any]:
+        """Since the last call; every process must call it."""
+        found: dict[str, Any] = {}
+        for name, state in self.states().items():
+            monitor = self.monitors[name]
+            if state is None:
+                continue
+            if name == "active_units":
+                found[name] = monitor.count()
+            elif name == "used_components":
+                found[name] = monitor.compute().used
+            else:
+                found[name] = monitor.compute().flatten().tolist()
+            monitor.reset()
+        found["mutual_information"] = found.get("mutual_information", [math.nan])[0]
+        return found
+
+    def warnings(self, step: int, total: int, figures: dict[str, Any], sample_size: float | None) -> list[str]:
+        """What is new among the signs of a collapse, each with its remedies."""
+        if step < self.settings.warm_up + GRACE * total:
+            return []
+        per_dimension = figures["kl_per_dimension"]
+        lines = monitors.diagnose(
+            kl=math.fsum(per_dimension), active_units=figures["active_units"], latent_units=len(per_dimension),
+            used_components=figures.get("used_components"), components=self.settings.components,
+            effective_sample_size=sample_size, samples=self.settings.samples,
+        )  # fmt: skip
+        known = {kind_of(line) for _, line in self.warned}
+        new = [line for line in lines if kind_of(line) not in known]
+        self.warned += [[step, line] for line in new]
+        return new
+
+    def states(self) -> dict[str, State | None]:
+        """What all processes saw together; every process must call it."""
+        return {name: everything(monitor) for name, monitor in self.monitors.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `states`."""
+        kept = {name: [state.count, *state.values] for name, state in self.states().items() if state is not None}
+        return {"monitors": kept, "warned": self.warned}
+
+    def load_state_dict(self, state: dict[str, Any], main: bool = True) -> None:
+        """What all processes saw is the main one's from here on."""
+        self.warned = [list(row) for row in state["warned"]]
+        for name, (count, *values) in state["monitors"].items():
+            if main:
+                self.monitors[name].state = State(int(count), tuple(values))
+
+
+def everything(monitor: Monitor) -> State | None:
+    try:
+        return monitor.everything()
+    except ValueError:  # nobody has seen anything yet
+        return None
+
+
+def kind_of(line: str) -> str:
+    return line.partition(" (")[0]

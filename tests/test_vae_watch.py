@@ -1,0 +1,61 @@
+"""What is watched over a run, and what is said of it."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+
+import fastkl
+from fastkl.vae import progress
+from fastkl.vae.parallel import Ranks
+from fastkl.vae.settings import Settings
+from fastkl.vae.watch import Watch
+
+
+def test_warnings_name_the_remedy_once(monkeypatch, capsys):
+    """A posterior that has collapsed is said when the run is under way, and not again."""
+    settings = Settings(warm_up=10, log_every=1)
+    watch = Watch(settings, Ranks())
+    silent = fastkl.DiagonalNormal(torch.zeros(8, 20), torch.zeros(8, 20))
+    said = []
+    for step in range(1, 41):
+        watch.saw(step, silent, None)
+        if step % 5 == 0:
+            figures = watch.figures()
+            assert figures["active_units"] == 0
+            assert figures["mutual_information"] == pytest.approx(0, abs=1e-9)
+            assert figures["kl_per_dimension"] == [0.0] * 20
+            said += [(step, line) for line in watch.warnings(step, 100, figures, None)]
+    (once,) = said
+    assert once[0] == 20, "after the warm-up and a tenth of the run"
+    assert once[1].startswith("posterior collapse (0 of 20 latent units active, KL 0 nats): free bits")
+    again = Watch(settings, Ranks())
+    again.load_state_dict(watch.state_dict())
+    again.saw(41, silent, None)
+    assert again.warnings(41, 100, again.figures(), None) == [], "nor after a resumption"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+    run = types.SimpleNamespace(total_steps=100, batch_size=4, step=0)
+    with progress.Terminal(run, None) as display:
+        display.watched(20, {"skipped_steps": 2, **figures}, [once[1]])
+        assert display.line(20).count("2 skipped") == 1
+    assert f"step 20: {once[1]}" in capsys.readouterr().out
+
+
+def test_watch_goes_on_where_it_was():
+    """What an epoch's monitors saw before a run was stopped counts after it."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [fastkl.DiagonalNormal(*torch.randn(2, 8, 3, generator=generator)) for _ in range(4)]
+    settings = Settings(log_every=2)
+    whole, first, second = (Watch(settings, Ranks()) for _ in range(3))
+    for step, q in enumerate(batches):
+        torch.manual_seed(step)
+        whole.saw(step, q, None)
+    for step, q in enumerate(batches):
+        torch.manual_seed(step)
+        if step == 2:
+            second.load_state_dict(first.state_dict())
+        (first if step < 2 else second).saw(step, q, None)
+    assert second.figures() == whole.figures()
