@@ -26,7 +26,7 @@ def test_warnings_name_the_remedy_once(monkeypatch, capsys):
         if step % 5 == 0:
             figures = watch.figures()
             assert figures["active_units"] == 0
-            assert figures["mutual_information"] == pytest.approx(0, abs=1e-9)
+            assert figures["mutual_information"] == pytest.approx(0, abs=1e-5)  # float32
             assert figures["kl_per_dimension"] == [0.0] * 20
             said += [(step, line) for line in watch.warnings(step, 100, figures, None)]
     (once,) = said
