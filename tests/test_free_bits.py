@@ -70,19 +70,24 @@ def test_free_bits_are_the_definition(backend, per, event, joint_ndim, packed, m
 @pytest.mark.parametrize("prior", [False, True])
 def test_rows_in_blocks_are_rows(prior):
     """More elements than a block holds, and a last block that is smaller; strided; with bounds and another scale."""
-    heads = draw(530, 300, count=2)
-    settings = {"scale": "softplus", "bounds": (-3.0, 3.0)}
-    p = fastkl.DiagonalNormal(*draw(150)) if prior else None
-
-    def gradients(heads, *, rows):
-        q = fastkl.DiagonalNormal(*(head.chunk(2, 1)[1][rows] for head in heads), **settings)
-        value = remedies.free_bits(q, THRESHOLD, per="dimension", prior=p)
-        return value, *torch.autograd.grad(value.square().sum(), heads)
-
-    whole = gradients(heads, rows=slice(None))
-    parts = [gradients(heads, rows=slice(first, first + 100)) for first in range(0, 530, 100)]
-    torch.testing.assert_close(whole[0], torch.cat([part[0] for part in parts]))
-    torch.testing.assert_close(whole[1:], tuple(map(sum, zip(*(part[1:] for part in parts)))))
+    heads, p = draw(530, 300), draw(150) if prior else None
+    mu, parameter = (head.chunk(2, 1)[1] for head in heads)
+    q = fastkl.DiagonalNormal(mu, parameter, scale="softplus", bounds=(-1.0, 1.0))
+    threshold = 0.5
+    value = remedies.free_bits(q, threshold, per="dimension", prior=None if p is None else fastkl.DiagonalNormal(*p))
+    wanted = expected(elements(mu, q.logvar, p), threshold, "dimension")
+    torch.testing.assert_close(value, wanted)
+    inputs = [*heads, *(p or ())]
+    first = [torch.autograd.grad(v.square().sum(), inputs, retain_graph=True) for v in (value, wanted)]
+    torch.testing.assert_close(*first)
+    weights = torch.stack([2 * value.detach(), value.detach().cos()])
+    batched = torch.autograd.grad(value, inputs, weights, retain_graph=True, is_grads_batched=True)
+    torch.testing.assert_close(tuple(gradient[0] for gradient in batched), first[0])
+    twice = []
+    for v in (value, wanted):
+        once = torch.autograd.grad(v.square().sum(), inputs, create_graph=True)
+        twice.append(torch.autograd.grad(sum(g.sin().sum() for g in once), inputs))
+    torch.testing.assert_close(*twice)
 
 
 def test_examples_in_vmap():

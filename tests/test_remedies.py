@@ -38,7 +38,8 @@ def test_capacity_of_a_datum_and_of_the_batch():
     value = remedies.capacity(kl, 2.0)
     assert value.tolist() == [1.0, 0.0, 4.0]
     assert torch.autograd.grad(value.sum(), kl)[0].tolist() == [-1.0, 0.0, 1.0]
-    value = remedies.capacity(kl, torch.tensor(4.0, device=DEVICE), per="batch")
+    value = remedies.capacity(kl, torch.tensor([4.0], device=DEVICE), per="batch")
+    assert value.shape == ()
     assert value.item() == 1.0
     torch.testing.assert_close(torch.autograd.grad(value, kl)[0].cpu(), torch.full((3,), -1 / 3))
 
