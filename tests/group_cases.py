@@ -50,6 +50,11 @@ def monitored(x, group):
     return (units.compute() + one.compute()).sum() + 0 * x.sum()  # monitors have no gradient
 
 
+def decomposed(z, mu, logvar, group):
+    parts = fastkl.total_correlation(z, mu, logvar, 50, group=group)
+    return parts[0] + 2 * parts[1] - parts[2]
+
+
 ROWS = 7  # which neither 2 nor 3 divide
 # name -> (case, leaves)
 CASES = {
@@ -60,6 +65,7 @@ CASES = {
     "free bits and capacity": (remedied, draw((ROWS, 3), (ROWS, 3))),
     "balance": (balanced, draw((ROWS, 3))),
     "active units": (monitored, draw((ROWS, 3))),
+    "total_correlation": (decomposed, draw((ROWS, 3), (ROWS, 3), (ROWS, 3))),
 }
 
 

@@ -109,6 +109,14 @@ SHARED = {
         lambda *t: fastkl.rsample_kl(*t, seed=SEED, scale="softplus", bounds=(-9, 9))[1],
         lambda n: [(n, 4), (n, 4), (4,), (1, 4)],
     ),
+    "total_correlation": (
+        lambda *t: torch.stack(fastkl.total_correlation(*t, 50), -1),
+        lambda n: [(n, 4), (n, 4), (n, 4)],
+    ),
+    "total_correlation, uniform weights": (
+        lambda *t: torch.stack(fastkl.total_correlation(*t, 50, weights="mws"), -1),
+        lambda n: [(n, 4), (n, 4), (4,)],
+    ),
 }
 every = pytest.mark.parametrize("name", [*OPS, *SHARED])
 per_sample = pytest.mark.parametrize("name", OPS)

@@ -119,6 +119,7 @@ __all__ = [
     "sum_event",
     "to_logvar",
     "to_logvar_gradient",
+    "total_correlation",
     "wasserstein2_multivariate_normal",
     "wasserstein2_normal",
     "wasserstein2_terms",

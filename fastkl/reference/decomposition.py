@@ -1,0 +1,57 @@
+"""The KL's decomposition into mutual information, total correlation and dimension-wise KL, estimated from a batch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkl.reference._parameters import compute_dtype
+from fastkl.reference.likelihoods import normal_log_prob
+
+
+class Decomposition(NamedTuple):
+    """What `fastkl.total_correlation` returns: three estimates for each sample, [N], in nats, whose means are the
+    decomposition of the average KL(q(z|x) || N(0, I))."""
+
+    mutual_information: Tensor  # ln q(z|x) - ln q(z)
+    total_correlation: Tensor  # ln q(z) - sum_d ln q(z_d)
+    dimension_wise_kl: Tensor  # sum_d [ln q(z_d) - ln p(z_d)]
+
+
+def sample_weights(rows: int, batch: int, dataset_size: int, weights: str, *, first: int = 0, **like) -> Tensor:
+    """[rows, batch] weights w_ij with which the batch's posteriors estimate q(z_i); row i's own is first + i.
+
+    "mss": M = batch - 1; the own has 1 / dataset_size, the next one (the first after the last) what is left of
+    1 / M + 1 / M to that, the others 1 / M: each row sums to 1. "mws": all have 1 / (dataset_size batch).
+    """
+    if weights == "mws":
+        return torch.full((rows, batch), 1.0 / (dataset_size * batch), **like)
+    others = batch - 1
+    matrix = torch.full((rows, batch), 1.0 / others, **like)
+    row = torch.arange(rows, device=matrix.device)
+    matrix[row, first + row] = 1.0 / dataset_size
+    matrix[row, (first + row + 1) % batch] = (dataset_size - others) / (dataset_size * others)
+    return matrix
+
+
+def total_correlation(z, mu, logvar, dataset_size, *, weights="mss", first=0) -> Decomposition:
+    """Of samples z [n, D] and the posteriors N(mu_j, diag exp(logvar_j)) [B, D] of their batch.
+
+    ln q(z) = ln sum_j w_ij prod_d N(z_id; mu_jd, var_jd) and ln q(z_d) = ln sum_j w_ij N(z_id; mu_jd, var_jd).
+    """
+    dtype = compute_dtype(z, mu, logvar)
+    z, mu, logvar = z.to(dtype), mu.to(dtype), logvar.to(dtype)
+    if len(z) == 0:
+        return Decomposition(*[(z + mu[:0] + logvar[:0]).sum(1)] * 3)
+    like = {"dtype": dtype, "device": z.device}
+    log_weights = sample_weights(len(z), len(mu), dataset_size, weights, first=first, **like).log()
+    each = (tensor.unsqueeze(-1) for tensor in (z.unsqueeze(1), mu, logvar))
+    terms = normal_log_prob(*each, event_ndim=1)  # [n, B, D]
+    joint = torch.logsumexp(log_weights + terms.sum(-1), 1)
+    marginals = torch.logsumexp(log_weights.unsqueeze(-1) + terms, 1).sum(-1)
+    own = slice(first, first + len(z))
+    conditional = normal_log_prob(z, mu[own], logvar[own], event_ndim=1)
+    prior = normal_log_prob(z, torch.zeros_like(z), torch.zeros_like(z), event_ndim=1)
+    return Decomposition(conditional - joint, joint - marginals, marginals - prior)

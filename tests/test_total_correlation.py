@@ -1,0 +1,254 @@
+"""total_correlation: both implementations against the float64 definition, torch.distributions, and others' weights."""
+
+import math
+
+import pytest
+import torch
+
+import fastkl
+from fastkl import reference
+
+from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, leaf, peak_bytes
+
+# (N, D): why
+SHAPES = [
+    (2, 1),  # the smallest batch, whose other posterior is also the next; one dimension
+    (5, 3),  # less than any tile
+    (70, 10),  # several tiles of posteriors, masked dimensions, the last row's next is the first
+    (9, 32),  # whole dimensions
+    (6, 200),  # many dimensions
+]
+both = pytest.mark.parametrize("backend", ["torch", "triton"])
+
+
+def draw(n, d, dtype=torch.float32, *, logvar=-2.0, mean=0.0, spread=1.0, seed=0):
+    """z is drawn from its own posterior."""
+    generator = torch.Generator().manual_seed(seed)
+    mu, logvars, eps = (torch.randn(n, d, generator=generator) for _ in range(3))
+    mu, logvars = mean + spread * mu, logvar + logvars
+    return [leaf(tensor.to(dtype)) for tensor in (mu + (0.5 * logvars).exp() * eps, mu, logvars)]
+
+
+def run(function, tensors, dataset_size=1000, weights="mss"):
+    parts = function(*tensors, dataset_size, weights=weights)
+    cotangents = [torch.linspace(a, b, len(tensors[0]), device=DEVICE).to(parts[0].dtype) for a, b in COTANGENTS]
+    return [*parts, *torch.autograd.grad(parts, tensors, cotangents)]
+
+
+COTANGENTS = ((1, 2), (-3, 6), (0.5, -1))
+
+
+def check(tensors, **settings):
+    exact_tensors = [leaf(t.double()) for t in tensors]
+    exact = run(reference.total_correlation, exact_tensors, **settings)
+    eager = run(reference.total_correlation, tensors, **settings)
+    actual = run(fastkl.total_correlation, tensors, **settings)
+    # Relative to the gradients of the joint and of the marginals, each by itself: together they may cancel.
+    parts = reference.total_correlation(*exact_tensors, 1000, **settings)
+    each = [torch.autograd.grad(8 * parts[i].sum(), exact_tensors, retain_graph=True) for i in (0, 2)]
+    scales = [sum(part.abs().max() for part in exact[:3])] * 3 + [a.abs().max() + b.abs().max() for a, b in zip(*each)]
+    for got, naive, truth, scale in zip(actual, eager, exact, scales):
+        assert_as_good_as_eager(got, naive, truth, units=8.0, scale=scale)
+    assert [t.dtype for t in actual] == [reference.compute_dtype(*tensors)] * 3 + [t.dtype for t in tensors]
+
+
+@both
+@pytest.mark.parametrize("weights", ["mss", "mws"])
+@pytest.mark.parametrize(("n", "d"), SHAPES)
+def test_shapes(backend, n, d, weights):
+    with implementation(backend):
+        check(draw(n, d), weights=weights)
+
+
+@both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes(backend, dtype):
+    with implementation(backend):
+        check(draw(6, 5, dtype))
+
+
+@both
+@pytest.mark.parametrize(
+    "case", [{"logvar": -12.0}, {"mean": 100.0}, {"mean": 100.0, "logvar": -12.0}, {"spread": 9.0}]
+)
+def test_narrow_posteriors_and_far_means(backend, case):
+    with implementation(backend):
+        check(draw(20, 6, **case))
+
+
+@both
+def test_samples_far_from_their_own_posterior(backend):
+    """Exponentials relative to their own overflow there; the other rows go on as before."""
+    z, mu, logvar = draw(20, 4)
+    z = leaf(
+        z.detach()
+        .clone()
+        .index_add_(0, torch.tensor([3, 17], device=DEVICE), z.new_tensor([[90.0], [-300.0]]).expand(2, 4))
+    )
+    with implementation(backend):
+        check([z, mu, logvar])
+        check([z, mu, logvar], weights="mws")
+
+
+@both
+def test_a_part_of_the_batch_has_its_rows_of_the_whole(backend):
+    """As processes of a group have, whose posteriors are everybody's."""
+    z, mu, logvar = (tensor.detach() for tensor in draw(12, 3))
+    op = torch.ops.fastkl.total_correlation_fwd
+    with implementation(backend):
+        whole = op(z, mu, logvar, 0, 50, True)
+        for first, last in ((0, 5), (5, 12)):
+            for part, full in zip(op(z[first:last], mu, logvar, first, 50, True), whole):
+                torch.testing.assert_close(part, full[first:last])
+
+
+@both
+def test_strided_inputs_are_read_where_they_lie(backend):
+    z, mu, logvar = (tensor.detach() for tensor in draw(6, 4))
+    head = torch.cat([mu, logvar], 1)
+    views = ((z.t().contiguous().t(), *head.chunk(2, 1)), (z, head[:, :4], logvar[:1].expand(6, 4)))
+    with implementation(backend):
+        for tensors in views:
+            plain = run(fastkl.total_correlation, [leaf(t.clone()) for t in tensors])
+            torch.testing.assert_close(run(fastkl.total_correlation, [t.requires_grad_() for t in tensors]), plain)
+            [t.requires_grad_(False) for t in tensors]
+
+
+@both
+def test_gradients_of_one_part_alone(backend):
+    tensors = draw(7, 3, torch.float64)
+    with implementation(backend):
+        for index in range(3):
+            actual, exact = (
+                torch.autograd.grad(f(*tensors, 99)[index].sum(), tensors)
+                for f in (fastkl.total_correlation, reference.total_correlation)
+            )
+            torch.testing.assert_close(actual, exact)
+
+
+@both
+def test_parts_add_up_to_the_sampled_kl(backend):
+    z, mu, logvar = draw(30, 4, torch.float64)
+    with implementation(backend):
+        total = sum(fastkl.total_correlation(z, mu, logvar, 600))
+    q, p = torch.distributions.Normal(mu, (0.5 * logvar).exp()), torch.distributions.Normal(0.0, 1.0)
+    torch.testing.assert_close(total, (q.log_prob(z) - p.log_prob(z)).sum(1))
+
+
+@both
+def test_agrees_with_torch_distributions(backend):
+    """Row 2 of 4 of a data set of 10: the weights written out by hand."""
+    z, mu, logvar = (tensor.detach() for tensor in draw(4, 3, torch.float64))
+    normal = torch.distributions.Normal(mu, (0.5 * logvar).exp())
+    weights = torch.tensor([1 / 3, 1 / 3, 1 / 10, 7 / 30], dtype=torch.float64, device=DEVICE)
+    choice = torch.distributions.Categorical(weights)
+    q = torch.distributions.MixtureSameFamily(choice, torch.distributions.Independent(normal, 1)).log_prob(z[2])
+    marginals = sum(
+        torch.distributions.MixtureSameFamily(choice, torch.distributions.Normal(normal.loc[:, d], normal.scale[:, d]))
+        .log_prob(z[2, d])
+        for d in range(3)
+    )  # fmt: skip
+    own = normal.log_prob(z)[2].sum()
+    prior = torch.distributions.Normal(0.0, 1.0).log_prob(z[2]).sum()
+    with implementation(backend):
+        found = torch.stack(fastkl.total_correlation(z, mu, logvar, 10))[:, 2]
+    torch.testing.assert_close(found, torch.stack([own - q, q - marginals, marginals - prior]))
+
+
+def test_a_gaussian_whose_parts_are_known():
+    """x ~ N(0, S) and z = x + noise: q(z) is N(0, S + I s^2), and all three parts have a closed form."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    n, rho, variance = 1000, 0.8, 0.3
+    x = torch.randn(n, 2, generator=generator, dtype=torch.float64, device=DEVICE)
+    x = torch.stack([x[:, 0], rho * x[:, 0] + math.sqrt(1 - rho**2) * x[:, 1]], 1) * 0.7
+    z = x + math.sqrt(variance) * torch.randn(n, 2, generator=generator, dtype=torch.float64, device=DEVICE)
+    found = fastkl.total_correlation(z, x, torch.full_like(x, math.log(variance)), n)
+    of_z = torch.tensor([[1, rho], [rho, 1]], dtype=torch.float64) * 0.49 + torch.eye(2, dtype=torch.float64) * variance
+    mutual = 0.5 * (torch.logdet(of_z) - 2 * math.log(variance))
+    total = 0.5 * (of_z.diagonal().log().sum() - torch.logdet(of_z))
+    dimension_wise = 0.5 * (of_z.diagonal() - 1 - of_z.diagonal().log()).sum()
+    assert [part.mean().item() for part in found] == pytest.approx(
+        [float(part) for part in (mutual, total, dimension_wise)], abs=0.06
+    )
+
+
+def published_weights(batch, dataset_size):
+    """The matrix of rtqichen/beta-tcvae, which disentangling-vae, Pythae and AntixK's PyTorch-VAE share: every
+    (M + 1)-th element of a matrix of M + 1 columns is its first column, not its diagonal."""
+    others = batch - 1
+    weights = torch.full((batch, batch), 1 / others, dtype=torch.float64)
+    weights.view(-1)[:: others + 1] = 1 / dataset_size
+    weights.view(-1)[1 :: others + 1] = (dataset_size - others) / (dataset_size * others)
+    weights[others - 1, 0] = (dataset_size - others) / (dataset_size * others)
+    return weights
+
+
+def test_stratified_weights_lie_on_the_diagonal():
+    ours = reference.sample_weights(5, 5, 100, "mss", dtype=torch.float64)
+    torch.testing.assert_close(ours.sum(1), torch.ones(5, dtype=torch.float64))
+    assert ours.diagonal().tolist() == [1 / 100] * 5
+    assert ours.roll(-1, 1).diagonal().tolist() == [(100 - 4) / (100 * 4)] * 5
+    published = published_weights(5, 100)
+    assert published[[0, 1, 2, 4], 0].tolist() == [1 / 100] * 4  # row 3's was overwritten last
+    assert published.diagonal().tolist()[2:] == [1 / 4] * 3
+    assert (published.sum(1) - 1).abs().max() > 0.1
+
+
+def test_the_weight_counts_once_not_for_every_dimension():
+    """Pythae and AntixK add its logarithm to the densities of all dimensions, and sum over these for the joint."""
+    z, mu, logvar = (tensor.detach().cpu() for tensor in draw(6, 4, torch.float64))
+    log_weights = reference.sample_weights(6, 6, 100, "mss", dtype=torch.float64).log()
+    terms = torch.distributions.Normal(mu, (0.5 * logvar).exp()).log_prob(z[:, None])
+    own = torch.distributions.Normal(mu, (0.5 * logvar).exp()).log_prob(z).sum(1)
+    once = own - torch.logsumexp(log_weights + terms.sum(2), 1)
+    for_every = own - torch.logsumexp((log_weights[:, :, None] + terms).sum(2), 1)
+    actual = fastkl.total_correlation(*(t.to(DEVICE) for t in (z, mu, logvar)), 100).mutual_information.cpu()
+    torch.testing.assert_close(actual, once)
+    assert ((for_every - once) > 3.0).all()
+
+
+def test_a_data_set_that_is_one_batch_is_its_own_aggregate_posterior():
+    z, mu, logvar = draw(8, 3, torch.float64)
+    weights = reference.sample_weights(8, 8, 8, "mss", dtype=torch.float64)
+    torch.testing.assert_close(weights.sum(1), torch.ones(8, dtype=torch.float64))
+    uniform = fastkl.total_correlation(z, mu, logvar, 8, weights="mws")  # 1 / 64 in place of 1 / 8
+    terms = torch.distributions.Normal(mu, (0.5 * logvar).exp()).log_prob(z[:, None])
+    joint = torch.logsumexp(terms.sum(2), 1) - math.log(64)
+    own = torch.distributions.Normal(mu, (0.5 * logvar).exp()).log_prob(z).sum(1)
+    torch.testing.assert_close(uniform.mutual_information, own - joint)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the allocator of the CPU")
+def test_memory_stays_small():
+    """All pairs of 128 rows in 64 dimensions would take 4 MiB for each of a dozen temporaries."""
+    tensors = draw(128, 64)
+    assert peak_bytes(lambda: run(fastkl.total_correlation, tensors)) < 2**21
+
+
+def test_saves_two_sums_beyond_its_inputs_and_repeats_bit_for_bit():
+    tensors, saved = draw(20, 3), []
+    with implementation("triton"):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            fastkl.total_correlation(*tensors, 99)
+        first, second = run(fastkl.total_correlation, tensors), run(fastkl.total_correlation, tensors)
+    inputs = {tensor.data_ptr() for tensor in tensors}
+    assert sum(t.numel() for t in saved if t.data_ptr() not in inputs) == 20 * 3 + 20
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_errors_name_the_argument():
+    z = torch.zeros(4, 2)
+    for arguments, error in (
+        ((z[:1], z[:1], z[:1], 9), r"a batch of 1"),
+        ((z, z, z, 3), r"dataset_size must be at least the batch's 4, got 3"),
+        ((z[0], z[0], z[0], 9), r"z must be \[N, D\]"),
+        ((z, z[:3], z, 9), r"mu \(3, 2\) does not broadcast to z's shape \(4, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            fastkl.total_correlation(*arguments)
+    with pytest.raises(ValueError, match=r"weights must be one of 'mss', 'mws', got 'all'"):
+        fastkl.total_correlation(z, z, z, 9, weights="all")
+    with pytest.raises(TypeError, match="dataset_size must be an int"):
+        fastkl.total_correlation(z, z, z, 9.5)
+    with pytest.raises(TypeError, match="group must be"):
+        fastkl.total_correlation(z, z, z, 9, group="world")
