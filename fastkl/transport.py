@@ -1,4 +1,4 @@
-"""Optimal transport between samples: the sliced Wasserstein distance."""
+"""Optimal transport between samples: sliced Wasserstein distances, and the Sinkhorn divergence."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._register import apply, needs_closed_form
 from fastkl.ops.rsample_normal import rsample_normal
+from fastkl.ops.sinkhorn_divergence import sinkhorn_divergence
+
+__all__ = ["sinkhorn_divergence", "sliced_wasserstein"]
 
 # Bytes of a block of projections' temporaries, and how many each of their points takes.
 CHUNK = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
@@ -120,20 +123,6 @@ class _SlicedWasserstein(torch.autograd.Function):
         return outputs, (0,) * len(outputs)
 
 
-def check_samples(**samples: Tensor) -> None:
-    """Points [N, D], with N > 0 and the same D > 0."""
-    arguments.check_tensors(**samples)
-    for name, points in samples.items():
-        if points.dim() != 2:
-            raise ValueError(f"{name} must be points [N, D], got {tuple(points.shape)}")
-        if 0 in points.shape:
-            raise ValueError(f"{name} must have at least one point and one dimension, got {tuple(points.shape)}")
-    (first, x), (second, y) = samples.items()
-    if x.shape[1] != y.shape[1]:
-        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
-        raise ValueError(f"{first} and {second} must have as many dimensions, got {shapes}")
-
-
 def sliced_wasserstein(
     x: Tensor, y: Tensor, num_projections: int, p: float = 2, seed: int | Tensor | None = None
 ) -> Tensor:
@@ -168,7 +157,7 @@ def sliced_wasserstein(
     >>> f"{fastkl.sliced_wasserstein(x, x + 2.0, 500, seed=0):.1f}"  # |shift|^2 / D
     '4.0'
     """
-    check_samples(x=x, y=y)
+    arguments.check_samples(x=x, y=y)
     num_projections, p = arguments.check_int("num_projections", num_projections, 1), arguments.check_number("p", p)
     if p < 1:
         raise ValueError(f"p must be at least 1, got {p}")

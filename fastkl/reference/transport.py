@@ -99,16 +99,19 @@ def sliced_wasserstein(x, y, num_projections, p=2, seed=None) -> Tensor:
     return (difference.pow(p) * (lengths.to(dtype) / (len(x) * len(y)))).sum(-1).mean()
 
 
-def sinkhorn_schedule(diameter: float, blur: float, scaling: float) -> list[float]:
-    """Temperatures eps, from the squared diameter down to blur^2, each scaling^2 times the one before it."""
+def sinkhorn_schedule(diameter: float, blur: float, scaling: float, final_updates: int) -> list[float]:
+    """Temperatures eps, from the squared diameter down to blur^2, each scaling^2 times the one before it; then some
+    more times blur^2."""
     steps, eps = [], diameter * diameter
     if eps > 0:
         count = max(0, math.ceil(round((math.log(blur) - math.log(diameter)) / math.log(scaling), 9)))
         steps = [eps, *(eps * scaling ** (2 * index) for index in range(count))]
-    return [*steps, blur * blur]
+    return [*steps, *[blur * blur] * (1 + final_updates)]
 
 
-def sinkhorn_divergence(x, y, blur=0.05, *, weights_x=None, weights_y=None, scaling=0.5, debias=True, diameter=None):
+def sinkhorn_divergence(
+    x, y, blur=0.05, *, weights_x=None, weights_y=None, scaling=0.5, debias=True, diameter=None, final_updates=0
+) -> Tensor:
     """OT_eps(x, y) - (OT_eps(x, x) + OT_eps(y, y)) / 2 by Sinkhorn's algorithm on matrices of costs |x - y|^2 / 2.
 
     Both potentials of a problem are averaged with their updates at every temperature. The gradient is the envelope
@@ -122,7 +125,7 @@ def sinkhorn_divergence(x, y, blur=0.05, *, weights_x=None, weights_y=None, scal
     if diameter is None:
         both = torch.cat(points).detach()
         diameter = torch.linalg.vector_norm(both.amax(0) - both.amin(0)).item()
-    schedule = sinkhorn_schedule(diameter, blur, scaling)
+    schedule = sinkhorn_schedule(diameter, blur, scaling, final_updates)
     cross = _potentials(points, weights, schedule)
     if debias:
         own = [_potentials([p, p], [w, w], schedule)[0] for p, w in zip(points, weights)]
