@@ -40,6 +40,7 @@ h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem } .note { color: #555 }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: 0.8rem; margin: 1.5rem 0 }
 .figure { border: 1px solid #ddd; border-radius: 0.5rem; padding: 0.7rem 1rem }
 .figure b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums } .figure small { color: #555 }
+.warning { border-left: 4px solid #d55e00; padding-left: 0.8rem }
 img { max-width: 100% } table { border-collapse: collapse; font-size: 0.9rem }
 td, th { text-align: left; padding: 0.15rem 1.5rem 0.15rem 0 }
 td.number { text-align: right; font-variant-numeric: tabular-nums }
@@ -54,6 +55,8 @@ def write_report(run: Run, evaluation: Evaluation, more: dict[str, Any]) -> dict
         "parameters": sum(parameter.numel() for parameter in run.vae.parameters()),
         "training_data": len(run.data.train),
         "training_seconds": run.seconds,
+        "skipped_steps": run.guard.skipped,
+        "warnings": [{"step": step, "warning": line} for step, line in run.watch.warned],
         "torch": torch.__version__,
         **more,
     }
@@ -64,14 +67,21 @@ def write_report(run: Run, evaluation: Evaluation, more: dict[str, Any]) -> dict
         checkpoint.write(pictures / f"{name}.png", content)
     settings = dataclasses.asdict(run.settings)
     checkpoint.write(run.folder / "settings.json", (json.dumps(settings, indent=2) + "\n").encode())
-    columns = {"mixture": ("step", "kl_lower", "kl", "kl_upper", "used_components", "tau")}
-    usual = ("step", "elbo", "kl", "reconstruction")
-    columns |= {name: ("step", name.partition("/")[2]) for name in run.history if name.startswith("terms/")}
-    history = {name: [dict(zip(columns.get(name, usual), row)) for row in rows] for name, rows in run.history.items()}
+    history = {name: [named(name, row) for row in rows] for name, rows in run.history.items()}
     content = json.dumps({**metrics, "history": history}, indent=2) + "\n"
     checkpoint.write(run.folder / "metrics.json", content.encode())
     checkpoint.write(run.folder / "report.html", page(run, metrics, images).encode())
     return metrics
+
+
+def named(curve: str, row: list[float]) -> dict[str, Any]:
+    """A row of the history with the names of its columns."""
+    group, _, name = curve.partition("/")
+    if group == "mixture":
+        return dict(zip(("step", "kl_lower", "kl", "kl_upper", "used_components", "tau"), row))
+    if not name:
+        return dict(zip(("step", "elbo", "kl", "reconstruction"), row))
+    return {"step": row[0], name: row[1] if len(row) == 2 else row[1:]}
 
 
 def png(figure: Any) -> bytes:
@@ -93,6 +103,7 @@ def summary(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("Reconstruction", nats("reconstruction"), "nats, E[log p(x|z)]"),
         ("KL", nats("kl"), "nats, from posterior to prior"),
         ("Active units", f"{metrics['active_units']:,} of {metrics['latent_units']:,}", "Var(E[z|x]) above 0.01"),
+        ("I(x; z)", f"{metrics['mutual_information']:.2f}", "nats, what the latent says of the datum"),
     ]  # fmt: skip
     if "components" in metrics:
         used, entropy = metrics["used_components"], metrics["usage_entropy"]
@@ -127,6 +138,10 @@ def page(run: Run, metrics: dict[str, Any], images: dict[str, bytes]) -> str:
         f"<tr><td>--{html.escape(name.replace('_', '-'))}</td><td>{html.escape(str(value))}</td></tr>"
         for name, value in dataclasses.asdict(run.settings).items()
     )
+    said = [f"Step {row['step']}: {row['warning']}." for row in metrics["warnings"]]
+    if metrics["skipped_steps"]:
+        said.append(f"{metrics['skipped_steps']} steps were skipped: loss or gradient were not finite.")
+    warnings = "".join(f'<p class="warning">{html.escape(line)}</p>' for line in said)
     facts = (
         f"{metrics['training_data']:,} training and {metrics['test_data']:,} test data; "
         f"{metrics['parameters']:,} parameters; {metrics['step']:,} steps in "
@@ -136,7 +151,7 @@ def page(run: Run, metrics: dict[str, Any], images: dict[str, bytes]) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{STYLE}</style></head>"
         f'<body><h1>{title}</h1><p class="note">{html.escape(run.data.note)}</p><p class="note">{facts}.</p>'
-        f'<div class="figures">{tiles}</div>{memory_table(metrics.get("loss_memory"))}{figures}'
+        f'<div class="figures">{tiles}</div>{warnings}{memory_table(metrics.get("loss_memory"))}{figures}'
         f"<h2>Settings</h2><table>{rows}</table></body></html>\n"
     )
 
