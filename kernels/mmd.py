@@ -43,27 +43,39 @@ def beside(points: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @triton.jit
-def kernel_terms(t, KERNEL: tl.constexpr, SCALES: tl.constexpr):
+def chosen(index, NUMBERS: tl.constexpr, DTYPE: tl.constexpr):
+    """NUMBERS[index] of a loop that is not unrolled: all numbers at once would take their temporaries' registers."""
+    number = tl.full([1, 1, 1, 1], NUMBERS[0], dtype=DTYPE)
+    for i in tl.static_range(1, len(NUMBERS)):
+        number = tl.where(index == i, tl.full([1, 1, 1, 1], NUMBERS[i], dtype=DTYPE), number)
+    return number
+
+
+@triton.jit
+def kernel_terms(t, KERNEL: tl.constexpr, SCALES: tl.constexpr, INVERSES: tl.constexpr):
     """The kernel and its derivative, of t = d^2 / (2 D)."""
     value, slope = tl.zeros_like(t), tl.zeros_like(t)
-    for i in tl.static_range(len(SCALES)):
+    for index in range(len(SCALES)):
         if KERNEL == "imq":
-            r = 1.0 / (t + SCALES[i])
-            term = r * SCALES[i]
+            s = chosen(index, SCALES, t.dtype)
+            r = 1.0 / (t + s)
+            term = r * s
             value += term
             slope -= term * r
         else:
-            term = proportion(t * (-1.0 / SCALES[i]))
+            inverse = chosen(index, INVERSES, t.dtype)
+            term = proportion(t * -inverse)
             value += term
-            slope -= term * (1.0 / SCALES[i])
+            slope -= term * inverse
     return value, slope
 
 
 @triton.jit
 def mmd_kernel(
     z, others, sums, dz, rows, count, shape, strides, dz_stride, split_stride, per_program, splits,
-    HALF: tl.constexpr, KERNEL: tl.constexpr, SCALES: tl.constexpr, SAME: tl.constexpr, SELF: tl.constexpr,
-    TAIL: tl.constexpr, ROWS: tl.constexpr, OTHERS: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr,
+    HALF: tl.constexpr, KERNEL: tl.constexpr, SCALES: tl.constexpr, INVERSES: tl.constexpr, SAME: tl.constexpr,
+    SELF: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, OTHERS: tl.constexpr, TERMS: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """A program's sum of k(z_i, z_j) over its pairs, and per split dz_i = sum_j k'(z_i, z_j) (z_i - z_j).
 
@@ -99,7 +111,7 @@ def mmd_kernel(
                 u = of_rows(zs[i], True, TERMS, LANES) - tl.load(others_at + lanes)
                 others_at += padded
                 t += u * u
-        value, slope = kernel_terms(t * HALF, KERNEL, SCALES)
+        value, slope = kernel_terms(t * HALF, KERNEL, SCALES, INVERSES)
         other = start + lanes
         inside = (other < end) & (own < rows)
         if SAME and not SELF:
@@ -137,8 +149,8 @@ def launch(z, others, count, kernel, scales, *, same, self_pairs, gradient):
     dz = torch.empty((splits, rows, columns), dtype=dtype, device=z.device) if gradient else None
     mmd_kernel[(row_blocks * splits,)](
         z, others, sums, dz, rows, count, (columns, others.shape[1]), z.stride(), columns, rows * columns, per_program,
-        splits, HALF=0.5 / columns, KERNEL=kernel, SCALES=tuple(scales), SAME=same, SELF=self_pairs,
-        TAIL=odd == "tail", enable_fp_fusion=True, **block,
+        splits, HALF=0.5 / columns, KERNEL=kernel, SCALES=tuple(scales), INVERSES=tuple(1 / s for s in scales),
+        SAME=same, SELF=self_pairs, TAIL=odd == "tail", enable_fp_fusion=True, **block,
     )  # fmt: skip
     return sums.sum(dtype=torch.float64), None if dz is None else dz.sum(0)
 

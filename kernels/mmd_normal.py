@@ -12,18 +12,25 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import proportion
-from fastkl.kernels._layout import cdiv, compute_dtype, next_power_of_2
+from fastkl.kernels._layout import cdiv, compute_dtype, next_power_of_2, registers
 from fastkl.kernels._mixture import four, load_rows, of_rows, own_index, quads, split, term_index
 from fastkl.kernels._mixture_rows import summed
-from fastkl.kernels.mmd import beside
+from fastkl.kernels.mmd import beside, chosen
 
 
 def blocks(dtype: torch.dtype, others: int, *, gradient: bool) -> dict[str, int]:
     """As mmd's; a pair has more to keep here."""
-    terms = 8 // (1 + (dtype == torch.float64))
+    terms = 8 // (1 + (gradient or dtype == torch.float64))
     groups = min(4, next_power_of_2(cdiv(others, terms)))
     owned = 1 if dtype == torch.float64 else 2
-    return {"ROWS": owned * 32, "OTHERS": terms * groups, "TERMS": terms, "LANES": 32, "num_warps": groups}
+    return {
+        "ROWS": owned * 32,
+        "OTHERS": terms * groups,
+        "TERMS": terms,
+        "LANES": 32,
+        "num_warps": groups,
+        **registers(255),
+    }
 
 
 @triton.jit
@@ -64,9 +71,7 @@ def mmd_normal_kernel(
         if not SELF:
             inside = inside & (other != own)
         for scale in range(len(INVERSES)):
-            inverse = tl.full([1, 1, 1, 1], INVERSES[0], dtype=dtype)
-            for i in tl.static_range(1, len(INVERSES)):
-                inverse = tl.where(scale == i, tl.full([1, 1, 1, 1], INVERSES[i], dtype=dtype), inverse)
+            inverse = chosen(scale, INVERSES, dtype)
             mean_at, variance_at = mean_start, variance_start
             means_at, variances_at = other_means + start, other_variances + start
             exponent = tl.zeros([ROWS // LANES, TERMS, OTHERS // TERMS, LANES], dtype=dtype)
