@@ -17,12 +17,11 @@ class ComponentUsage(Monitor):
 
     >>> import torch, fastkl
     >>> from fastkl import monitors
-    >>> prior = fastkl.priors.GaussianMixture(4, 2)
-    >>> usage = monitors.ComponentUsage()
-    >>> for z in torch.zeros(3, 100, 2):
-    ...     usage.update(fastkl.gmm_moments(z, **prior.mixture()._asdict()))
-    >>> usage.compute().shares.sum()
-    tensor(1.0000, dtype=torch.float64)
+    >>> usage, means = monitors.ComponentUsage(), torch.tensor([[0.0], [20.0], [40.0]])
+    >>> for z in torch.tensor([[[0.0], [0.5]], [[20.0], [21.0]]]):
+    ...     usage.update(fastkl.gmm_moments(z, torch.zeros(3), means))
+    >>> usage.compute().shares, usage.compute().used
+    (tensor([0.5000, 0.5000, 0.0000], dtype=torch.float64), 2)
     """
 
     @torch.no_grad()
