@@ -20,7 +20,7 @@ def free_bits(
     kl: Tensor | DiagonalNormal, threshold: float | Tensor, *, per: str = "sample", prior: DiagonalNormal | None = None,
     joint_ndim: int = 0, group: ProcessGroup | None = None,
 ) -> Tensor:  # fmt: skip
-    """The KL with a level below which it is neither felt nor counted: no gradient pushes it further down.
+    """The KL with a level below which it counts as that level: no gradient pushes it further down.
 
     per="sample":     max(KL_n, threshold)                one value for each datum n
     per="dimension":  sum_d max(KL_nd, threshold)         one value for each datum n; d are the latent dimensions
@@ -36,7 +36,8 @@ def free_bits(
         per: what the threshold belongs to, as above.
         prior: what a posterior's KL is to; absent, N(0, I).
         joint_ndim: how many of the last dimensions of a posterior's event share a threshold, which belongs to their
-            sum. With events [C, H, W], 0 means every single latent variable, 2 every feature map, as in the paper.
+            sum. With events [C, H, W], 0 means every single latent variable, 2 every feature map, as in the
+            authors' code.
         group: of processes, with per="batch"; see `fastkl.remedies`.
 
     Returns:
