@@ -46,8 +46,6 @@ VARIANTS = {
     "free bits per batch": "--free-bits 0.1875 --free-bits-per batch",
     "capacity": "--objective beta_vae --beta 10 --capacity 3 --capacity-steps 2000",
     "InfoVAE": "--objective info_vae --alpha 1",
-    "IWAE, DReG": "--objective iwae --samples 5 --gradient dreg",
-    "mixture prior": "--prior gmm",
 }
 SEEDS = 3
 EVALUATION = 0  # the seed of what is drawn for the figures, lest it be taken for a difference between runs

@@ -30,7 +30,7 @@ def test_warnings_name_the_remedy_once(monkeypatch, capsys):
             assert figures["kl_per_dimension"] == [0.0] * 20
             said += [(step, line) for line in watch.warnings(step, 100, figures, None)]
     (once,) = said
-    assert once[0] == 20, "after the warm-up and a tenth of the run"
+    assert once[0] == 30, "after the warm-up and a fifth of the run"
     assert once[1].startswith("posterior collapse (0 of 20 latent units active, KL 0 nats): free bits")
     again = Watch(settings, Ranks())
     again.load_state_dict(watch.state_dict())

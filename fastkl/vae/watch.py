@@ -15,7 +15,7 @@ from fastkl.vae.parallel import Ranks
 from fastkl.vae.prior import is_mixture
 from fastkl.vae.settings import Settings
 
-GRACE = 0.1  # of the run, before the first warning: at first every posterior is the prior
+GRACE = 0.2  # of the run, before the first warning: at first every posterior is the prior
 
 
 class Watch:
