@@ -1,36 +1,15 @@
 """Posterior collapse and its remedies: a decoder that can do without the latent, with and without each of them.
 
-    nice -n 19 python bench/collapse.py                       # 3 seeds of every variant; goes on where it was stopped
-    nice -n 19 python bench/collapse.py --data mnist5k        # further options are those of `fastkl train`
-    python bench/collapse.py --seeds 1 --only "free bits"     # a part: these seeds, variants whose name begins so
-    python bench/collapse.py --table                          # what has been measured so far, and the picture of it
-
-Every run is one line of JSON in bench/results/collapse_DATA.jsonl. The figures are those of the test data: how much of
-the latent is used (mutual information, KL, active units) and what that costs (ELBO, log p(x)). Grey values are drawn as
-zeros and ones for a decoder that reads them, the same for all runs.
+How it is called and where results go: study.py. The figures say how much of the latent is used (mutual information, KL,
+active units) and what that costs (ELBO, log p(x)). Grey values are drawn as zeros and ones for a decoder that reads
+them, the same for all runs.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
-import math
 import statistics
-import sys
-import tempfile
-import time
-from pathlib import Path
 
-import torch
-
-from fastkl.vae import data, train
-from fastkl.vae.cli import parser
-from fastkl.vae.evaluate import evaluate
-from fastkl.vae.parallel import Ranks
-from fastkl.vae.progress import Display
-from fastkl.vae.rules import resolve
-from fastkl.vae.settings import Settings
+from study import HERE, Study
 
 # Name: options. Where a remedy says how much KL it leaves alone, that is 3 nats in all, of 16 dimensions.
 VARIANTS = {
@@ -47,103 +26,6 @@ VARIANTS = {
     "capacity": "--objective beta_vae --beta 10 --capacity 3 --capacity-steps 2000",
     "InfoVAE": "--objective info_vae --alpha 1",
 }
-SEEDS = 3
-EVALUATION = 0  # the seed of what is drawn for the figures, lest it be taken for a difference between runs
-HERE = Path(__file__).parent
-COLUMNS = (
-    ("mutual information, nats", "mutual_information", "{:.2f}"), ("KL, nats", "kl", "{:.2f}"),
-    ("active units", "active_units", "{:.1f}"), ("ELBO, nats", "elbo", "{:.2f}"),
-    ("log p(x), nats", "log_prob", "{:.2f}"),
-)  # fmt: skip
-
-
-def main() -> None:
-    about = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    about.add_argument("--table", action="store_true", help="measure nothing, print the table and draw the picture")
-    about.add_argument("--seeds", type=int, nargs="+", default=range(SEEDS), help="default: 0 to 2")
-    about.add_argument("--only", default="", help="variants whose name begins so")
-    mine, rest = about.parse_known_args()
-    given = parsed(rest)
-    source = Path(given.get("data", "digits")).stem
-    path = HERE / "results" / f"collapse_{source}.jsonl"
-    if not mine.table:
-        torch.set_num_threads(1)  # as many runs as there are cores are better served than one
-        measure(path, given, mine.seeds, [name for name in VARIANTS if name.startswith(mine.only)])
-    rows = read(path)
-    print(table(rows))
-    if rows:
-        draw(rows, source)
-
-
-def parsed(options: list[str]) -> dict:
-    found = parser().parse_args(["train", *options])
-    return {item.name: getattr(found, item.name) for item in dataclasses.fields(Settings) if item.name in found}
-
-
-def settings_of(variant: str, given: dict, seed: int) -> Settings:
-    """What a variant says itself comes last."""
-    return resolve({"model": "autoregressive", **given, **parsed(VARIANTS[variant].split()), "seed": seed})
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def measure(path: Path, given: dict, seeds: list[int], variants: list[str]) -> None:
-    """Seed by seed, so that what is there at any time compares the variants over the same seeds."""
-    for variant in variants:
-        settings_of(variant, given, 0)  # a wrong option is found before hours are spent
-    for seed in seeds:
-        for variant in variants:
-            # Read anew each time: another process may be at other seeds.
-            done = {(row["variant"], row["seed"]): row for row in read(path)}
-            about = {"options": VARIANTS[variant], "given": given}
-            if row := done.get((variant, seed)):
-                if before := {name: row[name] for name in about if row[name] != about[name]}:
-                    sys.exit(f"{path}: {variant} was measured with {before}, not {about}: move it away")
-                continue
-            row = {"variant": variant, "seed": seed, **about, **one(settings_of(variant, given, seed))}
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(
-                f"{variant}, seed {seed}: {row['mutual_information']:.2f} nats in {row['active_units']} units, "
-                f"ELBO {row['elbo']:.2f}, {row['seconds']:.0f} s",
-                flush=True,
-            )
-
-
-def one(settings: Settings) -> dict:
-    began = time.perf_counter()
-    source = data.load(settings)
-    with tempfile.TemporaryDirectory() as folder:
-        run = train.start(settings, source, Ranks(), Path(folder))
-        if not train.train(run, Display()):
-            sys.exit("stopped; what is measured is kept, and the same command goes on")
-    seconds = time.perf_counter() - began
-    asked = (settings.importance_samples, EVALUATION, run.device, run.prior, source.test_labels)
-    figures = evaluate(run.vae, source.test, *asked).figures()
-    return {**{name: round(value, 5) for name, value in figures.items()}, "seconds": round(seconds, 1)}
-
-
-def table(rows: list[dict]) -> str:
-    """Mean and standard error over the seeds."""
-    lines = [
-        "| variant | options | seeds | " + " | ".join(name for name, _, _ in COLUMNS) + " |",
-        "|---" * (len(COLUMNS) + 3) + "|",
-    ]
-    for variant, options in VARIANTS.items():
-        mine = [row for row in rows if row["variant"] == variant]
-        if not mine:
-            continue
-        cells = [variant, f"`{options}`" if options else "", str(len(mine))]
-        for _, key, form in COLUMNS:
-            values = [row[key] for row in mine]
-            text = form.format(statistics.mean(values))
-            if len(values) > 1:
-                text += " ± " + form.format(statistics.stdev(values) / math.sqrt(len(values)))
-            cells.append(text)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def draw(rows: list[dict], source: str) -> None:
@@ -187,5 +69,18 @@ def draw(rows: list[dict], source: str) -> None:
         print(f"picture: {path}")
 
 
+STUDY = Study(
+    "collapse",
+    VARIANTS,
+    (
+        ("mutual information, nats", "mutual_information", "{:.2f}"), ("KL, nats", "kl", "{:.2f}"),
+        ("active units", "active_units", "{:.1f}"), ("ELBO, nats", "elbo", "{:.2f}"),
+        ("log p(x), nats", "log_prob", "{:.2f}"),
+    ),
+    common="--model autoregressive",
+    evaluation=0,  # lest what is drawn be taken for a difference between runs
+    draw=draw,
+)  # fmt: skip
+
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)
