@@ -9,6 +9,7 @@ from torch.distributions import Normal, kl_divergence
 
 import fastkl
 from fastkl import remedies
+from fastkl.remedies import _per_dimension
 
 from helpers import DEVICE, implementation, leaf
 
@@ -48,7 +49,7 @@ def elements(mu, logvar, prior=None):
     [((5,), 0, False), ((3, 2, 2), 0, False), ((3, 2, 2), 1, True), ((3, 2, 2), 2, True), ((5,), 0, True)],
 )
 def test_free_bits_are_the_definition(backend, per, event, joint_ndim, packed, monkeypatch):
-    monkeypatch.setattr("fastkl.remedies._per_dimension.plain", lambda device: backend == "torch")
+    monkeypatch.setattr(_per_dimension, "plain", lambda device: backend == "torch")
     joint_ndim = 0 if per == "sample" else joint_ndim  # a datum is joint already
     mu, logvar = draw(4, *event)
     q = fastkl.DiagonalNormal(mu, logvar)
