@@ -13,10 +13,11 @@ means this process alone. Nothing is printed, and nothing has a gradient.
 
 from fastkl.monitors._diagnose import diagnose
 from fastkl.monitors._gradients import gradient_norms
-from fastkl.monitors._posterior import ActiveUnits, KLPerDimension, MutualInformation
+from fastkl.monitors._posterior import ACTIVE, ActiveUnits, KLPerDimension, MutualInformation
 from fastkl.monitors._weights import ComponentUsage, EffectiveSampleSize
 
 __all__ = [
+    "ACTIVE",
     "ActiveUnits",
     "ComponentUsage",
     "EffectiveSampleSize",

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import fastkl
+from fastkl import monitors
 from fastkl.objectives import sample_kl
 from fastkl.vae import clusters, streams
 from fastkl.vae.model import DECODED, ENCODED, VAE
 from fastkl.vae.prior import is_mixture, log_prob
 
-ACTIVE = 0.01  # variance of the posterior mean over the data, above which a unit is active
 # Of the mutual information: data (it is at most ln of them), draws from all their posteriors, and numbers drawn.
 COMPARED, DRAWS, NUMBERS = 1000, 10_000, 2**22
 
@@ -41,8 +41,10 @@ class Evaluation:
 
     @property
     def active_units(self) -> int:
-        """Burda, Grosse and Salakhutdinov (2016), section 5.2: Var_x(E[z | x]) > 0.01."""
-        return int((self.means.flatten(1).var(dim=0) > ACTIVE).sum())
+        """As `fastkl.monitors.ActiveUnits`."""
+        units = monitors.ActiveUnits()
+        units.update(self.means)
+        return units.count()
 
     def figures(self) -> dict[str, float]:
         named = {"elbo": self.elbo, "kl": self.kl, "reconstruction": self.reconstruction, "log_prob": self.log_prob}
@@ -126,18 +128,12 @@ def evaluate(
 
 @torch.no_grad()
 def mutual_information(means: Tensor, logvars: Tensor, seed: int) -> float:
-    """I(x; z) in nats of posteriors [N, *latent_shape]: E ln q(z | x) - ln q(z), q(z) the mean of all the posteriors.
-
-    It is E KL(q(z | x) || p) - KL(q(z) || p) whatever p, and at most ln N. Source: Hoffman and Johnson 2016, "ELBO
-    surgery".
-    """
-    means, logvars = means[:COMPARED].flatten(1), logvars[:COMPARED].flatten(1)
-    torch.manual_seed(streams.seed_for(seed, "information"))
-    posterior = fastkl.DiagonalNormal(means, logvars)
-    z = posterior.rsample(num_samples=max(1, min(DRAWS // len(means), NUMBERS // means.numel())))
-    # The same draws in both terms: where the posteriors are all alike, the difference is 0 draw by draw.
-    everything = fastkl.gmm_log_prob(z, means.new_zeros(len(means)), means, logvars)
-    return (posterior.log_prob(z) - everything).double().mean().item()
+    """I(x; z) in nats of posteriors [N, *latent_shape], at most ln N: `fastkl.monitors.MutualInformation`."""
+    posterior = fastkl.DiagonalNormal(means[:COMPARED].flatten(1), logvars[:COMPARED].flatten(1))
+    draws = max(1, min(DRAWS // len(posterior.mean), NUMBERS // posterior.mean.numel()))
+    information = monitors.MutualInformation()
+    information.update(posterior, num_samples=draws, seed=streams.seed_for(seed, "information"))
+    return information.compute().item()
 
 
 def importance_weighted(

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastkl.monitors import ACTIVE
 from fastkl.vae import clusters
 from fastkl.vae.errors import require
-from fastkl.vae.evaluate import ACTIVE, Evaluation
+from fastkl.vae.evaluate import Evaluation
 from fastkl.vae.events import shades
 from fastkl.vae.prior import draw as draw_latents
 from fastkl.vae.prior import is_mixture
