@@ -18,9 +18,9 @@ from fastkl.ops import _gmm
 TILE = (256, 1024)
 # |x|^2 / eps up to which exponents may be products in float32, off by 2^-23 of that.
 FLOAT32_LIMIT = 300.0
-# Exponents are taken to be at least this, and sums in between these limits are then right: in float32, and in float64.
+# Exponents are taken to be at least this; sums whose logarithms are at most that are then right.
 LEAST = {torch.float32: -60.0, torch.float64: -600.0}
-SUMS = {torch.float32: (1e-20, 1e20), torch.float64: (1e-200, 1e200)}
+MOST = {torch.float32: 46.0, torch.float64: 460.0}
 
 
 class Points(NamedTuple):
@@ -69,33 +69,53 @@ class Products(Softmin):
     def __init__(self, x: Points, y: Points, centre: Tensor):
         super().__init__(x, y)
         self.dtype = x.at.dtype
-        self.places = [(points.at.double() - centre) for points in (x, y)]
-        self.halves = [0.5 * at.square().sum(1) for at in self.places]
-        self.radius = max(half.max().item() for half in self.halves)
         self.buffers: dict[torch.dtype, Tensor] = {}
+        self.weights = {
+            dtype: [points.weights.unsqueeze(1).to(dtype) for points in (x, y)] for dtype in (self.dtype, torch.float64)
+        }
+        (self.left, self.half_x), (self.right, self.half_y) = (self._factor(points, centre) for points in (x, y))
+        self.radius = torch.maximum(self.half_x.amax(), self.half_y.amax()).item()
+
+    @staticmethod
+    def _factor(points: Points, centre: Tensor) -> tuple[Tensor, Tensor]:
+        """([N, D + 2] in float64: the places and two columns of ones, half of the squared lengths [N])."""
+        factor = torch.ones(len(points.at), len(centre) + 2, dtype=torch.float64)
+        places = factor[:, :-2].copy_(points.at).sub_(centre)
+        return factor, 0.5 * places.square().sum(1)
 
     def update(self, f: Tensor, g: Tensor, eps: float, pulls: bool = False):
-        wide = self.dtype == torch.float64 or pulls or self.radius > FLOAT32_LIMIT * eps
-        factors = self._factors(f, g, eps, torch.float64 if wide else torch.float32)
+        # With x, f - |x|^2 / 2, 1 on the left and y, 1, g - |y|^2 / 2 on the right the product is f + g - C.
+        torch.sub(f, self.half_x, out=self.left[:, -2])
+        torch.sub(g, self.half_y, out=self.right[:, -1])
+        left, right = self.left / eps, self.right
+        if not (self.dtype == torch.float64 or pulls or self.radius > FLOAT32_LIMIT * eps):
+            left, right = left.float(), right.float()
         for dtype in dict.fromkeys((self.dtype, torch.float64)):
-            rows, columns = self._sums(*factors, dtype, pulls)
-            bounds = torch.stack([*rows[:, 0].aminmax(), *columns[:, 0].aminmax()])
-            if ((bounds > SUMS[dtype][0]) & (bounds < SUMS[dtype][1])).all():
+            rows, columns = self._sums(left, right, dtype, pulls)
+            logs = [rows[:, 0].log()]
+            if self.x is not self.y:
+                logs.append(columns[:, 0].log())
+            if all(log.abs().amax().item() < MOST[dtype] for log in logs):  # NaN is not
                 break
         else:
             return super().update(f, g, eps, pulls)
-        found = []
-        for potential, total, at in zip((f, g), (rows, columns), self.places):
-            found.append((potential - eps * total[:, 0].log(), at - total[:, 1:] / total[:, :1] if pulls else None))
-        (new_f, pull_x), (new_g, pull_y) = found
-        return new_f, new_g, pull_x, pull_y
+        pull_x, pull_y = (
+            factor[:, :-2] - total[:, 1:] / total[:, :1] if pulls else None
+            for factor, total in ((self.left, rows), (self.right, columns))
+        )
+        new_f = torch.sub(f, logs[0], alpha=eps)
+        return new_f, new_f if len(logs) == 1 else torch.sub(g, logs[1], alpha=eps), pull_x, pull_y
 
     def _sums(self, left: Tensor, right: Tensor, dtype: torch.dtype, pulls: bool) -> tuple[Tensor, Tensor]:
-        """Of the matrix's rows over what each y carries, and of its columns over what each x does."""
+        """Of the matrix's rows over what each y carries, and of its columns over what each x does: its weight, and with
+        `pulls` its weight times its place."""
         same = self.x is self.y
-        carry_x, carry_y = (
-            self._carried(points, at, pulls).to(dtype) for points, at in zip((self.x, self.y), self.places)
-        )
+        carry_x, carry_y = self.weights[dtype]
+        if pulls:
+            carry_x, carry_y = (
+                torch.cat([weights, weights * factor[:, :-2].to(dtype)], 1)
+                for weights, factor in ((carry_x, self.left), (carry_y, self.right))
+            )
         rows = torch.zeros_like(carry_x, dtype=torch.float64)
         columns = rows if same else torch.zeros_like(carry_y, dtype=torch.float64)
         for i in range(0, len(left), TILE[0]):
@@ -110,19 +130,6 @@ class Products(Softmin):
                     beyond = max(0, down.stop - j)
                     columns[j + beyond : across.stop] += plan[:, beyond:].T @ carry_x[down]
         return rows, columns
-
-    def _factors(self, f: Tensor, g: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[N, D + 2] and [M, D + 2] whose product is (f_i + g_j - C_ij) / eps."""
-        (x, y), (half_x, half_y) = self.places, self.halves
-        ones = [torch.ones_like(half).unsqueeze(1) for half in (half_x, half_y)]
-        left = torch.cat([x / eps, ((f - half_x) / eps).unsqueeze(1), ones[0]], 1)
-        right = torch.cat([y, ones[1], ((g - half_y) / eps).unsqueeze(1)], 1)
-        return left.to(dtype), right.to(dtype)
-
-    def _carried(self, points: Points, at: Tensor, pulls: bool) -> Tensor:
-        """Of each point its weight, and with `pulls` its weight times its place."""
-        weights = points.weights.unsqueeze(1)
-        return torch.cat([weights, weights * at], 1) if pulls else weights
 
     def _exponentials(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
         shape = len(left), len(right)

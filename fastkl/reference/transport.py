@@ -31,9 +31,10 @@ def _sigma_difference(logvar: Tensor, prior_logvar: Tensor | None) -> Tensor:
     """sigma - prior_sigma, which keeps its digits where the two are close."""
     if prior_logvar is None:
         return torch.expm1(0.5 * logvar)
-    x, prior_sigma = 0.5 * (logvar - prior_logvar), torch.exp(0.5 * prior_logvar)
-    close = prior_sigma * torch.expm1(x.clamp(-0.5, 0.5))  # clamped, so that what is not chosen has a finite gradient
-    return torch.where(x.abs() < 0.5, close, torch.exp(0.5 * logvar) - prior_sigma)
+    # A standard deviation e^80 times smaller than the other is 0 to rounding, and expm1 does not overflow.
+    logvar = logvar.clamp(min=-400.0)
+    prior_logvar = torch.maximum(prior_logvar, logvar - 160.0)
+    return torch.exp(0.5 * prior_logvar) * torch.expm1(0.5 * (logvar - prior_logvar))
 
 
 def above_zero(parameter: Tensor, scale: str) -> Tensor:
