@@ -31,9 +31,8 @@ def vade(
         eps: their noise [num_samples, *batch, *event], where it is not for the op to draw.
 
     Returns:
-        Loss(loss, terms): terms are elbo, reconstruction, kl (of z given the component) and kl_components (of the
-        component), in nats; elbo is reconstruction - kl - kl_components. Makes [num_samples, *batch, K], nothing of
-        size batch x K x D.
+        Loss(loss, terms): terms are elbo, reconstruction, kl and kl_components, the part of the KL that is the
+        component's, in nats. Makes [num_samples, *batch, K], nothing of size batch x K x D.
 
     Raises:
         TypeError: the prior has no components. ValueError: it has another number of dimensions.
@@ -53,10 +52,10 @@ def vade(
     beta = weight("beta", beta)
     z = draws(posterior, num_samples, eps)
     reconstruction = reconstruction_of(posterior, log_likelihood, z).mean(0)
-    kl, kl_components = _kls(posterior, prior, flat(posterior, z))
-    loss = (beta * (kl + kl_components) - reconstruction).mean()
-    elbo = reconstruction - kl - kl_components
-    return made_of(loss, elbo=elbo, reconstruction=reconstruction, kl=kl, kl_components=kl_components)
+    kl_latent, kl_components = _kls(posterior, prior, flat(posterior, z))
+    kl = kl_latent + kl_components
+    terms = {"elbo": reconstruction - kl, "reconstruction": reconstruction, "kl": kl, "kl_components": kl_components}
+    return made_of((beta * kl - reconstruction).mean(), **terms)
 
 
 def _kls(posterior: distributions.DiagonalNormal, prior: MixturePrior, z: Tensor) -> tuple[Tensor, Tensor]:

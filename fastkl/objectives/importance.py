@@ -230,8 +230,8 @@ def piwae(
     -ln 1/(M L) sum_ml w_ml, whose gradient the decoder and the prior get; the encoder gets that of `miwae`,
     -1/M sum_m ln 1/L sum_l w_ml
 
-    The decoder's one pass is differentiated twice, the first time in its input alone. (A compiled decoder that something
-    else has trained before allows that with `torch._functorch.config.donated_buffer = False` only.)
+    The decoder's one pass is differentiated twice, the first time in its input alone. (A compiled decoder that
+    something else has trained before allows that with `torch._functorch.config.donated_buffer = False` only.)
 
     Args:
         posterior, prior, log_likelihood, num_samples, num_estimates, gradient, eps: as for `miwae`.

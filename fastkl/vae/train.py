@@ -140,7 +140,8 @@ def train(run: Run, display: Display) -> bool:
             weights.tau.fill_(temperature(settings, run.step, run.total_steps))
             weights.capacity.fill_(capacity(settings, run.step))
             x, noise = batch(run)
-            loss, terms, posterior = run.objective(x, noise, weights, run.prior is not None)
+            learned = run.prior
+            loss, terms, posterior = run.objective(x, noise, weights, learned is not None)
             for optimizer in run.optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -149,7 +150,7 @@ def train(run: Run, display: Display) -> bool:
             if good:
                 for optimizer in run.optimizers.values():
                     optimizer.step()
-                run.watch.saw(run.step, posterior, run.prior)
+                run.watch.saw(run.step, posterior, learned)
             if run.step == settings.warm_up and run.prior is not None:
                 begin(run)
             run.seconds = time.perf_counter() - began
@@ -185,9 +186,8 @@ def batch(run: Run) -> tuple[Tensor, Noise]:
             seed = torch.tensor(streams.seed_for(settings.seed, "choice", run.step))
             gumbel = ranks.share(reference.gumbel_noise(seed, (*shape, settings.components))).to(run.device)
         if settings.objective in MATCHING:
-            drawn = ranks.share(prior.rsample(run.prior, run.vae, run.batch_size, settings.seed, run.step)).to(
-                run.device
-            )
+            drawn = prior.rsample(run.prior, run.vae, run.batch_size, settings.seed, run.step)
+            drawn = ranks.share(drawn).to(run.device)
     torch.manual_seed(streams.seed_for(settings.seed, "step", run.step, ranks.rank))
     return x, Noise(eps, gumbel, drawn)
 
@@ -199,6 +199,8 @@ def after_step(run: Run, display: Display, terms: dict[str, Tensor], asked: bool
     """
     told = torch.stack([*terms.values(), torch.full((), float(asked), device=run.device)]).double()
     *values, stopping = run.ranks.mean(told).tolist()
+    if terms and run.window.get("steps") and run.window.keys() - {"steps"} != terms.keys():
+        run.window.clear()  # a learned prior has begun, and with it an objective of other terms
     for name, value in zip((*terms, "steps"), (*values, 1.0)):
         run.window[name] = run.window.get(name, 0.0) + (value if terms else 0.0)
     last = run.step == run.total_steps
@@ -249,9 +251,9 @@ def watched(run: Run, display: Display) -> None:
     figures = run.watch.figures()
     if "active_units" not in figures:  # nothing but skipped steps
         return
-    terms = {name: rows[-1][1] for name, rows in run.history.items() if name == "terms/effective_sample_size"}
     figures["skipped_steps"] = run.guard.skipped
-    lines = run.watch.warnings(run.step, run.total_steps, figures, next(iter(terms.values()), None))
+    *_, (_, sample_size) = run.history.get("terms/effective_sample_size", [(0, None)])
+    lines = run.watch.warnings(run.step, run.total_steps, figures, sample_size)
     kl = figures.pop("kl_per_dimension")
     if len(kl) <= KEPT:
         run.history.setdefault("monitors/kl_per_dimension", []).append([run.step, *kl])

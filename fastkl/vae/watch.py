@@ -54,10 +54,11 @@ class Watch:
                 found[name] = monitor.count()
             elif name == "used_components":
                 found[name] = monitor.compute().used
+            elif name == "mutual_information":
+                found[name] = monitor.compute().item()
             else:
                 found[name] = monitor.compute().flatten().tolist()
             monitor.reset()
-        found["mutual_information"] = found.get("mutual_information", [math.nan])[0]
         return found
 
     def warnings(self, step: int, total: int, figures: dict[str, Any], sample_size: float | None) -> list[str]:
