@@ -103,13 +103,16 @@ class _SlicedWasserstein(torch.autograd.Function):
         if needs_closed_form(dvalue):
             _, gradients = _block(x.to(unit.dtype), y.to(unit.dtype), unit, ctx.p, wants)
             gradients = [None if g is None else g / len(unit) for g in gradients]
-        elif ctx.kept == wants:
-            found = iter(gradients)
-            gradients = [next(found) if want else None for want in wants]
         else:
-            found = iter(_blocks(x, y, unit, ctx.p, wants)[1:])
-            gradients = [next(found) if want else None for want in wants]
-        scaled = [None if g is None else (dvalue * g).to(points.dtype) for g, points in zip(gradients, (x, y))]
+            kept = ctx.kept
+            if any(want and not have for want, have in zip(wants, kept)):  # it was not known that they would be wanted
+                gradients, kept = _blocks(x, y, unit, ctx.p, wants)[1:], wants
+            found = iter(gradients)
+            gradients = [next(found) if have else None for have in kept]
+        scaled = [
+            (dvalue * gradient).to(points.dtype) if want else None
+            for gradient, points, want in zip(gradients, (x, y), wants)
+        ]
         return *scaled, None, None, None, None
 
     @staticmethod

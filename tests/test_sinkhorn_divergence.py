@@ -181,7 +181,7 @@ def test_transforms():
     x, y, *_ = draw(5, 4)
 
     def function(x, y):
-        return fastkl.sinkhorn_divergence(x, y, diameter=1.0, blur=0.6)
+        return fastkl.sinkhorn_divergence(x, y, 1.5, diameter=1.0)
 
     expected = torch.stack([function(x * scale, y) for scale in (1, 2)])
     torch.testing.assert_close(torch.func.vmap(function, (0, None))(torch.stack([x, 2 * x]), y), expected)

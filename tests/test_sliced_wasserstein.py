@@ -103,6 +103,8 @@ def test_dtypes(dtype):
     torch.testing.assert_close([value, *gradients], expected)
     (only,) = torch.autograd.grad(fastkl.sliced_wasserstein(tensors[0], tensors[1].detach(), 6, seed=3), tensors[0])
     assert torch.equal(only, gradients[0])
+    (only,) = torch.autograd.grad(fastkl.sliced_wasserstein(*tensors, 6, seed=3), tensors[1])
+    assert torch.equal(only, gradients[1])
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the profiler's account of CPU memory")
