@@ -1,0 +1,153 @@
+"""What the kernels of total_correlation share: posteriors prepared for the pair loop, its tile and its exponents.
+
+With s = exp(-logvar / 2) sqrt(log2(e) / 2) and t = (z - mu) s a density is s 2^(-t^2) sqrt(ln 2 / pi), so that for each
+(i, j, d) there are a difference, two products, one exponential and the sums. Exponents are relative to row i's own
+posterior, from which z_i was drawn: sums need no running maximum. Rows so far from their own that this overflows are
+done again relative to the nearest posterior at each d.
+
+A tile is [REGISTERS, OWN, GROUPS, LANES, STEPS]: d = step * REGISTERS + register, the program's own rows (or
+posteriors) group * OWN + own, and the others, LANES at once. Triton deals the last dimensions out to the threads and
+warps first: a thread keeps REGISTERS x OWN sums, and loads REGISTERS neighbours at a time for OWN of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastkl.kernels._device import TRITON_DTYPE, exp
+from fastkl.kernels._layout import cdiv, next_power_of_2, registers
+
+MOST_COLUMNS = 512  # more would spill; the closed form takes them
+SCALE = tl.constexpr(0.8493218002880191)  # sqrt(log2(e) / 2)
+LOG2_SCALE = tl.constexpr(-0.23561681352755115)
+HALF_LOG2E = tl.constexpr(0.7213475204444817)
+
+
+@triton.jit
+def prepare_kernel(
+    mu, logvar, means, roots, constants, batch, columns, strides, DTYPE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """means and s [batch padded, COLUMNS], and sum_d log2 s [batch padded]."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    real = (column < columns)[None, :]
+    mask = (row < batch)[:, None] & real
+    wide, narrow = row.to(tl.int64)[:, None], column.to(tl.int64)[None, :]
+    m = tl.load(mu + wide * strides[0][0] + narrow * strides[0][1], mask, other=0.0).to(DTYPE)
+    v = tl.load(logvar + wide * strides[1][0] + narrow * strides[1][1], mask, other=0.0).to(DTYPE)
+    # Padding: dimensions have s = 0 and so no weight; posteriors are so far off that all their densities are 0.
+    at = wide * COLUMNS + narrow
+    tl.store(means + at, tl.where(mask, m, tl.where(real, -1e30, 0.0)))
+    tl.store(roots + at, tl.where(mask, exp(-0.5 * v) * SCALE, tl.where(real, 1e-10, 0.0)))
+    constant = tl.sum(tl.where(mask, LOG2_SCALE - v * HALF_LOG2E, 0.0), axis=1)
+    tl.store(constants + row, tl.where(row < batch, constant, float("-inf")))
+
+
+@triton.jit
+def column_index(REGISTERS: tl.constexpr, STEPS: tl.constexpr):
+    return (
+        tl.arange(0, REGISTERS)[:, None, None, None, None]
+        + (tl.arange(0, STEPS) * REGISTERS)[None, None, None, None, :]
+    )
+
+
+@triton.jit
+def own_index(OWN: tl.constexpr, GROUPS: tl.constexpr):
+    return tl.arange(0, OWN)[None, :, None, None, None] + (tl.arange(0, GROUPS) * OWN)[None, None, :, None, None]
+
+
+@triton.jit
+def other_index(LANES: tl.constexpr):
+    return tl.arange(0, LANES)[None, None, None, :, None]
+
+
+@triton.jit
+def over_columns(x):
+    """Sum over d, [1, OWN, GROUPS, LANES, 1]."""
+    return tl.expand_dims(tl.expand_dims(tl.sum(tl.sum(x, axis=0), axis=3), 0), 4)
+
+
+@triton.jit
+def over_others(x):
+    return tl.expand_dims(tl.sum(x, axis=3), 3)
+
+
+@triton.jit
+def least_over_others(x):
+    return tl.expand_dims(tl.min(x, axis=3), 3)
+
+
+@triton.jit
+def most_over_others(x):
+    return tl.expand_dims(tl.max(x, axis=3), 3)
+
+
+@triton.jit
+def pair_weight(own, other, batch, own_weight, next_weight):
+    """w_ij in multiples of the others': `own` and `other` are posteriors, broadcastable."""
+    following = tl.where(own + 1 == batch, 0, own + 1)
+    return tl.where(other == own, own_weight, tl.where(other == following, next_weight, 1.0))
+
+
+@triton.jit
+def references(
+    z, squares, shift, far, means, roots, constants, padded,
+    REGISTERS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """(squares, shift) for rows that are `far` from their own posterior: the least square at each d and the most
+    joint."""
+    COLUMNS: tl.constexpr = REGISTERS * STEPS
+    at = other_index(LANES) * COLUMNS + column_index(REGISTERS, STEPS)
+    least = (z + at) * 0.0 + float("inf")
+    means_at, roots_at = means, roots
+    for _ in range(0, padded, LANES):
+        t = (z - tl.load(means_at + at)) * tl.load(roots_at + at)
+        means_at += LANES * COLUMNS
+        roots_at += LANES * COLUMNS
+        least = tl.minimum(least, t * t)
+    squares = tl.where(far, least_over_others(least), squares)
+    most = (over_columns(z) + other_index(LANES)) * 0.0 + float("-inf")
+    for start in range(0, padded, LANES):
+        t = (z - tl.load(means + at)) * tl.load(roots + at)
+        means += LANES * COLUMNS
+        roots += LANES * COLUMNS
+        most = tl.maximum(most, over_columns(squares - t * t) + tl.load(constants + start + other_index(LANES)))
+    return squares, tl.where(far, most_over_others(most), shift)
+
+
+def pad(count: int) -> int:
+    """Rows and posteriors are padded to whole tiles."""
+    return min(128, max(16, next_power_of_2(count)))
+
+
+def tile(columns: int, own: int, others: int, dtype: torch.dtype, *, backward: bool) -> dict:
+    """Four warps, of a few of the program's own each; where there are not many programs, a few for all, which then
+    share out the others."""
+    half = dtype == torch.float64
+    columns = next_power_of_2(columns)
+    in_thread = min(4 if half else 8, columns)
+    steps = columns // in_thread
+    each = max(1, (2 if backward else 4) >> half)
+    groups = min(4, max(1, 128 // max(32, steps))) if own >= 2048 * each else 1
+    lanes = max(1, min(pad(others), 128 // steps // groups))
+    warps = max(1, min(4, lanes * steps * groups // 32))
+    shape = {"REGISTERS": in_thread, "OWN": each, "GROUPS": groups, "LANES": lanes, "STEPS": steps}
+    return {**shape, "num_warps": warps, **registers(255)}
+
+
+def prepare(mu: torch.Tensor, logvar: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    """[means, roots, constants]."""
+    batch, columns = mu.shape
+    padded, width = cdiv(batch, pad(batch)) * pad(batch), next_power_of_2(columns)
+    empty = {"dtype": dtype, "device": mu.device}
+    means, roots = torch.empty((padded, width), **empty), torch.empty((padded, width), **empty)
+    constants = torch.empty(padded, **empty)
+    rows = 4 if width <= 128 else 1
+    prepare_kernel[(padded // rows,)](
+        mu, logvar, means, roots, constants, batch, columns, (mu.stride(), logvar.stride()),
+        DTYPE=TRITON_DTYPE[dtype], ROWS=rows, COLUMNS=width, num_warps=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    return [means, roots, constants]

@@ -1,0 +1,182 @@
+"""Gradients of total_correlation: one kernel by rows for z, one by posteriors for mu and logvar; no atomics.
+
+Both take exponents relative to the reference that the forward pass had, so that a posterior alone has a share of
+exactly 1. The first writes for the second what depends on (i, d) only: z, the references, the marginals' coefficients.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastkl.kernels._device import LN2
+from fastkl.kernels._layout import cdiv, compute_dtype
+from fastkl.kernels._total_correlation import (
+    MOST_COLUMNS,
+    column_index,
+    other_index,
+    over_columns,
+    over_others,
+    own_index,
+    pad,
+    pair_weight,
+    prepare,
+    references,
+    tile,
+)
+
+
+@triton.jit
+def weights_of(batch, dataset_size, DTYPE: tl.constexpr):
+    others = tl.sum(tl.full([1], 1.0, dtype=DTYPE), axis=0) * (batch - 1)
+    return others / dataset_size, (dataset_size - others) / dataset_size
+
+
+@triton.jit
+def total_correlation_rows_kernel(
+    z, means, roots, constants, dmutual, dtotal, ddimension, joint_sum, marginal_sum, dz, points, squares_out,
+    coefficients, row_terms, rows, batch, columns, padded, padded_rows, first, dataset_size, strides,
+    STRATIFIED: tl.constexpr, REGISTERS: tl.constexpr, OWN: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = means.dtype.element_ty
+    COLUMNS: tl.constexpr = REGISTERS * STEPS
+    ROWS: tl.constexpr = OWN * GROUPS
+    index = tl.program_id(0) * ROWS + own_index(OWN, GROUPS)
+    column = column_index(REGISTERS, STEPS)
+    inside, real = index < rows, column < columns
+    mask = inside & real
+    # Rows beyond the last do its work again; dimensions beyond the last have no weight.
+    row = tl.minimum(index, rows - 1)
+    wide = row.to(tl.int64)
+    x = tl.load(z + wide * strides[0][0] + column.to(tl.int64) * strides[0][1], real, other=0.0).to(dtype)
+    own = first + row
+    at_own = own.to(tl.int64) * COLUMNS + column
+    own_root = tl.load(roots + at_own)
+    own_t = (x - tl.load(means + at_own)) * own_root
+    squares, shift = own_t * own_t, tl.load(constants + own)
+    joint = tl.load(joint_sum + wide)
+    far = joint < 0.0
+    if tl.max(far.to(tl.int32)) > 0:
+        squares, shift = references(x, squares, shift, far, means, roots, constants, padded, REGISTERS, LANES, STEPS)
+    of_own = tl.load(dmutual + wide * strides[1]).to(dtype)
+    of_total = tl.load(dtotal + wide * strides[2]).to(dtype)
+    of_dimension = tl.load(ddimension + wide * strides[3]).to(dtype)
+    of_joint = (of_total - of_own) / tl.abs(joint)
+    marginal = (of_dimension - of_total) / tl.load(marginal_sum + wide * columns + column, real, other=1.0)
+    marginal = tl.where(real, marginal, 0.0)
+    # What the other kernel reads.
+    at = wide * COLUMNS + column
+    kept = inside & (column < COLUMNS)
+    tl.store(points + at, x, kept)
+    tl.store(squares_out + at, squares, kept)
+    tl.store(coefficients + at, marginal, kept)
+    tl.store(row_terms + wide, shift, inside)
+    tl.store(row_terms + padded_rows + wide, of_joint, inside)
+
+    own_weight, next_weight = weights_of(batch, dataset_size, dtype)
+    row_start = first + tl.program_id(0) * ROWS
+    at = other_index(LANES) * COLUMNS + column
+    total = (x + at) * 0.0
+    for start in range(0, padded, LANES):
+        s = tl.load(roots + at)
+        t = (x - tl.load(means + at)) * s
+        means += LANES * COLUMNS
+        roots += LANES * COLUMNS
+        exponent = squares - t * t
+        product = tl.exp2(over_columns(exponent) + (tl.load(constants + start + other_index(LANES)) - shift)) * of_joint
+        weight = product + marginal * (tl.exp2(exponent) * s)
+        if STRATIFIED:
+            near = (start <= row_start + ROWS) & (start + LANES > row_start)
+            if near | ((row_start + ROWS >= batch) & (start == 0)):
+                weight *= pair_weight(own, start + other_index(LANES), batch, own_weight, next_weight)
+        total += weight * (t * s)
+    gradient = (over_others(total) + of_own * own_t * own_root) * (-2.0 * LN2) + of_dimension * x
+    tl.store(dz + wide * strides[4][0] + column.to(tl.int64) * strides[4][1], gradient, mask)
+
+
+@triton.jit
+def total_correlation_posteriors_kernel(
+    means, roots, constants, points, squares, coefficients, row_terms, dmutual, dmu, dlogvar, rows, batch, columns,
+    padded, padded_rows, first, dataset_size, strides,
+    STRATIFIED: tl.constexpr, REGISTERS: tl.constexpr, OWN: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = means.dtype.element_ty
+    COLUMNS: tl.constexpr = REGISTERS * STEPS
+    POSTERIORS: tl.constexpr = OWN * GROUPS
+    start_own = tl.program_id(0) * POSTERIORS
+    index = start_own + own_index(OWN, GROUPS)
+    column = column_index(REGISTERS, STEPS)
+    mask = (index < batch) & (column < columns)
+    own = tl.minimum(index, batch - 1)
+    at_own = own.to(tl.int64) * COLUMNS + column
+    m, s, constant = tl.load(means + at_own), tl.load(roots + at_own), tl.load(constants + own)
+    own_weight, next_weight = weights_of(batch, dataset_size, dtype)
+    at = other_index(LANES) * COLUMNS + column
+    count, mean_sum, square_sum = (m + at) * 0.0, (m + at) * 0.0, (m + at) * 0.0
+    points_at = points
+    for start in range(0, padded_rows, LANES):
+        other = start + other_index(LANES)
+        t = (tl.load(points_at + at) - m) * s
+        square = t * t
+        exponent = tl.load(squares + at) - square
+        coefficient = tl.load(coefficients + at)
+        points_at += LANES * COLUMNS
+        squares += LANES * COLUMNS
+        coefficients += LANES * COLUMNS
+        product = tl.exp2(over_columns(exponent) + (constant - tl.load(row_terms + other)))
+        product *= tl.load(row_terms + padded_rows + other)
+        weight = product + coefficient * (tl.exp2(exponent) * s)
+        if STRATIFIED:
+            near = (start + first <= start_own + POSTERIORS) & (start + first + LANES >= start_own)
+            if near | ((start_own == 0) & (start + first + LANES >= batch)):
+                weight *= pair_weight(first + other, own, batch, own_weight, next_weight)
+        count += weight
+        mean_sum += weight * t
+        square_sum += weight * square
+    # The own sample's direct term, ln q(z|x).
+    sample = own - first
+    mine = (sample >= 0) & (sample < rows)
+    sample = tl.where(mine, sample, 0)
+    of_own = tl.load(dmutual + sample.to(tl.int64) * strides[0], mine, other=0.0).to(dtype)
+    t = (tl.load(points + sample.to(tl.int64) * COLUMNS + column) - m) * s
+    mean_total = over_others(mean_sum) + of_own * t
+    square_total = (over_others(square_sum) + of_own * t * t) * LN2 - 0.5 * (over_others(count) + of_own)
+    wide, narrow = own.to(tl.int64), column.to(tl.int64)
+    tl.store(dmu + wide * strides[1][0] + narrow * strides[1][1], s * mean_total * (2.0 * LN2), mask)
+    tl.store(dlogvar + wide * strides[2][0] + narrow * strides[2][1], square_total, mask)
+
+
+def bwd(z, mu, logvar, first, dataset_size, stratified, dmutual, dtotal, ddimension, joint_sum, marginal_sum):
+    (rows, columns), batch = z.shape, mu.shape[0]
+    if columns > MOST_COLUMNS:
+        return NotImplemented
+    dtype = compute_dtype([z, mu, logvar])
+    gradients = [torch.empty_like(tensor) for tensor in (z, mu, logvar)]
+    if rows == 0 or columns == 0:
+        return [gradient.zero_() for gradient in gradients]
+    dz, dmu, dlogvar = gradients
+    prepared = prepare(mu, logvar, dtype)
+    padded, width = prepared[0].shape
+    padded_rows = cdiv(rows, pad(rows)) * pad(rows)
+    of_rows = torch.empty((3, padded_rows, width), dtype=dtype, device=z.device)
+    row_terms = torch.empty((2, padded_rows), dtype=dtype, device=z.device)
+    if padded_rows > rows:  # rows of the padding have no weight: their coefficients are 0, and 2^-inf is
+        of_rows[:, rows:] = 0.0
+        row_terms[0, rows:] = float("inf")
+        row_terms[1, rows:] = 0.0
+    of_rows = (*of_rows, row_terms)
+    block = tile(columns, rows, batch, dtype, backward=True)
+    strides = (z.stride(), dmutual.stride(0), dtotal.stride(0), ddimension.stride(0), dz.stride())
+    total_correlation_rows_kernel[(cdiv(rows, block["OWN"] * block["GROUPS"]),)](
+        z, *prepared, dmutual, dtotal, ddimension, joint_sum, marginal_sum, dz, *of_rows, rows, batch, columns, padded,
+        padded_rows, first, dataset_size, strides, STRATIFIED=stratified, enable_fp_fusion=True, **block,
+    )  # fmt: skip
+    block = tile(columns, batch, rows, dtype, backward=True)
+    total_correlation_posteriors_kernel[(cdiv(batch, block["OWN"] * block["GROUPS"]),)](
+        *prepared, *of_rows, dmutual, dmu, dlogvar, rows, batch, columns, padded, padded_rows, first, dataset_size,
+        (dmutual.stride(0), dmu.stride(), dlogvar.stride()), STRATIFIED=stratified, enable_fp_fusion=True, **block,
+    )  # fmt: skip
+    return gradients
