@@ -1,0 +1,39 @@
+"""total_correlation: the decomposition of a batch, stratified weights, against the formula with all pairs at once."""
+
+import math
+
+import torch
+
+import fastkl
+
+from harness import Case
+
+DATASET_SIZE = 60000
+
+
+def formula(z, mu, logvar):
+    """As users write it: [N, N, D] densities, and a weight matrix with its entries where they belong."""
+    n = len(z)
+    weights = torch.full((n, n), 1 / (n - 1), device=z.device)
+    weights.fill_diagonal_(1 / DATASET_SIZE)
+    row = torch.arange(n, device=z.device)
+    weights[row, (row + 1) % n] = (DATASET_SIZE - n + 1) / (DATASET_SIZE * (n - 1))
+    terms = -0.5 * (math.log(2 * math.pi) + logvar + (z[:, None] - mu).pow(2) / logvar.exp())
+    joint = torch.logsumexp(weights.log() + terms.sum(2), 1)
+    marginals = torch.logsumexp(weights.log()[:, :, None] + terms, 1).sum(1)
+    own = -0.5 * (math.log(2 * math.pi) + logvar + (z - mu).pow(2) / logvar.exp()).sum(1)
+    prior = -0.5 * (math.log(2 * math.pi) + z.pow(2)).sum(1)
+    return torch.stack([own - joint, joint - marginals, marginals - prior])
+
+
+def fused(z, mu, logvar):
+    return torch.stack(fastkl.total_correlation(z, mu, logvar, DATASET_SIZE))
+
+
+def cases(device, quick):
+    generator = torch.Generator().manual_seed(0)
+    for n, d in [(64, 10), (256, 32)] if quick else [(64, 10), (256, 32), (1024, 32), (2048, 32)]:
+        mu, logvar, eps = (torch.randn(n, d, generator=generator) for _ in range(3))
+        logvar = logvar - 2
+        inputs = [(x.to(device)).requires_grad_() for x in (mu + (0.5 * logvar).exp() * eps, mu, logvar)]
+        yield Case(f"{n} x {d} float32", inputs, formula, fused)
