@@ -177,7 +177,7 @@ def aot_calls():
         mu = torch.empty((n, d + odd), dtype=dtype)[:, :d]
         calls[name] = lambda: fwd(mu, mu, list(reference.MMD_SCALES), True, gradient)
 
-    add("core aligned")
+    add("core aligned, 32 lanes")
     add("value", gradient=False)
     add("rows begin anywhere, bfloat16", odd=True, dtype=torch.bfloat16)
     add("odd dimensions", d=37)
