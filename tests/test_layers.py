@@ -131,6 +131,7 @@ SHAPES = {
     "gmm_responsibilities": _GMM,
     "kl_gmm": [(3, 4), *_GMM],
     "kl_gmm_bounds": [(3, 4), *_GMM],
+    "total_correlation": None,  # also takes the size of the data set
 }
 
 RUN_OPS = """
