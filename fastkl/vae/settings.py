@@ -131,6 +131,11 @@ FOR_OBJECTIVE: dict[str, dict[str, Any]] = {
     "miwae": {"samples": 4},
     "piwae": {"samples": 4},
     "ciwae": {"samples": 5},
+    # Ten times as much and nothing but the prior is left; a tenth, and the latents are nowhere near it.
+    "wae_mmd": {"penalty": 50.0},
+    "swae": {"penalty": 100.0},
+    "sinkhorn_ae": {"penalty": 30.0},
+    "aae": {"penalty": 0.5},
 }
 
 # A learned prior begins when the posteriors have taken their places; a short run has few steps for that.
