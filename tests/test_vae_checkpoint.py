@@ -68,7 +68,7 @@ def test_full_disk_ends_without_a_traceback_with_tensorboard_too(good):
     assert checkpoint.load(good)["step"] == 12
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "pickle", "tensor", "another shape"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "pickle", "tensor", "older", "another shape"])
 def test_damaged_checkpoint_is_refused(good, capsys, damage, tmp_path):
     path, trap = good / FILE, tmp_path / "trap"
     content = path.read_bytes()
@@ -82,6 +82,8 @@ def test_damaged_checkpoint_is_refused(good, capsys, damage, tmp_path):
         path.write_bytes(pickle.dumps(Trap(str(trap)), protocol=2))
     elif damage == "tensor":
         torch.save(torch.zeros(3), path)
+    elif damage == "older":
+        torch.save({**checkpoint.load(good), "format": "fastkl.vae 1"}, path)
     else:
         state = checkpoint.load(good)
         state["model"]["encoder.1.weight"] = torch.zeros(2, 2)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
 
-from fastkl.vae import checkpoint
+from fastkl.vae import checkpoint, data
+from fastkl.vae import train as loop
+from fastkl.vae.parallel import Ranks
+from fastkl.vae.rules import resolve
 
 from vae_helpers import BARE, SMALL, refused, torchrun, train
 
@@ -35,3 +41,29 @@ def test_two_processes_lose_what_one_with_their_batch_loses(tmp_path, capsys):
     other = torch.tensor(checkpoint.load(tmp_path / "other")["history"]["train"], dtype=torch.float64)
     assert (other - losses[1]).abs().max() > 1e-3
     assert "began with 2 processes, now there are 1" in refused(capsys, tmp_path / "two", "--resume")
+
+
+@pytest.mark.parametrize(
+    ("given", "drawn"),
+    [
+        ({"objective": "miwae", "groups": 2, "samples": 2, "model": "autoregressive"}, {"eps", "uniform"}),
+        ({"prior": "gmm", "components": 3, "kl": "relaxed", "warm_up": 0}, {"eps", "gumbel"}),
+        ({"objective": "swae", "prior": "vamp", "components": 3, "warm_up": 0}, {"eps", "prior_samples"}),
+    ],
+)
+def test_a_datum_meets_the_same_noise_however_many_processes_share_a_batch(given, drawn):
+    settings = resolve({"hidden": 16, "latent": 3, "steps": 2, "noise": "datum", "batch_size": 8, **given})
+    run = loop.start(settings, data.load(settings), Ranks(), Path())
+    half = dataclasses.replace(settings, batch_size=4)
+    shares = [loop.batch(dataclasses.replace(run, settings=half, ranks=Ranks(rank, 2))) for rank in range(2)]
+    x, noise = loop.batch(run)
+    assert torch.cat([part for part, _ in shares]).equal(x)
+    for name, whole in noise._asdict().items():
+        assert (whole is not None) == (name in drawn), name
+        if whole is not None:
+            assert torch.cat([getattr(part, name) for _, part in shares]).equal(whole), name
+    if noise.uniform is not None:
+        seen = run.vae.observed(x, noise.uniform)
+        assert seen.unique().tolist() == [0, 1]
+        assert abs((seen - x).mean()) < 0.1
+        assert run.vae.observed(x, noise.uniform).equal(seen)

@@ -32,6 +32,8 @@ def test_warnings_name_the_remedy_once(monkeypatch, capsys):
     (once,) = said
     assert once[0] == 30, "after the warm-up and a fifth of the run"
     assert once[1].startswith("posterior collapse (0 of 20 latent units active, KL 0 nats): free bits")
+    late = Watch(Settings(warm_up=95, log_every=1), Ranks())
+    assert [len(late.warnings(step, 100, figures, None)) for step in (99, 100)] == [0, 1], "at the end in any case"
     again = Watch(settings, Ranks())
     again.load_state_dict(watch.state_dict())
     again.saw(41, silent, None)

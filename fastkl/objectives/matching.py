@@ -80,9 +80,9 @@ def info_vae(
     -E_q[ln p(x | z)] + (1 - alpha) KL(q(z | x) || p(z)) + (alpha + lambda - 1) MMD^2(q(z), p(z))
 
     Args:
-        alpha: how much mutual information is wanted: 0 leaves the KL, 1 takes it away (with lambda = 1 + the penalty,
-            `wae_mmd`).
-        penalty: lambda. The other arguments: as for `wae_mmd`.
+        alpha: how much mutual information is wanted: 0 leaves the KL, 1 takes it away, which is `wae_mmd` of the same
+            penalty.
+        penalty: lambda, a number. The other arguments: as for `wae_mmd`.
 
     Returns:
         Loss(loss, terms): terms are reconstruction, kl and mmd.

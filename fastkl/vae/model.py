@@ -46,12 +46,19 @@ class VAE(nn.Module):
         leading = z.shape[: z.dim() - len(self.latent_shape)]
         return self.decoder(z.reshape(-1, *self.latent_shape)).reshape(*leading, *self.shape)
 
-    def observed(self, x: Tensor) -> Tensor:
-        """What the likelihood is of: x, or zeros and ones drawn with these chances for a decoder that reads them.
+    @property
+    def draws_data(self) -> bool:
+        """Whether the likelihood is of zeros and ones drawn from the data: for a decoder that reads them.
 
         A grey value read from its neighbours would tell more than the zeros and ones that the likelihood is of.
         """
-        return torch.bernoulli(x) if self.autoregressive and self.likelihood == "bernoulli" else x
+        return self.autoregressive and self.likelihood == "bernoulli"
+
+    def observed(self, x: Tensor, uniform: Tensor | None = None) -> Tensor:
+        """What the likelihood is of: x, or zeros and ones drawn with these chances, by numbers in [0, 1) if given."""
+        if not self.draws_data:
+            return x
+        return torch.bernoulli(x) if uniform is None else (uniform < x).to(x.dtype)
 
     def log_likelihood(self, z: Tensor, x: Tensor) -> Tensor:
         """log p(x | z) in nats, one per leading index of z; x may lack the first of them (samples of a datum)."""

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 class Noise(NamedTuple):
     """Of one step, where it is not for the op to draw: of the latents [N, L, *latent_shape] and of the choice of a
-    component [N, L, K]; and the draws from the prior [N, latent] that latents are compared with."""
+    component [N, L, K]; the draws from the prior [N, latent] that latents are compared with; and numbers in [0, 1)
+    [N, *shape], by which grey values become zeros and ones."""
 
     eps: Tensor | None = None
     gumbel: Tensor | None = None
     prior_samples: Tensor | None = None
+    uniform: Tensor | None = None
 
 
 class Weights(NamedTuple):
@@ -50,7 +52,7 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor], DiagonalNormal]:
         """(loss, its terms, the posterior without gradient) of a batch; to the learned prior or N(0, I)."""
         posterior = self.vae.posterior(x)
-        seen = self.vae.observed(x)  # once, where the likelihood is of draws
+        seen = self.vae.observed(x, noise.uniform)  # once, where the likelihood is of draws
 
         def log_likelihood(z: Tensor) -> Tensor:
             return self.vae.log_likelihood(z, seen)
@@ -117,8 +119,8 @@ class Objective(nn.Module):
             def balance(posterior: DiagonalNormal, kl: Tensor) -> Tensor:
                 parts = groups_of(posterior, settings.balance)
                 sizes = [part.shape[1:].numel() for part in parts]
-                # Of its final value, at which the groups are no longer balanced.
-                beta = weights.beta / settings.beta
+                # 1 at its final value, where balancing ends. By comparison: a quotient may be rounded to below 1.
+                beta = (weights.beta >= settings.beta).to(weights.beta.dtype)
                 return remedies.balance([part.kl() for part in parts], sizes, beta=beta, group=self.group)
 
             return balance

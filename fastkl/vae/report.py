@@ -7,6 +7,7 @@ import dataclasses
 import html
 import io
 import json
+import math
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def write_report(run: Run, evaluation: Evaluation, more: dict[str, Any]) -> dict
     settings = dataclasses.asdict(run.settings)
     checkpoint.write(run.folder / "settings.json", (json.dumps(settings, indent=2) + "\n").encode())
     history = {name: [named(name, row) for row in rows] for name, rows in run.history.items()}
-    content = json.dumps({**metrics, "history": history}, indent=2) + "\n"
+    content = json.dumps(strict({**metrics, "history": history}), indent=2, allow_nan=False) + "\n"
     checkpoint.write(run.folder / "metrics.json", content.encode())
     checkpoint.write(run.folder / "report.html", page(run, metrics, images).encode())
     return metrics
@@ -81,7 +82,16 @@ def named(curve: str, row: list[float]) -> dict[str, Any]:
         return dict(zip(("step", "kl_lower", "kl", "kl_upper", "used_components", "tau"), row))
     if not name:
         return dict(zip(("step", "elbo", "kl", "reconstruction"), row))
-    return {"step": row[0], name: row[1] if len(row) == 2 else row[1:]}
+    return {"step": row[0], name: row[1:] if name == "kl_per_dimension" else row[1]}
+
+
+def strict(value: Any) -> Any:
+    """JSON has no word for what is not finite, as the standard error of a single test datum: null stands for it."""
+    if isinstance(value, dict):
+        return {name: strict(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [strict(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def png(figure: Any) -> bytes:

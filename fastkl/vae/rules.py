@@ -44,9 +44,16 @@ def resolve(given: dict[str, Any]) -> Settings:
             if chosen not in (known := table.get(name, (chosen,))):
                 wanted = " or ".join(known)
                 raise UserError(f"{flag(name)} belongs to --{about} {wanted}; this run has --{about} {chosen}")
-    if "samples" in given and settings.prior == "standard" and settings.objective not in (*IMPORTANCE, "vade"):
+    sampled = settings.prior != "standard" and settings.objective in BOUNDS
+    if "samples" in given and not sampled and settings.objective not in (*IMPORTANCE, "vade"):
         raise UserError(
-            "--samples belongs to the KL to a learned --prior, or to --objective iwae, miwae, piwae, ciwae or vade"
+            "--samples belongs to the KL that elbo and beta_vae have to a learned --prior, "
+            "or to --objective iwae, miwae, piwae, ciwae or vade"
+        )
+    if settings.warm_up and settings.prior == "standard" and settings.objective not in WEIGHTED:
+        raise UserError(
+            f"--warm-up is for --beta to rise and a learned --prior to begin; --objective {settings.objective} "
+            "with --prior standard has neither"
         )
     check_remedies(settings, given)
     if settings.kl == "upper" and settings.prior == "flow":
@@ -99,17 +106,8 @@ def defaults(given: dict[str, Any]) -> Settings:
 def check(settings: Settings) -> None:
     ones = ("latent", "hidden", "layers", "batch_size", "epochs", "importance_samples", "log_every", "checkpoint_every")
     ones += ("components", "samples", "groups", "cycles", "projections", "bad_steps")
-    zeros = (
-        "balance",
-        "capacity_steps",
-        "image_size",
-        "steps",
-        "seed",
-        "split_seed",
-        "test_data",
-        "threads",
-        "warm_up",
-    )
+    zeros = ("balance", "capacity_steps", "image_size", "steps", "seed", "split_seed", "test_data", "threads")
+    zeros += ("warm_up",)
     for name, minimum in {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)}.items():
         if getattr(settings, name) < minimum:
             raise UserError(f"{flag(name)} must be at least {minimum}, got {getattr(settings, name)}")

@@ -177,7 +177,7 @@ def batch(run: Run) -> tuple[Tensor, Noise]:
     settings, ranks = run.settings, run.ranks
     indices = streams.batch_indices(settings.seed, run.step, len(run.data.train), run.batch_size)
     x = run.data.train[ranks.share(indices)].to(run.device)
-    eps = gumbel = drawn = None
+    eps = gumbel = drawn = uniform = None
     if settings.noise == "datum":
         shape = (run.batch_size, draws_of(settings, run.prior is not None))
         generator = streams.generator(settings.seed, "noise", run.step)
@@ -188,8 +188,11 @@ def batch(run: Run) -> tuple[Tensor, Noise]:
         if settings.objective in MATCHING:
             drawn = prior.rsample(run.prior, run.vae, run.batch_size, settings.seed, run.step)
             drawn = ranks.share(drawn).to(run.device)
+        if run.vae.draws_data:
+            uniform = torch.rand((run.batch_size, *run.vae.shape), generator=generator)
+            uniform = ranks.share(uniform).to(run.device)
     torch.manual_seed(streams.seed_for(settings.seed, "step", run.step, ranks.rank))
-    return x, Noise(eps, gumbel, drawn)
+    return x, Noise(eps, gumbel, drawn, uniform)
 
 
 def after_step(run: Run, display: Display, terms: dict[str, Tensor], asked: bool) -> bool:
@@ -239,6 +242,9 @@ def after_step(run: Run, display: Display, terms: dict[str, Tensor], asked: bool
 def gradients(run: Run) -> dict[str, float]:
     """The norms of the gradients of encoder, decoder and whatever else learns, at this step."""
     parts = {name: list(part.parameters()) for name, part in run.vae.named_children()}
+    parts["logvar"] = list(run.vae.parameters(recurse=False))  # of a normal likelihood
+    if (discriminator := discriminator_of(run)) is not None:
+        parts["discriminator"] = list(discriminator.parameters())
     norms = monitors.gradient_norms({name: part for name, part in parts.items() if part})
     found = {f"gradient_norm_{name}": value.item() for name, value in norms.items()}
     for name, value in found.items():

@@ -1,4 +1,4 @@
-"""What is watched while a run goes on: fed by the steps with what the loss made anyway, read at each epoch's end."""
+"""What is watched while a run goes on: fed by the steps with the posteriors of their loss, read at each epoch's end."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Watch:
 
     def warnings(self, step: int, total: int, figures: dict[str, Any], sample_size: float | None) -> list[str]:
         """What is new among the signs of a collapse, each with its remedies."""
-        if step < self.settings.warm_up + GRACE * total:
+        if step < min(total, self.settings.warm_up + GRACE * total):  # at the end it is said in any case
             return []
         per_dimension = figures["kl_per_dimension"]
         lines = monitors.diagnose(
