@@ -9,8 +9,9 @@ RUN := $(VENV)/bin/python
 train: $(STAMP)
 	$(RUN) -m fastkl.vae train $(ARGS)
 
+# As many processes as there are cores, one thread each: most tests are of one thread whatever the machine has.
 test: $(STAMP)
-	$(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 bench: $(STAMP)
 	$(RUN) bench/harness.py $(ARGS)
