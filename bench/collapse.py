@@ -24,7 +24,7 @@ VARIANTS = {
     "free bits per dimension": "--free-bits 0.1875 --free-bits-per dimension",
     "free bits per batch": "--free-bits 0.1875 --free-bits-per batch",
     "capacity": "--objective beta_vae --beta 10 --capacity 3 --capacity-steps 2000",
-    "InfoVAE": "--objective info_vae --alpha 1",
+    "InfoVAE, half the KL": "--objective info_vae --alpha 0.5",
 }
 
 
