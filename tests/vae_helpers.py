@@ -60,6 +60,13 @@ def torchrun(*options: str) -> subprocess.CompletedProcess:
     return run([sys.executable, *launcher, worker, "train", *options], timeout=300)
 
 
+def torchrun_each(folder: Path, runs: dict[str, tuple[str, ...]]) -> subprocess.CompletedProcess:
+    """One run after the other, each in its own place in the folder: starting the processes takes longer than a run."""
+    commands = [["--out", str(folder / name), *options] for name, options in runs.items()]
+    words = [word for command in commands for word in (*command, "then", "train")]
+    return torchrun(*words[:-2])
+
+
 def assert_same_state(one: Path, other: Path) -> None:
     """Weights, optimiser, step and curves of two run folders, bit for bit; the time it took may differ."""
     first, second = (without_time(checkpoint.load(folder)) for folder in (one, other))
