@@ -14,6 +14,7 @@ import torch
 
 from fastkl.vae import progress
 from fastkl.vae.pictures import plane, spaced
+from fastkl.vae.report import named, strict
 
 from vae_helpers import train
 
@@ -106,3 +107,11 @@ def test_names_do_not_hide_one_another():
     places = spaced(np.array([[0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]), np.array([2.0, 2.0]))
     assert np.linalg.norm(places[0] - places[1]) > 0.1
     assert np.allclose(places[2], 1.0)
+
+
+def test_metrics_are_what_every_reader_of_json_reads():
+    """Python writes NaN, which JSON has not; and one latent dimension's KL is a list, as that of several."""
+    found = {"a": float("nan"), "b": [{"c": float("-inf"), "d": 1.5}, 2, None, "NaN"]}
+    assert json.dumps(strict(found), allow_nan=False) == '{"a": null, "b": [{"c": null, "d": 1.5}, 2, null, "NaN"]}'
+    assert named("monitors/kl_per_dimension", [3, 0.5]) == {"step": 3, "kl_per_dimension": [0.5]}
+    assert named("monitors/active_units", [3, 1]) == {"step": 3, "active_units": 1}
