@@ -81,7 +81,7 @@ def test_objectives_differ_and_options_reach_them(tmp_path):
                  "--free-bits 0.02 --free-bits-per dimension", "--warm-up 6", "--warm-up 6 --beta-schedule sigmoid",
                  "--warm-up 6 --beta-schedule cyclical", "--warm-up 6 --beta-schedule cyclical --cycles 2",
                  "--warm-up 6 --balance 3"),
-        "beta_vae": ("--beta 2", "--capacity 0.05", "--capacity 0.05 --capacity-steps 9"),
+        "beta_vae": ("--beta 3", "--capacity 0.05", "--capacity 0.05 --capacity-steps 9"),
         "iwae": ("--samples 2", "--gradient stl", "--gradient dreg"),
         "miwae": ("--groups 2", "--samples 2"),
         "ciwae": ("--elbo-share 0.9",),
@@ -90,7 +90,7 @@ def test_objectives_differ_and_options_reach_them(tmp_path):
         "swae": ("--projections 3", "--penalty 99"),
         "sinkhorn_ae": ("--blur 1", "--penalty 99"),
         "aae": ("--penalty 99", "--discriminator-learning-rate 0.1"),
-        "beta_tc_vae": ("--beta 2", "--weights mws"),
+        "beta_tc_vae": ("--beta 3", "--weights mws"),
     }  # fmt: skip
     learned = {}
     for objective, variants in changes.items():
