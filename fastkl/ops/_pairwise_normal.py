@@ -39,6 +39,16 @@ def sample_weights(batch: int, dataset_size: int, stratified: bool) -> Weights:
     return Weights(-math.log(others), others / dataset_size, (dataset_size - others) / dataset_size, True)
 
 
+def scales(logvar: Tensor) -> tuple[Tensor, Tensor]:
+    """(s, ln s), the latter exact also where s underflows."""
+    half = logvar * -0.5
+    return half.exp().mul_(math.sqrt(0.5)), half.sub_(0.5 * math.log(2.0))
+
+
+def exp_(exponent: Tensor) -> Tensor:
+    return torch.nn.functional.threshold_(exponent, NEGLIGIBLE[exponent.dtype], -math.inf).exp_()
+
+
 class Sweep:
     """The tensors in the layout of the blocks, and the blocks."""
 
@@ -48,9 +58,8 @@ class Sweep:
         self.rows, self.batch = z.shape[0], mu.shape[0]
         self.weights = sample_weights(self.batch, dataset_size, stratified)
         self.z, self.mu = z.t().contiguous(), mu.t().contiguous()
-        self.scale = torch.exp(logvar.t() * -0.5).mul_(math.sqrt(0.5)).contiguous()
-        self.log_scale = (logvar * -0.5).sub_(0.5 * math.log(2.0))  # [B, D]: exact also where the scale underflows
-        self.constants = self.log_scale.sum(1)
+        self.scale, self.log_scale = scales(logvar.t().contiguous())
+        self.constants = self.log_scale.sum(0)
         self.first, self.own = first, slice(first, first + self.rows)
         self.own_squares = (self.z - self.mu[:, self.own]).mul_(self.scale[:, self.own]).square_()
         dims = max(1, self.z.shape[0])
@@ -89,10 +98,7 @@ class Sweep:
 
     def joint_term(self, exponent: Tensor, columns: slice, shift: Tensor) -> Tensor:
         """[rows, columns] prod_d s exp(exponent_d), divided by exp(shift)."""
-        return self.exp_((self.constants[columns] - shift.unsqueeze(1)).add_(exponent.sum(0)))
-
-    def exp_(self, exponent: Tensor) -> Tensor:
-        return torch.nn.functional.threshold_(exponent, NEGLIGIBLE[self.dtype], -math.inf).exp_()
+        return exp_((self.constants[columns] - shift.unsqueeze(1)).add_(exponent.sum(0)))
 
     def sums(self, rows: slice, squares: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """(sum_j w s exp(squares - t^2) [D, rows], sum_j w exp(sum_d (squares - t^2) + constant_j - shift) [rows]), the
@@ -104,7 +110,7 @@ class Sweep:
             t = self.scaled(rows, columns)
             exponent = torch.addcmul(squares[:, :, None], t, t, value=-1, out=t)
             total = self.joint_term(exponent, columns, shift)
-            self.exp_(exponent).mul_(self.scale[:, None, columns])
+            exp_(exponent).mul_(self.scale[:, None, columns])
             if weights.stratified:
                 for at, is_own in self.special(rows, columns):
                     weight = weights.own if is_own else weights.following
@@ -146,16 +152,21 @@ def forward(sweep: Sweep) -> list[Tensor]:
         for rows in sweep.row_blocks():
             if far[rows].any():
                 marginal[:, rows], joint[rows] = sweep.sums(rows, squares[:, rows], shift[rows])
-    # Relative to the own posterior's density, which is what the differences below are about: nothing large cancels.
-    base, dims = sweep.weights.log_base, sweep.z.shape[0]
     off = sweep.own_squares - squares  # 0 but where rows are far
-    log_scale = sweep.log_scale[sweep.own].t()
-    relative = (marginal.log() - log_scale).add_(off).add_(base).sum(0)
-    relative_joint = joint.log().add_(shift - sweep.constants[sweep.own]).add_(off.sum(0)).add_(base)
-    prior = (0.5 * sweep.z.square() - sweep.own_squares).add_(log_scale).sum(0)
-    dimension_wise = relative + prior + dims * 0.5 * math.log(2.0)
-    joint = torch.where(far, -joint, joint)
-    return [-relative_joint, relative_joint - relative, dimension_wise, joint, marginal.t().contiguous()]
+    log_joint = joint.log().add_(shift - sweep.constants[sweep.own]).add_(off.sum(0))
+    log_scale = sweep.log_scale[:, sweep.own]
+    three = parts(sweep.weights, sweep.z, sweep.own_squares, log_scale, marginal.log().add_(off), log_joint)
+    return [*three, torch.where(far, -joint, joint), marginal.t().contiguous()]
+
+
+def parts(weights: Weights, z: Tensor, own_squares: Tensor, log_scale: Tensor, log_marginal: Tensor, log_joint: Tensor):
+    """The three, of logarithms of sums relative to the own posterior's density, which is what the differences are
+    about: nothing large cancels. All but log_joint [n] are [D, n]."""
+    relative = (log_marginal - log_scale).add_(weights.log_base).sum(0)
+    relative_joint = log_joint + weights.log_base
+    prior = (0.5 * z.square()).sub_(own_squares).add_(log_scale).sum(0)
+    dimension_wise = (relative + prior).add_(z.shape[0] * 0.5 * math.log(2.0))
+    return [-relative_joint, relative_joint - relative, dimension_wise]
 
 
 def gradients(sweep: Sweep, coefficients: list[Tensor], joint_sum: Tensor, marginal_sum: Tensor):
@@ -178,7 +189,7 @@ def gradients(sweep: Sweep, coefficients: list[Tensor], joint_sum: Tensor, margi
             weight = sweep.buffer(1, rows, columns)
             torch.addcmul(squares[:, rows, None], t, t, value=-1, out=weight)
             of_joint = sweep.joint_term(weight, columns, shift[rows]).mul_(joint[rows])
-            sweep.exp_(weight).mul_(sweep.scale[:, None, columns])
+            exp_(weight).mul_(sweep.scale[:, None, columns])
             torch.addcmul(of_joint, weight, marginal[:, rows], out=weight)
             for at, is_own in sweep.special(rows, columns):
                 diagonal = (
@@ -193,5 +204,5 @@ def gradients(sweep: Sweep, coefficients: list[Tensor], joint_sum: Tensor, margi
             dz[:, rows] += weight.mul_(sweep.scale[:, None, columns]).sum(2)
         for out, total in zip((count, first, second), totals):
             torch.sum(total, 1, out=out[:, columns])
-    dz = dz.mul_(-2.0).addcmul_(sweep.z, prior)
+    dz.mul_(-2.0).addcmul_(sweep.z, prior)
     return dz.t(), first.mul_(sweep.scale).mul_(2.0).t(), second.sub_(count, alpha=0.5).t()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
+from fastkl.ops import _few_pairs_normal as few_pairs
 from fastkl.ops import _group
 from fastkl.ops import _pairwise_normal as pairwise
 from fastkl.ops._register import apply, needs_closed_form, register, without_autocast
@@ -26,7 +27,12 @@ WEIGHTS = ("mss", "mws")
 def _forward(z, mu, logvar, first, dataset_size, stratified) -> list[Tensor]:
     if z.shape[0] == 0:
         return _fake_forward(z, mu, logvar, first, dataset_size, stratified)
-    return pairwise.forward(pairwise.Sweep(z, mu, logvar, first, dataset_size, stratified))
+    found = None
+    if z.numel() * mu.shape[0] <= few_pairs.MOST:
+        found = few_pairs.forward(few_pairs.Pairs(z, mu, logvar, first, dataset_size, stratified))
+    if found is None:
+        found = pairwise.forward(pairwise.Sweep(z, mu, logvar, first, dataset_size, stratified))
+    return found
 
 
 def _fake_forward(z, mu, logvar, first, dataset_size, stratified) -> list[Tensor]:
@@ -40,9 +46,12 @@ def _backward(
 ) -> list[Tensor]:
     if z.shape[0] == 0:
         return [torch.zeros_like(tensor) for tensor in (z, mu, logvar)]
-    sweep = pairwise.Sweep(z, mu, logvar, first, dataset_size, stratified)
-    coefficients = [tensor.to(sweep.dtype) for tensor in coefficients_of(dmutual, dtotal, ddimension)]
-    found = pairwise.gradients(sweep, coefficients, joint_sum, marginal_sum)
+    coefficients = [tensor.to(joint_sum.dtype) for tensor in coefficients_of(dmutual, dtotal, ddimension)]
+    # A sum with its sign turned, of a row far from its own posterior, takes the sweep.
+    few = z.numel() * mu.shape[0] <= few_pairs.MOST and not (joint_sum < 0).any()
+    way, pairs = (few_pairs, few_pairs.Pairs) if few else (pairwise, pairwise.Sweep)
+    prepared = pairs(z, mu, logvar, first, dataset_size, stratified)
+    found = way.gradients(prepared, coefficients, joint_sum, marginal_sum)
     return [arguments.match(gradient, tensor) for gradient, tensor in zip(found, (z, mu, logvar))]
 
 
