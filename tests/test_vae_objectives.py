@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastkl import schedules
+from fastkl import DiagonalNormal, schedules
 from fastkl.vae import checkpoint, plan
 from fastkl.vae.errors import UserError
+from fastkl.vae.model import build
+from fastkl.vae.objective import Objective, Weights
 from fastkl.vae.rules import REFUSED, resolve
 from fastkl.vae.settings import LEARNED, OBJECTIVES, Settings
 
@@ -166,6 +168,18 @@ def test_metrics_and_pictures_tell_the_terms_and_what_was_watched(tmp_path):
     assert metrics["skipped_steps"] == 0
     assert (tmp_path / "pictures" / "objective_terms.png").stat().st_size > 10_000
     assert "<h2>Objective terms</h2>" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.3, 49.0])
+def test_balancing_ends_with_the_rise_of_beta(beta):
+    settings = resolve({"balance": 2, "warm_up": 7, "latent": 4, "hidden": 16, "beta": beta})
+    objective = Objective(build(settings, (5,), "normal"), settings, 10)
+    q = DiagonalNormal(torch.arange(12.0).view(3, 4), torch.zeros(3, 4))
+    balanced = []
+    for step in (5, 6, 7):
+        weights = Weights(*(torch.tensor(value) for value in (plan.kl_weight(settings, step), 1.0, 0.0)))
+        balanced.append(not torch.allclose(objective.remedy(weights)(q, q.kl()), q.kl()))
+    assert balanced == [True, False, False]
 
 
 def test_capacity_rises_over_its_steps():

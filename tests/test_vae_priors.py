@@ -65,6 +65,21 @@ def test_stopped_runs_go_on_bit_for_bit(tmp_path, monkeypatch, name):
     assert any(not states[0][key].equal(value) for key, value in states[5].items()) == (name in FITTED), "the fit"
 
 
+def test_a_prior_begins_though_the_last_step_of_the_warm_up_is_skipped(tmp_path, monkeypatch):
+    began, real = [], loop.begin
+    monkeypatch.setattr(loop, "begin", lambda run: (began.append(run.step), real(run)))
+    monkeypatch.setattr(loop.Guard, "admit", lambda self, loss, parameters, step: step not in (5, 6))
+    assert train(tmp_path, *PRIORS["gmm"], *WARM, *BARE) == 0
+    assert began == [5]
+    state = checkpoint.load(tmp_path)
+    assert state["history"]["mixture"][0][0] == 5
+    optimizer = state["optimizers"]["autoencoder"]
+    counts = [
+        {int(optimizer["state"][index]["step"]) for index in group["params"]} for group in optimizer["param_groups"]
+    ]
+    assert counts == [{10}, {6}]
+
+
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build has no torch.distributed")
 def test_two_processes_do_what_one_with_their_batch_does(tmp_path):
     same = (*SMALL, *WARM, *BARE, "--schedule", "constant", "--log-every", "1", "--noise", "datum")
