@@ -46,12 +46,13 @@ def test_the_norm_of_a_half_precision_gradient_is_not_rounded_to_it():
         assert monitors.gradient_norms({"all": [weight]})["total"].item() == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.filterwarnings("error")  # of a tensor with a gradient that becomes a number
 @pytest.mark.parametrize(
     ("figures", "lines"),
     [
         ({}, []),
         ({"kl": 5.0, "active_units": 3, "latent_units": 20, "used_components": 3, "components": 10, "loss": 1.0}, []),
-        ({"kl": torch.tensor(0.09)}, [("posterior collapse (KL 0.09 nats)", "free bits")]),
+        ({"kl": torch.tensor(0.09, requires_grad=True)}, [("posterior collapse (KL 0.09 nats)", "free bits")]),
         ({"kl": 9.0, "active_units": 2, "latent_units": 20}, [("2 of 20 latent units active)", "warm-up")]),
         ({"kl": 0.0, "active_units": 0, "latent_units": 2}, [("0 of 2 latent units active, KL 0 nats", "decoder")]),
         ({"used_components": 2, "components": 10}, [("mixture collapse (2 of 10", "temperature")]),

@@ -63,8 +63,15 @@ def test_every_objective_trains_with_every_prior_that_makes_sense(tmp_path, caps
         steps = [{int(optimizer["state"][index]["step"]) for index in group["params"]}
                  for group in optimizer["param_groups"]]  # fmt: skip
         assert steps == [{8}] if prior == "standard" else [{8}, {5}], "a learned prior's begin after the warm-up"
-        for index in () if prior == "standard" else optimizer["param_groups"][1]["params"]:
-            assert optimizer["state"][index]["exp_avg"].abs().max() > 0, "every parameter of it has a gradient"
+        assert set(state["optimizers"]) == {"autoencoder", *(("discriminator",) if objective == "aae" else ())}
+        for name, group in (("autoencoder", 0 if prior == "standard" else 1), ("discriminator", 0)):
+            if name in state["optimizers"]:
+                assert learns(state["optimizers"][name], group), f"every parameter of {name} {group} has a gradient"
+
+
+def learns(optimizer: dict, group: int) -> bool:
+    moments = [optimizer["state"][index]["exp_avg"] for index in optimizer["param_groups"][group]["params"]]
+    return bool(moments) and all(moment.abs().max() > 0 for moment in moments)
 
 
 def test_the_readme_says_what_is_refused():
@@ -132,6 +139,7 @@ def test_two_processes_do_what_one_with_their_batch_does(tmp_path):
         for name in ("train", *(f"terms/{term}" for term in TERMS[objective])):
             curves = [torch.tensor(state["history"][name], dtype=torch.float64) for state in (two, one)]
             torch.testing.assert_close(*curves, rtol=1e-5, atol=2e-5)
+        assert learns(one["optimizers"]["autoencoder"], -1), "a prior by its draws, which the loop makes here"
         for part in ("model", "discriminator"):
             assert one[part].keys() == two[part].keys()
             for name, weights in one[part].items():

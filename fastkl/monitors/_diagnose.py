@@ -39,7 +39,14 @@ def diagnose(
     posterior collapse (0 of 20 latent units active, KL 0.02 nats): free bits, a longer KL warm-up, cyclical beta, or a weaker decoder
     """  # noqa: E501
     figures = {"kl": kl, "effective_sample_size": effective_sample_size, **others}
-    bad = [name for name, value in figures.items() if value is not None and not math.isfinite(value)]
+    # A loss may be given as it is: torch warns where a tensor with a gradient becomes a number.
+    figures = {
+        name: float(value.detach() if isinstance(value, Tensor) else value)
+        for name, value in figures.items()
+        if value is not None
+    }
+    kl, size = figures.get("kl"), figures.get("effective_sample_size")
+    bad = [name for name, value in figures.items() if not math.isfinite(value)]
     lines = []
     if bad:
         remedies = "skip such steps, a smaller learning rate, or bounds on the log-variance"
@@ -48,7 +55,7 @@ def diagnose(
     if active_units is not None and latent_units and active_units <= ACTIVE_PART * latent_units:
         found.append(f"{active_units} of {latent_units} latent units active")
     if kl is not None and kl < LEAST_KL:
-        found.append(f"KL {float(kl):.2g} nats")
+        found.append(f"KL {kl:.2g} nats")
     if found:
         remedies = "free bits, a longer KL warm-up, cyclical beta, or a weaker decoder"
         lines.append(f"posterior collapse ({', '.join(found)}): {remedies}")
@@ -60,8 +67,7 @@ def diagnose(
     ):
         remedies = "a longer warm-up before the mixture, components fitted again, or a higher temperature"
         lines.append(f"mixture collapse ({used_components} of {components} components used): {remedies}")
-    size = effective_sample_size
     if size is not None and samples and samples > 1 and size < 1 + ESS_PART * (samples - 1):
         remedies = "train the encoder longer, a richer posterior, or the plain ELBO, which weighs all samples alike"
-        lines.append(f"degenerate weights (effective sample size {float(size):.3g} of {samples}): {remedies}")
+        lines.append(f"degenerate weights (effective sample size {size:.3g} of {samples}): {remedies}")
     return lines
