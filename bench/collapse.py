@@ -61,7 +61,7 @@ def draw(rows: list[dict], source: str) -> None:
             panel.axhline(1.5, color=GREY, linewidth=1, linestyle="--")
         panels[0].set_yticks(range(len(variants)), variants)
         panels[0].set_ylim(len(variants) - 0.5, -0.5)
-        panels[1].set_xlim(0, units)
+        panels[1].set_xlim(0, 1.04 * units)
         figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower right", ncols=2)
         name = "collapse.png" if source == "digits" else f"collapse_{source}.png"
         path = HERE.parent / "docs" / "pictures" / name
