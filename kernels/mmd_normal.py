@@ -13,16 +13,16 @@ import triton.language as tl
 
 from fastkl.kernels._device import proportion
 from fastkl.kernels._layout import cdiv, compute_dtype, next_power_of_2, registers
-from fastkl.kernels._mixture import four, load_rows, of_rows, own_index, quads, split, term_index
+from fastkl.kernels._mixture import four, load_rows, of_rows, own_index, quads, scattered, split, term_index
 from fastkl.kernels._mixture_rows import summed
 from fastkl.kernels.mmd import beside, chosen
 
 
-def blocks(dtype: torch.dtype, others: int, *, gradient: bool) -> dict[str, int]:
-    """As mmd's; a pair has more to keep here."""
+def blocks(dtype: torch.dtype, others: int, anywhere: bool, *, gradient: bool) -> dict[str, int]:
+    """As mmd's; a pair has more to keep here. `anywhere`: rows may begin so, and a thread keeps more pointers."""
     terms = 8 // (1 + (gradient or dtype == torch.float64))
     groups = min(4, next_power_of_2(cdiv(others, terms)))
-    owned = 1 if dtype == torch.float64 else 2
+    owned = 1 if anywhere or dtype == torch.float64 else 2
     return {
         "ROWS": owned * 32,
         "OTHERS": terms * groups,
@@ -126,7 +126,7 @@ def fwd(mu, logvar, scales, unbiased, gradient) -> list[torch.Tensor]:
     rows, columns = mu.shape
     variance = logvar.to(dtype).exp()
     others = beside(mu, dtype), beside(variance, dtype)
-    block = blocks(dtype, rows, gradient=gradient)
+    block = blocks(dtype, rows, bool(scattered(mu, variance)), gradient=gradient)
     row_blocks = cdiv(rows, block["ROWS"])
     partial_bytes = 2 * rows * columns * dtype.itemsize * gradient
     per_program, splits = split(rows, block["OTHERS"], row_blocks, partial_bytes)
