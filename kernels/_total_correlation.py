@@ -131,7 +131,8 @@ def tile(columns: int, own: int, others: int, dtype: torch.dtype, *, backward: b
     in_thread = min(4 if half else 8, columns)
     steps = columns // in_thread
     each = max(1, (2 if backward else 4) >> half)
-    groups = min(4, max(1, 128 // max(32, steps))) if own >= 2048 * each else 1
+    most = 4 if backward else 2  # 4 forward would spill
+    groups = min(most, max(1, 128 // max(32, steps))) if own >= 2048 * each else 1
     lanes = max(1, min(pad(others), 128 // steps // groups))
     warps = max(1, min(4, lanes * steps * groups // 32))
     shape = {"REGISTERS": in_thread, "OWN": each, "GROUPS": groups, "LANES": lanes, "STEPS": steps}

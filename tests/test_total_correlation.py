@@ -27,11 +27,12 @@ every = pytest.mark.parametrize("backend", ["all pairs", "blocks", "triton"])
 
 @contextlib.contextmanager
 def implementation(backend):
-    """The closed form of few pairs, of blocks so small that tests have several, or the kernels."""
+    """The closed form of few pairs, of blocks so small that tests have several each way, or the kernels."""
     with contextlib.ExitStack() as stack:
         if backend == "blocks":
             stack.enter_context(mock.patch("fastkl.ops._few_pairs_normal.MOST", 0))
-            stack.enter_context(mock.patch("fastkl.ops._pairwise_normal.BLOCK", 320))
+            stack.enter_context(mock.patch("fastkl.ops._pairwise_normal.BLOCK", 480))
+            stack.enter_context(mock.patch("fastkl.ops._pairwise_normal.MOST_COLUMNS", 16))
         stack.enter_context(helpers.implementation("triton" if backend == "triton" else "torch"))
         yield
 
@@ -115,12 +116,22 @@ def test_samples_far_from_their_own_posterior(backend):
 def test_a_part_of_the_batch_has_its_rows_of_the_whole(backend):
     """As processes of a group have, whose posteriors are everybody's."""
     z, mu, logvar = (tensor.detach() for tensor in draw(7, 3))
-    op = torch.ops.fastkl.total_correlation_fwd
+    forward, backward = torch.ops.fastkl.total_correlation_fwd, torch.ops.fastkl.total_correlation_bwd
+    cotangents = [torch.linspace(a, b, 7, device=DEVICE) for a, b in COTANGENTS]
     with implementation(backend):
-        whole = op(z, mu, logvar, 0, 50, True)
+        whole = forward(z, mu, logvar, 0, 50, True)
+        gradients = backward(z, mu, logvar, 0, 50, True, *cotangents, *whole[3:])
+        of_posteriors = []
         for first, last in ((0, 3), (3, 7)):
-            for part, full in zip(op(z[first:last], mu, logvar, first, 50, True), whole):
-                torch.testing.assert_close(part, full[first:last])
+            part = forward(z[first:last], mu, logvar, first, 50, True)
+            for actual, full in zip(part, whole):
+                torch.testing.assert_close(actual, full[first:last])
+            given = (*(cotangent[first:last] for cotangent in cotangents), *part[3:])
+            dz, *others = backward(z[first:last], mu, logvar, first, 50, True, *given)
+            torch.testing.assert_close(dz, gradients[0][first:last])
+            of_posteriors.append(others)
+        for *parts, full in zip(*of_posteriors, gradients[1:]):
+            torch.testing.assert_close(sum(parts), full)
 
 
 @every
