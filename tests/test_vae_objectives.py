@@ -23,6 +23,7 @@ from fastkl.vae.settings import LEARNED, OBJECTIVES, Settings
 from vae_helpers import BARE, SMALL, refused, torchrun_each, train
 
 PRIORS = ("standard", *LEARNED)
+SHORT = ("--steps", "8", "--checkpoint-every", "99")
 LEARNING = ("--components", "3", "--warm-up", "3")
 # What each objective logs beside reconstruction and KL.
 WEIGHTED = {"bound", "effective_sample_size", "weight_entropy"}
@@ -51,7 +52,7 @@ def test_every_objective_trains_with_every_prior_that_makes_sense(tmp_path, caps
             said = refused(capsys, tmp_path / prior, *options)
             assert f"--objective {objective} does not go with --prior {prior}: it" in said
             continue
-        assert train(tmp_path / prior, *BARE, *options, "--steps", "8", "--log-every", "2") == 0
+        assert train(tmp_path / prior, *BARE, *options, *SHORT, "--log-every", "2") == 0
         state = checkpoint.load(tmp_path / prior)
         rows = np.array(state["history"]["train"])
         assert rows.shape == (4, 4)
@@ -105,7 +106,7 @@ def test_objectives_differ_and_options_reach_them(tmp_path):
     for objective, variants in changes.items():
         for options in ("", *variants):
             folder = tmp_path / f"{objective} {options}"
-            assert train(folder, *BARE, "--objective", objective, *options.split(), "--steps", "6") == 0
+            assert train(folder, *BARE, "--objective", objective, *options.split(), *SHORT, "--steps", "6") == 0
             learned[folder.name] = torch.cat([t.flatten() for t in checkpoint.load(folder)["model"].values()])
     for (one, first), (other, second) in itertools.combinations(learned.items(), 2):
         assert not torch.equal(first, second), f"{one} and {other} learned the same"
