@@ -146,7 +146,7 @@ def prepare(mu: torch.Tensor, logvar: torch.Tensor, dtype: torch.dtype) -> list[
     empty = {"dtype": dtype, "device": mu.device}
     means, roots = torch.empty((padded, width), **empty), torch.empty((padded, width), **empty)
     constants = torch.empty(padded, **empty)
-    rows = 4 if width <= 128 else 1
+    rows = max(1, min(16, 256 // width))  # four neighbours for each of 64 threads
     prepare_kernel[(padded // rows,)](
         mu, logvar, means, roots, constants, batch, columns, (mu.stride(), logvar.stride()),
         DTYPE=TRITON_DTYPE[dtype], ROWS=rows, COLUMNS=width, num_warps=1, enable_fp_fusion=True,

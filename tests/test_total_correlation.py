@@ -308,7 +308,7 @@ def aot_calls():
         calls[f"{name} fwd"] = lambda: fwd(*inputs)
         calls[f"{name} bwd"] = lambda: bwd(*inputs, row, row, row, row, sums)
 
-    add("core float32", 256, 32)
+    add("core aligned float32", 256, 32)
     add("many rows", 16384, 32)
     add("bfloat16 few dimensions, uniform weights", 256, 10, torch.bfloat16, False)
     add("float64", 256, 32, torch.float64)
