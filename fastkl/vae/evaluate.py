@@ -11,9 +11,10 @@ from torch import Tensor, nn
 import fastkl
 from fastkl import monitors
 from fastkl.objectives import sample_kl
+from fastkl.objectives._loss import log_prior
 from fastkl.vae import clusters, streams
 from fastkl.vae.model import DECODED, ENCODED, VAE
-from fastkl.vae.prior import is_mixture, log_prob
+from fastkl.vae.prior import is_mixture
 
 # Of the mutual information: data (it is at most ln of them), draws from all their posteriors, and numbers drawn.
 COMPARED, DRAWS, NUMBERS = 1000, 10_000, 2**22
@@ -147,9 +148,9 @@ def importance_weighted(
     for first in range(0, samples, at_once):
         z = posterior.rsample(num_samples=min(at_once, samples - first))
         log_likelihood = vae.log_likelihood(z, x)
-        log_prior = log_prob(prior, z, len(vae.latent_shape))
-        weights = log_likelihood + log_prior - posterior.log_prob(z)
+        log_p = log_prior(posterior, prior, z)
+        weights = log_likelihood + log_p - posterior.log_prob(z)
         total = torch.logaddexp(total, weights.logsumexp(dim=0))
         reconstruction += log_likelihood.sum(dim=0)
-        cross += log_prior.sum(dim=0)
+        cross += log_p.sum(dim=0)
     return reconstruction / samples, total - math.log(samples), cross / samples

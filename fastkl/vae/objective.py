@@ -36,9 +36,6 @@ class Weights(NamedTuple):
     capacity: Tensor
 
 
-FUSED = Noise()
-
-
 class Objective(nn.Module):
     """A module, because DistributedDataParallel hooks into forward(). The discriminator of aae is part of it."""
 

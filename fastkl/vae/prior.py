@@ -12,7 +12,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-import fastkl
 from fastkl.priors import FlowPrior, GaussianMixture, StandardNormal, VampPrior
 from fastkl.vae import streams
 from fastkl.vae.data import Data
@@ -97,14 +96,6 @@ def rsample(prior: nn.Module | None, vae: VAE, count: int, *seeds: int) -> Tenso
     """The same draws [count, latent] on every process, with gradients to a learned prior."""
     seed, dim = streams.seed_for(seeds[0], "prior", *seeds[1:]), math.prod(vae.latent_shape)
     return (StandardNormal(dim) if prior is None else prior).rsample(count, seed=seed)
-
-
-def log_prob(prior: nn.Module | None, z: Tensor, ndim: int) -> Tensor:
-    """ln p(z), one for each leading index of z, whose last ndim dimensions are the latent's."""
-    if prior is None:
-        zero = torch.zeros((), device=z.device)
-        return fastkl.normal_log_prob(z, zero, zero, event_ndim=ndim)
-    return prior.log_prob(z.flatten(z.dim() - ndim))
 
 
 def draw(

@@ -15,6 +15,13 @@ from fastkl.vae.parallel import Ranks
 from fastkl.vae.prior import is_mixture
 from fastkl.vae.settings import Settings
 
+# How each is read.
+READ = {
+    "active_units": lambda units: units.count(),
+    "kl_per_dimension": lambda kl: kl.compute().flatten().tolist(),
+    "mutual_information": lambda information: information.compute().item(),
+    "used_components": lambda usage: usage.compute().used,
+}
 GRACE = 0.2  # of the run, before the first warning: at first every posterior is the prior
 
 
@@ -46,18 +53,11 @@ class Watch:
     def figures(self) -> dict[str, Any]:
         """Since the last call; every process must call it."""
         found: dict[str, Any] = {}
-        for name, state in self.states().items():
-            monitor = self.monitors[name]
-            if state is None:
+        for name, monitor in self.monitors.items():
+            try:
+                found[name] = READ[name](monitor)
+            except ValueError:  # nobody has seen anything yet
                 continue
-            if name == "active_units":
-                found[name] = monitor.count()
-            elif name == "used_components":
-                found[name] = monitor.compute().used
-            elif name == "mutual_information":
-                found[name] = monitor.compute().item()
-            else:
-                found[name] = monitor.compute().flatten().tolist()
             monitor.reset()
         return found
 
@@ -76,13 +76,10 @@ class Watch:
         self.warned += [[step, line] for line in new]
         return new
 
-    def states(self) -> dict[str, State | None]:
-        """What all processes saw together; every process must call it."""
-        return {name: everything(monitor) for name, monitor in self.monitors.items()}
-
     def state_dict(self) -> dict[str, Any]:
-        """As `states`."""
-        kept = {name: [state.count, *state.values] for name, state in self.states().items() if state is not None}
+        """What all processes saw together; every process must call it."""
+        states = {name: everything(monitor) for name, monitor in self.monitors.items()}
+        kept = {name: [state.count, *state.values] for name, state in states.items() if state is not None}
         return {"monitors": kept, "warned": self.warned}
 
     def load_state_dict(self, state: dict[str, Any], main: bool = True) -> None:
