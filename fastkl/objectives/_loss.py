@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastkl import distributions
-from fastkl.ops import _arguments as arguments
 from fastkl.ops.normal_log_prob import normal_log_prob
 from fastkl.ops.rsample_normal import rsample_normal
 from fastkl.priors._prior import Prior
@@ -41,15 +40,6 @@ def check(posterior: distributions.DiagonalNormal, prior: Prior | None, log_like
         raise TypeError(f"prior must be one of fastkl.priors or None for N(0, I), got {type(prior).__name__}")
     if not callable(log_likelihood):
         raise TypeError(f"log_likelihood must be callable, z -> ln p(x | z), got {type(log_likelihood).__name__}")
-
-
-def weight(name: str, value: Tensor | float) -> Tensor | float:
-    """A weight in the loss: a number from 0 on, or a tensor with one value, which is not read here."""
-    if not isinstance(value, Tensor):
-        return arguments.check_number(name, value)
-    if value.numel() != 1:
-        raise ValueError(f"{name} must have one value, got {tuple(value.shape)}")
-    return value.reshape(())
 
 
 def flat(posterior: distributions.DiagonalNormal, z: Tensor) -> Tensor:

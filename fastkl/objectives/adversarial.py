@@ -20,9 +20,9 @@ from fastkl.objectives._loss import (
     prior_draws,
     reconstruction_of,
     sampled_kl,
-    weight,
 )
 from fastkl.ops import _arguments as arguments
+from fastkl.ops._arguments import check_weight
 from fastkl.priors._prior import Prior
 
 
@@ -89,7 +89,7 @@ def aae(
     check(posterior, prior, log_likelihood)
     if not isinstance(discriminator, nn.Module):
         raise TypeError(f"discriminator must be a torch.nn.Module, got {type(discriminator).__name__}")
-    penalty = weight("penalty", penalty)
+    penalty = check_weight("penalty", penalty)
     z = draws(posterior, 1, eps)
     reconstruction = reconstruction_of(posterior, log_likelihood, z)[0]
     with torch.no_grad():

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastkl import distributions, reference
-from fastkl.objectives._loss import LogLikelihood, Loss, check, draws, flat, made_of, reconstruction_of, weight
+from fastkl.objectives._loss import LogLikelihood, Loss, check, draws, flat, made_of, reconstruction_of
+from fastkl.ops._arguments import check_weight
 from fastkl.ops.gmm_log_prob import gmm_log_prob
 from fastkl.ops.gmm_responsibilities import gmm_responsibilities
 from fastkl.priors.mixture import MixturePrior
@@ -49,7 +50,7 @@ def vade(
     check(posterior, prior, log_likelihood)
     if not isinstance(prior, MixturePrior):
         raise TypeError(f"prior must be a mixture, whose components vade assigns, got {type(prior).__name__}")
-    beta = weight("beta", beta)
+    beta = check_weight("beta", beta)
     z = draws(posterior, num_samples, eps)
     reconstruction = reconstruction_of(posterior, log_likelihood, z).mean(0)
     kl_latent, kl_components = _kls(posterior, prior, flat(posterior, z))

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fastkl import distributions
-from fastkl.objectives._loss import LogLikelihood, Loss, check, draws, flat, made_of, reconstruction_of, weight
+from fastkl.objectives._loss import LogLikelihood, Loss, check, draws, flat, made_of, reconstruction_of
+from fastkl.ops._arguments import check_weight
 from fastkl.ops.total_correlation import total_correlation
 from fastkl.priors import StandardNormal
 
@@ -50,7 +51,7 @@ def beta_tc_vae(
     if not (prior is None or isinstance(prior, StandardNormal)):
         name = type(prior).__name__
         raise TypeError(f"prior must be None or StandardNormal: KL(q(z_d) || p(z_d)) needs a product, got {name}")
-    factors = [weight(name, value) for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma))]
+    factors = [check_weight(name, value) for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma))]
     z = draws(posterior, 1, eps)
     reconstruction = reconstruction_of(posterior, log_likelihood, z)[0]
     parameters = (flat(posterior, tensor).flatten(0, -2) for tensor in (z, posterior.mean, posterior._logvar()))

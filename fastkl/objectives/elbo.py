@@ -17,9 +17,9 @@ from fastkl.objectives._loss import (
     made_of,
     reconstruction_of,
     sampled_kl,
-    weight,
 )
 from fastkl.ops import _arguments as arguments
+from fastkl.ops._arguments import check_weight
 from fastkl.priors._prior import Prior
 
 # (posterior, KL [*batch]) -> what the loss has in place of the KL: a value for each datum, or one for the batch.
@@ -91,7 +91,7 @@ def elbo(
     (1.0, ['elbo', 'reconstruction', 'kl'])
     """
     check(posterior, prior, log_likelihood)
-    beta = weight("beta", beta)
+    beta = check_weight("beta", beta)
     settings = {"method": method, "num_samples": num_samples, "tau": tau, "eps": eps, "gumbel": gumbel}
     z, kl = sample_kl(posterior, prior, **settings)
     reconstruction = reconstruction_of(posterior, log_likelihood, z)
@@ -127,7 +127,7 @@ def beta_vae(
     """
     remedy = None
     if capacity is not None:
-        capacity = weight("capacity", capacity)
+        capacity = check_weight("capacity", capacity)
 
         def remedy(posterior: distributions.DiagonalNormal, kl: Tensor) -> Tensor:
             return remedies.capacity(kl, capacity)

@@ -214,7 +214,7 @@ def ciwae(
     >>> bool(terms["bound"] > terms["reconstruction"] - terms["kl"])
     True
     """
-    beta = _loss.weight("beta", beta)
+    beta = arguments.check_weight("beta", beta)
     if not isinstance(beta, Tensor) and beta > 1:
         raise ValueError(f"beta must be from 0 to 1, got {beta}")
     beta = None if not isinstance(beta, Tensor) and beta == 0 else beta

@@ -23,9 +23,8 @@ from fastkl.objectives._loss import (
     prior_draws,
     reconstruction_of,
     sampled_kl,
-    weight,
 )
-from fastkl.ops._arguments import check_number
+from fastkl.ops._arguments import check_number, check_weight
 from fastkl.ops.mmd import mmd
 from fastkl.priors._prior import Prior
 
@@ -116,7 +115,7 @@ def matched(
 ) -> Loss:  # fmt: skip
     """The loss with a distance, called `name`, of the latents from draws of the prior."""
     check(posterior, prior, log_likelihood)
-    penalty = weight("penalty", penalty)
+    penalty = check_weight("penalty", penalty)
     z = draws(posterior, 1, eps)
     reconstruction = reconstruction_of(posterior, log_likelihood, z)[0]
     with torch.set_grad_enabled(kl_weight > 0 and torch.is_grad_enabled()):

@@ -66,6 +66,15 @@ def check_number(name: str, value: Any, *, above: bool = False) -> float:
     return float(value)
 
 
+def check_weight(name: str, value: Any) -> Tensor | float:
+    """A number from 0 on, or a tensor with one value, which is not read here."""
+    if not isinstance(value, Tensor):
+        return check_number(name, value)
+    if value.numel() != 1:
+        raise ValueError(f"{name} must have one value, got {tuple(value.shape)}")
+    return value.reshape(())
+
+
 def check_event_ndim(event_ndim: int, ndim: int, what: str) -> int:
     event_ndim = check_int("event_ndim", event_ndim, 1)
     if event_ndim > ndim:

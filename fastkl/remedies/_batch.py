@@ -16,11 +16,8 @@ if TYPE_CHECKING:
 
 def nats(name: str, value: float | Tensor) -> float | Tensor:
     """A level that the KL is compared with, without gradient."""
-    if not isinstance(value, Tensor):
-        return arguments.check_number(name, value)
-    if value.numel() != 1:
-        raise ValueError(f"{name} must have one value, got {tuple(value.shape)}")
-    return value.detach().reshape(())
+    value = arguments.check_weight(name, value)
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def check_group(group: ProcessGroup | None, per: str) -> None:
