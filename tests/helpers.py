@@ -27,21 +27,23 @@ TARGETS = {
 
 @contextlib.contextmanager
 def implementation(name: str) -> Iterator[None]:
-    """ "torch" runs the closed forms; "triton" sends every op's CPU tensors to its kernels (interpreted, or emulated).
+    """What every op's CPU tensors go to: "torch", the closed forms; "native", the loops in C (closed forms where there
+    is none); "triton", the kernels (interpreted, or emulated).
 
-    On a GPU the dispatcher does the latter by itself, and "torch" has nothing to add.
+    On a GPU the dispatcher does the last by itself, and the others have nothing to add.
     """
-    if name == "torch" or DEVICE == "cuda":
+    if DEVICE == "cuda":
         yield
         return
-    library = torch.library.Library("fastkl", "IMPL")
-    with poisoned_memory():
-        for op, launch in _register.TRITON.items():
-            library.impl(op, launch, "CPU")
-        try:
-            yield
-        finally:
-            library._destroy()
+    chosen = {
+        "torch": _register.CLOSED_FORM,
+        "native": _register.CLOSED_FORM | _register.NATIVE,
+        "triton": _register.TRITON,
+    }[name]
+    with pytest.MonkeyPatch.context() as patch, poisoned_memory() if name != "torch" else contextlib.nullcontext():
+        for op, function in chosen.items():
+            patch.setitem(_register.CPU, op, function)
+        yield
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ SHAPES = [
     ((0, 4), None),  # empty batch
     ((3, 0), None),  # empty event
 ]
-both = pytest.mark.parametrize("backend", ["torch", "triton"])
+both = pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 
 
 def draw(shape, dtype=torch.float32, x_dtype=torch.float32):

@@ -139,7 +139,7 @@ def test_fused_gradient_is_the_differentiable_one(name):
     """backward takes another road under create_graph; both must lead to the same place."""
     function, shapes = get(name)
     inputs = draw(*shapes(3), dtype=torch.float32)
-    for backend in ("torch", "triton"):
+    for backend in ("torch", "native", "triton"):
         with implementation(backend):
             value = function(*inputs)
             weights = torch.linspace(1, 2, value.numel(), device=DEVICE).view(value.shape)
@@ -243,7 +243,7 @@ def test_checkpointing_draws_the_same_noise_again():
 
 
 @every
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 def test_empty_batch(name, backend):
     function, shapes = get(name)
     inputs = draw(*shapes(0), dtype=torch.float32)

@@ -9,7 +9,7 @@ import fastkl
 
 from helpers import DEVICE, implementation
 
-both = pytest.mark.parametrize("backend", ["torch", "triton"])
+both = pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 
 
 def one_liner(mu, logvar):

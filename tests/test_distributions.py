@@ -50,7 +50,7 @@ def posterior(shape, scale="logvar", packed_dim=None):
     return q, Independent(Normal(mu.to(DEVICE), std.to(DEVICE)), len(shape) - 1)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 @pytest.mark.parametrize("packed_dim", [None, 1, -1])
 @pytest.mark.parametrize("shape", [(3, 4), (3, 2, 4), (2, 2, 3, 4), (2, 2, 2, 3, 4)], ids=str)
 def test_agrees_with_torch_distributions(backend, shape, packed_dim):

@@ -10,7 +10,7 @@ from fastkl import reference
 
 from helpers import DEVICE, implementation, leaf
 
-both = pytest.mark.parametrize("backend", ["torch", "triton"])
+both = pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 
 
 def grad(value, *inputs):

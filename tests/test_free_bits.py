@@ -40,7 +40,7 @@ def elements(mu, logvar, prior=None):
     return kl_divergence(Normal(mu, logvar.mul(0.5).exp()), prior)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 @pytest.mark.parametrize("per", PER)
 # A row; feature maps with a threshold for every pixel, row of pixels, map; packed along the first dimension of the
 # event, which is one of the batch's as soon as a threshold belongs to less than a datum.

@@ -32,7 +32,7 @@ CASES = [
     ((0, 4), -1),  # empty batch
 ]
 INFINITY = math.inf
-both = pytest.mark.parametrize("backend", ["torch", "triton"])
+both = pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 hard_and_soft = pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 
 

@@ -25,7 +25,7 @@ SHAPES = [
     ((0, 4), 1),  # empty batch
     ((3, 0), 1),  # empty event: KL 0
 ]
-both = pytest.mark.parametrize("backend", ["torch", "triton"])
+both = pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 
 
 def draw(shape, dtype, scale="logvar", prior=None, seed=0, spread=1.0):

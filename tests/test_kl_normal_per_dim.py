@@ -19,7 +19,7 @@ SHAPES = [
     ((2, 3, 2, 5, 4), 2),  # three batch dimensions, two in the event
     ((7,), 1),  # no batch dimension: a mean over one
 ]
-both = pytest.mark.parametrize("backend", ["torch", "triton"])
+both = pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 
 
 def draw(shape, event_ndim, dtype, scale="logvar", prior=None):

@@ -25,6 +25,7 @@ ARROWS = {
     "fastkl.ops._": ("fastkl.ops._", "fastkl.reference"),
     "fastkl.ops": ("fastkl.ops._", "fastkl.reference"),  # ops never import ops, and kernels only by name, lazily
     "fastkl.kernels": ("fastkl.kernels",),
+    "fastkl.native": ("fastkl.native",),  # as kernels, found by name when a tensor arrives
     "fastkl.schedules": (),
     "fastkl.distributions": ("fastkl.ops", "fastkl.reference"),
     "fastkl.mixtures": ("fastkl.ops", "fastkl.reference"),
@@ -117,7 +118,7 @@ import fastkl
 
 IMPORT = """
 heavy = ("triton", "matplotlib", "rich", "tensorboard", "sklearn", "scipy", "PIL", "fastkl.vae", "fastkl.kernels",
-         "fastkl.integrations")
+         "fastkl.native", "fastkl.integrations")
 loaded = [name for name in sys.modules for prefix in heavy if name == prefix or name.startswith(prefix + ".")]
 assert not loaded, loaded
 """

@@ -25,7 +25,7 @@ SHAPES = [
     ((3, 0), None),  # empty event
 ]
 SPREADS = ["full", "scalar", "row", "shared"]  # a log-variance an element, one in all, a sample, a dimension
-both = pytest.mark.parametrize("backend", ["torch", "triton"])
+both = pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 
 
 def draw(shape, event_ndim=None, spread="full", dtypes=(torch.float32,) * 3):

@@ -23,7 +23,7 @@ CASES = [
     ((7,), 1, 1),  # no batch
     ((0, 4), 1, None),  # empty batch
 ]
-both = pytest.mark.parametrize("backend", ["torch", "triton"])
+both = pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 
 
 def draw(shape, dtype=torch.float32, prior=None):

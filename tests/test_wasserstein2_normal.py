@@ -24,7 +24,7 @@ SHAPES = [
     ((7,), 1),  # one sample, no batch dimension
     ((3, 0), 1),  # empty event: 0
 ]
-both = pytest.mark.parametrize("backend", ["torch", "triton"])
+both = pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 
 
 def draw(shape, dtype, scale="logvar", prior=None, event_ndim=1):

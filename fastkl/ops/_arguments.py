@@ -108,7 +108,10 @@ def check_bounds(bounds: SoftBounds | tuple[float, float] | None) -> tuple[float
 def broadcast_shape(**tensors: Tensor | None) -> torch.Size:
     shapes = {name: tensor.shape for name, tensor in tensors.items() if tensor is not None}
     first, *others = shapes.values()
-    if all(shape == first for shape in others):
+    for shape in others:
+        if shape != first:
+            break
+    else:
         return first
     try:
         return torch.broadcast_shapes(*shapes.values())

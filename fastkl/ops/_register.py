@@ -1,9 +1,10 @@
 """The one place that talks to torch.library.
 
-`register` gives an op its schema, a closed form in torch ops that runs on any device, a fake for tracing, and the
-Triton implementation for CUDA (and ROCm) tensors, which is imported when the first such tensor arrives: a machine
-without Triton never notices. Gradients are not registered here; each op wraps itself in an autograd.Function, which
-costs about 60 us less per forward and backward than torch.library.register_autograd.
+`register` gives an op its schema, a closed form in torch ops that runs on any device, a fake for tracing, the Triton
+implementation for CUDA (and ROCm) tensors, and where there is one the native loop for CPU tensors. The last two are
+imported when the first such tensor arrives: a machine without Triton, or without a C compiler, never notices.
+Gradients are not registered here; each op wraps itself in an autograd.Function, which costs about 60 us less per
+forward and backward than torch.library.register_autograd.
 """
 
 from __future__ import annotations
@@ -11,38 +12,90 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 NAMESPACE = "fastkl"
 
-# Public name of each op -> its Triton implementation. Tests register these for CPU tensors as well, so that one suite
-# drives the kernels through the interpreter.
+# Public name of each op -> its implementations. What CPU holds is what CPU tensors get: tests put the kernels there, so
+# that one suite drives them through the interpreter.
+CLOSED_FORM: dict[str, Callable[..., Any]] = {}
+NATIVE: dict[str, Callable[..., Any]] = {}
 TRITON: dict[str, Callable[..., Any]] = {}
+CPU: dict[str, Callable[..., Any]] = {}
 
 
-def register(schema: str, *, closed_form: Callable[..., Any], fake: Callable[..., Any], kernel: str) -> Callable:
+def register(
+    schema: str, *, closed_form: Callable[..., Any], fake: Callable[..., Any], kernel: str, native: str = ""
+) -> Callable:
     """Define `fastkl::<schema>` and return the callable op.
 
-    `kernel` names the Triton launcher as "module.function" inside fastkl.kernels; it takes the op's arguments, and
-    returns NotImplemented for what it has no kernel for, which is the closed form's then.
+    `kernel` names the Triton launcher as "module.function" inside fastkl.kernels, `native` the native loop inside
+    fastkl.native; each takes the op's arguments, and returns NotImplemented for what is the closed form's.
     """
     name = schema[: schema.index("(")]
     qualified = f"{NAMESPACE}::{name}"
-    module, function = kernel.rsplit(".", 1)
-
-    def triton_launch(*args: Any) -> Any:
-        launcher = getattr(importlib.import_module(f"fastkl.kernels.{module}"), function)
-        result = launcher(*args)
-        return closed_form(*args) if result is NotImplemented else result
-
-    TRITON[name] = triton_launch
+    CLOSED_FORM[name] = closed_form
+    TRITON[name] = triton = _lazily("kernels", kernel, closed_form)
+    CPU[name] = closed_form
+    if native:
+        NATIVE[name] = CPU[name] = _lazily("native", native, closed_form)
     torch.library.define(qualified, schema[len(name) :], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(qualified, "default", closed_form)
-    torch.library.impl(qualified, "CUDA", triton_launch)
+    torch.library.impl(qualified, "CPU", lambda *args: CPU[name](*args))
+    torch.library.impl(qualified, "CUDA", triton)
     torch.library.register_fake(qualified, fake)
-    return getattr(torch.ops.fastkl, name).default
+    dispatched = getattr(torch.ops.fastkl, name).default
+
+    def op(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return dispatched(*args)
+        device = _plain_device(args)
+        if device == "cpu":
+            return CPU[name](*args)
+        return triton(*args) if device == "cuda" else dispatched(*args)
+
+    return op
+
+
+def _lazily(package: str, path: str, closed_form: Callable[..., Any]) -> Callable[..., Any]:
+    module, function = path.rsplit(".", 1)
+    found = None
+
+    def implementation(*args: Any) -> Any:
+        nonlocal found
+        if found is None:
+            found = getattr(importlib.import_module(f"fastkl.{package}.{module}"), function)
+        result = found(*args)
+        return closed_form(*args) if result is NotImplemented else result
+
+    return implementation
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, int, float, bool, str, NoneType))
+
+
+def _plain_device(args: tuple) -> str | None:
+    """The device's type where the op may be called past torch's dispatcher, because nothing there would listen: no
+    mode, no transform, no profiler, no tracing, no subclass of Tensor. A third of the host time of a small loss."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.profiler._is_profiler_enabled
+        or torch._C._get_tracing_state() is not None
+    ):
+        return None
+    device = None
+    for arg in args:
+        for item in arg if type(arg) is list else (arg,):
+            if type(item) not in _PLAIN:
+                return None
+            if device is None and isinstance(item, Tensor):
+                device = item.device.type
+    return device
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,7 +104,7 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        device = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
         if not torch.is_autocast_enabled(device):
             return function(*args)
         with torch.autocast(device, enabled=False):
@@ -60,7 +113,7 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def needs_closed_form(*cotangents: torch.Tensor) -> bool:
+def needs_closed_form(*cotangents: Tensor) -> bool:
     """Whether a backward pass must be plain differentiable torch ops instead of the fused op.
 
     That is so where the gradient is differentiated again (create_graph, torch.func) or batched (is_grads_batched):
@@ -71,7 +124,10 @@ def needs_closed_form(*cotangents: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch
-    return any(functorch.is_batchedtensor(c) or functorch.is_legacy_batchedtensor(c) for c in cotangents)
+    for cotangent in cotangents:
+        if functorch.is_batchedtensor(cotangent) or functorch.is_legacy_batchedtensor(cotangent):
+            return True
+    return False
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:

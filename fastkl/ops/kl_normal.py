@@ -44,12 +44,14 @@ kl_normal_fwd = register(
     closed_form=_forward,
     fake=_fake_forward,
     kernel="kl_normal.fwd",
+    native="normal.kl_normal_fwd",
 )
 kl_normal_bwd = register(
     f"kl_normal_bwd(Tensor dkl, Tensor[] q, {_SETTINGS}, bool prior_gradient) -> Tensor[]",
     closed_form=_backward,
     fake=_fake_backward,
     kernel="kl_normal.bwd",
+    native="normal.kl_normal_bwd",
 )
 
 

@@ -48,6 +48,7 @@ kl_normal_per_dim_fwd = register(
     closed_form=_forward,
     fake=_fake_forward,
     kernel="kl_normal_per_dim.fwd",
+    native="normal.kl_normal_per_dim_fwd",
 )
 kl_normal_per_dim_bwd = register(
     "kl_normal_per_dim_bwd(Tensor dkl, Tensor mu, Tensor parameter, Tensor[] prior, "
@@ -55,6 +56,7 @@ kl_normal_per_dim_bwd = register(
     closed_form=_backward,
     fake=_fake_backward,
     kernel="kl_normal_per_dim.bwd",
+    native="normal.kl_normal_per_dim_bwd",
 )
 
 

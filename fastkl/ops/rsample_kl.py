@@ -71,12 +71,14 @@ rsample_kl_fwd = register(
     closed_form=_forward,
     fake=_fake_forward,
     kernel="rsample_kl.fwd",
+    native="normal.rsample_kl_fwd",
 )
 rsample_kl_bwd = register(
     f"rsample_kl_bwd(Tensor? dz, Tensor? dkl, {_SETTINGS}, bool prior_gradient) -> Tensor[]",
     closed_form=_backward,
     fake=_fake_backward,
     kernel="rsample_kl.bwd",
+    native="normal.rsample_kl_bwd",
 )
 
 

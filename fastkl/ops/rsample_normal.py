@@ -46,12 +46,14 @@ rsample_normal_fwd = register(
     closed_form=_forward,
     fake=_fake_forward,
     kernel="rsample_normal.fwd",
+    native="normal.rsample_normal_fwd",
 )
 rsample_normal_bwd = register(
     f"rsample_normal_bwd(Tensor dz, {_SETTINGS}) -> Tensor[]",
     closed_form=_backward,
     fake=_fake_backward,
     kernel="rsample_normal.bwd",
+    native="normal.rsample_normal_bwd",
 )
 
 

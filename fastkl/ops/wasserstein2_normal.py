@@ -55,12 +55,14 @@ wasserstein2_normal_fwd = register(
     closed_form=_forward,
     fake=_fake_forward,
     kernel="wasserstein2_normal.fwd",
+    native="normal.wasserstein2_normal_fwd",
 )
 wasserstein2_normal_bwd = register(
     f"wasserstein2_normal_bwd(Tensor ddistance, {_SETTINGS}, bool prior_gradient) -> Tensor[]",
     closed_form=_backward,
     fake=_fake_backward,
     kernel="wasserstein2_normal.bwd",
+    native="normal.wasserstein2_normal_bwd",
 )
 
 

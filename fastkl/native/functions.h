@@ -1,0 +1,118 @@
+/* Functions of a REAL (float or double) for loops that the compiler turns into vector code: no branches, no tables, no
+ * calls. Infinities and NaN go in and come out as the formulas say, so the flags may not assume them away. What would
+ * be a denormal is 0: computing with denormals is up to a hundred times slower, and no loss sees them. */
+
+#ifndef FASTKL_FUNCTIONS_H
+#define FASTKL_FUNCTIONS_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef FLOAT64
+typedef double REAL;
+typedef int64_t BITS;
+#define MANTISSA 52
+#define BIAS 1023
+#define ROUND 6755399441055744.0 /* 1.5 * 2^52: what is added to it is rounded to an integer */
+#define LN2_HIGH 6.93147180369123816490e-01 /* its product with an exponent is exact */
+#define LN2_LOW 1.90821492927058770002e-10
+#define EXP_LEAST -708.7
+#define EXP_MOST 710.0
+#define LEAST_NORMAL 2.2250738585072014e-308
+#define MOST 1.7976931348623157e+308
+#else
+typedef float REAL;
+typedef int32_t BITS;
+#define MANTISSA 23
+#define BIAS 127
+#define ROUND 12582912.0f /* 1.5 * 2^23 */
+#define LN2_HIGH 0.693359375f
+#define LN2_LOW -2.12194440e-4f
+#define EXP_LEAST -87.3f
+#define EXP_MOST 89.0f
+#define LEAST_NORMAL 1.17549435e-38f
+#define MOST 3.40282347e+38f
+#endif
+#define LOG2E ((REAL)1.4426950408889634)
+
+static inline BITS bits_of(REAL x) { BITS bits; memcpy(&bits, &x, sizeof x); return bits; }
+static inline REAL real_of(BITS bits) { REAL x; memcpy(&x, &bits, sizeof x); return x; }
+
+/* exp(r) - 1 - r for |r| <= ln 2 / 2, by its series: relative error below rounding. */
+static inline REAL exp_rest(REAL r) {
+#ifdef FLOAT64
+    REAL s = 1.0 / 6227020800.0 + r * (1.0 / 87178291200.0);
+    s = 1.0 / 479001600.0 + r * s;
+    s = 1.0 / 39916800.0 + r * s;
+    s = 1.0 / 3628800.0 + r * s;
+    s = 1.0 / 362880.0 + r * s;
+    s = 1.0 / 40320.0 + r * s;
+    s = 1.0 / 5040.0 + r * s;
+#else
+    REAL s = 1.0f / 5040.0f + r * (1.0f / 40320.0f);
+#endif
+    s = (REAL)(1.0 / 720.0) + r * s;
+    s = (REAL)(1.0 / 120.0) + r * s;
+    s = (REAL)(1.0 / 24.0) + r * s;
+    s = (REAL)(1.0 / 6.0) + r * s;
+    s = (REAL)0.5 + r * s;
+    return r * r * s;
+}
+
+/* x = n ln 2 + r. half is 2^(n - 1): 2^n itself overflows one step before exp(x) does. */
+typedef struct { REAL half, r, rest; } split;
+
+static inline split split_exp(REAL x) {
+    x = x < (REAL)EXP_LEAST ? (REAL)EXP_LEAST : x; /* a comparison with NaN is false: NaN stays */
+    x = x > (REAL)EXP_MOST ? (REAL)EXP_MOST : x;
+    REAL shifted = x * LOG2E + ROUND, n = shifted - ROUND;
+    REAL r = (x - n * LN2_HIGH) - n * LN2_LOW;
+    split parts = {real_of((bits_of(shifted) - bits_of(ROUND) + BIAS - 1) << MANTISSA), r, exp_rest(r)};
+    return parts;
+}
+
+static inline REAL exponential(REAL x) {
+    split p = split_exp(x);
+    return 2 * (p.half + p.half * (p.r + p.rest));
+}
+
+/* exp(x) - 1 */
+static inline REAL exp_minus_one(REAL x) {
+    split p = split_exp(x);
+    return 2 * (p.half * (p.r + p.rest) + (p.half - (REAL)0.5));
+}
+
+/* exp(x) - 1 - x without cancellation: next to 0 it is the series alone. */
+static inline REAL exp_minus_one_minus(REAL x) {
+    split p = split_exp(x);
+    REAL far = 2 * (p.half * (p.r + p.rest) + (p.half - (REAL)0.5)) - x;
+    return p.half == (REAL)0.5 ? p.rest : far;
+}
+
+/* 2 artanh(s) by its series, for |s| <= 1/3. */
+static inline REAL twice_artanh(REAL s) {
+#ifdef FLOAT64
+    const int terms = 17;
+#else
+    const int terms = 7;
+#endif
+    REAL square = s * s, series = (REAL)1 / (2 * terms + 1);
+#pragma GCC unroll 20
+    for (int term = terms - 1; term >= 0; term--) series = (REAL)1 / (2 * term + 1) + square * series;
+    return 2 * s * series;
+}
+
+/* ln(1 + x) for 0 <= x <= 1 */
+static inline REAL log_one_plus(REAL x) { return twice_artanh(x / (2 + x)); }
+
+/* ln x; -inf for 0 and what is denormal, NaN below */
+static inline REAL logarithm(REAL x) {
+    BITS bits = bits_of(x);
+    BITS exponent = (bits - bits_of((REAL)0.70710678118654752)) >> MANTISSA; /* x = 2^exponent m, m next to 1 */
+    REAL m = real_of(bits - (BITS)((uint64_t)exponent << MANTISSA)), n = (REAL)exponent;
+    REAL value = n * LN2_HIGH + (n * LN2_LOW + twice_artanh((m - 1) / (m + 1)));
+    value = x < (REAL)LEAST_NORMAL ? -(REAL)INFINITY : value;
+    return x >= 0 && x <= MOST ? value : x < 0 ? (REAL)NAN : x; /* infinity, NaN */
+}
+#endif

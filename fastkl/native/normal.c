@@ -1,0 +1,273 @@
+/* Diagonal Gaussians on a CPU: KL or squared 2-Wasserstein distance, samples, and all gradients, in one pass over memory.
+ * What each op computes is said in fastkl.reference, how in fastkl.kernels; this is the same by tiles of a cache. */
+
+#include "parameters.h"
+#include "philox.h"
+#include "tiles.h"
+
+enum { KL, WASSERSTEIN2 };
+
+typedef struct {
+    int distance, per_column, samples; /* samples: 0 where there are none */
+    int64_t threads, eps_step, z_step; /* steps from one sample to the next */
+    uint64_t seed;
+    posterior q;
+    call shape;
+    pieces cut;
+    double *partial;
+    /* eps, z, dz: the first sample; distance's gradient by rows or, per_column, by columns */
+    tensor mu, parameter, prior_mu, prior_logvar, eps, z, value, dvalue, dz, dmu, dparameter, dprior_mu, dprior_logvar;
+} problem;
+
+/* numbers: threads, distance, per_column, scale, positive, bounded, live, samples, eps_step, z_step, address of the seed,
+ * ndim, event, sizes, then tensors */
+static problem open_problem(const int64_t *numbers, double low, double high) {
+    problem p = {.threads = numbers[0], .distance = (int)numbers[1], .per_column = (int)numbers[2]};
+    p.q = (posterior){(int)numbers[3], (int)numbers[5], (int)numbers[6], (int)numbers[4], (REAL)low, (REAL)high};
+    p.samples = (int)numbers[7], p.eps_step = numbers[8], p.z_step = numbers[9], p.seed = numbers[10] ? *(const uint64_t *)(intptr_t)numbers[10] : 0;
+    p.shape = open_call(numbers + 11);
+    p.mu = next_tensor(&p.shape), p.parameter = next_tensor(&p.shape);
+    p.prior_mu = next_tensor(&p.shape), p.prior_logvar = next_tensor(&p.shape);
+    p.eps = next_tensor(&p.shape);
+    return p;
+}
+
+static inline REAL square(REAL x) { return x * x; }
+
+/* sigma - prior_sigma, with its digits where the two are close. A sigma e^80 times the other's is all there is. */
+static inline REAL sigma_difference(REAL x, REAL prior) {
+    x = x < -400 ? -400 : x;
+    prior = prior < x - 160 ? x - 160 : prior;
+    return exponential(prior / 2) * exp_minus_one((x - prior) / 2);
+}
+
+static void terms(const problem *p, int n, const REAL *m, const REAL *x, const REAL *pm, const REAL *px, REAL *restrict out) {
+    if (p->distance == KL && !pm)
+        for (int i = 0; i < n; i++) out[i] = (REAL)0.5 * (exp_minus_one_minus(x[i]) + m[i] * m[i]);
+    else if (p->distance == KL)
+        for (int i = 0; i < n; i++) {
+            REAL standard = (m[i] - pm[i]) * exponential(-px[i] / 2); /* half the exponent: 0 stays 0 */
+            out[i] = (REAL)0.5 * (exp_minus_one_minus(x[i] - px[i]) + standard * standard);
+        }
+    else if (!pm)
+        for (int i = 0; i < n; i++) out[i] = m[i] * m[i] + square(exp_minus_one(x[i] / 2));
+    else
+        for (int i = 0; i < n; i++) out[i] = square(m[i] - pm[i]) + square(sigma_difference(x[i], px[i]));
+}
+
+/* Gradients times the weight, in mu and the log-variance and, with a prior, in its two; in prior_mu it is -dm. */
+static void terms_gradient(const problem *p, int n, const REAL *w, const REAL *m, const REAL *x, const REAL *pm,
+                           const REAL *px, REAL *restrict dm, REAL *restrict dx, REAL *restrict dpx) {
+    if (p->distance == KL && !pm)
+        for (int i = 0; i < n; i++) dm[i] = w[i] * m[i], dx[i] = w[i] * ((REAL)0.5 * exp_minus_one(x[i]));
+    else if (p->distance == KL)
+        for (int i = 0; i < n; i++) {
+            REAL root = exponential(-px[i] / 2), standard = (m[i] - pm[i]) * root;
+            REAL d = (REAL)0.5 * exp_minus_one(x[i] - px[i]);
+            dm[i] = w[i] * (standard * root), dx[i] = w[i] * d;
+            dpx[i] = w[i] * (-d - (REAL)0.5 * standard * standard);
+        }
+    else if (!pm)
+        for (int i = 0; i < n; i++)
+            dm[i] = w[i] * (2 * m[i]), dx[i] = w[i] * (exp_minus_one(x[i] / 2) * exponential(x[i] / 2));
+    else
+        for (int i = 0; i < n; i++) {
+            REAL difference = sigma_difference(x[i], px[i]);
+            dm[i] = w[i] * (2 * (m[i] - pm[i])), dx[i] = w[i] * (difference * exponential(x[i] / 2));
+            dpx[i] = w[i] * (-difference * exponential(px[i] / 2));
+        }
+}
+
+/* The noise of a tile: the caller's own, or that of the seed. */
+static const REAL *noise(const problem *p, tile at, int sample, REAL *buffer) {
+    if (p->eps.data) {
+        tensor eps = p->eps;
+        eps.data += sample * p->eps_step;
+        return read_tile(&eps, at, buffer);
+    }
+    int n = at.rows * at.columns;
+    uint64_t first = (uint64_t)(at.row * p->shape.columns + at.column);
+#ifdef FLOAT64
+    float drawn[NOISE];
+    const float *eps = normals(p->seed, first, (uint32_t)sample, n, drawn);
+    for (int i = 0; i < n; i++) buffer[i] = eps[i];
+    return buffer;
+#else
+    return normals(p->seed, first, (uint32_t)sample, n, buffer);
+#endif
+}
+
+static void draw_samples(const problem *p, tile at, const REAL *m, const REAL *x) {
+    REAL sigma[TILE], own[NOISE], drawn[TILE];
+    int n = at.rows * at.columns;
+    for (int i = 0; i < n; i++) sigma[i] = exponential(x[i] / 2);
+    for (int sample = 0; sample < p->samples; sample++) {
+        const REAL *eps = noise(p, at, sample, own);
+        tensor z = p->z;
+        z.data += sample * p->z_step;
+        REAL *to = target_tile(&z, at, drawn);
+        for (int i = 0; i < n; i++) to[i] = m[i] + sigma[i] * eps[i];
+        write_tile(&z, at, to, drawn);
+    }
+}
+
+/* A tile's samples and, in `out`, its terms. */
+static void forward_tile(const problem *p, tile at, REAL *restrict out) {
+    REAL m_own[TILE], v_own[TILE], raw_own[TILE], x_own[TILE], pm_own[TILE], px_own[TILE];
+    int n = at.rows * at.columns, prior = p->prior_mu.data != NULL;
+    const REAL *m = read_tile(&p->mu, at, m_own), *v = read_tile(&p->parameter, at, v_own);
+    const REAL *x = bound(&p->q, to_logvar(&p->q, v, n, raw_own), n, x_own);
+    if (p->z.data) draw_samples(p, at, m, x);
+    if (!out) return;
+    const REAL *pm = prior ? read_tile(&p->prior_mu, at, pm_own) : NULL;
+    const REAL *px = prior ? read_tile(&p->prior_logvar, at, px_own) : NULL;
+    terms(p, n, m, x, pm, px, out);
+}
+
+static void forward_rows(void *context, int64_t job) {
+    const problem *p = context;
+    region r = piece(&p->cut, job);
+    REAL out[TILE];
+    double total = 0;
+    for (tile at; next_tile(&r, &at);) {
+        forward_tile(p, at, p->value.data ? out : NULL);
+        if (!p->value.data) continue;
+        for (int row = 0; row < at.rows; row++) {
+            REAL part = sum(out + row * at.columns, at.columns);
+            if (p->cut.chunks > 1 || at.columns < p->shape.columns) {
+                total += part;
+                if (p->cut.chunks == 1 && at.column + at.columns == p->shape.columns)
+                    p->value.data[at.row] = (REAL)total, total = 0;
+            } else
+                p->value.data[at.row + row] = part;
+        }
+    }
+    if (p->partial) p->partial[job] = total;
+}
+
+static void forward_columns(void *context, int64_t job) {
+    const problem *p = context;
+    region r = piece(&p->cut, job);
+    REAL out[TILE];
+    double total[TILE] = {0};
+    int64_t first = r.column;
+    int columns = (int)(r.column_end - first);
+    for (tile at; next_tile(&r, &at);) {
+        forward_tile(p, at, out);
+        for (int row = 0; row < at.rows; row++)
+            for (int i = 0; i < columns; i++) total[i] += out[row * columns + i];
+    }
+    memcpy(p->partial + job / p->cut.chunks * p->shape.columns + first, total, (size_t)columns * sizeof *total);
+}
+
+/* 0, or 1 where there is no memory. Tensors after eps: z, value (contiguous, one for each row or, per_column, column). */
+int forward(const int64_t *numbers, double low, double high) {
+    problem p = open_problem(numbers, low, high);
+    p.z = next_tensor(&p.shape), p.value = next_tensor(&p.shape);
+    p.cut = p.per_column ? cut_columns(&p.shape) : cut_rows(&p.shape);
+    int64_t rows = p.shape.rows, columns = p.shape.columns, groups = p.cut.jobs / p.cut.chunks;
+    int split = p.value.data && (p.per_column || p.cut.chunks > 1);
+    if (split && !(p.partial = malloc((size_t)(p.per_column ? groups * columns : p.cut.jobs) * sizeof *p.partial))) return 1;
+    run(p.cut.jobs, rows * columns, p.threads, p.per_column ? forward_columns : forward_rows, &p);
+    if (split && p.per_column)
+        for (int64_t column = 0; column < columns; column++) {
+            double total = 0;
+            for (int64_t group = 0; group < groups; group++) total += p.partial[group * columns + column];
+            p.value.data[column] = (REAL)(total / (double)rows);
+        }
+    else if (split)
+        for (int64_t row = 0; row < rows; row++) {
+            double total = 0;
+            for (int64_t chunk = 0; chunk < p.cut.chunks; chunk++) total += p.partial[row * p.cut.chunks + chunk];
+            p.value.data[row] = (REAL)total;
+        }
+    free(p.partial);
+    return 0;
+}
+
+/* Adds the gradient that comes in through the samples. */
+static void sample_gradient(const problem *p, tile at, const REAL *x, REAL *restrict dm, REAL *restrict dx) {
+    REAL own[NOISE], incoming[TILE], dsigma[TILE];
+    int n = at.rows * at.columns;
+    for (int i = 0; i < n; i++) dsigma[i] = 0;
+    for (int sample = 0; sample < p->samples; sample++) {
+        const REAL *eps = noise(p, at, sample, own);
+        tensor dz = p->dz;
+        dz.data += sample * p->z_step;
+        const REAL *d = read_tile(&dz, at, incoming);
+        for (int i = 0; i < n; i++) dm[i] += d[i], dsigma[i] += d[i] * eps[i];
+    }
+    for (int i = 0; i < n; i++) dx[i] += (REAL)0.5 * exponential(x[i] / 2) * dsigma[i];
+}
+
+static void backward_piece(void *context, int64_t job) {
+    const problem *p = context;
+    region r = piece(&p->cut, job);
+    REAL w_own[TILE], m_own[TILE], v_own[TILE], raw_own[TILE], x_own[TILE], pm_own[TILE], px_own[TILE];
+    REAL dm_own[TILE], dv_own[TILE], dpm_own[TILE], dpx_own[TILE];
+    double total[2][TILE] = {{0}};
+    int prior = p->prior_mu.data != NULL, own_prior = p->dprior_mu.data && !p->partial;
+    int64_t first = r.column;
+    for (tile at; next_tile(&r, &at);) {
+        int n = at.rows * at.columns;
+        const REAL *v = read_tile(&p->parameter, at, v_own), *raw = to_logvar(&p->q, v, n, raw_own);
+        const REAL *x = bound(&p->q, raw, n, x_own);
+        REAL *dm = target_tile(&p->dmu, at, dm_own), *dv = target_tile(&p->dparameter, at, dv_own);
+        REAL *dpx = own_prior ? target_tile(&p->dprior_logvar, at, dpx_own) : dpx_own;
+        if (p->dvalue.data) {
+            const REAL *w = read_tile(&p->dvalue, at, w_own), *m = read_tile(&p->mu, at, m_own);
+            const REAL *pm = prior ? read_tile(&p->prior_mu, at, pm_own) : NULL;
+            const REAL *px = prior ? read_tile(&p->prior_logvar, at, px_own) : NULL;
+            terms_gradient(p, n, w, m, x, pm, px, dm, dv, dpx);
+        } else
+            memset(dm, 0, (size_t)n * sizeof *dm), memset(dv, 0, (size_t)n * sizeof *dv);
+        if (own_prior) {
+            REAL *dpm = target_tile(&p->dprior_mu, at, dpm_own);
+            for (int i = 0; i < n; i++) dpm[i] = -dm[i];
+            write_tile(&p->dprior_mu, at, dpm, dpm_own), write_tile(&p->dprior_logvar, at, dpx, dpx_own);
+        } else if (p->partial)
+            for (int row = 0; row < at.rows; row++)
+                for (int i = 0; i < at.columns; i++) {
+                    total[0][i] -= dm[row * at.columns + i];
+                    total[1][i] += dpx[row * at.columns + i];
+                }
+        if (p->dz.data) sample_gradient(p, at, x, dm, dv);
+        to_parameter_gradient(&p->q, v, raw, n, dv);
+        write_tile(&p->dmu, at, dm, dm_own), write_tile(&p->dparameter, at, dv, dv_own);
+    }
+    if (p->partial)
+        for (int k = 0; k < 2; k++)
+            memcpy(p->partial + (job / p->cut.chunks * 2 + k) * p->shape.columns + first, total[k],
+                   (size_t)(r.column_end - first) * sizeof **total);
+}
+
+/* 0, or 1 where there is no memory. Tensors after eps: dvalue, dz, dmu, dparameter, dprior_mu, dprior_logvar; the last two
+ * have a stride of 0 over rows where the batch shares the prior, and then `shared`, the last number, is 1. */
+int backward(const int64_t *numbers, double low, double high) {
+    problem p = open_problem(numbers, low, high);
+    p.dvalue = next_tensor(&p.shape), p.dz = next_tensor(&p.shape);
+    p.dmu = next_tensor(&p.shape), p.dparameter = next_tensor(&p.shape);
+    p.dprior_mu = next_tensor(&p.shape), p.dprior_logvar = next_tensor(&p.shape);
+    int shared = p.dprior_mu.data && *p.shape.next;
+    p.cut = shared ? cut_columns(&p.shape) : cut_rows(&p.shape);
+    int64_t columns = p.shape.columns, groups = p.cut.jobs / p.cut.chunks;
+    if (shared && !(p.partial = malloc((size_t)(2 * groups * columns) * sizeof *p.partial))) return 1;
+    run(p.cut.jobs, p.shape.rows * columns, p.threads, backward_piece, &p);
+    if (shared) {
+        REAL own[TILE];
+        const tensor *outputs[2] = {&p.dprior_mu, &p.dprior_logvar};
+        for (int k = 0; k < 2; k++)
+            for (tile at = {0, 0, 1, 0}; at.column < columns; at.column += at.columns) {
+                at.columns = (int)(columns - at.column < TILE ? columns - at.column : TILE);
+                for (int i = 0; i < at.columns; i++) {
+                    double total = 0;
+                    for (int64_t group = 0; group < groups; group++)
+                        total += p.partial[(group * 2 + k) * columns + at.column + i];
+                    own[i] = (REAL)total;
+                }
+                copy_row(outputs[k], &at, 0, own, 1);
+            }
+    }
+    free(p.partial);
+    return 0;
+}

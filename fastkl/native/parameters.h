@@ -1,0 +1,47 @@
+/* The ways that a log-variance is given, and the bounds on it: fastkl.reference's to_logvar and bound. */
+
+#ifndef FASTKL_PARAMETERS_H
+#define FASTKL_PARAMETERS_H
+
+#include "functions.h"
+
+enum { LOGVAR, LOG_STD, STD, SOFTPLUS };
+typedef struct { int scale, bounded, live, positive; REAL low, high; } posterior; /* positive: a std of 0 is 1e-30 */
+
+static inline REAL softplus(REAL x, REAL u) { return (x > 0 ? x : 0) + log_one_plus(u) + (x - x); } /* u = exp(-|x|) */
+
+static inline REAL magnitude(REAL x) { return x < 0 ? -x : x; }
+
+/* The log-variance before the bounds. Below -15 softplus is u (1 - u / 2) to rounding; its logarithm does not underflow. */
+static const REAL *to_logvar(const posterior *q, const REAL *v, int n, REAL *restrict out) {
+    if (q->scale == LOGVAR) return v;
+    if (q->scale == LOG_STD) for (int i = 0; i < n; i++) out[i] = 2 * v[i];
+    if (q->scale == STD) for (int i = 0; i < n; i++) out[i] = 2 * logarithm(q->positive && v[i] == 0 ? (REAL)1e-30 : v[i]);
+    if (q->scale == SOFTPLUS)
+        for (int i = 0; i < n; i++) {
+            REAL u = exponential(-magnitude(v[i])), value = logarithm(softplus(v[i], u));
+            out[i] = 2 * (v[i] < -15 ? v[i] - u / 2 : value);
+        }
+    return out;
+}
+
+static const REAL *bound(const posterior *q, const REAL *raw, int n, REAL *restrict out) {
+    if (!q->bounded) return raw;
+    REAL low = q->low, high = q->high;
+    for (int i = 0; i < n; i++) out[i] = raw[i] < low ? low : raw[i] > high ? high : raw[i];
+    return out;
+}
+
+/* The gradient in the parameter from that in the bounded log-variance, in place. */
+static void to_parameter_gradient(const posterior *q, const REAL *v, const REAL *raw, int n, REAL *restrict gradient) {
+    if (q->scale == LOG_STD) for (int i = 0; i < n; i++) gradient[i] *= 2;
+    if (q->scale == STD) for (int i = 0; i < n; i++) gradient[i] *= 2 / (q->positive && v[i] == 0 ? (REAL)1e-30 : v[i]);
+    if (q->scale == SOFTPLUS)
+        for (int i = 0; i < n; i++) {
+            REAL u = exponential(-magnitude(v[i])), sigmoid = (v[i] < 0 ? u : 1) / (1 + u);
+            gradient[i] *= 2 * (v[i] < -15 ? 1 - u / 2 : sigmoid / softplus(v[i], u));
+        }
+    if (q->bounded && !q->live) /* last: outside, 0 times infinity must be 0 */
+        for (int i = 0; i < n; i++) gradient[i] = raw[i] < q->low || raw[i] > q->high ? 0 : gradient[i];
+}
+#endif

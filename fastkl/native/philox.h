@@ -1,0 +1,105 @@
+/* Noise of a seed: the same numbers as fastkl.reference.normal_noise and the kernels, element by element. */
+
+#ifndef FASTKL_PHILOX_H
+#define FASTKL_PHILOX_H
+
+#include <math.h>
+#include <stdint.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#define CALLS 264 /* most Philox calls at a time, of four words each; a multiple of 8 */
+
+/* Four calls side by side, a 32-bit word in each 64-bit lane; what is above the word is of no consequence. */
+typedef uint64_t lanes __attribute__((vector_size(32)));
+
+static inline lanes product(lanes word, uint64_t factor) {
+#ifdef __AVX2__
+    return (lanes)_mm256_mul_epu32((__m256i)word, _mm256_set1_epi64x((long long)factor));
+#else
+    return (word & 0xFFFFFFFF) * factor;
+#endif
+}
+
+/* Philox4x32-10 (Salmon et al. 2011) of the counters (first + i, sample, 0): words[k][i] is word k of call i. */
+static inline void philox(uint64_t seed, uint64_t first, uint32_t sample, int calls, uint32_t words[4][CALLS]) {
+    for (int i = 0; i < calls; i += 8) {
+        lanes a[2], b[2], c[2], d[2];
+        for (int half = 0; half < 2; half++) {
+            a[half] = (lanes){0, 1, 2, 3} + (first + (uint64_t)(i + 4 * half));
+            b[half] = a[half] >> 32, c[half] = (lanes){0} + sample, d[half] = (lanes){0};
+        }
+        uint32_t key_0 = (uint32_t)seed, key_1 = (uint32_t)(seed >> 32);
+#pragma GCC unroll 10
+        for (int step = 0; step < 10; step++) {
+            for (int half = 0; half < 2; half++) { /* two chains hide the latency of the products */
+                lanes left = product(a[half], 0xD2511F53), right = product(c[half], 0xCD9E8D57);
+                a[half] = (right >> 32) ^ b[half] ^ key_0, b[half] = right;
+                c[half] = (left >> 32) ^ d[half] ^ key_1, d[half] = left;
+            }
+            key_0 += 0x9E3779B9u, key_1 += 0xBB67AE85u;
+        }
+        for (int half = 0; half < 2; half++)
+            for (int lane = 0; lane < 4; lane++) {
+                int call = i + 4 * half + lane;
+                words[0][call] = (uint32_t)a[half][lane], words[1][call] = (uint32_t)b[half][lane];
+                words[2][call] = (uint32_t)c[half][lane], words[3][call] = (uint32_t)d[half][lane];
+            }
+    }
+}
+
+/* ln u for u in (0, 1]. */
+static inline float log_unit(float u) {
+    int32_t bits;
+    memcpy(&bits, &u, sizeof u);
+    int32_t exponent = (bits - 0x3F3504F3) >> 23; /* u = 2^exponent m, m in [sqrt 1/2, sqrt 2) */
+    bits -= exponent * (1 << 23);
+    float m;
+    memcpy(&m, &bits, sizeof m);
+    float f = m - 1, e = (float)exponent;
+    /* ln(1 + f) = f - f^2/2 + f^3 p(f); coefficients of Cephes' logf */
+    float p = 7.0376836292e-2f;
+    p = p * f - 1.1514610310e-1f;
+    p = p * f + 1.1676998740e-1f;
+    p = p * f - 1.2420140846e-1f;
+    p = p * f + 1.4249322787e-1f;
+    p = p * f - 1.6668057665e-1f;
+    p = p * f + 2.0000714765e-1f;
+    p = p * f - 2.4999993993e-1f;
+    p = p * f + 3.3333331174e-1f;
+    float square = f * f;
+    return f + (f * square * p + (e * -2.12194440e-4f - 0.5f * square)) + e * 0.693359375f;
+}
+
+typedef struct { float first, second; } pair;
+
+/* Two words -> two standard normals (Box and Muller 1958), as fastkl.kernels._device has it. */
+static inline pair box_muller(uint32_t word_0, uint32_t word_1) {
+    /* float of an unsigned word, rounded once: both halves are exact */
+    float word = (float)(int32_t)(word_0 >> 16) * 65536.0f + (float)(int32_t)(word_0 & 0xFFFF);
+    float radius = sqrtf(-2.0f * log_unit(word * 0x1p-32f + 0x1p-33f));
+    float half = (float)(int32_t)word_1 * (float)(3.141592653589793 * 0x1p-32);
+    float square = half * half;
+    float sine = -1.9800888666e-4f + square * 2.5904717206e-6f;
+    sine = -1.6666647618e-1f + square * (8.3328996434e-3f + square * sine);
+    sine = half + half * square * sine;
+    float cosine = -1.3853704210e-3f + square * 2.3153935887e-5f;
+    cosine = 0.99999995348f + square * (-0.49999905343f + square * (4.1663584638e-2f + square * cosine));
+    float doubled = radius * sine * 2;
+    return (pair){radius - doubled * sine, doubled * cosine};
+}
+
+/* Normals `first` to `first + count` of a sample, in `out` with room for NOISE; returns where the first of them is. */
+#define NOISE (4 * CALLS)
+static const float *normals(uint64_t seed, uint64_t first, uint32_t sample, int count, float *restrict out) {
+    uint32_t words[4][CALLS];
+    int shift = (int)(first % 4), calls = (shift + count + 3) / 4;
+    philox(seed, first / 4, sample, calls, words);
+    for (int i = 0; i < calls; i++) {
+        pair a = box_muller(words[0][i], words[1][i]), b = box_muller(words[2][i], words[3][i]);
+        out[4 * i] = a.first, out[4 * i + 1] = a.second, out[4 * i + 2] = b.first, out[4 * i + 3] = b.second;
+    }
+    return out + shift;
+}
+#endif

@@ -1,0 +1,187 @@
+/* How the loops see strided tensors: tiles of rows by columns that stay in the first cache, as the kernels' do.
+ *
+ * A call is a list of int64: what Python packs with struct. A tensor is its address (0: not there) and a stride for each
+ * dimension of the call's shape; the last `event` dimensions are the columns, the others the rows. */
+
+#ifndef FASTKL_TILES_H
+#define FASTKL_TILES_H
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "functions.h"
+
+#define MOST_DIMS 16
+#define TILE 1024   /* elements */
+#define CHUNK 8192  /* elements of one piece of work; which they are does not depend on the number of threads */
+#define GRAIN 32768 /* elements from which on a second thread is worth its start: torch's own figure */
+
+typedef struct { int dims; int64_t size[MOST_DIMS], stride[MOST_DIMS]; } axis; /* neighbouring dimensions merged */
+typedef struct { REAL *data; axis rows, columns; } tensor;
+typedef struct { const int64_t *next, *sizes; int ndim, event; int64_t rows, columns; } call;
+typedef struct { int64_t row, column; int rows, columns; } tile;
+
+static call open_call(const int64_t *numbers) {
+    call c = {numbers + 2 + numbers[0], numbers + 2, (int)numbers[0], (int)numbers[1], 1, 1};
+    for (int d = 0; d < c.ndim; d++) *(d < c.ndim - c.event ? &c.rows : &c.columns) *= c.sizes[d];
+    return c;
+}
+
+static axis merge(const int64_t *sizes, const int64_t *strides, int dims) {
+    axis merged = {.dims = 1, .size = {1}, .stride = {1}};
+    for (int d = 0; d < dims; d++) {
+        int last = merged.dims - 1;
+        if (sizes[d] == 1) continue;
+        if (merged.size[last] == 1 || merged.stride[last] == sizes[d] * strides[d]) {
+            merged.size[last] *= sizes[d], merged.stride[last] = strides[d];
+        } else {
+            merged.size[merged.dims] = sizes[d], merged.stride[merged.dims++] = strides[d];
+        }
+    }
+    return merged;
+}
+
+static tensor next_tensor(call *c) {
+    const int64_t *strides = c->next + 1;
+    int batch = c->ndim - c->event;
+    tensor t = {.data = (REAL *)(intptr_t)c->next[0]};
+    if (t.data) t.rows = merge(c->sizes, strides, batch), t.columns = merge(c->sizes + batch, strides + batch, c->event);
+    c->next += 1 + c->ndim;
+    return t;
+}
+
+static inline int64_t offset(const axis *a, int64_t index) {
+    if (a->dims == 1) return index * a->stride[0];
+    int64_t at = 0;
+    for (int d = a->dims - 1; d >= 0; d--) at += index % a->size[d] * a->stride[d], index /= a->size[d];
+    return at;
+}
+
+/* Whether the tile is one piece of memory. */
+static inline int in_one_piece(const tensor *t, const tile *at) {
+    if (t->columns.dims > 1 || (t->columns.stride[0] != 1 && t->columns.size[0] != 1)) return 0;
+    return at->rows == 1 || (t->rows.dims == 1 && t->rows.stride[0] == at->columns && at->columns == t->columns.size[0]);
+}
+
+/* One row of a tile, from a strided tensor or (`out`) to it. */
+__attribute__((noinline)) static void copy_row(const tensor *t, const tile *at, int row, REAL *buffer, int out) {
+    const axis *columns = &t->columns;
+    REAL *data = t->data + offset(&t->rows, at->row + row);
+    int last = columns->dims - 1;
+    int64_t inner = columns->size[last], stride = columns->stride[last];
+    for (int done = 0; done < at->columns;) {
+        int64_t column = at->column + done, within = column % inner;
+        int count = (int)(inner - within < at->columns - done ? inner - within : at->columns - done);
+        REAL *from = data + offset(columns, column), *to = buffer + done;
+        if (out && stride == 1) memcpy(from, to, (size_t)count * sizeof *to);
+        else if (out) for (int i = 0; i < count; i++) from[i * stride] = to[i];
+        else if (stride == 1) memcpy(to, from, (size_t)count * sizeof *to);
+        else if (stride == 0) for (int i = 0; i < count; i++) to[i] = *from;
+        else for (int i = 0; i < count; i++) to[i] = from[i * stride];
+        done += count;
+    }
+}
+
+/* The tile's elements: where they are, or gathered in `buffer`. */
+__attribute__((noinline)) static const REAL *read_tile(const tensor *t, tile at, REAL *buffer) {
+    if (in_one_piece(t, &at)) return t->data + offset(&t->rows, at.row) + at.column;
+    if (at.columns == 1 && t->rows.dims == 1) {
+        const REAL *from = t->data + offset(&t->rows, at.row) + offset(&t->columns, at.column);
+        for (int i = 0; i < at.rows; i++) buffer[i] = from[i * t->rows.stride[0]];
+        return buffer;
+    }
+    for (int row = 0; row < at.rows; row++) copy_row(t, &at, row, buffer + row * at.columns, 0);
+    return buffer;
+}
+
+/* Where to write the tile's elements; what is `buffer` goes on to the tensor with write_tile. */
+static REAL *target_tile(const tensor *t, tile at, REAL *buffer) {
+    return in_one_piece(t, &at) ? t->data + offset(&t->rows, at.row) + at.column : buffer;
+}
+
+static void write_tile(const tensor *t, tile at, REAL *from, const REAL *buffer) {
+    if (from != buffer) return;
+    for (int row = 0; row < at.rows; row++) copy_row(t, &at, row, from + row * at.columns, 1);
+}
+
+/* The pieces that the work is cut into, by shape alone: groups of rows, and long rows in chunks of columns. */
+typedef struct { int64_t rows, columns, rows_each, columns_each, chunks, jobs; int tile_rows, tile_columns; } pieces;
+
+static pieces cut(const call *c, int64_t rows_each, int64_t columns_each) {
+    pieces p = {.rows = c->rows, .columns = c->columns, .rows_each = rows_each, .columns_each = columns_each};
+    p.chunks = (c->columns + columns_each - 1) / columns_each;
+    p.jobs = (c->rows + rows_each - 1) / rows_each * p.chunks;
+    p.tile_columns = (int)(columns_each < TILE ? columns_each : TILE);
+    p.tile_rows = p.tile_columns < c->columns ? 1 : TILE / p.tile_columns;
+    return p;
+}
+
+/* For sums over columns: whole rows, or one long row's chunks. */
+static pieces cut_rows(const call *c) {
+    if (c->columns > CHUNK) return cut(c, 1, CHUNK);
+    int64_t rows = CHUNK / c->columns, tile_rows = c->columns < TILE ? TILE / c->columns : 1;
+    return cut(c, (rows + tile_rows - 1) / tile_rows * tile_rows, c->columns);
+}
+
+/* For sums over rows: at most 64 groups of rows, by tiles of columns. */
+static pieces cut_columns(const call *c) {
+    int64_t columns = c->columns < TILE ? c->columns : TILE, rows = CHUNK / columns;
+    if (rows < (c->rows + 63) / 64) rows = (c->rows + 63) / 64;
+    return cut(c, rows, columns);
+}
+
+/* for (tile at = ...) over a piece. */
+typedef struct { int64_t row, row_end, column, column_end, column_start; const pieces *of; } region;
+
+static region piece(const pieces *p, int64_t job) {
+    int64_t row = job / p->chunks * p->rows_each, column = job % p->chunks * p->columns_each;
+    region r = {row, row + p->rows_each, column, column + p->columns_each, column, p};
+    if (r.row_end > p->rows) r.row_end = p->rows;
+    if (r.column_end > p->columns) r.column_end = p->columns;
+    return r;
+}
+
+static int next_tile(region *r, tile *at) {
+    if (r->row >= r->row_end) return 0;
+    int64_t rows = r->row_end - r->row, columns = r->column_end - r->column;
+    at->row = r->row, at->column = r->column;
+    at->rows = (int)(rows < r->of->tile_rows ? rows : r->of->tile_rows);
+    at->columns = (int)(columns < r->of->tile_columns ? columns : r->of->tile_columns);
+    r->column += at->columns;
+    if (r->column >= r->column_end) r->column = r->column_start, r->row += at->rows;
+    return 1;
+}
+
+/* Sums that the compiler may reorder, a fixed way on one machine. */
+static inline REAL sum(const REAL *values, int count) {
+    REAL total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int i = 0; i < count; i++) total += values[i];
+    return total;
+}
+
+/* torch's own threads, through the OpenMP library that it has loaded; one thread where that has other names. */
+extern void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
+extern int omp_get_thread_num(void) __attribute__((weak));
+extern int omp_get_num_threads(void) __attribute__((weak));
+
+typedef struct { void (*work)(void *, int64_t); void *context; int64_t jobs; } team;
+
+static void share(void *argument) {
+    team *t = argument;
+    int64_t mine = omp_get_thread_num(), all = omp_get_num_threads();
+    for (int64_t job = t->jobs * mine / all; job < t->jobs * (mine + 1) / all; job++) t->work(t->context, job);
+}
+
+/* Every job, on as many threads as are worth while. */
+static void run(int64_t jobs, int64_t elements, int64_t threads, void (*work)(void *, int64_t), void *context) {
+    if (threads > jobs) threads = jobs;
+    if (threads > 1 && elements >= GRAIN && GOMP_parallel && omp_get_thread_num && omp_get_num_threads) {
+        team t = {work, context, jobs};
+        GOMP_parallel(share, &t, (unsigned)threads, 0);
+        return;
+    }
+    for (int64_t job = 0; job < jobs; job++) work(context, job);
+}
+#endif
