@@ -14,7 +14,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 bench: $(STAMP)
-	$(RUN) bench/harness.py $(ARGS)
+	$(RUN) -m bench $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -1,35 +1,34 @@
 """bernoulli_log_prob: the reconstruction term of binary images, and with importance samples."""
 
-import torch
+from torch import distributions
 from torch.nn import functional as F
 
 import fastkl
-
-from harness import Case, leaves
+from bench.case import Case, leaves, uniform
+from fastkl import reference
 
 
 def formula(logits, x):
-    x = x.expand(logits.shape)
-    return -F.binary_cross_entropy_with_logits(logits.float(), x.float(), reduction="none").sum(-1)
+    return -F.binary_cross_entropy_with_logits(logits, x.expand(logits.shape), reduction="none").sum(-1)
+
+
+def by_distributions(logits, x):
+    # Grey values are outside its support.
+    return distributions.Bernoulli(logits=logits, validate_args=False).log_prob(x).sum(-1)
+
+
+def fused(logits, x):
+    return fastkl.bernoulli_log_prob(logits, x, event_ndim=1)
+
+
+def definition(logits, x):
+    return reference.bernoulli_log_prob(logits, x, event_ndim=1)
 
 
 def cases(device, quick):
-    sizes = [(128, 784), (1024, 784)] if quick else [(128, 784), (4096, 784), (256, 3 * 128 * 128)]
-    for n, d in sizes:
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.rand(n, d, generator=torch.Generator().manual_seed(2)).to(device)
-            name = f"{n} x {d} {str(dtype).removeprefix('torch.')}"
-            yield data_case(name, leaves(device, (n, d), dtype=dtype), x)
+    functions = formula, fused, definition, {"torch.distributions": by_distributions}
+    for n, d in [(128, 784)] if quick else [(128, 784), (4096, 784)]:
+        inputs = [*leaves(device, (n, d)), uniform(device, n, d)]
+        yield Case(f"{n} x {d}", inputs, *functions, budget="bernoulli_log_prob")
     samples, n, d = (8, 64, 784) if quick else (50, 128, 784)
-    x = torch.rand(n, d, generator=torch.Generator().manual_seed(2)).to(device)
-    yield data_case(f"{samples} samples x {n} x {d}", leaves(device, (samples, n, d)), x)
-
-
-def data_case(name, inputs, x):
-    """The data want no gradient."""
-    return Case(
-        name,
-        inputs,
-        lambda logits: formula(logits, x),
-        lambda logits: fastkl.bernoulli_log_prob(logits, x, event_ndim=1),
-    )
+    yield Case(f"{samples} samples x {n} x {d}", [*leaves(device, (samples, n, d)), uniform(device, n, d)], *functions)

@@ -2,34 +2,24 @@
 
 import math
 
-import torch
+from torch import distributions
 
 import fastkl
-
-from harness import Case, leaves
+from bench.case import Case, leaves, uniform
+from fastkl import reference
 
 
 def formula(x, mean, logvar):
-    mean, logvar = mean.float(), logvar.float()
-    return -0.5 * (math.log(2 * math.pi) + logvar + (x - mean).pow(2) / logvar.exp()).sum(-1)
+    return -0.5 * (math.log(2 * math.pi) + logvar + (x - mean) ** 2 / logvar.exp()).sum(-1)
+
+
+def by_distributions(x, mean, logvar):
+    return distributions.Independent(distributions.Normal(mean, (0.5 * logvar).exp()), 1).log_prob(x)
 
 
 def cases(device, quick):
-    sizes = [(128, 784), (1024, 784)] if quick else [(128, 784), (4096, 784), (256, 3 * 128 * 128)]
-    for n, d in sizes:
-        x = torch.rand(n, d, generator=torch.Generator().manual_seed(2)).to(device)
-        for dtype in (torch.float32, torch.bfloat16):
-            name = f"{n} x {d} {str(dtype).removeprefix('torch.')}"
-            yield data_case(name, leaves(device, (n, d), (n, d), dtype=dtype), x)
-        yield data_case(f"{n} x {d} one variance", leaves(device, (n, d), ()), x)
-    yield data_case(f"{n} x {d} a variance per dimension", leaves(device, (n, d), (d,)), x)
-
-
-def data_case(name, inputs, x):
-    """The data want no gradient."""
-    return Case(
-        name,
-        inputs,
-        lambda mean, logvar: formula(x, mean, logvar),
-        lambda mean, logvar: fastkl.normal_log_prob(x, mean, logvar),
-    )
+    functions = formula, fastkl.normal_log_prob, reference.normal_log_prob, {"torch.distributions": by_distributions}
+    for n, d in [(128, 784)] if quick else [(128, 784), (4096, 784)]:
+        inputs = [uniform(device, n, d), *leaves(device, (n, d), (n, d))]
+        yield Case(f"{n} x {d}", inputs, *functions, budget="normal_log_prob")
+    yield Case(f"{n} x {d} one variance", [uniform(device, n, d), *leaves(device, (n, d), ())], *functions)

@@ -3,30 +3,39 @@
 import functools
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional as F
 
+from bench.case import Case, leaves
 from fastkl import reference
 from fastkl.mixtures import SECOND_KEY, rsample_gmm
 
-from harness import Case, leaves
+TAU = 0.7
 
 
-def formula(logits, means, logvars):
+def formula(logits, means, logvars, gumbel=None, eps=None):
     """One sample of each component for each datum: what comes to mind first."""
-    y = F.gumbel_softmax(logits, 0.7).unsqueeze(-1)
-    components = means + (0.5 * logvars).exp() * torch.randn(*logits.shape, means.shape[-1], device=means.device)
-    return (y * components).sum(-2)
+    y = F.gumbel_softmax(logits, TAU) if gumbel is None else torch.softmax((logits + gumbel) / TAU, -1)
+    eps = torch.randn(*logits.shape, means.shape[-1], device=means.device) if eps is None else eps
+    return (y.unsqueeze(-1) * (means + (0.5 * logvars).exp() * eps)).sum(-2)
 
 
 def definition(logits, means, logvars, seed):
-    y = reference.gumbel_softmax(logits, 0.7, seed=seed)
-    eps = reference.normal_noise(seed ^ SECOND_KEY, (*logits.shape[:-1], means.shape[-1]))
+    y = reference.relaxed_one_hot(logits + reference.gumbel_noise(seed, logits.shape).to(logits), TAU)
+    eps = reference.normal_noise(seed ^ SECOND_KEY, (*logits.shape[:-1], means.shape[-1])).to(logits)
     return y @ means + (y @ (0.5 * logvars).exp()) * eps
+
+
+def one_noise(logits, means, logvars, seed):
+    """The formula with the noise of the definition, one for all components of a datum."""
+    eps = reference.normal_noise(seed ^ SECOND_KEY, (*logits.shape[:-1], means.shape[-1])).unsqueeze(-2)
+    return formula(logits, means, logvars, reference.gumbel_noise(seed, logits.shape), eps)
 
 
 def cases(device, quick):
     seed = torch.tensor(0, device=device)
-    ours = functools.partial(rsample_gmm, tau=0.7)
-    same_noise = functools.partial(definition, seed=seed), functools.partial(ours, seed=seed)
-    for n, k, d in [(128, 10, 16)] if quick else [(128, 10, 16), (4096, 100, 40)]:
-        yield Case(f"{n} x {k} x {d}", leaves(device, (n, k), (k, d), (k, d)), formula, ours, same_noise)
+    ours = functools.partial(rsample_gmm, tau=TAU)
+    given = {"eager": functools.partial(one_noise, seed=seed), "fastkl": functools.partial(ours, seed=seed)}
+    truth = functools.partial(definition, seed=seed)
+    for n, k, d in [(128, 10, 16)] if quick else [(4096, 100, 40)]:
+        inputs = leaves(device, (n, k), (k, d), (k, d))
+        yield Case(f"{n} x {k} x {d}", inputs, formula, ours, truth, same_noise=given)

@@ -5,8 +5,8 @@ import math
 import torch
 
 import fastkl
-
-from harness import Case
+from bench.case import Case
+from fastkl import reference
 
 DATASET_SIZE = 60000
 
@@ -30,10 +30,14 @@ def fused(z, mu, logvar):
     return torch.stack(fastkl.total_correlation(z, mu, logvar, DATASET_SIZE))
 
 
+def definition(z, mu, logvar):
+    return torch.stack(reference.total_correlation(z, mu, logvar, DATASET_SIZE))
+
+
 def cases(device, quick):
     generator = torch.Generator().manual_seed(0)
-    for n, d in [(64, 10), (256, 32)] if quick else [(64, 10), (256, 32), (1024, 32), (2048, 32)]:
+    for n, d in [(64, 10)] if quick else [(256, 32), (1024, 32)]:
         mu, logvar, eps = (torch.randn(n, d, generator=generator) for _ in range(3))
         logvar = logvar - 2
         inputs = [(x.to(device)).requires_grad_() for x in (mu + (0.5 * logvar).exp() * eps, mu, logvar)]
-        yield Case(f"{n} x {d} float32", inputs, formula, fused)
+        yield Case(f"{n} x {d}", inputs, formula, fused, definition)

@@ -1,0 +1,156 @@
+"""Measure what fastkl saves on this machine.
+
+    python -m bench [OP | sweeps | training_step ...] [--quick] [--resume] [--output DIR] [--threads N ...]
+
+Each bench_<op>.py beside this file defines `cases(device, quick)`, which yields `Case`s. Every contender is compared
+with the definition in float64 first: what does not match is not timed, and the exit status is 1. What was measured is
+on disk after every case; Ctrl-C ends a run, and --resume goes on with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+try:
+    import matplotlib  # noqa: F401
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+except ImportError as error:
+    sys.exit(f'{error.name} is missing, which the benchmark draws with: pip install -e ".[bench]"')
+
+from bench import measure, sweeps, tables, training_step
+from bench.report import write_report
+from bench.store import HERE, Store, machine, slug
+from bench.timing import QUICK, Pace
+
+OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+PARTS = ("sweeps", "training_step")
+FIRST = ("kl_normal", "rsample_kl")  # the ops of the first table
+
+
+class Job(NamedTuple):
+    """Something to measure: its rows go to a part's file, under the key."""
+
+    part: str
+    key: tuple[str, str]
+    work: Callable[[], tuple[list[dict[str, Any]], list[str]]]
+
+
+def options(arguments: list[str] | None) -> argparse.Namespace:
+    about = "Measure fastkl against eager PyTorch, torch.distributions and torch.compile on this machine."
+    parser = argparse.ArgumentParser(prog="python -m bench", description=about)
+    parser.add_argument("what", nargs="*", help=f"ops, {' or '.join(PARTS)} (default: everything)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds, torch.compile of two ops only")
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run has ended")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where results go (bench/results/<device>)")
+    every = torch.get_num_threads()
+    parser.add_argument(
+        "--threads", type=int, nargs="+", metavar="N", default=sorted({1, every}),
+        help=f"CPU threads; sizes are measured with each, the rest with the most (1 and {every})",
+    )  # fmt: skip
+    given = parser.parse_args(arguments)
+    if unknown := [name for name in given.what if name not in (*OPS, *PARTS)]:
+        parser.error(f"there is no {', '.join(unknown)} to measure; there are {', '.join((*OPS, *PARTS))}")
+    if min(given.threads) < 1:
+        parser.error(f"--threads must be at least 1, got {min(given.threads)}")
+    return given
+
+
+def jobs(given: argparse.Namespace, device: str) -> list[Job]:
+    """Everything that was asked for, the first table first."""
+    wanted, found = given.what or (*OPS, *PARTS), []
+    counts = sorted(set(given.threads)) if device == "cpu" else [torch.get_num_threads()]
+    pace = QUICK if given.quick else Pace()
+    for op in sorted(set(wanted) & set(OPS), key=lambda op: (op not in FIRST, op)):
+        cases = Cases(op, device, given.quick)
+        for index, case in enumerate(importlib.import_module(f"bench.bench_{op}").cases("meta", given.quick)):
+            settings = {
+                "device": device, "thread_counts": counts if case.headline else counts[-1:], "pace": pace,
+                "host": index == 0, "compile": not given.quick or op in FIRST,
+            }  # fmt: skip
+            work = functools.partial(cases.rows_of, index, settings)
+            found.append(Job("ops", (op, case.name), work))
+    if "sweeps" in wanted:
+        for sweep in sweeps.SWEEPS.values():
+            for size in sweep.sizes(given.quick):
+                key = (sweep.name, f"{sweep.axis} = {size}")
+                found.append(Job("sweeps", key, lambda s=sweep, x=size: sweeps.rows_of(s, x, device, counts[-1])))
+    if "training_step" in wanted:
+        key = (training_step.PRESET, training_step.WHOLE)
+        found.append(Job("training_step", key, lambda: training_step.rows_of(device, counts[-1])))
+    return found
+
+
+class Cases:
+    """The cases of an op, each made when its turn comes: all of them at once would fill the memory."""
+
+    def __init__(self, op: str, device: str, quick: bool):
+        self.op = op
+        self.made = enumerate(importlib.import_module(f"bench.bench_{op}").cases(device, quick))
+
+    def rows_of(self, index: int, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+        case = next(case for number, case in self.made if number == index)
+        return measure.rows_of(self.op, case, **settings)
+
+
+def work_off(work: list[Job], store: Store, console: Console) -> list[str]:
+    """Measures and stores; returns what was not timed because it does not match."""
+    wrong = []
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("", total=len(work))
+        for number, job in enumerate(work, 1):
+            bar.update(task, description=f"{job.key[0]}  {job.key[1]}"[:60].ljust(60))
+            if not console.is_terminal:
+                print(f"{number}/{len(work)}  {job.key[0]}  {job.key[1]}", file=sys.stderr, flush=True)
+            rows, problems = job.work()
+            store.add(job.part, rows)
+            wrong += [f"{job.key[0]} {job.key[1]}: {problem}" for problem in problems]
+            bar.advance(task)
+    return wrong
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = options(arguments)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notes to developers, and the compiler's
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    about = machine(device, sorted(set(given.threads))) | {"quick": given.quick}
+    folder = given.output or HERE / "results" / (slug(about, device) + ("-quick" if given.quick else ""))
+    # Naming some ops replaces their rows and keeps the rest.
+    store, console = Store(folder, keep=given.resume or bool(given.what)), Console(stderr=True)
+    work = [job for job in jobs(given, device) if not (given.resume and store.has(job.part, job.key))]
+    status, wrong = 0, []
+    try:
+        wrong = work_off(work, store, console)
+    except KeyboardInterrupt:
+        status = 130
+        print("Interrupted; what was measured is kept. The same command with --resume goes on.", file=sys.stderr)
+    store.remember(about)
+    screen = Console(width=None if sys.stdout.isatty() else 200)
+    for table in tables.all_tables(store):
+        screen.print(table.rich(), "")
+    page = write_report(store, about)
+    screen.print(f"{page}", highlight=False)
+    for line in wrong:
+        print(f"NOT TIMED: {line}", file=sys.stderr)
+    return status or (1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

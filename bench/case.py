@@ -1,0 +1,125 @@
+"""What is compared: one op at one size, who computes it, and how each of them is checked before it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Results agree where they differ by at most this many units in the last place of the coarsest dtype involved, relative
+# to the largest value: the eager formulas are naive, and their rounding is not what is measured here.
+UNITS = 64
+
+
+class Case(NamedTuple):
+    """One op at one size. Every function takes the inputs and returns a tensor or a tuple of tensors."""
+
+    name: str
+    inputs: list[Tensor]
+    eager: Callable
+    fastkl: Callable
+    # The definition, which all others must match; it is evaluated in float64.
+    reference: Callable
+    # Further contenders, by name: torch.distributions, geomloss.
+    others: dict[str, Callable] = {}  # noqa: RUF012  never written to
+    # Its line in the table of budget.py; none where inputs are read again for every tile.
+    budget: str = ""
+    # For functions that draw noise: (inputs, outputs) -> what noise that was, as settings of the reference. Raises
+    # ValueError where no such noise could have been drawn.
+    noise: Callable[[list[Tensor], list[Tensor]], dict[str, Any]] | None = None
+    # Contenders whose noise the outputs do not tell -> the same function, given the reference's noise.
+    same_noise: dict[str, Callable] = {}  # noqa: RUF012
+    # Whether this is a size of the first table, timed with one thread as well.
+    headline: bool = False
+
+    @property
+    def functions(self) -> dict[str, Callable]:
+        """Contender -> function, all but torch.compile, which is made of the eager one."""
+        return {"eager": self.eager, **self.others, "fastkl": self.fastkl}
+
+
+def leaves(device: str, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Standard normal inputs that want a gradient, the same in every run."""
+    if device == "meta":  # where only the names of the cases are wanted
+        return [torch.empty(s, dtype=dtype, device=device, requires_grad=True) for s in shapes]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
+
+
+def uniform(device: str, *shape: int) -> Tensor:
+    """Data between 0 and 1, which want no gradient."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(2)).to(device)
+
+
+def empty(inputs: list[Tensor]) -> list[Tensor]:
+    """The same inputs with no data: what is as long as the first has no rows."""
+    rows = len(inputs[0])
+    cut = [x.detach()[:0] if x.dim() and len(x) == rows else x.detach() for x in inputs]
+    return [y.clone().requires_grad_(x.requires_grad) for x, y in zip(inputs, cut)]
+
+
+def as_list(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def backward(inputs: list[Tensor], outputs: Tensor | tuple[Tensor, ...], cotangents: list[Tensor]) -> list[Tensor]:
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    return list(torch.autograd.grad(as_list(outputs), wanted, cotangents)) if wanted else []
+
+
+def run(
+    function: Callable, inputs: list[Tensor], cotangents: list[Tensor], **settings: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(outputs, gradients) of one forward and one backward pass; no gradients where no input wants one."""
+    outputs = as_list(function(*inputs, **settings))
+    return [tensor.detach() for tensor in outputs], backward(inputs, outputs, cotangents)
+
+
+def make_cotangents(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """A small output is a loss: its gradient comes from `.mean()`, with stride 0. A large one goes on to a decoder."""
+    generator, largest = torch.Generator().manual_seed(1), max(tensor.numel() for tensor in inputs)
+    small = [out.new_tensor(1 / max(1, out.numel())).expand(out.shape) for out in outputs]
+    # Half an input is as large as a latent, where one head packs both parameters.
+    large = [x.dim() > 1 and 2 * x.numel() >= largest for x in outputs]
+    return [torch.randn(x.shape, generator=generator).to(x) if big else s for x, big, s in zip(outputs, large, small)]
+
+
+def problem(case: Case, name: str, function: Callable, cotangents: list[Tensor]) -> str:
+    """Why a contender may not be timed; empty where it matches the definition."""
+    given = case.same_noise.get(name)
+    if given is None and case.same_noise and name == "torch.compile":
+        return ""  # draws noise of its own; the formula that it is made of was compared
+    actual = run(given or function, case.inputs, cotangents)
+    exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in case.inputs]
+    try:
+        settings = case.noise(exact, [out.double() for out in actual[0]]) if case.noise and given is None else {}
+    except ValueError as error:
+        return str(error)
+    expected = run(case.reference, exact, [tensor.double() for tensor in cotangents], **settings)
+    return disagreement(actual, expected, max(torch.finfo(x.dtype).eps for x in (*case.inputs, *actual[0], *actual[1])))
+
+
+def disagreement(actual: tuple, expected: tuple, rounding: float) -> str:
+    """Empty where two results of `run` agree."""
+    for kind, got, wanted in zip(("output", "gradient"), actual, expected):
+        for index, (a, b) in enumerate(zip(got, wanted)):
+            if a.shape != b.shape:
+                return f"{kind} {index} has shape {tuple(a.shape)}, expected {tuple(b.shape)}"
+            scale = b.abs().max().item() if b.numel() else 0.0
+            error = (a.double() - b).abs().max().item() if b.numel() else 0.0
+            if not error <= UNITS * rounding * scale:  # NaN does not agree either
+                return f"{kind} {index} differs by {error:.2e}, largest value {scale:.2e}"
+    return ""
+
+
+def normal_noise(inputs: list[Tensor], outputs: list[Tensor]) -> dict[str, Tensor]:
+    """The noise of z = mu + sigma eps, which must look standard normal."""
+    mu, logvar = inputs[:2] if len(inputs) > 1 else inputs[0].chunk(2, 1)
+    eps = ((outputs[0] - mu) / torch.exp(0.5 * logvar)).detach()
+    count = eps.numel()
+    # Six standard errors of mean and variance; the variance of few values says nothing.
+    if not abs(eps.mean()) <= 6 / count**0.5 or (count > 99 and not abs(eps.var() - 1) <= 6 * (2 / count) ** 0.5):
+        raise ValueError(f"the noise has mean {eps.mean():.3f} and variance {eps.var():.3f}: not standard normal")
+    return {"eps": eps}

@@ -1,0 +1,160 @@
+"""What a step moves, keeps and launches, counted and not timed: the same on every machine."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bench.budget import touched
+
+# Ops that write their result without having read the tensor whose shape they take, and those that do not even write.
+FILL = re.compile(r"(new_)?(ones|zeros|full|rand|randn|randint|normal|uniform|bernoulli|exponential|fill|zero|arange)")
+NOTHING = re.compile(r"(new_)?empty|detach|alias|lift_fresh|_local_scalar_dense|is_same_size|_has_")
+
+
+class Traffic(NamedTuple):
+    read: int
+    written: int
+    launches: int
+
+    @property
+    def bytes(self) -> int:
+        return self.read + self.written
+
+    def minus(self, other: Traffic) -> Traffic:
+        return Traffic(*(a - b for a, b in zip(self, other)))
+
+
+class Counter(TorchDispatchMode):
+    """Sums what each op that reaches the dispatcher reads and writes: each tensor's own elements once, views nothing.
+
+    What an op does inside, as logsumexp does, it does not see: a lower bound for those.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = self.written = self.launches = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.count(func, args, kwargs or {}, result)
+        return result
+
+    def count(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
+        name = func._schema.name.partition("::")[2]
+        written = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
+        values = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
+        changed = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        inputs = {name: [x for x in tree_leaves(value) if isinstance(x, Tensor)] for name, value in values.items()}
+        storages = {x.untyped_storage()._cdata for group in inputs.values() for x in group}
+        view = not changed and written and all(x.untyped_storage()._cdata in storages for x in written)
+        if view or NOTHING.match(name) or not any(x.numel() for x in written):
+            return
+        self.launches += 1
+        self.written += sum(map(touched, written))
+        if FILL.match(name):
+            return
+        # An op that changes its argument reads it first, except a copy.
+        overwritten = changed if name == "copy_" else ()
+        self.read += sum(touched(x) for key, group in inputs.items() if key not in overwritten for x in group)
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic(self.read, self.written, self.launches)
+
+
+def count_eager(forward: Callable[[], Any], backward: Callable[[Any], Any]) -> tuple[Traffic, Traffic]:
+    """Of the forward and of the backward pass."""
+    with Counter() as counter:
+        outputs = forward()
+        before = counter.traffic
+        backward(outputs)
+    return before, counter.traffic.minus(before)
+
+
+class Graphs(NamedTuple):
+    """What Inductor has compiled: bytes by its own account, and the loop nests (on a GPU, kernels) that it made."""
+
+    bytes: list[int]
+    launches: list[int]
+
+    def total(self) -> Traffic:
+        return Traffic(sum(self.bytes), 0, sum(self.launches))
+
+
+@contextlib.contextmanager
+def inductor_account() -> Iterator[Graphs]:
+    """Every graph that Inductor compiles within, in order: forward, then backward."""
+    from torch._functorch import config as functorch
+    from torch._inductor import config
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.scheduler import NopKernelSchedulerNode
+    from torch._inductor.virtualized import V
+
+    graphs, own = Graphs([], []), GraphLowering.save_output_code
+
+    def note(code: str) -> None:  # which Inductor calls when it has written a graph's code
+        nodes = [node for node in V.graph.scheduler.nodes if not isinstance(node, NopKernelSchedulerNode)]
+        graphs.bytes.append(sum(node.get_read_write_buffers_sizes() for node in nodes))
+        graphs.launches.append(len(nodes))
+
+    # A graph from the cache would not be accounted for; its compiled C++ or Triton code is still cached.
+    caches = config.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False)
+    GraphLowering.save_output_code = staticmethod(note)
+    try:
+        with caches[0], caches[1]:
+            yield graphs
+    finally:
+        GraphLowering.save_output_code = own
+
+
+def saved_bytes(function: Callable, inputs: list[Tensor]) -> int:
+    """What the forward pass keeps for the backward pass, beyond its inputs; each storage once."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    kept: dict[int, tuple[int, Tensor]] = {}  # holds on to the tensors, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = function(*inputs)
+    del outputs
+    return sum(size for size, _ in kept.values())
+
+
+def peak_bytes(step: Callable[[], object], device: str) -> int:
+    """Most bytes that a step has allocated at one time: inputs not counted, outputs and gradients counted."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    now = peak = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def gpu_launches(step: Callable[[], object]) -> int:
+    """Kernels that a step launches, as the profiler sees them."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())

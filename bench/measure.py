@@ -1,0 +1,174 @@
+"""One case, from the check of every contender to the rows of the table."""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import counting
+from bench.budget import budget
+from bench.budget import launches as own_launches
+from bench.case import Case, as_list, backward, empty, make_cotangents, problem
+from bench.timing import QUICK, Contender, Pace, Times, copy, limit, measure, ratio, spread, threads
+
+COMPILE, COPY, LIMIT = "torch.compile", "copy", "limit"
+COLUMNS = (
+    "op", "case", "threads", "provider", "note", "forward_ms", "forward_ms_low", "forward_ms_high", "backward_ms",
+    "backward_ms_low", "backward_ms_high", "both_ms", "both_ms_low", "both_ms_high", "rounds", "speed_up",
+    "speed_up_low", "speed_up_high", "bytes_forward", "bytes_backward", "gigabytes_per_second", "percent_of_copy",
+    "peak_bytes", "saved_bytes", "launches_forward", "launches_backward", "host_us", "latent_bytes",
+)  # fmt: skip
+
+
+def rows_of(
+    op: str, case: Case, device: str, thread_counts: list[int], pace: Pace, host: bool, compile: bool = True
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """(a row for each contender and number of threads, what does not match the definition).
+
+    `host` also measures the step without data, `compile` what torch.compile makes of the formula.
+    """
+    rows, wrong, counted = [], [], {}
+    for count in sorted(thread_counts, reverse=True):  # counts are those of the most threads
+        with threads(count):
+            first = count == max(thread_counts)
+            if first:
+                functions, notes, yardsticks, cotangents = prepare(case, device, counted, compile)
+                wrong = [f"{name}: {note}" for name, note in notes.items() if name != COMPILE or "differs" in note]
+            elif COMPILE in functions:  # its code is made for a number of threads
+                functions[COMPILE], notes[COMPILE] = compiled(case, case.inputs, cotangents, {})
+                functions = {name: function for name, function in functions.items() if function}
+            steps = {name: contender(function, case.inputs, cotangents) for name, function in functions.items()}
+            times = measure({**steps, **yardsticks}, device, pace)
+            idle = host_times(case, functions, device) if host and first else {}
+        facts = {"op": op, "case": case.name, "threads": count if device == "cpu" else ""}
+        for name in [*functions, *yardsticks]:
+            row = {**facts, "provider": name, **timed(times[name]), **counted.get(name, {})}
+            if "eager" in times:
+                row |= named("speed_up", ratio(times["eager"], times[name]))
+            if COPY in times:
+                row["percent_of_copy"] = 100 * ratio(times[COPY], times[name]).median
+                row["gigabytes_per_second"] = counted[COPY]["bytes_total"] / spread(times[name].both).median / 1e9
+            row["host_us"] = 1e6 * idle[name] if name in idle else ""
+            rows.append(row)
+        rows += [{**facts, "provider": name, "note": note} for name, note in notes.items() if name not in functions]
+    torch._dynamo.reset()
+    return [{key: value for key, value in row.items() if key != "bytes_total"} for row in rows], wrong
+
+
+def prepare(case: Case, device: str, counted: dict[str, dict], compile: bool) -> tuple:
+    """Checks and counts each contender: (functions that may be timed, why others may not, yardsticks, cotangents)."""
+    outputs = as_list(case.eager(*case.inputs))
+    cotangents = make_cotangents(outputs, case.inputs)
+    functions, notes = {}, {}
+    for name, function in case.functions.items():
+        if note := problem(case, name, function, cotangents):
+            notes[name] = note
+        else:
+            functions[name] = function
+            counted[name] = count(name, function, case.inputs, cotangents, device)
+    if compile and "eager" in functions:
+        function, note = compiled(case, case.inputs, cotangents, counted)
+        note = note or problem(case, COMPILE, function, cotangents)
+        if note:
+            notes[COMPILE] = note
+        else:
+            functions[COMPILE] = function
+            counted[COMPILE] |= kept(function, case.inputs, cotangents, device)
+    yardsticks = {LIMIT: limit(outputs, case.inputs)}
+    if case.budget:
+        own = budget(case.budget, case.inputs, outputs, cotangents)
+        yardsticks[COPY] = copy(own, device)
+        moved = {"bytes_forward": own.forward, "bytes_backward": own.backward}
+        launches = dict(zip(("launches_forward", "launches_backward"), own_launches(case.budget, outputs)))
+        counted["fastkl"] = {**launches, **counted.get("fastkl", {}), **moved}  # a GPU has counted its launches itself
+        counted[COPY] = {**moved, "bytes_total": own.both}
+    for moved in counted.values():
+        moved["latent_bytes"] = max(x.numel() * x.element_size() for x in case.inputs)
+    return functions, notes, yardsticks, cotangents
+
+
+def contender(function: Callable, inputs: list[Tensor], cotangents: list[Tensor]) -> Contender:
+    """The step that is timed. What wants no gradient has no backward pass."""
+    return Contender(functools.partial(function, *inputs), lambda outputs: backward(inputs, outputs, cotangents))
+
+
+def count(name: str, function: Callable, inputs: list[Tensor], cotangents: list[Tensor], device: str) -> dict:
+    """Memory, and the traffic of formulas in torch ops; that of fastkl's kernels is in their budget."""
+    step = contender(function, inputs, cotangents)
+    found = kept(function, inputs, cotangents, device)
+    if name != "fastkl":
+        there, back = counting.count_eager(*step)
+        found |= {"bytes_forward": there.bytes, "bytes_backward": back.bytes}
+        found |= {"launches_forward": there.launches, "launches_backward": back.launches}
+    elif device == "cuda":
+        step.backward(step.forward())
+        found["launches_forward"] = counting.gpu_launches(step.forward)
+        both = counting.gpu_launches(lambda: step.backward(step.forward()))
+        found["launches_backward"] = both - found["launches_forward"]
+    return found
+
+
+def kept(function: Callable, inputs: list[Tensor], cotangents: list[Tensor], device: str) -> dict[str, int]:
+    step = contender(function, inputs, cotangents)
+    step.backward(step.forward())
+    peak = counting.peak_bytes(lambda: step.backward(step.forward()), device)
+    return {"peak_bytes": peak, "saved_bytes": counting.saved_bytes(function, inputs)}
+
+
+def compiled(
+    case: Case, inputs: list[Tensor], cotangents: list[Tensor], counted: dict[str, dict]
+) -> tuple[Callable | None, str]:
+    """torch.compile of the eager formula, or None and why there is none; with what Inductor says that it moves."""
+    torch._dynamo.reset()
+    function = torch.compile(case.eager, dynamic=False)
+    try:
+        with warnings.catch_warnings(), counting.inductor_account() as graphs:
+            warnings.simplefilter("ignore")
+            outputs = function(*inputs)
+            forward = counting.Graphs(list(graphs.bytes), list(graphs.launches)).total()
+            backward(inputs, outputs, cotangents)
+            both = graphs.total()
+    except Exception as error:  # whatever goes wrong inside the compiler, the other columns stand
+        missing = re.search("InvalidCxxCompiler|Failed to find C compiler|No working C", str(error))
+        return None, "no compiler" if missing else f"failed: {type(error).__name__}"
+    if not forward.launches:
+        return None, "nothing that it could compile"
+    # A forward pass in one graph makes its backward pass at the same time, in the account of which the rest is.
+    counted[COMPILE] = {"bytes_forward": forward.bytes, "bytes_backward": both.bytes - forward.bytes}
+    counted[COMPILE] |= {"launches_forward": forward.launches, "launches_backward": both.launches - forward.launches}
+    return function, ""
+
+
+def host_times(case: Case, functions: dict[str, Callable], device: str) -> dict[str, float]:
+    """Seconds per step of what can do without data."""
+    inputs, steps = empty(case.inputs), {}
+    for name, function in functions.items():
+        try:
+            if name == COMPILE:
+                torch._dynamo.reset()
+                function = torch.compile(case.eager, dynamic=False)
+            outputs = as_list(function(*inputs))
+            step = contender(function, inputs, make_cotangents(outputs, inputs))
+            step.backward(step.forward())
+            steps[name] = step
+        except Exception:  # some distances want points; that is theirs to say
+            continue
+    # The clock of the host, on a GPU too: there is nothing to wait for.
+    return {name: spread(times.both).median for name, times in measure(steps, "cpu", QUICK).items()}
+
+
+def named(name: str, values: tuple[float, float, float]) -> dict[str, float]:
+    return {f"{name}_low": values[0], name: values[1], f"{name}_high": values[2]}
+
+
+def timed(times: Times) -> dict[str, Any]:
+    found: dict[str, Any] = {"rounds": len(times.forward)}
+    for part in ("forward", "backward", "both"):
+        found |= named(f"{part}_ms", spread([1e3 * value for value in getattr(times, part)]))
+    return found

@@ -1,0 +1,106 @@
+"""Where results lie: one folder for each machine, a CSV file for each part, written after every case."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+KEY = ("op", "case")  # what a resumed run has no need to measure again
+NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?")
+
+
+class Store:
+    """part -> rows. What is there is kept with `keep`, and replaced by what is measured again."""
+
+    def __init__(self, folder: Path, keep: bool):
+        self.folder, self.parts = folder, {}
+        folder.mkdir(parents=True, exist_ok=True)
+        if keep:
+            for path in folder.glob("*.csv"):
+                with path.open(newline="", encoding="utf-8") as file:
+                    self.parts[path.stem] = [{k: parse(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+    def rows(self, part: str) -> list[dict[str, Any]]:
+        return self.parts.get(part, [])
+
+    def has(self, part: str, key: tuple[str, str]) -> bool:
+        return any(key_of(row) == key for row in self.rows(part))
+
+    def add(self, part: str, rows: list[dict[str, Any]]) -> None:
+        new = {key_of(row) for row in rows}
+        self.parts[part] = [row for row in self.rows(part) if key_of(row) not in new] + rows
+        names = list(dict.fromkeys(name for row in self.parts[part] for name in row))
+        temporary = self.folder / f".{part}.csv"
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({name: rounded(value) for name, value in row.items()} for row in self.parts[part])
+        temporary.replace(self.folder / f"{part}.csv")  # whole or not at all, also where the run ends here
+
+    def remember(self, machine: dict[str, Any]) -> None:
+        (self.folder / "machine.json").write_text(json.dumps(machine, indent=2) + "\n", encoding="utf-8")
+
+
+def key_of(row: dict[str, Any]) -> tuple[str, str]:
+    return tuple(str(row[name]) for name in KEY)
+
+
+def rounded(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def parse(text: str) -> Any:
+    if not NUMBER.fullmatch(text):
+        return text
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def processor() -> str:
+    """The CPU's name, as its maker has it."""
+    try:
+        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.processor() or platform.machine()
+
+
+def cache_bytes() -> int:
+    """Of the last level; 32 MiB where the system does not say."""
+    try:
+        return os.sysconf("SC_LEVEL3_CACHE_SIZE") or 32 << 20
+    except (OSError, ValueError, AttributeError):
+        return 32 << 20
+
+
+def machine(device: str, thread_counts: list[int]) -> dict[str, Any]:
+    """What a reader must know of the machine and of the moment."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "cpu": processor(),
+        "cores": cores,
+        "threads": thread_counts,
+        "cache_mib": cache_bytes() >> 20,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        # Of the minute before: on a machine with other work, two threads wait for one another.
+        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def slug(machine: dict[str, Any], device: str) -> str:
+    name = machine["device"] + ("" if device == "cuda" else f" {max(machine['threads'])} threads")
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")

@@ -1,0 +1,151 @@
+"""What is shown of the results, as text: the same tables in the terminal and on the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from bench.bench_kl_normal import SIZES
+from bench.measure import COMPILE, COPY, LIMIT
+from bench.store import Store, cache_bytes
+from bench.sweeps import SWEEPS, growth_of
+
+DISTRIBUTIONS = "torch.distributions"
+TITLES = {"kl_normal": "KL", "rsample_kl": "sample + KL"}
+
+
+class Table(NamedTuple):
+    title: str
+    note: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def rich(self) -> Any:
+        from rich.table import Table as RichTable
+
+        table = RichTable(title=self.title, caption=self.note, title_justify="left", caption_justify="left")
+        for index, name in enumerate(self.header):
+            table.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def all_tables(store: Store) -> list[Table]:
+    tables = [sizes(store), *of_ops(store), of_sweeps(store), of_training(store)]
+    return [table for table in tables if table.rows]
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """Three significant digits, no exponent."""
+    if not isinstance(value, int | float):
+        return "-"
+    if value and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    text = f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
+    return text
+
+
+def times(value: Any) -> str:
+    return f"{number(value)}x" if isinstance(value, int | float) else "-"
+
+
+def mib(value: Any) -> str:
+    return number(value / 2**20) if isinstance(value, int | float) else "-"
+
+
+def pair(row: dict[str, Any], name: str) -> str:
+    there, back = row.get(f"{name}_forward"), row.get(f"{name}_backward")
+    return f"{there}+{back}" if isinstance(there, int) and isinstance(back, int) else "-"
+
+
+def find(store: Store, op: str, case: str, threads: Any) -> dict[str, dict[str, Any]]:
+    """Contender -> row."""
+    rows = store.rows("ops")
+    return {r["provider"]: r for r in rows if (r["op"], r["case"], r["threads"]) == (op, case, threads)}
+
+
+def thread_counts(store: Store) -> list[Any]:
+    return sorted({row["threads"] for row in store.rows("ops")}, key=str)
+
+
+def sizes_measured(store: Store, op: str) -> list[str]:
+    names = {row["case"] for row in store.rows("ops") if row["op"] == op}
+    return [name for name in (f"{n} x {d}" for n, d in SIZES) if name in names]
+
+
+def sizes(store: Store) -> Table:
+    """The first question: is it faster, from one element to many?"""
+    rows = []
+    for op, title in TITLES.items():
+        for count in thread_counts(store):
+            for case in sizes_measured(store, op):
+                found = find(store, op, case, count)
+                if "eager" in found:
+                    cells = [times(found.get(n, {}).get("speed_up")) for n in (DISTRIBUTIONS, COMPILE, "fastkl", LIMIT)]
+                    ms = number(found["eager"]["both_ms"])
+                    against = "-"
+                    if COMPILE in found and "both_ms" in found[COMPILE] and "fastkl" in found:
+                        against = times(found[COMPILE]["both_ms"] / found["fastkl"]["both_ms"])
+                    rows.append([title, case, str(count or "GPU"), ms, *cells, against])
+    note = "Speed-ups over the eager one-liner, medians of rounds; the limit allocates and fills outputs and gradients."
+    header = ["", "N x D", "threads", "eager, ms", DISTRIBUTIONS, COMPILE, "fastkl", "limit", f"fastkl over {COMPILE}"]
+    return Table("KL, and sample + KL: forward and backward, float32", note, header, rows)
+
+
+def of_ops(store: Store) -> Iterator[Table]:
+    """Every column, a table for each number of threads."""
+    header = ["op", "case", "contender", "forward ms", "backward ms", "both ms", "quartiles", "speed-up", "moved MiB"]
+    header += ["GB/s", "% of copy", "peak MiB", "kept MiB", "launches", "host us"]
+    for count in reversed(thread_counts(store)):
+        rows, before = [], None
+        for r in store.rows("ops"):
+            if r["threads"] != count or r["provider"] in (COPY, LIMIT):
+                continue
+            name = (r["op"], r["case"])
+            first, before = name != before, name
+            start = [*(name if first else ("", "")), r["provider"]]
+            if r.get("note"):
+                rows.append([*start, "", "", r["note"], *[""] * 9])
+                continue
+            moved = "-"
+            if isinstance(r.get("bytes_forward"), int):
+                moved = mib(r["bytes_forward"] + r["bytes_backward"])
+            quartiles = f"{number(r['both_ms_low'])} to {number(r['both_ms_high'])}"
+            cells = [number(r["forward_ms"]), number(r["backward_ms"]), number(r["both_ms"]), quartiles]
+            cells += [times(r.get("speed_up")), moved, number(r.get("gigabytes_per_second"))]
+            cells += [number(r.get("percent_of_copy")), mib(r.get("peak_bytes")), mib(r.get("saved_bytes"))]
+            rows.append([*start, *cells, pair(r, "launches"), number(r.get("host_us"))])
+        note = (
+            "Moved: eager, each op's reads and writes; torch.compile, Inductor's account; fastkl, the traffic of its "
+            "GPU kernels. GB/s and % of copy: that traffic over the time, beside a copy of as many bytes. "
+            "Host: a step without data."
+        )
+        where = "on the GPU" if count == "" else f"on {count} thread{'s' * (count != 1)}"
+        yield Table(f"Every op, {where}", note, header, rows)
+
+
+def of_sweeps(store: Store) -> Table:
+    rows = []
+    for sweep in SWEEPS.values():
+        for provider in ("eager", "fastkl"):
+            measured = [r for r in store.rows("sweeps") if (r["op"], r["provider"]) == (sweep.name, provider)]
+            if found := growth_of(measured, sweep, provider, cache_bytes()):
+                last = max(measured, key=lambda row: row["x"])
+                cells = [number(last["both_ms"]), number(last["ns_per_element"])]
+                cells += [f"{times(found.worst)} at {found.worst_at:,}", times(found.beyond_cache), found.verdict]
+                rows.append([sweep.name, f"{sweep.axis} to {last['x']:,}", provider, *cells])
+    note = "Steps: time per element over that of the size before, where it is not mere overhead; 1 is linear growth."
+    header = ["sweep", "", "contender", "ms at the end", "ns per element", "largest step", "beyond the cache", "growth"]
+    return Table("Growth", note, header, rows)
+
+
+def of_training(store: Store) -> Table:
+    rows = []
+    for r in store.rows("training_step"):
+        quartiles = f"{number(r['both_ms_low'])} to {number(r['both_ms_high'])}"
+        cells = [number(r["both_ms"]), quartiles, times(r["speed_up"]), mib(r["peak_bytes"])]
+        rows.append([r["case"], f"batch {r['batch']}", r["provider"], *cells])
+    note = "The loss alone: sample, KL and likelihood, on the head and the logits of the same step."
+    header = ["", "", "loss", "ms", "quartiles", "speed-up", "peak MiB"]
+    return Table("A training step of the large-latent preset", note, header, rows)

@@ -1,0 +1,150 @@
+"""Contenders take turns, round by round, so that a machine that changes its speed changes it for all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.budget import Budget
+
+
+class Contender(NamedTuple):
+    """A step in two parts. The second frees what the first has made."""
+
+    forward: Callable[[], Any]
+    backward: Callable[[Any], Any]
+
+
+class Pace(NamedTuple):
+    """How long to measure."""
+
+    rounds: int = 9
+    round_seconds: float = 0.02  # of each contender
+    seconds: float = 8.0  # of all of them together, where a single step is long: then there are fewer rounds
+
+
+QUICK = Pace(5, 0.005, 2.0)
+FEWEST_ROUNDS = 3
+
+
+class Spread(NamedTuple):
+    """Quartiles over the rounds."""
+
+    low: float
+    median: float
+    high: float
+
+
+class Times(NamedTuple):
+    """Seconds per step, one value for each round."""
+
+    forward: list[float]
+    backward: list[float]
+
+    @property
+    def both(self) -> list[float]:
+        return [a + b for a, b in zip(self.forward, self.backward)]
+
+
+def spread(values: list[float]) -> Spread:
+    if len(values) < 2:
+        return Spread(*values * 3)
+    return Spread(*statistics.quantiles(values, n=4, method="inclusive"))
+
+
+def ratio(times: Times, over: Times) -> Spread:
+    """How many times `times` takes as long as `over`, of rounds that ran side by side."""
+    return spread([a / b for a, b in zip(times.both, over.both)])
+
+
+def one_round(contender: Contender, repeats: int, device: str) -> tuple[float, float]:
+    """Seconds per step, forward and backward: by CUDA events on a GPU, by the wall clock elsewhere."""
+    clock = recorded if device == "cuda" else time.perf_counter
+    marks = []
+    for _ in range(repeats):
+        start = clock()
+        outputs = contender.forward()
+        middle = clock()
+        contender.backward(outputs)
+        del outputs
+        marks.append((start, middle, clock()))
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return tuple(sum(mark[i].elapsed_time(mark[i + 1]) for mark in marks) / 1e3 / repeats for i in (0, 1))
+    return tuple(sum(mark[i + 1] - mark[i] for mark in marks) / repeats for i in (0, 1))
+
+
+def recorded() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def measure(contenders: dict[str, Contender], device: str, pace: Pace) -> dict[str, Times]:
+    """Interleaved rounds of all contenders; the first steps, which set things up, are not counted."""
+    if not contenders:
+        return {}
+    once = {}
+    for name, contender in contenders.items():
+        first = sum(one_round(contender, 1, device))
+        once[name] = first if first > pace.round_seconds else min(sum(one_round(contender, 1, device)) for _ in "123")
+    repeats = {name: max(1, min(10_000, math.ceil(pace.round_seconds / value))) for name, value in once.items()}
+    total = sum(once[name] * repeats[name] for name in contenders)
+    rounds = max(FEWEST_ROUNDS, min(pace.rounds, math.floor(pace.seconds / total)))
+    found = {name: Times([], []) for name in contenders}
+    with without_collection():
+        for _ in range(rounds):
+            for name, contender in contenders.items():
+                forward, backward = one_round(contender, repeats[name], device)
+                found[name].forward.append(forward)
+                found[name].backward.append(backward)
+    return found
+
+
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """Garbage is collected before, not in the middle of a round."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def copy(budget: Budget, device: str) -> Contender:
+    """A copy that moves as many bytes as the op's kernels must, between tensors that exist already: the yardstick."""
+    parts = []
+    for size in budget:
+        source = torch.ones(max(1, size // 8), device=device)  # half of the bytes are read, half are written
+        parts.append((torch.empty_like(source).fill_(0), source))
+    return Contender(lambda: parts[0][0].copy_(parts[0][1]), lambda _: parts[1][0].copy_(parts[1][1]))
+
+
+def limit(outputs: list[Tensor], inputs: list[Tensor]) -> Contender:
+    """Allocates and fills the outputs and the gradients: what no op that returns new tensors can be faster than."""
+    wanted = [tensor.detach() for tensor in inputs if tensor.requires_grad]
+    outputs = [tensor.detach() for tensor in outputs]
+
+    def backward(kept: list[Tensor]) -> None:
+        [torch.ones_like(tensor) for tensor in wanted]
+
+    return Contender(lambda: [torch.ones_like(tensor) for tensor in outputs], backward)
