@@ -19,6 +19,7 @@ from fastkl.kernels._device import (
     to_logvar,
     to_logvar_gradient,
 )
+from fastkl.kernels._launch import launch, replayed
 from fastkl.kernels._layout import (
     NO_STRIDES,
     PROGRAMS,
@@ -166,6 +167,7 @@ def kl_normal_bwd_kernel(
         tl.store(dprior_logvar + at, tl.sum(total_logvar, axis=0), mask=column < columns)
 
 
+@replayed
 def fwd(q, packed_dim, prior, event_ndim, scale, low, high, live, distance="kl") -> torch.Tensor:
     mu = unpack(q, packed_dim)[0]
     inputs = [*unpack(q, packed_dim), *(p.expand(mu.shape) for p in prior)]
@@ -174,17 +176,19 @@ def fwd(q, packed_dim, prior, event_ndim, scale, low, high, live, distance="kl")
     block = blocks(layout.rows, layout.columns, inputs)
     row_blocks = cdiv(layout.rows, block["ROWS"])
     columns_per_program, splits = share(layout.columns, block["COLUMNS"], PROGRAMS // max(1, row_blocks))
-    kl = torch.empty((splits, layout.rows), dtype=dtype, device=mu.device)
+    batch = mu.shape[: mu.dim() - event_ndim]
+    kl = torch.empty(batch if splits == 1 else (splits, *batch), dtype=dtype, device=mu.device)
     if layout.rows:
-        kl_normal_fwd_kernel[(row_blocks * splits,)](
-            *inputs, *[None] * (4 - len(inputs)), kl, layout.shape, layout.strides, columns_per_program, splits,
+        launch(
+            kl_normal_fwd_kernel, (row_blocks * splits,), *inputs, *[None] * (4 - len(inputs)), kl,
+            layout.shape, layout.strides, columns_per_program, splits,
             low, high, DISTANCE=distance, SCALE=scale, BOUNDED=is_bounded(low, high), NESTED=layout.nested,
             enable_fp_fusion=True, **block,
         )  # fmt: skip
-    kl = kl[0] if splits == 1 else kl.sum(0)
-    return kl.view(mu.shape[: mu.dim() - event_ndim])
+    return kl if splits == 1 else kl.sum(0)
 
 
+@replayed
 def bwd(
     dkl, q, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient, distance="kl"
 ) -> list[torch.Tensor]:
@@ -223,7 +227,8 @@ def launch_bwd(dkl, weight, q, packed_dim, prior, event_ndim, settings, prior_gr
     inputs, launched, layout = fit(inputs, outputs, event_ndim)
     strides = layout.strides
     missing = 5 - len(inputs)
-    kl_normal_bwd_kernel[(groups * column_blocks,)](
+    launch(
+        kl_normal_bwd_kernel, (groups * column_blocks,),
         *inputs, *[None] * missing, *launched, *[None] * (4 - len(launched)),
         layout.shape, strides[: len(inputs)] + (NO_STRIDES,) * missing + strides[len(inputs) :], weight,
         rows_per_program, column_blocks, 2 * columns, low, high,

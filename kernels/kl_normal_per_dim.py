@@ -11,6 +11,7 @@ import triton.language as tl
 
 from fastkl.kernels import kl_normal
 from fastkl.kernels._device import bound, exp, kl_terms, kl_terms_prior, offsets, tile, to_logvar
+from fastkl.kernels._launch import launch, replayed
 from fastkl.kernels._layout import NO_STRIDES, PROGRAMS, cdiv, compute_dtype, fit, is_bounded, share
 
 # Rows that one program sums at least, while there are more: its partial sums are written and read again once for them.
@@ -50,6 +51,7 @@ def kl_normal_per_dim_fwd_kernel(
     tl.store(kl, tl.sum(total, axis=0) / rows, mask=column < columns)
 
 
+@replayed
 def fwd(mu, parameter, prior, event_ndim, scale, low, high, live) -> torch.Tensor:
     inputs = [mu, parameter, *(p.expand(mu.shape) for p in prior)]
     dtype = compute_dtype(inputs)
@@ -62,17 +64,20 @@ def fwd(mu, parameter, prior, event_ndim, scale, low, high, live) -> torch.Tenso
     most = min(PROGRAMS // column_blocks, cdiv(rows, MIN_ROWS))
     rows_per_program, groups = share(rows, block["ROWS"], most)
     # Two stages, no atomics: the same sum in every run.
-    kl = torch.empty((groups, *mu.shape[batch_ndim:]), dtype=dtype, device=mu.device)
-    inputs, _, layout = fit(inputs, [kl[0].expand(mu.shape)], event_ndim)
+    event = mu.shape[batch_ndim:]
+    kl = torch.empty(event if groups == 1 else (groups, *event), dtype=dtype, device=mu.device)
+    inputs, _, layout = fit(inputs, [(kl if groups == 1 else kl[0]).expand(mu.shape)], event_ndim)
     missing = 4 - len(inputs)
     strides = (*layout.strides[:-1], *[NO_STRIDES] * missing, layout.strides[-1])
-    kl_normal_per_dim_fwd_kernel[(groups * column_blocks,)](
+    launch(
+        kl_normal_per_dim_fwd_kernel, (groups * column_blocks,),
         *inputs, *[None] * missing, kl, layout.shape, strides, rows_per_program, column_blocks, columns, low, high,
         SCALE=scale, BOUNDED=is_bounded(low, high), NESTED=layout.nested, enable_fp_fusion=True, **block,
     )  # fmt: skip
-    return kl[0] if groups == 1 else kl.sum(0)
+    return kl if groups == 1 else kl.sum(0)
 
 
+@replayed
 def bwd(dkl, mu, parameter, prior, event_ndim, scale, low, high, live, prior_gradient) -> list[torch.Tensor]:
     weight = 1.0 / max(1, mu.shape[: mu.dim() - event_ndim].numel())
     if dkl.dtype == torch.float64:  # a kernel's float argument is a float32

@@ -8,8 +8,8 @@ from fastkl.kernels import kl_normal
 
 
 def fwd(mu, parameter, prior, *settings) -> torch.Tensor:
-    return kl_normal.fwd([mu, parameter], -1, prior, *settings, distance="wasserstein2")
+    return kl_normal.fwd([mu, parameter], -1, prior, *settings, "wasserstein2")
 
 
 def bwd(ddistance, mu, parameter, prior, *settings) -> list[torch.Tensor]:
-    return kl_normal.bwd(ddistance, [mu, parameter], -1, prior, *settings, distance="wasserstein2")
+    return kl_normal.bwd(ddistance, [mu, parameter], -1, prior, *settings, "wasserstein2")
