@@ -12,9 +12,10 @@
 #ifdef FLOAT64
 typedef double REAL;
 typedef int64_t BITS;
+typedef uint64_t UNSIGNED;
 #define MANTISSA 52
-#define BIAS 1023
-#define ROUND 6755399441055744.0 /* 1.5 * 2^52: what is added to it is rounded to an integer */
+/* 1.5 * 2^52 + bias - 1: what is added to it is rounded to an integer n, and its last bits are the exponent of 2^(n-1) */
+#define ROUND (6755399441055744.0 + 1022.0)
 #define LN2_HIGH 6.93147180369123816490e-01 /* its product with an exponent is exact */
 #define LN2_LOW 1.90821492927058770002e-10
 #define EXP_LEAST -708.7
@@ -24,9 +25,9 @@ typedef int64_t BITS;
 #else
 typedef float REAL;
 typedef int32_t BITS;
+typedef uint32_t UNSIGNED;
 #define MANTISSA 23
-#define BIAS 127
-#define ROUND 12582912.0f /* 1.5 * 2^23 */
+#define ROUND (12582912.0f + 126.0f) /* 1.5 * 2^23 + bias - 1 */
 #define LN2_HIGH 0.693359375f
 #define LN2_LOW -2.12194440e-4f
 #define EXP_LEAST -87.3f
@@ -39,7 +40,7 @@ typedef int32_t BITS;
 static inline BITS bits_of(REAL x) { BITS bits; memcpy(&bits, &x, sizeof x); return bits; }
 static inline REAL real_of(BITS bits) { REAL x; memcpy(&x, &bits, sizeof x); return x; }
 
-/* exp(r) - 1 - r for |r| <= ln 2 / 2, by its series: relative error below rounding. */
+/* exp(r) - 1 - r for |r| <= ln 2 / 2: its series, or in float a minimax polynomial (relative error 3e-9). */
 static inline REAL exp_rest(REAL r) {
 #ifdef FLOAT64
     REAL s = 1.0 / 6227020800.0 + r * (1.0 / 87178291200.0);
@@ -49,14 +50,18 @@ static inline REAL exp_rest(REAL r) {
     s = 1.0 / 362880.0 + r * s;
     s = 1.0 / 40320.0 + r * s;
     s = 1.0 / 5040.0 + r * s;
+    s = 1.0 / 720.0 + r * s;
+    s = 1.0 / 120.0 + r * s;
+    s = 1.0 / 24.0 + r * s;
+    s = 1.0 / 6.0 + r * s;
+    s = 0.5 + r * s;
 #else
-    REAL s = 1.0f / 5040.0f + r * (1.0f / 40320.0f);
+    REAL s = 1.3933630807e-3f + r * 1.9857812323e-4f;
+    s = 8.3333607545e-3f + r * s;
+    s = 4.1666465229e-2f + r * s;
+    s = 1.6666666532e-1f + r * s;
+    s = 0.5f + r * s;
 #endif
-    s = (REAL)(1.0 / 720.0) + r * s;
-    s = (REAL)(1.0 / 120.0) + r * s;
-    s = (REAL)(1.0 / 24.0) + r * s;
-    s = (REAL)(1.0 / 6.0) + r * s;
-    s = (REAL)0.5 + r * s;
     return r * r * s;
 }
 
@@ -68,7 +73,7 @@ static inline split split_exp(REAL x) {
     x = x > (REAL)EXP_MOST ? (REAL)EXP_MOST : x;
     REAL shifted = x * LOG2E + ROUND, n = shifted - ROUND;
     REAL r = (x - n * LN2_HIGH) - n * LN2_LOW;
-    split parts = {real_of((bits_of(shifted) - bits_of(ROUND) + BIAS - 1) << MANTISSA), r, exp_rest(r)};
+    split parts = {real_of((BITS)((UNSIGNED)bits_of(shifted) << MANTISSA)), r, exp_rest(r)};
     return parts;
 }
 
@@ -81,6 +86,16 @@ static inline REAL exponential(REAL x) {
 static inline REAL exp_minus_one(REAL x) {
     split p = split_exp(x);
     return 2 * (p.half * (p.r + p.rest) + (p.half - (REAL)0.5));
+}
+
+/* sigma = exp(x / 2) and what else depends on it: exp(x) - 1 and exp(x) - 1 - x, both without cancellation. */
+typedef struct { REAL sigma, variance_minus_one, rest; } spread;
+
+static inline spread spread_of(REAL x) {
+    REAL h = (REAL)0.5 * x;
+    split p = split_exp(h);
+    REAL e = 2 * (p.half * (p.r + p.rest) + (p.half - (REAL)0.5)), rest = p.half == (REAL)0.5 ? p.rest : e - h;
+    return (spread){e + 1, e * (e + 2), e * e + 2 * rest};
 }
 
 /* exp(x) - 1 - x without cancellation: next to 0 it is the series alone. */
@@ -110,7 +125,7 @@ static inline REAL log_one_plus(REAL x) { return twice_artanh(x / (2 + x)); }
 static inline REAL logarithm(REAL x) {
     BITS bits = bits_of(x);
     BITS exponent = (bits - bits_of((REAL)0.70710678118654752)) >> MANTISSA; /* x = 2^exponent m, m next to 1 */
-    REAL m = real_of(bits - (BITS)((uint64_t)exponent << MANTISSA)), n = (REAL)exponent;
+    REAL m = real_of(bits - (BITS)((UNSIGNED)exponent << MANTISSA)), n = (REAL)exponent;
     REAL value = n * LN2_HIGH + (n * LN2_LOW + twice_artanh((m - 1) / (m + 1)));
     value = x < (REAL)LEAST_NORMAL ? -(REAL)INFINITY : value;
     return x >= 0 && x <= MOST ? value : x < 0 ? (REAL)NAN : x; /* infinity, NaN */

@@ -97,31 +97,32 @@ static const REAL *noise(const problem *p, tile at, int sample, REAL *buffer) {
 #endif
 }
 
-static void draw_samples(const problem *p, tile at, const REAL *m, const REAL *x) {
-    REAL sigma[TILE], own[NOISE], drawn[TILE];
-    int n = at.rows * at.columns;
-    for (int i = 0; i < n; i++) sigma[i] = exponential(x[i] / 2);
-    for (int sample = 0; sample < p->samples; sample++) {
-        const REAL *eps = noise(p, at, sample, own);
-        tensor z = p->z;
-        z.data += sample * p->z_step;
-        REAL *to = target_tile(&z, at, drawn);
-        for (int i = 0; i < n; i++) to[i] = m[i] + sigma[i] * eps[i];
-        write_tile(&z, at, to, drawn);
-    }
-}
-
 /* A tile's samples and, in `out`, its terms. */
 static void forward_tile(const problem *p, tile at, REAL *restrict out) {
-    REAL m_own[TILE], v_own[TILE], raw_own[TILE], x_own[TILE], pm_own[TILE], px_own[TILE];
+    REAL m_own[TILE], v_own[TILE], raw_own[TILE], x_own[TILE], pm_own[TILE], px_own[TILE], sigma[TILE];
     int n = at.rows * at.columns, prior = p->prior_mu.data != NULL;
     const REAL *m = read_tile(&p->mu, at, m_own), *v = read_tile(&p->parameter, at, v_own);
     const REAL *x = bound(&p->q, to_logvar(&p->q, v, n, raw_own), n, x_own);
-    if (p->z.data) draw_samples(p, at, m, x);
-    if (!out) return;
     const REAL *pm = prior ? read_tile(&p->prior_mu, at, pm_own) : NULL;
     const REAL *px = prior ? read_tile(&p->prior_logvar, at, px_own) : NULL;
-    terms(p, n, m, x, pm, px, out);
+    if (p->samples && out && p->distance == KL && !prior) { /* the usual case: one exponential for both */
+        for (int i = 0; i < n; i++) {
+            spread s = spread_of(x[i]);
+            sigma[i] = s.sigma, out[i] = (REAL)0.5 * (s.rest + m[i] * m[i]);
+        }
+    } else {
+        if (p->samples) for (int i = 0; i < n; i++) sigma[i] = exponential(x[i] / 2);
+        if (out) terms(p, n, m, x, pm, px, out);
+    }
+    for (int sample = 0; sample < p->samples; sample++) {
+        REAL eps_own[NOISE], z_own[TILE];
+        const REAL *eps = noise(p, at, sample, eps_own);
+        tensor z = p->z;
+        z.data += sample * p->z_step;
+        REAL *to = target_tile(&z, at, z_own);
+        for (int i = 0; i < n; i++) to[i] = m[i] + sigma[i] * eps[i];
+        write_tile(&z, at, to, z_own);
+    }
 }
 
 static void forward_rows(void *context, int64_t job) {
@@ -185,26 +186,25 @@ int forward(const int64_t *numbers, double low, double high) {
     return 0;
 }
 
-/* Adds the gradient that comes in through the samples. */
-static void sample_gradient(const problem *p, tile at, const REAL *x, REAL *restrict dm, REAL *restrict dx) {
-    REAL own[NOISE], incoming[TILE], dsigma[TILE];
+/* What comes in through the samples: the sums of dz and of dz eps. */
+static void sum_samples(const problem *p, tile at, REAL *restrict dmean, REAL *restrict dsigma) {
+    REAL eps_own[NOISE], dz_own[TILE];
     int n = at.rows * at.columns;
-    for (int i = 0; i < n; i++) dsigma[i] = 0;
     for (int sample = 0; sample < p->samples; sample++) {
-        const REAL *eps = noise(p, at, sample, own);
+        const REAL *eps = noise(p, at, sample, eps_own);
         tensor dz = p->dz;
         dz.data += sample * p->z_step;
-        const REAL *d = read_tile(&dz, at, incoming);
-        for (int i = 0; i < n; i++) dm[i] += d[i], dsigma[i] += d[i] * eps[i];
+        const REAL *d = read_tile(&dz, at, dz_own);
+        if (sample == 0) for (int i = 0; i < n; i++) dmean[i] = d[i], dsigma[i] = d[i] * eps[i];
+        else for (int i = 0; i < n; i++) dmean[i] += d[i], dsigma[i] += d[i] * eps[i];
     }
-    for (int i = 0; i < n; i++) dx[i] += (REAL)0.5 * exponential(x[i] / 2) * dsigma[i];
 }
 
 static void backward_piece(void *context, int64_t job) {
     const problem *p = context;
     region r = piece(&p->cut, job);
     REAL w_own[TILE], m_own[TILE], v_own[TILE], raw_own[TILE], x_own[TILE], pm_own[TILE], px_own[TILE];
-    REAL dm_own[TILE], dv_own[TILE], dpm_own[TILE], dpx_own[TILE];
+    REAL dm_own[TILE], dv_own[TILE], dpm_own[TILE], dpx_own[TILE], dmean[TILE], dsigma[TILE];
     double total[2][TILE] = {{0}};
     int prior = p->prior_mu.data != NULL, own_prior = p->dprior_mu.data && !p->partial;
     int64_t first = r.column;
@@ -214,24 +214,34 @@ static void backward_piece(void *context, int64_t job) {
         const REAL *x = bound(&p->q, raw, n, x_own);
         REAL *dm = target_tile(&p->dmu, at, dm_own), *dv = target_tile(&p->dparameter, at, dv_own);
         REAL *dpx = own_prior ? target_tile(&p->dprior_logvar, at, dpx_own) : dpx_own;
-        if (p->dvalue.data) {
-            const REAL *w = read_tile(&p->dvalue, at, w_own), *m = read_tile(&p->mu, at, m_own);
+        const REAL *m = p->dvalue.data ? read_tile(&p->mu, at, m_own) : NULL;
+        const REAL *w = p->dvalue.data ? read_tile(&p->dvalue, at, w_own) : NULL;
+        if (p->samples) sum_samples(p, at, dmean, dsigma);
+        if (p->samples && w && p->distance == KL && !prior) { /* the usual case: one exponential for both */
+            for (int i = 0; i < n; i++) {
+                spread s = spread_of(x[i]);
+                dm[i] = w[i] * m[i] + dmean[i];
+                dv[i] = (REAL)0.5 * (w[i] * s.variance_minus_one + s.sigma * dsigma[i]);
+            }
+        } else if (w) {
             const REAL *pm = prior ? read_tile(&p->prior_mu, at, pm_own) : NULL;
             const REAL *px = prior ? read_tile(&p->prior_logvar, at, px_own) : NULL;
             terms_gradient(p, n, w, m, x, pm, px, dm, dv, dpx);
+            if (own_prior) {
+                REAL *dpm = target_tile(&p->dprior_mu, at, dpm_own);
+                for (int i = 0; i < n; i++) dpm[i] = -dm[i];
+                write_tile(&p->dprior_mu, at, dpm, dpm_own), write_tile(&p->dprior_logvar, at, dpx, dpx_own);
+            } else if (p->partial)
+                for (int row = 0; row < at.rows; row++)
+                    for (int i = 0; i < at.columns; i++) {
+                        total[0][i] -= dm[row * at.columns + i];
+                        total[1][i] += dpx[row * at.columns + i];
+                    }
+            if (p->samples)
+                for (int i = 0; i < n; i++)
+                    dm[i] += dmean[i], dv[i] += (REAL)0.5 * exponential(x[i] / 2) * dsigma[i];
         } else
-            memset(dm, 0, (size_t)n * sizeof *dm), memset(dv, 0, (size_t)n * sizeof *dv);
-        if (own_prior) {
-            REAL *dpm = target_tile(&p->dprior_mu, at, dpm_own);
-            for (int i = 0; i < n; i++) dpm[i] = -dm[i];
-            write_tile(&p->dprior_mu, at, dpm, dpm_own), write_tile(&p->dprior_logvar, at, dpx, dpx_own);
-        } else if (p->partial)
-            for (int row = 0; row < at.rows; row++)
-                for (int i = 0; i < at.columns; i++) {
-                    total[0][i] -= dm[row * at.columns + i];
-                    total[1][i] += dpx[row * at.columns + i];
-                }
-        if (p->dz.data) sample_gradient(p, at, x, dm, dv);
+            for (int i = 0; i < n; i++) dm[i] = dmean[i], dv[i] = (REAL)0.5 * exponential(x[i] / 2) * dsigma[i];
         to_parameter_gradient(&p->q, v, raw, n, dv);
         write_tile(&p->dmu, at, dm, dm_own), write_tile(&p->dparameter, at, dv, dv_own);
     }

@@ -5,6 +5,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -20,6 +21,11 @@ static inline lanes product(lanes word, uint64_t factor) {
 #else
     return (word & 0xFFFFFFFF) * factor;
 #endif
+}
+
+static inline void store_words(uint32_t *out, lanes words) {
+    uint32_t four __attribute__((vector_size(16))) = __builtin_convertvector(words, __typeof__(four));
+    memcpy(out, &four, sizeof four);
 }
 
 /* Philox4x32-10 (Salmon et al. 2011) of the counters (first + i, sample, 0): words[k][i] is word k of call i. */
@@ -40,12 +46,11 @@ static inline void philox(uint64_t seed, uint64_t first, uint32_t sample, int ca
             }
             key_0 += 0x9E3779B9u, key_1 += 0xBB67AE85u;
         }
-        for (int half = 0; half < 2; half++)
-            for (int lane = 0; lane < 4; lane++) {
-                int call = i + 4 * half + lane;
-                words[0][call] = (uint32_t)a[half][lane], words[1][call] = (uint32_t)b[half][lane];
-                words[2][call] = (uint32_t)c[half][lane], words[3][call] = (uint32_t)d[half][lane];
-            }
+        for (int half = 0; half < 2; half++) {
+            int call = i + 4 * half;
+            store_words(words[0] + call, a[half]), store_words(words[1] + call, b[half]);
+            store_words(words[2] + call, c[half]), store_words(words[3] + call, d[half]);
+        }
     }
 }
 
