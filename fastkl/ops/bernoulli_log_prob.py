@@ -46,12 +46,14 @@ bernoulli_log_prob_fwd = register(
     closed_form=_forward,
     fake=_fake_forward,
     kernel="bernoulli_log_prob.fwd",
+    native="likelihood.bernoulli_log_prob_fwd",
 )
 bernoulli_log_prob_bwd = register(
     "bernoulli_log_prob_bwd(Tensor dlog_prob, Tensor logits, Tensor x, int event_ndim, bool[] wanted) -> Tensor[]",
     closed_form=_backward,
     fake=_fake_backward,
     kernel="bernoulli_log_prob.bwd",
+    native="likelihood.bernoulli_log_prob_bwd",
 )
 
 

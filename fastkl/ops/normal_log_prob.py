@@ -58,6 +58,7 @@ normal_log_prob_fwd = register(
     closed_form=_forward,
     fake=_fake_forward,
     kernel="normal_log_prob.fwd",
+    native="likelihood.normal_log_prob_fwd",
 )
 normal_log_prob_bwd = register(
     "normal_log_prob_bwd(Tensor dlog_prob, Tensor x, Tensor mean, Tensor logvar, int event_ndim, bool[] wanted)"
@@ -65,6 +66,7 @@ normal_log_prob_bwd = register(
     closed_form=_backward,
     fake=_fake_backward,
     kernel="normal_log_prob.bwd",
+    native="likelihood.normal_log_prob_bwd",
 )
 
 

@@ -1,0 +1,232 @@
+/* Log-likelihoods on a CPU, normal and Bernoulli, and their gradients, in one pass over memory. What each op computes is
+ * said in fastkl.reference.likelihoods, how in fastkl.kernels; this is the same by tiles of a cache. */
+
+#include "functions.h"
+#include "tiles.h"
+
+enum { NORMAL, BERNOULLI };
+enum { FULL, ROW, SHARED }; /* a log-variance an element, one a row, one a column that all rows share */
+#define LN_2PI ((REAL)1.8378770664093453)
+
+typedef struct {
+    int density, spread;
+    int64_t threads;
+    call shape;
+    pieces cut;
+    double *partial;
+    /* x and mean, or logits and x; the log-variance, of a normal density only; then the same of the gradients */
+    tensor first, second, logvar, value, dvalue, dfirst, dsecond, dlogvar;
+} problem;
+
+/* numbers: threads, density, spread, ndim, event, sizes, then tensors */
+static problem open_problem(const int64_t *numbers) {
+    problem p = {.threads = numbers[0], .density = (int)numbers[1], .spread = (int)numbers[2]};
+    p.shape = open_call(numbers + 3);
+    p.first = next_tensor(&p.shape), p.second = next_tensor(&p.shape), p.logvar = next_tensor(&p.shape);
+    return p;
+}
+
+/* One value for each row of the tile, written to all of its columns. */
+static void widen(const REAL *values, tile at, REAL *restrict out) {
+    for (int row = 0; row < at.rows; row++)
+        for (int i = 0; i < at.columns; i++) out[row * at.columns + i] = values[row];
+}
+
+static const REAL *read_rows(const tensor *t, tile at, REAL *buffer) {
+    REAL own[TILE];
+    const REAL *values = read_tile(t, (tile){at.row, 0, at.rows, 1}, own);
+    if (at.columns == 1) return memcpy(buffer, values, (size_t)at.rows * sizeof *buffer);
+    widen(values, at, buffer);
+    return buffer;
+}
+
+/* The log-variances of a tile and, in `root`, exp(-logvar / 2): as many exponentials as there are log-variances. */
+static const REAL *read_logvar(const problem *p, tile at, REAL *buffer, REAL *restrict root) {
+    REAL own[TILE], few[TILE];
+    tile read = at;
+    if (p->spread == ROW) read.column = 0, read.columns = 1;
+    if (p->spread == SHARED) read.rows = 1;
+    int n = at.rows * at.columns, count = read.rows * read.columns;
+    const REAL *values = read_tile(&p->logvar, read, count == n ? buffer : own);
+    REAL *roots = count == n ? root : few;
+    for (int i = 0; i < count; i++) roots[i] = exponential(values[i] * (REAL)-0.5);
+    if (count == n) return values;
+    if (p->spread == ROW)
+        widen(values, at, buffer), widen(roots, at, root);
+    else
+        for (int row = 0; row < at.rows; row++) {
+            memcpy(buffer + row * count, values, (size_t)count * sizeof *buffer);
+            memcpy(root + row * count, roots, (size_t)count * sizeof *root);
+        }
+    return buffer;
+}
+
+static inline double sum_row(const REAL *values, int count) {
+    if (count >= 16) return sum(values, count);
+    double total = 0;
+    for (int i = 0; i < count; i++) total += values[i];
+    return total;
+}
+
+/* Adds up a tile's rows: `out` gets those that are complete, `total` what there is of one that is longer than a tile. */
+static void sum_rows(const problem *p, tile at, const REAL *values, const tensor *out, double *total) {
+    if (at.columns == p->shape.columns) {
+        for (int row = 0; row < at.rows; row++)
+            out->data[offset(&out->rows, at.row + row)] = (REAL)sum_row(values + row * at.columns, at.columns);
+        return;
+    }
+    *total += sum(values, at.columns);
+    if (p->cut.chunks == 1 && at.column + at.columns == p->shape.columns)
+        out->data[offset(&out->rows, at.row)] = (REAL)*total, *total = 0;
+}
+
+static void sum_chunks(const problem *p, const tensor *out) {
+    for (int64_t row = 0; row < p->shape.rows; row++) {
+        double total = 0;
+        for (int64_t chunk = 0; chunk < p->cut.chunks; chunk++) total += p->partial[row * p->cut.chunks + chunk];
+        out->data[offset(&out->rows, row)] = (REAL)total;
+    }
+}
+
+static void forward_piece(void *context, int64_t job) {
+    const problem *p = context;
+    region r = piece(&p->cut, job);
+    REAL a_own[TILE], b_own[TILE], v_own[TILE], root[TILE], out[TILE];
+    double total = 0;
+    for (tile at; next_tile(&r, &at);) {
+        int n = at.rows * at.columns;
+        const REAL *a = read_tile(&p->first, at, a_own), *b = read_tile(&p->second, at, b_own);
+        if (p->density == NORMAL) {
+            const REAL *v = read_logvar(p, at, v_own, root);
+            for (int i = 0; i < n; i++) {
+                REAL z = (a[i] - b[i]) * root[i]; /* squared last: 1 / sigma^2 alone overflows first */
+                out[i] = (REAL)-0.5 * (LN_2PI + v[i] + z * z);
+            }
+        } else
+            for (int i = 0; i < n; i++) {
+                REAL l = a[i], u = exponential(l > 0 ? -l : l);
+                out[i] = (b[i] * l - (l > 0 ? l : 0)) - log_one_plus(u);
+            }
+        sum_rows(p, at, out, &p->value, &total);
+    }
+    if (p->partial) p->partial[job] = total;
+}
+
+/* 0, or 1 where there is no memory. Tensor after the log-variance: value, one for each row. */
+int forward(const int64_t *numbers, double low, double high) {
+    problem p = open_problem(numbers);
+    (void)low, (void)high;
+    p.value = next_tensor(&p.shape);
+    p.cut = cut_rows(&p.shape);
+    int split = p.cut.chunks > 1;
+    if (split && !(p.partial = malloc((size_t)p.cut.jobs * sizeof *p.partial))) return 1;
+    run(p.cut.jobs, p.shape.rows * p.shape.columns, p.threads, forward_piece, &p);
+    if (split) sum_chunks(&p, &p.value);
+    free(p.partial);
+    return 0;
+}
+
+static void normal_gradient(const problem *p, tile at, const REAL *w, REAL *restrict dv) {
+    REAL x_own[TILE], m_own[TILE], v_own[TILE], root[TILE], dx_own[TILE], dm_own[TILE];
+    int n = at.rows * at.columns;
+    const REAL *x = read_tile(&p->first, at, x_own), *m = read_tile(&p->second, at, m_own);
+    read_logvar(p, at, v_own, root);
+    REAL *dm = p->dsecond.data ? target_tile(&p->dsecond, at, dm_own) : dm_own;
+    for (int i = 0; i < n; i++) {
+        REAL z = (x[i] - m[i]) * root[i];
+        dm[i] = w[i] * (z * root[i]);
+        dv[i] = w[i] * ((REAL)0.5 * (z * z - 1));
+    }
+    if (p->dsecond.data) write_tile(&p->dsecond, at, dm, dm_own);
+    if (p->dfirst.data) {
+        REAL *dx = target_tile(&p->dfirst, at, dx_own);
+        for (int i = 0; i < n; i++) dx[i] = -dm[i];
+        write_tile(&p->dfirst, at, dx, dx_own);
+    }
+}
+
+static void bernoulli_gradient(const problem *p, tile at, const REAL *w) {
+    REAL l_own[TILE], x_own[TILE], dl_own[TILE], dx_own[TILE];
+    int n = at.rows * at.columns;
+    const REAL *l = read_tile(&p->first, at, l_own);
+    if (p->dfirst.data) {
+        const REAL *x = read_tile(&p->second, at, x_own);
+        REAL *dl = target_tile(&p->dfirst, at, dl_own);
+        for (int i = 0; i < n; i++) {
+            /* opposite: the probability of what the logit's sign speaks against */
+            REAL u = exponential(l[i] > 0 ? -l[i] : l[i]), opposite = u / (1 + u);
+            dl[i] = w[i] * (l[i] > 0 ? x[i] - 1 + opposite : x[i] - opposite);
+        }
+        write_tile(&p->dfirst, at, dl, dl_own);
+    }
+    if (p->dsecond.data) {
+        REAL *dx = target_tile(&p->dsecond, at, dx_own);
+        for (int i = 0; i < n; i++) dx[i] = w[i] * l[i];
+        write_tile(&p->dsecond, at, dx, dx_own);
+    }
+}
+
+static void backward_piece(void *context, int64_t job) {
+    const problem *p = context;
+    region r = piece(&p->cut, job);
+    REAL w_own[TILE], dv_own[TILE];
+    double total = 0, totals[TILE];
+    int64_t first = r.column;
+    int columns = (int)(r.column_end - first), shared = p->dlogvar.data && p->spread == SHARED, most = 0;
+    for (tile at; next_tile(&r, &at);) {
+        int n = at.rows * at.columns;
+        const REAL *w = read_rows(&p->dvalue, at, w_own);
+        if (p->density == BERNOULLI) {
+            bernoulli_gradient(p, at, w);
+            continue;
+        }
+        int direct = p->dlogvar.data && p->spread == FULL;
+        REAL *dv = direct ? target_tile(&p->dlogvar, at, dv_own) : dv_own;
+        normal_gradient(p, at, w, dv);
+        if (direct) write_tile(&p->dlogvar, at, dv, dv_own);
+        if (p->dlogvar.data && p->spread == ROW) sum_rows(p, at, dv, &p->dlogvar, &total);
+        if (shared) { /* all rows of a tile side by side: short ones too are long enough for a vector */
+            for (; most < n; most++) totals[most] = 0;
+            for (int i = 0; i < n; i++) totals[i] += dv[i];
+        }
+    }
+    if (shared) {
+        for (int at = columns; at < most; at += columns)
+            for (int i = 0; i < columns; i++) totals[i] += totals[at + i];
+        double *out = p->partial + job / p->cut.chunks * p->shape.columns + first;
+        memcpy(out, totals, (size_t)columns * sizeof *out);
+    } else if (p->partial)
+        p->partial[job] = total;
+}
+
+static void sum_groups(const problem *p, const tensor *out) {
+    REAL own[TILE];
+    int64_t columns = p->shape.columns, groups = p->cut.jobs / p->cut.chunks;
+    for (tile at = {0, 0, 1, 0}; at.column < columns; at.column += at.columns) {
+        at.columns = (int)(columns - at.column < TILE ? columns - at.column : TILE);
+        double total[TILE] = {0};
+        for (int64_t group = 0; group < groups; group++)
+            for (int i = 0; i < at.columns; i++) total[i] += p->partial[group * columns + at.column + i];
+        for (int i = 0; i < at.columns; i++) own[i] = (REAL)total[i];
+        copy_row(out, &at, 0, own, 1);
+    }
+}
+
+/* 0, or 1 where there is no memory. Tensors after the log-variance: dvalue, dfirst, dsecond, dlogvar; those that nobody
+ * wants are not there. */
+int backward(const int64_t *numbers, double low, double high) {
+    problem p = open_problem(numbers);
+    (void)low, (void)high;
+    p.dvalue = next_tensor(&p.shape);
+    p.dfirst = next_tensor(&p.shape), p.dsecond = next_tensor(&p.shape), p.dlogvar = next_tensor(&p.shape);
+    int shared = p.dlogvar.data && p.spread == SHARED;
+    p.cut = shared ? cut_columns(&p.shape) : cut_rows(&p.shape);
+    int split = p.dlogvar.data && p.spread == ROW && p.cut.chunks > 1;
+    int64_t count = shared ? p.cut.jobs / p.cut.chunks * p.shape.columns : p.cut.jobs;
+    if ((shared || split) && !(p.partial = malloc((size_t)count * sizeof *p.partial))) return 1;
+    run(p.cut.jobs, p.shape.rows * p.shape.columns, p.threads, backward_piece, &p);
+    if (shared) sum_groups(&p, &p.dlogvar);
+    if (split) sum_chunks(&p, &p.dlogvar);
+    free(p.partial);
+    return 0;
+}
