@@ -156,6 +156,8 @@ def called(numbers: Numbers, call: Called) -> Step | None:
     if op is torch.ops.aten.detach.default:
         numbers.by_id[id(result)] = numbers[args[0]]
         return None
+    if not any(isinstance(item, Tensor) for item in (*args, *options.values(), result)):
+        return None  # torch.promote_types, say
     made = [result] if isinstance(result, Tensor) else result
     if not isinstance(made, (list, tuple)) or not all(isinstance(tensor, Tensor) for tensor in made):
         raise Unknown
