@@ -68,6 +68,7 @@ gumbel_softmax_fwd = register(
     closed_form=_forward,
     fake=lambda logits, *settings: torch.empty_like(logits),
     kernel="gumbel_softmax.fwd",
+    native="gumbel.gumbel_softmax_fwd",
 )
 # y is the sample, for a soft one; a hard one is drawn again from the logits. The other of the two is None.
 gumbel_softmax_bwd = register(
@@ -75,6 +76,7 @@ gumbel_softmax_bwd = register(
     closed_form=_backward,
     fake=_fake_backward,
     kernel="gumbel_softmax.bwd",
+    native="gumbel.gumbel_softmax_bwd",
 )
 
 
