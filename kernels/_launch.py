@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ class _Local(threading.local):
 
 
 _local = _Local()
+TENSORS = frozenset((Tensor, torch.nn.Parameter))
+SETTINGS = frozenset((int, float, bool, str, NoneType))
 
 
 def launch(kernel, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -62,25 +65,25 @@ def replayed(function: Callable) -> Callable:
     def call(*args: Any) -> Any:
         if not KNOWN or JITFunction.run is not RUN or _local.recorder is not None:
             return function(*args)
-        key, tensors = [], []
+        key, items = [], []
         for arg in args:
-            if isinstance(arg, Tensor):
-                tensors.append(arg)
-                key.append(Tensor)
-            elif type(arg) is list:
+            if type(arg) is list:
                 key.append(len(arg))
-                for item in arg:
-                    if isinstance(item, Tensor):
-                        tensors.append(item)
-                        item = Tensor
-                    key.append(item)
+                items += arg
             else:
-                key.append(arg)
-        addresses = []
-        for tensor in tensors:
-            address = tensor.data_ptr()
-            addresses.append(address)
-            key += (tensor.shape, tensor.stride(), tensor.dtype, address % ALIGNMENT, tensor.get_device())
+                items.append(arg)
+        tensors, addresses = [], []
+        for item in items:
+            kind = type(item)
+            if kind in SETTINGS:
+                key.append(item)
+            elif kind in TENSORS:
+                address = item.data_ptr()
+                tensors.append(item)
+                addresses.append(address)
+                key += (item.shape, item.stride(), item.dtype, address % ALIGNMENT, item.get_device())
+            else:
+                return function(*args)
         key = tuple(key)
         plan = plans.get(key)
         if type(plan) is Plan:

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -156,7 +157,7 @@ def called(numbers: Numbers, call: Called) -> Step | None:
     if op is torch.ops.aten.detach.default:
         numbers.by_id[id(result)] = numbers[args[0]]
         return None
-    if not any(isinstance(item, Tensor) for item in (*args, *options.values(), result)):
+    if not any(isinstance(item, Tensor) for item in tree_leaves((args, options, result))):
         return None  # torch.promote_types, say
     made = [result] if isinstance(result, Tensor) else result
     if not isinstance(made, (list, tuple)) or not all(isinstance(tensor, Tensor) for tensor in made):

@@ -205,6 +205,17 @@ def ready():
     LAUNCHES.clear()
 
 
+def test_another_version_goes_through_its_launcher(monkeypatch, replays):
+    monkeypatch.setattr(triton, "__version__", "3.4.0")
+    calls, launcher = [], stub_driver.nvidia.CudaLauncher.__call__
+    monkeypatch.setattr(
+        stub_driver.nvidia.CudaLauncher, "__call__", lambda *args: (calls.append(args), launcher(*args))[1]
+    )
+    expected = launched(forward.__wrapped__, pair())
+    assert [launched(forward, pair()) for _ in range(4)] == [expected] * 4
+    assert (len(replays), len(calls)) == (2, 5)
+
+
 def test_hooks_on_launches_are_called(replays):
     calls, hooks = [], triton.knobs.runtime.launch_enter_hook
     ready()
