@@ -22,7 +22,8 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from fastkl.kernels._plan import ALIGNMENT, Launched, Plan, Recorder, Unknown
+from fastkl.kernels._plan import ALIGNMENT, Plan
+from fastkl.kernels._record import Launched, Recorder, Unknown
 
 KEYS = 512  # that a launcher remembers; beyond them it starts anew
 RUN = JITFunction.run  # an emulator puts its own in its place

@@ -1,53 +1,22 @@
-"""A launcher's call written down: the allocations, torch ops and launches it made, on numbered tensors."""
+"""A launcher's call, ready to be repeated: its allocations, torch ops and launches, for other tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+
+from fastkl.kernels._entry import launched
+from fastkl.kernels._record import Called, Launched, Numbers, Step, Unknown
 
 ALIGNMENT = 16  # bytes: what Triton asks about an address
 ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 UNPREDICTABLE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-
-
-class Unknown(Exception):
-    """Something that cannot be replayed."""
-
-
-class Launched(NamedTuple):
-    kernel: JITFunction
-    compiled: Any
-    grid: tuple[int, ...]
-    args: tuple
-    options: dict[str, Any]
-
-
-class Called(NamedTuple):
-    op: torch._ops.OpOverload
-    args: tuple
-    options: dict[str, Any]
-    result: Any
-
-
-class Recorder(TorchDispatchMode):
-    """Lists every torch op; `launch` adds the launches. All tensors stay alive, so that each is known by its id."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps: list[Launched | Called] = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        result = op(*args, **(kwargs or {}))
-        self.steps.append(Called(op, args, kwargs or {}, result))
-        return result
 
 
 def state() -> tuple:
@@ -57,14 +26,6 @@ def state() -> tuple:
         if hook is not None and getattr(hook, "calls", True):
             return ()
     return runtime.debug, runtime.add_stages_inspection_hook, compilation.instrumentation_mode
-
-
-class Step(NamedTuple):
-    run: Callable[[list, list, int], bool]  # of all tensors, their addresses and the stream: whether all is well
-    makes: tuple[int, ...]  # tensors
-    needs: tuple[int, ...]
-    always: bool  # or only if something needs what it makes
-    calls: bool = False  # a torch op
 
 
 class Plan:
@@ -107,49 +68,6 @@ class Plan:
         if self.kind is Tensor:
             return tensors[self.only]
         return self.kind([None if number is None else tensors[number] for number in self.results])
-
-
-class Numbers:
-    """The number of each tensor, and where its memory is: in which tensor's, how many bytes from its address."""
-
-    def __init__(self, inputs: list[Tensor]) -> None:
-        self.tensors: list[Tensor] = []
-        self.places: list[tuple[int, int]] = []
-        self.by_id: dict[int, int] = {}
-        self.storages: set[int] = set()
-        self.inputs = len(inputs)
-        for tensor in inputs:
-            self.add(tensor)
-
-    def add(self, tensor: Tensor, base: Tensor | None = None) -> int:
-        number = self.by_id[id(tensor)] = len(self.tensors)
-        self.tensors.append(tensor)
-        storage = tensor.untyped_storage()._cdata
-        if base is None:
-            if number >= self.inputs and storage in self.storages:
-                raise Unknown  # a view that does not say so
-            self.places.append((number, 0))
-        else:
-            root = self.tensors[self.places[self[base]][0]]
-            if storage != root.untyped_storage()._cdata:
-                raise Unknown
-            self.places.append((self[root], start(tensor) - start(root)))
-        self.storages.add(storage)
-        return number
-
-    def __getitem__(self, tensor: Tensor) -> int:
-        return self.by_id[id(tensor)]
-
-    def own(self, tensor: Tensor) -> int:
-        """The number of a tensor in memory that the call itself allocated."""
-        number = self[tensor]
-        if self.places[number][0] < self.inputs:
-            raise Unknown
-        return number
-
-
-def start(tensor: Tensor) -> int:
-    return tensor.storage_offset() * tensor.itemsize
 
 
 def called(numbers: Numbers, call: Called) -> Step | None:
@@ -212,69 +130,3 @@ def allocation(number: int, like: Tensor) -> Callable[[list, list, int], bool]:
         return address % ALIGNMENT == 0
 
     return run
-
-
-def launched(numbers: Numbers, call: Launched) -> Step:
-    kernel, compiled, grid, args, options = call
-    if type(kernel) is not JITFunction or kernel.pre_run_hooks or "run" in vars(kernel):
-        raise Unknown
-    given = [*args, *(options[name] for name in kernel.arg_names[len(args) :])]
-    if not all(plain(arg) for arg in given if not isinstance(arg, Tensor)):
-        raise Unknown
-    start_kernel, after, given = entry(compiled, given)
-    pointers = []
-    for position, arg in enumerate(given):
-        if isinstance(arg, Tensor):
-            number, offset = numbers.places[numbers[arg]]
-            if arg.numel() == 0 or arg.data_ptr() != numbers.tensors[number].data_ptr() + offset:
-                raise Unknown
-            pointers.append((position, number, offset))
-            given[position] = None
-    x, y, z = *grid, *[1] * (3 - len(grid))
-
-    def run(tensors: list, addresses: list, stream: int) -> bool:
-        arguments = given.copy()
-        for position, number, offset in pointers:
-            arguments[position] = addresses[number] + offset
-        start_kernel(x, y, z, stream, *after, arguments)
-        return True
-
-    return Step(run, (), tuple(number for _, number, _ in pointers), always=True)
-
-
-def entry(compiled: Any, given: list) -> tuple[Callable, tuple, list]:
-    """(function, its arguments between the stream and the kernel's arguments, the kernel's arguments) of a launch.
-
-    Triton 3.9's own C function where it has nothing to do but to launch, given no more than the kernel's parameters;
-    else the launcher of the compiled kernel, which is the same in all versions since 3.4.
-    """
-    launcher, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    if type(launcher).__name__ != "CudaLauncher":
-        raise Unknown
-    scratch = [name for name in ("global_scratch_size", "profile_scratch_size") if getattr(launcher, name, 1) > 0]
-    if not triton.__version__.startswith("3.9.") or scratch or launcher.gsan_enabled:
-        return lambda *args: launcher(*args[:-1], *args[-1]), (function, metadata, None, None, None), given
-    from triton.backends.nvidia.driver import ARG_KERNEL, PyKernelArg
-
-    given = list(parameters(compiled.src.signature.values(), given))
-    if launcher.launch is not driver.active.utils.launch or len(given) != len(launcher.kernel_signature):
-        raise Unknown  # tensor descriptors
-    kinds = [PyKernelArg(nested_tuple=None, type=ARG_KERNEL)] * len(given)
-    cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
-    after = (function, cooperative, dependent, metadata, None, None, None, None, None, kinds, launcher.kernel_signature)
-    return launcher.launch, after, given
-
-
-def parameters(signature: Iterable, given: Iterable) -> Iterator[Any]:
-    """What the compiled code takes: no constants, tuples flattened."""
-    for kind, arg in zip(signature, given, strict=True):
-        if isinstance(kind, tuple):
-            yield from parameters(kind, arg)
-        elif kind != "constexpr":
-            yield arg
-
-
-def plain(arg: Any) -> bool:
-    if isinstance(arg, tuple):
-        return all(plain(item) for item in arg)
-    return arg is None or isinstance(arg, (bool, int, float, str, triton.language.dtype))

@@ -121,9 +121,10 @@ def test_a_read_would_be_seen(read, meta):
 
 
 def test_replays():
-    """replay_cases.py, in a process in which Triton compiles and has a driver that takes notes."""
+    """replay_*.py, in a process in which Triton compiles and has a driver that takes notes."""
     environment = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=str(HERE))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "replay_cases.py"]
+    options = ["-q", "-p", "stub_driver", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", *options, *sorted(HERE.glob("replay_*.py"))]
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 

@@ -1,0 +1,183 @@
+"""What is not replayed, or not as it was: run by test_host_path.py, with stub_driver."""
+
+import gc
+
+import pytest
+import stub_driver
+import torch
+import triton
+from stub_driver import DRIVER, LAUNCHES, SETTINGS, forward, launched, pair, ready, replayed_and
+from triton.runtime.jit import JITFunction
+
+import fastkl
+from fastkl.kernels import _launch, kl_normal
+
+
+def test_another_version_goes_through_its_launcher(monkeypatch, replays):
+    monkeypatch.setattr(triton, "__version__", "3.4.0")
+    calls, launcher = [], stub_driver.nvidia.CudaLauncher.__call__
+    monkeypatch.setattr(
+        stub_driver.nvidia.CudaLauncher, "__call__", lambda *args: (calls.append(args), launcher(*args))[1]
+    )
+    expected = launched(forward.__wrapped__, pair())
+    assert [launched(forward, pair()) for _ in range(4)] == [expected] * 4
+    assert (len(replays), len(calls)) == (2, 5)
+
+
+def test_hooks_on_launches_are_called(replays):
+    calls, hooks = [], triton.knobs.runtime.launch_enter_hook
+    ready()
+    hooks.add(calls.append)
+    try:
+        forward(pair(), *SETTINGS)
+    finally:
+        hooks.remove(calls.append)
+    assert len(calls) == len(LAUNCHES) == 1
+    assert replays[1:] == [NotImplemented]
+
+
+def test_an_emulator_sees_every_launch(monkeypatch, replays):
+    ready()
+    kernels = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: kernels.append(self))
+    forward(pair(), *SETTINGS)
+    assert kernels == [kl_normal.kl_normal_fwd_kernel]
+    assert len(replays) == 1
+
+
+def test_the_current_stream_and_device(monkeypatch, replays):
+    ready()
+    monkeypatch.setattr(DRIVER, "stream", 7)
+    forward(pair(), *SETTINGS)
+    monkeypatch.setattr(DRIVER, "device", 1)
+    forward(pair(), *SETTINGS)
+    assert [launch.stream for launch in LAUNCHES] == [7, 7]
+    assert [result is NotImplemented for result in replays] == [False, False, True]
+
+
+def test_another_driver(monkeypatch, replays):
+    ready()
+    monkeypatch.setattr(triton.runtime.driver, "_active", stub_driver.Driver())
+    forward(pair(), *SETTINGS)
+    assert len(LAUNCHES) == 1
+    assert replays[1:] == [NotImplemented]
+
+
+@pytest.mark.parametrize("where", ["run", "pre_run_hooks"])
+def test_a_kernel_that_is_watched_is_not_replayed(where, monkeypatch, replays):
+    kernel, seen = kl_normal.kl_normal_fwd_kernel, []
+
+    def watch(*args, **options):
+        seen.append(args)
+
+    monkeypatch.setattr(kernel, where, watch if where == "run" else [watch])
+    for _ in range(4):
+        forward(pair(), *SETTINGS)
+    assert (len(seen), replays) == (4, [])
+
+
+def test_lists_are_told_apart():
+    function = _launch.replayed(lambda some, others: [x.sum(0) for x in some] + [x.sum(1) for x in others])
+    x = torch.zeros(2, 3)
+    with torch.no_grad():
+        for _ in range(4):
+            for count in range(4):
+                shapes = [tensor.shape for tensor in function([x] * count, [x] * (3 - count))]
+                assert shapes == [(3,)] * count + [(2,)] * (3 - count)
+
+
+def test_nothing_to_launch(replays):
+    for _ in range(4):
+        tensors = [tensor.requires_grad_() for tensor in pair(n=0)]
+        gradients = torch.autograd.grad(fastkl.kl_normal(*tensors).sum(), tensors)
+        assert [gradient.shape for gradient in gradients] == [(0, 16)] * 2
+    assert (len(replays), LAUNCHES) == (4, [])
+
+
+def test_a_plan_is_short():
+    ready()
+    (plan,) = forward.plans.values()
+    assert len(plan.steps) == 2  # an allocation and a launch: of views only the addresses are needed
+
+
+def test_debugging_compiles_anew(monkeypatch):
+    ready()
+    monkeypatch.setattr(triton.knobs.runtime, "debug", True)
+    forward(pair(), *SETTINGS)
+    assert "debug=True" in LAUNCHES[0].code
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda tensors, kl: kl if kl.numel() and tensors[0].sum().item() == 0 else kl + 1,
+        lambda tensors, kl: tensors[0],
+        lambda tensors, kl: tensors[0][:2],
+        lambda tensors, kl: tensors[0].nonzero(),
+        lambda tensors, kl: torch.ops.aten._unsafe_view(tensors[0], tensors[0].shape),
+        lambda tensors, kl: [kl, [kl]],
+        lambda tensors, kl: torch.cat([kl, kl]),
+        lambda tensors, kl: NotImplemented,
+    ],
+    ids=["reads", "gives an input back", "or a view", "selects", "hides a view", "nests", "lists", "declines"],
+)
+def test_what_cannot_be_replayed_is_not(after, replays):
+    function = replayed_and(after)
+    for _ in range(4):
+        function(pair())
+    assert len(LAUNCHES) == 4
+    assert replays == []
+
+
+def test_torch_ops_are_replayed(replays):
+    """On this call's tensors, in place or not, and only if something needs them."""
+
+    def after(tensors, kl):
+        total = tensors[0].sum(1)
+        total[1:].add_(tensors[1][1:, 0])
+        torch.zeros(3).add_(1)
+        return [total, None, tensors[1].double().clone()]
+
+    function = replayed_and(after)
+    for seed in range(5):
+        tensors = pair()
+        for tensor in tensors:
+            tensor.normal_(generator=torch.Generator().manual_seed(seed))
+        with torch.set_grad_enabled(seed == 4):
+            for actual, expected in zip(function(tensors), after(tensors, None)):
+                assert (actual is None) == (expected is None)
+                assert actual is None or torch.equal(actual, expected)
+    # Where they could be differentiated the launcher itself runs.
+    assert [result is NotImplemented for result in replays] == [False, False, True]
+
+
+@pytest.mark.parametrize("calls", [False, True])
+def test_a_plan_keeps_no_tensor(calls):
+    tensors, counts = pair(), []
+    function = replayed_and(lambda tensors, kl: tensors[0].sum(1) if calls else kl)
+    for _ in range(4):
+        function(tensors)
+        gc.collect()
+        counts.append(sum(type(item) is torch.Tensor for item in gc.get_objects()))
+    assert counts[0] == counts[-1]
+
+
+def test_the_number_of_plans_is_bounded(monkeypatch):
+    monkeypatch.setattr(_launch, "KEYS", 4)
+    for n in range(1, 20):
+        forward(pair(n), *SETTINGS)
+        assert len(forward.plans) <= 4
+
+
+def test_memory_that_is_not_aligned_is_not_used(monkeypatch, replays):
+    """As an allocator of the user's own may give."""
+    calls = []
+
+    def misaligned(size, stride, **options):
+        calls.append(size)
+        return torch.empty(17, **options)[1 : 1 + size[0]]
+
+    monkeypatch.setattr(torch, "empty_strided", misaligned)
+    ready()
+    assert calls
+    assert replays == [NotImplemented]
