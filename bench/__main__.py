@@ -15,6 +15,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -115,9 +116,11 @@ def work_off(work: list[Job], store: Store, console: Console) -> list[str]:
         task = bar.add_task("", total=len(work))
         for number, job in enumerate(work, 1):
             bar.update(task, description=f"{job.key[0]}  {job.key[1]}"[:60].ljust(60))
-            if not console.is_terminal:
-                print(f"{number}/{len(work)}  {job.key[0]}  {job.key[1]}", file=sys.stderr, flush=True)
+            began = time.perf_counter()
             rows, problems = job.work()
+            if not console.is_terminal:
+                took = f"{time.perf_counter() - began:.1f} s"
+                print(f"{number}/{len(work)}  {'  '.join(job.key)}  {took}", file=sys.stderr, flush=True)
             store.add(job.part, rows)
             wrong += [f"{job.key[0]} {job.key[1]}: {problem}" for problem in problems]
             bar.advance(task)
@@ -142,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
         status = 130
         print("Interrupted; what was measured is kept. The same command with --resume goes on.", file=sys.stderr)
     store.remember(about)
-    screen = Console(width=None if sys.stdout.isatty() else 200)
+    screen = Console(width=None if sys.stdout.isatty() else 140)
     for table in tables.all_tables(store):
         screen.print(table.rich(), "")
     page = write_report(store, about)

@@ -16,7 +16,8 @@ def formula(logits):
 
 
 def by_distributions(logits):
-    return distributions.RelaxedOneHotCategorical(torch.tensor(TAU, device=logits.device), logits=logits).rsample()
+    tau = torch.tensor(TAU, device=logits.device)
+    return distributions.RelaxedOneHotCategorical(tau, logits=logits, validate_args=False).rsample()
 
 
 def fused(logits, seed=None):

@@ -39,7 +39,7 @@ TABLE = {
     "kl_normal, prior": Traffic((0, 1, 2, 3)),
     "packed": Traffic((0,)),
     "packed, drawn": Traffic((0,), draws=True, redraws=True),
-    "kl_normal_per_dim": Traffic((0, 1)),
+    "kl_normal_per_dim": Traffic((0, 1)),  # and sums of blocks of rows, hundredths of all that
     "wasserstein2_normal": Traffic((0, 1)),
     "rsample_normal": Traffic((1,), draws=True, redraws=True),
     "rsample_kl": Traffic((0, 1), draws=True, redraws=True),

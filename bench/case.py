@@ -86,18 +86,30 @@ def make_cotangents(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]
     return [torch.randn(x.shape, generator=generator).to(x) if big else s for x, big, s in zip(outputs, large, small)]
 
 
-def problem(case: Case, name: str, function: Callable, cotangents: list[Tensor]) -> str:
-    """Why a contender may not be timed; empty where it matches the definition."""
+def problem(
+    case: Case, name: str, function: Callable, cotangents: list[Tensor], known: dict[str, Any] | None = None
+) -> str:
+    """Why a contender may not be timed; empty where it matches the definition.
+
+    `known` holds the definition's result from one contender to the next, where no noise sets them apart.
+    """
     given = case.same_noise.get(name)
     if given is None and case.same_noise and name == "torch.compile":
         return ""  # draws noise of its own; the formula that it is made of was compared
-    actual = run(given or function, case.inputs, cotangents)
+    try:
+        actual = run(given or function, case.inputs, cotangents)
+    except Exception as error:  # of one contender; the others can be measured
+        return f"failed: {type(error).__name__}: {error}".splitlines()[0]
     exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in case.inputs]
     try:
         settings = case.noise(exact, [out.double() for out in actual[0]]) if case.noise and given is None else {}
     except ValueError as error:
         return str(error)
-    expected = run(case.reference, exact, [tensor.double() for tensor in cotangents], **settings)
+    expected = None if settings or known is None else known.get("expected")
+    if expected is None:
+        expected = run(case.reference, exact, [tensor.double() for tensor in cotangents], **settings)
+        if not settings and known is not None:
+            known["expected"] = expected
     return disagreement(actual, expected, max(torch.finfo(x.dtype).eps for x in (*case.inputs, *actual[0], *actual[1])))
 
 

@@ -39,13 +39,13 @@ def rows_of(
             first = count == max(thread_counts)
             if first:
                 functions, notes, yardsticks, cotangents = prepare(case, device, counted, compile)
-                wrong = [f"{name}: {note}" for name, note in notes.items() if name != COMPILE or "differs" in note]
+                wrong = [f"{name}: {note}" for name, note in notes.items() if name != COMPILE or "differ" in note]
             elif COMPILE in functions:  # its code is made for a number of threads
                 functions[COMPILE], notes[COMPILE] = compiled(case, case.inputs, cotangents, {})
                 functions = {name: function for name, function in functions.items() if function}
             steps = {name: contender(function, case.inputs, cotangents) for name, function in functions.items()}
             times = measure({**steps, **yardsticks}, device, pace)
-            idle = host_times(case, functions, device) if host and first else {}
+            idle = host_times(case, functions, device, case.headline) if host and first else {}
         facts = {"op": op, "case": case.name, "threads": count if device == "cpu" else ""}
         for name in [*functions, *yardsticks]:
             row = {**facts, "provider": name, **timed(times[name]), **counted.get(name, {})}
@@ -65,16 +65,16 @@ def prepare(case: Case, device: str, counted: dict[str, dict], compile: bool) ->
     """Checks and counts each contender: (functions that may be timed, why others may not, yardsticks, cotangents)."""
     outputs = as_list(case.eager(*case.inputs))
     cotangents = make_cotangents(outputs, case.inputs)
-    functions, notes = {}, {}
+    functions, notes, known = {}, {}, {}
     for name, function in case.functions.items():
-        if note := problem(case, name, function, cotangents):
+        if note := problem(case, name, function, cotangents, known):
             notes[name] = note
         else:
             functions[name] = function
             counted[name] = count(name, function, case.inputs, cotangents, device)
     if compile and "eager" in functions:
         function, note = compiled(case, case.inputs, cotangents, counted)
-        note = note or problem(case, COMPILE, function, cotangents)
+        note = note or problem(case, COMPILE, function, cotangents, known)
         if note:
             notes[COMPILE] = note
         else:
@@ -115,8 +115,7 @@ def count(name: str, function: Callable, inputs: list[Tensor], cotangents: list[
 
 
 def kept(function: Callable, inputs: list[Tensor], cotangents: list[Tensor], device: str) -> dict[str, int]:
-    step = contender(function, inputs, cotangents)
-    step.backward(step.forward())
+    step = contender(function, inputs, cotangents)  # which has run before: it was checked
     peak = counting.peak_bytes(lambda: step.backward(step.forward()), device)
     return {"peak_bytes": peak, "saved_bytes": counting.saved_bytes(function, inputs)}
 
@@ -145,10 +144,12 @@ def compiled(
     return function, ""
 
 
-def host_times(case: Case, functions: dict[str, Callable], device: str) -> dict[str, float]:
-    """Seconds per step of what can do without data."""
+def host_times(case: Case, functions: dict[str, Callable], device: str, compile: bool) -> dict[str, float]:
+    """Seconds per step of what can do without data; torch.compile makes code of its own for that."""
     inputs, steps = empty(case.inputs), {}
     for name, function in functions.items():
+        if name == COMPILE and not compile:
+            continue
         try:
             if name == COMPILE:
                 torch._dynamo.reset()

@@ -44,10 +44,12 @@ def where(about: dict[str, Any]) -> str:
 
 
 def plain(axis: Any) -> None:
-    """1, 10, 100 instead of powers of ten."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    """1, 2, 5, 10, ... instead of powers of ten; over many decades the powers alone."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(10, (1, 2, 5) if high < 1000 * low else (1,), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -78,7 +80,7 @@ def sizes(store: Store, about: dict[str, Any]) -> Any:
             panel.plot(at, middle, line, color=colour, marker=marker, markersize=5, linewidth=1.6, label=name)
             if name != LIMIT:
                 panel.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
-        panel.axhline(1, color=LOOKS["eager"][0], linewidth=1)
+        panel.axhline(1, color=LOOKS["eager"][0], linewidth=1.6, label="eager")
         panel.set_yscale("log")
         plain(panel.yaxis)
         panel.set_xticks(range(len(names)), [name.replace(" x ", "\nx ") for name in names], fontsize=9)
@@ -86,7 +88,7 @@ def sizes(store: Store, about: dict[str, Any]) -> Any:
         panel.set(title=f"{TITLES[op]}{threads}", ylabel="times as fast as eager")
     for panel in panels[len(panels_of) :]:
         panel.set_axis_off()
-    panels[0].legend(loc="upper right", fontsize=9, title="line at 1: eager", title_fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=10)
     return figure
 
 
@@ -177,7 +179,11 @@ def sweeps(store: Store, about: dict[str, Any]) -> Any:
         panel.set_yscale("log")
         panel.set(title=name, xlabel=SWEEPS[name].axis, ylabel="ms, forward + backward")
         panel.title.set_fontsize(11)
-        panel.set_ylim(bottom=max(panel.get_ylim()[0], points[:, 1].min() / 4))
+        least = min(row["both_ms_low"] for row in store.rows("sweeps") if row["op"] == name)
+        panel.set_ylim(bottom=least / 1.5)  # the dotted line may begin below
+        plain(panel.yaxis)
+        if points[-1, 0] < 4**6:  # few sizes: no half powers
+            panel.set_xticks(points[:, 0])
     for panel in panels[len(names) :]:
         panel.set_axis_off()
     panels[0].legend(loc="upper left", fontsize=9)

@@ -17,7 +17,8 @@ CAPTIONS = {
     "bench_sizes": "Every contender takes turns with the others, forward and backward, on the same inputs. Bands are "
     "quartiles of the rounds. The limit allocates and fills the outputs and the gradients and computes nothing: what "
     "no op that returns new tensors can beat.",
-    "bench_ops": "Right of the line at 1 is faster than the eager formula.",
+    "bench_ops": "Right of the line at 1 is faster than the eager formula. torch.distributions runs without the checks "
+    "of its arguments.",
     "bench_costs": "Counted, not timed. Traffic: eager and torch.distributions by the reads and writes of each op, "
     "torch.compile by Inductor's own account of the code it makes on this machine, fastkl by the written budget of its "
     "GPU kernels, to which tests hold them. Peak: allocated at once beyond the inputs. Kept: between forward and "
@@ -79,7 +80,7 @@ def section(table: Table) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in table.header)
     rows = "".join(
         "<tr>"
-        + "".join(f"<td{' class=number' * (i > 2)}>{html.escape(cell)}</td>" for i, cell in enumerate(row))
+        + "".join(f"<td{' class=number' * (i >= table.words)}>{html.escape(cell)}</td>" for i, cell in enumerate(row))
         + "</tr>"
         for row in table.rows
     )

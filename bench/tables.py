@@ -19,15 +19,22 @@ class Table(NamedTuple):
     note: str
     header: list[str]
     rows: list[list[str]]
+    words: int = 2  # how many of the first columns are not numbers
+    page_only: tuple[str, ...] = ()  # columns that a terminal has no room for
 
     def rich(self) -> Any:
+        from rich import box
         from rich.table import Table as RichTable
 
-        table = RichTable(title=self.title, caption=self.note, title_justify="left", caption_justify="left")
-        for index, name in enumerate(self.header):
-            table.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
+        left = {"title_justify": "left", "caption_justify": "left"}
+        table = RichTable(title=self.title, caption=self.note, box=box.SIMPLE_HEAD, pad_edge=False, **left)
+        shown = [index for index, name in enumerate(self.header) if name not in self.page_only]
+        for index in shown:
+            whole = index != 1 and index < self.words
+            side = "left" if index < self.words else "right"
+            table.add_column(self.header[index], justify=side, overflow="fold", no_wrap=whole)
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*(row[index] for index in shown))
         return table
 
 
@@ -50,8 +57,12 @@ def times(value: Any) -> str:
     return f"{number(value)}x" if isinstance(value, int | float) else "-"
 
 
-def mib(value: Any) -> str:
-    return number(value / 2**20) if isinstance(value, int | float) else "-"
+def size(value: Any) -> str:
+    """Bytes, in the unit that leaves one to four digits before the point."""
+    if not isinstance(value, int | float):
+        return "-"
+    power = next((p for p in range(4) if value < 1000 * 1024**p), 3)
+    return f"{number(value / 1024**power)} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def pair(row: dict[str, Any], name: str) -> str:
@@ -90,13 +101,13 @@ def sizes(store: Store) -> Table:
                     rows.append([title, case, str(count or "GPU"), ms, *cells, against])
     note = "Speed-ups over the eager one-liner, medians of rounds; the limit allocates and fills outputs and gradients."
     header = ["", "N x D", "threads", "eager, ms", DISTRIBUTIONS, COMPILE, "fastkl", "limit", f"fastkl over {COMPILE}"]
-    return Table("KL, and sample + KL: forward and backward, float32", note, header, rows)
+    return Table("KL, and sample + KL: forward and backward, float32", note, header, rows, 2)
 
 
 def of_ops(store: Store) -> Iterator[Table]:
     """Every column, a table for each number of threads."""
-    header = ["op", "case", "contender", "forward ms", "backward ms", "both ms", "quartiles", "speed-up", "moved MiB"]
-    header += ["GB/s", "% of copy", "peak MiB", "kept MiB", "launches", "host us"]
+    header = ["op", "case", "contender", "forward ms", "backward ms", "both ms", "quartiles", "speed-up", "moved"]
+    header += ["GB/s", "% of copy", "peak", "kept", "launches", "host us"]
     for count in reversed(thread_counts(store)):
         rows, before = [], None
         for r in store.rows("ops"):
@@ -106,15 +117,15 @@ def of_ops(store: Store) -> Iterator[Table]:
             first, before = name != before, name
             start = [*(name if first else ("", "")), r["provider"]]
             if r.get("note"):
-                rows.append([*start, "", "", r["note"], *[""] * 9])
+                rows.append([*start, "", "", "not timed", r["note"], *[""] * 8])
                 continue
             moved = "-"
             if isinstance(r.get("bytes_forward"), int):
-                moved = mib(r["bytes_forward"] + r["bytes_backward"])
+                moved = size(r["bytes_forward"] + r["bytes_backward"])
             quartiles = f"{number(r['both_ms_low'])} to {number(r['both_ms_high'])}"
             cells = [number(r["forward_ms"]), number(r["backward_ms"]), number(r["both_ms"]), quartiles]
             cells += [times(r.get("speed_up")), moved, number(r.get("gigabytes_per_second"))]
-            cells += [number(r.get("percent_of_copy")), mib(r.get("peak_bytes")), mib(r.get("saved_bytes"))]
+            cells += [number(r.get("percent_of_copy")), size(r.get("peak_bytes")), size(r.get("saved_bytes"))]
             rows.append([*start, *cells, pair(r, "launches"), number(r.get("host_us"))])
         note = (
             "Moved: eager, each op's reads and writes; torch.compile, Inductor's account; fastkl, the traffic of its "
@@ -122,7 +133,8 @@ def of_ops(store: Store) -> Iterator[Table]:
             "Host: a step without data."
         )
         where = "on the GPU" if count == "" else f"on {count} thread{'s' * (count != 1)}"
-        yield Table(f"Every op, {where}", note, header, rows)
+        narrow = ("forward ms", "backward ms", "quartiles", "GB/s")
+        yield Table(f"Every op, {where}", note, header, rows, 3, narrow)
 
 
 def of_sweeps(store: Store) -> Table:
@@ -137,15 +149,15 @@ def of_sweeps(store: Store) -> Table:
                 rows.append([sweep.name, f"{sweep.axis} to {last['x']:,}", provider, *cells])
     note = "Steps: time per element over that of the size before, where it is not mere overhead; 1 is linear growth."
     header = ["sweep", "", "contender", "ms at the end", "ns per element", "largest step", "beyond the cache", "growth"]
-    return Table("Growth", note, header, rows)
+    return Table("Growth", note, header, rows, 3)
 
 
 def of_training(store: Store) -> Table:
     rows = []
     for r in store.rows("training_step"):
         quartiles = f"{number(r['both_ms_low'])} to {number(r['both_ms_high'])}"
-        cells = [number(r["both_ms"]), quartiles, times(r["speed_up"]), mib(r["peak_bytes"])]
+        cells = [number(r["both_ms"]), quartiles, times(r["speed_up"]), size(r["peak_bytes"])]
         rows.append([r["case"], f"batch {r['batch']}", r["provider"], *cells])
     note = "The loss alone: sample, KL and likelihood, on the head and the logits of the same step."
-    header = ["", "", "loss", "ms", "quartiles", "speed-up", "peak MiB"]
-    return Table("A training step of the large-latent preset", note, header, rows)
+    header = ["", "", "loss", "ms", "quartiles", "speed-up", "peak"]
+    return Table("A training step of the large-latent preset", note, header, rows, 3)

@@ -1,0 +1,177 @@
+"""The benchmark as a person runs it: options, what is on disk when it ends or is interrupted, and how it times."""
+
+import csv
+import json
+import re
+import time
+
+import pytest
+import torch
+
+import fastkl
+from bench import __main__ as command
+from bench import sweeps, tables, timing
+from bench.store import Store, parse, slug
+
+OPS = ["gmm_responsibilities", "wasserstein2_normal"]  # the quickest to measure, without torch.compile
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """Runs the command with as few steps as can be; returns its exit status."""
+    pace = timing.Pace(2, 1e-4, 0.1)
+    monkeypatch.setattr(command, "QUICK", pace)
+    monkeypatch.setattr("bench.measure.QUICK", pace)
+
+    def run(*arguments):
+        return command.main([*arguments, "--quick", "--threads", "1", "--output", str(tmp_path)])
+
+    run.folder = tmp_path
+    return run
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_tables_pictures_and_page(quick, capsys):
+    assert quick(*OPS) == 0
+    rows = read(quick.folder / "ops.csv")
+    assert {row["op"] for row in rows} == set(OPS)
+    by_name = {row["provider"]: row for row in rows if (row["op"], row["case"]) == ("wasserstein2_normal", "128 x 32")}
+    assert set(by_name) == {"eager", "fastkl", "limit", "copy"}
+    ours = by_name["fastkl"]
+    unit = 4 * 128 * 32
+    assert [int(ours[f"bytes_{way}"]) for way in ("forward", "backward")] == [2 * unit + 4 * 128, 4 * unit + 4]
+    assert (ours["launches_forward"], ours["launches_backward"], ours["saved_bytes"]) == ("1", "1", "0")
+    assert float(by_name["copy"]["percent_of_copy"]) == 100
+    for row in (ours, by_name["eager"]):
+        assert 0 < float(row["both_ms_low"]) <= float(row["both_ms"]) <= float(row["both_ms_high"])
+        assert float(row["host_us"]) > 0
+    page = (quick.folder / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert not re.search(r'(src|href)="(?!data:)', page)  # needs no other file
+    for name in ("bench_ops",):
+        assert (quick.folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (quick.folder / f"{name}.svg").read_text()
+    assert json.loads((quick.folder / "machine.json").read_text())["threads"] == [1]
+    assert "wasserstein2_normal" in capsys.readouterr().out
+
+
+def test_interrupted_run_keeps_what_it_has_and_goes_on(quick, monkeypatch, capsys):
+    own, calls = command.measure.rows_of, []
+
+    def interrupted(op, case, *others, **settings):
+        calls.append((op, case.name))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return own(op, case, *others, **settings)
+
+    monkeypatch.setattr(command.measure, "rows_of", interrupted)
+    assert quick(*OPS) == 130
+    assert "--resume" in capsys.readouterr().err
+    kept = (quick.folder / "ops.csv").read_text()
+    assert {(row["op"], row["case"]) for row in read(quick.folder / "ops.csv")} == {calls[0]}
+    assert quick(*OPS, "--resume") == 0
+    assert calls.count(calls[0]) == 1
+    assert len(calls) == len(set(calls)) + 1  # the one that was interrupted is measured again
+    # The first lines are as they were, number for number; new columns may have come.
+    before, after = list(csv.DictReader(kept.splitlines())), read(quick.folder / "ops.csv")
+    assert [{name: row[name] for name in before[0]} for row in after[: len(before)]] == before
+
+
+def test_what_does_not_match_is_not_timed(quick, monkeypatch, capsys):
+    own = fastkl.wasserstein2_normal
+    monkeypatch.setattr("fastkl.wasserstein2_normal", lambda *inputs: 1.0001 * own(*inputs))
+    assert quick("wasserstein2_normal") == 1
+    assert "NOT TIMED: wasserstein2_normal 128 x 32: fastkl: output 0 differs" in capsys.readouterr().err
+    ours = [row for row in read(quick.folder / "ops.csv") if row["provider"] == "fastkl"]
+    assert all(row["note"] and not row["both_ms"] for row in ours)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["kl_norma"], "there is no kl_norma to measure; there are"),
+        (["--threads", "0"], "--threads must be at least 1"),
+    ],
+)
+def test_bad_arguments(arguments, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(arguments)
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_every_case_has_a_name_of_its_own():
+    given = command.options(["--threads", "1"])
+    keys = [(job.part, job.key) for job in command.jobs(given, "meta")]
+    assert len(keys) == len(set(keys))
+    assert {key[0] for part, key in keys if part == "ops"} == set(command.OPS)
+
+
+def test_contenders_take_turns():
+    calls = []
+
+    def named(name):
+        return timing.Contender(lambda: calls.append(name), lambda _: time.sleep(2e-4))
+
+    found = timing.measure({name: named(name) for name in "abc"}, "cpu", timing.Pace(4, 1e-6, 1.0))
+    assert calls[-12:] == list("abc") * 4
+    assert all(len(times.both) == 4 and min(times.backward) >= 2e-4 for times in found.values())
+
+
+def test_spread_and_ratio():
+    assert timing.spread([3.0, 1.0, 2.0, 4.0, 5.0]) == (2, 3, 4)
+    slow, fast = timing.Times([1.0, 2.0, 30.0], [1.0, 2.0, 30.0]), timing.Times([0.5, 1.0, 15.0], [0.5, 1.0, 15.0])
+    assert timing.ratio(slow, fast) == (2, 2, 2)  # of rounds side by side, whatever the machine did between them
+
+
+def test_copy_and_limit_move_what_they_should():
+    from bench.budget import Budget
+    from bench.counting import count_eager
+
+    forward, backward = count_eager(*timing.copy(Budget(8000, 1600), "cpu"))
+    assert (forward.bytes, backward.bytes) == (8000, 1600)
+    inputs = [torch.ones(10, 10, requires_grad=True), torch.ones(5)]
+    forward, backward = count_eager(*timing.limit([torch.ones(10)], inputs))
+    assert (forward.read, forward.written) == (0, 40)
+    assert (backward.read, backward.written) == (0, 400)
+
+
+def test_growth():
+    cache = 1 << 20
+    sizes = [4**power for power in range(12)]
+    overhead = [(x, 1e-4 + 1e-9 * x) for x in sizes]
+    assert sweeps.growth(overhead, 4, cache).verdict == "linear"
+    out_of_cache = [(x, t * (1 if 4 * x <= cache else 2)) for x, t in overhead]
+    assert sweeps.growth(out_of_cache, 4, cache).verdict == "linear"
+    square = [(x, 1e-4 + 1e-9 * x**1.5) for x in sizes]
+    assert sweeps.growth(square, 4, cache).verdict.startswith("cliff")
+    cliff = [(x, t * (1 if x < sizes[-1] else 3)) for x, t in overhead]
+    assert sweeps.growth(cliff, 4, cache).verdict == f"cliff at {sizes[-1]}"
+
+
+def test_numbers_and_names():
+    assert [tables.number(value) for value in (0.0, 1234.5, 12.345, 0.01234, 2e-5, "", 7)] == [
+        "0", "1,234", "12.3", "0.0123", "2.0e-05", "-", "7",
+    ]  # fmt: skip
+    assert [parse(text) for text in ("12", "-1.5", "1e-05", "", "32 x 8", "torch.compile")] == [
+        12, -1.5, 1e-5, "", "32 x 8", "torch.compile",
+    ]  # fmt: skip
+    about = {"device": "AMD EPYC(TM) 7763 @ 2.4", "threads": [1, 2]}
+    assert slug(about, "cpu") == "amd-epyc-7763-2-4-2-threads"
+
+
+def test_store_replaces_rows_and_keeps_the_others(tmp_path):
+    store = Store(tmp_path, keep=False)
+    store.add("ops", [{"op": "a", "case": "1", "both_ms": 1.0}, {"op": "b", "case": "1", "both_ms": 2.0}])
+    store.add("ops", [{"op": "a", "case": "1", "both_ms": 3.0, "note": "new"}])
+    again = Store(tmp_path, keep=True)
+    assert {(row["op"], row["both_ms"], row["note"]) for row in again.rows("ops")} == {
+        ("a", 3.0, "new"),
+        ("b", 2.0, ""),
+    }
+    assert again.has("ops", ("b", "1"))
+    assert not Store(tmp_path, keep=False).rows("ops")
