@@ -10,8 +10,8 @@ import triton.language as tl
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}  # what things are computed in
 LOG2E = tl.constexpr(1.4426950408889634)
-LOG2E_TAIL = tl.constexpr(1.925963033500702e-08)  # log2(e) - float32(log2(e))
 LN2 = tl.constexpr(0.6931471805599453)
+PHILOX_ROUNDS = tl.constexpr(10)  # those of reference.philox
 
 
 @triton.jit
@@ -41,14 +41,25 @@ def elements(row, column, shape, strides, NESTED: tl.constexpr):
 
 
 @triton.jit
-def exp(x):
-    """tl.exp is 2^(x log2 e) with the product rounded, |x| / 2 last places off; the product's remainder mends that."""
+def exp(x, SCALE: tl.constexpr = 1.0):
+    """exp(SCALE x), SCALE a power of 2. tl.exp is 2^(x log2 e) with the product rounded, |x| / 2 last places off; what
+    the rounding left out of x mends that."""
     if x.dtype == tl.float64:
-        return tl.exp(x)
-    product = x * LOG2E
-    remainder = tl.fma(x, LOG2E, -product) + x * LOG2E_TAIL
-    value = tl.exp2(product)
-    return tl.where(tl.abs(remainder) < 1.0, value * (1.0 + remainder * LN2), value)  # not at infinity
+        return tl.exp(SCALE * x)
+    product = x * (SCALE * LOG2E)
+    # About 1. Where x is huge it is anything, and NaN at infinity, which the maximum drops: there the power is all.
+    mend = tl.maximum(1.0 + SCALE * tl.fma(product, -LN2 / SCALE, x), 0.5)
+    if SCALE == 1.0:
+        mend = tl.minimum(mend, 2.0)  # where the product overflows
+    return tl.exp2(product) * mend
+
+
+@triton.jit
+def exp_to_half(x, SCALE: tl.constexpr = 1.0):
+    """exp(SCALE x) for results that are rounded to 16 bits: as good without the mending."""
+    if x.dtype == tl.float64:
+        return tl.exp(SCALE * x)
+    return tl.exp2(x * (SCALE * LOG2E))
 
 
 @triton.jit
@@ -79,17 +90,16 @@ def two_parts(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def exp_minus_one_minus_series(x):
-    """x^2 (1/2 + x/6 + x^2/24 + ...), exact to rounding for |x| < 1/2."""
+    """x^2 (1/2 + x/6 + x^2/24 + ...) for |x| < 1/2, exact to rounding: a minimax polynomial in float32."""
     if x.dtype == tl.float64:
         series = x * 0.0 + 1.0
         for i in tl.static_range(15):
             series = 1.0 + x * series * (1.0 / (17 - i))
         return 0.5 * x * x * series
-    series = 1.0 / 5040 + x * (1.0 / 40320)
-    series = 1.0 / 720 + x * series
-    series = 1.0 / 120 + x * series
-    series = 1.0 / 24 + x * series
-    series = 1.0 / 6 + x * series
+    series = 1.39819974e-3 + x * 1.98756301e-4
+    series = 8.33345217e-3 + x * series
+    series = 4.16657959e-2 + x * series
+    series = 1.66666655e-1 + x * series
     return x * x * (0.5 + x * series)
 
 
@@ -191,49 +201,113 @@ def kl_terms_gradient(mu, logvar, variance):
 def kl_terms_prior(mu, logvar, prior_mu, prior_logvar):
     x = logvar - prior_logvar
     # Halves of the exponent, so that a difference of 0 is 0 also where 1 / prior_var overflows.
-    standard = (mu - prior_mu) * exp(-0.5 * prior_logvar)
+    standard = (mu - prior_mu) * exp(prior_logvar, -0.5)
     return 0.5 * (exp_minus_one_minus(x, exp(x)) + standard * standard)
 
 
 @triton.jit
 def kl_terms_prior_gradient(mu, logvar, prior_mu, prior_logvar):
     """In mu, logvar and prior_logvar; in prior_mu it is that in mu with the sign turned."""
-    x, root = logvar - prior_logvar, exp(-0.5 * prior_logvar)
+    x, root = logvar - prior_logvar, exp(prior_logvar, -0.5)
     standard = (mu - prior_mu) * root
     dlogvar = 0.5 * expm1(x, exp(x))
     return standard * root, dlogvar, -dlogvar - 0.5 * standard * standard
 
 
 @triton.jit
-def _box_muller(word_0, word_1):
-    """Two 32-bit words -> two standard normals: radius sqrt(-2 ln u), u = (word_0 + 1/2) / 2^32, angle 2 pi w_1 / 2^32.
-
-    Half the angle lies in [-pi/2, pi/2), where minimax polynomials (|error| < 5e-8) replace the range reduction of
-    tl.cos; cos 2h = 1 - 2 sin^2 h, sin 2h = 2 sin h cos h.
-    """
-    radius = tl.sqrt(-2.0 * tl.log(word_0.to(tl.float32) * 2.0**-32 + 2.0**-33))
-    half = word_1.to(tl.int32, bitcast=True).to(tl.float32) * (3.141592653589793 * 2.0**-32)
-    square = half * half
-    sine = -1.9800888666e-4 + square * 2.5904717206e-6
-    sine = -1.6666647618e-1 + square * (8.3328996434e-3 + square * sine)
-    sine = half + half * square * sine
-    cosine = -1.3853704210e-3 + square * 2.3153935887e-5
-    cosine = 0.99999995348 + square * (-0.49999905343 + square * (4.1663584638e-2 + square * cosine))
-    doubled = radius * sine * 2.0
-    return radius - doubled * sine, doubled * cosine
+def _wide_product(word, FACTOR: tl.constexpr):
+    """(high, low) 32 bits of a product, from one multiplication."""
+    product = word.to(tl.uint64) * FACTOR
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
 
 
 @triton.jit
-def normals(seed, group, sample, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Standard normals [ROWS, COLUMNS] in float32, four for each Philox call.
+def philox(seed, group, index, sample):
+    """The four words of reference.philox, uint32, of the counters `group + index` and a sample's number: int64, and
+    int32 from 0 on, which broadcast."""
+    index = index.to(tl.uint32)
+    # In 32 bits with a carry: of 64-bit words the compiler would multiply both halves.
+    word_0 = group.to(tl.uint32) + index
+    word_1 = (group >> 32).to(tl.uint32) + (word_0 < index).to(tl.uint32)
+    word_3 = tl.zeros_like(word_0)
+    word_2 = word_3 + sample
+    key_0, key_1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(PHILOX_ROUNDS):
+        high_0, low_0 = _wide_product(word_0, 0xD2511F53)
+        high_2, low_2 = _wide_product(word_2, 0xCD9E8D57)
+        word_0, word_1, word_2, word_3 = high_2 ^ word_1 ^ key_0, low_2, high_0 ^ word_3 ^ key_1, low_0
+        key_0 = tl.add(key_0, 0x9E3779B9, sanitize_overflow=False)  # the same for all: computed once for each thread
+        key_1 = tl.add(key_1, 0xBB67AE85, sanitize_overflow=False)
+    return word_0, word_1, word_2, word_3
 
-    group is [ROWS, COLUMNS / 4], int64: element i of a sample takes normal i % 4 of the counter (i // 4, sample), as
-    fastkl.reference.normal_noise says.
+
+@triton.jit
+def _radius(word, HALF: tl.constexpr):
+    """sqrt(-2 ln u), u = (word + 1/2) / 2^32, within 3e-7, with HALF within 1.4e-5.
+
+    u = 2^n (1 + f), 1 + f from sqrt(1/2) to sqrt(2): -2 ln u is -2 n ln 2 + f q(f), q a polynomial for the least error
+    of the root. Half the instructions of tl.log.
     """
-    zero = (group * 0).to(tl.uint32)
-    low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32)
-    word_0, word_1, word_2, word_3 = tl.philox(seed, low, high, zero + sample, zero)
-    normal_0, normal_1 = _box_muller(word_0, word_1)
-    normal_2, normal_3 = _box_muller(word_2, word_3)
-    # join adds a last dimension: [..., i, j] is normal 2 i + j, and four neighbours stay in one thread.
+    bits = (word.to(tl.float32) * 2.0**-32 + 2.0**-33).to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) & -8388608  # n 2^23
+    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    if HALF:
+        q = -0.672765210 + f * (0.547707824 + f * -0.359184458)
+        q = -1.999931563 + f * (0.998391439 + f * q)
+    else:
+        q = -0.410318429 + f * (0.378639194 + f * -0.242403426)
+        q = -0.666220569 + f * (0.497483662 + f * q)
+        q = -2.000002709 + f * (1.000045881 + f * q)
+    return tl.sqrt(exponent.to(tl.float32) * (LN2 * -(2.0**-22)) + f * q)
+
+
+@triton.jit
+def _box_muller(word_0, word_1, HALF: tl.constexpr):
+    """Two 32-bit words -> two standard normals: radius sqrt(-2 ln u), angle 2 pi word_1 / 2^32.
+
+    Half the angle h lies in [-pi/2, pi/2), where minimax polynomials of s = sqrt(2) sin h and c = sqrt(2) cos h
+    (within 6e-8, with HALF 9e-6) replace the range reduction of tl.cos; cos 2h = 1 - s^2, sin 2h = s c.
+    """
+    radius = _radius(word_0, HALF)
+    half = word_1.to(tl.int32, bitcast=True).to(tl.float32) * (3.141592653589793 * 2.0**-32)
+    square = half * half
+    if HALF:
+        sine = 1.41420878 + square * (-2.35676281e-1 + square * (1.17469302e-2 + square * -2.59703880e-4))
+        cosine = 1.41417782 + square * (-7.06898630e-1 + square * (5.86046338e-2 + square * -1.78211e-3))
+    else:
+        sine = 1.17845003e-2 + square * (-2.80027172e-4 + square * 3.66353597e-6)
+        sine = 1.41421353 + square * (-2.35701992e-1 + square * sine)
+        cosine = 5.89193826e-2 + square * (-1.95822883e-3 + square * 3.25686055e-5)
+        cosine = 1.41421326 + square * (-7.07104184e-1 + square * cosine)
+    leg = radius * (half * sine)
+    return radius - leg * (half * sine), leg * cosine
+
+
+@triton.jit
+def four_normals(seed, group, index, sample, HALF: tl.constexpr = False):
+    """Standard normals in float32 of one Philox call; with HALF for results of 16 bits, whose rounding hides an error
+    of 6e-5. Element i of a sample takes normal i % 4 of the counter (i // 4, sample), as reference.normal_noise says.
+    """
+    word_0, word_1, word_2, word_3 = philox(seed, group, index, sample)
+    normal_0, normal_1 = _box_muller(word_0, word_1, HALF)
+    normal_2, normal_3 = _box_muller(word_2, word_3, HALF)
+    return normal_0, normal_1, normal_2, normal_3
+
+
+@triton.jit
+def normals(seed, group, sample, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr):
+    """Standard normals [ROWS, COLUMNS]; each row's first is that of Philox call `group`, int64 [ROWS, 1] or one number.
+
+    join adds a last dimension: what is joined last are neighbours, and four of them, with HALF eight, stay in the
+    thread that has as many of the tensors that are read 16 bytes at a time.
+    """
+    if HALF and COLUMNS >= 8:
+        even = 2 * tl.arange(0, COLUMNS // 8)[None, :]
+        normal_0, normal_1, normal_2, normal_3 = four_normals(seed, group, even, sample, HALF)
+        normal_4, normal_5, normal_6, normal_7 = four_normals(seed, group, even + 1, sample, HALF)
+        normal_0, normal_1 = tl.join(normal_0, normal_4), tl.join(normal_1, normal_5)
+        normal_2, normal_3 = tl.join(normal_2, normal_6), tl.join(normal_3, normal_7)
+    else:
+        index = tl.arange(0, COLUMNS // 4)[None, :]
+        normal_0, normal_1, normal_2, normal_3 = four_normals(seed, group, index, sample, HALF)
     return tl.join(tl.join(normal_0, normal_2), tl.join(normal_1, normal_3)).reshape(ROWS, COLUMNS)

@@ -17,7 +17,7 @@ def above_zero(parameter, SCALE: tl.constexpr):
 @triton.jit
 def _sigma_difference(logvar, prior_logvar):
     """(sigma, prior_sigma, sigma - prior_sigma), which keeps its digits where the two are close."""
-    x, sigma, prior_sigma = 0.5 * (logvar - prior_logvar), exp(0.5 * logvar), exp(0.5 * prior_logvar)
+    x, sigma, prior_sigma = 0.5 * (logvar - prior_logvar), exp(logvar, 0.5), exp(prior_logvar, 0.5)
     close = prior_sigma * (x + exp_minus_one_minus_series(x))
     return sigma, prior_sigma, tl.where(tl.abs(x) < 0.5, close, sigma - prior_sigma)
 
@@ -25,13 +25,13 @@ def _sigma_difference(logvar, prior_logvar):
 @triton.jit
 def wasserstein2_terms(mu, logvar):
     """The squared 2-Wasserstein distance from N(mu, exp(logvar)) to N(0, 1)."""
-    difference = expm1(0.5 * logvar, exp(0.5 * logvar))
+    difference = expm1(0.5 * logvar, exp(logvar, 0.5))
     return mu * mu + difference * difference
 
 
 @triton.jit
 def wasserstein2_terms_gradient(mu, logvar):
-    sigma = exp(0.5 * logvar)
+    sigma = exp(logvar, 0.5)
     return 2.0 * mu, expm1(0.5 * logvar, sigma) * sigma
 
 

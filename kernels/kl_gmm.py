@@ -27,8 +27,7 @@ def blocks(dtype: torch.dtype) -> dict[str, int]:
 @triton.jit
 def draw(seed, start, sample, BLOCK: tl.constexpr):
     """The noise of BLOCK elements from `start` on, a multiple of 4."""
-    group = (start >> 2) + tl.arange(0, BLOCK // 4)[None, :]
-    return tl.reshape(normals(seed, group, sample, 1, BLOCK), [BLOCK])
+    return tl.reshape(normals(seed, start >> 2, sample, 1, BLOCK, False), [BLOCK])
 
 
 @triton.jit

@@ -53,7 +53,7 @@ def load_tile(pointer, row, column, shape, strides, NESTED: tl.constexpr):
 @triton.jit
 def standardise(x, mean, logvar):
     """(z, 1 / sigma): an element's term is -1/2 (ln 2 pi + logvar + z^2). 1 / sigma^2 alone would overflow first."""
-    precision_root = exp(-0.5 * logvar)
+    precision_root = exp(logvar, -0.5)
     return (x - mean) * precision_root, precision_root
 
 

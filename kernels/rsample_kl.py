@@ -15,6 +15,7 @@ from fastkl.kernels._device import (
     bound_gradient,
     elements,
     exp,
+    exp_to_half,
     kl_terms,
     kl_terms_gradient,
     kl_terms_prior,
@@ -33,6 +34,7 @@ from fastkl.kernels._layout import (
     is_bounded,
     layout,
     next_power_of_2,
+    registers,
     share,
     unpack,
 )
@@ -51,7 +53,10 @@ def blocks(rows: int, columns: int, tensors: list[torch.Tensor]) -> dict[str, in
     tile = TILE_BYTES // itemsize if columns % 16 == 0 else ODD_TILE[itemsize]
     tile = tile // 2 if len(tensors) > 2 else tile  # a prior takes as many registers again
     block_columns = min(max(4, next_power_of_2(columns)), tile)
-    return {"ROWS": min(tile // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": 4}
+    block_rows = min(tile // block_columns, next_power_of_2(rows))
+    # By itself ptxas keeps to so few registers that it loads just before use, and spills a few in bfloat16.
+    few = registers(104) if itemsize < 8 else {}
+    return {"ROWS": block_rows, "COLUMNS": block_columns, "num_warps": 4, **few}
 
 
 @triton.jit
@@ -67,10 +72,10 @@ def shifted_columns(row, start, columns, SHIFT: tl.constexpr, COLUMNS: tl.conste
 
 
 @triton.jit
-def row_noise(seed, row, start, sample, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def row_noise(seed, row, start, sample, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr):
     """The noise of the elements that `shifted_columns` gives; `start` is a multiple of 4."""
     first = row.to(tl.int64)[:, None] * columns + start
-    return normals(seed, (first >> 2) + tl.arange(0, COLUMNS // 4)[None, :], sample, ROWS, COLUMNS)
+    return normals(seed, first >> 2, sample, ROWS, COLUMNS, HALF)
 
 
 @triton.jit
@@ -83,6 +88,7 @@ def rsample_kl_fwd_kernel(
 ):  # fmt: skip
     """`splits` programs share each block of rows; kl is [splits, rows] or None, noise is None or the caller's own."""
     rows, columns = shape[0], shape[2]
+    HALF: tl.constexpr = z.dtype.element_ty.primitive_bitwidth == 16
     split = tl.program_id(0) % splits
     row = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
     first = split * columns_per_program
@@ -91,28 +97,32 @@ def rsample_kl_fwd_kernel(
         key = tl.load(seed)
     if kl is not None:
         kl += split.to(tl.int64) * rows + row
-        total = tl.zeros([ROWS, COLUMNS], dtype=DTYPE)
+        total = tl.zeros([ROWS, COLUMNS // 4], dtype=DTYPE)
     for start in range(first, last, COLUMNS):
         column = shifted_columns(row, start, columns, SHIFT, COLUMNS)
-        # Masked elements are neither stored nor summed; 1 is a valid mean, log-variance and standard deviation.
-        mask = (row < rows)[:, None] & (column >= 0) & (column < columns)
+        # A masked element has mean 0 and log-variance 0 on both sides: its KL is 0 exactly, unless a clamp or softplus
+        # makes another log-variance of it.
+        mask = (row < rows)[:, None] & (column < columns)
+        mask = mask & (column >= 0) if SHIFT else mask
         at = row[:, None]
-        m = tl.load(mu + elements(at, column, shape, strides[0], NESTED), mask, other=1.0).to(DTYPE)
-        v = tl.load(parameter + elements(at, column, shape, strides[1], NESTED), mask, other=1.0).to(DTYPE)
+        m = tl.load(mu + elements(at, column, shape, strides[0], NESTED), mask, other=0.0).to(DTYPE)
+        fill: tl.constexpr = 1.0 if SCALE == "std" else 0.0
+        v = tl.load(parameter + elements(at, column, shape, strides[1], NESTED), mask, other=fill).to(DTYPE)
         logvar = bound(to_logvar(v, SCALE), low, high, BOUNDED)
-        sigma = exp(0.5 * logvar)
+        sigma = exp_to_half(logvar, 0.5) if HALF and kl is None else exp(logvar, 0.5)
         if kl is not None:
             if prior_mu is None:
                 terms = kl_terms(m, logvar, sigma * sigma)
             else:
-                pm = tl.load(prior_mu + elements(at, column, shape, strides[2], NESTED), mask, other=1.0).to(DTYPE)
-                pv = tl.load(prior_logvar + elements(at, column, shape, strides[3], NESTED), mask, other=1.0).to(DTYPE)
+                pm = tl.load(prior_mu + elements(at, column, shape, strides[2], NESTED), mask, other=0.0).to(DTYPE)
+                pv = tl.load(prior_logvar + elements(at, column, shape, strides[3], NESTED), mask, other=0.0).to(DTYPE)
                 terms = kl_terms_prior(m, logvar, pm, pv)
-            total = tl.where(mask, total + terms, total)
+            terms = tl.where(mask, terms, 0.0) if BOUNDED or SCALE == "softplus" else terms
+            total += tl.sum(terms.reshape(ROWS, COLUMNS // 4, 4), axis=2)  # in one thread: a register for four
         given, drawn = noise, z
         for sample in range(samples):
             if noise is None:
-                eps = row_noise(key, row, start, sample, columns, ROWS, COLUMNS).to(DTYPE)
+                eps = row_noise(key, row, start, sample, columns, ROWS, COLUMNS, HALF).to(DTYPE)
             else:
                 eps = tl.load(given + elements(at, column, shape, strides[4], NESTED), mask, other=0.0).to(DTYPE)
                 given += sample_strides[0]
@@ -133,6 +143,7 @@ def rsample_kl_bwd_kernel(
     """One block of columns by `rows_per_program` rows; without a KL, dkl and mu are None. With SHARED the prior is one
     row, and dprior this program's partial sum over its rows, `partial_stride` apart."""
     rows, columns = shape[0], shape[2]
+    HALF: tl.constexpr = dmu.dtype.element_ty.primitive_bitwidth + dparameter.dtype.element_ty.primitive_bitwidth == 32
     group = tl.program_id(0) // column_blocks
     start_column = tl.program_id(0) % column_blocks * COLUMNS
     first = group * rows_per_program
@@ -146,17 +157,18 @@ def rsample_kl_bwd_kernel(
         at = row[:, None]
         column = shifted_columns(row, start_column, columns, SHIFT, COLUMNS)
         # Masked elements are neither stored nor summed; 1 is a valid mean, log-variance and standard deviation.
-        mask = (row < rows)[:, None] & (column >= 0) & (column < columns)
+        mask = (row < rows)[:, None] & (column < columns)
+        mask = mask & (column >= 0) if SHIFT else mask
         v = tl.load(parameter + elements(at, column, shape, strides[3], NESTED), mask, other=1.0).to(DTYPE)
         raw = to_logvar(v, SCALE)
         logvar = bound(raw, low, high, BOUNDED)
-        sigma = exp(0.5 * logvar)
+        sigma = exp_to_half(logvar, 0.5) if HALF else exp(logvar, 0.5)
         gradient_mu = tl.zeros([ROWS, COLUMNS], dtype=DTYPE)
         gradient_sigma = tl.zeros([ROWS, COLUMNS], dtype=DTYPE)
         given, incoming = noise, dz
         for sample in range(samples):
             if noise is None:
-                eps = row_noise(key, row, start_column, sample, columns, ROWS, COLUMNS).to(DTYPE)
+                eps = row_noise(key, row, start_column, sample, columns, ROWS, COLUMNS, HALF).to(DTYPE)
             else:
                 eps = tl.load(given + elements(at, column, shape, strides[6], NESTED), mask, other=0.0).to(DTYPE)
                 given += sample_strides[0]
