@@ -62,6 +62,10 @@ def layout(tensors: list[Tensor], event_ndim: int, *, reorder: bool = True) -> L
     if 0 in shape:
         rows, columns = shape[: len(shape) - event_ndim].numel(), shape[len(shape) - event_ndim :].numel()
         return Layout((rows, rows, columns, columns), ((0, 0, 0, 0),) * len(tensors))
+    if len(shape) == 2 and event_ndim == 1:  # the same as below, at an eighth of its time
+        (rows, columns), strides = shape, [tensor.stride() for tensor in tensors]
+        strides = tuple((0, row * (rows > 1), 0, column * (columns > 1)) for row, column in strides)
+        return Layout((rows, rows, columns, columns), strides)
     batch = list(range(len(shape) - event_ndim))
     event = list(range(len(shape) - event_ndim, len(shape)))
     if reorder:
