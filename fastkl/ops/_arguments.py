@@ -222,6 +222,22 @@ def event_ndim_of_datum(event_ndim: int | None, shape: torch.Size) -> int:
     return check_event_ndim(event_ndim, len(shape), f"the broadcast shape {tuple(shape)}")
 
 
+def alike(event_ndim: int | None, first: Tensor, *others: Tensor) -> int:
+    """event_ndim_of_datum for tensors that are alike in everything, 0 for others: small latents are bound by the host,
+    and then no other check can fail."""
+    if torch.compiler.is_compiling() or not isinstance(first, Tensor) or first.dtype not in DTYPES:
+        return 0
+    shape = first.shape
+    for other in others:
+        if not isinstance(other, Tensor) or other.dtype is not first.dtype or other.shape != shape:
+            return 0
+        if other.device != first.device:
+            return 0
+    if event_ndim is None:
+        return max(0, len(shape) - 1)
+    return event_ndim if type(event_ndim) is int and 0 < event_ndim <= len(shape) else 0
+
+
 # Elements of a block of rows whose temporaries fit a processor's cache.
 BLOCK = 32768
 EVERYTHING = slice(None)

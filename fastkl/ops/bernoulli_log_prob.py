@@ -71,8 +71,8 @@ class _BernoulliLogProb(torch.autograd.Function):
     def backward(ctx, dlog_prob):
         wanted = list(ctx.needs_input_grad[:2])
         backward = _gradients if needs_closed_form(dlog_prob) else bernoulli_log_prob_bwd
-        gradients = iter(backward(dlog_prob, *ctx.saved_tensors, ctx.event_ndim, wanted))
-        return (*(next(gradients) if want else None for want in wanted), None)
+        gradients = backward(dlog_prob, *ctx.saved_tensors, ctx.event_ndim, wanted)
+        return gradients[0] if wanted[0] else None, gradients[-1] if wanted[1] else None, None
 
     @staticmethod
     def vmap(info, in_dims, logits, x, event_ndim):
@@ -111,6 +111,8 @@ def bernoulli_log_prob(logits: Tensor, x: Tensor, *, event_ndim: int | None = No
     >>> fastkl.bernoulli_log_prob(torch.tensor([[0.0, 0.0], [100.0, -100.0]]), torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
     tensor([  -1.3863, -100.0000])
     """
+    if known := arguments.alike(event_ndim, logits, x):
+        return apply(_BernoulliLogProb, logits, x, known)
     arguments.check_tensors(logits=logits, x=x)
     shape = arguments.broadcast_shape(logits=logits, x=x)
     event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)

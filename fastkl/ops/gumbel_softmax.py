@@ -114,6 +114,8 @@ class _GumbelSoftmax(torch.autograd.Function):
 
 def check_tau(tau: float | Tensor, logits: Tensor) -> tuple[Tensor | None, float]:
     """(tensor or None, number): which of the two is the temperature."""
+    if type(tau) is float and 0 <= tau < float("inf") and not torch.compiler.is_compiling():
+        return None, tau
     if isinstance(tau, (np.generic, np.ndarray)) and tau.ndim == 0:
         # Traced, a number of NumPy's is a tensor already.
         tau = torch.as_tensor(tau) if torch.compiler.is_compiling() else tau.item()

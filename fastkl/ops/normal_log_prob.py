@@ -84,8 +84,11 @@ class _NormalLogProb(torch.autograd.Function):
     def backward(ctx, dlog_prob):
         wanted = list(ctx.needs_input_grad[:3])
         backward = _gradients if needs_closed_form(dlog_prob) else normal_log_prob_bwd
-        gradients = iter(backward(dlog_prob, *ctx.saved_tensors, ctx.event_ndim, wanted))
-        return (*(next(gradients) if want else None for want in wanted), None)
+        gradients = backward(dlog_prob, *ctx.saved_tensors, ctx.event_ndim, wanted)
+        for index, want in enumerate(wanted):
+            if not want:
+                gradients.insert(index, None)
+        return (*gradients, None)
 
     @staticmethod
     def vmap(info, in_dims, x, mean, logvar, event_ndim):
@@ -126,6 +129,8 @@ def normal_log_prob(x: Tensor, mean: Tensor, logvar: Tensor, *, event_ndim: int 
     >>> fastkl.normal_log_prob(torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2), torch.tensor(0.0))
     tensor([-3.8379])
     """
+    if known := arguments.alike(event_ndim, x, mean, logvar):
+        return apply(_NormalLogProb, x, mean, logvar, known)
     arguments.check_tensors(x=x, mean=mean, logvar=logvar)
     shape = arguments.broadcast_shape(x=x, mean=mean, logvar=logvar)
     event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
