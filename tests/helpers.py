@@ -97,5 +97,18 @@ def peak_bytes(function: Callable[[], object]) -> int:
     return peak
 
 
+def on_any_threads(function: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+    """What function() gives on one thread, and bit for bit on two."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(function())
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *results))
+    return results[0]
+
+
 def leaf(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to(DEVICE).requires_grad_()

@@ -16,7 +16,7 @@ from fastkl import reference
 from fastkl.ops.gumbel_softmax import gumbel_softmax
 from fastkl.reference import discrete
 
-from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf
+from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf, on_any_threads
 
 SEED = 2**62 + 12345
 # (shape, dim): why
@@ -77,6 +77,44 @@ def check(logits, tau, **settings):
 def test_shapes(backend, shape, dim, hard):
     with implementation(backend):  # a tensor's gradient is the same for both
         check(draw(shape), 0.7 if hard else leaf(torch.tensor(0.7)), hard=hard, dim=dim)
+
+
+# Enough elements for two threads: long rows in chunks, rows of two tiles, short rows; many neighbours of a class, in
+# chunks of two blocks and in one block; few of them.
+LARGE = [((4, 9001), -1), ((20, 1700), -1), ((5000, 7), -1), ((2, 70, 301), 1), ((30, 5, 250), 1), ((9000, 4), 0)]
+
+
+@pytest.mark.parametrize(("hard", "dtype"), [(False, torch.float32), (True, torch.float64)], ids=str)
+@pytest.mark.parametrize(("shape", "dim"), LARGE, ids=str)
+def test_native_loops_share_their_work(shape, dim, dtype, hard):
+    logits, tau = draw(shape, dtype), leaf(torch.tensor(0.7, dtype=dtype))
+    with implementation("native"):
+        on_any_threads(lambda: run(gumbel_softmax, logits, tau, hard=hard, dim=dim, seed=SEED))
+        check(logits, tau, hard=hard, dim=dim)
+
+
+@pytest.mark.parametrize(("shape", "dim"), LARGE, ids=str)
+def test_native_loops_keep_what_a_chunk_finds(shape, dim):
+    """Infinities and NaN in one chunk of many, and ties of several: in the last distribution, the others have none."""
+    whole = torch.randn(shape, generator=torch.Generator().manual_seed(0)).movedim(dim, -1)
+    last = (-1,) * (whole.dim() - 1)
+    for value, result in ((-INFINITY, 0.0), (INFINITY, math.nan), (math.nan, math.nan), (1e9, None)):
+        logits = whole.clone()
+        if value in (-INFINITY, 1e9):
+            logits[last] = value
+        else:
+            logits[last][-1] = value
+        for tau, hard in ((0.7, False), (0.7, True), (0.0, False)):
+            with implementation("native"):
+                y = gumbel_softmax(logits.movedim(-1, dim).to(DEVICE), tau, hard, dim=dim, seed=SEED).movedim(dim, -1)
+            total = y.sum(-1)
+            assert (total.flatten()[:-1] - 1).abs().max() < 1e-5
+            if result is not None:
+                torch.testing.assert_close(y[last], torch.full_like(y[last], result), equal_nan=True)
+            elif hard or tau == 0:  # the noise is rounded away: the first of all
+                assert y[last][0] == total[last] == 1
+            else:
+                torch.testing.assert_close(y[last], torch.full_like(y[last], 1 / y.shape[-1]))
 
 
 @hard_and_soft

@@ -9,7 +9,7 @@ from scipy import stats
 from fastkl import reference
 from fastkl.ops.normal_log_prob import normal_log_prob
 
-from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf
+from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf, on_any_threads
 
 # (shape, event_ndim): why
 SHAPES = [
@@ -66,6 +66,19 @@ def test_shapes(backend, shape, event_ndim, spread):
         check(draw(shape, event_ndim, spread), event_ndim)
 
 
+@pytest.mark.parametrize(
+    ("spread", "dtype"), [(each, torch.float32) for each in ("full", "row", "shared")] + [("shared", torch.float64)]
+)
+def test_native_loops_share_their_work(spread, dtype):
+    """Enough elements for two threads: long rows in chunks, rows of two tiles, short rows in several groups."""
+    for shape in [(4, 9001), (20, 1700), (9000, 4)]:
+        tensors = draw(shape, None, spread, (dtype,) * 3)
+        weights = torch.linspace(-1, 2, shape[0], dtype=torch.float64, device=DEVICE)
+        with implementation("native"):
+            on_any_threads(lambda: run(normal_log_prob, tensors, None, weights))  # noqa: B023
+            check(tensors)
+
+
 @both
 @pytest.mark.parametrize("spread", ["full", "row", "shared"])
 def test_dtypes(backend, spread):
@@ -95,6 +108,18 @@ def test_strided_inputs_are_read_where_they_lie(backend, view):
                 actual = run(normal_log_prob, leaves, event_ndim, ones)
             for got, truth in zip(actual, run(reference.normal_log_prob, exact, event_ndim, ones)):
                 torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-4)
+
+
+@both
+@pytest.mark.parametrize("spread", ["full", "row", "shared"])
+def test_only_wanted_gradients(backend, spread):
+    tensors = draw((3, 5), None, spread)
+    with implementation(backend):
+        everything = torch.autograd.grad(normal_log_prob(*tensors).sum(), tensors)
+        for index in range(3):
+            some = [t if i == index else t.detach() for i, t in enumerate(tensors)]
+            alone = torch.autograd.grad(normal_log_prob(*some).sum(), some[index])
+            assert torch.equal(alone[0], everything[index])
 
 
 @both
