@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import log1p, offsets, tile
+from fastkl.kernels._launch import launch, replayed
 from fastkl.kernels._layout import NO_STRIDES, PROGRAMS, cdiv, compute_dtype, finish, fit, next_power_of_2, share
 
 # Elements of a tile, 16 for each of 128 threads: more of them cost registers, and with these the programs that fit in.
@@ -83,6 +84,7 @@ def bernoulli_log_prob_bwd_kernel(
         tl.store(dx + tile(row, column, shape, strides[4], NESTED), d * logit, mask)
 
 
+@replayed
 def fwd(logits: torch.Tensor, x: torch.Tensor, event_ndim: int) -> torch.Tensor:
     batch = logits.shape[: logits.dim() - event_ndim]
     dtype = compute_dtype([logits, x])
@@ -92,15 +94,16 @@ def fwd(logits: torch.Tensor, x: torch.Tensor, event_ndim: int) -> torch.Tensor:
     block = blocks(layout.rows, layout.columns)
     row_blocks = cdiv(layout.rows, block["ROWS"])
     columns_per_program, splits = share(layout.columns, block["COLUMNS"], PROGRAMS // row_blocks)
-    log_prob = torch.empty((splits, layout.rows), dtype=dtype, device=logits.device)
-    bernoulli_log_prob_fwd_kernel[(row_blocks * splits,)](
+    log_prob = torch.empty(batch if splits == 1 else (splits, *batch), dtype=dtype, device=logits.device)
+    launch(
+        bernoulli_log_prob_fwd_kernel, (row_blocks * splits,),
         *inputs, log_prob, layout.shape, layout.strides, columns_per_program, splits,
         NESTED=layout.nested, enable_fp_fusion=True, **block,
     )  # fmt: skip
-    log_prob = log_prob[0] if splits == 1 else log_prob.sum(0)
-    return log_prob.view(batch)
+    return log_prob if splits == 1 else log_prob.sum(0)
 
 
+@replayed
 def bwd(dlog_prob, logits, x, event_ndim: int, wanted: list[bool]) -> list[torch.Tensor]:
     """The wanted ones of (dlogits, dx)."""
     gradients = [torch.empty_like(tensor) for tensor, want in zip((logits, x), wanted) if want]
@@ -111,7 +114,8 @@ def bwd(dlog_prob, logits, x, event_ndim: int, wanted: list[bool]) -> list[torch
     outputs, strides = iter(launched), iter(layout.strides[3:])
     block = blocks(layout.rows, layout.columns)
     column_blocks = cdiv(layout.columns, block["COLUMNS"])
-    bernoulli_log_prob_bwd_kernel[(cdiv(layout.rows, block["ROWS"]) * column_blocks,)](
+    launch(
+        bernoulli_log_prob_bwd_kernel, (cdiv(layout.rows, block["ROWS"]) * column_blocks,),
         *inputs, *(next(outputs) if want else None for want in wanted),
         layout.shape, layout.strides[:3] + tuple(next(strides) if want else NO_STRIDES for want in wanted),
         column_blocks, NESTED=layout.nested, enable_fp_fusion=True, **block,

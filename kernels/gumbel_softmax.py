@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastkl.kernels import _launch
 from fastkl.kernels._device import LN2, TRITON_DTYPE, finite
 from fastkl.kernels._gumbel_softmax import (
     NOT_A_CLASS,
@@ -246,20 +247,23 @@ class Launch:
             return None, None
         found = torch.empty((2, self.splits, self.count), dtype=self.dtype, device=tensor.device)
         third = torch.empty(found.shape[1:], dtype=torch.int32 if dy is None else self.dtype, device=tensor.device)
-        statistics_kernel[self.grid](
+        _launch.launch(
+            statistics_kernel, self.grid,
             tensor, dy, self.temperature(), seed, found, third, self.shape, tensor.stride(),
             tensor.stride() if dy is None else dy.stride(), *self.numbers(), SOFT=soft, **self.options,
         )  # fmt: skip
         return found, third
 
 
+@_launch.replayed
 def fwd(logits, tau, seed, constant, hard, dim):
     y = torch.empty_like(logits)
     if y.numel() == 0:
         return y
     launch = Launch(logits, dim, tau, constant)
     x, out = launch.view(logits), launch.view(y)
-    gumbel_softmax_fwd_kernel[launch.grid](
+    _launch.launch(
+        gumbel_softmax_fwd_kernel, launch.grid,
         x, out, launch.temperature(), seed, *launch.statistics(x, None, seed, False), launch.shape, x.stride(),
         out.stride(), *launch.numbers(), HARD=hard or (tau is None and constant == 0),
         SPLITS=next_power_of_2(launch.splits), **launch.options,
@@ -267,6 +271,7 @@ def fwd(logits, tau, seed, constant, hard, dim):
     return launch.finish(y, out)
 
 
+@_launch.replayed
 def bwd(dy, y, logits, tau, seed, constant, hard, dim, tau_gradient):
     like = y if logits is None else logits
     gradient = torch.empty_like(like)
@@ -275,7 +280,8 @@ def bwd(dy, y, logits, tau, seed, constant, hard, dim, tau_gradient):
     launch = Launch(like, dim, tau, constant, noisy=logits is not None)
     x, d, out, soft = launch.view(like), launch.view(dy), launch.view(gradient), logits is None
     dtau = torch.empty(launch.grid, dtype=launch.dtype, device=like.device) if tau_gradient else None
-    gumbel_softmax_bwd_kernel[launch.grid](
+    _launch.launch(
+        gumbel_softmax_bwd_kernel, launch.grid,
         d, x, out, dtau, launch.temperature(), seed, *launch.statistics(x, d, seed, soft), launch.shape, d.stride(),
         x.stride(), out.stride(), *launch.numbers(), SOFT=soft, SPLITS=next_power_of_2(launch.splits), **launch.options,
     )  # fmt: skip

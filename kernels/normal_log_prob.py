@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import exp, offsets, tile
+from fastkl.kernels._launch import launch, replayed
 from fastkl.kernels._layout import NO_STRIDES, PROGRAMS, cdiv, compute_dtype, finish, fit, next_power_of_2, share
 
 # Rows that one program sums at least where the batch shares logvar: its partial sums stay a small part of the traffic.
@@ -164,6 +165,7 @@ def normal_log_prob_bwd_kernel(
             tl.store(dlogvar + at, 0.5 * tl.sum(total, axis=0), mask=column < columns)
 
 
+@replayed
 def fwd(x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor, event_ndim: int) -> torch.Tensor:
     batch, spread = x.shape[: x.dim() - event_ndim], spread_of(logvar, x)
     dtype = compute_dtype([x, mean, logvar])
@@ -173,15 +175,16 @@ def fwd(x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor, event_ndim: i
     block = blocks(layout.rows, layout.columns)
     row_blocks = cdiv(layout.rows, block["ROWS"])
     columns_per_program, splits = share(layout.columns, block["COLUMNS"], PROGRAMS // row_blocks)
-    log_prob = torch.empty((splits, layout.rows), dtype=dtype, device=x.device)
-    normal_log_prob_fwd_kernel[(row_blocks * splits,)](
+    log_prob = torch.empty(batch if splits == 1 else (splits, *batch), dtype=dtype, device=x.device)
+    launch(
+        normal_log_prob_fwd_kernel, (row_blocks * splits,),
         *inputs, log_prob, layout.shape, layout.strides, columns_per_program, splits,
         SPREAD=spread, NESTED=layout.nested, enable_fp_fusion=True, **block,
     )  # fmt: skip
-    log_prob = log_prob[0] if splits == 1 else log_prob.sum(0)
-    return log_prob.view(batch)
+    return log_prob if splits == 1 else log_prob.sum(0)
 
 
+@replayed
 def bwd(dlog_prob, x, mean, logvar, event_ndim: int, wanted: list[bool]) -> list[torch.Tensor]:
     """The wanted ones of (dx, dmean, dlogvar)."""
     gradients = [torch.empty_like(tensor) if want else None for tensor, want in zip((x, mean, logvar), wanted)]
@@ -209,7 +212,8 @@ def bwd(dlog_prob, x, mean, logvar, event_ndim: int, wanted: list[bool]) -> list
     arguments, strides = iter(launched), iter(layout.strides[4:])
     arguments = [None if output is None else next(arguments) for output in outputs]
     strides = tuple(NO_STRIDES if output is None else next(strides) for output in outputs)
-    normal_log_prob_bwd_kernel[(groups * splits,)](
+    launch(
+        normal_log_prob_bwd_kernel, (groups * splits,),
         *inputs, *arguments[:2], partial if spread == "row" else arguments[2],
         layout.shape, layout.strides[:4] + strides, rows_per_program, columns_per_program, splits,
         SPREAD=spread, NESTED=layout.nested, enable_fp_fusion=True, **block,

@@ -25,6 +25,7 @@ from fastkl.kernels._device import (
     to_logvar,
     to_logvar_gradient,
 )
+from fastkl.kernels._launch import launch, replayed
 from fastkl.kernels._layout import (
     NO_STRIDES,
     PROGRAMS,
@@ -223,11 +224,13 @@ def sample_strides(*tensors):
     return tuple(0 if tensor is None else tensor.stride(0) for tensor in tensors)
 
 
+@replayed
 def fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live):
     settings = (scale, low, high, live)
     return launch_fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, settings, with_kl=True)
 
 
+@replayed
 def bwd(dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient):
     mu = unpack(q, packed_dim)[0]
     settings = (scale, low, high, live)
@@ -265,17 +268,20 @@ def launch_fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, setting
     shift = found.columns % 4 != 0
     programs = PROGRAMS // max(1, row_blocks) if with_kl else found.columns
     columns_per_program, splits = share(found.columns + 3 * shift, block["COLUMNS"], programs)
-    kl = torch.empty((splits, found.rows), dtype=dtype, device=mu.device) if with_kl else None
+    batch = mu.shape[: mu.dim() - event_ndim]
+    out = batch if splits == 1 else (splits, *batch)
+    kl = torch.empty(out, dtype=dtype, device=mu.device) if with_kl else None
     if found.rows:
         missing = 2 - len(prior)
-        rsample_kl_fwd_kernel[(row_blocks * splits,)](
+        launch(
+            rsample_kl_fwd_kernel, (row_blocks * splits,),
             *tensors[:-2], *[None] * missing, noise, drawn, kl, seed, found.shape,
             found.strides[:-2] + (NO_STRIDES,) * missing + found.strides[-2:], sample_strides(noise, drawn), samples,
             columns_per_program, splits, low, high, SCALE=scale, BOUNDED=is_bounded(low, high), SHIFT=shift,
             NESTED=found.nested, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
         )  # fmt: skip
     if with_kl:
-        kl = (kl[0] if splits == 1 else kl.sum(0)).view(mu.shape[: mu.dim() - event_ndim])
+        kl = kl if splits == 1 else kl.sum(0)
     return z, kl
 
 
@@ -324,7 +330,8 @@ def launch_bwd(
         finish([*unpack(gradients[: len(q)], packed_dim), *gradients[len(q) :]], contiguous)
         return gradients
     strides, missing = found.strides, 2 - len(prior)
-    rsample_kl_bwd_kernel[(groups * column_blocks,)](
+    launch(
+        rsample_kl_bwd_kernel, (groups * column_blocks,),
         incoming, dkl, mu if dkl is not None else None, parameter, *full_prior, *[None] * missing, noise, *outputs,
         *[None] * (4 - len(outputs)), seed, found.shape,
         strides[: 4 + len(prior)] + (NO_STRIDES,) * missing + strides[4 + len(prior) :],

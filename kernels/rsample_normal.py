@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastkl.kernels._launch import replayed
 from fastkl.kernels._layout import layout, unpack
 from fastkl.kernels.rsample_kl import launch_bwd, launch_fwd
 
@@ -17,12 +18,14 @@ def event_ndim(tensors) -> int:
     return min(1, ndim)
 
 
+@replayed
 def fwd(q, seed, eps, num_samples, packed_dim, scale, low, high, live):
     settings = (scale, low, high, live)
     ndim = event_ndim(unpack(q, packed_dim))
     return launch_fwd(q, seed, eps, num_samples, packed_dim, [], ndim, settings, with_kl=False)[0]
 
 
+@replayed
 def bwd(dz, q, seed, eps, num_samples, packed_dim, scale, low, high, live):
     settings = (scale, low, high, live)
     first = dz if num_samples is None else dz[0] if num_samples else unpack(q, packed_dim)[0]

@@ -7,14 +7,29 @@ from stub_driver import LAUNCHES, SETTINGS, forward, labelled, launched, pair
 
 import fastkl
 
-REPLAYED = ("kl_normal", "wasserstein2_normal")
+REPLAYED = (
+    "kl_normal",
+    "kl_normal_per_dim",
+    "wasserstein2_normal",
+    "rsample_normal",
+    "rsample_kl",
+    "bernoulli_log_prob",
+    "normal_log_prob",
+    "gumbel_softmax",
+)
 OPS = {
     name: function_and_shapes
     for name, function_and_shapes in (test_contract.OPS | test_contract.SHARED).items()
-    if name.partition(",")[0] in REPLAYED or name == "kl_normal_per_dim"
+    if name.partition(",")[0] in REPLAYED
 }
 IMAGE = {"event_ndim": 3}
-# name -> (function, tensors of one call, whether all of its launches are replayed)
+
+
+def likelihood(x, mean, logvar):
+    return fastkl.normal_log_prob(x, mean, logvar, event_ndim=1)
+
+
+# name -> (function, tensors of a call)
 VIEWS = {
     "strided": (fastkl.kl_normal, lambda: torch.randn(6, 32).chunk(2, 1)),
     "packed": (lambda head: fastkl.DiagonalNormal.from_packed(head).kl(), lambda: [torch.randn(6, 8, 2)]),
@@ -34,6 +49,24 @@ VIEWS = {
     ),
     "shared by many": (fastkl.kl_normal, lambda: [*torch.randn(2, 200, 16), *torch.randn(2, 16)]),
     "mean of many": (fastkl.kl_normal_per_dim, lambda: torch.randn(2, 200, 16)),
+    "only the sample": (lambda *t: fastkl.rsample_kl(*t)[0], lambda: torch.randn(2, 5, 16)),
+    "only the KL": (lambda *t: fastkl.rsample_kl(*t)[1], lambda: torch.randn(2, 5, 9999)),
+    "samples of a head": (
+        lambda head: fastkl.DiagonalNormal.from_packed(head).rsample(num_samples=3),
+        lambda: [torch.randn(6, 8, 2)],
+    ),
+    "sigma of a row": (likelihood, lambda: [*torch.randn(2, 5, 8000), torch.randn(5, 1)]),
+    "sigma of all": (likelihood, lambda: [*torch.randn(2, 200, 16), torch.randn(1)]),
+    "targets without a gradient": (
+        lambda x: fastkl.bernoulli_log_prob(x, torch.ones(5, 16), event_ndim=1),
+        lambda: [torch.randn(5, 16)],
+    ),
+    "many classes": (lambda x: fastkl.gumbel_softmax(x, 0.5), lambda: [torch.randn(2, 40000)]),
+    "a class for each of many": (
+        lambda x: fastkl.gumbel_softmax(x, 0.5, hard=True, dim=1),
+        lambda: [torch.randn(2, 7, 5)],
+    ),
+    "tau": (lambda x, tau: fastkl.gumbel_softmax(x, tau.exp()), lambda: [torch.randn(2, 70), torch.randn(())]),
 }
 
 
