@@ -110,12 +110,13 @@ def work_off(work: list[Job], store: Store, console: Console) -> list[str]:
     wrong = []
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=console, transient=True, disable=not console.is_terminal,
+        # A bar that moves by itself takes turns with what is timed.
+        console=console, transient=True, disable=not console.is_terminal, auto_refresh=False,
     )  # fmt: skip
     with bar:
         task = bar.add_task("", total=len(work))
         for number, job in enumerate(work, 1):
-            bar.update(task, description=f"{job.key[0]}  {job.key[1]}"[:60].ljust(60))
+            bar.update(task, description=f"{job.key[0]}  {job.key[1]}"[:60].ljust(60), refresh=True)
             began = time.perf_counter()
             rows, problems = job.work()
             if not console.is_terminal:

@@ -18,12 +18,6 @@ from bench.case import Case, as_list, backward, empty, make_cotangents, problem
 from bench.timing import QUICK, Contender, Pace, Times, copy, limit, measure, ratio, spread, threads
 
 COMPILE, COPY, LIMIT = "torch.compile", "copy", "limit"
-COLUMNS = (
-    "op", "case", "threads", "provider", "note", "forward_ms", "forward_ms_low", "forward_ms_high", "backward_ms",
-    "backward_ms_low", "backward_ms_high", "both_ms", "both_ms_low", "both_ms_high", "rounds", "speed_up",
-    "speed_up_low", "speed_up_high", "bytes_forward", "bytes_backward", "gigabytes_per_second", "percent_of_copy",
-    "peak_bytes", "saved_bytes", "launches_forward", "launches_backward", "host_us", "latent_bytes",
-)  # fmt: skip
 
 
 def rows_of(

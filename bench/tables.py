@@ -28,11 +28,11 @@ class Table(NamedTuple):
 
         left = {"title_justify": "left", "caption_justify": "left"}
         table = RichTable(title=self.title, caption=self.note, box=box.SIMPLE_HEAD, pad_edge=False, **left)
+        table.collapse_padding = True
         shown = [index for index, name in enumerate(self.header) if name not in self.page_only]
         for index in shown:
-            whole = index != 1 and index < self.words
             side = "left" if index < self.words else "right"
-            table.add_column(self.header[index], justify=side, overflow="fold", no_wrap=whole)
+            table.add_column(self.header[index], justify=side, overflow="fold", no_wrap=index != 1)
         for row in self.rows:
             table.add_row(*(row[index] for index in shown))
         return table
@@ -107,7 +107,7 @@ def sizes(store: Store) -> Table:
 def of_ops(store: Store) -> Iterator[Table]:
     """Every column, a table for each number of threads."""
     header = ["op", "case", "contender", "forward ms", "backward ms", "both ms", "quartiles", "speed-up", "moved"]
-    header += ["GB/s", "% of copy", "peak", "kept", "launches", "host us"]
+    header += ["GB/s", "% copy", "peak", "kept", "launches", "host us"]
     for count in reversed(thread_counts(store)):
         rows, before = [], None
         for r in store.rows("ops"):
@@ -129,7 +129,7 @@ def of_ops(store: Store) -> Iterator[Table]:
             rows.append([*start, *cells, pair(r, "launches"), number(r.get("host_us"))])
         note = (
             "Moved: eager, each op's reads and writes; torch.compile, Inductor's account; fastkl, the traffic of its "
-            "GPU kernels. GB/s and % of copy: that traffic over the time, beside a copy of as many bytes. "
+            "GPU kernels. GB/s and % copy: that traffic over the time, beside a copy of as many bytes. "
             "Host: a step without data."
         )
         where = "on the GPU" if count == "" else f"on {count} thread{'s' * (count != 1)}"
