@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import LN2, LOG2E
+from fastkl.kernels._device import LN2, LOG2E, philox
 from fastkl.kernels.rsample_kl import shifted_columns
 
 NOT_A_CLASS = tl.constexpr(2147483647)
@@ -37,23 +37,33 @@ def gumbel(word):
 
 
 @triton.jit
+def four(seed, group, index):
+    word_0, word_1, word_2, word_3 = philox(seed, group, index, 0)
+    return gumbel(word_0), gumbel(word_1), gumbel(word_2), gumbel(word_3)
+
+
+@triton.jit
 def noise(seed, line, first, column, length, AXIS: tl.constexpr, ODD: tl.constexpr, ROWS: tl.constexpr,
-          COLUMNS: tl.constexpr):  # fmt: skip
+          COLUMNS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
     """Of the elements line * length + column: reference.gumbel_noise. `first`, the first column, is a multiple of 4."""
     begin = line.to(tl.int64)[:, None] * length
     if AXIS == 0 and ODD:  # the lines do not begin alike in a Philox call: one for each element, three words unused
         index = begin + column
-        group = index >> 2
-    else:
-        group = ((begin + first) >> 2) + tl.arange(0, COLUMNS // 4)[None, :]
-    zero = (group * 0).to(tl.uint32)
-    word_0, word_1, word_2, word_3 = tl.philox(seed, group.to(tl.uint32), (group >> 32).to(tl.uint32), zero, zero)
-    if AXIS == 0 and ODD:
+        word_0, word_1, word_2, word_3 = philox(seed, index >> 2, tl.arange(0, 1)[None, :], 0)
         pair_0, pair_1 = tl.where((index & 2) == 0, word_0, word_2), tl.where((index & 2) == 0, word_1, word_3)
         return gumbel(tl.where((index & 1) == 0, pair_0, pair_1))
-    else:  # join adds a last dimension: [..., i, j] is word 2 i + j, and four neighbours stay in one thread
-        words = tl.join(tl.join(gumbel(word_0), gumbel(word_2)), tl.join(gumbel(word_1), gumbel(word_3)))
-        return words.reshape(ROWS, COLUMNS)
+    # join adds a last dimension: what is joined last are neighbours, and four of them, of 16-bit logits eight, stay in
+    # the thread that has as many logits.
+    group = (begin + first) >> 2
+    if HALF and COLUMNS >= 8:
+        even = 2 * tl.arange(0, COLUMNS // 8)[None, :]
+        noise_0, noise_1, noise_2, noise_3 = four(seed, group, even)
+        noise_4, noise_5, noise_6, noise_7 = four(seed, group, even + 1)
+        noise_0, noise_1 = tl.join(noise_0, noise_4), tl.join(noise_1, noise_5)
+        noise_2, noise_3 = tl.join(noise_2, noise_6), tl.join(noise_3, noise_7)
+    else:
+        noise_0, noise_1, noise_2, noise_3 = four(seed, group, tl.arange(0, COLUMNS // 4)[None, :])
+    return tl.join(tl.join(noise_0, noise_2), tl.join(noise_1, noise_3)).reshape(ROWS, COLUMNS)
 
 
 @triton.jit
@@ -88,7 +98,8 @@ def perturbed(at, mask, seed, line, first, column, shape, AXIS: tl.constexpr, OD
               COLUMNS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """A tile of logits with the noise added."""
     values = tl.load(at, mask, other=float("-inf")).to(DTYPE)  # weighs nothing
-    return values + noise(seed, line, first, column, shape[AXIS * -1 + 2], AXIS, ODD, ROWS, COLUMNS).to(DTYPE)
+    HALF: tl.constexpr = at.dtype.element_ty.primitive_bitwidth == 16
+    return values + noise(seed, line, first, column, shape[AXIS * -1 + 2], AXIS, ODD, ROWS, COLUMNS, HALF).to(DTYPE)
 
 
 @triton.jit
