@@ -10,8 +10,7 @@ import torch
 
 import fastkl
 from bench import __main__ as command
-from bench import sweeps, tables, timing
-from bench.store import Store, parse, slug
+from bench import timing
 
 OPS = ["gmm_responsibilities", "wasserstein2_normal"]  # the quickest to measure, without torch.compile
 
@@ -138,40 +137,3 @@ def test_copy_and_limit_move_what_they_should():
     forward, backward = count_eager(*timing.limit([torch.ones(10)], inputs))
     assert (forward.read, forward.written) == (0, 40)
     assert (backward.read, backward.written) == (0, 400)
-
-
-def test_growth():
-    cache = 1 << 20
-    sizes = [4**power for power in range(12)]
-    overhead = [(x, 1e-4 + 1e-9 * x) for x in sizes]
-    assert sweeps.growth(overhead, 4, cache).verdict == "linear"
-    out_of_cache = [(x, t * (1 if 4 * x <= cache else 2)) for x, t in overhead]
-    assert sweeps.growth(out_of_cache, 4, cache).verdict == "linear"
-    square = [(x, 1e-4 + 1e-9 * x**1.5) for x in sizes]
-    assert sweeps.growth(square, 4, cache).verdict.startswith("cliff")
-    cliff = [(x, t * (1 if x < sizes[-1] else 3)) for x, t in overhead]
-    assert sweeps.growth(cliff, 4, cache).verdict == f"cliff at {sizes[-1]}"
-
-
-def test_numbers_and_names():
-    assert [tables.number(value) for value in (0.0, 1234.5, 12.345, 0.01234, 2e-5, "", 7)] == [
-        "0", "1,234", "12.3", "0.0123", "2.0e-05", "-", "7",
-    ]  # fmt: skip
-    assert [parse(text) for text in ("12", "-1.5", "1e-05", "", "32 x 8", "torch.compile")] == [
-        12, -1.5, 1e-5, "", "32 x 8", "torch.compile",
-    ]  # fmt: skip
-    about = {"device": "AMD EPYC(TM) 7763 @ 2.4", "threads": [1, 2]}
-    assert slug(about, "cpu") == "amd-epyc-7763-2-4-2-threads"
-
-
-def test_store_replaces_rows_and_keeps_the_others(tmp_path):
-    store = Store(tmp_path, keep=False)
-    store.add("ops", [{"op": "a", "case": "1", "both_ms": 1.0}, {"op": "b", "case": "1", "both_ms": 2.0}])
-    store.add("ops", [{"op": "a", "case": "1", "both_ms": 3.0, "note": "new"}])
-    again = Store(tmp_path, keep=True)
-    assert {(row["op"], row["both_ms"], row["note"]) for row in again.rows("ops")} == {
-        ("a", 3.0, "new"),
-        ("b", 2.0, ""),
-    }
-    assert again.has("ops", ("b", "1"))
-    assert not Store(tmp_path, keep=False).rows("ops")
