@@ -68,7 +68,7 @@ class DiagonalNormal:
 
     def _finish(self, shape: torch.Size, event_ndim: int | None, scale: str, bounds) -> None:
         event_ndim = max(1, len(shape) - 1) if event_ndim is None else event_ndim
-        self.event_ndim = arguments.check_event_ndim(event_ndim, len(shape), f"a posterior of shape {tuple(shape)}")
+        self.event_ndim = arguments.check_event_ndim(event_ndim, shape, "a posterior of shape")
         arguments.check_bounds(bounds)
         self._settings = {"scale": arguments.check_scale(scale), "bounds": bounds}
 

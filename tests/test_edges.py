@@ -116,7 +116,8 @@ def test_vmap_over_seeds_gives_each_its_own_noise():
             return fastkl.rsample_normal(m, v, seed=s, num_samples=num_samples)
 
         expected = torch.stack([draw(mu[i], logvar[i], seeds[i]) for i in range(3)])
-        assert torch.equal(torch.func.vmap(draw)(mu, logvar, seeds), expected)
+        # The native noise is that of torch's operations to rounding.
+        torch.testing.assert_close(torch.func.vmap(draw)(mu, logvar, seeds), expected, rtol=1e-5, atol=1e-5)
         together = torch.func.vmap(draw, in_dims=(0, 0, None))(mu, logvar, seeds[0])
         assert torch.equal(together[0], together[1])
 

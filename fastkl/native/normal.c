@@ -8,7 +8,7 @@
 enum { KL, WASSERSTEIN2 };
 
 typedef struct {
-    int distance, per_column, samples; /* samples: 0 where there are none */
+    int distance, per_column, shared, samples; /* shared: one prior for all rows; samples: 0 where there are none */
     int64_t threads, eps_step, z_step; /* steps from one sample to the next */
     uint64_t seed;
     posterior q;
@@ -19,17 +19,17 @@ typedef struct {
     tensor mu, parameter, prior_mu, prior_logvar, eps, z, value, dvalue, dz, dmu, dparameter, dprior_mu, dprior_logvar;
 } problem;
 
-/* numbers: threads, distance, per_column, scale, positive, bounded, live, samples, eps_step, z_step, address of the seed,
- * ndim, event, sizes, then tensors */
-static problem open_problem(const int64_t *numbers, double low, double high) {
-    problem p = {.threads = numbers[0], .distance = (int)numbers[1], .per_column = (int)numbers[2]};
-    p.q = (posterior){(int)numbers[3], (int)numbers[5], (int)numbers[6], (int)numbers[4], (REAL)low, (REAL)high};
-    p.samples = (int)numbers[7], p.eps_step = numbers[8], p.z_step = numbers[9], p.seed = numbers[10] ? *(const uint64_t *)(intptr_t)numbers[10] : 0;
-    p.shape = open_call(numbers + 11);
-    p.mu = next_tensor(&p.shape), p.parameter = next_tensor(&p.shape);
-    p.prior_mu = next_tensor(&p.shape), p.prior_logvar = next_tensor(&p.shape);
-    p.eps = next_tensor(&p.shape);
-    return p;
+/* numbers: distance, per_column, scale, positive, bounded, live, samples, eps_step, z_step, shared, ndim, event, sizes,
+ * then a 0 and strides for each tensor. addresses: the number of threads, the address of the seed, those of the tensors. */
+static void open_problem(problem *p, const int64_t *numbers, const int64_t *addresses, double low, double high) {
+    p->distance = (int)numbers[0], p->per_column = (int)numbers[1], p->shared = (int)numbers[9], p->partial = NULL;
+    p->q = (posterior){(int)numbers[2], (int)numbers[4], (int)numbers[5], (int)numbers[3], (REAL)low, (REAL)high};
+    p->samples = (int)numbers[6], p->eps_step = numbers[7], p->z_step = numbers[8];
+    p->threads = addresses[0], p->seed = addresses[1] ? *(const uint64_t *)(intptr_t)addresses[1] : 0;
+    p->shape = open_call(numbers + 10), p->shape.addresses = addresses + 2;
+    p->mu = next_tensor(&p->shape), p->parameter = next_tensor(&p->shape);
+    p->prior_mu = next_tensor(&p->shape), p->prior_logvar = next_tensor(&p->shape);
+    p->eps = next_tensor(&p->shape);
 }
 
 static inline REAL square(REAL x) { return x * x; }
@@ -162,8 +162,9 @@ static void forward_columns(void *context, int64_t job) {
 }
 
 /* 0, or 1 where there is no memory. Tensors after eps: z, value (contiguous, one for each row or, per_column, column). */
-int forward(const int64_t *numbers, double low, double high) {
-    problem p = open_problem(numbers, low, high);
+int forward(const int64_t *numbers, const int64_t *addresses, double low, double high) {
+    problem p;
+    open_problem(&p, numbers, addresses, low, high);
     p.z = next_tensor(&p.shape), p.value = next_tensor(&p.shape);
     p.cut = p.per_column ? cut_columns(&p.shape) : cut_rows(&p.shape);
     int64_t rows = p.shape.rows, columns = p.shape.columns, groups = p.cut.jobs / p.cut.chunks;
@@ -205,7 +206,8 @@ static void backward_piece(void *context, int64_t job) {
     region r = piece(&p->cut, job);
     REAL w_own[TILE], m_own[TILE], v_own[TILE], raw_own[TILE], x_own[TILE], pm_own[TILE], px_own[TILE];
     REAL dm_own[TILE], dv_own[TILE], dpm_own[TILE], dpx_own[TILE], dmean[TILE], dsigma[TILE];
-    double total[2][TILE] = {{0}};
+    double total[2][TILE];
+    if (p->partial) memset(total, 0, sizeof total);
     int prior = p->prior_mu.data != NULL, own_prior = p->dprior_mu.data && !p->partial;
     int64_t first = r.column;
     for (tile at; next_tile(&r, &at);) {
@@ -252,13 +254,14 @@ static void backward_piece(void *context, int64_t job) {
 }
 
 /* 0, or 1 where there is no memory. Tensors after eps: dvalue, dz, dmu, dparameter, dprior_mu, dprior_logvar; the last two
- * have a stride of 0 over rows where the batch shares the prior, and then `shared`, the last number, is 1. */
-int backward(const int64_t *numbers, double low, double high) {
-    problem p = open_problem(numbers, low, high);
+ * have a stride of 0 over rows where the batch shares the prior. */
+int backward(const int64_t *numbers, const int64_t *addresses, double low, double high) {
+    problem p;
+    open_problem(&p, numbers, addresses, low, high);
     p.dvalue = next_tensor(&p.shape), p.dz = next_tensor(&p.shape);
     p.dmu = next_tensor(&p.shape), p.dparameter = next_tensor(&p.shape);
     p.dprior_mu = next_tensor(&p.shape), p.dprior_logvar = next_tensor(&p.shape);
-    int shared = p.dprior_mu.data && *p.shape.next;
+    int shared = p.shared && p.dprior_mu.data;
     p.cut = shared ? cut_columns(&p.shape) : cut_rows(&p.shape);
     int64_t columns = p.shape.columns, groups = p.cut.jobs / p.cut.chunks;
     if (shared && !(p.partial = malloc((size_t)(2 * groups * columns) * sizeof *p.partial))) return 1;

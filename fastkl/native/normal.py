@@ -2,189 +2,179 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
+from typing import NamedTuple
 
 import torch
 
-from fastkl.native._pack import MOST_DIMS, call, function, halves
+from fastkl.native._pack import MOST_DIMS, Plan, address, function, keep, known, plans
 
 KL, WASSERSTEIN2 = 0, 1
 SCALES = {"logvar": 0, "log_std": 1, "std": 2, "softplus": 3}
 INFINITY = float("inf")
+# Where eps, and z or its gradient, are among a function's tensors; what each of those after q has as its dimensions.
+SAMPLES = {"forward": (4, 5), "backward": (4, 6)}
+KINDS = {
+    "forward": ("event", "event", "samples", "samples", "none"),
+    "backward": ("event", "event", "samples", "value", "samples", "full", "full", "event", "event"),
+}
 
 
-def _header(
-    distance, per_column, scale, low, high, live, samples, eps_step, z_step, seed, event_ndim, shape
-) -> list[int]:  # fmt: skip
-    return [
-        torch.get_num_threads(), distance, per_column, SCALES[scale], distance == WASSERSTEIN2,
-        low > -INFINITY or high < INFINITY, live, samples, eps_step, z_step, 0 if seed is None else seed.data_ptr(),
-        len(shape), event_ndim, *shape,
-    ]  # fmt: skip
+class _Settings(NamedTuple):
+    distance: int
+    per_column: bool
+    num_samples: int | None
+    packed_dim: int
+    event_ndim: int
+    scale: str
+    low: float
+    high: float
+    live: bool
 
 
-def _posterior(q, packed_dim):
-    """(shape, numbers of mu and of the parameter)."""
-    if len(q) == 2:
-        mu, parameter = q
-        return mu.shape, [mu.data_ptr(), *mu.stride(), parameter.data_ptr(), *parameter.stride()]
-    shape, strides, first, second = halves(q[0], packed_dim)
-    return shape, [first, *strides, second, *strides]
-
-
-def _shared(tensors, ndim: int) -> list[int]:
-    """Numbers of both tensors, or of none; they may lack the leading dimensions, which then have a stride of 0."""
-    if not tensors:
-        return [0] * (2 * ndim + 2)
-    numbers = []
-    for tensor in tensors:
-        strides = tensor.stride()
-        numbers += [tensor.data_ptr(), *[0] * (ndim - len(strides)), *strides]
-    return numbers
-
-
-def _samples(tensor, num_samples, ndim: int) -> tuple[list[int], int]:
-    """(numbers of the first sample, step to the next) of [num_samples, *shape], or [*shape] without num_samples."""
-    if tensor is None:
-        return [0] * (ndim + 1), 0
-    strides = tensor.stride()
-    if num_samples is None:
-        return [tensor.data_ptr(), *strides], 0
-    return [tensor.data_ptr(), *strides[1:]], strides[0]
-
-
-def _find(name: str, q, prior, *others) -> Callable | None:
-    """The C function, where it takes these tensors. Loops, because a generator costs as much as the C code."""
-    dtype = q[0].dtype
-    if q[-1].dtype is not dtype or q[0].dim() > MOST_DIMS:
+def make(name: str, settings: tuple, q, samples: int, others) -> Plan | None:
+    """The plan of a C function: tensors after mu and the parameter are `others`, None where one is not there."""
+    settings = _Settings(*settings)
+    dtype, ndim, event_ndim = q[0].dtype, q[0].dim(), settings.event_ndim
+    if ndim > MOST_DIMS or any(t is not None and t.dtype != dtype for t in (*q, *others)):
         return None
-    for tensors in (prior, others):
-        for tensor in tensors:
-            if tensor is not None and tensor.dtype is not dtype:
-                return None
-    return function("normal", name, dtype)
+    found = function("normal", name, dtype, lists=2)
+    if found is None:
+        return None
+    mu = q[0] if len(q) == 2 else q[0].chunk(2, settings.packed_dim)[0]
+    strides, steps, shared = [mu.stride(), q[-1].stride()], [0] * (2 + len(others)), False
+    for index, (tensor, kind) in enumerate(zip(others, KINDS[name]), start=2):
+        own = (0,) * ndim if tensor is None or kind == "none" else tensor.stride()
+        if tensor is not None and kind == "samples" and settings.num_samples is not None:
+            steps[index], own = own[0], own[1:]
+        elif kind == "event" or (kind == "value" and settings.per_column):  # the batch may share it
+            shared |= kind == "event" and len(own) < ndim
+            own = (*[0] * (ndim - len(own)), *own)
+        elif kind == "value":
+            own = (*own, *[0] * (ndim - len(own)))
+        strides.append(own)
+    bounded = settings.low > -INFINITY or settings.high < INFINITY
+    numbers = [settings.distance, settings.per_column, SCALES[settings.scale], settings.distance == WASSERSTEIN2]
+    numbers += [bounded, settings.live, samples, *(steps[index] for index in SAMPLES[name]), shared]
+    numbers += [ndim, event_ndim, *mu.shape]
+    for own in strides:
+        numbers += [0, *own]
+    value = mu.shape[ndim - event_ndim :] if settings.per_column else mu.shape[: ndim - event_ndim]
+    halves = (0, 0)
+    if len(q) == 1:
+        steps_of_dim = (mu.stride(settings.packed_dim), strides[7][settings.packed_dim] if name == "backward" else 0)
+        halves = tuple(mu.shape[settings.packed_dim] * step * mu.itemsize for step in steps_of_dim)
+    pack = struct.Struct(f"{2 + len(strides)}q").pack
+    return Plan(found, struct.pack(f"{len(numbers)}q", *numbers), settings.low, settings.high, pack, value, halves)
 
 
-def _forward(
-    distance, q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live, *,
-    with_z=False, with_value=True, per_column=False,
-):  # fmt: skip
-    run = _find("forward", q, prior, eps)
-    if run is None:
-        return NotImplemented
+def _forward(settings: tuple, q, seed, eps, prior, with_z=False, with_value=True):
+    """(z, value), None for what is not wanted; or NotImplemented. settings are _Settings, as a plain tuple."""
+    per_column, num_samples, packed_dim = settings[1:4]
     mu = q[0]
-    shape, posterior = _posterior(q, packed_dim)
-    ndim = len(shape)
-    z = value = None
+    if per_column and mu.numel() == 0:
+        return NotImplemented
+    pm, px = prior or (None, None)
+    key = ("forward", settings, with_z, known(q), known((pm, px, eps)) if prior or eps is not None else None)
+    z = None
     if with_z:
-        if num_samples is not None:
-            z = mu.new_empty((num_samples, *shape))
-        else:
-            z = torch.empty_like(mu if len(q) == 2 else mu.chunk(2, packed_dim)[0])
-    if with_value:
-        value = mu.new_empty(shape[ndim - event_ndim :] if per_column else shape[: ndim - event_ndim])
-    if 0 in shape:
-        if per_column:
-            return NotImplemented
+        half = mu if len(q) == 2 else mu.chunk(2, packed_dim)[0]
+        z = torch.empty_like(half) if num_samples is None else mu.new_empty((num_samples, *half.shape))
+    try:
+        plan = plans[key]
+    except KeyError:
+        samples = (1 if num_samples is None else num_samples) if with_z else 0
+        plan = keep(key, make("forward", settings, q, samples, (pm, px, eps, z, None)))
+    if plan is None:
+        return NotImplemented
+    value = mu.new_empty(plan.shape) if with_value else None
+    if mu.numel() == 0:
         return z, value.zero_() if with_value else None
-    samples = (1 if num_samples is None else num_samples) if with_z else 0
-    eps_numbers, eps_step = _samples(eps, num_samples, ndim)
-    z_numbers, z_step = _samples(z, num_samples, ndim)
-    header = _header(
-        distance, per_column, scale, low, high, live, samples, eps_step, z_step, seed, event_ndim, shape
-    )  # fmt: skip
-    value_numbers = [value.data_ptr() if with_value else 0, *[0] * ndim]
-    call(run, [*header, *posterior, *_shared(prior, ndim), *eps_numbers, *z_numbers, *value_numbers], low, high)
+    first = mu.data_ptr()
+    second = q[1].data_ptr() if len(q) == 2 else first + plan.halves[0]
+    plan.run(seed, first, second, address(pm), address(px), address(eps), address(z), address(value))
     return z, value
 
 
-def _backward(
-    distance, dz, dvalue, q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live, *,
-    prior_gradient=False, per_column=False,
-):  # fmt: skip
-    run = _find("backward", q, prior, eps, dz, dvalue)
-    if run is None:
-        return NotImplemented
+def _backward(settings: tuple, dz, dvalue, q, seed, eps, prior, prior_gradient=False):
+    mu, packed = q[0], len(q) == 1
+    pm, px = prior or (None, None)
+    key = ("backward", settings, prior_gradient, known(q), known((dvalue, dz)))
+    if prior or eps is not None:
+        key += known((pm, px, eps))
     gradients = [torch.empty_like(tensor) for tensor in q]
-    shape, posterior = _posterior(q, packed_dim)
-    ndim = len(shape)
-    dq = _posterior(gradients, packed_dim)[1]
-    wanted = prior_gradient and len(prior) > 0
-    shared = wanted and prior[0].dim() < ndim
-    if wanted:
-        gradients += [torch.empty_like(tensor) for tensor in prior]
-    if 0 in shape or (wanted and dvalue is None):
-        return [gradient.zero_() for gradient in gradients] if 0 in shape else NotImplemented
-    samples = 0 if dz is None else 1 if num_samples is None else num_samples
-    eps_numbers, eps_step = _samples(eps, num_samples, ndim)
-    dz_numbers, dz_step = _samples(dz, num_samples, ndim)
-    if dvalue is None:
-        value_numbers = [0] * (ndim + 1)
-    elif per_column:
-        value_numbers = [dvalue.data_ptr(), *[0] * (ndim - event_ndim), *dvalue.stride()]
-    else:
-        value_numbers = [dvalue.data_ptr(), *dvalue.stride(), *[0] * event_ndim]
-    header = _header(
-        distance, per_column, scale, low, high, live, samples, eps_step, dz_step, seed, event_ndim, shape
+    dpm = dpx = None
+    if prior and prior_gradient:
+        if dvalue is None:
+            return NotImplemented
+        dpm, dpx = torch.empty_like(pm), torch.empty_like(px)
+    try:
+        plan = plans[key]
+    except KeyError:
+        dq = gradients[0].chunk(2, settings[3]) if packed else gradients
+        samples = 0 if dz is None else 1 if settings[2] is None else settings[2]
+        others = (pm, px, eps, dvalue, dz, *dq, dpm, dpx)
+        plan = keep(key, make("backward", settings, q, samples, others))
+    if plan is None:
+        return NotImplemented
+    if mu.numel() == 0:
+        return [g.zero_() for g in (*gradients, dpm, dpx) if g is not None]
+    first, dfirst = mu.data_ptr(), gradients[0].data_ptr()
+    second = first + plan.halves[0] if packed else q[1].data_ptr()
+    dsecond = dfirst + plan.halves[1] if packed else gradients[1].data_ptr()
+    plan.run(
+        seed, first, second, address(pm), address(px), address(eps), address(dvalue), address(dz), dfirst, dsecond,
+        address(dpm), address(dpx),
     )  # fmt: skip
-    numbers = [*header, *posterior, *_shared(prior, ndim), *eps_numbers, *value_numbers, *dz_numbers, *dq]
-    call(run, [*numbers, *_shared(gradients[len(q) :], ndim), shared], low, high)
-    return gradients
+    return gradients if dpm is None else [*gradients, dpm, dpx]
 
 
 def kl_normal_fwd(q, packed_dim, prior, event_ndim, scale, low, high, live):
-    found = _forward(KL, q, None, None, None, packed_dim, prior, event_ndim, scale, low, high, live)
+    found = _forward((KL, False, None, packed_dim, event_ndim, scale, low, high, live), q, None, None, prior)
     return found if found is NotImplemented else found[1]
 
 
 def kl_normal_bwd(dkl, q, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient):
-    settings = (packed_dim, prior, event_ndim, scale, low, high, live)
-    return _backward(KL, None, dkl, q, None, None, None, *settings, prior_gradient=prior_gradient)
+    settings = (KL, False, None, packed_dim, event_ndim, scale, low, high, live)
+    return _backward(settings, None, dkl, q, None, None, prior, prior_gradient)
 
 
-def wasserstein2_normal_fwd(mu, parameter, prior, event_ndim, scale, low, high, live):
-    settings = (-1, prior, event_ndim, scale, low, high, live)
-    found = _forward(WASSERSTEIN2, [mu, parameter], None, None, None, *settings)
+def wasserstein2_normal_fwd(mu, parameter, prior, *settings):
+    found = _forward((WASSERSTEIN2, False, None, -1, *settings), [mu, parameter], None, None, prior)
     return found if found is NotImplemented else found[1]
 
 
 def wasserstein2_normal_bwd(dvalue, mu, parameter, prior, event_ndim, scale, low, high, live, prior_gradient):
-    settings = (-1, prior, event_ndim, scale, low, high, live)
-    inputs = (None, dvalue, [mu, parameter], None, None, None)
-    return _backward(WASSERSTEIN2, *inputs, *settings, prior_gradient=prior_gradient)
+    settings = (WASSERSTEIN2, False, None, -1, event_ndim, scale, low, high, live)
+    return _backward(settings, None, dvalue, [mu, parameter], None, None, prior, prior_gradient)
 
 
-def kl_normal_per_dim_fwd(mu, parameter, prior, event_ndim, scale, low, high, live):
-    settings = (-1, prior, event_ndim, scale, low, high, live)
-    found = _forward(KL, [mu, parameter], None, None, None, *settings, per_column=True)
+def kl_normal_per_dim_fwd(mu, parameter, prior, *settings):
+    found = _forward((KL, True, None, -1, *settings), [mu, parameter], None, None, prior)
     return found if found is NotImplemented else found[1]
 
 
 def kl_normal_per_dim_bwd(dkl, mu, parameter, prior, event_ndim, scale, low, high, live, prior_gradient):
     rows = mu.shape[: mu.dim() - event_ndim].numel()
-    settings = (-1, prior, event_ndim, scale, low, high, live)
-    inputs = (None, dkl / max(1, rows), [mu, parameter], None, None, None)
-    return _backward(KL, *inputs, *settings, prior_gradient=prior_gradient, per_column=True)
+    settings = (KL, True, None, -1, event_ndim, scale, low, high, live)
+    return _backward(settings, None, dkl / max(1, rows), [mu, parameter], None, None, prior, prior_gradient)
 
 
-def rsample_kl_fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live):
-    settings = (packed_dim, prior, event_ndim, scale, low, high, live)
-    return _forward(KL, q, seed, eps, num_samples, *settings, with_z=True)
+def rsample_kl_fwd(q, seed, eps, num_samples, packed_dim, prior, *settings):
+    return _forward((KL, False, num_samples, packed_dim, *settings), q, seed, eps, prior, True)
 
 
 def rsample_kl_bwd(
     dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient
 ):  # fmt: skip
-    settings = (packed_dim, prior, event_ndim, scale, low, high, live)
-    return _backward(KL, dz, dkl, q, seed, eps, num_samples, *settings, prior_gradient=prior_gradient)
+    settings = (KL, False, num_samples, packed_dim, event_ndim, scale, low, high, live)
+    return _backward(settings, dz, dkl, q, seed, eps, prior, prior_gradient)
 
 
-def rsample_normal_fwd(q, seed, eps, num_samples, packed_dim, scale, low, high, live):
-    settings = (packed_dim, [], q[0].dim(), scale, low, high, live)
-    found = _forward(KL, q, seed, eps, num_samples, *settings, with_z=True, with_value=False)
+def rsample_normal_fwd(q, seed, eps, num_samples, packed_dim, *settings):
+    found = _forward((KL, False, num_samples, packed_dim, q[0].dim(), *settings), q, seed, eps, [], True, False)
     return found if found is NotImplemented else found[0]
 
 
-def rsample_normal_bwd(dz, q, seed, eps, num_samples, packed_dim, scale, low, high, live):
-    settings = (packed_dim, [], q[0].dim(), scale, low, high, live)
-    return _backward(KL, dz, None, q, seed, eps, num_samples, *settings)
+def rsample_normal_bwd(dz, q, seed, eps, num_samples, packed_dim, *settings):
+    return _backward((KL, False, num_samples, packed_dim, q[0].dim(), *settings), dz, None, q, seed, eps, [])

@@ -38,9 +38,8 @@ def register(
     """
     name = schema[: schema.index("(")]
     qualified = f"{NAMESPACE}::{name}"
-    CLOSED_FORM[name] = closed_form
+    CLOSED_FORM[name] = CPU[name] = closed_form
     TRITON[name] = triton = _lazily("kernels", kernel, closed_form)
-    CPU[name] = closed_form
     if native:
         NATIVE[name] = CPU[name] = _lazily("native", native, closed_form)
     torch.library.define(qualified, schema[len(name) :], tags=(torch.Tag.pt2_compliant_tag,))
@@ -78,23 +77,34 @@ def _lazily(package: str, path: str, closed_form: Callable[..., Any]) -> Callabl
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, int, float, bool, str, NoneType))
 
 
-def _plain_device(args: tuple) -> str | None:
-    """The device's type where the op may be called past torch's dispatcher, because nothing there would listen: no
-    mode, no transform, no profiler, no tracing, no subclass of Tensor. A third of the host time of a small loss."""
-    if (
+def unheard() -> bool:
+    """Whether nothing listens at torch's dispatcher: no mode, no transform, no profiler, no tracing."""
+    return not (
         torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.profiler._is_profiler_enabled
         or torch._C._get_tracing_state() is not None
-    ):
+    )
+
+
+def _plain_device(args: tuple) -> str | None:
+    """The device's type where the op may be called past torch's dispatcher: nothing listens there, and no argument is
+    of a subclass of Tensor. A third of the host time of a small loss."""
+    if not unheard():
         return None
     device = None
     for arg in args:
-        for item in arg if type(arg) is list else (arg,):
-            if type(item) not in _PLAIN:
-                return None
-            if device is None and isinstance(item, Tensor):
-                device = item.device.type
+        kind = type(arg)
+        if kind is list:
+            for item in arg:
+                if type(item) not in _PLAIN:
+                    return None
+                if device is None:
+                    device = item.device.type
+        elif kind not in _PLAIN:
+            return None
+        elif device is None and (kind is Tensor or kind is torch.nn.Parameter):
+            device = arg.device.type
     return device
 
 
@@ -137,4 +147,18 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     forward names each of its arguments: torch.compile without gradients takes *settings for one."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)
+    return apply_directly(function, *args)
+
+
+def apply_directly(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`apply` where neither a compiler nor torch.func is at work."""
+    if not torch.is_grad_enabled():
+        return function.forward(*args)
+    try:
+        run = _APPLY[function]
+    except KeyError:
+        run = _APPLY[function] = super(torch.autograd.Function, function).apply
+    return run(*args)
+
+
+_APPLY: dict[type[torch.autograd.Function], Callable[..., Any]] = {}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
+from fastkl.ops import _short as short
 from fastkl.ops._closed_form import fill_normal_gradients, kl_per_sample, normal_gradients, unpack
 from fastkl.ops._register import apply, needs_closed_form, register
 from fastkl.reference import SoftBounds
@@ -55,6 +56,15 @@ kl_normal_bwd = register(
 )
 
 
+def _differentiate(dkl, q, prior, settings, prior_gradient) -> list[Tensor]:
+    arguments_ = (dkl, q, settings[0], prior, *settings[1:])
+    return _gradients(*arguments_) if needs_closed_form(dkl) else kl_normal_bwd(*arguments_, prior_gradient)
+
+
+def _differentiate_without_prior(dkl, mu, logvar, settings) -> list[Tensor]:
+    return _differentiate(dkl, [mu, logvar], [], settings, False)
+
+
 class _KLNormal(torch.autograd.Function):
     @staticmethod
     def forward(mu, parameter, prior_mu, prior_logvar, packed_dim, event_ndim, scale, low, high, live):
@@ -72,11 +82,7 @@ class _KLNormal(torch.autograd.Function):
         mu, parameter, prior_mu, prior_logvar = ctx.saved_tensors
         q = [mu] if parameter is None else [mu, parameter]
         prior = [] if prior_mu is None else [prior_mu, prior_logvar]
-        arguments_ = (dkl, q, ctx.settings[0], prior, *ctx.settings[1:])
-        if needs_closed_form(dkl):
-            gradients = _gradients(*arguments_)
-        else:
-            gradients = kl_normal_bwd(*arguments_, any(ctx.needs_input_grad[2:4]))
+        gradients = _differentiate(dkl, q, prior, ctx.settings, any(ctx.needs_input_grad[2:4]))
         dq, dprior = gradients[: len(q)], gradients[len(q) :]
         return (*dq, *[None] * (2 - len(dq)), *dprior, *[None] * (2 - len(dprior)), *[None] * len(ctx.settings))
 
@@ -96,7 +102,7 @@ def kl_normal_packed(
     arguments.check_tensors(head=head, prior_mu=prior_mu, prior_logvar=prior_logvar)
     dim = arguments.check_packed(head, dim)
     half = head.chunk(2, dim)[0]
-    arguments.check_event_ndim(event_ndim, head.dim(), "head")
+    arguments.check_event_ndim(event_ndim, head.shape, "head")
     arguments.check_prior_fits(half.shape, prior_mu=prior_mu, prior_logvar=prior_logvar)
     prior = arguments.expand_prior(prior_mu, prior_logvar, head, half.shape, event_ndim)
     settings = (dim, event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
@@ -138,9 +144,13 @@ def kl_normal(
     >>> [f"{kl:.1e}" for kl in fastkl.kl_normal(mu, logvar)]
     ['7.5e-09', '7.5e-09']
     """
+    if arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
+        if way := short.find("kl_normal", mu, logvar, event_ndim, scale, _differentiate_without_prior):
+            return short.value(way, mu, logvar)
+        return apply(_KLNormal, mu, logvar, None, None, -1, event_ndim, scale, *arguments.NO_BOUNDS)
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
-    arguments.check_event_ndim(event_ndim, len(shape), f"the broadcast shape {tuple(shape)}")
+    arguments.check_event_ndim(event_ndim, shape)
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
     settings = (-1, event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
     return apply(_KLNormal, arguments.expand(mu, shape), arguments.expand(logvar, shape), *prior, *settings)

@@ -131,9 +131,11 @@ def kl_normal_per_dim(
     >>> fastkl.kl_normal_per_dim(mu, logvar)
     tensor([0.0000, 2.5000])
     """
+    if arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
+        return apply(_KLNormalPerDim, mu, logvar, None, None, event_ndim, scale, *arguments.NO_BOUNDS)
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
-    arguments.check_event_ndim(event_ndim, len(shape), f"the broadcast shape {tuple(shape)}")
+    arguments.check_event_ndim(event_ndim, shape)
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
     settings = (event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
     return apply(_KLNormalPerDim, arguments.expand(mu, shape), arguments.expand(logvar, shape), *prior, *settings)

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
+from fastkl.ops import _short as short
 from fastkl.ops._closed_form import (
     empty_samples,
     fill_normal_gradients,
@@ -82,6 +83,20 @@ rsample_kl_bwd = register(
 )
 
 
+def _differentiate(dz, dkl, q, noise, prior, settings, prior_gradient) -> list[Tensor]:
+    num_samples, packed_dim, *rest = settings
+    values = (dz, dkl, q, *noise, num_samples, packed_dim, prior, *rest)
+    if needs_closed_form(*(d for d in (dz, dkl) if d is not None)):
+        return _gradients(*values)
+    return rsample_kl_bwd(*values, prior_gradient)
+
+
+def _differentiate_without_prior(dz, dkl, mu, logvar, seed, settings) -> list[Tensor | None]:
+    if dz is None and dkl is None:
+        return [None, None]
+    return _differentiate(dz, dkl, [mu, logvar], (seed, None), [], settings, False)
+
+
 class _RsampleKL(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -100,16 +115,13 @@ class _RsampleKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dz, dkl):
         mu, parameter, prior_mu, prior_logvar, eps, seed = ctx.saved_tensors
-        num_samples, packed_dim, event_ndim, scale, *bounds = ctx.settings
+        _, packed_dim, _, scale, *bounds = ctx.settings
         if dz is None and dkl is None:
             return (None,) * (6 + len(ctx.settings))
         q = [mu] if parameter is None else [mu, parameter]
         prior = [] if prior_mu is None else [prior_mu, prior_logvar]
-        values = (dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, *bounds)
-        if needs_closed_form(*(d for d in (dz, dkl) if d is not None)):
-            gradients = _gradients(*values)
-        else:
-            gradients = rsample_kl_bwd(*values, any(ctx.needs_input_grad[2:4]))
+        noise = (seed, eps)
+        gradients = _differentiate(dz, dkl, q, noise, prior, ctx.settings, any(ctx.needs_input_grad[2:4]))
         dq, dprior = gradients[: len(q)], gradients[len(q) :]
         deps = None
         if ctx.needs_input_grad[4] and dz is not None:
@@ -141,7 +153,7 @@ def rsample_kl_packed(
     arguments.check_tensors(head=head, prior_mu=prior_mu, prior_logvar=prior_logvar, eps=eps)
     dim = arguments.check_packed(head, dim)
     shape = head.chunk(2, dim)[0].shape
-    arguments.check_event_ndim(event_ndim, head.dim(), "head")
+    arguments.check_event_ndim(event_ndim, head.shape, "head")
     arguments.check_prior_fits(shape, prior_mu=prior_mu, prior_logvar=prior_logvar)
     prior = arguments.expand_prior(prior_mu, prior_logvar, head, shape, event_ndim)
     settings = (dim, event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
@@ -182,10 +194,16 @@ def rsample_kl(
     >>> z.shape, kl
     (torch.Size([5, 2, 3]), tensor([0., 0.]))
     """
+    if arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds, eps, num_samples):
+        seed = sampling.check_seed(seed, mu.device, "mu")
+        if way := short.find("rsample_kl", mu, logvar, event_ndim, scale, _differentiate_without_prior):
+            return short.sample_and_value(way, mu, logvar, seed)
+        settings = (None, -1, event_ndim, scale, *arguments.NO_BOUNDS)
+        return apply(_RsampleKL, mu, logvar, None, None, None, seed, *settings)
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar, eps=eps)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
     arguments.check_prior_fits(shape, prior_mu=prior_mu, prior_logvar=prior_logvar)
-    arguments.check_event_ndim(event_ndim, len(shape), f"the broadcast shape {tuple(shape)}")
+    arguments.check_event_ndim(event_ndim, shape)
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
     settings = (-1, event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
     seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)

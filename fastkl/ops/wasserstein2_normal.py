@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
+from fastkl.ops import _short as short
 from fastkl.ops._closed_form import fill_normal_gradients, normal_gradients
 from fastkl.ops._register import apply, needs_closed_form, register
 from fastkl.reference import SoftBounds
@@ -66,6 +67,16 @@ wasserstein2_normal_bwd = register(
 )
 
 
+def _differentiate(ddistance, mu, parameter, prior, settings, prior_gradient) -> list[Tensor]:
+    if needs_closed_form(ddistance):
+        return _gradients(ddistance, mu, parameter, prior, *settings)
+    return wasserstein2_normal_bwd(ddistance, mu, parameter, prior, *settings, prior_gradient)
+
+
+def _differentiate_without_prior(ddistance, mu, logvar, settings) -> list[Tensor]:
+    return _differentiate(ddistance, mu, logvar, [], settings[1:], False)
+
+
 class _Wasserstein2Normal(torch.autograd.Function):
     @staticmethod
     def forward(mu, parameter, prior_mu, prior_logvar, event_ndim, scale, low, high, live):
@@ -81,11 +92,7 @@ class _Wasserstein2Normal(torch.autograd.Function):
     def backward(ctx, ddistance):
         mu, parameter, prior_mu, prior_logvar = ctx.saved_tensors
         prior = [] if prior_mu is None else [prior_mu, prior_logvar]
-        if needs_closed_form(ddistance):
-            gradients = _gradients(ddistance, mu, parameter, prior, *ctx.settings)
-        else:
-            prior_gradient = any(ctx.needs_input_grad[2:4])
-            gradients = wasserstein2_normal_bwd(ddistance, mu, parameter, prior, *ctx.settings, prior_gradient)
+        gradients = _differentiate(ddistance, mu, parameter, prior, ctx.settings, any(ctx.needs_input_grad[2:4]))
         return (*gradients, *[None] * (4 - len(gradients)), *[None] * len(ctx.settings))
 
     @staticmethod
@@ -124,9 +131,13 @@ def wasserstein2_normal(
     >>> [f"{distance:.2g}" for distance in fastkl.wasserstein2_normal(mu, logvar)]
     ['9', '2e-08']
     """
+    if arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
+        if way := short.find("wasserstein2_normal", mu, logvar, event_ndim, scale, _differentiate_without_prior):
+            return short.value(way, mu, logvar)
+        return apply(_Wasserstein2Normal, mu, logvar, None, None, event_ndim, scale, *arguments.NO_BOUNDS)
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
-    arguments.check_event_ndim(event_ndim, len(shape), f"the broadcast shape {tuple(shape)}")
+    arguments.check_event_ndim(event_ndim, shape)
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
     settings = (event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
     return apply(_Wasserstein2Normal, arguments.expand(mu, shape), arguments.expand(logvar, shape), *prior, *settings)
