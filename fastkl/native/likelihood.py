@@ -2,111 +2,148 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from fastkl.native._pack import MOST_DIMS, call, function
+from fastkl.native._pack import MOST_DIMS, function
 
 NORMAL, BERNOULLI = 0, 1
 FULL, ROW, SHARED = 0, 1, 2
 
 
-def _logvar(logvar: Tensor, shape, event_ndim: int) -> tuple[int, list[int]]:
-    """(how it is spread, a stride for each dimension of the full shape)."""
-    missing = len(shape) - logvar.dim()
-    strides = logvar.stride()
+class _Plan(NamedTuple):
+    """All of a call but the addresses, which is kept: small likelihoods are bound by the host."""
+
+    function: Callable
+    numbers: bytes
+    pack: Callable
+
+    def run(self, *addresses: int) -> None:
+        if self.function(self.numbers + self.pack(torch.get_num_threads(), *addresses), 0.0, 0.0):
+            raise MemoryError("fastkl's native code could not allocate its partial sums")
+
+
+_plans: dict[tuple, _Plan | None] = {}  # None for what is the closed form's
+MOST_PLANS = 1024
+
+
+def _make(key: tuple, name: str, density: int, spread: int, event_ndim: int, like: Tensor, tensors) -> _Plan | None:
+    """The plan of tensors in the order of the C function, (tensor, its strides in like's dimensions) or None each."""
+    found = None
+    if like.dim() <= MOST_DIMS and all(each is None or each[0].dtype is like.dtype for each in tensors):
+        found = function("likelihood", name, like.dtype)
+    plan = None
+    if found is not None:
+        numbers = [density, spread, like.dim(), event_ndim, *like.shape]
+        for each in tensors:
+            numbers += [0] * (like.dim() + 1) if each is None else [1, *each[1]]
+        numbers.insert(0, len(numbers) + 1)
+        count = 1 + sum(each is not None for each in tensors)
+        plan = _Plan(found, struct.pack(f"{len(numbers)}q", *numbers), struct.Struct(f"{count}q").pack)
+    if len(_plans) >= MOST_PLANS:
+        _plans.clear()
+    _plans[key] = plan
+    return plan
+
+
+def _whole(tensor: Tensor):
+    return tensor, tensor.stride()
+
+
+def _by_rows(tensor: Tensor, event_ndim: int):
+    return tensor, (*tensor.stride(), *[0] * event_ndim)
+
+
+def _spread(logvar: Tensor, like: Tensor, event_ndim: int):
+    """(how it is spread, the log-variance with its strides in like's dimensions)."""
+    missing, strides = like.dim() - logvar.dim(), logvar.stride()
     if missing:
-        return SHARED, [*[0] * missing, *strides]
-    if logvar.shape == shape:
-        return FULL, strides
-    return ROW, [*strides[: len(shape) - event_ndim], *[0] * event_ndim]
-
-
-def _target(gradients: list[Tensor], like: Tensor) -> list[int]:
-    """Numbers of a new gradient like the tensor."""
-    gradient = torch.empty_like(like)
-    gradients.append(gradient)
-    return [gradient.data_ptr(), *gradient.stride()]
+        return SHARED, (logvar, (*[0] * missing, *strides))
+    if logvar.shape == like.shape:
+        return FULL, (logvar, strides)
+    return ROW, (logvar, (*strides[: like.dim() - event_ndim], *[0] * event_ndim))
 
 
 def normal_log_prob_fwd(x, mean, logvar, event_ndim):
-    dtype, shape = x.dtype, x.shape
-    ndim = len(shape)
-    if mean.dtype is not dtype or logvar.dtype is not dtype or ndim > MOST_DIMS:
+    shape = x.shape
+    value = x.new_empty(shape[: len(shape) - event_ndim])
+    types = (x.dtype, mean.dtype, logvar.dtype)
+    key = (event_ndim, *types, shape, logvar.shape, x.stride(), mean.stride(), logvar.stride())
+    try:
+        plan = _plans[key]
+    except KeyError:
+        spread, third = _spread(logvar, x, event_ndim)
+        tensors = (_whole(x), _whole(mean), third, _by_rows(value, event_ndim))
+        plan = _make(key, "forward", NORMAL, spread, event_ndim, x, tensors)
+    if plan is None:
         return NotImplemented
-    run = function("likelihood", "forward", dtype)
-    if run is None:
-        return NotImplemented
-    value = x.new_empty(shape[: ndim - event_ndim])
     if 0 in shape:
         return value.zero_()
-    spread, strides = _logvar(logvar, shape, event_ndim)
-    numbers = [torch.get_num_threads(), NORMAL, spread, ndim, event_ndim, *shape, x.data_ptr(), *x.stride()]
-    numbers += [mean.data_ptr(), *mean.stride(), logvar.data_ptr(), *strides]
-    call(run, [*numbers, value.data_ptr(), *value.stride(), *[0] * event_ndim])
+    plan.run(x.data_ptr(), mean.data_ptr(), logvar.data_ptr(), value.data_ptr())
     return value
 
 
 def normal_log_prob_bwd(dlog_prob, x, mean, logvar, event_ndim, wanted):
-    dtype, shape = x.dtype, x.shape
-    ndim = len(shape)
-    if mean.dtype is not dtype or logvar.dtype is not dtype or dlog_prob.dtype is not dtype or ndim > MOST_DIMS:
+    inputs = (x, mean, logvar)
+    gradients = [torch.empty_like(tensor) for tensor, want in zip(inputs, wanted) if want]
+    types = (x.dtype, mean.dtype, logvar.dtype, dlog_prob.dtype)
+    strides = (x.stride(), mean.stride(), logvar.stride(), dlog_prob.stride())
+    key = (event_ndim, *types, x.shape, logvar.shape, *strides, *wanted)
+    try:
+        plan = _plans[key]
+    except KeyError:
+        spread, third = _spread(logvar, x, event_ndim)
+        outputs = iter(gradients)
+        dx, dmean, dlogvar = (next(outputs) if want else None for want in wanted)
+        first_two = (None if each is None else _whole(each) for each in (dx, dmean))
+        last = None if dlogvar is None else _spread(dlogvar, x, event_ndim)[1]
+        tensors = (_whole(x), _whole(mean), third, _by_rows(dlog_prob, event_ndim), *first_two, last)
+        plan = _make(key, "backward", NORMAL, spread, event_ndim, x, tensors)
+    if plan is None:
         return NotImplemented
-    run = function("likelihood", "backward", dtype)
-    if run is None:
-        return NotImplemented
-    spread, strides = _logvar(logvar, shape, event_ndim)
-    numbers = [torch.get_num_threads(), NORMAL, spread, ndim, event_ndim, *shape, x.data_ptr(), *x.stride()]
-    numbers += [mean.data_ptr(), *mean.stride(), logvar.data_ptr(), *strides]
-    numbers += [dlog_prob.data_ptr(), *dlog_prob.stride(), *[0] * event_ndim]
-    gradients = []
-    absent = [0] * (ndim + 1)
-    numbers += _target(gradients, x) if wanted[0] else absent
-    numbers += _target(gradients, mean) if wanted[1] else absent
-    if wanted[2]:
-        gradient = torch.empty_like(logvar)
-        gradients.append(gradient)
-        numbers += [gradient.data_ptr(), *_logvar(gradient, shape, event_ndim)[1]]
-    else:
-        numbers += absent
-    if 0 in shape:
+    if x.numel() == 0:
         return [gradient.zero_() for gradient in gradients]
-    call(run, numbers)
+    addresses = [gradient.data_ptr() for gradient in gradients]
+    plan.run(x.data_ptr(), mean.data_ptr(), logvar.data_ptr(), dlog_prob.data_ptr(), *addresses)
     return gradients
 
 
 def bernoulli_log_prob_fwd(logits, x, event_ndim):
-    dtype, shape = logits.dtype, logits.shape
-    ndim = len(shape)
-    if x.dtype is not dtype or ndim > MOST_DIMS:
+    shape = logits.shape
+    value = logits.new_empty(shape[: len(shape) - event_ndim])
+    key = (event_ndim, logits.dtype, x.dtype, shape, logits.stride(), x.stride())
+    try:
+        plan = _plans[key]
+    except KeyError:
+        tensors = (_whole(logits), _whole(x), None, _by_rows(value, event_ndim))
+        plan = _make(key, "forward", BERNOULLI, FULL, event_ndim, logits, tensors)
+    if plan is None:
         return NotImplemented
-    run = function("likelihood", "forward", dtype)
-    if run is None:
-        return NotImplemented
-    value = logits.new_empty(shape[: ndim - event_ndim])
     if 0 in shape:
         return value.zero_()
-    numbers = [torch.get_num_threads(), BERNOULLI, FULL, ndim, event_ndim, *shape, logits.data_ptr(), *logits.stride()]
-    numbers += [x.data_ptr(), *x.stride(), *[0] * (ndim + 1), value.data_ptr(), *value.stride(), *[0] * event_ndim]
-    call(run, numbers)
+    plan.run(logits.data_ptr(), x.data_ptr(), value.data_ptr())
     return value
 
 
 def bernoulli_log_prob_bwd(dlog_prob, logits, x, event_ndim, wanted):
-    dtype, shape = logits.dtype, logits.shape
-    ndim = len(shape)
-    if x.dtype is not dtype or dlog_prob.dtype is not dtype or ndim > MOST_DIMS:
+    gradients = [torch.empty_like(tensor) for tensor, want in zip((logits, x), wanted) if want]
+    strides = (logits.stride(), x.stride(), dlog_prob.stride())
+    key = (event_ndim, logits.dtype, x.dtype, dlog_prob.dtype, logits.shape, *strides, *wanted)
+    try:
+        plan = _plans[key]
+    except KeyError:
+        outputs = iter(gradients)
+        targets = (_whole(next(outputs)) if want else None for want in wanted)
+        tensors = (_whole(logits), _whole(x), None, _by_rows(dlog_prob, event_ndim), *targets, None)
+        plan = _make(key, "backward", BERNOULLI, FULL, event_ndim, logits, tensors)
+    if plan is None:
         return NotImplemented
-    run = function("likelihood", "backward", dtype)
-    if run is None:
-        return NotImplemented
-    absent = [0] * (ndim + 1)
-    numbers = [torch.get_num_threads(), BERNOULLI, FULL, ndim, event_ndim, *shape, logits.data_ptr(), *logits.stride()]
-    numbers += [x.data_ptr(), *x.stride(), *absent, dlog_prob.data_ptr(), *dlog_prob.stride(), *[0] * event_ndim]
-    gradients = []
-    numbers += _target(gradients, logits) if wanted[0] else absent
-    numbers += _target(gradients, x) if wanted[1] else absent
-    if 0 in shape:
+    if logits.numel() == 0:
         return [gradient.zero_() for gradient in gradients]
-    call(run, [*numbers, *absent])
+    addresses = [gradient.data_ptr() for gradient in gradients]
+    plan.run(logits.data_ptr(), x.data_ptr(), dlog_prob.data_ptr(), *addresses)
     return gradients
