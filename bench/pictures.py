@@ -146,8 +146,8 @@ def costs(store: Store) -> Any:
                     continue
                 units, height = value / row["latent_bytes"], place + 0.3 - 0.2 * index
                 panel.barh(height, units, 0.18, color=LOOKS[name][0], label=name if place == 0 else None)
-                panel.annotate(f" {units:.2g}" if units < 9.5 else f" {units:.0f}", (units, height), va="center",
-                               fontsize=8, color=GREY)  # fmt: skip
+                label = f" {round(units, 2):.2g}" if units < 9.5 else f" {units:.0f}"  # a seed is nothing
+                panel.annotate(label, (units, height), va="center", fontsize=8, color=GREY)
         panel.set(title=title, xlabel="units of one latent tensor")
         panel.grid(axis="y", visible=False)
         panel.set_yticks(range(len(found)), [label for label, _ in reversed(found)] if key == "bytes" else [])

@@ -32,7 +32,8 @@ class Table(NamedTuple):
         shown = [index for index, name in enumerate(self.header) if name not in self.page_only]
         for index in shown:
             side = "left" if index < self.words else "right"
-            table.add_column(self.header[index], justify=side, overflow="fold", no_wrap=index != 1)
+            width = {"no_wrap": True} if index != 1 else {"overflow": "fold", "min_width": 16}
+            table.add_column(self.header[index], justify=side, **width)
         for row in self.rows:
             table.add_row(*(row[index] for index in shown))
         return table
@@ -141,13 +142,17 @@ def of_sweeps(store: Store) -> Table:
     rows = []
     for sweep in SWEEPS.values():
         for provider in ("eager", "fastkl"):
-            measured = [r for r in store.rows("sweeps") if (r["op"], r["provider"]) == (sweep.name, provider)]
-            if found := growth_of(measured, sweep, provider, cache_bytes()):
+            own = [r for r in store.rows("sweeps") if r["op"] == sweep.name]
+            if found := growth_of(own, sweep, provider, cache_bytes()):
+                measured = [r for r in own if r["provider"] == provider]
                 last = max(measured, key=lambda row: row["x"])
                 cells = [number(last["both_ms"]), number(last["ns_per_element"])]
                 cells += [f"{times(found.worst)} at {found.worst_at:,}", times(found.beyond_cache), found.verdict]
                 rows.append([sweep.name, f"{sweep.axis} to {last['x']:,}", provider, *cells])
-    note = "Steps: time per element over that of the size before, where it is not mere overhead; 1 is linear growth."
+    note = (
+        "Steps: time per element over that of the size before, where it is not mere overhead, net of allocating and "
+        "filling the outputs and gradients; 1 is linear growth. Eager allocates temporaries besides."
+    )
     header = ["sweep", "", "contender", "ms at the end", "ns per element", "largest step", "beyond the cache", "growth"]
     return Table("Growth", note, header, rows, 3)
 
