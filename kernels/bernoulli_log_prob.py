@@ -9,18 +9,19 @@ import triton.language as tl
 from fastkl.kernels._device import log1p, offsets, tile
 from fastkl.kernels._launch import launch, replayed
 from fastkl.kernels._layout import NO_STRIDES, PROGRAMS, cdiv, compute_dtype, finish, fit, next_power_of_2, share
+from fastkl.kernels._tuned import TILES
 
-# Elements of a tile, 16 for each of 128 threads: more of them cost registers, and with these the programs that fit in.
-TILE = 2048
 # Where rows cannot be read 16 bytes at a time, every element has an address and a mask.
 ODD_TILE = 1024
 
 
-def blocks(rows: int, columns: int) -> dict[str, int]:
+def blocks(rows: int, columns: int, itemsize: int) -> dict[str, int]:
     """A tile of rows x columns: short rows packed many to a program, long rows in runs."""
-    elements = TILE if columns % 16 == 0 else ODD_TILE
+    # 16 for each of 128 threads: more of them cost registers, and with these the programs that fit in.
+    elements, warps = TILES["bernoulli_log_prob"][itemsize]
+    elements = elements if columns % 16 == 0 else ODD_TILE
     block_columns = min(next_power_of_2(columns), elements)
-    return {"ROWS": min(elements // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": 4}
+    return {"ROWS": min(elements // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": warps}
 
 
 @triton.jit
@@ -91,7 +92,7 @@ def fwd(logits: torch.Tensor, x: torch.Tensor, event_ndim: int) -> torch.Tensor:
     if logits.numel() == 0:
         return logits.new_zeros(batch, dtype=dtype)
     inputs, _, layout = fit([logits, x], [], event_ndim)
-    block = blocks(layout.rows, layout.columns)
+    block = blocks(layout.rows, layout.columns, max(logits.itemsize, x.itemsize))
     row_blocks = cdiv(layout.rows, block["ROWS"])
     columns_per_program, splits = share(layout.columns, block["COLUMNS"], PROGRAMS // row_blocks)
     log_prob = torch.empty(batch if splits == 1 else (splits, *batch), dtype=dtype, device=logits.device)
@@ -112,7 +113,7 @@ def bwd(dlog_prob, logits, x, event_ndim: int, wanted: list[bool]) -> list[torch
     d = dlog_prob.to(compute_dtype([logits, x])).reshape(*dlog_prob.shape, *[1] * event_ndim).expand(logits.shape)
     inputs, launched, layout = fit([d, logits, x], gradients, event_ndim)
     outputs, strides = iter(launched), iter(layout.strides[3:])
-    block = blocks(layout.rows, layout.columns)
+    block = blocks(layout.rows, layout.columns, max(logits.itemsize, x.itemsize))
     column_blocks = cdiv(layout.columns, block["COLUMNS"])
     launch(
         bernoulli_log_prob_bwd_kernel, (cdiv(layout.rows, block["ROWS"]) * column_blocks,),

@@ -32,6 +32,7 @@ from fastkl.kernels._layout import (
     share,
     unpack,
 )
+from fastkl.kernels._tuned import TILES
 from fastkl.kernels._wasserstein2 import (
     above_zero,
     wasserstein2_terms,
@@ -42,9 +43,6 @@ from fastkl.kernels._wasserstein2 import (
 
 # Rows that one program sums at least, for a prior that the batch shares: partial sums stay a small part of the traffic.
 SHARED_ROWS = 32
-# Bytes of tiles that one program reads, all tensors together: 128 in flight for each of its 128 threads, and a
-# quarter of that in float64, whose exponential takes many registers.
-TILE_BYTES = {2: 16384, 4: 16384, 8: 4096}
 # Bytes of a row of a tall tile: whole cache lines, and narrow, so that many programs share the columns, few the rows.
 TALL_ROW_BYTES = 256
 # Elements of a tile whose rows cannot be read 16 bytes at a time: every element then has an address and a mask, which
@@ -55,12 +53,12 @@ ODD_TILE = {2: 1024, 4: 1024, 8: 256}
 def blocks(rows: int, columns: int, tensors: list[torch.Tensor], *, tall: bool = False) -> dict[str, int]:
     """A tile of rows x columns: short rows packed many to a program, long rows in runs; `tall` for sums over rows."""
     itemsize = max(tensor.itemsize for tensor in tensors)
-    tile = (
-        TILE_BYTES[itemsize] // itemsize // next_power_of_2(len(tensors)) if columns % 16 == 0 else ODD_TILE[itemsize]
-    )
+    # 64 to 128 bytes of all tensors for each thread; less in float64, whose exponential takes many registers.
+    tile, warps = TILES["kl_normal_per_dim" if tall else "kl_normal"][itemsize]
+    tile = 2 * tile // next_power_of_2(len(tensors)) if columns % 16 == 0 else ODD_TILE[itemsize]
     block_columns = min(next_power_of_2(columns), TALL_ROW_BYTES // itemsize if tall else tile)
     block_rows = min(next_power_of_2(rows), tile // block_columns)
-    return {"ROWS": block_rows, "COLUMNS": min(next_power_of_2(columns), tile // block_rows), "num_warps": 4}
+    return {"ROWS": block_rows, "COLUMNS": min(next_power_of_2(columns), tile // block_rows), "num_warps": warps}
 
 
 @triton.jit

@@ -13,22 +13,23 @@ import triton.language as tl
 from fastkl.kernels._device import exp, offsets, tile
 from fastkl.kernels._launch import launch, replayed
 from fastkl.kernels._layout import NO_STRIDES, PROGRAMS, cdiv, compute_dtype, finish, fit, next_power_of_2, share
+from fastkl.kernels._tuned import TILES
 
 # Rows that one program sums at least where the batch shares logvar: its partial sums stay a small part of the traffic.
 SHARED_ROWS = 32
-# Elements of a tile, 16 for each of 128 threads: more of them cost registers, and with these the programs that fit in.
-TILE = 2048
 # Where rows cannot be read 16 bytes at a time, every element has an address and a mask.
 ODD_TILE = 1024
 
 LN_2PI = tl.constexpr(1.8378770664093453)
 
 
-def blocks(rows: int, columns: int) -> dict[str, int]:
+def blocks(rows: int, columns: int, itemsize: int) -> dict[str, int]:
     """A tile of rows x columns: short rows packed many to a program, long rows in runs."""
-    elements = TILE if columns % 16 == 0 else ODD_TILE
+    # 16 for each of 128 threads: more of them cost registers, and with these the programs that fit in.
+    elements, warps = TILES["normal_log_prob"][itemsize]
+    elements = elements if columns % 16 == 0 else ODD_TILE
     block_columns = min(next_power_of_2(columns), elements)
-    return {"ROWS": min(elements // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": 4}
+    return {"ROWS": min(elements // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": warps}
 
 
 def spread_of(logvar: torch.Tensor, x: torch.Tensor) -> str:
@@ -172,7 +173,7 @@ def fwd(x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor, event_ndim: i
     if x.numel() == 0:
         return x.new_zeros(batch, dtype=dtype)
     inputs, _, layout = fit([x, mean, logvar.expand(x.shape)], [], event_ndim)
-    block = blocks(layout.rows, layout.columns)
+    block = blocks(layout.rows, layout.columns, max(t.itemsize for t in inputs))
     row_blocks = cdiv(layout.rows, block["ROWS"])
     columns_per_program, splits = share(layout.columns, block["COLUMNS"], PROGRAMS // row_blocks)
     log_prob = torch.empty(batch if splits == 1 else (splits, *batch), dtype=dtype, device=x.device)
@@ -192,7 +193,7 @@ def bwd(dlog_prob, x, mean, logvar, event_ndim: int, wanted: list[bool]) -> list
         return [gradient.zero_() for gradient in gradients if gradient is not None]
     spread, batch_ndim = spread_of(logvar, x), x.dim() - event_ndim
     rows, columns = x.shape[:batch_ndim].numel(), x.shape[batch_ndim:].numel()
-    block = blocks(rows, columns)
+    block = blocks(rows, columns, max(tensor.itemsize for tensor in (x, mean, logvar)))
     rows_per_program, columns_per_program = block["ROWS"], block["COLUMNS"]
     groups, splits = cdiv(rows, rows_per_program), cdiv(columns, columns_per_program)
     d = dlog_prob.to(compute_dtype([x, mean, logvar])).reshape(*dlog_prob.shape, *[1] * event_ndim).expand(x.shape)

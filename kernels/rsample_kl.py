@@ -39,11 +39,10 @@ from fastkl.kernels._layout import (
     share,
     unpack,
 )
+from fastkl.kernels._tuned import TILES
 
 # Rows that one program sums at least, for a prior that the batch shares: partial sums stay a small part of the traffic.
 SHARED_ROWS = 32
-# Bytes of each tensor in one program's tile, 32 for each of its 128 threads: sampling needs registers, too.
-TILE_BYTES = 4096
 # Elements of a tile whose rows cannot be read 16 bytes at a time.
 ODD_TILE = {2: 512, 4: 512, 8: 256}
 
@@ -51,13 +50,14 @@ ODD_TILE = {2: 512, 4: 512, 8: 256}
 def blocks(rows: int, columns: int, tensors: list[torch.Tensor]) -> dict[str, int]:
     """A tile of rows x columns; its columns are a multiple of 4, one Philox call each."""
     itemsize = max(tensor.itemsize for tensor in tensors)
-    tile = TILE_BYTES // itemsize if columns % 16 == 0 else ODD_TILE[itemsize]
+    tile, warps = TILES["rsample_kl"][itemsize]  # 32 bytes of each tensor for a thread: sampling needs registers, too
+    tile = tile if columns % 16 == 0 else ODD_TILE[itemsize]
     tile = tile // 2 if len(tensors) > 2 else tile  # a prior takes as many registers again
     block_columns = min(max(4, next_power_of_2(columns)), tile)
     block_rows = min(tile // block_columns, next_power_of_2(rows))
     # By itself ptxas keeps to so few registers that it loads just before use, and spills a few in bfloat16.
     few = registers(104) if itemsize < 8 else {}
-    return {"ROWS": block_rows, "COLUMNS": block_columns, "num_warps": 4, **few}
+    return {"ROWS": block_rows, "COLUMNS": block_columns, "num_warps": warps, **few}
 
 
 @triton.jit
