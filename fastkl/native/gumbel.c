@@ -1,6 +1,7 @@
 /* Gumbel-Softmax on a CPU. Logits are [rows, classes, inner]: what each op computes is said in fastkl.reference.discrete,
  * how in fastkl.kernels; this is the same by blocks of a cache. Noise is drawn again where it is needed. */
 
+#pragma GCC diagnostic ignored "-Wunused-function" /* what other sources need of the headers */
 #include "functions.h"
 #include "philox.h"
 #include "tiles.h"
