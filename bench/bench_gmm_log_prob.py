@@ -34,5 +34,5 @@ def cases(device, quick):
     # dimensions float32 is too coarse for it.
     for size in [(128, 10, 8)] if quick else [(128, 10, 8), (4096, 256, 16)]:
         yield Case(" x ".join(map(str, size)), inputs(device, *size), *functions)
-    n, k, d = (64, 10, 8) if quick else (512, 50, 64)
+    n, k, d = (64, 10, 8) if quick else (512, 50, 32)
     yield Case(f"{n} x {k} x {d} per datum", leaves(device, (n, d), (n, k), (n, k, d), (n, k, d)), *functions)

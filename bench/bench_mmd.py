@@ -40,9 +40,11 @@ def by_keops(x, y):
 
 
 def cases(device, quick):
-    for n, d in [(128, 32)] if quick else [(128, 32), (1024, 64)]:
+    for n, d in [(128, 32)] if quick else [(128, 32), (2048, 64)]:
         x, y = leaves(device, (n, d), (n, d))
         # Two samples that differ: of the same distribution the eager formula's gradient is mostly rounding.
         inputs = [x, (y.detach() + 1).requires_grad_()]
         others = {"pykeops": by_keops} if LazyTensor else {}
-        yield Case(f"{n} x {d}, seven scales", inputs, formula, fastkl.mmd, reference.mmd, others)
+        # The definition makes N x N x D differences: where they would fill the memory the formula in float64 is it.
+        truth = reference.mmd if n < 1000 else formula
+        yield Case(f"{n} x {d}, seven scales", inputs, formula, fastkl.mmd, truth, others)
