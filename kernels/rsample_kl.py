@@ -271,7 +271,7 @@ def launch_fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, setting
     batch = mu.shape[: mu.dim() - event_ndim]
     out = batch if splits == 1 else (splits, *batch)
     kl = torch.empty(out, dtype=dtype, device=mu.device) if with_kl else None
-    if found.rows:
+    if found.rows and (with_kl or found.columns):
         missing = 2 - len(prior)
         launch(
             rsample_kl_fwd_kernel, (row_blocks * splits,),

@@ -196,6 +196,7 @@ def test_the_short_way_is_the_same_loop():
         return [*out, *torch.autograd.grad(out, [mu, logvar], weights)]
 
     cases = [(fastkl.kl_normal, None), (fastkl.wasserstein2_normal, None)]
+    cases += [(lambda m, v: fastkl.rsample_normal(m, v, seed=2), None)]
     cases += [(lambda m, v: fastkl.rsample_kl(m, v, seed=2), outputs) for outputs in (None, [0], [1])]
     for function, outputs in cases:
         short = run(function, outputs)

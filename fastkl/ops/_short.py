@@ -22,8 +22,8 @@ MOST_WAYS = 1024
 
 
 class Way:
-    """op: "kl_normal", "wasserstein2_normal" or "rsample_kl". `general` is its backward pass by the long way: it takes
-    the gradients of the outputs, mu and logvar (and the seed), and the settings as the op's Function has them."""
+    """op: "kl_normal", "wasserstein2_normal", "rsample_kl" or "rsample_normal". `general` is its backward pass by the
+    long way: the gradients of the outputs, mu and logvar (and the seed), and the settings as the op's Function has."""
 
     def __init__(self, op: str, general: Callable[..., Any], event_ndim: int, scale: str):
         self.op, self.general = op, general
@@ -34,7 +34,7 @@ class Way:
     def plan(self, name: str, mu: Tensor, logvar: Tensor, others: tuple[Tensor | None, ...]) -> Any:
         normal = importlib.import_module("fastkl.native.normal")
         distance = normal.WASSERSTEIN2 if self.op == "wasserstein2_normal" else normal.KL
-        samples = 1 if self.op == "rsample_kl" else 0
+        samples = 1 if self.op.startswith("rsample") else 0
         return normal.make(name, (distance, False, *self.settings), [mu, logvar], samples, others)
 
 
@@ -52,7 +52,7 @@ def find(op: str, mu: Tensor, logvar: Tensor, event_ndim: int, scale: str, gener
         if len(_WAYS) >= MOST_WAYS:
             _WAYS.clear()
         way = Way(op, general, event_ndim, scale)
-        z = torch.empty_like(mu) if op == "rsample_kl" else None
+        z = torch.empty_like(mu) if op.startswith("rsample") else None
         way.forward = way.plan("forward", mu, logvar, (None, None, None, z, None)) if mu.numel() else None
         way = _WAYS[key] = None if way.forward is None else way
     return way if CPU[f"{op}_fwd"] is NATIVE[f"{op}_fwd"] else None
@@ -66,14 +66,18 @@ def sample_and_value(way: Way, mu: Tensor, logvar: Tensor, seed: Tensor) -> tupl
     return apply_directly(_SampleAndValue, mu, logvar, seed, way)
 
 
-def _gradients(way: Way, mu: Tensor, logvar: Tensor, seed: Tensor | None, dvalue: Tensor, dz: Tensor | None):
-    key = (dvalue.stride(), None if dz is None else dz.stride())
+def sample(way: Way, mu: Tensor, logvar: Tensor, seed: Tensor) -> Tensor:
+    return apply_directly(_Sample, mu, logvar, seed, way)
+
+
+def _gradients(way: Way, mu: Tensor, logvar: Tensor, seed: Tensor | None, dvalue: Tensor | None, dz: Tensor | None):
+    key = (None if dvalue is None else dvalue.stride(), None if dz is None else dz.stride())
     dmu, dlogvar = torch.empty_like(mu), torch.empty_like(logvar)
     plan = way.backward.get(key)
     if plan is None:
         others = (None, None, None, dvalue, dz, dmu, dlogvar, None, None)
         plan = way.backward[key] = way.plan("backward", mu, logvar, others)
-    incoming = (dvalue.data_ptr(), 0 if dz is None else dz.data_ptr())
+    incoming = (0 if dvalue is None else dvalue.data_ptr(), 0 if dz is None else dz.data_ptr())
     outgoing = (dmu.data_ptr(), dlogvar.data_ptr())
     plan.run(seed, mu.data_ptr(), logvar.data_ptr(), 0, 0, 0, *incoming, *outgoing, 0, 0)
     return dmu, dlogvar
@@ -125,3 +129,23 @@ class _SampleAndValue(torch.autograd.Function):
         if not (_goes_on(dvalue, mu.dtype) and _goes_on(dz, mu.dtype)):
             return (*ctx.way.general(dz, dvalue, mu, logvar, seed, ctx.way.settings), None, None)
         return (*_gradients(ctx.way, mu, logvar, seed, dvalue, dz), None, None)
+
+
+class _Sample(torch.autograd.Function):
+    @staticmethod
+    def forward(mu, logvar, seed, way):
+        z = torch.empty_like(mu)
+        way.forward.run(seed, mu.data_ptr(), logvar.data_ptr(), 0, 0, 0, z.data_ptr(), 0)
+        return z
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0], inputs[1], inputs[2])
+        ctx.way = inputs[3]
+
+    @staticmethod
+    def backward(ctx, dz):
+        mu, logvar, seed = ctx.saved_tensors
+        if not _goes_on(dz, mu.dtype):
+            return (*ctx.way.general(dz, mu, logvar, seed, ctx.way.settings), None, None)
+        return (*_gradients(ctx.way, mu, logvar, seed, None, dz), None, None)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
+from fastkl.ops import _short as short
 from fastkl.ops._closed_form import empty_samples, fill_normal_gradients, normal_gradients, sample
 from fastkl.ops._register import apply, needs_closed_form, register
 from fastkl.reference import SoftBounds
@@ -57,6 +58,15 @@ rsample_normal_bwd = register(
 )
 
 
+def _differentiate(dz, q, seed, eps, settings) -> list[Tensor]:
+    return (_gradients if needs_closed_form(dz) else rsample_normal_bwd)(dz, q, seed, eps, *settings)
+
+
+def _differentiate_drawn(dz, mu, logvar, seed, settings) -> list[Tensor]:
+    num_samples, packed_dim, _, *rest = settings
+    return _differentiate(dz, [mu, logvar], seed, None, (num_samples, packed_dim, *rest))
+
+
 class _RsampleNormal(torch.autograd.Function):
     @staticmethod
     def forward(mu, parameter, eps, seed, num_samples, packed_dim, scale, low, high, live):
@@ -73,8 +83,7 @@ class _RsampleNormal(torch.autograd.Function):
         mu, parameter, eps, seed = ctx.saved_tensors
         _, packed_dim, scale, *bounds = ctx.settings
         q = [mu] if parameter is None else [mu, parameter]
-        closed = needs_closed_form(dz)
-        dq = (_gradients if closed else rsample_normal_bwd)(dz, q, seed, eps, *ctx.settings)
+        dq = _differentiate(dz, q, seed, eps, ctx.settings)
         deps = None
         if ctx.needs_input_grad[2]:
             deps = sampling.noise_gradient(dz, q, packed_dim, eps, scale, arguments.as_bounds(*bounds))
@@ -128,6 +137,11 @@ def rsample_normal(
     >>> f"{z.mean():.2f} {z.std():.2f}"
     '3.00 1.00'
     """
+    if isinstance(mu, Tensor) and arguments.usual(mu, logvar, mu.dim(), scale, num_samples, eps, bounds):
+        seed = sampling.check_seed(seed, mu.device, "mu")
+        if way := short.find("rsample_normal", mu, logvar, mu.dim(), scale, _differentiate_drawn):
+            return short.sample(way, mu, logvar, seed)
+        return apply(_RsampleNormal, mu, logvar, None, seed, None, -1, scale, *arguments.NO_BOUNDS)
     arguments.check_tensors(mu=mu, logvar=logvar, eps=eps)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
     settings = (-1, arguments.check_scale(scale), *arguments.check_bounds(bounds))
