@@ -10,6 +10,7 @@ import triton.language as tl
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}  # what things are computed in
 LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_TAIL = tl.constexpr(1.925963033500702e-08)  # log2(e) - float32(log2(e))
 LN2 = tl.constexpr(0.6931471805599453)
 PHILOX_ROUNDS = tl.constexpr(10)  # those of reference.philox
 
@@ -47,10 +48,12 @@ def exp(x, SCALE: tl.constexpr = 1.0):
     if x.dtype == tl.float64:
         return tl.exp(SCALE * x)
     product = x * (SCALE * LOG2E)
+    if SCALE == 1.0:
+        remainder = tl.fma(x, LOG2E, -product) + x * LOG2E_TAIL
+        value = tl.exp2(product)
+        return tl.where(tl.abs(remainder) < 1.0, value * (1.0 + remainder * LN2), value)  # not at infinity
     # About 1. Where x is huge it is anything, and NaN at infinity, which the maximum drops: there the power is all.
     mend = tl.maximum(1.0 + SCALE * tl.fma(product, -LN2 / SCALE, x), 0.5)
-    if SCALE == 1.0:
-        mend = tl.minimum(mend, 2.0)  # where the product overflows
     return tl.exp2(product) * mend
 
 

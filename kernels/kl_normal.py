@@ -56,6 +56,7 @@ def blocks(rows: int, columns: int, tensors: list[torch.Tensor], *, tall: bool =
     # 64 to 128 bytes of all tensors for each thread; less in float64, whose exponential takes many registers.
     tile, warps = TILES["kl_normal_per_dim" if tall else "kl_normal"][itemsize]
     tile = 2 * tile // next_power_of_2(len(tensors)) if columns % 16 == 0 else ODD_TILE[itemsize]
+    tile = max(tile, 2048) if itemsize == 2 and columns % 16 == 0 and not tall else tile  # 16 bytes for 256 lanes
     block_columns = min(next_power_of_2(columns), TALL_ROW_BYTES // itemsize if tall else tile)
     block_rows = min(next_power_of_2(rows), tile // block_columns)
     return {"ROWS": block_rows, "COLUMNS": min(next_power_of_2(columns), tile // block_rows), "num_warps": warps}
