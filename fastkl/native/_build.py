@@ -27,6 +27,8 @@ import torch
 SOURCES = Path(__file__).parent
 # Infinities and NaN are kept: no -ffast-math. Sums are reordered where `omp simd` says so, products and sums fused.
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fPIC", "-w")
+# gcc otherwise computes what a clamp leads to at each of its bounds apart, and chooses between three results.
+GCC_FLAGS = ("-fno-thread-jumps", "-fno-tree-dominator-opts")
 DIGEST = hashlib.sha256().digest_size
 SECONDS = 300  # for a compiler that hangs
 
@@ -104,6 +106,7 @@ def build(family: str, dtype: torch.dtype) -> ctypes.CDLL | None:
     source = SOURCES / f"{family}.c"
     options = ("-DFLOAT64",) if dtype == torch.float64 else ()
     try:
+        options += () if "clang" in _machine() else GCC_FLAGS
         texts = [path.read_bytes() for path in (source, *sorted(SOURCES.glob("*.h")))]
         made_from = [*texts, repr((FLAGS, options, _compiler(), _machine())).encode()]
         name = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in made_from)).hexdigest()[:32]

@@ -10,7 +10,8 @@
 #include <immintrin.h>
 #endif
 
-#define CALLS 264 /* most Philox calls at a time, of four words each; a multiple of 8 */
+#define CHAINS 3 /* of four calls each, side by side: they hide the latency of the products */
+#define CALLS 264 /* most Philox calls at a time, of four words each; a multiple of 4 CHAINS */
 
 /* Four calls side by side, a 32-bit word in each 64-bit lane; what is above the word is of no consequence. */
 typedef uint64_t lanes __attribute__((vector_size(32)));
@@ -30,26 +31,26 @@ static inline void store_words(uint32_t *out, lanes words) {
 
 /* Philox4x32-10 (Salmon et al. 2011) of the counters (first + i, sample, 0): words[k][i] is word k of call i. */
 static inline void philox(uint64_t seed, uint64_t first, uint32_t sample, int calls, uint32_t words[4][CALLS]) {
-    for (int i = 0; i < calls; i += 8) {
-        lanes a[2], b[2], c[2], d[2];
-        for (int half = 0; half < 2; half++) {
-            a[half] = (lanes){0, 1, 2, 3} + (first + (uint64_t)(i + 4 * half));
-            b[half] = a[half] >> 32, c[half] = (lanes){0} + sample, d[half] = (lanes){0};
+    for (int i = 0; i < calls; i += 4 * CHAINS) {
+        lanes a[CHAINS], b[CHAINS], c[CHAINS], d[CHAINS];
+        for (int k = 0; k < CHAINS; k++) {
+            a[k] = (lanes){0, 1, 2, 3} + (first + (uint64_t)(i + 4 * k));
+            b[k] = a[k] >> 32, c[k] = (lanes){0} + sample, d[k] = (lanes){0};
         }
         uint32_t key_0 = (uint32_t)seed, key_1 = (uint32_t)(seed >> 32);
 #pragma GCC unroll 10
         for (int step = 0; step < 10; step++) {
-            for (int half = 0; half < 2; half++) { /* two chains hide the latency of the products */
-                lanes left = product(a[half], 0xD2511F53), right = product(c[half], 0xCD9E8D57);
-                a[half] = (right >> 32) ^ b[half] ^ key_0, b[half] = right;
-                c[half] = (left >> 32) ^ d[half] ^ key_1, d[half] = left;
+            for (int k = 0; k < CHAINS; k++) {
+                lanes left = product(a[k], 0xD2511F53), right = product(c[k], 0xCD9E8D57);
+                a[k] = (b[k] ^ key_0) ^ (right >> 32), b[k] = right;
+                c[k] = (d[k] ^ key_1) ^ (left >> 32), d[k] = left;
             }
             key_0 += 0x9E3779B9u, key_1 += 0xBB67AE85u;
         }
-        for (int half = 0; half < 2; half++) {
-            int call = i + 4 * half;
-            store_words(words[0] + call, a[half]), store_words(words[1] + call, b[half]);
-            store_words(words[2] + call, c[half]), store_words(words[3] + call, d[half]);
+        for (int k = 0; k < CHAINS; k++) {
+            int call = i + 4 * k;
+            store_words(words[0] + call, a[k]), store_words(words[1] + call, b[k]);
+            store_words(words[2] + call, c[k]), store_words(words[3] + call, d[k]);
         }
     }
 }
@@ -64,16 +65,11 @@ static inline float log_unit(float u) {
     memcpy(&m, &bits, sizeof m);
     float f = m - 1, e = (float)exponent;
     /* ln(1 + f) = f - f^2/2 + f^3 p(f); coefficients of Cephes' logf */
-    float p = 7.0376836292e-2f;
-    p = p * f - 1.1514610310e-1f;
-    p = p * f + 1.1676998740e-1f;
-    p = p * f - 1.2420140846e-1f;
-    p = p * f + 1.4249322787e-1f;
-    p = p * f - 1.6668057665e-1f;
-    p = p * f + 2.0000714765e-1f;
-    p = p * f - 2.4999993993e-1f;
-    p = p * f + 3.3333331174e-1f;
-    float square = f * f;
+    float square = f * f, fourth = square * square; /* in pairs: the processor waits for half as many steps */
+    float high = (1.1676998740e-1f - 1.1514610310e-1f * f) + square * 7.0376836292e-2f;
+    float middle = (1.4249322787e-1f - 1.2420140846e-1f * f);
+    float low = (3.3333331174e-1f - 2.4999993993e-1f * f) + square * (2.0000714765e-1f - 1.6668057665e-1f * f);
+    float p = low + fourth * (middle + square * high);
     return f + (f * square * p + (e * -2.12194440e-4f - 0.5f * square)) + e * 0.693359375f;
 }
 
