@@ -165,9 +165,8 @@ def sliced_wasserstein(
     if p < 1:
         raise ValueError(f"p must be at least 1, got {p}")
     seed = sampling.check_seed(seed, x.device, "x")
-    zero = torch.zeros((), device=x.device)
-    noise = rsample_normal(zero.expand(num_projections, x.shape[1]), zero, seed=seed)
-    unit = reference.directions(noise.to(reference.compute_dtype(x, y)))
+    zero = torch.zeros((), dtype=reference.compute_dtype(x, y), device=x.device)
+    unit = reference.directions(rsample_normal(zero.expand(num_projections, x.shape[1]), zero, seed=seed))
     wants = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, y))
     with torch.autocast(x.device.type, enabled=False):
         return apply(_SlicedWasserstein, x, y, unit, p, *wants)[0]

@@ -298,13 +298,15 @@ def four_normals(seed, group, index, sample, HALF: tl.constexpr = False):
 
 
 @triton.jit
-def normals(seed, group, sample, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr):
+def normals(
+    seed, group, sample, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
     """Standard normals [ROWS, COLUMNS]; each row's first is that of Philox call `group`, int64 [ROWS, 1] or one number.
 
-    join adds a last dimension: what is joined last are neighbours, and four of them, with HALF eight, stay in the
+    join adds a last dimension: what is joined last are neighbours, and four of them, with WIDE eight, stay in the
     thread that has as many of the tensors that are read 16 bytes at a time.
     """
-    if HALF and COLUMNS >= 8:
+    if WIDE and COLUMNS >= 8:
         even = 2 * tl.arange(0, COLUMNS // 8)[None, :]
         normal_0, normal_1, normal_2, normal_3 = four_normals(seed, group, even, sample, HALF)
         normal_4, normal_5, normal_6, normal_7 = four_normals(seed, group, even + 1, sample, HALF)

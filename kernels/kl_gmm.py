@@ -27,7 +27,7 @@ def blocks(dtype: torch.dtype) -> dict[str, int]:
 @triton.jit
 def draw(seed, start, sample, BLOCK: tl.constexpr):
     """The noise of BLOCK elements from `start` on, a multiple of 4."""
-    return tl.reshape(normals(seed, start >> 2, sample, 1, BLOCK, False), [BLOCK])
+    return tl.reshape(normals(seed, start >> 2, sample, 1, BLOCK, False, False), [BLOCK])
 
 
 @triton.jit

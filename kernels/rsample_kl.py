@@ -73,10 +73,14 @@ def shifted_columns(row, start, columns, SHIFT: tl.constexpr, COLUMNS: tl.conste
 
 
 @triton.jit
-def row_noise(seed, row, start, sample, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr):
+def row_noise(
+    seed, row, start, sample, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr,
+    SHIFT: tl.constexpr,
+):  # fmt: skip
     """The noise of the elements that `shifted_columns` gives; `start` is a multiple of 4."""
     first = row.to(tl.int64)[:, None] * columns + start
-    return normals(seed, first >> 2, sample, ROWS, COLUMNS, HALF)
+    WIDE: tl.constexpr = HALF and not SHIFT  # shifted rows are written an element at a time
+    return normals(seed, first >> 2, sample, ROWS, COLUMNS, HALF, WIDE)
 
 
 @triton.jit
@@ -123,7 +127,7 @@ def rsample_kl_fwd_kernel(
         given, drawn = noise, z
         for sample in range(samples):
             if noise is None:
-                eps = row_noise(key, row, start, sample, columns, ROWS, COLUMNS, HALF).to(DTYPE)
+                eps = row_noise(key, row, start, sample, columns, ROWS, COLUMNS, HALF, SHIFT).to(DTYPE)
             else:
                 eps = tl.load(given + elements(at, column, shape, strides[4], NESTED), mask, other=0.0).to(DTYPE)
                 given += sample_strides[0]
@@ -169,7 +173,7 @@ def rsample_kl_bwd_kernel(
         given, incoming = noise, dz
         for sample in range(samples):
             if noise is None:
-                eps = row_noise(key, row, start_column, sample, columns, ROWS, COLUMNS, HALF).to(DTYPE)
+                eps = row_noise(key, row, start_column, sample, columns, ROWS, COLUMNS, HALF, SHIFT).to(DTYPE)
             else:
                 eps = tl.load(given + elements(at, column, shape, strides[6], NESTED), mask, other=0.0).to(DTYPE)
                 given += sample_strides[0]

@@ -1,10 +1,10 @@
-"""How a call goes to C: one list of int64. The work per call is all there is to a small latent, so little is done."""
+"""How a call goes to C, in as few steps as can be: a small latent is bound by the host."""
 
 from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -13,12 +13,11 @@ from torch import Tensor
 from fastkl.native._build import library
 
 MOST_DIMS = 8  # as tiles.h has it: a small struct stays in the first cache
-_packers: dict[int, Callable] = {}
 _functions: dict[tuple[str, str, torch.dtype], Callable | None] = {}
 
 
-def function(family: str, name: str, dtype: torch.dtype, lists: int = 1) -> Callable | None:
-    """A function of a library: f(numbers, [addresses,] low, high) -> 0, or 1 where memory ran out; None without one."""
+def function(family: str, name: str, dtype: torch.dtype) -> Callable | None:
+    """A function of a library: f(numbers, addresses, low, high) -> 0, or 1 where memory ran out; None without one."""
     key = (family, name, dtype)
     try:
         return _functions[key]
@@ -28,18 +27,9 @@ def function(family: str, name: str, dtype: torch.dtype, lists: int = 1) -> Call
     if dtype in (torch.float32, torch.float64) and (loaded := library(family, dtype)) is not None:
         found = getattr(loaded, name)
         found.restype = ctypes.c_int
-        found.argtypes = (*[ctypes.c_char_p] * lists, ctypes.c_double, ctypes.c_double)
+        found.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_double, ctypes.c_double)
     _functions[key] = found
     return found
-
-
-def call(function: Callable, numbers: list[int], low: float = 0.0, high: float = 0.0) -> None:
-    count = len(numbers)
-    pack = _packers.get(count)
-    if pack is None:
-        pack = _packers[count] = struct.Struct(f"{count}q").pack
-    if function(pack(*numbers), low, high):
-        raise MemoryError("fastkl's native code could not allocate its partial sums")
 
 
 class Plan(NamedTuple):
@@ -47,17 +37,38 @@ class Plan(NamedTuple):
 
     function: Callable
     numbers: bytes
-    low: float
-    high: float
-    pack: Callable
-    shape: tuple[int, ...]  # of the result
-    halves: tuple[int, int]  # bytes from the first half of a packed tensor to the second, and in its gradient
+    pack: Callable  # of the addresses
+    low: float = 0.0
+    high: float = 0.0
+    result: tuple[int, ...] = ()  # its shape
+    halves: tuple[int, int] = (0, 0)  # bytes from the first half of a packed tensor to the second, and in its gradient
 
-    def run(self, seed: Tensor | None, *addresses: int) -> None:
-        """With as many addresses as the C function has tensors, 0 for one that is not there."""
-        threads, noise = torch.get_num_threads(), 0 if seed is None else seed.data_ptr()
-        if self.function(self.numbers, self.pack(threads, noise, *addresses), self.low, self.high):
+    def run(self, *addresses: int) -> None:
+        """With as many addresses as the C function takes, 0 for what is not there."""
+        self.run_at(self.low, self.high, *addresses)
+
+    def run_at(self, low: float, high: float, *addresses: int) -> None:
+        if self.function(self.numbers, self.pack(torch.get_num_threads(), *addresses), low, high):
             raise MemoryError("fastkl's native code could not allocate its partial sums")
+
+
+def prepare(
+    family: str, name: str, settings: Iterable[int], shape, event_ndim: int, tensors: Iterable, strides,
+    others: int = 0, **more,
+) -> Plan | None:  # fmt: skip
+    """The plan of a function of tensors (None: not there) with these strides in the dimensions of `shape`, and of
+    `others` addresses beside theirs. None where the tensors are not alike or have too many dimensions."""
+    kinds = {tensor.dtype for tensor in tensors if tensor is not None}
+    if len(kinds) > 1 or len(shape) > MOST_DIMS:
+        return None
+    found = function(family, name, kinds.pop())
+    if found is None:
+        return None
+    numbers = [*settings, len(shape), event_ndim, *shape]
+    for own in strides:
+        numbers += own
+    pack = struct.Struct(f"{1 + others + len(strides)}q").pack
+    return Plan(found, struct.pack(f"{len(numbers)}q", *numbers), pack, **more)
 
 
 # Key -> plan, or None for what is the closed form's. A key has all that a plan depends on.
@@ -82,11 +93,3 @@ def known(tensors) -> tuple:
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def halves(head: Tensor, dim: int) -> tuple[list[int], tuple[int, ...], int, int]:
-    """(shape of a half, strides, address of the first, address of the second) of a tensor that packs both along dim."""
-    shape, strides = list(head.shape), head.stride()
-    shape[dim] //= 2
-    first = head.data_ptr()
-    return shape, strides, first, first + shape[dim] * strides[dim] * head.itemsize

@@ -24,10 +24,11 @@ typedef struct {
     tensor logits, y, dy, dlogits;
 } problem;
 
-/* numbers: threads, hard, address of the seed, ndim, event (the classes and what follows them), sizes, then tensors */
-static problem open_problem(const int64_t *numbers, REAL tau, int limit) {
-    problem p = {.threads = numbers[0], .limit = limit, .seed = *(const uint64_t *)(intptr_t)numbers[2]};
-    p.shape = open_call(numbers + 3);
+/* numbers: hard, ndim, event (the classes and what follows them), sizes, strides. addresses: the number of threads, the
+ * seed, the tensors. */
+static problem open_problem(const int64_t *numbers, const int64_t *addresses, REAL tau, int limit) {
+    problem p = {.threads = addresses[0], .limit = limit, .seed = *(const uint64_t *)(intptr_t)addresses[1]};
+    p.shape = open_call(numbers + 1, addresses + 2);
     p.classes = p.shape.sizes[p.shape.ndim - p.shape.event], p.inner = p.shape.columns / p.classes;
     REAL positive = tau < (REAL)LEAST_NORMAL ? (REAL)LEAST_NORMAL : tau; /* NaN stays */
     p.sharpness = tau < 0 ? (REAL)NAN : 1 / positive;
@@ -340,20 +341,20 @@ static int run_all(problem *p) {
 }
 
 /* 0, or 1 where there is no memory. Tensors: logits, y. */
-int forward(const int64_t *numbers, double tau, double unused) {
+int forward(const int64_t *numbers, const int64_t *addresses, double tau, double unused) {
     (void)unused;
-    problem p = open_problem(numbers, (REAL)tau, numbers[1] || (REAL)tau == 0);
+    problem p = open_problem(numbers, addresses, (REAL)tau, numbers[0] || (REAL)tau == 0);
     p.logits = next_tensor(&p.shape), p.y = next_tensor(&p.shape);
     return run_all(&p);
 }
 
 /* 0, or 1 where there is no memory. Tensors: logits, y (one of the two), dy, dlogits; then where tau's gradient goes. */
-int backward(const int64_t *numbers, double tau, double unused) {
+int backward(const int64_t *numbers, const int64_t *addresses, double tau, double unused) {
     (void)unused;
-    problem p = open_problem(numbers, (REAL)tau, 0);
+    problem p = open_problem(numbers, addresses, (REAL)tau, 0);
     p.logits = next_tensor(&p.shape), p.y = next_tensor(&p.shape);
     p.dy = next_tensor(&p.shape), p.dlogits = next_tensor(&p.shape);
-    REAL *dtau = (REAL *)(intptr_t)*p.shape.next;
+    REAL *dtau = (REAL *)(intptr_t)*p.shape.addresses;
     if (dtau && !(p.tau_partial = malloc((size_t)p.jobs * sizeof *p.tau_partial))) return 1;
     int failed = run_all(&p);
     double total = 0;

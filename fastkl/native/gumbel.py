@@ -4,47 +4,47 @@ from __future__ import annotations
 
 import torch
 
-from fastkl.native._pack import MOST_DIMS, call, function
+from fastkl.native._pack import address, keep, known, plans, prepare
+
+
+def _plan(name: str, hard: bool, dim: int, *tensors):
+    """For tensors of one shape, None where one is not there."""
+    key = ("gumbel_softmax", name, hard, dim, known(tensors))
+    try:
+        return plans[key]
+    except KeyError:
+        like = next(tensor for tensor in tensors if tensor is not None)
+        strides = [(0,) * like.dim() if tensor is None else tensor.stride() for tensor in tensors]
+        others = 2 if name == "backward" else 1  # the seed, and where tau's gradient goes
+        return keep(key, prepare("gumbel", name, (hard,), like.shape, like.dim() - dim, tensors, strides, others))
 
 
 def gumbel_softmax_fwd(logits, tau, seed, constant, hard, dim):
-    shape = logits.shape
-    ndim = len(shape)
-    run = function("gumbel", "forward", logits.dtype)
-    if run is None or ndim > MOST_DIMS:
-        return NotImplemented
     y = torch.empty_like(logits)
-    if 0 not in shape:
-        numbers = [torch.get_num_threads(), hard, seed.data_ptr(), ndim, ndim - dim, *shape]
-        numbers += [logits.data_ptr(), *logits.stride(), y.data_ptr(), *y.stride()]
-        call(run, numbers, constant if tau is None else tau.item())
+    plan = _plan("forward", hard, dim, logits, y)
+    if plan is None:
+        return NotImplemented
+    if y.numel():
+        plan.run_at(constant if tau is None else tau.item(), 0.0, seed.data_ptr(), logits.data_ptr(), y.data_ptr())
     return y
 
 
 def gumbel_softmax_bwd(dy, y, logits, tau, seed, constant, hard, dim, tau_gradient):
     like = y if logits is None else logits
-    shape = like.shape
-    ndim = len(shape)
-    run = function("gumbel", "backward", like.dtype)
-    if run is None or ndim > MOST_DIMS or dy.dtype is not like.dtype:
-        return NotImplemented
     gradient = torch.empty_like(like)
+    y = y if logits is None else None
+    plan = _plan("backward", hard, dim, logits, y, dy, gradient)
+    if plan is None:
+        return NotImplemented
     gradients = [gradient]
-    absent = [0] * (ndim + 1)
-    numbers = [torch.get_num_threads(), hard, seed.data_ptr(), ndim, ndim - dim, *shape]
-    numbers += absent if logits is None else [logits.data_ptr(), *logits.stride()]
-    numbers += absent if logits is not None else [y.data_ptr(), *y.stride()]
-    numbers += [dy.data_ptr(), *dy.stride(), gradient.data_ptr(), *gradient.stride()]
     if tau_gradient:
-        dtau = like.new_empty(())
-        gradients.append(dtau)
-        numbers.append(dtau.data_ptr())
-    else:
-        numbers.append(0)
-    if 0 in shape:
+        gradients.append(like.new_empty(()))
+    if like.numel() == 0:
         gradients = [each.zero_() for each in gradients]
     else:
-        call(run, numbers, constant if tau is None else tau.item())
+        addresses = (seed.data_ptr(), address(logits), address(y), dy.data_ptr(), gradient.data_ptr())
+        dtau = gradients[1].data_ptr() if tau_gradient else 0
+        plan.run_at(constant if tau is None else tau.item(), 0.0, *addresses, dtau)
     if tau_gradient and tau.dtype is not like.dtype:
         gradients[1] = gradients[1].to(tau.dtype)
     return gradients

@@ -12,25 +12,17 @@ typedef struct {
     int density, spread;
     int64_t threads;
     call shape;
-    const int64_t *addresses;
     pieces cut;
     double *partial;
     /* x and mean, or logits and x; the log-variance, of a normal density only; then the same of the gradients */
     tensor first, second, logvar, value, dvalue, dfirst, dsecond, dlogvar;
 } problem;
 
-static tensor next(problem *p) {
-    tensor t = next_tensor(&p->shape);
-    if (t.data) t.data = (REAL *)(intptr_t)*p->addresses++;
-    return t;
-}
-
-/* numbers: how many there are before the addresses, density, spread, ndim, event, sizes, then tensors with a 1 for an
- * address; the number of threads and the addresses, which alone change from call to call */
-static problem open_problem(const int64_t *numbers) {
-    problem p = {.density = (int)numbers[1], .spread = (int)numbers[2], .threads = numbers[numbers[0]]};
-    p.shape = open_call(numbers + 3), p.addresses = numbers + numbers[0] + 1;
-    p.first = next(&p), p.second = next(&p), p.logvar = next(&p);
+/* numbers: density, spread, ndim, event, sizes, strides. addresses: the number of threads, the tensors. */
+static problem open_problem(const int64_t *numbers, const int64_t *addresses) {
+    problem p = {.density = (int)numbers[0], .spread = (int)numbers[1], .threads = addresses[0]};
+    p.shape = open_call(numbers + 2, addresses + 1);
+    p.first = next_tensor(&p.shape), p.second = next_tensor(&p.shape), p.logvar = next_tensor(&p.shape);
     return p;
 }
 
@@ -121,10 +113,10 @@ static void forward_piece(void *context, int64_t job) {
 }
 
 /* 0, or 1 where there is no memory. Tensor after the log-variance: value, one for each row. */
-int forward(const int64_t *numbers, double low, double high) {
-    problem p = open_problem(numbers);
+int forward(const int64_t *numbers, const int64_t *addresses, double low, double high) {
+    problem p = open_problem(numbers, addresses);
     (void)low, (void)high;
-    p.value = next(&p);
+    p.value = next_tensor(&p.shape);
     p.cut = cut_rows(&p.shape);
     int split = p.cut.chunks > 1;
     if (split && !(p.partial = malloc((size_t)p.cut.jobs * sizeof *p.partial))) return 1;
@@ -222,11 +214,11 @@ static void sum_groups(const problem *p, const tensor *out) {
 
 /* 0, or 1 where there is no memory. Tensors after the log-variance: dvalue, dfirst, dsecond, dlogvar; those that nobody
  * wants are not there. */
-int backward(const int64_t *numbers, double low, double high) {
-    problem p = open_problem(numbers);
+int backward(const int64_t *numbers, const int64_t *addresses, double low, double high) {
+    problem p = open_problem(numbers, addresses);
     (void)low, (void)high;
-    p.dvalue = next(&p);
-    p.dfirst = next(&p), p.dsecond = next(&p), p.dlogvar = next(&p);
+    p.dvalue = next_tensor(&p.shape);
+    p.dfirst = next_tensor(&p.shape), p.dsecond = next_tensor(&p.shape), p.dlogvar = next_tensor(&p.shape);
     int shared = p.dlogvar.data && p.spread == SHARED;
     p.cut = shared ? cut_columns(&p.shape) : cut_rows(&p.shape);
     int split = p.dlogvar.data && p.spread == ROW && p.cut.chunks > 1;

@@ -2,52 +2,21 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from fastkl.native._pack import MOST_DIMS, function
+from fastkl.native._pack import Plan, keep, plans, prepare
 
 NORMAL, BERNOULLI = 0, 1
 FULL, ROW, SHARED = 0, 1, 2
 
 
-class _Plan(NamedTuple):
-    """All of a call but the addresses, which is kept: small likelihoods are bound by the host."""
-
-    function: Callable
-    numbers: bytes
-    pack: Callable
-
-    def run(self, *addresses: int) -> None:
-        if self.function(self.numbers + self.pack(torch.get_num_threads(), *addresses), 0.0, 0.0):
-            raise MemoryError("fastkl's native code could not allocate its partial sums")
-
-
-_plans: dict[tuple, _Plan | None] = {}  # None for what is the closed form's
-MOST_PLANS = 1024
-
-
-def _make(key: tuple, name: str, density: int, spread: int, event_ndim: int, like: Tensor, tensors) -> _Plan | None:
+def _make(key: tuple, name: str, density: int, spread: int, event_ndim: int, like: Tensor, tensors) -> Plan | None:
     """The plan of tensors in the order of the C function, (tensor, its strides in like's dimensions) or None each."""
-    found = None
-    if like.dim() <= MOST_DIMS and all(each is None or each[0].dtype is like.dtype for each in tensors):
-        found = function("likelihood", name, like.dtype)
-    plan = None
-    if found is not None:
-        numbers = [density, spread, like.dim(), event_ndim, *like.shape]
-        for each in tensors:
-            numbers += [0] * (like.dim() + 1) if each is None else [1, *each[1]]
-        numbers.insert(0, len(numbers) + 1)
-        count = 1 + sum(each is not None for each in tensors)
-        plan = _Plan(found, struct.pack(f"{len(numbers)}q", *numbers), struct.Struct(f"{count}q").pack)
-    if len(_plans) >= MOST_PLANS:
-        _plans.clear()
-    _plans[key] = plan
-    return plan
+    absent = (0,) * like.dim()
+    strides = [absent if each is None else each[1] for each in tensors]
+    present = [each and each[0] for each in tensors]
+    return keep(key, prepare("likelihood", name, (density, spread), like.shape, event_ndim, present, strides))
 
 
 def _whole(tensor: Tensor):
@@ -56,6 +25,11 @@ def _whole(tensor: Tensor):
 
 def _by_rows(tensor: Tensor, event_ndim: int):
     return tensor, (*tensor.stride(), *[0] * event_ndim)
+
+
+def _addresses(gradients: list[Tensor], wanted: list[bool]) -> list[int]:
+    given = iter(gradients)
+    return [next(given).data_ptr() if want else 0 for want in wanted]
 
 
 def _spread(logvar: Tensor, like: Tensor, event_ndim: int):
@@ -72,9 +46,9 @@ def normal_log_prob_fwd(x, mean, logvar, event_ndim):
     shape = x.shape
     value = x.new_empty(shape[: len(shape) - event_ndim])
     types = (x.dtype, mean.dtype, logvar.dtype)
-    key = (event_ndim, *types, shape, logvar.shape, x.stride(), mean.stride(), logvar.stride())
+    key = ("normal_log_prob", event_ndim, *types, shape, logvar.shape, x.stride(), mean.stride(), logvar.stride())
     try:
-        plan = _plans[key]
+        plan = plans[key]
     except KeyError:
         spread, third = _spread(logvar, x, event_ndim)
         tensors = (_whole(x), _whole(mean), third, _by_rows(value, event_ndim))
@@ -92,9 +66,9 @@ def normal_log_prob_bwd(dlog_prob, x, mean, logvar, event_ndim, wanted):
     gradients = [torch.empty_like(tensor) for tensor, want in zip(inputs, wanted) if want]
     types = (x.dtype, mean.dtype, logvar.dtype, dlog_prob.dtype)
     strides = (x.stride(), mean.stride(), logvar.stride(), dlog_prob.stride())
-    key = (event_ndim, *types, x.shape, logvar.shape, *strides, *wanted)
+    key = ("normal_log_prob backward", event_ndim, *types, x.shape, logvar.shape, *strides, *wanted)
     try:
-        plan = _plans[key]
+        plan = plans[key]
     except KeyError:
         spread, third = _spread(logvar, x, event_ndim)
         outputs = iter(gradients)
@@ -107,17 +81,16 @@ def normal_log_prob_bwd(dlog_prob, x, mean, logvar, event_ndim, wanted):
         return NotImplemented
     if x.numel() == 0:
         return [gradient.zero_() for gradient in gradients]
-    addresses = [gradient.data_ptr() for gradient in gradients]
-    plan.run(x.data_ptr(), mean.data_ptr(), logvar.data_ptr(), dlog_prob.data_ptr(), *addresses)
+    plan.run(x.data_ptr(), mean.data_ptr(), logvar.data_ptr(), dlog_prob.data_ptr(), *_addresses(gradients, wanted))
     return gradients
 
 
 def bernoulli_log_prob_fwd(logits, x, event_ndim):
     shape = logits.shape
     value = logits.new_empty(shape[: len(shape) - event_ndim])
-    key = (event_ndim, logits.dtype, x.dtype, shape, logits.stride(), x.stride())
+    key = ("bernoulli_log_prob", event_ndim, logits.dtype, x.dtype, shape, logits.stride(), x.stride())
     try:
-        plan = _plans[key]
+        plan = plans[key]
     except KeyError:
         tensors = (_whole(logits), _whole(x), None, _by_rows(value, event_ndim))
         plan = _make(key, "forward", BERNOULLI, FULL, event_ndim, logits, tensors)
@@ -125,16 +98,25 @@ def bernoulli_log_prob_fwd(logits, x, event_ndim):
         return NotImplemented
     if 0 in shape:
         return value.zero_()
-    plan.run(logits.data_ptr(), x.data_ptr(), value.data_ptr())
+    plan.run(logits.data_ptr(), x.data_ptr(), 0, value.data_ptr())
     return value
 
 
 def bernoulli_log_prob_bwd(dlog_prob, logits, x, event_ndim, wanted):
     gradients = [torch.empty_like(tensor) for tensor, want in zip((logits, x), wanted) if want]
     strides = (logits.stride(), x.stride(), dlog_prob.stride())
-    key = (event_ndim, logits.dtype, x.dtype, dlog_prob.dtype, logits.shape, *strides, *wanted)
+    key = (
+        "bernoulli_log_prob backward",
+        event_ndim,
+        logits.dtype,
+        x.dtype,
+        dlog_prob.dtype,
+        logits.shape,
+        *strides,
+        *wanted,
+    )
     try:
-        plan = _plans[key]
+        plan = plans[key]
     except KeyError:
         outputs = iter(gradients)
         targets = (_whole(next(outputs)) if want else None for want in wanted)
@@ -144,6 +126,5 @@ def bernoulli_log_prob_bwd(dlog_prob, logits, x, event_ndim, wanted):
         return NotImplemented
     if logits.numel() == 0:
         return [gradient.zero_() for gradient in gradients]
-    addresses = [gradient.data_ptr() for gradient in gradients]
-    plan.run(logits.data_ptr(), x.data_ptr(), dlog_prob.data_ptr(), *addresses)
+    plan.run(logits.data_ptr(), x.data_ptr(), 0, dlog_prob.data_ptr(), *_addresses(gradients, wanted), 0)
     return gradients

@@ -20,13 +20,13 @@ typedef struct {
 } problem;
 
 /* numbers: distance, per_column, scale, positive, bounded, live, samples, eps_step, z_step, shared, ndim, event, sizes,
- * then a 0 and strides for each tensor. addresses: the number of threads, the address of the seed, those of the tensors. */
+ * strides. addresses: the number of threads, the seed, the tensors. */
 static void open_problem(problem *p, const int64_t *numbers, const int64_t *addresses, double low, double high) {
     p->distance = (int)numbers[0], p->per_column = (int)numbers[1], p->shared = (int)numbers[9], p->partial = NULL;
     p->q = (posterior){(int)numbers[2], (int)numbers[4], (int)numbers[5], (int)numbers[3], (REAL)low, (REAL)high};
     p->samples = (int)numbers[6], p->eps_step = numbers[7], p->z_step = numbers[8];
     p->threads = addresses[0], p->seed = addresses[1] ? *(const uint64_t *)(intptr_t)addresses[1] : 0;
-    p->shape = open_call(numbers + 10), p->shape.addresses = addresses + 2;
+    p->shape = open_call(numbers + 10, addresses + 2);
     p->mu = next_tensor(&p->shape), p->parameter = next_tensor(&p->shape);
     p->prior_mu = next_tensor(&p->shape), p->prior_logvar = next_tensor(&p->shape);
     p->eps = next_tensor(&p->shape);

@@ -1,13 +1,16 @@
-"""Arguments of normal.c: kl_normal, kl_normal_per_dim, wasserstein2_normal, rsample_normal and rsample_kl."""
+"""Arguments of normal.c: kl_normal, kl_normal_per_dim, wasserstein2_normal, rsample_normal and rsample_kl.
+
+Samples in float64 are drawn by the closed form, whose noise is the definition's to the last bit: the loop's is that to
+float32's rounding, which whoever computes in float64 would see.
+"""
 
 from __future__ import annotations
 
-import struct
 from typing import NamedTuple
 
 import torch
 
-from fastkl.native._pack import MOST_DIMS, Plan, address, function, keep, known, plans
+from fastkl.native._pack import Plan, address, keep, known, plans, prepare
 
 KL, WASSERSTEIN2 = 0, 1
 SCALES = {"logvar": 0, "log_std": 1, "std": 2, "softplus": 3}
@@ -35,12 +38,7 @@ class _Settings(NamedTuple):
 def make(name: str, settings: tuple, q, samples: int, others) -> Plan | None:
     """The plan of a C function: tensors after mu and the parameter are `others`, None where one is not there."""
     settings = _Settings(*settings)
-    dtype, ndim, event_ndim = q[0].dtype, q[0].dim(), settings.event_ndim
-    if ndim > MOST_DIMS or any(t is not None and t.dtype != dtype for t in (*q, *others)):
-        return None
-    found = function("normal", name, dtype, lists=2)
-    if found is None:
-        return None
+    ndim, event_ndim = q[0].dim(), settings.event_ndim
     mu = q[0] if len(q) == 2 else q[0].chunk(2, settings.packed_dim)[0]
     strides, steps, shared = [mu.stride(), q[-1].stride()], [0] * (2 + len(others)), False
     for index, (tensor, kind) in enumerate(zip(others, KINDS[name]), start=2):
@@ -56,26 +54,23 @@ def make(name: str, settings: tuple, q, samples: int, others) -> Plan | None:
     bounded = settings.low > -INFINITY or settings.high < INFINITY
     numbers = [settings.distance, settings.per_column, SCALES[settings.scale], settings.distance == WASSERSTEIN2]
     numbers += [bounded, settings.live, samples, *(steps[index] for index in SAMPLES[name]), shared]
-    numbers += [ndim, event_ndim, *mu.shape]
-    for own in strides:
-        numbers += [0, *own]
     value = mu.shape[ndim - event_ndim :] if settings.per_column else mu.shape[: ndim - event_ndim]
     halves = (0, 0)
     if len(q) == 1:
         steps_of_dim = (mu.stride(settings.packed_dim), strides[7][settings.packed_dim] if name == "backward" else 0)
         halves = tuple(mu.shape[settings.packed_dim] * step * mu.itemsize for step in steps_of_dim)
-    pack = struct.Struct(f"{2 + len(strides)}q").pack
-    return Plan(found, struct.pack(f"{len(numbers)}q", *numbers), settings.low, settings.high, pack, value, halves)
+    more = {"low": settings.low, "high": settings.high, "result": value, "halves": halves}
+    return prepare("normal", name, numbers, mu.shape, event_ndim, (*q, *others), strides, 1, **more)
 
 
 def _forward(settings: tuple, q, seed, eps, prior, with_z=False, with_value=True):
     """(z, value), None for what is not wanted; or NotImplemented. settings are _Settings, as a plain tuple."""
     per_column, num_samples, packed_dim = settings[1:4]
     mu = q[0]
-    if per_column and mu.numel() == 0:
+    if (per_column and mu.numel() == 0) or (seed is not None and mu.dtype is torch.float64):
         return NotImplemented
     pm, px = prior or (None, None)
-    key = ("forward", settings, with_z, known(q), known((pm, px, eps)) if prior or eps is not None else None)
+    key = ("normal", settings, with_z, known(q), known((pm, px, eps)) if prior or eps is not None else None)
     z = None
     if with_z:
         half = mu if len(q) == 2 else mu.chunk(2, packed_dim)[0]
@@ -87,19 +82,21 @@ def _forward(settings: tuple, q, seed, eps, prior, with_z=False, with_value=True
         plan = keep(key, make("forward", settings, q, samples, (pm, px, eps, z, None)))
     if plan is None:
         return NotImplemented
-    value = mu.new_empty(plan.shape) if with_value else None
+    value = mu.new_empty(plan.result) if with_value else None
     if mu.numel() == 0:
         return z, value.zero_() if with_value else None
     first = mu.data_ptr()
     second = q[1].data_ptr() if len(q) == 2 else first + plan.halves[0]
-    plan.run(seed, first, second, address(pm), address(px), address(eps), address(z), address(value))
+    plan.run(address(seed), first, second, address(pm), address(px), address(eps), address(z), address(value))
     return z, value
 
 
 def _backward(settings: tuple, dz, dvalue, q, seed, eps, prior, prior_gradient=False):
     mu, packed = q[0], len(q) == 1
+    if seed is not None and mu.dtype is torch.float64:
+        return NotImplemented
     pm, px = prior or (None, None)
-    key = ("backward", settings, prior_gradient, known(q), known((dvalue, dz)))
+    key = ("normal backward", settings, prior_gradient, known(q), known((dvalue, dz)))
     if prior or eps is not None:
         key += known((pm, px, eps))
     gradients = [torch.empty_like(tensor) for tensor in q]
@@ -123,8 +120,8 @@ def _backward(settings: tuple, dz, dvalue, q, seed, eps, prior, prior_gradient=F
     second = first + plan.halves[0] if packed else q[1].data_ptr()
     dsecond = dfirst + plan.halves[1] if packed else gradients[1].data_ptr()
     plan.run(
-        seed, first, second, address(pm), address(px), address(eps), address(dvalue), address(dz), dfirst, dsecond,
-        address(dpm), address(dpx),
+        address(seed), first, second, address(pm), address(px), address(eps), address(dvalue), address(dz),
+        dfirst, dsecond, address(dpm), address(dpx),
     )  # fmt: skip
     return gradients if dpm is None else [*gradients, dpm, dpx]
 

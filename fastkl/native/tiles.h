@@ -1,8 +1,8 @@
 /* How the loops see strided tensors: tiles of rows by columns that stay in the first cache, as the kernels' do.
  *
- * A call is a list of int64: what Python packs with struct. A tensor is its address (0: not there) and a stride for each
- * dimension of the call's shape; the last `event` dimensions are the columns, the others the rows. Where a call is used
- * again with other tensors of these shapes, their addresses come in a list of their own. */
+ * A call is two lists of int64, which Python packs with struct: what stays the same for tensors of these shapes, ndim,
+ * event, the sizes and for each tensor its strides; and the tensors' addresses, 0 for one that is not there. The last
+ * `event` dimensions are the columns, the others the rows. */
 
 #ifndef FASTKL_TILES_H
 #define FASTKL_TILES_H
@@ -27,11 +27,11 @@
 
 typedef struct { int dims; int64_t size[MOST_DIMS], stride[MOST_DIMS]; } axis; /* neighbouring dimensions merged */
 typedef struct { REAL *data; axis rows, columns; } tensor;
-typedef struct { const int64_t *next, *sizes, *addresses; int ndim, event; int64_t rows, columns; } call;
+typedef struct { const int64_t *strides, *addresses, *sizes; int ndim, event; int64_t rows, columns; } call;
 typedef struct { int64_t row, column; int rows, columns; } tile;
 
-static call open_call(const int64_t *numbers) {
-    call c = {numbers + 2 + numbers[0], numbers + 2, NULL, (int)numbers[0], (int)numbers[1], 1, 1};
+static call open_call(const int64_t *numbers, const int64_t *addresses) {
+    call c = {numbers + 2 + numbers[0], addresses, numbers + 2, (int)numbers[0], (int)numbers[1], 1, 1};
     for (int d = 0; d < c.ndim; d++) *(d < c.ndim - c.event ? &c.rows : &c.columns) *= c.sizes[d];
     return c;
 }
@@ -51,11 +51,11 @@ static axis merge(const int64_t *sizes, const int64_t *strides, int dims) {
 }
 
 static tensor next_tensor(call *c) {
-    const int64_t *strides = c->next + 1;
+    const int64_t *strides = c->strides;
     int batch = c->ndim - c->event;
-    tensor t = {.data = (REAL *)(intptr_t)(c->addresses ? *c->addresses++ : c->next[0])};
+    tensor t = {.data = (REAL *)(intptr_t)*c->addresses++};
     if (t.data) t.rows = merge(c->sizes, strides, batch), t.columns = merge(c->sizes + batch, strides + batch, c->event);
-    c->next += 1 + c->ndim;
+    c->strides += c->ndim;
     return t;
 }
 

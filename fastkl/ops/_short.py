@@ -43,6 +43,8 @@ _WAYS: dict[tuple, Way | None] = {}
 
 def find(op: str, mu: Tensor, logvar: Tensor, event_ndim: int, scale: str, general: Callable[..., Any]) -> Way | None:
     """The way for this call, for tensors that arguments.usual has seen; None where it has to go the long way."""
+    if op.startswith("rsample") and mu.dtype is torch.float64:
+        return None  # drawn by the closed form
     if not mu.is_cpu or type(mu) not in _TENSORS or type(logvar) not in _TENSORS or not unheard():
         return None
     key = (op, mu.shape, mu.stride(), logvar.stride(), mu.dtype, event_ndim, scale)
@@ -79,7 +81,8 @@ def _gradients(way: Way, mu: Tensor, logvar: Tensor, seed: Tensor | None, dvalue
         plan = way.backward[key] = way.plan("backward", mu, logvar, others)
     incoming = (0 if dvalue is None else dvalue.data_ptr(), 0 if dz is None else dz.data_ptr())
     outgoing = (dmu.data_ptr(), dlogvar.data_ptr())
-    plan.run(seed, mu.data_ptr(), logvar.data_ptr(), 0, 0, 0, *incoming, *outgoing, 0, 0)
+    noise = 0 if seed is None else seed.data_ptr()
+    plan.run(noise, mu.data_ptr(), logvar.data_ptr(), 0, 0, 0, *incoming, *outgoing, 0, 0)
     return dmu, dlogvar
 
 
@@ -92,8 +95,8 @@ class _Value(torch.autograd.Function):
     @staticmethod
     def forward(mu, logvar, way):
         plan = way.forward
-        out = mu.new_empty(plan.shape)
-        plan.run(None, mu.data_ptr(), logvar.data_ptr(), 0, 0, 0, 0, out.data_ptr())
+        out = mu.new_empty(plan.result)
+        plan.run(0, mu.data_ptr(), logvar.data_ptr(), 0, 0, 0, 0, out.data_ptr())
         return out
 
     @staticmethod
@@ -113,8 +116,8 @@ class _SampleAndValue(torch.autograd.Function):
     @staticmethod
     def forward(mu, logvar, seed, way):
         plan = way.forward
-        z, out = torch.empty_like(mu), mu.new_empty(plan.shape)
-        plan.run(seed, mu.data_ptr(), logvar.data_ptr(), 0, 0, 0, z.data_ptr(), out.data_ptr())
+        z, out = torch.empty_like(mu), mu.new_empty(plan.result)
+        plan.run(seed.data_ptr(), mu.data_ptr(), logvar.data_ptr(), 0, 0, 0, z.data_ptr(), out.data_ptr())
         return z, out
 
     @staticmethod
@@ -135,7 +138,7 @@ class _Sample(torch.autograd.Function):
     @staticmethod
     def forward(mu, logvar, seed, way):
         z = torch.empty_like(mu)
-        way.forward.run(seed, mu.data_ptr(), logvar.data_ptr(), 0, 0, 0, z.data_ptr(), 0)
+        way.forward.run(seed.data_ptr(), mu.data_ptr(), logvar.data_ptr(), 0, 0, 0, z.data_ptr(), 0)
         return z
 
     @staticmethod

@@ -84,11 +84,8 @@ class _NormalLogProb(torch.autograd.Function):
     def backward(ctx, dlog_prob):
         wanted = list(ctx.needs_input_grad[:3])
         backward = _gradients if needs_closed_form(dlog_prob) else normal_log_prob_bwd
-        gradients = backward(dlog_prob, *ctx.saved_tensors, ctx.event_ndim, wanted)
-        for index, want in enumerate(wanted):
-            if not want:
-                gradients.insert(index, None)
-        return (*gradients, None)
+        gradients = iter(backward(dlog_prob, *ctx.saved_tensors, ctx.event_ndim, wanted))
+        return (*(next(gradients) if want else None for want in wanted), None)
 
     @staticmethod
     def vmap(info, in_dims, x, mean, logvar, event_ndim):
