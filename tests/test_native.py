@@ -183,6 +183,21 @@ def test_what_is_not_finite_stays_visible(dtype):
         torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-6, atol=1e-30)
 
 
+@pytest.mark.parametrize("scale", ["logvar", "log_std", "std", "softplus"])
+def test_every_scale_shows_what_is_not_finite(scale):
+    special = [float("nan"), float("inf"), float("-inf"), 0.0, 1.0]
+    parameter = torch.tensor(special)[:, None].requires_grad_()
+    mu = torch.full_like(parameter, 0.5).requires_grad_()
+    results = []
+    for name in ("native", "torch"):
+        with implementation(name):
+            kl = fastkl.kl_normal(mu, parameter, scale=scale, bounds=(-5.0, 5.0))
+            value = torch.stack([kl, fastkl.wasserstein2_normal(mu, parameter, scale=scale)])
+            results.append([value, *torch.autograd.grad(kl.sum(), [mu, parameter])])
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
 def test_the_short_way_is_the_same_loop():
     """To the last bit, forward and backward, whether or not the other output's gradient is there; it is taken for
     plain tensors alone, and gives way to the differentiable form."""

@@ -8,7 +8,7 @@
 enum { LOGVAR, LOG_STD, STD, SOFTPLUS };
 typedef struct { int scale, bounded, live, positive; REAL low, high; } posterior; /* positive: a std of 0 is 1e-30 */
 
-static inline REAL softplus(REAL x, REAL u) { return (x > 0 ? x : 0) + log_one_plus(u) + (x - x); } /* u = exp(-|x|) */
+static inline REAL softplus(REAL x, REAL u) { return (x > 0 ? x : 0) + log_one_plus(u); } /* u = exp(-|x|) */
 
 static inline REAL magnitude(REAL x) { return x < 0 ? -x : x; }
 

@@ -41,18 +41,7 @@ def usual(mu: Tensor, logvar: Tensor, event_ndim: int, scale: str, *rest) -> boo
     for other in rest:
         if other is not None:
             return False
-    return (
-        not torch.compiler.is_compiling()
-        and isinstance(mu, Tensor)
-        and isinstance(logvar, Tensor)
-        and mu.dtype is logvar.dtype
-        and mu.dtype in DTYPES
-        and mu.shape == logvar.shape
-        and mu.device == logvar.device
-        and type(event_ndim) is int
-        and 0 < event_ndim <= mu.dim()
-        and scale in SCALES
-    )
+    return event_ndim is not None and scale in SCALES and alike(event_ndim, mu, logvar) > 0
 
 
 def check_samples(**samples: Tensor) -> None:
