@@ -31,6 +31,7 @@ except ImportError as error:
     sys.exit(f'{error.name} is missing, which the benchmark draws with: pip install -e ".[bench]"')
 
 from bench import measure, sweeps, tables, training_step
+from bench.precompile import Formula, ahead, cores
 from bench.report import write_report
 from bench.store import HERE, Store, machine, slug
 from bench.timing import QUICK, Pace
@@ -46,6 +47,7 @@ class Job(NamedTuple):
     part: str
     key: tuple[str, str]
     work: Callable[[], tuple[list[dict[str, Any]], list[str]]]
+    compiles: tuple[Formula, ...] = ()  # what torch.compile will be asked for
 
 
 def options(arguments: list[str] | None) -> argparse.Namespace:
@@ -81,7 +83,10 @@ def jobs(given: argparse.Namespace, device: str) -> list[Job]:
                 "host": index == 0, "compile": not given.quick or op in FIRST,
             }  # fmt: skip
             work = functools.partial(cases.rows_of, index, settings)
-            found.append(Job("ops", (op, case.name), work))
+            compiles = [Formula(op, index, given.quick, threads, False) for threads in settings["thread_counts"]]
+            if index == 0 and case.headline:  # the step without data
+                compiles.append(Formula(op, index, given.quick, counts[-1], True))
+            found.append(Job("ops", (op, case.name), work, tuple(compiles) if settings["compile"] else ()))
     if "sweeps" in wanted:
         for sweep in sweeps.SWEEPS.values():
             for size in sweep.sizes(given.quick):
@@ -105,15 +110,20 @@ class Cases:
         return measure.rows_of(self.op, case, **settings)
 
 
-def work_off(work: list[Job], store: Store, console: Console) -> list[str]:
+def work_off(work: list[Job], store: Store, console: Console, device: str) -> list[str]:
     """Measures and stores; returns what was not timed because it does not match."""
-    wrong = []
+    wrong, formulas = [], [formula for job in work for formula in job.compiles]
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
         # A bar that moves by itself takes turns with what is timed.
         console=console, transient=True, disable=not console.is_terminal, auto_refresh=False,
     )  # fmt: skip
     with bar:
+        if device == "cpu" and len(formulas) > 1 and cores() > 1:  # on a GPU Inductor compiles side by side by itself
+            task = bar.add_task("torch.compile of the eager formulas".ljust(60), total=len(formulas))
+            for done in ahead(formulas):
+                bar.update(task, completed=done, refresh=True)
+            bar.remove_task(task)
         task = bar.add_task("", total=len(work))
         for number, job in enumerate(work, 1):
             bar.update(task, description=f"{job.key[0]}  {job.key[1]}"[:60].ljust(60), refresh=True)
@@ -141,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     work = [job for job in jobs(given, device) if not (given.resume and store.has(job.part, job.key))]
     status, wrong = 0, []
     try:
-        wrong = work_off(work, store, console)
+        wrong = work_off(work, store, console, device)
     except KeyboardInterrupt:
         status = 130
         print("Interrupted; what was measured is kept. The same command with --resume goes on.", file=sys.stderr)

@@ -18,6 +18,7 @@ from bench.case import Case, as_list, backward, empty, make_cotangents, problem
 from bench.timing import QUICK, Contender, Pace, Times, copy, limit, measure, ratio, spread, threads
 
 COMPILE, COPY, LIMIT = "torch.compile", "copy", "limit"
+LARGE = 1 << 24  # elements of an input from which on further contenders are measured with the most threads only
 
 
 def rows_of(
@@ -37,6 +38,8 @@ def rows_of(
             elif COMPILE in functions:  # its code is made for a number of threads
                 functions[COMPILE], notes[COMPILE] = compiled(case, case.inputs, cotangents, {})
                 functions = {name: function for name, function in functions.items() if function}
+            if not first and max(x.numel() for x in case.inputs) >= LARGE:
+                functions = {name: function for name, function in functions.items() if name not in case.others}
             steps = {name: contender(function, case.inputs, cotangents) for name, function in functions.items()}
             times = measure({**steps, **yardsticks}, device, pace)
             idle = host_times(case, functions, device, case.headline) if host and first else {}
@@ -115,9 +118,12 @@ def kept(function: Callable, inputs: list[Tensor], cotangents: list[Tensor], dev
 
 
 def compiled(
-    case: Case, inputs: list[Tensor], cotangents: list[Tensor], counted: dict[str, dict]
+    case: Case, inputs: list[Tensor], cotangents: list[Tensor] | None, counted: dict[str, dict]
 ) -> tuple[Callable | None, str]:
-    """torch.compile of the eager formula, or None and why there is none; with what Inductor says that it moves."""
+    """torch.compile of the eager formula, or None and why there is none; with what Inductor says that it moves.
+
+    The cotangents may be those of whatever comes out.
+    """
     torch._dynamo.reset()
     function = torch.compile(case.eager, dynamic=False)
     try:
@@ -125,7 +131,7 @@ def compiled(
             warnings.simplefilter("ignore")
             outputs = function(*inputs)
             forward = counting.Graphs(list(graphs.bytes), list(graphs.launches)).total()
-            backward(inputs, outputs, cotangents)
+            backward(inputs, outputs, cotangents or make_cotangents(as_list(outputs), inputs))
             both = graphs.total()
     except Exception as error:  # whatever goes wrong inside the compiler, the other columns stand
         missing = re.search("InvalidCxxCompiler|Failed to find C compiler|No working C", str(error))

@@ -93,7 +93,7 @@ def sizes(store: Store) -> Table:
         for count in thread_counts(store):
             for case in sizes_measured(store, op):
                 found = find(store, op, case, count)
-                if "eager" in found:
+                if "both_ms" in found.get("eager", {}):
                     cells = [times(found.get(n, {}).get("speed_up")) for n in (DISTRIBUTIONS, COMPILE, "fastkl", LIMIT)]
                     ms = number(found["eager"]["both_ms"])
                     against = "-"

@@ -33,6 +33,7 @@ class Pace(NamedTuple):
 
 QUICK = Pace(5, 0.005, 2.0)
 FEWEST_ROUNDS = 3
+LONG = 0.25  # seconds of a step of which there are few: its first counts
 
 
 class Spread(NamedTuple):
@@ -82,6 +83,11 @@ def one_round(contender: Contender, repeats: int, device: str) -> tuple[float, f
     return tuple(sum(mark[i + 1] - mark[i] for mark in marks) / repeats for i in (0, 1))
 
 
+def repeats_of(seconds: float, pace: Pace) -> int:
+    """Steps of one turn; three at least, where that is not long."""
+    return min(10_000, max(1 if seconds > LONG / 3 else 3, math.ceil(pace.round_seconds / seconds)))
+
+
 def recorded() -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
@@ -89,20 +95,27 @@ def recorded() -> torch.cuda.Event:
 
 
 def measure(contenders: dict[str, Contender], device: str, pace: Pace) -> dict[str, Times]:
-    """Interleaved rounds of all contenders; the first steps, which set things up, are not counted."""
-    if not contenders:
-        return {}
-    once = {}
+    """Interleaved rounds of all contenders.
+
+    The first steps, which set things up, are not counted, nor is the first step of every turn: it pays for the heap and
+    the caches as the contender before has left them. Of a long step every one is counted.
+    """
+    once, found = {}, {}
     for name, contender in contenders.items():
-        first = sum(one_round(contender, 1, device))
-        once[name] = first if first > pace.round_seconds else min(sum(one_round(contender, 1, device)) for _ in "123")
-    repeats = {name: max(1, min(10_000, math.ceil(pace.round_seconds / value))) for name, value in once.items()}
-    total = sum(once[name] * repeats[name] for name in contenders)
-    rounds = max(FEWEST_ROUNDS, min(pace.rounds, math.floor(pace.seconds / total)))
-    found = {name: Times([], []) for name in contenders}
+        first = one_round(contender, 1, device)
+        short = sum(first) < LONG
+        once[name] = min(sum(one_round(contender, 1, device)) for _ in "123") if short else sum(first)
+        found[name] = Times([], []) if short else Times([first[0]], [first[1]])
+    repeats = {name: repeats_of(seconds, pace) for name, seconds in once.items()}
+    total = sum(once[name] * (repeats[name] + (once[name] < LONG)) for name in contenders)
+    rounds = max(FEWEST_ROUNDS, min(pace.rounds, math.floor(pace.seconds / max(total, 1e-9))))
     with without_collection():
-        for _ in range(rounds):
+        for number in range(1, rounds + 1):
             for name, contender in contenders.items():
+                if len(found[name].both) == number:
+                    continue  # a long one's first
+                if once[name] < LONG:
+                    one_round(contender, 1, device)
                 forward, backward = one_round(contender, repeats[name], device)
                 found[name].forward.append(forward)
                 found[name].backward.append(backward)

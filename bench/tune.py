@@ -48,10 +48,11 @@ class Code(NamedTuple):
     registers: int
     in_flight: int  # bytes for each multiprocessor
     spills: int
+    wide: float = 0.0  # bytes for each element that move by 16 or more at once
 
 
 def calls(op: str, dtype: torch.dtype, device: str) -> dict[str, tuple[int, Callable[[], Any]]]:
-    """Direction -> (tensors moved, a call of the launcher)."""
+    """Direction -> (tensors moved, a call of the launcher), of every elementwise kernel."""
     import importlib
 
     kernels = importlib.import_module(f"fastkl.kernels.{op}")
@@ -67,6 +68,12 @@ def calls(op: str, dtype: torch.dtype, device: str) -> dict[str, tuple[int, Call
             3, ([a, b], seed, None, None, -1, [], 1, *NO_BOUNDS),
             5, (c, rows, [a, b], seed, None, None, -1, [], 1, *NO_BOUNDS, False),
         ),
+        # Not in the table: tiles of their own, or those of the two before.
+        "gumbel_softmax": (2, (a, None, seed, 0.7, False, 1), 3, (b, None, a, None, seed, 0.7, False, 1, False)),
+        "rsample_normal": (
+            3, ([a, b], seed, None, None, -1, *NO_BOUNDS), 4, (c, [a, b], seed, None, None, -1, *NO_BOUNDS),
+        ),
+        "wasserstein2_normal": (2, (a, b, [], 1, *NO_BOUNDS), 4, (rows, a, b, [], 1, *NO_BOUNDS, False)),
     }  # fmt: skip
     forward, fwd, backward, bwd = settings[op]
     return {"fwd": (forward, lambda: kernels.fwd(*fwd)), "bwd": (backward, lambda: kernels.bwd(*bwd))}
@@ -118,6 +125,12 @@ def asked_for(code: list[tuple[str, str]]) -> int:
     return most
 
 
+def moved_wide(code: list[tuple[str, str]]) -> int:
+    """Bytes that one thread loads from and stores to global memory in accesses of 16 or more."""
+    found = [re.search(r"^(?:LDG|STG)\b.*\.(128|256)\b", operation) for operation, _ in code]
+    return sum(int(match[1]) // 8 for match in found if match)
+
+
 def resident_threads(registers: int, threads: int) -> int:
     programs = min(REGISTERS // (-(-registers // 8) * 8 * threads), THREADS // threads, PROGRAMS)
     return programs * threads
@@ -129,7 +142,8 @@ def code(cubin: bytes, elements: int, warps: int) -> Code:
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     in_flight = asked_for(found) * resident_threads(registers, 32 * warps)
     spills = int(re.search(r"STACK:(\d+)", usage)[1])
-    return Code(len(found) * 32 * warps / elements, registers, in_flight, spills)
+    each = 32 * warps / elements  # threads for each element
+    return Code(len(found) * each, registers, in_flight, spills, moved_wide(found) * each)
 
 
 def compiled(call: Callable[[], Any], target: str) -> Code:
