@@ -48,6 +48,7 @@ def test_counts_loads_that_wait():
     found = tune.instructions(sass)
     assert [operation for operation, _ in found] == ["LDG.E.128", "LDG.E.64", "FADD", "LDG.E.U16", "FADD", "EXIT"]
     assert tune.asked_for(found) == 24
+    assert tune.moved_wide(found) == 16  # the first of the three
     assert tune.resident_threads(registers=65, threads=128) == 65536 // (72 * 128) * 128
 
 
