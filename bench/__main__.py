@@ -31,9 +31,9 @@ except ImportError as error:
     sys.exit(f'{error.name} is missing, which the benchmark draws with: pip install -e ".[bench]"')
 
 from bench import measure, sweeps, tables, training_step
-from bench.precompile import Formula, ahead, cores
+from bench.precompile import Formula, ahead
 from bench.report import write_report
-from bench.store import HERE, Store, machine, slug
+from bench.store import HERE, Store, cores, machine, slug
 from bench.timing import QUICK, Pace
 
 OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
@@ -84,7 +84,7 @@ def jobs(given: argparse.Namespace, device: str) -> list[Job]:
             }  # fmt: skip
             work = functools.partial(cases.rows_of, index, settings)
             compiles = [Formula(op, index, given.quick, threads, False) for threads in settings["thread_counts"]]
-            if index == 0 and case.headline:  # the step without data
+            if settings["host"] and case.headline:  # the step without data
                 compiles.append(Formula(op, index, given.quick, counts[-1], True))
             found.append(Job("ops", (op, case.name), work, tuple(compiles) if settings["compile"] else ()))
     if "sweeps" in wanted:
@@ -123,6 +123,8 @@ def work_off(work: list[Job], store: Store, console: Console, device: str) -> li
             task = bar.add_task("torch.compile of the eager formulas".ljust(60), total=len(formulas))
             for done in ahead(formulas):
                 bar.update(task, completed=done, refresh=True)
+                if not console.is_terminal:
+                    print(f"torch.compile  {done}/{len(formulas)}", file=sys.stderr, flush=True)
             bar.remove_task(task)
         task = bar.add_task("", total=len(work))
         for number, job in enumerate(work, 1):

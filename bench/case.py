@@ -117,15 +117,16 @@ def problem(
 def disagreement(actual: tuple, expected: tuple, rounding: float, together: bool = False) -> str:
     """Empty where two results of `run` agree.
 
-    `together` measures by the largest value of all outputs or gradients: noise that was taken from a rounded sample is
-    off by as much as the sample, however small the noise and its gradient are.
+    `together` measures gradients by the largest value of all of them: noise that was taken from a rounded sample is off
+    by as much as the sample, however small the noise and its gradient are.
     """
     for kind, got, wanted in zip(("output", "gradient"), actual, expected):
-        largest = max((b.abs().max().item() for b in wanted if b.numel()), default=0.0)
-        for index, (a, b) in enumerate(zip(got, wanted)):
+        scales = [b.abs().max().item() if b.numel() else 0.0 for b in wanted]
+        if together and kind == "gradient":
+            scales = [max(scales, default=0.0)] * len(scales)
+        for index, (a, b, scale) in enumerate(zip(got, wanted, scales)):
             if a.shape != b.shape:
                 return f"{kind} {index} has shape {tuple(a.shape)}, expected {tuple(b.shape)}"
-            scale = largest if together else b.abs().max().item() if b.numel() else 0.0
             error = (a.double() - b).abs().max().item() if b.numel() else 0.0
             if not error <= UNITS * rounding * scale:  # NaN does not agree either
                 return f"{kind} {index} differs by {error:.2e}, largest value {scale:.2e}"

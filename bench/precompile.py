@@ -9,7 +9,6 @@ import importlib
 import itertools
 import logging
 import multiprocessing
-import os
 import signal
 import warnings
 from collections.abc import Iterator
@@ -20,6 +19,9 @@ import torch
 
 from bench.case import empty
 from bench.measure import compiled
+from bench.store import cores
+
+MOST = 8  # processes: each has a torch of its own
 
 
 class Formula(NamedTuple):
@@ -32,13 +34,9 @@ class Formula(NamedTuple):
     without_data: bool
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def ahead(formulas: list[Formula]) -> Iterator[int]:
     """Compiles all of them, and counts as they are done. Interrupted, it leaves no process behind."""
-    pool = ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn"), alone)
+    pool = ProcessPoolExecutor(min(cores(), MOST), multiprocessing.get_context("spawn"), alone)
     try:
         waiting = [pool.submit(compile_one, formula) for formula in formulas]
         for done, future in enumerate(as_completed(waiting), 1):

@@ -82,14 +82,18 @@ def cache_bytes() -> int:
         return 32 << 20
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine(device: str, thread_counts: list[int]) -> dict[str, Any]:
     """What a reader must know of the machine and of the moment."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "cpu": processor(),
-        "cores": cores,
+        "cores": cores(),
         "threads": thread_counts,
         "cache_mib": cache_bytes() >> 20,
         "torch": torch.__version__,

@@ -100,22 +100,25 @@ def measure(contenders: dict[str, Contender], device: str, pace: Pace) -> dict[s
     The first steps, which set things up, are not counted, nor is the first step of every turn: it pays for the heap and
     the caches as the contender before has left them. Of a long step every one is counted.
     """
+    if not contenders:
+        return {}
     once, found = {}, {}
     for name, contender in contenders.items():
-        first = one_round(contender, 1, device)
-        short = sum(first) < LONG
-        once[name] = min(sum(one_round(contender, 1, device)) for _ in "123") if short else sum(first)
-        found[name] = Times([], []) if short else Times([first[0]], [first[1]])
+        forward, backward = one_round(contender, 1, device)
+        long = forward + backward >= LONG
+        once[name] = forward + backward if long else min(sum(one_round(contender, 1, device)) for _ in "123")
+        found[name] = Times([forward], [backward]) if long else Times([], [])
+    warm = {name for name in contenders if not found[name].forward}  # a step before each turn
     repeats = {name: repeats_of(seconds, pace) for name, seconds in once.items()}
-    total = sum(once[name] * (repeats[name] + (once[name] < LONG)) for name in contenders)
-    rounds = max(FEWEST_ROUNDS, min(pace.rounds, math.floor(pace.seconds / max(total, 1e-9))))
+    total = sum(once[name] * (repeats[name] + (name in warm)) for name in contenders)
+    rounds = max(FEWEST_ROUNDS, min(pace.rounds, math.floor(pace.seconds / total)))
     with without_collection():
-        for number in range(1, rounds + 1):
+        for number in range(rounds):
             for name, contender in contenders.items():
-                if len(found[name].both) == number:
-                    continue  # a long one's first
-                if once[name] < LONG:
+                if name in warm:
                     one_round(contender, 1, device)
+                elif number == 0:
+                    continue  # there is its first already
                 forward, backward = one_round(contender, repeats[name], device)
                 found[name].forward.append(forward)
                 found[name].backward.append(backward)

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import multiprocessing
 import re
 import time
 
@@ -159,6 +160,10 @@ def test_formulas_are_compiled_ahead(tmp_path, monkeypatch):
     assert (formula.without_data, idle.without_data) == (False, True)
     assert list(precompile.ahead([formula, formula._replace(index=10**6)])) == [1, 2]  # what fails is left to later
     assert len(list(tmp_path.rglob("*.so"))) >= 2
+    interrupted = precompile.ahead([formula, idle, idle])
+    next(interrupted)
+    interrupted.close()
+    assert not multiprocessing.active_children()
 
 
 def test_spread_and_ratio():

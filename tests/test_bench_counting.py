@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import bench_kl_normal, bench_rsample_kl, counting
-from bench.case import as_list, make_cotangents, normal_noise, problem
+from bench.case import as_list, disagreement, make_cotangents, normal_noise, problem
 
 N, D = 64, 128
 UNIT = 4 * N * D
@@ -111,3 +111,14 @@ def test_noise_that_is_not_standard_normal_is_refused():
     eps = torch.randn(32, 32, dtype=torch.float64)
     mu, logvar = (tensor.double() for tensor in case.inputs)
     torch.testing.assert_close(normal_noise([mu, logvar], [mu + (0.5 * logvar).exp() * eps])["eps"], eps)
+
+
+def test_only_gradients_are_measured_together():
+    """A sample's KL is held to its own digits, however large the sample is."""
+    large, small = torch.tensor([1000.0]), torch.tensor([1.0])
+    off = small + 1e-3
+    rounding = torch.finfo(torch.float32).eps
+    exact = ([large, small], [large, small])
+    assert not disagreement(([large, small], [large, off]), exact, rounding, together=True)
+    assert "gradient 1 differs" in disagreement(([large, small], [large, off]), exact, rounding)
+    assert "output 1 differs" in disagreement(([large, off], [large, small]), exact, rounding, together=True)
