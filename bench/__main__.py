@@ -31,10 +31,10 @@ except ImportError as error:
     sys.exit(f'{error.name} is missing, which the benchmark draws with: pip install -e ".[bench]"')
 
 from bench import measure, sweeps, tables, training_step
-from bench.precompile import Formula, ahead
+from bench.precompile import Accounts, Formula, ahead
 from bench.report import write_report
 from bench.store import HERE, Store, cores, machine, slug
-from bench.timing import QUICK, Pace
+from bench.timing import BRISK, QUICK, Pace, settle_heap
 
 OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
 PARTS = ("sweeps", "training_step")
@@ -70,16 +70,16 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     return given
 
 
-def jobs(given: argparse.Namespace, device: str) -> list[Job]:
-    """Everything that was asked for, the first table first."""
+def jobs(given: argparse.Namespace, device: str, accounts: Accounts) -> list[Job]:
+    """Everything that was asked for, the first table first; `accounts` of formulas will be there when they are due."""
     wanted, found = given.what or (*OPS, *PARTS), []
     counts = sorted(set(given.threads)) if device == "cpu" else [torch.get_num_threads()]
-    pace = QUICK if given.quick else Pace()
     for op in sorted(set(wanted) & set(OPS), key=lambda op: (op not in FIRST, op)):
-        cases = Cases(op, device, given.quick)
+        cases = Cases(op, device, given.quick, accounts)
         for index, case in enumerate(importlib.import_module(f"bench.bench_{op}").cases("meta", given.quick)):
             settings = {
-                "device": device, "thread_counts": counts if case.headline else counts[-1:], "pace": pace,
+                "device": device, "thread_counts": counts if case.headline else counts[-1:],
+                "pace": QUICK if given.quick else Pace() if case.headline else BRISK,
                 "host": index == 0, "compile": not given.quick or op in FIRST,
             }  # fmt: skip
             work = functools.partial(cases.rows_of, index, settings)
@@ -101,17 +101,20 @@ def jobs(given: argparse.Namespace, device: str) -> list[Job]:
 class Cases:
     """The cases of an op, each made when its turn comes: all of them at once would fill the memory."""
 
-    def __init__(self, op: str, device: str, quick: bool):
-        self.op = op
+    def __init__(self, op: str, device: str, quick: bool, accounts: Accounts):
+        self.op, self.quick, self.accounts = op, quick, accounts
         self.made = enumerate(importlib.import_module(f"bench.bench_{op}").cases(device, quick))
 
     def rows_of(self, index: int, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
         case = next(case for number, case in self.made if number == index)
-        return measure.rows_of(self.op, case, **settings)
+        formulas = {n: Formula(self.op, index, self.quick, n, False) for n in settings["thread_counts"]}
+        accounts = {n: self.accounts[formula] for n, formula in formulas.items() if formula in self.accounts}
+        return measure.rows_of(self.op, case, **settings, accounts=accounts)
 
 
-def work_off(work: list[Job], store: Store, console: Console, device: str) -> list[str]:
+def work_off(work: list[Job], store: Store, console: Console, device: str, accounts: Accounts) -> list[str]:
     """Measures and stores; returns what was not timed because it does not match."""
+    settle_heap()
     wrong, formulas = [], [formula for job in work for formula in job.compiles]
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -121,7 +124,7 @@ def work_off(work: list[Job], store: Store, console: Console, device: str) -> li
     with bar:
         if device == "cpu" and len(formulas) > 1 and cores() > 1:  # on a GPU Inductor compiles side by side by itself
             task = bar.add_task("torch.compile of the eager formulas".ljust(60), total=len(formulas))
-            for done in ahead(formulas):
+            for done in ahead(formulas, accounts):
                 bar.update(task, completed=done, refresh=True)
                 if not console.is_terminal:
                     print(f"torch.compile  {done}/{len(formulas)}", file=sys.stderr, flush=True)
@@ -150,10 +153,11 @@ def main(arguments: list[str] | None = None) -> int:
     folder = given.output or HERE / "results" / (slug(about, device) + ("-quick" if given.quick else ""))
     # Naming some ops replaces their rows and keeps the rest.
     store, console = Store(folder, keep=given.resume or bool(given.what)), Console(stderr=True)
-    work = [job for job in jobs(given, device) if not (given.resume and store.has(job.part, job.key))]
+    accounts: Accounts = {}
+    work = [job for job in jobs(given, device, accounts) if not (given.resume and store.has(job.part, job.key))]
     status, wrong = 0, []
     try:
-        wrong = work_off(work, store, console, device)
+        wrong = work_off(work, store, console, device, accounts)
     except KeyboardInterrupt:
         status = 130
         print("Interrupted; what was measured is kept. The same command with --resume goes on.", file=sys.stderr)
@@ -163,6 +167,9 @@ def main(arguments: list[str] | None = None) -> int:
         screen.print(table.rich(), "")
     page = write_report(store, about)
     screen.print(f"{page}", highlight=False)
+    for row in store.rows("ops"):
+        if str(row.get("note", "")).startswith("failed") and row["provider"] == measure.COMPILE:
+            print(f"NOT COMPILED: {row['op']} {row['case']}: {row['note']}", file=sys.stderr)
     for line in wrong:
         print(f"NOT TIMED: {line}", file=sys.stderr)
     return status or (1 if wrong else 0)

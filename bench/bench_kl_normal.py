@@ -63,7 +63,7 @@ def plain(device, n, d, dtype=torch.float32, headline=False):
     name = f"{n} x {d}" if headline else f"{n} x {d} {str(dtype).removeprefix('torch.')}"
     others = {"torch.distributions": by_distributions} if dtype == torch.float32 else {}
     inputs = leaves(device, (n, d), (n, d), dtype=dtype)
-    return Case(name, inputs, formula, fused, definition, others, budget="kl_normal", headline=headline)
+    return Case(name, inputs, formula, fused, definition, others, budget="kl_normal", headline=headline, by_rows=True)
 
 
 def cases(device, quick):

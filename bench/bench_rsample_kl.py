@@ -49,7 +49,7 @@ def definition_head(head, eps):
 def plain(device, n, d, dtype=torch.float32, headline=False):
     name = f"{n} x {d}" if headline else f"{n} x {d} {str(dtype).removeprefix('torch.')}"
     others = {"torch.distributions": by_distributions} if dtype == torch.float32 else {}
-    settings = {"budget": "rsample_kl", "noise": normal_noise, "headline": headline}
+    settings = {"budget": "rsample_kl", "noise": normal_noise, "headline": headline, "by_rows": True}
     return Case(name, leaves(device, (n, d), (n, d), dtype=dtype), formula, fused, definition, others, **settings)
 
 

@@ -90,8 +90,11 @@ class Graphs(NamedTuple):
 
 
 @contextlib.contextmanager
-def inductor_account() -> Iterator[Graphs]:
-    """Every graph that Inductor compiles within, in order: forward, then backward."""
+def inductor_account(cached: bool = False) -> Iterator[Graphs]:
+    """Every graph that Inductor compiles within, in order: forward, then backward.
+
+    One that it finds in its cache is not accounted for. With `cached` it may look there; without, it compiles anew, and
+    only the C++ or Triton code that comes out may have been kept."""
     from torch._functorch import config as functorch
     from torch._inductor import config
     from torch._inductor.graph import GraphLowering
@@ -100,13 +103,14 @@ def inductor_account() -> Iterator[Graphs]:
 
     graphs, own = Graphs([], []), GraphLowering.save_output_code
 
-    def note(code: str) -> None:  # which Inductor calls when it has written a graph's code
+    def note(code: str) -> None:  # which Inductor calls when it has written a graph's code, or has found it
+        if not isinstance(V.graph, GraphLowering):
+            return
         nodes = [node for node in V.graph.scheduler.nodes if not isinstance(node, NopKernelSchedulerNode)]
         graphs.bytes.append(sum(node.get_read_write_buffers_sizes() for node in nodes))
         graphs.launches.append(len(nodes))
 
-    # A graph from the cache would not be accounted for; its compiled C++ or Triton code is still cached.
-    caches = config.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False)
+    caches = config.patch(fx_graph_cache=cached), functorch.patch(enable_autograd_cache=cached)
     GraphLowering.save_output_code = staticmethod(note)
     try:
         with caches[0], caches[1]:

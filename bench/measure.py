@@ -6,6 +6,7 @@ import functools
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,21 +23,24 @@ LARGE = 1 << 24  # elements of an input from which on further contenders are mea
 
 
 def rows_of(
-    op: str, case: Case, device: str, thread_counts: list[int], pace: Pace, host: bool, compile: bool = True
-) -> tuple[list[dict[str, Any]], list[str]]:
+    op: str, case: Case, device: str, thread_counts: list[int], pace: Pace, host: bool, compile: bool = True,
+    accounts: dict[int, dict[str, int] | None] | None = None,
+) -> tuple[list[dict[str, Any]], list[str]]:  # fmt: skip
     """(a row for each contender and number of threads, what does not match the definition).
 
-    `host` also measures the step without data, `compile` what torch.compile makes of the formula.
+    `host` also measures the step without data, `compile` what torch.compile makes of the formula; `accounts` has
+    what Inductor said of the graphs that it has in its cache for a number of threads.
     """
-    rows, wrong, counted = [], [], {}
+    rows, wrong, counted, accounts = [], [], {}, accounts or {}
     for count in sorted(thread_counts, reverse=True):  # counts are those of the most threads
         with threads(count):
             first = count == max(thread_counts)
             if first:
-                functions, notes, yardsticks, cotangents = prepare(case, device, counted, compile)
+                functions, notes, yardsticks, cotangents = prepare(case, device, counted, compile, accounts.get(count))
                 wrong = [f"{name}: {note}" for name, note in notes.items() if name != COMPILE or "differ" in note]
             elif COMPILE in functions:  # its code is made for a number of threads
-                functions[COMPILE], notes[COMPILE] = compiled(case, case.inputs, cotangents, {})
+                known = accounts.get(count)
+                functions[COMPILE], notes[COMPILE] = compiled(case, case.inputs, cotangents, {}, account=known)
                 functions = {name: function for name, function in functions.items() if function}
             if not first and max(x.numel() for x in case.inputs) >= LARGE:
                 functions = {name: function for name, function in functions.items() if name not in case.others}
@@ -58,7 +62,7 @@ def rows_of(
     return [{key: value for key, value in row.items() if key != "bytes_total"} for row in rows], wrong
 
 
-def prepare(case: Case, device: str, counted: dict[str, dict], compile: bool) -> tuple:
+def prepare(case: Case, device: str, counted: dict[str, dict], compile: bool, account: dict[str, int] | None) -> tuple:
     """Checks and counts each contender: (functions that may be timed, why others may not, yardsticks, cotangents)."""
     outputs = as_list(case.eager(*case.inputs))
     cotangents = make_cotangents(outputs, case.inputs)
@@ -70,13 +74,14 @@ def prepare(case: Case, device: str, counted: dict[str, dict], compile: bool) ->
             functions[name] = function
             counted[name] = count(name, function, case.inputs, cotangents, device)
     if compile and "eager" in functions:
-        function, note = compiled(case, case.inputs, cotangents, counted)
+        function, note = compiled(case, case.inputs, cotangents, counted, account=account)
         note = note or problem(case, COMPILE, function, cotangents, known)
         if note:
             notes[COMPILE] = note
         else:
             functions[COMPILE] = function
-            counted[COMPILE] |= kept(function, case.inputs, cotangents, device)
+            step = contender(function, case.inputs, cotangents)
+            counted[COMPILE] |= kept(function, case.inputs, step.both, device)
     yardsticks = {LIMIT: limit(outputs, case.inputs)}
     if case.budget:
         own = budget(case.budget, case.inputs, outputs, cotangents)
@@ -98,36 +103,40 @@ def contender(function: Callable, inputs: list[Tensor], cotangents: list[Tensor]
 def count(name: str, function: Callable, inputs: list[Tensor], cotangents: list[Tensor], device: str) -> dict:
     """Memory, and the traffic of formulas in torch ops; that of fastkl's kernels is in their budget."""
     step = contender(function, inputs, cotangents)
-    found = kept(function, inputs, cotangents, device)
     if name != "fastkl":
-        there, back = counting.count_eager(*step)
-        found |= {"bytes_forward": there.bytes, "bytes_backward": back.bytes}
-        found |= {"launches_forward": there.launches, "launches_backward": back.launches}
-    elif device == "cuda":
-        step.backward(step.forward())
+        moved: list[counting.Traffic] = []  # counted in the step whose peak is: a large one takes seconds
+        found = kept(function, inputs, lambda: moved.extend(counting.count_eager(*step)), device)
+        found |= {"bytes_forward": moved[0].bytes, "bytes_backward": moved[1].bytes}
+        found |= {"launches_forward": moved[0].launches, "launches_backward": moved[1].launches}
+        return found
+    found = kept(function, inputs, step.both, device)
+    if device == "cuda":
+        step.both()
         found["launches_forward"] = counting.gpu_launches(step.forward)
-        both = counting.gpu_launches(lambda: step.backward(step.forward()))
+        both = counting.gpu_launches(step.both)
         found["launches_backward"] = both - found["launches_forward"]
     return found
 
 
-def kept(function: Callable, inputs: list[Tensor], cotangents: list[Tensor], device: str) -> dict[str, int]:
-    step = contender(function, inputs, cotangents)  # which has run before: it was checked
-    peak = counting.peak_bytes(lambda: step.backward(step.forward()), device)
-    return {"peak_bytes": peak, "saved_bytes": counting.saved_bytes(function, inputs)}
+def kept(function: Callable, inputs: list[Tensor], step: Callable[[], Any], device: str) -> dict[str, int]:
+    """Of a step that has run before: it was checked."""
+    return {"peak_bytes": counting.peak_bytes(step, device), "saved_bytes": counting.saved_bytes(function, inputs)}
 
 
 def compiled(
-    case: Case, inputs: list[Tensor], cotangents: list[Tensor] | None, counted: dict[str, dict]
-) -> tuple[Callable | None, str]:
+    case: Case, inputs: list[Tensor], cotangents: list[Tensor] | None, counted: dict[str, dict],
+    cached: bool = False, account: dict[str, int] | None = None,
+) -> tuple[Callable | None, str]:  # fmt: skip
     """torch.compile of the eager formula, or None and why there is none; with what Inductor says that it moves.
 
-    The cotangents may be those of whatever comes out.
+    The cotangents may be those of whatever comes out. `cached` keeps the graphs in Inductor's cache; `account` is what
+    was said of those that are there.
     """
     torch._dynamo.reset()
     function = torch.compile(case.eager, dynamic=False)
     try:
-        with warnings.catch_warnings(), counting.inductor_account() as graphs:
+        said = counting.inductor_account(cached) if account is None else nullcontext(counting.Graphs([], []))
+        with warnings.catch_warnings(), said as graphs:
             warnings.simplefilter("ignore")
             outputs = function(*inputs)
             forward = counting.Graphs(list(graphs.bytes), list(graphs.launches)).total()
@@ -136,11 +145,13 @@ def compiled(
     except Exception as error:  # whatever goes wrong inside the compiler, the other columns stand
         missing = re.search("InvalidCxxCompiler|Failed to find C compiler|No working C", str(error))
         return None, "no compiler" if missing else f"failed: {type(error).__name__}"
-    if not forward.launches:
-        return None, "nothing that it could compile"
-    # A forward pass in one graph makes its backward pass at the same time, in the account of which the rest is.
-    counted[COMPILE] = {"bytes_forward": forward.bytes, "bytes_backward": both.bytes - forward.bytes}
-    counted[COMPILE] |= {"launches_forward": forward.launches, "launches_backward": both.launches - forward.launches}
+    if account is None:
+        if not forward.launches:
+            return None, "nothing that it could compile"
+        # A forward pass in one graph makes its backward pass at the same time, in the account of which the rest is.
+        account = {"bytes_forward": forward.bytes, "bytes_backward": both.bytes - forward.bytes}
+        account |= {"launches_forward": forward.launches, "launches_backward": both.launches - forward.launches}
+    counted[COMPILE] = dict(account)
     return function, ""
 
 
@@ -156,7 +167,7 @@ def host_times(case: Case, functions: dict[str, Callable], device: str, compile:
                 function = torch.compile(case.eager, dynamic=False)
             outputs = as_list(function(*inputs))
             step = contender(function, inputs, make_cotangents(outputs, inputs))
-            step.backward(step.forward())
+            step.both()
             steps[name] = step
         except Exception:  # some distances want points; that is theirs to say
             continue

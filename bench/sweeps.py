@@ -16,7 +16,7 @@ from bench.timing import Pace, limit, measure, spread, threads
 
 STEP = 4
 CHECKED = 1 << 18  # elements of an input up to which every number is checked in float64
-PACE = Pace(5, 0.01, 3.0)
+PACE = Pace(5, 0.01, 1.5)
 
 
 class Sweep(NamedTuple):

@@ -22,18 +22,42 @@ class Contender(NamedTuple):
     forward: Callable[[], Any]
     backward: Callable[[Any], Any]
 
+    def both(self) -> None:
+        """One step."""
+        self.backward(self.forward())
+
+    def turn(self, repeats: int, device: str) -> tuple[float, float]:
+        """Seconds per step, forward and backward: by CUDA events on a GPU, by the wall clock elsewhere."""
+        clock = recorded if device == "cuda" else time.perf_counter
+        marks = []
+        for _ in range(repeats):
+            start = clock()
+            outputs = self.forward()
+            middle = clock()
+            self.backward(outputs)
+            del outputs
+            marks.append((start, middle, clock()))
+        if device == "cuda":
+            torch.cuda.synchronize()
+            return tuple(sum(mark[i].elapsed_time(mark[i + 1]) for mark in marks) / 1e3 / repeats for i in (0, 1))
+        return tuple(sum(mark[i + 1] - mark[i] for mark in marks) / repeats for i in (0, 1))
+
 
 class Pace(NamedTuple):
     """How long to measure."""
 
-    rounds: int = 9
+    rounds: int = 7
     round_seconds: float = 0.02  # of each contender
-    seconds: float = 8.0  # of all of them together, where a single step is long: then there are fewer rounds
+    seconds: float = 5.0  # of all of them together, where a single step is long: then there are fewer rounds
+    warm_seconds: float = 0.003  # of each turn, at least a step, before it counts
 
 
+BRISK = Pace(5, 0.01, 2.5)
 QUICK = Pace(5, 0.005, 2.0)
 FEWEST_ROUNDS = 3
-LONG = 0.25  # seconds of a step of which there are few: its first counts
+FEWEST_LONG_ROUNDS = 2
+SETTLING = (32 << 20) - (64 << 10)  # bytes: of glibc, just below the most that its limits grow to
+LONG = 0.25  # seconds of a step of which there are few: all count
 
 
 class Spread(NamedTuple):
@@ -66,23 +90,6 @@ def ratio(times: Times, over: Times) -> Spread:
     return spread([a / b for a, b in zip(times.both, over.both)])
 
 
-def one_round(contender: Contender, repeats: int, device: str) -> tuple[float, float]:
-    """Seconds per step, forward and backward: by CUDA events on a GPU, by the wall clock elsewhere."""
-    clock = recorded if device == "cuda" else time.perf_counter
-    marks = []
-    for _ in range(repeats):
-        start = clock()
-        outputs = contender.forward()
-        middle = clock()
-        contender.backward(outputs)
-        del outputs
-        marks.append((start, middle, clock()))
-    if device == "cuda":
-        torch.cuda.synchronize()
-        return tuple(sum(mark[i].elapsed_time(mark[i + 1]) for mark in marks) / 1e3 / repeats for i in (0, 1))
-    return tuple(sum(mark[i + 1] - mark[i] for mark in marks) / repeats for i in (0, 1))
-
-
 def repeats_of(seconds: float, pace: Pace) -> int:
     """Steps of one turn; three at least, where that is not long."""
     return min(10_000, max(1 if seconds > LONG / 3 else 3, math.ceil(pace.round_seconds / seconds)))
@@ -97,29 +104,36 @@ def recorded() -> torch.cuda.Event:
 def measure(contenders: dict[str, Contender], device: str, pace: Pace) -> dict[str, Times]:
     """Interleaved rounds of all contenders.
 
-    The first steps, which set things up, are not counted, nor is the first step of every turn: it pays for the heap and
-    the caches as the contender before has left them. Of a long step every one is counted.
+    The first steps, which set things up, are not counted, nor are the first of every turn: they pay for the heap and
+    the caches as the contender before has left them, and for its threads, which go on waiting for work a while. Of a
+    long step all are counted, but of the first those that took twice as long as another.
     """
     if not contenders:
         return {}
     once, found = {}, {}
     for name, contender in contenders.items():
-        forward, backward = one_round(contender, 1, device)
-        long = forward + backward >= LONG
-        once[name] = forward + backward if long else min(sum(one_round(contender, 1, device)) for _ in "123")
-        found[name] = Times([forward], [backward]) if long else Times([], [])
-    warm = {name for name in contenders if not found[name].forward}  # a step before each turn
+        steps = [contender.turn(1, device) for _ in "12"]
+        if LONG <= sum(steps[1]) < 4 * LONG:  # a second that still sets things up
+            steps.append(contender.turn(1, device))
+        least = min(map(sum, steps))
+        long = least >= LONG
+        kept = [step for step in steps if sum(step) <= 2 * least] if long else []
+        found[name] = Times([forward for forward, _ in kept], [backward for _, backward in kept])
+        once[name] = least if long else min(sum(contender.turn(1, device)) for _ in "123")
+    known = {name: len(times.forward) for name, times in found.items()}
+    warm = {name: math.ceil(pace.warm_seconds / once[name]) for name, count in known.items() if not count}
     repeats = {name: repeats_of(seconds, pace) for name, seconds in once.items()}
-    total = sum(once[name] * (repeats[name] + (name in warm)) for name in contenders)
+    total = sum(once[name] * (repeats[name] + warm.get(name, 0)) for name in contenders)
     rounds = max(FEWEST_ROUNDS, min(pace.rounds, math.floor(pace.seconds / total)))
+    long_rounds = rounds if rounds > FEWEST_ROUNDS else FEWEST_LONG_ROUNDS
     with without_collection():
         for number in range(rounds):
             for name, contender in contenders.items():
+                if number < known[name] or (known[name] and number >= long_rounds):
+                    continue
                 if name in warm:
-                    one_round(contender, 1, device)
-                elif number == 0:
-                    continue  # there is its first already
-                forward, backward = one_round(contender, repeats[name], device)
+                    contender.turn(warm[name], device)
+                forward, backward = contender.turn(repeats[name], device)
                 found[name].forward.append(forward)
                 found[name].backward.append(backward)
     return found
@@ -144,6 +158,12 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def settle_heap() -> None:
+    """Brings malloc's limits to where a large tensor that is freed has them in the end: what is smaller is kept for the
+    next from then on. Else it would depend on who ran before whether a step pays for the pages of its results."""
+    torch.empty(SETTLING, dtype=torch.uint8).fill_(0)
 
 
 def copy(budget: Budget, device: str) -> Contender:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import bench_kl_normal, bench_rsample_kl, counting
-from bench.case import as_list, disagreement, make_cotangents, normal_noise, problem
+from bench.case import as_list, definition, disagreement, make_cotangents, normal_noise, problem
 
 N, D = 64, 128
 UNIT = 4 * N * D
@@ -93,6 +93,37 @@ def test_what_does_not_match_is_refused():
         wrong = case._replace(same_noise={})  # without the noise given, a drawn result cannot match
         value = problem(wrong, "broken", lambda *inputs, f=case.eager: halve(f(*inputs)), cotangents)
         assert value, module
+
+
+@pytest.mark.parametrize("module", [bench_kl_normal, bench_rsample_kl])
+def test_the_definition_by_rows_is_that_of_all_rows(module, monkeypatch):
+    """Parts that do not come out even; and a single wrong number in the last of them is seen."""
+    monkeypatch.setattr("bench.case.PART", 3 * 16)
+    case = module.plain("cpu", 10, 16)
+    drawn = as_list(case.eager(*case.inputs))
+    cotangents = make_cotangents(drawn, case.inputs)
+    noise = normal_noise(case.inputs, drawn) if case.noise else {}
+    case = case._replace(noise=(lambda inputs, outputs: given(noise, inputs, outputs)) if noise else None)
+    parts, whole = (
+        [x for group in definition(one, cotangents, drawn if noise else None) for x in group]
+        for one in (case, case._replace(by_rows=False))
+    )
+    assert len(parts) == len(whole)
+    for a, b in zip(parts, whole):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+    actual = [[x.clone() for x in parts[:-2]], [x.clone() for x in parts[-2:]]]
+    assert not disagreement(actual, (parts[:-2], parts[-2:]), 1e-7)
+    actual[1][1][-1, -1] += 0.1
+    assert "gradient 1 differs" in disagreement(actual, (parts[:-2], parts[-2:]), 1e-7)
+    actual[1][1][-1, -1] = float("nan")
+    assert "gradient 1 differs" in disagreement(actual, (parts[:-2], parts[-2:]), 1e-7)
+
+
+def given(noise, inputs, outputs):
+    """That of these rows, found by the sample, with no look at how it is spread: there are too few."""
+    eps = (outputs[0] - inputs[0]) / torch.exp(0.5 * inputs[1])
+    assert any(torch.allclose(eps[0], row.double(), atol=1e-4) for row in noise["eps"])
+    return {"eps": eps.detach()}
 
 
 def halve(outputs):

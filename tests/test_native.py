@@ -2,9 +2,11 @@
 
 import hashlib
 import os
+import re
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -183,6 +185,21 @@ def test_what_is_not_finite_stays_visible(dtype):
         torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-6, atol=1e-30)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_small_sigma_keeps_its_digits(dtype):
+    """In a sample and its gradient, next to a mean of 0: sigma is not 1 + (sigma - 1)."""
+    logvar = torch.linspace(-160, 160, 641, dtype=dtype)[:, None].requires_grad_()
+    mu, ones = torch.zeros_like(logvar), torch.ones_like(logvar)
+    z, kl = fastkl.rsample_kl(mu, logvar, eps=ones)
+    gradient = torch.autograd.grad([z, kl], logvar, [ones, torch.zeros_like(kl)])[0]
+    sigma = logvar.detach().double().mul(0.5).exp()
+    rtol = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(z.detach().double(), sigma, rtol=rtol, atol=0)
+    # Times the KL's own gradient, of which nothing was asked: 0 times what is up to e^160.
+    inside = (logvar.abs() < 85).flatten()
+    torch.testing.assert_close(gradient.double()[inside], 0.5 * sigma[inside], rtol=rtol, atol=0)
+
+
 @pytest.mark.parametrize("scale", ["logvar", "log_std", "std", "softplus"])
 def test_every_scale_shows_what_is_not_finite(scale):
     special = [float("nan"), float("inf"), float("-inf"), 0.0, 1.0]
@@ -263,3 +280,31 @@ def test_sources_have_no_warnings():
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             assert "warning" not in done.stderr, done.stderr
+
+
+def test_large_results_ask_for_large_pages():
+    """The system's own record of the mapping says so."""
+    try:
+        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        pytest.skip("no transparent large pages here")
+    if "[madvise]" not in setting:
+        pytest.skip("the system decides alone")
+
+    def flags(tensor: torch.Tensor) -> list[str]:
+        middle, inside = tensor.data_ptr() + tensor.nbytes // 2, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                start, end = (int(part, 16) for part in line.split()[0].split("-"))
+                inside = start <= middle < end
+            elif inside and line.startswith("VmFlags:"):
+                return line.split()[1:]
+        raise AssertionError("not mapped")
+
+    head = torch.zeros(2048, 8192).requires_grad_()
+    z, kl = fastkl.DiagonalNormal.from_packed(head, dim=1).rsample_kl()
+    gradient = torch.autograd.grad([z, kl], head, [torch.ones_like(z), torch.ones_like(kl)])[0]
+    assert "hg" in flags(z)
+    assert "hg" in flags(gradient)
+    if os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":  # torch asks for them itself
+        assert "hg" not in flags(torch.zeros(2048, 8192))

@@ -25,10 +25,9 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).parent
+BOUNDS = "bounds.c"  # goes into every library
 # Infinities and NaN are kept: no -ffast-math. Sums are reordered where `omp simd` says so, products and sums fused.
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fPIC", "-w")
-# gcc otherwise computes what a clamp leads to at each of its bounds apart, and chooses between three results.
-GCC_FLAGS = ("-fno-thread-jumps", "-fno-tree-dominator-opts")
 DIGEST = hashlib.sha256().digest_size
 SECONDS = 300  # for a compiler that hangs
 
@@ -86,7 +85,7 @@ def _is_whole(path: Path) -> bool:
 def _compile(source: Path, options: tuple[str, ...], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
         made = Path(scratch) / "library.so"
-        command = [_compiler(), *FLAGS, *options, "-shared", str(source), "-o", str(made), "-lm"]
+        command = [_compiler(), *FLAGS, *options, "-shared", str(source), str(SOURCES / BOUNDS), "-o", str(made), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
         if done.returncode:
             raise OSError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
@@ -106,8 +105,7 @@ def build(family: str, dtype: torch.dtype) -> ctypes.CDLL | None:
     source = SOURCES / f"{family}.c"
     options = ("-DFLOAT64",) if dtype == torch.float64 else ()
     try:
-        options += () if "clang" in _machine() else GCC_FLAGS
-        texts = [path.read_bytes() for path in (source, *sorted(SOURCES.glob("*.h")))]
+        texts = [path.read_bytes() for path in (source, SOURCES / BOUNDS, *sorted(SOURCES.glob("*.h")))]
         made_from = [*texts, repr((FLAGS, options, _compiler(), _machine())).encode()]
         name = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in made_from)).hexdigest()[:32]
         path = folder() / f"{family}-{name}.so"

@@ -18,8 +18,6 @@ typedef uint64_t UNSIGNED;
 #define ROUND (6755399441055744.0 + 1022.0)
 #define LN2_HIGH 6.93147180369123816490e-01 /* its product with an exponent is exact */
 #define LN2_LOW 1.90821492927058770002e-10
-#define EXP_LEAST -708.7
-#define EXP_MOST 710.0
 #define LEAST_NORMAL 2.2250738585072014e-308
 #define MOST 1.7976931348623157e+308
 #else
@@ -30,8 +28,6 @@ typedef uint32_t UNSIGNED;
 #define ROUND (12582912.0f + 126.0f) /* 1.5 * 2^23 + bias - 1 */
 #define LN2_HIGH 0.693359375f
 #define LN2_LOW -2.12194440e-4f
-#define EXP_LEAST -87.3f
-#define EXP_MOST 89.0f
 #define LEAST_NORMAL 1.17549435e-38f
 #define MOST 3.40282347e+38f
 #endif
@@ -67,25 +63,30 @@ static inline REAL exp_rest(REAL r) {
 /* x = n ln 2 + r. half is 2^(n - 1): 2^n itself overflows one step before exp(x) does. */
 typedef struct { REAL half, r, rest; } split;
 
+/* What exp is taken of goes no further. The two are in a file of their own: were they known here, the compiler would
+ * compare and choose, in two steps each, where the processor has one for the greater of two that it cannot foresee. */
+extern const REAL exp_bounds[2] __attribute__((visibility("hidden")));
+
 static inline split split_exp(REAL x) {
-    x = x < (REAL)EXP_LEAST ? (REAL)EXP_LEAST : x; /* a comparison with NaN is false: NaN stays */
-    x = x > (REAL)EXP_MOST ? (REAL)EXP_MOST : x;
+    x = x < exp_bounds[0] ? exp_bounds[0] : x; /* a comparison with NaN is false: NaN stays */
+    x = x > exp_bounds[1] ? exp_bounds[1] : x;
     REAL shifted = x * LOG2E + ROUND, n = shifted - ROUND;
     REAL r = (x - n * LN2_HIGH) - n * LN2_LOW;
     split parts = {real_of((BITS)((UNSIGNED)bits_of(shifted) << MANTISSA)), r, exp_rest(r)};
     return parts;
 }
 
-static inline REAL exponential(REAL x) {
-    split p = split_exp(x);
-    return 2 * (p.half + p.half * (p.r + p.rest));
+/* exp(x), exp(x) - 1 and exp(x) - 1 - x of what x was split into. The last is 2^n rest + (2^n - 1) (1 + r) + (r - x), which
+ * next to 0, where n = 0 and r = x, is the series alone. */
+static inline REAL whole(split p) { return 2 * (p.half + p.half * (p.r + p.rest)); }
+static inline REAL minus_one(split p) { return 2 * (p.half * (p.r + p.rest) + (p.half - (REAL)0.5)); }
+static inline REAL minus_one_minus(split p, REAL x) {
+    return 2 * (p.half * p.rest + (p.half - (REAL)0.5) * (1 + p.r)) + (p.r - x);
 }
 
-/* exp(x) - 1 */
-static inline REAL exp_minus_one(REAL x) {
-    split p = split_exp(x);
-    return 2 * (p.half * (p.r + p.rest) + (p.half - (REAL)0.5));
-}
+static inline REAL exponential(REAL x) { return whole(split_exp(x)); }
+static inline REAL exp_minus_one(REAL x) { return minus_one(split_exp(x)); }
+static inline REAL exp_minus_one_minus(REAL x) { return minus_one_minus(split_exp(x), x); }
 
 /* sigma = exp(x / 2) and what else depends on it: exp(x) - 1 and exp(x) - 1 - x, both without cancellation. */
 typedef struct { REAL sigma, variance_minus_one, rest; } spread;
@@ -93,15 +94,8 @@ typedef struct { REAL sigma, variance_minus_one, rest; } spread;
 static inline spread spread_of(REAL x) {
     REAL h = (REAL)0.5 * x;
     split p = split_exp(h);
-    REAL e = 2 * (p.half * (p.r + p.rest) + (p.half - (REAL)0.5)), rest = p.half == (REAL)0.5 ? p.rest : e - h;
-    return (spread){e + 1, e * (e + 2), e * e + 2 * rest};
-}
-
-/* exp(x) - 1 - x without cancellation: next to 0 it is the series alone. */
-static inline REAL exp_minus_one_minus(REAL x) {
-    split p = split_exp(x);
-    REAL far = 2 * (p.half * (p.r + p.rest) + (p.half - (REAL)0.5)) - x;
-    return p.half == (REAL)0.5 ? p.rest : far;
+    REAL e = minus_one(p);
+    return (spread){whole(p), e * (e + 2), e * e + 2 * minus_one_minus(p, h)};
 }
 
 /* 2 artanh(s) by its series, for |s| <= 1/3. */

@@ -153,7 +153,7 @@ static void widen(const part *r, int lanes, const REAL *values, REAL *restrict o
 /* exp(x), 0 where that is no normal number: a class far behind weighs nothing. */
 static inline REAL weight(REAL x) {
     REAL value = exponential(x);
-    return x < (REAL)EXP_LEAST ? 0 : value;
+    return x < exp_bounds[0] ? 0 : value;
 }
 
 static inline REAL normal_or_zero(REAL x) { return x < (REAL)LEAST_NORMAL ? 0 : x; } /* of what is not negative */
@@ -344,7 +344,7 @@ static int run_all(problem *p) {
 int forward(const int64_t *numbers, const int64_t *addresses, double tau, double unused) {
     (void)unused;
     problem p = open_problem(numbers, addresses, (REAL)tau, numbers[0] || (REAL)tau == 0);
-    p.logits = next_tensor(&p.shape), p.y = next_tensor(&p.shape);
+    p.logits = next_tensor(&p.shape), p.y = next_result(&p.shape);
     return run_all(&p);
 }
 
@@ -353,7 +353,7 @@ int backward(const int64_t *numbers, const int64_t *addresses, double tau, doubl
     (void)unused;
     problem p = open_problem(numbers, addresses, (REAL)tau, 0);
     p.logits = next_tensor(&p.shape), p.y = next_tensor(&p.shape);
-    p.dy = next_tensor(&p.shape), p.dlogits = next_tensor(&p.shape);
+    p.dy = next_tensor(&p.shape), p.dlogits = next_result(&p.shape);
     REAL *dtau = (REAL *)(intptr_t)*p.shape.addresses;
     if (dtau && !(p.tau_partial = malloc((size_t)p.jobs * sizeof *p.tau_partial))) return 1;
     int failed = run_all(&p);

@@ -218,7 +218,7 @@ int backward(const int64_t *numbers, const int64_t *addresses, double low, doubl
     problem p = open_problem(numbers, addresses);
     (void)low, (void)high;
     p.dvalue = next_tensor(&p.shape);
-    p.dfirst = next_tensor(&p.shape), p.dsecond = next_tensor(&p.shape), p.dlogvar = next_tensor(&p.shape);
+    p.dfirst = next_result(&p.shape), p.dsecond = next_result(&p.shape), p.dlogvar = next_result(&p.shape);
     int shared = p.dlogvar.data && p.spread == SHARED;
     p.cut = shared ? cut_columns(&p.shape) : cut_rows(&p.shape);
     int split = p.dlogvar.data && p.spread == ROW && p.cut.chunks > 1;

@@ -145,8 +145,7 @@ static void forward_rows(void *context, int64_t job) {
     const problem *p = context;
     region r = piece(&p->cut, job);
     int plain = p->q.scale == LOGVAR && !p->q.bounded && !p->samples && p->distance == KL && !p->prior_mu.data;
-    plain = plain && p->shape.columns >= 32;
-    expect_writes(&p->z, &p->cut, job);
+    plain = plain && p->shape.columns >= 256;
     REAL out[TILE];
     double total = 0;
     for (tile at; next_tile(&r, &at);) {
@@ -185,7 +184,7 @@ static void forward_columns(void *context, int64_t job) {
 int forward(const int64_t *numbers, const int64_t *addresses, double low, double high) {
     problem p;
     open_problem(&p, numbers, addresses, low, high);
-    p.z = next_tensor(&p.shape), p.value = next_tensor(&p.shape);
+    p.z = next_result(&p.shape), p.value = next_tensor(&p.shape);
     p.cut = p.per_column ? cut_columns(&p.shape) : cut_rows(&p.shape);
     int64_t rows = p.shape.rows, columns = p.shape.columns, groups = p.cut.jobs / p.cut.chunks;
     int split = p.value.data && (p.per_column || p.cut.chunks > 1);
@@ -230,7 +229,6 @@ static void backward_piece(void *context, int64_t job) {
     if (p->partial) memset(total, 0, sizeof total);
     int prior = p->prior_mu.data != NULL, own_prior = p->dprior_mu.data && !p->partial;
     int64_t first = r.column;
-    expect_writes(&p->dmu, &p->cut, job), expect_writes(&p->dparameter, &p->cut, job);
     for (tile at; next_tile(&r, &at);) {
         int n = at.rows * at.columns;
         const REAL *v = read_tile(&p->parameter, at, v_own), *raw = to_logvar(&p->q, v, n, raw_own);
@@ -280,8 +278,8 @@ int backward(const int64_t *numbers, const int64_t *addresses, double low, doubl
     problem p;
     open_problem(&p, numbers, addresses, low, high);
     p.dvalue = next_tensor(&p.shape), p.dz = next_tensor(&p.shape);
-    p.dmu = next_tensor(&p.shape), p.dparameter = next_tensor(&p.shape);
-    p.dprior_mu = next_tensor(&p.shape), p.dprior_logvar = next_tensor(&p.shape);
+    p.dmu = next_result(&p.shape), p.dparameter = next_result(&p.shape);
+    p.dprior_mu = next_result(&p.shape), p.dprior_logvar = next_result(&p.shape);
     int shared = p.shared && p.dprior_mu.data;
     p.cut = shared ? cut_columns(&p.shape) : cut_rows(&p.shape);
     int64_t columns = p.shape.columns, groups = p.cut.jobs / p.cut.chunks;

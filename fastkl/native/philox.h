@@ -10,8 +10,7 @@
 #include <immintrin.h>
 #endif
 
-#define CHAINS 3 /* of four calls each, side by side: they hide the latency of the products */
-#define CALLS 264 /* most Philox calls at a time, of four words each; a multiple of 4 CHAINS */
+#define CALLS 264 /* most Philox calls at a time, of four words each; a multiple of 8 */
 
 /* Four calls side by side, a 32-bit word in each 64-bit lane; what is above the word is of no consequence. */
 typedef uint64_t lanes __attribute__((vector_size(32)));
@@ -24,34 +23,33 @@ static inline lanes product(lanes word, uint64_t factor) {
 #endif
 }
 
-static inline void store_words(uint32_t *out, lanes words) {
-    uint32_t four __attribute__((vector_size(16))) = __builtin_convertvector(words, __typeof__(four));
-    memcpy(out, &four, sizeof four);
+/* Words of the even calls and of the odd ones, in order. */
+static inline void store_words(uint32_t *out, lanes even, lanes odd) {
+    lanes words = (even & 0xFFFFFFFF) | odd << 32;
+    memcpy(out, &words, sizeof words);
 }
 
-/* Philox4x32-10 (Salmon et al. 2011) of the counters (first + i, sample, 0): words[k][i] is word k of call i. */
+/* Philox4x32-10 (Salmon et al. 2011) of the counters (first + i, sample, 0): words[k][i] is word k of call i. Even and odd
+ * calls go side by side: one hides the latency of the other's products. */
 static inline void philox(uint64_t seed, uint64_t first, uint32_t sample, int calls, uint32_t words[4][CALLS]) {
-    for (int i = 0; i < calls; i += 4 * CHAINS) {
-        lanes a[CHAINS], b[CHAINS], c[CHAINS], d[CHAINS];
-        for (int k = 0; k < CHAINS; k++) {
-            a[k] = (lanes){0, 1, 2, 3} + (first + (uint64_t)(i + 4 * k));
-            b[k] = a[k] >> 32, c[k] = (lanes){0} + sample, d[k] = (lanes){0};
+    for (int call = 0; call < calls; call += 8) {
+        lanes a[2], b[2], c[2], d[2];
+        for (int odd = 0; odd < 2; odd++) {
+            a[odd] = (lanes){0, 2, 4, 6} + (first + (uint64_t)(call + odd));
+            b[odd] = a[odd] >> 32, c[odd] = (lanes){0} + sample, d[odd] = (lanes){0};
         }
         uint32_t key_0 = (uint32_t)seed, key_1 = (uint32_t)(seed >> 32);
 #pragma GCC unroll 10
         for (int step = 0; step < 10; step++) {
-            for (int k = 0; k < CHAINS; k++) {
-                lanes left = product(a[k], 0xD2511F53), right = product(c[k], 0xCD9E8D57);
-                a[k] = (b[k] ^ key_0) ^ (right >> 32), b[k] = right;
-                c[k] = (d[k] ^ key_1) ^ (left >> 32), d[k] = left;
+            for (int odd = 0; odd < 2; odd++) {
+                lanes left = product(a[odd], 0xD2511F53), right = product(c[odd], 0xCD9E8D57);
+                a[odd] = (b[odd] ^ key_0) ^ (right >> 32), b[odd] = right;
+                c[odd] = (d[odd] ^ key_1) ^ (left >> 32), d[odd] = left;
             }
             key_0 += 0x9E3779B9u, key_1 += 0xBB67AE85u;
         }
-        for (int k = 0; k < CHAINS; k++) {
-            int call = i + 4 * k;
-            store_words(words[0] + call, a[k]), store_words(words[1] + call, b[k]);
-            store_words(words[2] + call, c[k]), store_words(words[3] + call, d[k]);
-        }
+        store_words(words[0] + call, a[0], a[1]), store_words(words[1] + call, b[0], b[1]);
+        store_words(words[2] + call, c[0], c[1]), store_words(words[3] + call, d[0], d[1]);
     }
 }
 
