@@ -10,6 +10,7 @@ from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _mixture_arguments as parameters
 from fastkl.ops import _sampling as sampling
+from fastkl.ops._register import no_autocast
 from fastkl.ops.gumbel_softmax import gumbel_softmax
 from fastkl.ops.rsample_normal import rsample_normal
 
@@ -110,7 +111,7 @@ def rsample_gmm(
     components, size = means.shape[-2:]
     seed = sampling.check_seed(seed, logits.device, "logits")
     shape = (1 if num_samples is None else num_samples, *batch)
-    with torch.autocast(logits.device.type, enabled=False):
+    with no_autocast(logits.device.type):
         # 16-bit parameters are mixed in float32: a small standard deviation is subnormal in float16.
         out_dtype, dtype = dtype, dtype if dtype == torch.float64 else torch.float32
         weights = gumbel_softmax(logits.to(dtype).expand(*shape, components), tau, hard, seed=seed)

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
-from fastkl.ops._register import apply, needs_closed_form
+from fastkl.ops._register import apply, needs_closed_form, no_autocast
 from fastkl.ops.rsample_normal import rsample_normal
 from fastkl.ops.sinkhorn_divergence import sinkhorn_divergence
 
@@ -168,5 +168,5 @@ def sliced_wasserstein(
     zero = torch.zeros((), dtype=reference.compute_dtype(x, y), device=x.device)
     unit = reference.directions(rsample_normal(zero.expand(num_projections, x.shape[1]), zero, seed=seed))
     wants = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, y))
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         return apply(_SlicedWasserstein, x, y, unit, p, *wants)[0]

@@ -4,7 +4,6 @@ Whoever reads a value on the host waits, and cannot be captured in a CUDA graph.
 no values: what runs on them, forward and backward, reads none.
 """
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -58,13 +57,6 @@ class Watch(TorchDispatchMode):
         return result
 
 
-@pytest.fixture
-def meta(monkeypatch):
-    """Autocast, which the "meta" device does not know, is off anyway."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)
-    monkeypatch.setattr(torch, "autocast", lambda *device, **options: contextlib.nullcontext())
-
-
 def run(function, shapes, device="meta"):
     with Watch() as watch:
         inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
@@ -80,13 +72,13 @@ def test_every_public_function_is_here():
 
 
 @every
-def test_no_op_reads_a_value_or_moves_one(name, meta):
+def test_no_op_reads_a_value_or_moves_one(name):
     function, shapes = OPS[name]
     run(function, shapes(6))
 
 
 @every
-def test_no_launcher_does(name, meta, monkeypatch):
+def test_no_launcher_does(name, monkeypatch):
     """Called without values, with the kernels left out; what it allocates is what the op's fake promises."""
     monkeypatch.setattr(type(kl_normal_fwd_kernel), "run", lambda *args, **options: None)
     function, shapes = OPS[name]
@@ -101,7 +93,7 @@ def test_no_launcher_does(name, meta, monkeypatch):
 
 
 @pytest.mark.parametrize("name", WAITS)
-def test_what_waits_is_seen(name, meta):
+def test_what_waits_is_seen(name):
     function, shapes = WAITS[name]
     with pytest.raises((RuntimeError, AssertionError), match=r"item\(\) cannot be called|waits"):
         run(function, shapes(6))
@@ -115,7 +107,7 @@ def test_what_waits_is_seen(name, meta):
     ],
     ids=["item", "cpu", "tolist", "nonzero", "mask", "bool", "from the host", "svd"],
 )  # fmt: skip
-def test_a_read_would_be_seen(read, meta):
+def test_a_read_would_be_seen(read):
     with pytest.raises((RuntimeError, NotImplementedError, AssertionError)):
         run(lambda x: read(x) * x, [(3, 4)])
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastkl import distributions, reference
 from fastkl.objectives._loss import LogLikelihood, Loss, check, draws, flat, made_of, reconstruction_of
 from fastkl.ops._arguments import check_weight
+from fastkl.ops._register import no_autocast
 from fastkl.ops.gmm_log_prob import gmm_log_prob
 from fastkl.ops.gmm_responsibilities import gmm_responsibilities
 from fastkl.priors.mixture import MixturePrior
@@ -64,7 +65,7 @@ def _kls(posterior: distributions.DiagonalNormal, prior: MixturePrior, z: Tensor
     mu, logvar, mixture = prior._both(posterior)
     logits, means, logvars, scale_tril = mixture
     dtype = reference.compute_dtype(mu, logvar, z, *(tensor for tensor in mixture if tensor is not None))
-    with torch.autocast(z.device.type, enabled=False):
+    with no_autocast(z.device.type):
         log_r = gmm_responsibilities(z, **mixture._asdict(), precision=prior.precision).to(dtype)
         # ln N(mu; m_k, S_k) by way of p(k | mu): streamed, and without the digits that expanding a square loses.
         at_mean = gmm_responsibilities(mu, **mixture._asdict(), precision=prior.precision).to(dtype)

@@ -9,6 +9,7 @@ forward and backward than torch.library.register_autograd.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable
@@ -108,16 +109,21 @@ def _plain_device(args: tuple) -> str | None:
     return device
 
 
+def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """A context in which matrices are multiplied in their own dtype. A device that has no autocast ("meta": shapes
+    without values) needs none."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """For a closed form that multiplies matrices, which autocast would do in 16 bits. The result is on its own tensors'
     device, the first argument that is one."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        if not torch.is_autocast_enabled(device):
-            return function(*args)
-        with torch.autocast(device, enabled=False):
+        with no_autocast(next(arg.device.type for arg in args if isinstance(arg, Tensor))):
             return function(*args)
 
     return run

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkl.ops._covariances import check_pair
-from fastkl.ops._register import needs_closed_form
+from fastkl.ops._register import needs_closed_form, no_autocast
 from fastkl.reference import compute_dtype
 
 
@@ -108,5 +108,5 @@ def wasserstein2_multivariate_normal(
     scale_q = scale_q.tril() if matrix_q else torch.diag_embed(scale_q)
     scale_p = scale_p.tril() if matrix_p else torch.diag_embed(scale_p)
     shape = torch.broadcast_shapes(scale_q.shape, scale_p.shape)
-    with torch.autocast(distance.device.type, enabled=False):
+    with no_autocast(distance.device.type):
         return distance + _SquaredDistance.apply(scale_q.expand(shape), scale_p.expand(shape))[0]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.mixtures import relaxed_component
+from fastkl.ops._register import no_autocast
 from fastkl.ops.gmm_responsibilities import gmm_responsibilities
 from fastkl.ops.gumbel_softmax import check_tau, gumbel_softmax
 from fastkl.ops.kl_normal import kl_normal
@@ -27,7 +28,7 @@ def kl_relaxed(
     if gumbel is not None and gumbel.shape != choices:
         raise ValueError(f"gumbel must be {choices}, a number for each draw and component, got {tuple(gumbel.shape)}")
     dtype = reference.compute_dtype(mu, logvar, z, logits, means, logvars)
-    with torch.autocast(z.device.type, enabled=False):
+    with no_autocast(z.device.type):
         log_r = gmm_responsibilities(z, logits, means, logvars, precision=precision).to(dtype)
         if gumbel is None:
             weights = gumbel_softmax(log_r, tau, seed=seed)
