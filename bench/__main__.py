@@ -34,7 +34,7 @@ from bench import measure, sweeps, tables, training_step
 from bench.precompile import Accounts, Formula, ahead
 from bench.report import write_report
 from bench.store import HERE, Store, cores, machine, slug
-from bench.timing import BRISK, QUICK, Pace, settle_heap
+from bench.timing import BRISK, QUICK, Pace
 
 OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
 PARTS = ("sweeps", "training_step")
@@ -114,7 +114,6 @@ class Cases:
 
 def work_off(work: list[Job], store: Store, console: Console, device: str, accounts: Accounts) -> list[str]:
     """Measures and stores; returns what was not timed because it does not match."""
-    settle_heap()
     wrong, formulas = [], [formula for job in work for formula in job.compiles]
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),

@@ -16,7 +16,7 @@ from bench import counting
 from bench.budget import budget
 from bench.budget import launches as own_launches
 from bench.case import Case, as_list, backward, empty, make_cotangents, problem
-from bench.timing import QUICK, Contender, Pace, Times, copy, limit, measure, ratio, spread, threads
+from bench.timing import QUICK, Contender, Pace, Times, copy, heap_of, limit, measure, ratio, spread, threads
 
 COMPILE, COPY, LIMIT = "torch.compile", "copy", "limit"
 LARGE = 1 << 24  # elements of an input from which on further contenders are measured with the most threads only
@@ -45,7 +45,8 @@ def rows_of(
             if not first and max(x.numel() for x in case.inputs) >= LARGE:
                 functions = {name: function for name, function in functions.items() if name not in case.others}
             steps = {name: contender(function, case.inputs, cotangents) for name, function in functions.items()}
-            times = measure({**steps, **yardsticks}, device, pace)
+            with heap_of(steps.get("eager"), device):
+                times = measure({**steps, **yardsticks}, device, pace)
             idle = host_times(case, functions, device, case.headline) if host and first else {}
         facts = {"op": op, "case": case.name, "threads": count if device == "cpu" else ""}
         for name in [*functions, *yardsticks]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import math
+import mmap
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.budget import Budget
+from bench.counting import allocations
 
 
 class Contender(NamedTuple):
@@ -56,7 +60,9 @@ BRISK = Pace(5, 0.01, 2.5)
 QUICK = Pace(5, 0.005, 2.0)
 FEWEST_ROUNDS = 3
 FEWEST_LONG_ROUNDS = 2
-SETTLING = (32 << 20) - (64 << 10)  # bytes: of glibc, just below the most that its limits grow to
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+LEAST_KEPT, MOST_KEPT = 128 << 10, 32 << 20  # bytes: where its limit begins, and where it ends
+OVERHEAD = 128  # bytes of a block beyond the tensor's, for its alignment to 64 and malloc's own
 LONG = 0.25  # seconds of a step of which there are few: all count
 
 
@@ -160,10 +166,30 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def settle_heap() -> None:
-    """Brings malloc's limits to where a large tensor that is freed has them in the end: what is smaller is kept for the
-    next from then on. Else it would depend on who ran before whether a step pays for the pages of its results."""
-    torch.empty(SETTLING, dtype=torch.uint8).fill_(0)
+@contextlib.contextmanager
+def heap_of(contender: Contender | None, device: str) -> Iterator[None]:
+    """malloc's limits as they are in a process that takes this contender's steps and has had nothing larger.
+
+    glibc maps a block above its limit anew each time, gives the end of the heap back above twice the limit, and raises
+    the limit to a mapped block that is freed, up to 32 MiB. It never lowers it: else whether a step pays for the pages
+    of its tensors would depend on what was measured before. Other allocators are left alone.
+    """
+    if contender is None or device != "cpu" or platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    blocks = [size + OVERHEAD for size in allocations(contender.both)]
+    limit_heap(max((size for size in blocks if size <= MOST_KEPT), default=0))
+    try:
+        yield
+    finally:
+        limit_heap(MOST_KEPT)
+
+
+def limit_heap(largest: int) -> None:
+    """As where a block of so many bytes was the largest."""
+    set_limit, kept = ctypes.CDLL(None).mallopt, -(-largest // mmap.PAGESIZE) * mmap.PAGESIZE
+    set_limit(M_MMAP_THRESHOLD, max(kept, LEAST_KEPT))
+    set_limit(M_TRIM_THRESHOLD, 2 * kept if kept > LEAST_KEPT else LEAST_KEPT)
 
 
 def copy(budget: Budget, device: str) -> Contender:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import fastkl
 from bench import counting
 from bench.measure import named
-from bench.timing import Contender, Pace, measure, ratio, spread, threads
+from bench.timing import Contender, Pace, heap_of, measure, ratio, spread, threads
 from fastkl.vae import memory
 from fastkl.vae.data import load
 from fastkl.vae.model import VAE, build
@@ -79,7 +79,8 @@ def rows_of(device: str, count: int) -> tuple[list[dict[str, Any]], list[str]]:
             if abs(losses["eager"] - losses["fastkl"]) > 0.01 * abs(losses["eager"]):
                 wrong.append(f"{PRESET}: losses of {losses['eager']:.2f} (eager) and {losses['fastkl']:.2f} (fastkl)")
                 continue
-            times = measure(steps, device, PACE)
+            with heap_of(steps["eager"], device):
+                times = measure(steps, device, PACE)
             for name, step in steps.items():
                 row = {"op": PRESET, "case": part, "threads": count, "provider": name}
                 row |= named("both_ms", spread([1e3 * value for value in times[name].both]))

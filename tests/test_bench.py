@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -200,6 +201,23 @@ def test_compilation_ahead_leaves_no_process_behind(tmp_path, monkeypatch):
     next(interrupted)
     interrupted.close()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+def test_heap_is_that_of_a_process_of_its_own():
+    """A block as large as the step's largest of up to 32 MiB comes from the heap, a larger one is mapped."""
+
+    def on_heap(size):
+        tensor = torch.empty(size, dtype=torch.uint8)
+        (heap,) = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*\[heap\]$", Path("/proc/self/maps").read_text(), re.M)
+        return int(heap[0], 16) <= tensor.data_ptr() < int(heap[1], 16)
+
+    torch.empty(31 << 20, dtype=torch.uint8)  # who ran before
+    step = timing.Contender(lambda: torch.ones(1 << 18), lambda y: torch.cat([y.expand(64, -1), y.expand(64, -1)]))
+    with timing.heap_of(step, "cpu"):
+        assert on_heap(1 << 20)
+        assert not on_heap(3 << 19)
+    assert on_heap(3 << 19)  # and so do other tests have it
 
 
 def test_spread_and_ratio():

@@ -146,10 +146,12 @@ static region piece(const pieces *p, int64_t job) {
     return r;
 }
 
-/* A large result is mostly fresh memory, and the time to write it mostly that of a page fault every 4 KiB. Where the
- * system leaves it to programs, large pages are asked for: 512 times fewer faults. What lies between pages of a tensor
- * that is not contiguous is of the same tensor's storage. */
+/* A large result is fresh memory, and the time to write it mostly that of a page fault every 4 KiB. Where the system
+ * leaves it to programs, large pages are asked for: 512 times fewer faults. glibc keeps smaller blocks for the next that
+ * asks; such pages are there already, and asking for others took longer. What lies between pages of a tensor that is not
+ * contiguous is of the same tensor's storage. */
 #define LARGE_PAGE (2 << 20) /* bytes */
+#define FRESH (32 << 20)     /* bytes, from which on glibc maps each block anew */
 static void expect_writes(const tensor *t) {
 #ifdef MADV_HUGEPAGE
     if (!t->data) return;
@@ -157,9 +159,10 @@ static void expect_writes(const tensor *t) {
     const axis *axes[2] = {&t->rows, &t->columns};
     for (int k = 0; k < 2; k++)
         for (int d = 0; d < axes[k]->dims; d++) extent += (axes[k]->size[d] - 1) * axes[k]->stride[d];
+    if (extent * (int64_t)sizeof *t->data < FRESH) return;
     uintptr_t begin = ((uintptr_t)t->data + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
     uintptr_t end = (uintptr_t)(t->data + extent) / LARGE_PAGE * LARGE_PAGE;
-    if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE); /* a system may say no, and no harm is done */
+    madvise((void *)begin, end - begin, MADV_HUGEPAGE); /* a system may say no, and no harm is done */
 #else
     (void)t;
 #endif
