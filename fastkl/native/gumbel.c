@@ -94,7 +94,7 @@ static void draw(const problem *p, tile at, REAL *restrict out) {
     REAL own[TILE];
     uint64_t first = (uint64_t)(at.row * p->shape.columns + at.column);
     int count = at.rows * at.columns, shift = (int)(first % 4), calls = (shift + count + 3) / 4;
-    philox(p->seed, first / 4, 0, calls, words);
+    philox(p->seed, first / 4, 0, calls, words, NOTHING);
     for (int i = 0; i < calls; i++) {
         noise[4 * i] = gumbel(words[0][i]), noise[4 * i + 1] = gumbel(words[1][i]);
         noise[4 * i + 2] = gumbel(words[2][i]), noise[4 * i + 3] = gumbel(words[3][i]);

@@ -79,7 +79,7 @@ static void terms_gradient(const problem *p, int n, const REAL *w, const REAL *m
 }
 
 /* The noise of a tile: the caller's own, or that of the seed. */
-static const REAL *noise(const problem *p, tile at, int sample, REAL *buffer) {
+static const REAL *noise(const problem *p, tile at, int sample, REAL *buffer, awaited soon) {
     if (p->eps.data) {
         tensor eps = p->eps;
         eps.data += sample * p->eps_step;
@@ -89,11 +89,11 @@ static const REAL *noise(const problem *p, tile at, int sample, REAL *buffer) {
     uint64_t first = (uint64_t)(at.row * p->shape.columns + at.column);
 #ifdef FLOAT64
     float drawn[NOISE];
-    const float *eps = normals(p->seed, first, (uint32_t)sample, n, drawn);
+    const float *eps = normals(p->seed, first, (uint32_t)sample, n, drawn, soon);
     for (int i = 0; i < n; i++) buffer[i] = eps[i];
     return buffer;
 #else
-    return normals(p->seed, first, (uint32_t)sample, n, buffer);
+    return normals(p->seed, first, (uint32_t)sample, n, buffer, soon);
 #endif
 }
 
@@ -116,10 +116,10 @@ static void forward_tile(const problem *p, tile at, REAL *restrict out) {
     }
     for (int sample = 0; sample < p->samples; sample++) {
         REAL eps_own[NOISE], z_own[TILE];
-        const REAL *eps = noise(p, at, sample, eps_own);
         tensor z = p->z;
         z.data += sample * p->z_step;
         REAL *to = target_tile(&z, at, z_own);
+        const REAL *eps = noise(p, at, sample, eps_own, (awaited){.written = {to}});
         for (int i = 0; i < n; i++) to[i] = m[i] + sigma[i] * eps[i];
         write_tile(&z, at, to, z_own);
     }
@@ -206,15 +206,16 @@ int forward(const int64_t *numbers, const int64_t *addresses, double low, double
     return 0;
 }
 
-/* What comes in through the samples: the sums of dz and of dz eps. */
-static void sum_samples(const problem *p, tile at, REAL *restrict dmean, REAL *restrict dsigma) {
+/* What comes in through the samples: the sums of dz and of dz eps. `soon` is what is wanted next besides. */
+static void sum_samples(const problem *p, tile at, REAL *restrict dmean, REAL *restrict dsigma, awaited soon) {
     REAL eps_own[NOISE], dz_own[TILE];
     int n = at.rows * at.columns;
     for (int sample = 0; sample < p->samples; sample++) {
-        const REAL *eps = noise(p, at, sample, eps_own);
         tensor dz = p->dz;
         dz.data += sample * p->z_step;
-        const REAL *d = read_tile(&dz, at, dz_own);
+        const REAL *d = soon.read[0] = read_tile(&dz, at, dz_own);
+        const REAL *eps = noise(p, at, sample, eps_own, soon);
+        soon = NOTHING;
         if (sample == 0) for (int i = 0; i < n; i++) dmean[i] = d[i], dsigma[i] = d[i] * eps[i];
         else for (int i = 0; i < n; i++) dmean[i] += d[i], dsigma[i] += d[i] * eps[i];
     }
@@ -237,7 +238,7 @@ static void backward_piece(void *context, int64_t job) {
         REAL *dpx = own_prior ? target_tile(&p->dprior_logvar, at, dpx_own) : dpx_own;
         const REAL *m = p->dvalue.data ? read_tile(&p->mu, at, m_own) : NULL;
         const REAL *w = p->dvalue.data ? read_tile(&p->dvalue, at, w_own) : NULL;
-        if (p->samples) sum_samples(p, at, dmean, dsigma);
+        if (p->samples) sum_samples(p, at, dmean, dsigma, (awaited){.read = {NULL, m, v}, .written = {dm, dv}});
         if (p->samples && w && p->distance == KL && !prior) { /* the usual case: one exponential for both */
             for (int i = 0; i < n; i++) {
                 spread s = spread_of(x[i]);

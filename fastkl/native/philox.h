@@ -10,6 +10,8 @@
 #include <immintrin.h>
 #endif
 
+#include "functions.h"
+
 #define CALLS 264 /* most Philox calls at a time, of four words each; a multiple of 8 */
 
 /* Four calls side by side, a 32-bit word in each 64-bit lane; what is above the word is of no consequence. */
@@ -29,10 +31,26 @@ static inline void store_words(uint32_t *out, lanes even, lanes odd) {
     memcpy(out, &words, sizeof words);
 }
 
+/* What the loops after the noise read and write, a REAL for each number; null where there is less. It is on its way while
+ * the noise is computed: larger than the cache, they would wait for it, most of all for what they write. */
+typedef struct { const REAL *read[3], *written[2]; } awaited;
+#define NOTHING (awaited){.written = {NULL}}
+
+/* Of `count` from `first` on. A call of its own gcc would leave out: it returns nothing and changes nothing. */
+__attribute__((always_inline)) static inline void fetch(const awaited *soon, int first, int count) {
+    const int line = 64 / (int)sizeof(REAL);
+    for (int i = first; i < first + count; i += line) {
+        for (int k = 0; k < 3; k++) if (soon->read[k]) __builtin_prefetch(soon->read[k] + i, 0);
+        for (int k = 0; k < 2; k++) if (soon->written[k]) __builtin_prefetch(soon->written[k] + i, 1);
+    }
+}
+
 /* Philox4x32-10 (Salmon et al. 2011) of the counters (first + i, sample, 0): words[k][i] is word k of call i. Even and odd
  * calls go side by side: one hides the latency of the other's products. */
-static inline void philox(uint64_t seed, uint64_t first, uint32_t sample, int calls, uint32_t words[4][CALLS]) {
+static inline void philox(uint64_t seed, uint64_t first, uint32_t sample, int calls, uint32_t words[4][CALLS],
+                          awaited soon) {
     for (int call = 0; call < calls; call += 8) {
+        fetch(&soon, 4 * call, 32);
         lanes a[2], b[2], c[2], d[2];
         for (int odd = 0; odd < 2; odd++) {
             a[odd] = (lanes){0, 2, 4, 6} + (first + (uint64_t)(call + odd));
@@ -91,10 +109,10 @@ static inline pair box_muller(uint32_t word_0, uint32_t word_1) {
 
 /* Normals `first` to `first + count` of a sample, in `out` with room for NOISE; returns where the first of them is. */
 #define NOISE (4 * CALLS)
-static const float *normals(uint64_t seed, uint64_t first, uint32_t sample, int count, float *restrict out) {
+static const float *normals(uint64_t seed, uint64_t first, uint32_t sample, int count, float *restrict out, awaited soon) {
     uint32_t words[4][CALLS];
     int shift = (int)(first % 4), calls = (shift + count + 3) / 4;
-    philox(seed, first / 4, sample, calls, words);
+    philox(seed, first / 4, sample, calls, words, soon);
     for (int i = 0; i < calls; i++) {
         pair a = box_muller(words[0][i], words[1][i]), b = box_muller(words[2][i], words[3][i]);
         out[4 * i] = a.first, out[4 * i + 1] = a.second, out[4 * i + 2] = b.first, out[4 * i + 3] = b.second;
