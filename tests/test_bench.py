@@ -159,6 +159,14 @@ def test_long_steps_count_but_one_that_sets_things_up(first, kept, monkeypatch):
     assert max(found["a"].both) < 1.5e-2
 
 
+def run_alone(arguments, environment):
+    """Python in a process of its own."""
+    environment = environment | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stderr
+
+
 AHEAD = """
 from torch._inductor.graph import GraphLowering
 from bench import __main__ as command, measure, precompile, timing
@@ -186,10 +194,7 @@ def test_formulas_are_compiled_ahead(tmp_path):
     them. In a process of its own: what pytest does to this one is part of the graphs' names."""
     script = tmp_path / "ahead.py"
     script.write_text(AHEAD)
-    root = str(Path(__file__).parents[1])
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": root}
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
-    assert not done.returncode, done.stderr
+    run_alone([str(script)], os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
     assert len(list(tmp_path.rglob("*.so"))) >= 2
 
 
@@ -203,21 +208,33 @@ def test_compilation_ahead_leaves_no_process_behind(tmp_path, monkeypatch):
     assert not multiprocessing.active_children()
 
 
+HEAP = """
+import re
+import torch
+from bench import timing
+
+def on_heap(size):
+    tensor = torch.empty(size, dtype=torch.uint8)
+    with open("/proc/self/maps") as maps:
+        ranges = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*\\[heap\\]$", maps.read(), re.M)
+    return any(int(start, 16) <= tensor.data_ptr() < int(end, 16) for start, end in ranges)
+
+step = timing.Contender(lambda: torch.ones(1 << 18), lambda y: torch.cat([y.expand(64, -1), y.expand(64, -1)]))
+torch.empty(31 << 20, dtype=torch.uint8)  # who ran before
+for size in (8 << 20, 1 << 20):
+    assert on_heap(size)
+with timing.heap_of(step, "cpu"):
+    assert on_heap(1 << 20)
+    assert not on_heap(8 << 20)
+assert on_heap(8 << 20)  # and so do others have it
+"""
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 def test_heap_is_that_of_a_process_of_its_own():
-    """A block as large as the step's largest of up to 32 MiB comes from the heap, a larger one is mapped."""
-
-    def on_heap(size):
-        tensor = torch.empty(size, dtype=torch.uint8)
-        (heap,) = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*\[heap\]$", Path("/proc/self/maps").read_text(), re.M)
-        return int(heap[0], 16) <= tensor.data_ptr() < int(heap[1], 16)
-
-    torch.empty(31 << 20, dtype=torch.uint8)  # who ran before
-    step = timing.Contender(lambda: torch.ones(1 << 18), lambda y: torch.cat([y.expand(64, -1), y.expand(64, -1)]))
-    with timing.heap_of(step, "cpu"):
-        assert on_heap(1 << 20)
-        assert not on_heap(3 << 19)
-    assert on_heap(3 << 19)  # and so do other tests have it
+    """A block as large as the step's largest of up to 32 MiB comes from the heap, a larger one is mapped. In a process
+    of its own: what is free on this one's heap is used for blocks of any size."""
+    run_alone(["-c", HEAP], os.environ)
 
 
 def test_spread_and_ratio():
