@@ -119,23 +119,28 @@ def problem(
 def definition(case: Case, cotangents: list[Tensor], drawn: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor]]:
     """The reference's outputs and gradients in float64, given the noise of the outputs `drawn`; ValueError where it
     is none. Where rows have nothing to do with one another, some at a time: what fits a cache is five times as fast."""
-    rows = len(case.inputs[0]) if case.by_rows else 1
-    step = max(1, PART * rows // max(1, case.inputs[0].numel())) if case.by_rows else 1
-    outputs, gradients = [], []
+    if not case.by_rows:
+        return exactly(case, case.inputs, cotangents, drawn)
+    rows, outputs, gradients = len(case.inputs[0]), [], []
+    step = max(1, PART * rows // max(1, case.inputs[0].numel()))
     for start in range(0, rows, step):
-        share = min(step, rows - start) / rows
+        share = min(step, rows - start) / rows  # of a scalar, which is a mean over rows
 
-        def cut(tensor: Tensor, at: slice = slice(start, start + step)) -> Tensor:
-            return tensor[at] if case.by_rows and tensor.dim() else tensor
+        def cut(tensors: list[Tensor], at: slice = slice(start, start + step), share: float = share) -> list[Tensor]:
+            return [tensor[at] if tensor.dim() else share * tensor.double() for tensor in tensors]
 
-        exact = [cut(x.detach()).double().requires_grad_(x.requires_grad) for x in case.inputs]
-        settings = case.noise(exact, [cut(out).double() for out in drawn]) if drawn is not None else {}
-        weights = [cut(tensor).double() * (1 if tensor.dim() else share) for tensor in cotangents]
-        found = run(case.reference, exact, weights, **settings)
-        outputs.append([out if out.dim() else out * share for out in found[0]])
-        gradients.append(found[1])
-    joined = [torch.cat(parts) if parts[0].dim() and case.by_rows else sum(parts) for parts in zip(*outputs)]
-    return joined, [torch.cat(parts) if case.by_rows else parts[0] for parts in zip(*gradients)]
+        part = exactly(case, cut(case.inputs), cut(cotangents), cut(drawn) if drawn is not None else None)
+        outputs.append([out if out.dim() else share * out for out in part[0]])
+        gradients.append(part[1])
+    joined = [torch.cat(parts) if parts[0].dim() else sum(parts) for parts in zip(*outputs)]
+    return joined, [torch.cat(parts) for parts in zip(*gradients)]
+
+
+def exactly(case: Case, inputs: list[Tensor], cotangents: list[Tensor], drawn: list[Tensor] | None) -> tuple:
+    """As `definition`, of all of these inputs at once."""
+    exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs]
+    settings = case.noise(exact, [out.double() for out in drawn]) if drawn is not None else {}
+    return run(case.reference, exact, [tensor.double() for tensor in cotangents], **settings)
 
 
 def disagreement(actual: tuple, expected: tuple, rounding: float, together: bool = False) -> str:

@@ -187,9 +187,10 @@ def heap_of(contender: Contender | None, device: str) -> Iterator[None]:
 
 def limit_heap(largest: int) -> None:
     """As where a block of so many bytes was the largest."""
-    set_limit, kept = ctypes.CDLL(None).mallopt, -(-largest // mmap.PAGESIZE) * mmap.PAGESIZE
-    set_limit(M_MMAP_THRESHOLD, max(kept, LEAST_KEPT))
-    set_limit(M_TRIM_THRESHOLD, 2 * kept if kept > LEAST_KEPT else LEAST_KEPT)
+    kept = max(LEAST_KEPT, -(-largest // mmap.PAGESIZE) * mmap.PAGESIZE)
+    set_limit = ctypes.CDLL(None).mallopt
+    set_limit(M_MMAP_THRESHOLD, kept)
+    set_limit(M_TRIM_THRESHOLD, 2 * kept if kept > LEAST_KEPT else kept)
 
 
 def copy(budget: Budget, device: str) -> Contender:
