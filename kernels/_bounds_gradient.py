@@ -13,6 +13,7 @@ import triton.language as tl
 
 from fastkl.kernels._bounds import blocks, element, joint_tiles, load_four, together, weights
 from fastkl.kernels._device import TRITON_DTYPE
+from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv
 from fastkl.kernels._mixture import quads, scattered, split
 from fastkl.kernels._mixture_gradient import FINISH, gmm_finish_kernel
@@ -21,7 +22,8 @@ from fastkl.kernels._mixture_gradient import FINISH, gmm_finish_kernel
 @triton.jit
 def kl_gmm_bounds_rows_kernel(
     dlower, dupper, lower, upper, mu, logvar, normaliser, centre, constants, roots, scaled_means, dmu, dlogvar,
-    rows, shape, strides, split_strides, components_per_program, splits,
+    rows, shape, mu_strides, logvar_strides, dlower_stride, dupper_stride, dmu_strides, dlogvar_strides,
+    dmu_split_stride, dlogvar_split_stride, components_per_program, splits,
     TAIL: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of mu and logvar (per split), kept in the outputs from tile to tile. lower and upper are log-densities,
@@ -29,12 +31,12 @@ def kl_gmm_bounds_rows_kernel(
     split = tl.program_id(0) % splits
     index = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(index, rows - 1).to(tl.int64)  # beyond the last row it again, not stored
-    steps = (strides[0][1] * 4, strides[1][1] * 4)
-    mu_start, logvar_start = quads(mu, row, strides[0]), quads(logvar, row, strides[1])
-    dmu = quads(dmu + split.to(tl.int64) * split_strides[0], row, strides[4])
-    dlogvar = quads(dlogvar + split.to(tl.int64) * split_strides[1], row, strides[5])
-    to_lower = tl.load(dlower + row * strides[2]).to(DTYPE)
-    to_upper = tl.load(dupper + row * strides[3]).to(DTYPE)
+    steps = (mu_strides[1] * 4, logvar_strides[1] * 4)
+    mu_start, logvar_start = quads(mu, row, mu_strides), quads(logvar, row, logvar_strides)
+    dmu = quads(dmu + split.to(tl.int64) * dmu_split_stride, row, dmu_strides)
+    dlogvar = quads(dlogvar + split.to(tl.int64) * dlogvar_split_stride, row, dlogvar_strides)
+    to_lower = tl.load(dlower + row * dlower_stride).to(DTYPE)
+    to_upper = tl.load(dupper + row * dupper_stride).to(DTYPE)
     of_entropy = tl.where(split == 0, -0.5, 0.0) * (to_lower + to_upper)[:, None]
     first = split * components_per_program
     for start in range(first, tl.minimum(first + components_per_program, shape[1]), COMPONENTS):
@@ -69,14 +71,15 @@ def kl_gmm_bounds_rows_kernel(
             tl.store(dlogvar_at, before + together(others[0], others[1], others[2], others[3], ROWS), mask)
             mu_at += steps[0]
             logvar_at += steps[1]
-            dmu_at += strides[4][1] * 4
-            dlogvar_at += strides[5][1] * 4
+            dmu_at += dmu_strides[1] * 4
+            dlogvar_at += dlogvar_strides[1] * 4
 
 
 @triton.jit
 def kl_gmm_bounds_components_kernel(
     dlower, dupper, lower, upper, mu, logvar, normaliser, centre, constants, roots, scaled_means, counts, sums, squared,
-    rows, shape, strides, part_stride, rows_per_program, component_blocks,
+    rows, shape, mu_strides, logvar_strides, dlower_stride, dupper_stride, part_stride, rows_per_program,
+    component_blocks,
     TAIL: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Per share of the rows, what gmm_finish_kernel takes: counts [K], the sum of both weights; sums [D, K], that of
@@ -84,7 +87,7 @@ def kl_gmm_bounds_components_kernel(
     part = tl.program_id(0) // component_blocks
     start_component = tl.program_id(0) % component_blocks * COMPONENTS
     lanes = tl.arange(0, COMPONENTS)
-    steps = (strides[0][1] * 4, strides[1][1] * 4)
+    steps = (mu_strides[1] * 4, logvar_strides[1] * 4)
     first = part * rows_per_program
     sums_start = sums + part.to(tl.int64) * part_stride + start_component
     if squared is not None:
@@ -93,14 +96,14 @@ def kl_gmm_bounds_components_kernel(
     for start in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
         index = start + tl.arange(0, ROWS)
         row = tl.minimum(index, rows - 1).to(tl.int64)  # beyond the last row it again, with no weight
-        mu_at, logvar_at = quads(mu, row, strides[0]), quads(logvar, row, strides[1])
+        mu_at, logvar_at = quads(mu, row, mu_strides), quads(logvar, row, logvar_strides)
         low, high = joint_tiles(
             mu_at, logvar_at, normaliser, centre, constants, roots, scaled_means, start_component, shape, steps,
             TAIL, False, ROWS, COMPONENTS, DTYPE,
         )  # fmt: skip
-        gradient = tl.load(dlower + row * strides[2], mask=index < rows, other=0.0).to(DTYPE)
+        gradient = tl.load(dlower + row * dlower_stride, mask=index < rows, other=0.0).to(DTYPE)
         low = weights(low, lower, gradient, row, False, DTYPE)
-        gradient = tl.load(dupper + row * strides[3], mask=index < rows, other=0.0).to(DTYPE)
+        gradient = tl.load(dupper + row * dupper_stride, mask=index < rows, other=0.0).to(DTYPE)
         high = weights(high, upper, gradient, row, False, DTYPE)
         count += tl.sum(low + high, axis=0)
         roots_at, means_at, sums_at = roots + start_component, scaled_means + start_component, sums_start
@@ -144,11 +147,11 @@ def by_rows(given, mu, logvar, components, mixture):
         else output
         for output in outputs
     ]
-    strides = (mu.stride(), logvar.stride(), given[0].stride(0), given[1].stride(0))
-    kl_gmm_bounds_rows_kernel[(row_blocks * splits,)](
-        *given, mu, logvar, *mixture, *written, rows, (columns, components, mixture.padded),
-        (*strides, *(w.stride()[-2:] for w in written)), tuple(w.stride(0) if w.dim() == 3 else 0 for w in written),
-        length, splits, TAIL=odd == "tail", DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
+    launch(
+        kl_gmm_bounds_rows_kernel, (row_blocks * splits,), *given, mu, logvar, *mixture, *written, rows,
+        (columns, components, mixture.padded), mu.stride(), logvar.stride(), given[0].stride(0), given[1].stride(0),
+        *(w.stride()[-2:] for w in written), *(w.stride(0) if w.dim() == 3 else 0 for w in written), length, splits,
+        TAIL=odd == "tail", DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
     )  # fmt: skip
     return [o if o is w else o.copy_(w.sum(0)) for o, w in zip(outputs, written)]
 
@@ -165,18 +168,20 @@ def by_components(given, mu, logvar, logits, means, logvars, mixture):
     counts = torch.empty((parts, padded), dtype=dtype, device=device)
     sums = torch.empty((1 + second, parts, padded_columns, padded), dtype=dtype, device=device)
     squared, shape = sums[1] if second else None, (columns, components, padded)
-    kl_gmm_bounds_components_kernel[(component_blocks * parts,)](
+    launch(
+        kl_gmm_bounds_components_kernel, (component_blocks * parts,),
         *given, mu, logvar, *mixture, counts, sums[0], squared, rows, shape,
-        (mu.stride(), logvar.stride(), given[0].stride(0), given[1].stride(0)), part, length, component_blocks,
+        mu.stride(), logvar.stride(), given[0].stride(0), given[1].stride(0), part, length, component_blocks,
         TAIL=odd == "tail", DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
     )  # fmt: skip
     count, dmeans = torch.empty(components, dtype=dtype, device=device), torch.empty_like(means)
     whole = second and logvars.shape == means.shape  # else summed afterwards
     dlogvars = torch.empty_like(logvars) if whole else torch.empty(means.shape, dtype=dtype, device=device)
     column_blocks = cdiv(columns, FINISH["COLUMNS"])
-    gmm_finish_kernel[(cdiv(components, FINISH["COMPONENTS"]) * column_blocks,)](
+    launch(
+        gmm_finish_kernel, (cdiv(components, FINISH["COMPONENTS"]) * column_blocks,),
         counts, sums[0], squared, mixture.roots, dmeans, dlogvars, count, parts, shape, part, column_blocks,
-        (dmeans.stride()[1:], dlogvars.stride()[1:]), KIND="gradient", DTYPE=TRITON_DTYPE[dtype],
+        dmeans.stride()[1:], dlogvars.stride()[1:], KIND="gradient", DTYPE=TRITON_DTYPE[dtype],
         enable_fp_fusion=True, **FINISH,
     )  # fmt: skip
     count += torch.softmax(logits[0].to(dtype), 0) * (given[0].sum(dtype=dtype) + given[1].sum(dtype=dtype))

@@ -108,7 +108,9 @@ def temperature(tau, TENSOR: tl.constexpr, DTYPE: tl.constexpr):
     if TENSOR:
         value = tl.load(tau).to(DTYPE)
         # The smallest normal number: its inverse is finite, and separates all but ties.
-        inverse = 1.0 / tl.maximum(value, 1.17549435e-38 if value.dtype == tl.float32 else 2.2250738585072014e-308)
+        # The one in float32 is written to full precision: rounded down, Triton 3.6 would take it for a float64.
+        smallest: tl.constexpr = 1.1754943508222875e-38 if value.dtype == tl.float32 else 2.2250738585072014e-308
+        inverse = 1.0 / tl.maximum(value, smallest)
         inverse = tl.where(value >= 0.0, inverse, float("nan"))
         return inverse * LOG2E, tl.where(value == 0.0, 0.0, inverse), value == 0.0
     else:

@@ -99,6 +99,11 @@ def fit(inputs: list[Tensor], outputs: list[Tensor], event_ndim: int, *, reorder
     return inputs, outputs, found
 
 
+def strides_of(tensor: Tensor | None) -> tuple[int, ...]:
+    """The strides of a matrix that may be missing."""
+    return (0, 0) if tensor is None else tensor.stride()
+
+
 def finish(outputs: list[Tensor], launched: list[Tensor]) -> None:
     for output, written in zip(outputs, launched):
         if output is not written:

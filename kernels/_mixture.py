@@ -203,9 +203,9 @@ def squares(
 
 @triton.jit
 def joint_tile(
-    z_at, logvar_at, logits, normaliser, centre, constants, roots, scaled_means, row, start, shape, steps, strides,
-    FORM: tl.constexpr, TAIL: tl.constexpr, BY_ROWS: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr,
-    TERMS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr,
+    z_at, logvar_at, logits, normaliser, centre, constants, roots, scaled_means, row, start, shape, steps,
+    logits_strides, FORM: tl.constexpr, TAIL: tl.constexpr, BY_ROWS: tl.constexpr, ROWS: tl.constexpr,
+    COMPONENTS: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """ln pi_k + ln N_k(z) for a tile; logits is None where they are shared, and part of the constants.
 
@@ -222,7 +222,7 @@ def joint_tile(
         joint = (constant - tl.load(normaliser)) - 0.5 * total
     else:
         column = tl.minimum(component, components - 1).to(tl.int64)  # the padding's constants are -inf already
-        at = of_rows(row.to(tl.int64) * strides[0], BY_ROWS, TERMS, LANES) + column * strides[1]
+        at = of_rows(row.to(tl.int64) * logits_strides[0], BY_ROWS, TERMS, LANES) + column * logits_strides[1]
         weight = tl.load(logits + at).to(DTYPE)
         weight -= of_rows(tl.load(normaliser + row), BY_ROWS, TERMS, LANES)
         joint = weight + (constant - 0.5 * total)

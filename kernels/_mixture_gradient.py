@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import TRITON_DTYPE, exp, two_parts
+from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, compute_dtype
 from fastkl.kernels._mixture import (
     blocks,
@@ -58,7 +59,8 @@ def finished(first, second, count, s, KIND: tl.constexpr):
 @triton.jit
 def gmm_components_kernel(
     dlp, lp, dlog_r, log_r, z, logvar, logits, normaliser, centre, constants, roots, scaled_means, counts, sums,
-    squared, rows, logit_rows, shape, strides, out_strides, part_stride, rows_per_program, component_blocks,
+    squared, rows, logit_rows, shape, z_strides, logvar_strides, logits_strides, dlp_stride, dlog_r_strides,
+    sums_strides, squared_strides, part_stride, rows_per_program, component_blocks,
     FORM: tl.constexpr, GIVEN: tl.constexpr, TAIL: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr,
     COMPONENTS: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -70,32 +72,33 @@ def gmm_components_kernel(
     lanes = own_index(COMPONENTS, LANES)
     component = start_component + tl.arange(0, COMPONENTS)
     quad = tl.arange(0, 4)
-    steps = (strides[0][1] * 4, strides[1][1] * 4)
+    steps = (z_strides[1] * 4, logvar_strides[1] * 4)
     first_row = part * rows_per_program
     end = tl.minimum(first_row + rows_per_program, rows)
     sums += part.to(tl.int64) * part_stride
-    sums_start = quads(sums, component, out_strides[0])
+    sums_start = quads(sums, component, sums_strides)
     if squared is not None:
         squared += part.to(tl.int64) * part_stride
-        squared_start = quads(squared, component, out_strides[1])
+        squared_start = quads(squared, component, squared_strides)
     count = tl.zeros([COMPONENTS], dtype=DTYPE)
     for start in range(first_row, end, ROWS):
         index = start + tl.arange(0, ROWS)
         row = tl.minimum(index, rows - 1).to(tl.int64)  # beyond the last row it again, with no weight
-        z_at, logvar_at = quads(z, row, strides[0]), None
+        z_at, logvar_at = quads(z, row, z_strides), None
         if logvar is not None:
-            logvar_at = quads(logvar, row, strides[1])
-        gradient = tl.load(dlp + row * strides[3], mask=index < rows, other=0.0).to(DTYPE)
+            logvar_at = quads(logvar, row, logvar_strides)
+        gradient = tl.load(dlp + row * dlp_stride, mask=index < rows, other=0.0).to(DTYPE)
         if GIVEN:
             weight = given_weights(
-                dlog_r, log_r, gradient, row, start_component + lanes, shape[1], strides[4], False, TERMS, LANES, DTYPE
+                dlog_r, log_r, gradient, row, start_component + lanes, shape[1], dlog_r_strides, False, TERMS, LANES,
+                DTYPE,
             )  # fmt: skip
             weight = tl.where(of_rows(index < rows, False, TERMS, LANES), weight, 0.0)
         else:
             value, rest = two_parts(tl.load(lp + row), DTYPE)
             joint = joint_tile(
                 z_at, logvar_at, logits, normaliser, centre, constants, roots, scaled_means, row % logit_rows,
-                start_component, shape, steps, strides[2], FORM, TAIL, False, ROWS, COMPONENTS, TERMS, LANES, DTYPE,
+                start_component, shape, steps, logits_strides, FORM, TAIL, False, ROWS, COMPONENTS, TERMS, LANES, DTYPE,
             )  # fmt: skip
             value, rest = of_rows(value, False, TERMS, LANES), of_rows(rest, False, TERMS, LANES)
             weight = of_rows(gradient, False, TERMS, LANES) * exp(joint - value - rest)
@@ -143,16 +146,17 @@ def gmm_components_kernel(
                     factor = tl.load(roots + (d + quad).to(tl.int64)[None, :] * shape[2] + component[:, None])
                     first, second = finished(first, second, count[:, None], factor, KIND)
             tl.store(sums_at, first, mask)
-            sums_at += out_strides[0][1] * 4
+            sums_at += sums_strides[1] * 4
             if squared is not None:
                 tl.store(squared_at, second, mask)
-                squared_at += out_strides[1][1] * 4
+                squared_at += squared_strides[1] * 4
     tl.store(counts + part.to(tl.int64) * shape[2] + component, count)
 
 
 @triton.jit
 def gmm_finish_kernel(
-    counts, sums, squared, roots, first_out, second_out, count_out, parts, shape, part_stride, column_blocks, strides,
+    counts, sums, squared, roots, first_out, second_out, count_out, parts, shape, part_stride, column_blocks,
+    first_strides, second_strides,
     KIND: tl.constexpr, COMPONENTS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Add the parts; [K, D] outputs."""
@@ -175,9 +179,10 @@ def gmm_finish_kernel(
     s = tl.load(roots + at, mask, other=1.0)  # only to divide by
     first, second = finished(first, second, count[None, :], s, KIND)
     component, column = component.to(tl.int64), column.to(tl.int64)
-    tl.store(first_out + component[None, :] * strides[0][0] + column[:, None] * strides[0][1], first, mask)
+    tl.store(first_out + component[None, :] * first_strides[0] + column[:, None] * first_strides[1], first, mask)
     if squared is not None:
-        tl.store(second_out + component[None, :] * strides[1][0] + column[:, None] * strides[1][1], second, mask)
+        at = component[None, :] * second_strides[0] + column[:, None] * second_strides[1]
+        tl.store(second_out + at, second, mask)
     if tl.program_id(0) % column_blocks == 0:
         tl.store(count_out + component, count, real)
 
@@ -203,24 +208,26 @@ def by_components(given, z, logvar, logits, means, logvars, mixture, form, kind,
     # A single part's sums go on in the outputs, if these are not rounded on the way.
     direct = parts == 1 and (rows <= block["ROWS"] or all(output.dtype == dtype for output in outputs))
     counts = torch.empty((parts, padded), dtype=dtype, device=device)
-    sums, sums_strides = outputs, tuple(output.stride()[1:] for output in outputs)
+    sums, sums_strides = outputs, [output.stride()[1:] for output in outputs]
     if not direct:
         sums = torch.empty((1 + second, parts, padded_columns, padded), dtype=dtype, device=device)
-        sums_strides = ((1, padded),) * (1 + second)
+        sums_strides = [(1, padded)] * (1 + second)
     pointers, strides = row_launch_arguments(given, z, logvar, logits, mixture)
     shape = (columns, components, padded)
-    gmm_components_kernel[(component_blocks * parts,)](
-        *pointers, counts, sums[0], sums[1] if second else None, rows, logits.shape[0], shape, strides, sums_strides,
-        part, length, component_blocks, FORM=form, GIVEN=given[2] is not None, TAIL=odd == "tail",
+    launch(
+        gmm_components_kernel, (component_blocks * parts,), *pointers, counts, sums[0], sums[1] if second else None,
+        rows, logits.shape[0], shape, *strides, sums_strides[0], sums_strides[1] if second else (0, 0), part, length,
+        component_blocks, FORM=form, GIVEN=given[2] is not None, TAIL=odd == "tail",
         KIND=kind if direct else None, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
     )  # fmt: skip
     count_out = counts[0, :components]
     if not direct:
         count_out = torch.empty(components, dtype=dtype, device=device)
         column_blocks = max(1, cdiv(columns, FINISH["COLUMNS"]))
-        gmm_finish_kernel[(cdiv(components, FINISH["COMPONENTS"]) * column_blocks,)](
+        launch(
+            gmm_finish_kernel, (cdiv(components, FINISH["COMPONENTS"]) * column_blocks,),
             counts, sums[0], sums[1] if second else None, mixture.roots, first_out, second_out, count_out, parts, shape,
-            part, column_blocks, (first_out.stride()[1:], second_out.stride()[1:] if second else (0, 0)),
+            part, column_blocks, first_out.stride()[1:], second_out.stride()[1:] if second else (0, 0),
             KIND=kind, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **FINISH,
         )  # fmt: skip
     if second and not moments and not whole:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import TRITON_DTYPE, exp, finite
+from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, next_power_of_2, registers
 
 PAD = 128  # components are padded to whole tiles, of 128 at most, dimensions to whole steps of the inner loop
@@ -46,7 +47,8 @@ def add_exponentials(top, total, value, AXIS: tl.constexpr):
 
 @triton.jit
 def prepare_kernel(
-    logits, means, logvars, normaliser, centre, constants, roots, scaled_means, shape, strides,
+    logits, means, logvars, normaliser, centre, constants, roots, scaled_means, shape, logits_strides, means_strides,
+    logvars_strides,
     CONVOLVED: tl.constexpr, SHARED: tl.constexpr, DTYPE: tl.constexpr,
     COMPONENTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +62,7 @@ def prepare_kernel(
         for start in range(0, components, LOGITS):
             component = start + tl.arange(0, LOGITS)
             mask = (row < rows)[:, None] & (component < components)[None, :]
-            at = row.to(tl.int64)[:, None] * strides[0][0] + component.to(tl.int64)[None, :] * strides[0][1]
+            at = row.to(tl.int64)[:, None] * logits_strides[0] + component.to(tl.int64)[None, :] * logits_strides[1]
             value = tl.load(logits + at, mask, other=float("-inf")).to(DTYPE)  # a weight of zero
             top, total = add_exponentials(top, total, value, 1)
         tl.store(normaliser + row, top + tl.log(total), mask=row < rows)
@@ -69,11 +71,12 @@ def prepare_kernel(
         column = program % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
         real = component < components
         mask = real[:, None] & (column < columns)[None, :]
-        at = component.to(tl.int64)[:, None] * strides[1][0] + column.to(tl.int64)[None, :] * strides[1][1]
+        wide, narrow = component.to(tl.int64)[:, None], column.to(tl.int64)[None, :]
+        at = wide * means_strides[0] + narrow * means_strides[1]
         m = tl.load(means + at, mask, other=0.0).to(DTYPE)
         v = tl.zeros([COMPONENTS, COLUMNS], dtype=DTYPE)
         if logvars is not None:
-            at = component.to(tl.int64)[:, None] * strides[2][0] + column.to(tl.int64)[None, :] * strides[2][1]
+            at = wide * logvars_strides[0] + narrow * logvars_strides[1]
             v += tl.load(logvars + at, mask, other=0.0).to(DTYPE)  # a variance of 1
         at = column.to(tl.int64)[None, :] * padded_components + component[:, None]
         inside = (component < padded_components)[:, None] & (column < padded_columns)[None, :]
@@ -85,7 +88,7 @@ def prepare_kernel(
             # The average of the first components where it dwarfs their distances, so that shifting z and means together
             # changes next to nothing; z - c is then exact. Elsewhere 0: z - c would only be rounded.
             some = tl.arange(0, COMPONENTS)
-            at_some = some.to(tl.int64)[:, None] * strides[1][0] + column.to(tl.int64)[None, :] * strides[1][1]
+            at_some = some.to(tl.int64)[:, None] * means_strides[0] + narrow * means_strides[1]
             inside_some = (some < components)[:, None] & (column < columns)[None, :]
             first = tl.load(means + at_some, inside_some, other=0.0).to(DTYPE)
             average = tl.sum(first, axis=0) / tl.minimum(components, COMPONENTS)
@@ -102,12 +105,12 @@ def prepare_kernel(
             if logvars is not None and not CONVOLVED:
                 for start in range(0, columns, COLUMNS):
                     each = start + tl.arange(0, COLUMNS)
-                    at = component.to(tl.int64)[:, None] * strides[2][0] + each.to(tl.int64)[None, :] * strides[2][1]
+                    at = wide * logvars_strides[0] + each.to(tl.int64)[None, :] * logvars_strides[1]
                     log_scale += tl.load(logvars + at, real[:, None] & (each < columns)[None, :], other=0.0).to(DTYPE)
             half_log = tl.full([COMPONENTS], 0.9189385332046727, dtype=DTYPE)  # 1/2 ln 2 pi
             constant = -0.5 * tl.sum(log_scale, axis=1) - half_log * columns
             if SHARED:
-                constant += tl.load(logits + component * strides[0][1], real, other=0.0).to(DTYPE)
+                constant += tl.load(logits + component * logits_strides[1], real, other=0.0).to(DTYPE)
             tl.store(constants + component, tl.where(real, constant, float("-inf")), component < padded_components)
 
 
@@ -126,10 +129,10 @@ def prepare(logits, means, logvars, form: str, dtype: torch.dtype) -> Mixture:
     column_blocks = max(1, cdiv(padded_columns, PREPARE["COLUMNS"]))
     tiles = column_blocks * cdiv(padded_components, PREPARE["COMPONENTS"])
     full = None if logvars is None else logvars.expand(means.shape)
-    prepare_kernel[(tiles + cdiv(rows, PREPARE["ROWS"]),)](
-        logits, means, full, *mixture,
+    launch(
+        prepare_kernel, (tiles + cdiv(rows, PREPARE["ROWS"]),), logits, means, full, *mixture,
         (rows, components, columns, padded_components, padded_columns, column_blocks, tiles),
-        (logits.stride(), means.stride()[1:], means.stride()[1:] if full is None else full.stride()[1:]),
+        logits.stride(), means.stride()[1:], (0, 0) if full is None else full.stride()[1:],
         CONVOLVED=form == "convolved", SHARED=rows == 1, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **PREPARE,
         **registers(168),
     )  # fmt: skip

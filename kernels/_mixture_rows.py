@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import TRITON_DTYPE, exp, two_parts
-from fastkl.kernels._layout import cdiv
+from fastkl.kernels._launch import launch
+from fastkl.kernels._layout import cdiv, strides_of
 from fastkl.kernels._mixture import (
     blocks,
     four,
@@ -24,12 +25,12 @@ from fastkl.kernels._mixture import (
 
 @triton.jit
 def given_weights(
-    dlog_r, log_r, total, row, component, components, strides,
+    dlog_r, log_r, total, row, component, components, dlog_r_strides,
     BY_ROWS: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """dlog_r - exp(log_r) total, 0 beyond the last component."""
     mask, component = component < components, component.to(tl.int64)
-    at = of_rows(row * strides[0], BY_ROWS, TERMS, LANES) + component * strides[1]
+    at = of_rows(row * dlog_r_strides[0], BY_ROWS, TERMS, LANES) + component * dlog_r_strides[1]
     gradient = tl.load(dlog_r + at, mask, other=0.0).to(DTYPE)
     at = of_rows(row * components, BY_ROWS, TERMS, LANES) + component
     value = tl.load(log_r + at, mask, other=float("-inf")).to(DTYPE)
@@ -57,7 +58,8 @@ def summed(x):
 @triton.jit
 def gmm_rows_kernel(
     dlp, lp, dlog_r, log_r, z, logvar, logits, normaliser, centre, constants, roots, scaled_means, dz, dlogvar, dlogits,
-    rows, copies, shape, strides, split_strides, components_per_program, splits,
+    rows, copies, shape, z_strides, logvar_strides, logits_strides, dlp_stride, dlog_r_strides, dz_strides,
+    dlogvar_strides, dlogits_strides, dz_split_stride, dlogvar_split_stride, components_per_program, splits,
     FORM: tl.constexpr, GIVEN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr,
     TERMS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -70,21 +72,21 @@ def gmm_rows_kernel(
     index = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
     valid = index < rows
     index = tl.minimum(index, rows - 1)  # beyond the last row it again, not stored
-    steps = (strides[0][1] * 4, strides[1][1] * 4)
+    steps = (z_strides[1] * 4, logvar_strides[1] * 4)
     lanes = term_index(COMPONENTS, TERMS)
     first = split * components_per_program
     if dz is not None:
-        dz += split.to(tl.int64) * split_strides[0]
+        dz += split.to(tl.int64) * dz_split_stride
     if dlogvar is not None:
-        dlogvar += split.to(tl.int64) * split_strides[1]
+        dlogvar += split.to(tl.int64) * dlogvar_split_stride
     if dlogits is not None:
         normal = of_rows(tl.load(normaliser + index), True, TERMS, LANES)
     for copy in range(copies):
         row = index.to(tl.int64) + copy * rows
-        z_at, logvar_at = quads(z, row, strides[0]), None
+        z_at, logvar_at = quads(z, row, z_strides), None
         if logvar is not None:
-            logvar_at = quads(logvar, row, strides[1])
-        gradient = tl.load(dlp + row * strides[3]).to(DTYPE)
+            logvar_at = quads(logvar, row, logvar_strides)
+        gradient = tl.load(dlp + row * dlp_stride).to(DTYPE)
         if not GIVEN:
             value, rest = two_parts(tl.load(lp + row), DTYPE)
             value, rest = of_rows(value, True, TERMS, LANES), of_rows(rest, True, TERMS, LANES)
@@ -92,30 +94,30 @@ def gmm_rows_kernel(
             component = start + lanes
             if GIVEN:
                 weight = given_weights(
-                    dlog_r, log_r, gradient, row, component, shape[1], strides[4], True, TERMS, LANES, DTYPE
+                    dlog_r, log_r, gradient, row, component, shape[1], dlog_r_strides, True, TERMS, LANES, DTYPE
                 )  # fmt: skip
             else:
                 joint = joint_tile(
                     z_at, logvar_at, logits, normaliser, centre, constants, roots, scaled_means, index, start, shape,
-                    steps, strides[2], FORM, TAIL, True, ROWS, COMPONENTS, TERMS, LANES, DTYPE,
+                    steps, logits_strides, FORM, TAIL, True, ROWS, COMPONENTS, TERMS, LANES, DTYPE,
                 )  # fmt: skip
                 weight = of_rows(gradient, True, TERMS, LANES) * exp(joint - value - rest)
             if dlogits is not None:
                 inside = (component < shape[1]) & of_rows(valid, True, TERMS, LANES)
                 column = tl.minimum(component, shape[1] - 1).to(tl.int64)  # the last one again, not stored
-                out = of_rows(index.to(tl.int64) * strides[7][0], True, TERMS, LANES) + column * strides[7][1]
+                out = of_rows(index.to(tl.int64) * dlogits_strides[0], True, TERMS, LANES) + column * dlogits_strides[1]
                 change = weight
                 if not GIVEN:
-                    at = of_rows(index.to(tl.int64) * strides[2][0], True, TERMS, LANES) + column * strides[2][1]
-                    share = tl.load(logits + at).to(DTYPE) - normal
+                    at = of_rows(index.to(tl.int64) * logits_strides[0], True, TERMS, LANES)
+                    share = tl.load(logits + at + column * logits_strides[1]).to(DTYPE) - normal
                     change -= of_rows(gradient, True, TERMS, LANES) * exp(share)
                 change += tl.load(dlogits + out, copy + lanes * 0 > 0, other=0.0).to(DTYPE)  # else 0: nothing yet
                 tl.store(dlogits + out, change, inside)
             if dz is not None:
-                dz_at = quads(dz, row, strides[5])
+                dz_at = quads(dz, row, dz_strides)
                 roots_at, means_at = roots + start, scaled_means + start
                 if dlogvar is not None:
-                    dlogvar_at = quads(dlogvar, row, strides[6])
+                    dlogvar_at = quads(dlogvar, row, dlogvar_strides)
                     logvar_here = logvar_at
                 z_here = z_at
                 for d in range(0, shape[0], 4):
@@ -145,23 +147,20 @@ def gmm_rows_kernel(
                     old = mask & (start + tl.arange(0, 1) > first)[:, None]  # else 0: nothing yet
                     before = tl.load(dz_at, old, other=0.0).to(DTYPE)
                     tl.store(dz_at, before - summed(sums), mask)
-                    dz_at += strides[5][1] * 4
+                    dz_at += dz_strides[1] * 4
                     z_here += steps[0]
                     if dlogvar is not None:
                         half = 0.5 if FORM == "convolved" else -0.5
                         before = tl.load(dlogvar_at, old, other=0.0).to(DTYPE)
                         tl.store(dlogvar_at, before + summed(others) * variance * half, mask)
-                        dlogvar_at += strides[6][1] * 4
+                        dlogvar_at += dlogvar_strides[1] * 4
                         logvar_here += steps[1]
 
 
 def row_launch_arguments(given, z, logvar, logits, mixture):
     """(pointers, strides) up to the outputs, for both kernels; logits are None where all rows share them."""
     dlp, _, dlog_r, _ = given
-    strides = (
-        z.stride(), (0, 0) if logvar is None else logvar.stride(), logits.stride(), dlp.stride(0),
-        (0, 0) if dlog_r is None else dlog_r.stride(),
-    )  # fmt: skip
+    strides = (z.stride(), strides_of(logvar), logits.stride(), dlp.stride(0), strides_of(dlog_r))
     pointers = (*given, z, logvar, None if logits.shape[0] == 1 else logits, *mixture)
     return pointers, strides
 
@@ -186,11 +185,11 @@ def by_rows(given, z, logvar, logits, components, mixture, form, *, data, own):
             shape = (splits, *output.shape) if i < 2 else output.shape
             written[i] = torch.empty(shape, dtype=dtype, device=z.device)
     pointers, strides = row_launch_arguments(given, z, logvar, logits, mixture)
-    strides += tuple((0, 0) if w is None else w.stride()[-2:] for w in written)
-    split_strides = tuple(w.stride(0) if w is not None and w.dim() == 3 else 0 for w in written[:2])
+    split_strides = [w.stride(0) if w is not None and w.dim() == 3 else 0 for w in written[:2]]
     if rows:
-        gmm_rows_kernel[(row_blocks * splits,)](
-            *pointers, *written, owners, rows // owners, (columns, components, mixture.padded), strides, split_strides,
+        launch(
+            gmm_rows_kernel, (row_blocks * splits,), *pointers, *written, owners, rows // owners,
+            (columns, components, mixture.padded), *strides, *(strides_of(w)[-2:] for w in written), *split_strides,
             length, splits, FORM=form, GIVEN=given[2] is not None, TAIL=odd == "tail",
             DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
         )  # fmt: skip

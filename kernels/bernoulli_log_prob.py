@@ -40,7 +40,7 @@ def bernoulli_terms_gradient(logits, x):
 
 @triton.jit
 def bernoulli_log_prob_fwd_kernel(
-    logits, x, log_prob, shape, strides, columns_per_program, splits,
+    logits, x, log_prob, shape, logits_strides, x_strides, columns_per_program, splits,
     NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """`splits` programs share each block of rows; log_prob is [splits, rows]."""
@@ -56,15 +56,16 @@ def bernoulli_log_prob_fwd_kernel(
         column = start + tl.arange(0, COLUMNS)
         mask = (row < rows)[:, None] & (column < last)[None, :]
         # With a logit of 1024 and x = 1 a masked element adds exactly 0: 1024 (1 - 1) - log1p(0).
-        logit = tl.load(logits + tile(row, column, shape, strides[0], NESTED), mask, other=1024.0).to(dtype)
-        value = tl.load(x + tile(row, column, shape, strides[1], NESTED), mask, other=1.0).to(dtype)
+        logit = tl.load(logits + tile(row, column, shape, logits_strides, NESTED), mask, other=1024.0).to(dtype)
+        value = tl.load(x + tile(row, column, shape, x_strides, NESTED), mask, other=1.0).to(dtype)
         total += bernoulli_terms(logit, value)
     tl.store(log_prob, tl.sum(total, axis=1), mask=row < rows)
 
 
 @triton.jit
 def bernoulli_log_prob_bwd_kernel(
-    dlog_prob, logits, x, dlogits, dx, shape, strides, column_blocks,
+    dlog_prob, logits, x, dlogits, dx, shape, dlog_prob_strides, logits_strides, x_strides, dlogits_strides, dx_strides,
+    column_blocks,
     NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One tile. A gradient that nobody wants is None, and x is not read for the one in x."""
@@ -74,15 +75,15 @@ def bernoulli_log_prob_bwd_kernel(
     # What is masked is not stored; any fill will do.
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     dtype: tl.constexpr = dlog_prob.dtype.element_ty
-    at = offsets(row, shape[1], strides[0][0], strides[0][1], NESTED % 2 == 1)
+    at = offsets(row, shape[1], dlog_prob_strides[0], dlog_prob_strides[1], NESTED % 2 == 1)
     d = tl.load(dlog_prob + at, row < rows, other=0.0)[:, None]
-    logit = tl.load(logits + tile(row, column, shape, strides[1], NESTED), mask, other=0.0).to(dtype)
+    logit = tl.load(logits + tile(row, column, shape, logits_strides, NESTED), mask, other=0.0).to(dtype)
     if dlogits is not None:
-        value = tl.load(x + tile(row, column, shape, strides[2], NESTED), mask, other=0.0).to(dtype)
+        value = tl.load(x + tile(row, column, shape, x_strides, NESTED), mask, other=0.0).to(dtype)
         gradient = d * bernoulli_terms_gradient(logit, value)
-        tl.store(dlogits + tile(row, column, shape, strides[3], NESTED), gradient, mask)
+        tl.store(dlogits + tile(row, column, shape, dlogits_strides, NESTED), gradient, mask)
     if dx is not None:
-        tl.store(dx + tile(row, column, shape, strides[4], NESTED), d * logit, mask)
+        tl.store(dx + tile(row, column, shape, dx_strides, NESTED), d * logit, mask)
 
 
 @replayed
@@ -98,7 +99,7 @@ def fwd(logits: torch.Tensor, x: torch.Tensor, event_ndim: int) -> torch.Tensor:
     log_prob = torch.empty(batch if splits == 1 else (splits, *batch), dtype=dtype, device=logits.device)
     launch(
         bernoulli_log_prob_fwd_kernel, (row_blocks * splits,),
-        *inputs, log_prob, layout.shape, layout.strides, columns_per_program, splits,
+        *inputs, log_prob, layout.shape, *layout.strides, columns_per_program, splits,
         NESTED=layout.nested, enable_fp_fusion=True, **block,
     )  # fmt: skip
     return log_prob if splits == 1 else log_prob.sum(0)
@@ -118,8 +119,8 @@ def bwd(dlog_prob, logits, x, event_ndim: int, wanted: list[bool]) -> list[torch
     launch(
         bernoulli_log_prob_bwd_kernel, (cdiv(layout.rows, block["ROWS"]) * column_blocks,),
         *inputs, *(next(outputs) if want else None for want in wanted),
-        layout.shape, layout.strides[:3] + tuple(next(strides) if want else NO_STRIDES for want in wanted),
-        column_blocks, NESTED=layout.nested, enable_fp_fusion=True, **block,
+        layout.shape, *layout.strides[:3], *(next(strides) if want else NO_STRIDES for want in wanted), column_blocks,
+        NESTED=layout.nested, enable_fp_fusion=True, **block,
     )  # fmt: skip
     finish(gradients, launched)
     return gradients

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import TRITON_DTYPE, exp, finite
-from fastkl.kernels._layout import cdiv, compute_dtype
+from fastkl.kernels._launch import launch
+from fastkl.kernels._layout import cdiv, compute_dtype, strides_of
 from fastkl.kernels._mixture import blocks, joint_tile, of_rows, quads, scattered, split, term_index
 from fastkl.kernels._mixture_gradient import gradients
 from fastkl.kernels._mixture_prepare import add_exponentials, prepare
@@ -34,7 +35,7 @@ def has_kernel(means, scale_tril, form):
 @triton.jit
 def gmm_fwd_kernel(
     z, logvar, logits, normaliser, centre, constants, roots, scaled_means, lp, joints, rows, logit_rows, shape,
-    strides, components_per_program, splits,
+    z_strides, logvar_strides, logits_strides, components_per_program, splits,
     FORM: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, TERMS: tl.constexpr,
     LANES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -42,10 +43,10 @@ def gmm_fwd_kernel(
     split = tl.program_id(0) % splits
     index = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(index, rows - 1)  # beyond the last row it again: no mask in the inner loop
-    z_at, logvar_at = quads(z, row, strides[0]), None
-    steps = (strides[0][1] * 4, strides[1][1] * 4)
+    z_at, logvar_at = quads(z, row, z_strides), None
+    steps = (z_strides[1] * 4, logvar_strides[1] * 4)
     if logvar is not None:
-        logvar_at = quads(logvar, row, strides[1])
+        logvar_at = quads(logvar, row, logvar_strides)
     # Each group's own maximum and sum, put together at the end.
     top = tl.full([ROWS // LANES, COMPONENTS // TERMS, LANES], float("-inf"), dtype=DTYPE)
     total = tl.zeros([ROWS // LANES, COMPONENTS // TERMS, LANES], dtype=DTYPE)
@@ -53,7 +54,7 @@ def gmm_fwd_kernel(
     for start in range(first, tl.minimum(first + components_per_program, shape[1]), COMPONENTS):
         joint = joint_tile(
             z_at, logvar_at, logits, normaliser, centre, constants, roots, scaled_means, row % logit_rows, start, shape,
-            steps, strides[2], FORM, TAIL, True, ROWS, COMPONENTS, TERMS, LANES, DTYPE,
+            steps, logits_strides, FORM, TAIL, True, ROWS, COMPONENTS, TERMS, LANES, DTYPE,
         )  # fmt: skip
         if joints is not None:
             component = start + term_index(COMPONENTS, TERMS)
@@ -82,10 +83,10 @@ def launch_fwd(z, logvar, logits, means, logvars, form, *, joints=False):
     row_blocks = cdiv(rows, block["ROWS"])
     length, splits = split(components, block["COMPONENTS"], row_blocks, rows * 8)
     lp = torch.empty((splits, rows), dtype=torch.float64, device=device)
-    gmm_fwd_kernel[(row_blocks * splits,)](
+    launch(
+        gmm_fwd_kernel, (row_blocks * splits,),
         z, logvar, None if logits.shape[0] == 1 else logits, *mixture, lp, joint, rows, logits.shape[0],
-        (columns, components, mixture.padded),
-        (z.stride(), (0, 0) if logvar is None else logvar.stride(), logits.stride()), length, splits,
+        (columns, components, mixture.padded), z.stride(), strides_of(logvar), logits.stride(), length, splits,
         FORM=form, TAIL=odd == "tail", DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
     )  # fmt: skip
     return lp[0] if splits == 1 else lp.logsumexp(0), joint

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from fastkl.kernels import gmm_log_prob
 from fastkl.kernels._device import TRITON_DTYPE, exp, normals
+from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, compute_dtype
 
 SAMPLES_BYTES = 32 << 20
@@ -32,7 +33,7 @@ def draw(seed, start, sample, BLOCK: tl.constexpr):
 
 @triton.jit
 def kl_gmm_samples_kernel(
-    mu, logvar, seed, z, eps, shape, strides, first, last, BLOCK: tl.constexpr, DTYPE: tl.constexpr
+    mu, logvar, seed, z, eps, shape, mu_strides, logvar_strides, first, last, BLOCK: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
     """z, and eps if wanted, [last - first, rows, columns], of the samples first to last."""
     rows, columns = shape
@@ -41,8 +42,8 @@ def kl_gmm_samples_kernel(
     mask = index < rows.to(tl.int64) * columns
     row, column = index // columns, index % columns
     # What is masked is not stored.
-    m = tl.load(mu + row * strides[0][0] + column * strides[0][1], mask, other=0.0).to(DTYPE)
-    v = tl.load(logvar + row * strides[1][0] + column * strides[1][1], mask, other=0.0).to(DTYPE)
+    m = tl.load(mu + row * mu_strides[0] + column * mu_strides[1], mask, other=0.0).to(DTYPE)
+    v = tl.load(logvar + row * logvar_strides[0] + column * logvar_strides[1], mask, other=0.0).to(DTYPE)
     sigma = exp(0.5 * v)
     key = tl.load(seed)
     z += index
@@ -59,7 +60,7 @@ def kl_gmm_samples_kernel(
 
 @triton.jit
 def kl_gmm_samples_bwd_kernel(
-    dkl, dz, logvar, seed, dmu, dlogvar, shape, strides, first, last, num_samples,
+    dkl, dz, logvar, seed, dmu, dlogvar, shape, dkl_stride, logvar_strides, first, last, num_samples,
     STL: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """What the gradients dz of the samples first to last do to (mu, logvar), added to what earlier ones did; the
@@ -70,8 +71,8 @@ def kl_gmm_samples_bwd_kernel(
     mask = index < rows.to(tl.int64) * columns
     row, column = index // columns, index % columns
     # What is masked is not stored.
-    gradient = tl.load(dkl + row * strides[0], mask, other=0.0).to(DTYPE)
-    v = tl.load(logvar + row * strides[1][0] + column * strides[1][1], mask, other=0.0).to(DTYPE)
+    gradient = tl.load(dkl + row * dkl_stride, mask, other=0.0).to(DTYPE)
+    v = tl.load(logvar + row * logvar_strides[0] + column * logvar_strides[1], mask, other=0.0).to(DTYPE)
     sigma = exp(0.5 * v)
     key = tl.load(seed)
     total = tl.zeros([BLOCK], dtype=DTYPE)
@@ -104,8 +105,9 @@ def _samples(mu, logvar, seed, first, last, dtype, *, with_eps=False):
     z = torch.empty((last - first, *mu.shape), dtype=dtype, device=mu.device)
     eps = torch.empty_like(z) if with_eps else None
     block = blocks(dtype)
-    kl_gmm_samples_kernel[(cdiv(mu.numel(), block["BLOCK"]),)](
-        mu, logvar, seed, z, eps, tuple(mu.shape), (mu.stride(), logvar.stride()), first, last,
+    launch(
+        kl_gmm_samples_kernel, (cdiv(mu.numel(), block["BLOCK"]),),
+        mu, logvar, seed, z, eps, tuple(mu.shape), mu.stride(), logvar.stride(), first, last,
         DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
     )  # fmt: skip
     return z, eps
@@ -147,8 +149,9 @@ def bwd(dkl, mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, 
         dlp = (dkl.to(dtype) / -num_samples).repeat(last - first)
         found = gmm_log_prob.bwd(dlp, kept[1:], z, None, *mixture, "point", precision, data, parameters)
         if data:
-            kl_gmm_samples_bwd_kernel[(cdiv(mu.numel(), block["BLOCK"]),)](
-                dkl, found[0], logvar, seed, *rows, tuple(mu.shape), (dkl.stride(0), logvar.stride()), first, last,
+            launch(
+                kl_gmm_samples_bwd_kernel, (cdiv(mu.numel(), block["BLOCK"]),),
+                dkl, found[0], logvar, seed, *rows, tuple(mu.shape), dkl.stride(0), logvar.stride(), first, last,
                 num_samples, STL=stl, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
             )  # fmt: skip
         found = found[1 if data else 0 :]

@@ -9,6 +9,7 @@ import triton.language as tl
 from fastkl.kernels._bounds import blocks, joint_tiles
 from fastkl.kernels._bounds_gradient import by_components, by_rows
 from fastkl.kernels._device import TRITON_DTYPE
+from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, compute_dtype
 from fastkl.kernels._mixture import load_rows, quads, scattered, split
 from fastkl.kernels._mixture_prepare import add_exponentials, prepare
@@ -17,15 +18,15 @@ from fastkl.kernels._mixture_prepare import add_exponentials, prepare
 @triton.jit
 def kl_gmm_bounds_fwd_kernel(
     mu, logvar, normaliser, centre, constants, roots, scaled_means, lower, upper, negative_entropy, rows, shape,
-    strides, components_per_program, splits, TAIL: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr,
-    DTYPE: tl.constexpr,
+    mu_strides, logvar_strides, components_per_program, splits, TAIL: tl.constexpr, ROWS: tl.constexpr,
+    COMPONENTS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """`splits` programs share a block of rows; lower and upper, log-densities, are [splits, rows], float64."""
     split = tl.program_id(0) % splits
     index = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(index, rows - 1).to(tl.int64)  # beyond the last row it again: no mask in the inner loop
-    mu_at, logvar_at = quads(mu, row, strides[0]), quads(logvar, row, strides[1])
-    steps = (strides[0][1] * 4, strides[1][1] * 4)
+    mu_at, logvar_at = quads(mu, row, mu_strides), quads(logvar, row, logvar_strides)
+    steps = (mu_strides[1] * 4, logvar_strides[1] * 4)
     low_top = tl.full([ROWS], float("-inf"), dtype=DTYPE)
     high_top = tl.full([ROWS], float("-inf"), dtype=DTYPE)
     low_total = tl.zeros([ROWS], dtype=DTYPE)
@@ -68,9 +69,10 @@ def fwd(mu, logvar, logits, means, logvars, scale_tril, precision, keep):
     length, splits = split(components, block["COMPONENTS"], row_blocks, 2 * rows * 8)
     lp = torch.empty((2, splits, rows), dtype=torch.float64, device=device)
     negative_entropy = torch.empty(rows, dtype=torch.float64, device=device)
-    kl_gmm_bounds_fwd_kernel[(row_blocks * splits,)](
+    launch(
+        kl_gmm_bounds_fwd_kernel, (row_blocks * splits,),
         mu, logvar, *mixture, *lp, negative_entropy, rows, (columns, components, mixture.padded),
-        (mu.stride(), logvar.stride()), length, splits, TAIL=odd == "tail", DTYPE=TRITON_DTYPE[dtype],
+        mu.stride(), logvar.stride(), length, splits, TAIL=odd == "tail", DTYPE=TRITON_DTYPE[dtype],
         enable_fp_fusion=True, **block,
     )  # fmt: skip
     lp = lp[:, 0] if splits == 1 else lp.logsumexp(1)

@@ -64,7 +64,8 @@ def blocks(rows: int, columns: int, tensors: list[torch.Tensor], *, tall: bool =
 
 @triton.jit
 def kl_normal_fwd_kernel(
-    mu, parameter, prior_mu, prior_logvar, kl, shape, strides, columns_per_program, splits,
+    mu, parameter, prior_mu, prior_logvar, kl, shape, mu_strides, parameter_strides, prior_mu_strides,
+    prior_logvar_strides, columns_per_program, splits,
     low: tl.constexpr, high: tl.constexpr,
     DISTANCE: tl.constexpr, SCALE: tl.constexpr, BOUNDED: tl.constexpr, NESTED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -83,17 +84,19 @@ def kl_normal_fwd_kernel(
         # A masked element has mean 0 and log-variance 0 on both sides: its term is 0 exactly, unless a clamp or
         # softplus makes another log-variance of it.
         mask = (row < rows)[:, None] & (column < last)[None, :]
-        m = tl.load(mu + tile(row, column, shape, strides[0], NESTED), mask, other=0.0).to(dtype)
+        m = tl.load(mu + tile(row, column, shape, mu_strides, NESTED), mask, other=0.0).to(dtype)
         fill: tl.constexpr = 1.0 if SCALE == "std" else 0.0
-        v = tl.load(parameter + tile(row, column, shape, strides[1], NESTED), mask, other=fill).to(dtype)
+        v = tl.load(parameter + tile(row, column, shape, parameter_strides, NESTED), mask, other=fill).to(dtype)
         if DISTANCE == "wasserstein2":
             v = above_zero(v, SCALE)
         logvar = bound(to_logvar(v, SCALE), low, high, BOUNDED)
         if prior_mu is None:
             terms = kl_terms(m, logvar, exp(logvar)) if DISTANCE == "kl" else wasserstein2_terms(m, logvar)
         else:
-            pm = tl.load(prior_mu + tile(row, column, shape, strides[2], NESTED), mask, other=0.0).to(dtype)
-            pv = tl.load(prior_logvar + tile(row, column, shape, strides[3], NESTED), mask, other=0.0).to(dtype)
+            at = tile(row, column, shape, prior_mu_strides, NESTED)
+            pm = tl.load(prior_mu + at, mask, other=0.0).to(dtype)
+            at = tile(row, column, shape, prior_logvar_strides, NESTED)
+            pv = tl.load(prior_logvar + at, mask, other=0.0).to(dtype)
             if DISTANCE == "kl":
                 terms = kl_terms_prior(m, logvar, pm, pv)
             else:
@@ -107,7 +110,9 @@ def kl_normal_fwd_kernel(
 @triton.jit
 def kl_normal_bwd_kernel(
     dkl, mu, parameter, prior_mu, prior_logvar, dmu, dparameter, dprior_mu, dprior_logvar,
-    shape, strides, weight, rows_per_program, column_blocks, partial_stride,
+    shape, dkl_strides, mu_strides, parameter_strides, prior_mu_strides, prior_logvar_strides, dmu_strides,
+    dparameter_strides, dprior_mu_strides, dprior_logvar_strides, weight, rows_per_program, column_blocks,
+    partial_stride,
     low: tl.constexpr, high: tl.constexpr,
     DISTANCE: tl.constexpr, SCALE: tl.constexpr, BOUNDED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr,
     PER_COLUMN: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -127,13 +132,13 @@ def kl_normal_bwd_kernel(
         # Masked elements are neither stored nor summed; 1 is a valid mean, log-variance and standard deviation.
         mask = (row < rows)[:, None] & (column < columns)[None, :]
         if PER_COLUMN:
-            at = offsets(column, shape[3], strides[0][2], strides[0][3], NESTED >= 2)
+            at = offsets(column, shape[3], dkl_strides[2], dkl_strides[3], NESTED >= 2)
             d = tl.load(dkl + at, column < columns, other=0.0)[None, :] * tl.where(row < rows, weight, 0.0)[:, None]
         else:
-            at = offsets(row, shape[1], strides[0][0], strides[0][1], NESTED % 2 == 1)
+            at = offsets(row, shape[1], dkl_strides[0], dkl_strides[1], NESTED % 2 == 1)
             d = tl.load(dkl + at, row < rows, other=0.0)[:, None] * weight
-        m = tl.load(mu + tile(row, column, shape, strides[1], NESTED), mask, other=1.0).to(dtype)
-        v = tl.load(parameter + tile(row, column, shape, strides[2], NESTED), mask, other=1.0).to(dtype)
+        m = tl.load(mu + tile(row, column, shape, mu_strides, NESTED), mask, other=1.0).to(dtype)
+        v = tl.load(parameter + tile(row, column, shape, parameter_strides, NESTED), mask, other=1.0).to(dtype)
         if DISTANCE == "wasserstein2":
             v = above_zero(v, SCALE)
         raw = to_logvar(v, SCALE)
@@ -144,8 +149,10 @@ def kl_normal_bwd_kernel(
             else:
                 gradient_mu, gradient_logvar = wasserstein2_terms_gradient(m, logvar)
         else:
-            pm = tl.load(prior_mu + tile(row, column, shape, strides[3], NESTED), mask, other=1.0).to(dtype)
-            pv = tl.load(prior_logvar + tile(row, column, shape, strides[4], NESTED), mask, other=1.0).to(dtype)
+            at = tile(row, column, shape, prior_mu_strides, NESTED)
+            pm = tl.load(prior_mu + at, mask, other=1.0).to(dtype)
+            at = tile(row, column, shape, prior_logvar_strides, NESTED)
+            pv = tl.load(prior_logvar + at, mask, other=1.0).to(dtype)
             if DISTANCE == "kl":
                 gradient_mu, gradient_logvar, gradient_pv = kl_terms_prior_gradient(m, logvar, pm, pv)
             else:
@@ -154,14 +161,15 @@ def kl_normal_bwd_kernel(
                 total_mu -= d * gradient_mu  # 0 in masked rows, where d is
                 total_logvar += d * gradient_pv
             elif dprior_mu is not None:
-                tl.store(dprior_mu + tile(row, column, shape, strides[7], NESTED), -d * gradient_mu, mask)
-                tl.store(dprior_logvar + tile(row, column, shape, strides[8], NESTED), d * gradient_pv, mask)
+                tl.store(dprior_mu + tile(row, column, shape, dprior_mu_strides, NESTED), -d * gradient_mu, mask)
+                tl.store(dprior_logvar + tile(row, column, shape, dprior_logvar_strides, NESTED), d * gradient_pv, mask)
         gradient = d * gradient_logvar * to_logvar_gradient(v, SCALE)
         gradient = bound_gradient(gradient, raw, low, high, BOUNDED, LIVE)
-        tl.store(dmu + tile(row, column, shape, strides[5], NESTED), d * gradient_mu, mask)
-        tl.store(dparameter + tile(row, column, shape, strides[6], NESTED), gradient, mask)
+        tl.store(dmu + tile(row, column, shape, dmu_strides, NESTED), d * gradient_mu, mask)
+        tl.store(dparameter + tile(row, column, shape, dparameter_strides, NESTED), gradient, mask)
     if SHARED:
-        at = group.to(tl.int64) * partial_stride + offsets(column, shape[3], strides[7][2], strides[7][3], NESTED >= 2)
+        at = offsets(column, shape[3], dprior_mu_strides[2], dprior_mu_strides[3], NESTED >= 2)
+        at += group.to(tl.int64) * partial_stride
         tl.store(dprior_mu + at, tl.sum(total_mu, axis=0), mask=column < columns)
         tl.store(dprior_logvar + at, tl.sum(total_logvar, axis=0), mask=column < columns)
 
@@ -177,10 +185,11 @@ def fwd(q, packed_dim, prior, event_ndim, scale, low, high, live, distance="kl")
     columns_per_program, splits = share(layout.columns, block["COLUMNS"], PROGRAMS // max(1, row_blocks))
     batch = mu.shape[: mu.dim() - event_ndim]
     kl = torch.empty(batch if splits == 1 else (splits, *batch), dtype=dtype, device=mu.device)
+    missing = 4 - len(inputs)
     if layout.rows:
         launch(
-            kl_normal_fwd_kernel, (row_blocks * splits,), *inputs, *[None] * (4 - len(inputs)), kl,
-            layout.shape, layout.strides, columns_per_program, splits,
+            kl_normal_fwd_kernel, (row_blocks * splits,), *inputs, *[None] * missing, kl,
+            layout.shape, *layout.strides, *[NO_STRIDES] * missing, columns_per_program, splits,
             low, high, DISTANCE=distance, SCALE=scale, BOUNDED=is_bounded(low, high), NESTED=layout.nested,
             enable_fp_fusion=True, **block,
         )  # fmt: skip
@@ -224,13 +233,12 @@ def launch_bwd(dkl, weight, q, packed_dim, prior, event_ndim, settings, prior_gr
         rows_per_program, groups = block["ROWS"], cdiv(rows, block["ROWS"])
 
     inputs, launched, layout = fit(inputs, outputs, event_ndim)
-    strides = layout.strides
-    missing = 5 - len(inputs)
+    strides, missing, unwanted = layout.strides, 5 - len(inputs), 4 - len(launched)
     launch(
         kl_normal_bwd_kernel, (groups * column_blocks,),
-        *inputs, *[None] * missing, *launched, *[None] * (4 - len(launched)),
-        layout.shape, strides[: len(inputs)] + (NO_STRIDES,) * missing + strides[len(inputs) :], weight,
-        rows_per_program, column_blocks, 2 * columns, low, high,
+        *inputs, *[None] * missing, *launched, *[None] * unwanted, layout.shape,
+        *strides[: len(inputs)], *[NO_STRIDES] * missing, *strides[len(inputs) :], *[NO_STRIDES] * unwanted,
+        weight, rows_per_program, column_blocks, 2 * columns, low, high,
         DISTANCE=distance, SCALE=scale, BOUNDED=is_bounded(low, high), LIVE=live, SHARED=shared, PER_COLUMN=per_column,
         NESTED=layout.nested, enable_fp_fusion=True, **block,
     )  # fmt: skip

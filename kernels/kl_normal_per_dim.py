@@ -20,7 +20,8 @@ MIN_ROWS = 64
 
 @triton.jit
 def kl_normal_per_dim_fwd_kernel(
-    mu, parameter, prior_mu, prior_logvar, kl, shape, strides, rows_per_program, column_blocks, partial_stride,
+    mu, parameter, prior_mu, prior_logvar, kl, shape, mu_strides, parameter_strides, prior_mu_strides,
+    prior_logvar_strides, kl_strides, rows_per_program, column_blocks, partial_stride,
     low: tl.constexpr, high: tl.constexpr,
     SCALE: tl.constexpr, BOUNDED: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -32,20 +33,22 @@ def kl_normal_per_dim_fwd_kernel(
     first = group * rows_per_program
     dtype: tl.constexpr = kl.dtype.element_ty
     kl += group.to(tl.int64) * partial_stride
-    kl += offsets(column, shape[3], strides[4][2], strides[4][3], NESTED >= 2)
+    kl += offsets(column, shape[3], kl_strides[2], kl_strides[3], NESTED >= 2)
     total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
     for start in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
         row = start + tl.arange(0, ROWS)
         # Masked elements are left out of the sum below, so any finite fill will do; 1 is a standard deviation too.
         mask = (row < rows)[:, None] & (column < columns)[None, :]
-        m = tl.load(mu + tile(row, column, shape, strides[0], NESTED), mask, other=1.0).to(dtype)
-        v = tl.load(parameter + tile(row, column, shape, strides[1], NESTED), mask, other=1.0).to(dtype)
+        m = tl.load(mu + tile(row, column, shape, mu_strides, NESTED), mask, other=1.0).to(dtype)
+        v = tl.load(parameter + tile(row, column, shape, parameter_strides, NESTED), mask, other=1.0).to(dtype)
         logvar = bound(to_logvar(v, SCALE), low, high, BOUNDED)
         if prior_mu is None:
             terms = kl_terms(m, logvar, exp(logvar))
         else:
-            pm = tl.load(prior_mu + tile(row, column, shape, strides[2], NESTED), mask, other=1.0).to(dtype)
-            pv = tl.load(prior_logvar + tile(row, column, shape, strides[3], NESTED), mask, other=1.0).to(dtype)
+            at = tile(row, column, shape, prior_mu_strides, NESTED)
+            pm = tl.load(prior_mu + at, mask, other=1.0).to(dtype)
+            at = tile(row, column, shape, prior_logvar_strides, NESTED)
+            pv = tl.load(prior_logvar + at, mask, other=1.0).to(dtype)
             terms = kl_terms_prior(m, logvar, pm, pv)
         total = tl.where(mask, total + terms, total)
     tl.store(kl, tl.sum(total, axis=0) / rows, mask=column < columns)
@@ -71,7 +74,7 @@ def fwd(mu, parameter, prior, event_ndim, scale, low, high, live) -> torch.Tenso
     strides = (*layout.strides[:-1], *[NO_STRIDES] * missing, layout.strides[-1])
     launch(
         kl_normal_per_dim_fwd_kernel, (groups * column_blocks,),
-        *inputs, *[None] * missing, kl, layout.shape, strides, rows_per_program, column_blocks, columns, low, high,
+        *inputs, *[None] * missing, kl, layout.shape, *strides, rows_per_program, column_blocks, columns, low, high,
         SCALE=scale, BOUNDED=is_bounded(low, high), NESTED=layout.nested, enable_fp_fusion=True, **block,
     )  # fmt: skip
     return kl if groups == 1 else kl.sum(0)

@@ -67,7 +67,7 @@ def standardise_gradient(z, precision_root):
 
 @triton.jit
 def normal_log_prob_fwd_kernel(
-    x, mean, logvar, log_prob, shape, strides, columns_per_program, splits,
+    x, mean, logvar, log_prob, shape, x_strides, mean_strides, logvar_strides, columns_per_program, splits,
     SPREAD: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """`splits` programs share each block of rows; log_prob is [splits, rows]."""
@@ -79,24 +79,24 @@ def normal_log_prob_fwd_kernel(
     dtype: tl.constexpr = log_prob.dtype.element_ty
     log_prob += split.to(tl.int64) * rows + row
     if SPREAD == "row":
-        row_logvar = load_rows(logvar, row, shape, strides[2], NESTED).to(dtype)
+        row_logvar = load_rows(logvar, row, shape, logvar_strides, NESTED).to(dtype)
     total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
     for start in range(first, last, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         # A masked element adds 0: its x, mean and logvar are.
-        value = load_tile(x, row, column, shape, strides[0], NESTED).to(dtype)
-        m = load_tile(mean, row, column, shape, strides[1], NESTED).to(dtype)
+        value = load_tile(x, row, column, shape, x_strides, NESTED).to(dtype)
+        m = load_tile(mean, row, column, shape, mean_strides, NESTED).to(dtype)
         if SPREAD == "row":
             z, _ = standardise(value, m, row_logvar)
             total += z * z
         else:
-            v = load_tile(logvar, row, column, shape, strides[2], NESTED).to(dtype)
+            v = load_tile(logvar, row, column, shape, logvar_strides, NESTED).to(dtype)
             z, _ = standardise(value, m, v)
             total += v + z * z
     constant = tl.zeros([ROWS], dtype=dtype) + LN_2PI
     if SPREAD == "row":
         # Read again, and with another fill lest the two loads become one: kept through the loop it would be spilled.
-        at = offsets(row, shape[1], strides[2][0], strides[2][1], NESTED % 2 == 1)
+        at = offsets(row, shape[1], logvar_strides[0], logvar_strides[1], NESTED % 2 == 1)
         constant += tl.load(logvar + at, row < rows, other=1.0).to(dtype)
     value = -0.5 * (tl.sum(total, axis=1) + (last - first) * constant)
     tl.store(log_prob, value, mask=row < rows)
@@ -109,22 +109,26 @@ def store_tile(pointer, row, column, shape, strides, value, NESTED: tl.constexpr
 
 
 @triton.jit
-def bwd_tile(x, mean, v, d, dx, dmean, row, column, shape, strides, NESTED: tl.constexpr):
+def bwd_tile(
+    x, mean, v, d, dx, dmean, row, column, shape, x_strides, mean_strides, dx_strides, dmean_strides,
+    NESTED: tl.constexpr,
+):  # fmt: skip
     """Stores those of dx and dmean that are wanted; returns twice the gradient in logvar, without d."""
-    value = load_tile(x, row, column, shape, strides[1], NESTED).to(d.dtype)
-    m = load_tile(mean, row, column, shape, strides[2], NESTED).to(d.dtype)
+    value = load_tile(x, row, column, shape, x_strides, NESTED).to(d.dtype)
+    m = load_tile(mean, row, column, shape, mean_strides, NESTED).to(d.dtype)
     z, precision_root = standardise(value, m, v)
     gradient, twice = standardise_gradient(z, precision_root)
     if dx is not None:
-        store_tile(dx, row, column, shape, strides[4], -d * gradient, NESTED)
+        store_tile(dx, row, column, shape, dx_strides, -d * gradient, NESTED)
     if dmean is not None:
-        store_tile(dmean, row, column, shape, strides[5], d * gradient, NESTED)
+        store_tile(dmean, row, column, shape, dmean_strides, d * gradient, NESTED)
     return twice
 
 
 @triton.jit
 def normal_log_prob_bwd_kernel(
-    dlog_prob, x, mean, logvar, dx, dmean, dlogvar, shape, strides, rows_per_program, columns_per_program, splits,
+    dlog_prob, x, mean, logvar, dx, dmean, dlogvar, shape, dlog_prob_strides, x_strides, mean_strides, logvar_strides,
+    dx_strides, dmean_strides, dlogvar_strides, rows_per_program, columns_per_program, splits,
     SPREAD: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A gradient that nobody wants is None. With "row" a program takes a run of columns, and dlogvar is its partial sum
@@ -135,34 +139,41 @@ def normal_log_prob_bwd_kernel(
     column = split * columns_per_program + tl.arange(0, COLUMNS)
     dtype: tl.constexpr = dlog_prob.dtype.element_ty
     if SPREAD == "full":
-        d = load_rows(dlog_prob, row, shape, strides[0], NESTED)
-        v = load_tile(logvar, row, column, shape, strides[3], NESTED).to(dtype)
-        twice = bwd_tile(x, mean, v, d, dx, dmean, row, column, shape, strides, NESTED)
+        d = load_rows(dlog_prob, row, shape, dlog_prob_strides, NESTED)
+        v = load_tile(logvar, row, column, shape, logvar_strides, NESTED).to(dtype)
+        twice = bwd_tile(
+            x, mean, v, d, dx, dmean, row, column, shape, x_strides, mean_strides, dx_strides, dmean_strides, NESTED
+        )  # fmt: skip
         if dlogvar is not None:
-            store_tile(dlogvar, row, column, shape, strides[6], 0.5 * d * twice, NESTED)
+            store_tile(dlogvar, row, column, shape, dlogvar_strides, 0.5 * d * twice, NESTED)
     elif SPREAD == "row":
-        d = load_rows(dlog_prob, row, shape, strides[0], NESTED)
-        v = load_rows(logvar, row, shape, strides[3], NESTED).to(dtype)
+        d = load_rows(dlog_prob, row, shape, dlog_prob_strides, NESTED)
+        v = load_rows(logvar, row, shape, logvar_strides, NESTED).to(dtype)
         total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
         first = split * columns_per_program
         for start in range(first, tl.minimum(first + columns_per_program, columns), COLUMNS):
             at = start + tl.arange(0, COLUMNS)
-            twice = bwd_tile(x, mean, v, d, dx, dmean, row, at, shape, strides, NESTED)
+            twice = bwd_tile(
+                x, mean, v, d, dx, dmean, row, at, shape, x_strides, mean_strides, dx_strides, dmean_strides, NESTED
+            )  # fmt: skip
             total += tl.where((at < columns)[None, :], twice, 0.0)
         if dlogvar is not None:
             value = 0.5 * tl.sum(d, axis=1) * tl.sum(total, axis=1)
             tl.store(dlogvar + split.to(tl.int64) * rows + row, value, mask=row < rows)
     else:
         # A tile with a row stride of 0, for [1, COLUMNS] in bfloat16 crashes Triton 3.9 on sm_90.
-        v = load_tile(logvar, row, column, shape, strides[3], NESTED).to(dtype)
+        v = load_tile(logvar, row, column, shape, logvar_strides, NESTED).to(dtype)
         total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
         first = group * rows_per_program
         for start in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
             at = start + tl.arange(0, ROWS)
-            d = load_rows(dlog_prob, at, shape, strides[0], NESTED)  # 0 in rows that are not there
-            total += d * bwd_tile(x, mean, v, d, dx, dmean, at, column, shape, strides, NESTED)
+            d = load_rows(dlog_prob, at, shape, dlog_prob_strides, NESTED)  # 0 in rows that are not there
+            total += d * bwd_tile(
+                x, mean, v, d, dx, dmean, at, column, shape, x_strides, mean_strides, dx_strides, dmean_strides, NESTED
+            )  # fmt: skip
         if dlogvar is not None:
-            at = group.to(tl.int64) * columns + offsets(column, shape[3], strides[6][2], strides[6][3], NESTED >= 2)
+            at = offsets(column, shape[3], dlogvar_strides[2], dlogvar_strides[3], NESTED >= 2)
+            at += group.to(tl.int64) * columns
             tl.store(dlogvar + at, 0.5 * tl.sum(total, axis=0), mask=column < columns)
 
 
@@ -179,7 +190,7 @@ def fwd(x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor, event_ndim: i
     log_prob = torch.empty(batch if splits == 1 else (splits, *batch), dtype=dtype, device=x.device)
     launch(
         normal_log_prob_fwd_kernel, (row_blocks * splits,),
-        *inputs, log_prob, layout.shape, layout.strides, columns_per_program, splits,
+        *inputs, log_prob, layout.shape, *layout.strides, columns_per_program, splits,
         SPREAD=spread, NESTED=layout.nested, enable_fp_fusion=True, **block,
     )  # fmt: skip
     return log_prob if splits == 1 else log_prob.sum(0)
@@ -212,11 +223,11 @@ def bwd(dlog_prob, x, mean, logvar, event_ndim: int, wanted: list[bool]) -> list
     inputs, launched, layout = fit([d, x, mean, logvar.expand(x.shape)], present, event_ndim)
     arguments, strides = iter(launched), iter(layout.strides[4:])
     arguments = [None if output is None else next(arguments) for output in outputs]
-    strides = tuple(NO_STRIDES if output is None else next(strides) for output in outputs)
+    strides = [NO_STRIDES if output is None else next(strides) for output in outputs]
     launch(
         normal_log_prob_bwd_kernel, (groups * splits,),
         *inputs, *arguments[:2], partial if spread == "row" else arguments[2],
-        layout.shape, layout.strides[:4] + strides, rows_per_program, columns_per_program, splits,
+        layout.shape, *layout.strides[:4], *strides, rows_per_program, columns_per_program, splits,
         SPREAD=spread, NESTED=layout.nested, enable_fp_fusion=True, **block,
     )  # fmt: skip
     finish(present, launched)

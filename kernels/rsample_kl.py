@@ -85,8 +85,9 @@ def row_noise(
 
 @triton.jit
 def rsample_kl_fwd_kernel(
-    mu, parameter, prior_mu, prior_logvar, noise, z, kl, seed, shape, strides, sample_strides, samples,
-    columns_per_program, splits,
+    mu, parameter, prior_mu, prior_logvar, noise, z, kl, seed, shape, mu_strides, parameter_strides, prior_mu_strides,
+    prior_logvar_strides, noise_strides, z_strides, noise_sample_stride, z_sample_stride, samples, columns_per_program,
+    splits,
     low: tl.constexpr, high: tl.constexpr,
     SCALE: tl.constexpr, BOUNDED: tl.constexpr, SHIFT: tl.constexpr, NESTED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
@@ -110,17 +111,19 @@ def rsample_kl_fwd_kernel(
         mask = (row < rows)[:, None] & (column < columns)
         mask = mask & (column >= 0) if SHIFT else mask
         at = row[:, None]
-        m = tl.load(mu + elements(at, column, shape, strides[0], NESTED), mask, other=0.0).to(DTYPE)
+        m = tl.load(mu + elements(at, column, shape, mu_strides, NESTED), mask, other=0.0).to(DTYPE)
         fill: tl.constexpr = 1.0 if SCALE == "std" else 0.0
-        v = tl.load(parameter + elements(at, column, shape, strides[1], NESTED), mask, other=fill).to(DTYPE)
+        v = tl.load(parameter + elements(at, column, shape, parameter_strides, NESTED), mask, other=fill).to(DTYPE)
         logvar = bound(to_logvar(v, SCALE), low, high, BOUNDED)
         sigma = exp_to_half(logvar, 0.5) if HALF and kl is None else exp(logvar, 0.5)
         if kl is not None:
             if prior_mu is None:
                 terms = kl_terms(m, logvar, sigma * sigma)
             else:
-                pm = tl.load(prior_mu + elements(at, column, shape, strides[2], NESTED), mask, other=0.0).to(DTYPE)
-                pv = tl.load(prior_logvar + elements(at, column, shape, strides[3], NESTED), mask, other=0.0).to(DTYPE)
+                prior_at = elements(at, column, shape, prior_mu_strides, NESTED)
+                pm = tl.load(prior_mu + prior_at, mask, other=0.0).to(DTYPE)
+                prior_at = elements(at, column, shape, prior_logvar_strides, NESTED)
+                pv = tl.load(prior_logvar + prior_at, mask, other=0.0).to(DTYPE)
                 terms = kl_terms_prior(m, logvar, pm, pv)
             terms = tl.where(mask, terms, 0.0) if BOUNDED or SCALE == "softplus" else terms
             total += tl.sum(terms.reshape(ROWS, COLUMNS // 4, 4), axis=2)  # in one thread: a register for four
@@ -129,10 +132,10 @@ def rsample_kl_fwd_kernel(
             if noise is None:
                 eps = row_noise(key, row, start, sample, columns, ROWS, COLUMNS, HALF, SHIFT).to(DTYPE)
             else:
-                eps = tl.load(given + elements(at, column, shape, strides[4], NESTED), mask, other=0.0).to(DTYPE)
-                given += sample_strides[0]
-            tl.store(drawn + elements(at, column, shape, strides[5], NESTED), m + sigma * eps, mask)
-            drawn += sample_strides[1]
+                eps = tl.load(given + elements(at, column, shape, noise_strides, NESTED), mask, other=0.0).to(DTYPE)
+                given += noise_sample_stride
+            tl.store(drawn + elements(at, column, shape, z_strides, NESTED), m + sigma * eps, mask)
+            drawn += z_sample_stride
     if kl is not None:
         tl.store(kl, tl.sum(total, axis=1), mask=row < rows)
 
@@ -140,7 +143,9 @@ def rsample_kl_fwd_kernel(
 @triton.jit
 def rsample_kl_bwd_kernel(
     dz, dkl, mu, parameter, prior_mu, prior_logvar, noise, dmu, dparameter, dprior_mu, dprior_logvar, seed,
-    shape, strides, sample_strides, samples, rows_per_program, column_blocks, partial_stride,
+    shape, dz_strides, dkl_strides, mu_strides, parameter_strides, prior_mu_strides, prior_logvar_strides,
+    noise_strides, dmu_strides, dparameter_strides, dprior_mu_strides, dprior_logvar_strides, noise_sample_stride,
+    dz_sample_stride, samples, rows_per_program, column_blocks, partial_stride,
     low: tl.constexpr, high: tl.constexpr,
     SCALE: tl.constexpr, BOUNDED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr, SHIFT: tl.constexpr,
     NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
@@ -164,7 +169,7 @@ def rsample_kl_bwd_kernel(
         # Masked elements are neither stored nor summed; 1 is a valid mean, log-variance and standard deviation.
         mask = (row < rows)[:, None] & (column < columns)
         mask = mask & (column >= 0) if SHIFT else mask
-        v = tl.load(parameter + elements(at, column, shape, strides[3], NESTED), mask, other=1.0).to(DTYPE)
+        v = tl.load(parameter + elements(at, column, shape, parameter_strides, NESTED), mask, other=1.0).to(DTYPE)
         raw = to_logvar(v, SCALE)
         logvar = bound(raw, low, high, BOUNDED)
         sigma = exp_to_half(logvar, 0.5) if HALF else exp(logvar, 0.5)
@@ -175,40 +180,42 @@ def rsample_kl_bwd_kernel(
             if noise is None:
                 eps = row_noise(key, row, start_column, sample, columns, ROWS, COLUMNS, HALF, SHIFT).to(DTYPE)
             else:
-                eps = tl.load(given + elements(at, column, shape, strides[6], NESTED), mask, other=0.0).to(DTYPE)
-                given += sample_strides[0]
-            d = tl.load(incoming + elements(at, column, shape, strides[0], NESTED), mask, other=0.0).to(DTYPE)
-            incoming += sample_strides[1]
+                eps = tl.load(given + elements(at, column, shape, noise_strides, NESTED), mask, other=0.0).to(DTYPE)
+                given += noise_sample_stride
+            d = tl.load(incoming + elements(at, column, shape, dz_strides, NESTED), mask, other=0.0).to(DTYPE)
+            incoming += dz_sample_stride
             gradient_mu += d
             gradient_sigma += d * eps
         gradient_logvar = 0.5 * sigma * gradient_sigma
         if dkl is not None:
-            weight = tl.load(
-                dkl + offsets(row, shape[1], strides[1][0], strides[1][1], NESTED % 2 == 1), row < rows, 0.0
-            )
-            weight = weight[:, None]
-            m = tl.load(mu + elements(at, column, shape, strides[2], NESTED), mask, other=1.0).to(DTYPE)
+            row_at = offsets(row, shape[1], dkl_strides[0], dkl_strides[1], NESTED % 2 == 1)
+            weight = tl.load(dkl + row_at, row < rows, other=0.0)[:, None]
+            m = tl.load(mu + elements(at, column, shape, mu_strides, NESTED), mask, other=1.0).to(DTYPE)
             if prior_mu is None:
                 kl_mu, kl_logvar = kl_terms_gradient(m, logvar, sigma * sigma)
             else:
-                pm = tl.load(prior_mu + elements(at, column, shape, strides[4], NESTED), mask, other=1.0).to(DTYPE)
-                pv = tl.load(prior_logvar + elements(at, column, shape, strides[5], NESTED), mask, other=1.0).to(DTYPE)
+                prior_at = elements(at, column, shape, prior_mu_strides, NESTED)
+                pm = tl.load(prior_mu + prior_at, mask, other=1.0).to(DTYPE)
+                prior_at = elements(at, column, shape, prior_logvar_strides, NESTED)
+                pv = tl.load(prior_logvar + prior_at, mask, other=1.0).to(DTYPE)
                 kl_mu, kl_logvar, kl_pv = kl_terms_prior_gradient(m, logvar, pm, pv)
                 if SHARED:
                     total_mu = tl.where(mask, total_mu - weight * kl_mu, total_mu)
                     total_logvar = tl.where(mask, total_logvar + weight * kl_pv, total_logvar)
                 elif dprior_mu is not None:
-                    tl.store(dprior_mu + elements(at, column, shape, strides[9], NESTED), -weight * kl_mu, mask)
-                    tl.store(dprior_logvar + elements(at, column, shape, strides[10], NESTED), weight * kl_pv, mask)
+                    out = elements(at, column, shape, dprior_mu_strides, NESTED)
+                    tl.store(dprior_mu + out, -weight * kl_mu, mask)
+                    out = elements(at, column, shape, dprior_logvar_strides, NESTED)
+                    tl.store(dprior_logvar + out, weight * kl_pv, mask)
             gradient_mu += weight * kl_mu
             gradient_logvar += weight * kl_logvar
         gradient = gradient_logvar * to_logvar_gradient(v, SCALE)
         gradient = bound_gradient(gradient, raw, low, high, BOUNDED, LIVE)
-        tl.store(dmu + elements(at, column, shape, strides[7], NESTED), gradient_mu, mask)
-        tl.store(dparameter + elements(at, column, shape, strides[8], NESTED), gradient, mask)
+        tl.store(dmu + elements(at, column, shape, dmu_strides, NESTED), gradient_mu, mask)
+        tl.store(dparameter + elements(at, column, shape, dparameter_strides, NESTED), gradient, mask)
     if SHARED:
         column = start_column + tl.arange(0, COLUMNS)
-        at_column = offsets(column, shape[3], strides[9][2], strides[9][3], NESTED >= 2)
+        at_column = offsets(column, shape[3], dprior_mu_strides[2], dprior_mu_strides[3], NESTED >= 2)
         at_column += group.to(tl.int64) * partial_stride
         tl.store(dprior_mu + at_column, tl.sum(total_mu, axis=0), mask=column < columns)
         tl.store(dprior_logvar + at_column, tl.sum(total_logvar, axis=0), mask=column < columns)
@@ -280,7 +287,7 @@ def launch_fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, setting
         launch(
             rsample_kl_fwd_kernel, (row_blocks * splits,),
             *tensors[:-2], *[None] * missing, noise, drawn, kl, seed, found.shape,
-            found.strides[:-2] + (NO_STRIDES,) * missing + found.strides[-2:], sample_strides(noise, drawn), samples,
+            *found.strides[:-2], *[NO_STRIDES] * missing, *found.strides[-2:], *sample_strides(noise, drawn), samples,
             columns_per_program, splits, low, high, SCALE=scale, BOUNDED=is_bounded(low, high), SHIFT=shift,
             NESTED=found.nested, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
         )  # fmt: skip
@@ -333,13 +340,13 @@ def launch_bwd(
         )  # fmt: skip
         finish([*unpack(gradients[: len(q)], packed_dim), *gradients[len(q) :]], contiguous)
         return gradients
-    strides, missing = found.strides, 2 - len(prior)
+    strides, missing, unwanted = found.strides, 2 - len(prior), 4 - len(outputs)
     launch(
         rsample_kl_bwd_kernel, (groups * column_blocks,),
         incoming, dkl, mu if dkl is not None else None, parameter, *full_prior, *[None] * missing, noise, *outputs,
-        *[None] * (4 - len(outputs)), seed, found.shape,
-        strides[: 4 + len(prior)] + (NO_STRIDES,) * missing + strides[4 + len(prior) :],
-        sample_strides(noise, incoming), samples, rows_per_program, column_blocks, 2 * columns, low, high,
+        *[None] * unwanted, seed, found.shape,
+        *strides[: 4 + len(prior)], *[NO_STRIDES] * missing, *strides[4 + len(prior) :], *[NO_STRIDES] * unwanted,
+        *sample_strides(noise, incoming), samples, rows_per_program, column_blocks, 2 * columns, low, high,
         SCALE=scale, BOUNDED=is_bounded(low, high), LIVE=live, SHARED=shared and not summed, SHIFT=shift,
         NESTED=found.nested, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
     )  # fmt: skip
