@@ -1,51 +1,85 @@
-"""Compile kernels ahead of time, for every target, on a machine without a GPU.
+"""Compile kernels ahead of time on a machine without a GPU, with whichever Triton is installed.
 
-    TRITON_INTERPRET=0 python tests/aot.py test_kl_normal test_rsample_kl
+    TRITON_INTERPRET=0 python tests/aot.py test_kl_normal test_rsample_kl --targets sm_90 gfx942
 
-runs those modules' `aot_calls()` (name -> a call of a launcher), compiles each launch as Triton would specialise it
+takes those modules' `aot_calls()` (name -> a call of a launcher), compiles each launch as Triton would specialise it
 there instead of running it, and prints one JSON line per kernel and target: spills, shared memory, the width of global
-loads and stores. `test_compiled.py` asserts on them. To save time, only calls named "core ..." are compiled for every
-target, the others for one each, in turn; FASTKL_AOT=all compiles everything everywhere.
+loads and stores, or the error. `test_compiled.py` asserts on them for one target, `compat.py` for all of them and for
+several versions of Triton. Only calls named "core ..." are compiled, with --all every one.
 """
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
+import contextlib
 import importlib
 import itertools
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from helpers import TARGETS
 
-OTHERS = [name for name in TARGETS if name != "sm_90"]
+HERE = Path(__file__).parent
+MODULES = sorted(path.stem for path in HERE.glob("test_*.py") if "\ndef aot_calls" in path.read_text())
 
 
-def compile_for(fn, args: tuple, kwargs: dict, target):
-    """The kernel that `fn[grid](*args, **kwargs)` would build on `target`."""
-    import triton
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
+class Driver:
+    """Stands in for Triton's driver: one target, and no device. It suffices for what `kernel.warmup` does."""
 
-    backend = make_backend(target)
-    if target.backend == "hip":  # where launchers leave it out
-        kwargs = {name: value for name, value in kwargs.items() if name != "maxnreg"}
-    bound, specialization, options = create_function_from_signature(fn.signature, fn.params, backend)(
-        *args, debug=False, **kwargs
-    )
-    options, signature, constants, attributes = fn._pack_args(backend, kwargs, bound, specialization, options)
-    return triton.compile(ASTSource(fn, signature, constants, attributes), target=target, options=options.__dict__)
+    devices = itertools.count()  # Triton keeps the kernels of each device apart
+
+    def __init__(self, target) -> None:
+        self.target, self.device = target, next(self.devices)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
-def describe(kernel, target) -> dict:
+@contextlib.contextmanager
+def compiling(name: str, receive: Callable[[Any, Any, dict], None]) -> Iterator[None]:
+    """Within it a launch compiles its kernel for the target `name` and runs nothing; `receive` gets the compiled
+    kernel, the function it was made of, and the launch's keyword arguments."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    original, before, backend = JITFunction.run, None, TARGETS[name][0]
+    with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to come back to
+        before = driver.active
+
+    def run(self, *args, grid, warmup=False, **kwargs):
+        options = kwargs
+        if backend == "hip":  # where launchers leave it out
+            options = {option: value for option, value in kwargs.items() if option != "maxnreg"}
+        receive(original(self, *args, grid=grid, warmup=True, **options), self, kwargs)
+
+    driver.set_active(Driver(GPUTarget(*TARGETS[name])))
+    JITFunction.run = run
+    try:
+        yield
+    finally:
+        JITFunction.run = original
+        if before is not None:
+            driver.set_active(before)
+
+
+def describe(kernel, target: str) -> dict:
     """Spills, bytes of shared memory, and how many global loads and stores move 16 bytes or more for each thread."""
-    if target.backend == "hip":
+    if TARGETS[target][0] == "hip":
         code = kernel.asm["amdgcn"]
         # Scalar registers spill into lanes of vector registers, not to memory.
         spills = sum(int(n) for n in re.findall(r"vgpr_spill_count:\s*(\d+)", code))
@@ -69,33 +103,37 @@ def resources(cubin: bytes) -> str:
         return subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
 
 
-def compile_module(module: str, target_name: str) -> list[dict]:
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
-
-    target, records, call = GPUTarget(*TARGETS[target_name]), [], ""
-    every = os.environ.get("FASTKL_AOT") == "all"
-
-    def run(self, *args, grid, warmup=False, **kwargs):
-        about = {"module": module, "call": call, "kernel": self.__name__, "target": target_name}
-        records.append({**about, **describe(compile_for(self, args, kwargs, target), target)})
-
-    JITFunction.run = run
+def compile_module(module: str, target: str, every: bool) -> list[dict]:
+    records: list[dict] = []
     warnings.simplefilter("ignore")
-    for index, (name, launch) in enumerate(importlib.import_module(module).aot_calls().items()):
-        if every or name.startswith("core") or target_name == OTHERS[index % len(OTHERS)]:
-            call = name
-            launch()
+    for name, launch in importlib.import_module(module).aot_calls().items():
+        if not every and not name.startswith("core"):
+            continue
+        about = {"module": module, "call": name, "target": target}
+
+        def receive(kernel, function, options, about=about):
+            records.append({**about, "kernel": function.__name__, **describe(kernel, target)})
+
+        try:
+            with compiling(target, receive):
+                launch()
+        except Exception as error:
+            records.append({**about, "error": f"{type(error).__name__}: {error}"[:2000]})
     return records
 
 
-def main(modules: list[str]) -> None:
-    jobs = itertools.product(modules, TARGETS)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", default=MODULES)
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=["sm_90"])
+    parser.add_argument("--all", action="store_true")
+    options = parser.parse_args()
+    jobs = itertools.product(options.modules, options.targets)
     with concurrent.futures.ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for records in pool.map(compile_module, *zip(*jobs)):
+        for records in pool.map(compile_module, *zip(*jobs), itertools.repeat(options.all)):
             for record in records:
-                print(json.dumps(record))
+                print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
