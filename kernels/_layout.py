@@ -9,11 +9,14 @@ import math
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 # Programs that fill a large GPU several times over; fixed, so that the order of summation does not depend on the chip.
 PROGRAMS = 1024
 NO_STRIDES = (0, 0, 0, 0)  # of a tensor that is not there
+# Triton's compiler up to 3.6 spends more registers; the few tiles that would spill there are smaller.
+OLD_COMPILER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 
 
 class Layout(NamedTuple):

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import LN2, exp
-from fastkl.kernels._layout import PROGRAMS, cdiv, next_power_of_2, registers, share
+from fastkl.kernels._layout import OLD_COMPILER, PROGRAMS, cdiv, next_power_of_2, registers, share
 from fastkl.kernels._mixture_prepare import STEP
 
 # Bytes that partial sums may take, all splits together, unless a single one takes more.
@@ -23,12 +23,16 @@ PARTIAL_BYTES = 32 << 20
 ENOUGH = 264  # programs: two for each multiprocessor of a large GPU
 
 
-def blocks(dtype: torch.dtype, form: str, kind: str, rows: int, components: int, *, own: bool, scattered: str) -> dict:
+def blocks(
+    dtype: torch.dtype, form: str, kind: str, rows: int, components: int, *, own: bool, scattered: str,
+    given: bool = False,
+) -> dict:  # fmt: skip
     """A tile of rows x components for the forward kernel, that by "rows" or that by "components".
 
     A thread has two of one and 16 of the other, over which sums are; fewer where an element takes more registers, down
     to 1 by 2. Sums that few rows or components would leave to few programs are shared by the warps of one, which saves
-    partial sums in memory. `own`: each row has logits of its own; for `scattered` see there.
+    partial sums in memory. `own`: each row has logits of its own; `given`: the gradient of an N x K tensor comes in; for
+    `scattered` see there.
     """
     half = dtype == torch.float64
     halvings = half + (form == "convolved") * (1 + half) + own * (1 + (kind == "rows") * (1 + (form == "convolved")))
@@ -42,6 +46,9 @@ def blocks(dtype: torch.dtype, form: str, kind: str, rows: int, components: int,
     owned = 2 if halvings < 2 else 1
     halvings += kind == "rows" and form == "expected" and owned == 2 and not few
     terms = max(2, (32 // owned) >> halvings)
+    if OLD_COMPILER and kind != "forward" and (own or given):
+        # The load of an N x K tensor decides the layout of the tile there, and deals neighbours to many threads.
+        owned, terms = 1 if kind == "components" else owned, max(2, terms // 2)
     if kind == "components":
         # Programs of few components share out as many rows in fewer parts, and so write fewer partial sums, but every
         # program reads these rows of z: only where there are few programs, and L2 has the time.

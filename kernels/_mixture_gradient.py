@@ -193,7 +193,9 @@ def by_components(given, z, logvar, logits, means, logvars, mixture, form, kind,
     components, padded = means.shape[1], mixture.padded
     padded_columns, dtype, device = mixture.roots.shape[0], mixture.roots.dtype, z.device
     own, odd = logits.shape[0] > 1, scattered(z, logvar)
-    block = blocks(dtype, form, "components", rows, components, own=own, scattered=odd)
+    block = blocks(
+        dtype, form, "components", rows, components, own=own, scattered=odd, given=given[2] is not None
+    )  # fmt: skip
     component_blocks = cdiv(components, block["COMPONENTS"])
     part = padded_columns * padded
     partial = part * (1 + second) * dtype.itemsize

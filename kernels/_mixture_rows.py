@@ -171,7 +171,9 @@ def by_rows(given, z, logvar, logits, components, mixture, form, *, data, own):
     logit_rows, dtype = logits.shape[0], mixture.roots.dtype
     owners = logit_rows if logit_rows > 1 else rows
     odd = scattered(z, logvar)
-    block = blocks(dtype, form, "rows", owners, components, own=logit_rows > 1, scattered=odd)
+    block = blocks(
+        dtype, form, "rows", owners, components, own=logit_rows > 1, scattered=odd, given=given[2] is not None
+    )  # fmt: skip
     row_blocks = cdiv(owners, block["ROWS"])
     outputs = [torch.empty_like(z), None if logvar is None else torch.empty_like(logvar)] if data else [None, None]
     partial = rows * columns * dtype.itemsize * sum(output is not None for output in outputs)

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from fastkl.kernels._device import TRITON_DTYPE
 from fastkl.kernels._launch import launch
-from fastkl.kernels._layout import cdiv, compute_dtype, next_power_of_2
+from fastkl.kernels._layout import OLD_COMPILER, cdiv, compute_dtype, next_power_of_2, registers
 
 INPUT_PRECISION = {"exact": "ieee", "tf32x3": "tf32x3", "tf32": "tf32"}
 BUFFER_BYTES = 32 << 20
@@ -42,7 +42,8 @@ def blocks(columns: int, dtype: torch.dtype, precision: str) -> dict[str, int]:
     if dtype == torch.float64:
         rows, most, warps = 16, 32, 4
     block_columns = min(most, max(16, next_power_of_2(columns)))
-    return {"ROWS": rows, "COLUMNS": block_columns, "INNER": 16, "num_warps": warps, "num_stages": 1}
+    held = registers(255) if OLD_COMPILER and precision != "exact" else {}
+    return {"ROWS": rows, "COLUMNS": block_columns, "INNER": 16, "num_warps": warps, "num_stages": 1, **held}
 
 
 @triton.jit
