@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: train test bench lint clean
+.PHONY: train test bench compat lint clean
 
 train: $(STAMP)
 	$(RUN) -m fastkl.vae train $(ARGS)
@@ -15,6 +15,10 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(RUN) -m bench $(ARGS)
+
+# Every version of Triton and every target; only a whole run is written down, unless ARGS says so.
+compat: $(STAMP)
+	$(RUN) tests/compat.py $(or $(ARGS),--write)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -149,22 +149,15 @@ def code(cubin: bytes, elements: int, warps: int) -> Code:
 def compiled(call: Callable[[], Any], target: str) -> Code:
     """The kernel that `call` launches, compiled for `target` in place of run."""
     sys.path.append(str(ROOT / "tests"))
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
-
     import aot
 
     found = []
 
-    def run(self, *args, grid, warmup=False, **kwargs):
-        kernel = aot.compile_for(self, args, kwargs, GPUTarget(*aot.TARGETS[target]))
-        found.append(code(kernel.asm["cubin"], kwargs["ROWS"] * kwargs["COLUMNS"], kwargs["num_warps"]))
+    def receive(kernel, function, options):
+        found.append(code(kernel.asm["cubin"], options["ROWS"] * options["COLUMNS"], options["num_warps"]))
 
-    original, JITFunction.run = JITFunction.run, run
-    try:
+    with aot.compiling(target, receive):
         call()
-    finally:
-        JITFunction.run = original
     return found[0]
 
 

@@ -73,34 +73,38 @@ def place(first, second, column, strides):
 
 
 @triton.jit
-def load_components(means, logvars, datum, component, column, shape, strides, DTYPE: tl.constexpr):
+def load_components(
+    means, logvars, datum, component, column, shape, means_strides, logvars_strides, DTYPE: tl.constexpr
+):
     """Neutral where masked: with z = m = 0, ln S = 0 and sigma = 0 all terms and differences are 0."""
     mask = (component < shape[2])[:, None] & (column < shape[3])[None, :]
-    m = tl.load(means + place(datum, component, column, strides[0]), mask, other=0.0).to(DTYPE)
+    m = tl.load(means + place(datum, component, column, means_strides), mask, other=0.0).to(DTYPE)
     if logvars is None:
         v = tl.zeros_like(m)
     else:
-        v = tl.load(logvars + place(datum, component, column, strides[1]), mask, other=0.0).to(DTYPE)
+        v = tl.load(logvars + place(datum, component, column, logvars_strides), mask, other=0.0).to(DTYPE)
     return m, v
 
 
 @triton.jit
-def load_rows(z, logvar, sample, datum, column, shape, strides, DTYPE: tl.constexpr):
+def load_rows(z, logvar, sample, datum, column, shape, z_strides, logvar_strides, DTYPE: tl.constexpr):
     """The row once for each of its datum's pairs, z and sigma^2; 0 where masked, see above."""
     mask = (sample >= 0)[:, None] & (column < shape[3])[None, :]
-    x = tl.load(z + place(sample, datum, column, strides[2]), mask, other=0.0).to(DTYPE)
+    x = tl.load(z + place(sample, datum, column, z_strides), mask, other=0.0).to(DTYPE)
     if logvar is None:
         variance = tl.zeros_like(x)
     else:
-        variance = exp(tl.load(logvar + place(sample, datum, column, strides[3]), mask, other=float("-inf")).to(DTYPE))
+        at = place(sample, datum, column, logvar_strides)
+        variance = exp(tl.load(logvar + at, mask, other=float("-inf")).to(DTYPE))
     return x, variance
 
 
 @triton.jit
-def load_log_weights(log_weights, sample, datum, component, shape, strides):
+def load_log_weights(log_weights, sample, datum, component, shape, log_weights_strides):
     """A weight of zero where masked."""
-    at = (sample % shape[4]).to(tl.int64) * strides[4][0] + datum.to(tl.int64) * strides[4][1]
-    return tl.load(log_weights + at + component.to(tl.int64) * strides[4][2], component < shape[2], float("-inf"))
+    at = (sample % shape[4]).to(tl.int64) * log_weights_strides[0] + datum.to(tl.int64) * log_weights_strides[1]
+    at += component.to(tl.int64) * log_weights_strides[2]
+    return tl.load(log_weights + at, component < shape[2], float("-inf"))
 
 
 def by_sample(tensor, data):

@@ -17,6 +17,7 @@ from fastkl.kernels._gmm_per_datum import (
     place,
     strides_of,
 )
+from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import PROGRAMS, cdiv, share
 
 
@@ -28,25 +29,28 @@ def over_components(values, DATA: tl.constexpr, COMPONENTS: tl.constexpr, COLUMN
 
 @triton.jit
 def store_parameters(
-    dlogits, dmeans, dlogvars, to_logits, to_mean, to_spread, row, component, column, shape, strides,
-    EACH_SAMPLE: tl.constexpr, SUM_COLUMNS: tl.constexpr,
+    dlogits, dmeans, dlogvars, to_logits, to_mean, to_spread, row, component, column, shape,
+    dlogits_strides, dmeans_strides, dlogvars_strides, EACH_SAMPLE: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     stored = (row < shape[1]) & (component < shape[2])
     mask = stored[:, None] & (column < shape[3])[None, :]
     if not EACH_SAMPLE:  # the same from every block of columns
-        tl.store(dlogits + row.to(tl.int64) * strides[8][1] + component.to(tl.int64) * strides[8][2], to_logits, stored)
-    tl.store(dmeans + place(row, component, column, strides[9]), to_mean, mask)
+        at = row.to(tl.int64) * dlogits_strides[1] + component.to(tl.int64) * dlogits_strides[2]
+        tl.store(dlogits + at, to_logits, stored)
+    tl.store(dmeans + place(row, component, column, dmeans_strides), to_mean, mask)
     if dlogvars is not None:
         if SUM_COLUMNS:
-            at = row.to(tl.int64) * strides[10][0] + component.to(tl.int64) * strides[10][1]
+            at = row.to(tl.int64) * dlogvars_strides[0] + component.to(tl.int64) * dlogvars_strides[1]
             tl.store(dlogvars + at, tl.sum(tl.where(mask, to_spread, 0.0), axis=1), stored)
         else:
-            tl.store(dlogvars + place(row, component, column, strides[10]), to_spread, mask)
+            tl.store(dlogvars + place(row, component, column, dlogvars_strides), to_spread, mask)
 
 
 @triton.jit
 def gmm_per_datum_bwd_kernel(
-    dlp, lp, z, logvar, log_weights, means, logvars, joint, dz, dlogvar, dlogits, dmeans, dlogvars, shape, strides,
+    dlp, lp, z, logvar, log_weights, means, logvars, joint, dz, dlogvar, dlogits, dmeans, dlogvars, shape,
+    dlp_strides, lp_strides, z_strides, logvar_strides, log_weights_strides, means_strides, logvars_strides,
+    joint_strides, dz_strides, dlogvar_strides, dlogits_strides, dmeans_strides, dlogvars_strides,
     samples_per_program, components_per_program,
     FORM: tl.constexpr, ONE_TILE: tl.constexpr, WHOLE: tl.constexpr, EACH_SAMPLE: tl.constexpr,
     SUM_COLUMNS: tl.constexpr, DATA: tl.constexpr, COMPONENTS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
@@ -70,37 +74,41 @@ def gmm_per_datum_bwd_kernel(
     row = block + pair // COMPONENTS
     datum = tl.minimum(row, data - 1)
     if ONE_TILE:
-        m, v = load_components(means, logvars, datum, begin + pair % COMPONENTS, column, shape, strides, DTYPE)
+        m, v = load_components(
+            means, logvars, datum, begin + pair % COMPONENTS, column, shape, means_strides, logvars_strides, DTYPE
+        )
         to_logits = tl.zeros([DATA * COMPONENTS], dtype=DTYPE)
         to_mean = tl.zeros([DATA * COMPONENTS, COLUMNS], dtype=DTYPE)
         to_spread = tl.zeros([DATA * COMPONENTS, COLUMNS], dtype=DTYPE)
     for index in range(first, tl.minimum(first + samples_per_program, samples)):
         sample = index + tl.zeros_like(pair)
-        at = sample.to(tl.int64) * strides[5][0] + datum.to(tl.int64) * strides[5][1]
+        at = sample.to(tl.int64) * dlp_strides[0] + datum.to(tl.int64) * dlp_strides[1]
         incoming = tl.load(dlp + at).to(DTYPE)
-        x, variance = load_rows(z, logvar, sample, datum, column, shape, strides, DTYPE)
+        x, variance = load_rows(z, logvar, sample, datum, column, shape, z_strides, logvar_strides, DTYPE)
         to_z = tl.zeros([DATA * COMPONENTS, COLUMNS], dtype=DTYPE)
         to_logvar = tl.zeros([DATA * COMPONENTS, COLUMNS], dtype=DTYPE)
         for start in range(begin, tl.minimum(begin + components_per_program, components), COMPONENTS):
             component = start + pair % COMPONENTS
             if not ONE_TILE:
-                m, v = load_components(means, logvars, datum, component, column, shape, strides, DTYPE)
+                m, v = load_components(
+                    means, logvars, datum, component, column, shape, means_strides, logvars_strides, DTYPE
+                )
                 to_logits = tl.zeros([DATA * COMPONENTS], dtype=DTYPE)
                 to_mean = tl.zeros([DATA * COMPONENTS, COLUMNS], dtype=DTYPE)
                 to_spread = tl.zeros([DATA * COMPONENTS, COLUMNS], dtype=DTYPE)
             pull, precision, terms = element(x - m, v, variance, FORM)
-            log_weight = load_log_weights(log_weights, sample, datum, component, shape, strides)
+            log_weight = load_log_weights(log_weights, sample, datum, component, shape, log_weights_strides)
             if joint is None:
                 a = log_density(log_weight, terms, columns)
             else:
-                at = sample.to(tl.int64) * strides[12][0] + datum.to(tl.int64) * strides[12][1] + component
+                at = sample.to(tl.int64) * joint_strides[0] + datum.to(tl.int64) * joint_strides[1] + component
                 a = tl.load(joint + at, component < components, other=float("-inf"))  # a weight of zero
             if WHOLE:
                 grouped = tl.reshape(a, [DATA, COMPONENTS])
                 grouped = proportion(grouped - finite(tl.max(grouped, axis=1))[:, None])
                 weight = incoming * tl.reshape(grouped / tl.sum(grouped, axis=1)[:, None], [DATA * COMPONENTS])
             else:
-                at = sample.to(tl.int64) * strides[11][0] + datum.to(tl.int64) * strides[11][1]
+                at = sample.to(tl.int64) * lp_strides[0] + datum.to(tl.int64) * lp_strides[1]
                 high, low = two_parts(tl.load(lp + at), DTYPE)
                 weight = incoming * proportion(a - high - low)
             spread_gradient, logvar_gradient = element_gradient(x - m, v, variance, pull, precision, FORM)
@@ -110,8 +118,8 @@ def gmm_per_datum_bwd_kernel(
             if dmeans is not None:
                 to_weight = weight - incoming * proportion(log_weight)
                 if EACH_SAMPLE:
-                    at = sample.to(tl.int64) * strides[8][0] + datum.to(tl.int64) * strides[8][1]
-                    at += component.to(tl.int64) * strides[8][2]
+                    at = sample.to(tl.int64) * dlogits_strides[0] + datum.to(tl.int64) * dlogits_strides[1]
+                    at += component.to(tl.int64) * dlogits_strides[2]
                     tl.store(dlogits + at, to_weight, (row < data) & (component < components))
                 to_logits += to_weight
                 to_mean += weight[:, None] * pull
@@ -119,21 +127,21 @@ def gmm_per_datum_bwd_kernel(
                 if not ONE_TILE:
                     store_parameters(
                         dlogits, dmeans, dlogvars, to_logits, to_mean, to_spread, row, component, column, shape,
-                        strides, EACH_SAMPLE, SUM_COLUMNS,
+                        dlogits_strides, dmeans_strides, dlogvars_strides, EACH_SAMPLE, SUM_COLUMNS,
                     )  # fmt: skip
         if dz is not None:
             datum_row = block + tl.arange(0, DATA)
             sample = index + tl.zeros_like(datum_row)
             mask = (datum_row < data)[:, None] & (column < columns)[None, :]
             to_z = over_components(to_z, DATA, COMPONENTS, COLUMNS)
-            tl.store(dz + place(sample, datum_row, column, strides[6]), to_z, mask)
+            tl.store(dz + place(sample, datum_row, column, dz_strides), to_z, mask)
             if dlogvar is not None:
                 to_logvar = over_components(to_logvar, DATA, COMPONENTS, COLUMNS)
-                tl.store(dlogvar + place(sample, datum_row, column, strides[7]), to_logvar, mask)
+                tl.store(dlogvar + place(sample, datum_row, column, dlogvar_strides), to_logvar, mask)
     if ONE_TILE and dmeans is not None:
         store_parameters(
             dlogits, dmeans, dlogvars, to_logits, to_mean, to_spread, row, begin + pair % COMPONENTS, column, shape,
-            strides, EACH_SAMPLE, SUM_COLUMNS,
+            dlogits_strides, dmeans_strides, dlogvars_strides, EACH_SAMPLE, SUM_COLUMNS,
         )  # fmt: skip
 
 
@@ -150,10 +158,10 @@ def launch_bwd(rows, row_outputs, components, component_outputs, form, *, each_s
     else:
         samples_per_program, groups = samples, 1
     groups *= cdiv(means.shape[1], components_per_program)
-    gmm_per_datum_bwd_kernel[(row_blocks * column_blocks * groups,)](
-        dlp, lp, z, logvar, log_weights, means, logvars, joint, *row_outputs, *component_outputs,
-        (samples, *means.shape, len(log_weights)),
-        strides_of(means, logvars, z, logvar, log_weights, dlp, *row_outputs, *component_outputs, lp, joint),
+    tensors = (dlp, lp, z, logvar, log_weights, means, logvars, joint, *row_outputs, *component_outputs)
+    launch(
+        gmm_per_datum_bwd_kernel, (row_blocks * column_blocks * groups,),
+        *tensors, (samples, *means.shape, len(log_weights)), *strides_of(*tensors),
         samples_per_program, components_per_program, FORM=form,
         ONE_TILE=components_per_program <= block["COMPONENTS"], WHOLE=means.shape[1] <= block["COMPONENTS"],
         EACH_SAMPLE=each_sample, SUM_COLUMNS=sum_columns, DTYPE=TRITON_DTYPE[log_weights.dtype],

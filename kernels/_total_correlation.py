@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import TRITON_DTYPE, exp
+from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, next_power_of_2, registers
 
 MOST_COLUMNS = 512  # more would spill; the closed form takes them
@@ -27,8 +28,8 @@ HALF_LOG2E = tl.constexpr(0.7213475204444817)
 
 @triton.jit
 def prepare_kernel(
-    mu, logvar, means, roots, constants, batch, columns, strides, DTYPE: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    mu, logvar, means, roots, constants, batch, columns, mu_strides, logvar_strides,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """means and s [batch padded, COLUMNS], and sum_d log2 s [batch padded]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -36,8 +37,8 @@ def prepare_kernel(
     real = (column < columns)[None, :]
     mask = (row < batch)[:, None] & real
     wide, narrow = row.to(tl.int64)[:, None], column.to(tl.int64)[None, :]
-    m = tl.load(mu + wide * strides[0][0] + narrow * strides[0][1], mask, other=0.0).to(DTYPE)
-    v = tl.load(logvar + wide * strides[1][0] + narrow * strides[1][1], mask, other=0.0).to(DTYPE)
+    m = tl.load(mu + wide * mu_strides[0] + narrow * mu_strides[1], mask, other=0.0).to(DTYPE)
+    v = tl.load(logvar + wide * logvar_strides[0] + narrow * logvar_strides[1], mask, other=0.0).to(DTYPE)
     # Padding: dimensions have s = 0 and so no weight; posteriors are so far off that all their densities are 0.
     at = wide * COLUMNS + narrow
     tl.store(means + at, tl.where(mask, m, tl.where(real, -1e30, 0.0)))
@@ -147,8 +148,9 @@ def prepare(mu: torch.Tensor, logvar: torch.Tensor, dtype: torch.dtype) -> list[
     means, roots = torch.empty((padded, width), **empty), torch.empty((padded, width), **empty)
     constants = torch.empty(padded, **empty)
     rows = max(1, min(16, 256 // width))  # four neighbours for each of 64 threads
-    prepare_kernel[(padded // rows,)](
-        mu, logvar, means, roots, constants, batch, columns, (mu.stride(), logvar.stride()),
+    launch(
+        prepare_kernel, (padded // rows,),
+        mu, logvar, means, roots, constants, batch, columns, mu.stride(), logvar.stride(),
         DTYPE=TRITON_DTYPE[dtype], ROWS=rows, COLUMNS=width, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return [means, roots, constants]

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import LN2
+from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, compute_dtype
 from fastkl.kernels._total_correlation import (
     MOST_COLUMNS,
@@ -36,7 +37,8 @@ def weights_of(batch, dataset_size, DTYPE: tl.constexpr):
 @triton.jit
 def total_correlation_rows_kernel(
     z, means, roots, constants, dmutual, dtotal, ddimension, joint_sum, marginal_sum, dz, points, squares_out,
-    coefficients, row_terms, rows, batch, columns, padded, padded_rows, first, dataset_size, strides,
+    coefficients, row_terms, rows, batch, columns, padded, padded_rows, first, dataset_size,
+    z_strides, dmutual_stride, dtotal_stride, ddimension_stride, dz_strides,
     STRATIFIED: tl.constexpr, REGISTERS: tl.constexpr, OWN: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +52,7 @@ def total_correlation_rows_kernel(
     # Rows beyond the last do its work again; dimensions beyond the last have no weight.
     row = tl.minimum(index, rows - 1)
     wide = row.to(tl.int64)
-    x = tl.load(z + wide * strides[0][0] + column.to(tl.int64) * strides[0][1], real, other=0.0).to(dtype)
+    x = tl.load(z + wide * z_strides[0] + column.to(tl.int64) * z_strides[1], real, other=0.0).to(dtype)
     own = first + row
     at_own = own.to(tl.int64) * COLUMNS + column
     own_root = tl.load(roots + at_own)
@@ -60,9 +62,9 @@ def total_correlation_rows_kernel(
     far = joint < 0.0
     if tl.max(far.to(tl.int32)) > 0:
         squares, shift = references(x, squares, shift, far, means, roots, constants, padded, REGISTERS, LANES, STEPS)
-    of_own = tl.load(dmutual + wide * strides[1]).to(dtype)
-    of_total = tl.load(dtotal + wide * strides[2]).to(dtype)
-    of_dimension = tl.load(ddimension + wide * strides[3]).to(dtype)
+    of_own = tl.load(dmutual + wide * dmutual_stride).to(dtype)
+    of_total = tl.load(dtotal + wide * dtotal_stride).to(dtype)
+    of_dimension = tl.load(ddimension + wide * ddimension_stride).to(dtype)
     of_joint = (of_total - of_own) / tl.abs(joint)
     marginal = (of_dimension - of_total) / tl.load(marginal_sum + wide * columns + column, real, other=1.0)
     marginal = tl.where(real, marginal, 0.0)
@@ -93,13 +95,13 @@ def total_correlation_rows_kernel(
                 weight *= pair_weight(own, start + other_index(LANES), batch, own_weight, next_weight)
         total += weight * (t * s)
     gradient = (over_others(total) + of_own * own_t * own_root) * (-2.0 * LN2) + of_dimension * x
-    tl.store(dz + wide * strides[4][0] + column.to(tl.int64) * strides[4][1], gradient, mask)
+    tl.store(dz + wide * dz_strides[0] + column.to(tl.int64) * dz_strides[1], gradient, mask)
 
 
 @triton.jit
 def total_correlation_posteriors_kernel(
     means, roots, constants, points, squares, coefficients, row_terms, dmutual, dmu, dlogvar, rows, batch, columns,
-    padded, padded_rows, first, dataset_size, strides,
+    padded, padded_rows, first, dataset_size, dmutual_stride, dmu_strides, dlogvar_strides,
     STRATIFIED: tl.constexpr, REGISTERS: tl.constexpr, OWN: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -140,13 +142,13 @@ def total_correlation_posteriors_kernel(
     sample = own - first
     mine = (sample >= 0) & (sample < rows)
     sample = tl.where(mine, sample, 0)
-    of_own = tl.load(dmutual + sample.to(tl.int64) * strides[0], mine, other=0.0).to(dtype)
+    of_own = tl.load(dmutual + sample.to(tl.int64) * dmutual_stride, mine, other=0.0).to(dtype)
     t = (tl.load(points + sample.to(tl.int64) * COLUMNS + column) - m) * s
     mean_total = over_others(mean_sum) + of_own * t
     square_total = (over_others(square_sum) + of_own * t * t) * LN2 - 0.5 * (over_others(count) + of_own)
     wide, narrow = own.to(tl.int64), column.to(tl.int64)
-    tl.store(dmu + wide * strides[1][0] + narrow * strides[1][1], s * mean_total * (2.0 * LN2), mask)
-    tl.store(dlogvar + wide * strides[2][0] + narrow * strides[2][1], square_total, mask)
+    tl.store(dmu + wide * dmu_strides[0] + narrow * dmu_strides[1], s * mean_total * (2.0 * LN2), mask)
+    tl.store(dlogvar + wide * dlogvar_strides[0] + narrow * dlogvar_strides[1], square_total, mask)
 
 
 def bwd(z, mu, logvar, first, dataset_size, stratified, dmutual, dtotal, ddimension, joint_sum, marginal_sum):
@@ -169,14 +171,16 @@ def bwd(z, mu, logvar, first, dataset_size, stratified, dmutual, dtotal, ddimens
         row_terms[1, rows:] = 0.0
     of_rows = (*of_rows, row_terms)
     block = tile(columns, rows, batch, dtype, backward=True)
-    strides = (z.stride(), dmutual.stride(0), dtotal.stride(0), ddimension.stride(0), dz.stride())
-    total_correlation_rows_kernel[(cdiv(rows, block["OWN"] * block["GROUPS"]),)](
+    launch(
+        total_correlation_rows_kernel, (cdiv(rows, block["OWN"] * block["GROUPS"]),),
         z, *prepared, dmutual, dtotal, ddimension, joint_sum, marginal_sum, dz, *of_rows, rows, batch, columns, padded,
-        padded_rows, first, dataset_size, strides, STRATIFIED=stratified, enable_fp_fusion=True, **block,
+        padded_rows, first, dataset_size, z.stride(), dmutual.stride(0), dtotal.stride(0), ddimension.stride(0),
+        dz.stride(), STRATIFIED=stratified, enable_fp_fusion=True, **block,
     )  # fmt: skip
     block = tile(columns, batch, rows, dtype, backward=True)
-    total_correlation_posteriors_kernel[(cdiv(batch, block["OWN"] * block["GROUPS"]),)](
+    launch(
+        total_correlation_posteriors_kernel, (cdiv(batch, block["OWN"] * block["GROUPS"]),),
         *prepared, *of_rows, dmutual, dmu, dlogvar, rows, batch, columns, padded, padded_rows, first, dataset_size,
-        (dmutual.stride(0), dmu.stride(), dlogvar.stride()), STRATIFIED=stratified, enable_fp_fusion=True, **block,
+        dmutual.stride(0), dmu.stride(), dlogvar.stride(), STRATIFIED=stratified, enable_fp_fusion=True, **block,
     )  # fmt: skip
     return gradients

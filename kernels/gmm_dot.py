@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import exp, finite, two_parts
+from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import PROGRAMS, cdiv, compute_dtype, next_power_of_2, share
 from fastkl.kernels.gmm_full import BUFFER_BYTES, add_logits_gradient, blocks_of_rows, supported
 
@@ -36,20 +37,20 @@ def load(pointer, row, column, rows, columns, strides, OTHER: tl.constexpr = 0.0
 
 
 @triton.jit
-def load_rows(z, logvar, centre, row, column, rows, columns, strides):
+def load_rows(z, logvar, centre, row, column, rows, columns, z_strides, logvar_strides):
     """x = z - c and x^2 + sigma^2. Columns outside are 0; rows outside are finite, not stored and of weight 0."""
-    x = load(z, row, column, rows, columns, strides[0])
+    x = load(z, row, column, rows, columns, z_strides)
     x -= tl.load(centre + column, column < columns, other=0.0)[None, :]
     square = x * x
     if logvar is not None:
-        square += exp(load(logvar, row, column, rows, columns, strides[1], float("-inf")))  # a variance of 0
+        square += exp(load(logvar, row, column, rows, columns, logvar_strides, float("-inf")))  # a variance of 0
     return x, square
 
 
 @triton.jit
 def gmm_dot_kernel(
-    z, logvar, centre, precisions, scaled_means, log_weights, constants, dlp, lp, weight, shape, strides,
-    components_per_program,
+    z, logvar, centre, precisions, scaled_means, log_weights, constants, dlp, lp, weight, shape,
+    z_strides, logvar_strides, log_weights_strides, dlp_stride, components_per_program,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows by some components: their log-sum-exp into lp, or with `weight` dlp exp(a - lp) into that.
@@ -68,7 +69,7 @@ def gmm_dot_kernel(
         a = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
         for start_inner in range(0, columns, INNER):
             inner = start_inner + tl.arange(0, INNER)
-            x, square = load_rows(z, logvar, centre, row, inner, rows, columns, strides)
+            x, square = load_rows(z, logvar, centre, row, inner, rows, columns, z_strides, logvar_strides)
             at = component.to(tl.int64)[None, :] * columns + inner[:, None]
             inside = (inner < columns)[:, None] & (component < components)[None, :]
             # Zeros are neutral in a product.
@@ -76,7 +77,8 @@ def gmm_dot_kernel(
             a = tl.dot(x, scaled_mean, a, input_precision=supported(PRECISION))
             precision = tl.load(precisions + at, inside, other=0.0)
             a = tl.dot(-0.5 * square, precision, a, input_precision=supported(PRECISION))
-        at = ((row + shape[4]) % shape[3]).to(tl.int64)[:, None] * strides[2][0] + component[None, :] * strides[2][1]
+        at = ((row + shape[4]) % shape[3]).to(tl.int64)[:, None] * log_weights_strides[0]
+        at += component[None, :] * log_weights_strides[1]
         a += tl.load(constants + component, component < components, other=0.0)[None, :]
         a += tl.load(log_weights + at, (component < components)[None, :], other=float("-inf"))  # a weight of zero
         if weight is None:
@@ -87,7 +89,7 @@ def gmm_dot_kernel(
         else:
             # Rows outside are not stored.
             high, low = two_parts(tl.load(lp + row, row < rows, other=0.0), tl.float32)
-            incoming = tl.load(dlp + row.to(tl.int64) * strides[3][0], row < rows, other=0.0)
+            incoming = tl.load(dlp + row.to(tl.int64) * dlp_stride, row < rows, other=0.0)
             at = row.to(tl.int64)[:, None] * components + component[None, :]
             inside = (row < rows)[:, None] & (component < components)[None, :]
             tl.store(weight + at, incoming[:, None] * tl.exp(a - high[:, None] - low[:, None]), inside)
@@ -99,7 +101,8 @@ def gmm_dot_kernel(
 
 @triton.jit
 def gmm_dot_by_rows_kernel(
-    z, logvar, centre, precisions, scaled_means, weight, dz, dlogvar, shape, strides,
+    z, logvar, centre, precisions, scaled_means, weight, dz, dlogvar, shape,
+    z_strides, logvar_strides, dz_strides, dlogvar_strides,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """One tile of dz (and dlogvar): the weights times the components' precisions and scaled means."""
@@ -116,18 +119,18 @@ def gmm_dot_by_rows_kernel(
         roots = load(precisions, component, column, components, columns, (columns, 1))
         first = tl.dot(w, means, first, input_precision=supported(PRECISION))
         second = tl.dot(w, roots, second, input_precision=supported(PRECISION))
-    x, _ = load_rows(z, logvar, centre, row, column, rows, columns, strides)
+    x, _ = load_rows(z, logvar, centre, row, column, rows, columns, z_strides, logvar_strides)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    at = row.to(tl.int64)[:, None] * strides[2][0] + column.to(tl.int64)[None, :] * strides[2][1]
+    at = row.to(tl.int64)[:, None] * dz_strides[0] + column.to(tl.int64)[None, :] * dz_strides[1]
     tl.store(dz + at, first - x * second, inside)
     if logvar is not None:
-        at = row.to(tl.int64)[:, None] * strides[3][0] + column.to(tl.int64)[None, :] * strides[3][1]
-        tl.store(dlogvar + at, -0.5 * exp(load(logvar, row, column, rows, columns, strides[1])) * second, inside)
+        at = row.to(tl.int64)[:, None] * dlogvar_strides[0] + column.to(tl.int64)[None, :] * dlogvar_strides[1]
+        tl.store(dlogvar + at, -0.5 * exp(load(logvar, row, column, rows, columns, logvar_strides)) * second, inside)
 
 
 @triton.jit
 def gmm_dot_by_components_kernel(
-    z, logvar, centre, weight, partial, shape, strides, rows_per_program,
+    z, logvar, centre, weight, partial, shape, z_strides, logvar_strides, rows_per_program,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """A tile of w^T x and w^T (x^2 + sigma^2), ROWS of components here; partial is [splits, 2, components, columns]."""
@@ -143,7 +146,7 @@ def gmm_dot_by_components_kernel(
     for start in range(begin, tl.minimum(begin + rows_per_program, rows), INNER):
         row = start + tl.arange(0, INNER)
         w = load(weight, component, row, components, rows, (1, components))
-        x, square = load_rows(z, logvar, centre, row, column, rows, columns, strides)
+        x, square = load_rows(z, logvar, centre, row, column, rows, columns, z_strides, logvar_strides)
         first = tl.dot(w, x, first, input_precision=supported(PRECISION))
         second = tl.dot(w, square, second, input_precision=supported(PRECISION))
     inside = (component < components)[:, None] & (column < columns)[None, :]
@@ -175,20 +178,22 @@ class Mixture:
         if weight is None:
             per_program, splits = share(self.components, block["COLUMNS"], PROGRAMS // row_blocks)
             lp = torch.empty((splits, len(z)), dtype=torch.float64, device=z.device)
-        strides = (*row_strides(z, logvar), self.log_weights.stride(), NO_STRIDES if dlp is None else dlp.stride())
-        gmm_dot_kernel[(row_blocks * splits,)](
+        launch(
+            gmm_dot_kernel, (row_blocks * splits,),
             z, logvar, self.centre, self.precisions, self.scaled_means, self.log_weights, self.constants, dlp, lp,
-            weight, (len(z), self.components, self.columns, len(self.log_weights), first_row), strides, per_program,
+            weight, (len(z), self.components, self.columns, len(self.log_weights), first_row),
+            *row_strides(z, logvar), self.log_weights.stride(), 0 if dlp is None else dlp.stride(0), per_program,
             PRECISION=self.precision, enable_fp_fusion=True, **block,
         )  # fmt: skip
         return lp[0] if splits == 1 else lp.logsumexp(0)
 
     def launch_by_rows(self, z, logvar, weight, dz, dlogvar):
         block = blocks(self.columns)
-        strides = (*row_strides(z, logvar), *row_strides(dz, dlogvar))
-        gmm_dot_by_rows_kernel[(cdiv(len(z), block["ROWS"]) * cdiv(self.columns, block["COLUMNS"]),)](
+        launch(
+            gmm_dot_by_rows_kernel, (cdiv(len(z), block["ROWS"]) * cdiv(self.columns, block["COLUMNS"]),),
             z, logvar, self.centre, self.precisions, self.scaled_means, weight, dz, dlogvar,
-            (len(z), self.components, self.columns), strides, PRECISION=self.precision, enable_fp_fusion=True, **block,
+            (len(z), self.components, self.columns), *row_strides(z, logvar, dz, dlogvar),
+            PRECISION=self.precision, enable_fp_fusion=True, **block,
         )  # fmt: skip
 
     def launch_by_components(self, z, logvar, weight):
@@ -199,8 +204,9 @@ class Mixture:
         rows_per_program, splits = share(len(z), block["INNER"], most)
         shape = (len(z), self.components, self.columns)
         partial = torch.empty((splits, 2, *shape[1:]), dtype=torch.float32, device=z.device)
-        gmm_dot_by_components_kernel[(tiles * splits,)](
-            z, logvar, self.centre, weight, partial, shape, row_strides(z, logvar), rows_per_program,
+        launch(
+            gmm_dot_by_components_kernel, (tiles * splits,),
+            z, logvar, self.centre, weight, partial, shape, *row_strides(z, logvar), rows_per_program,
             PRECISION=self.precision, enable_fp_fusion=True, **block,
         )  # fmt: skip
         return partial.sum(0)

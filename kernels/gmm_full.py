@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import TRITON_DTYPE
+from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, compute_dtype, next_power_of_2
 
 INPUT_PRECISION = {"exact": "ieee", "tf32x3": "tf32x3", "tf32": "tf32"}
@@ -46,7 +47,8 @@ def blocks(columns: int, dtype: torch.dtype, precision: str) -> dict[str, int]:
 
 @triton.jit
 def gmm_full_joint_kernel(
-    z, means, roots, log_weights, log_determinants, joint, whitened, shape, strides,
+    z, means, roots, log_weights, log_determinants, joint, whitened, shape,
+    z_strides, means_strides, roots_strides, log_weights_strides, joint_strides,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """One component at ROWS rows: ln pi + ln N(z; m, S) into joint, or y into whitened.
@@ -59,9 +61,9 @@ def gmm_full_joint_kernel(
     row_inside = row < rows
     component = tl.program_id(0) // row_blocks + tl.zeros_like(row)
     k = component.to(tl.int64)
-    z += row.to(tl.int64)[:, None] * strides[0][0]
-    means += tl.max(k, axis=0) * strides[1][0]
-    roots += tl.max(k, axis=0) * strides[2][0]
+    z += row.to(tl.int64)[:, None] * z_strides[0]
+    means += tl.max(k, axis=0) * means_strides[0]
+    roots += tl.max(k, axis=0) * roots_strides[0]
     quadratic = tl.zeros([ROWS], dtype=DTYPE)
     for start in range(0, columns, COLUMNS):
         out = start + tl.arange(0, COLUMNS)
@@ -70,9 +72,10 @@ def gmm_full_joint_kernel(
             inner = start_inner + tl.arange(0, INNER)
             inside = inner < columns
             # A difference of 0 and a row of zeros are neutral in a product.
-            x = tl.load(z + inner[None, :] * strides[0][1], row_inside[:, None] & inside[None, :], other=0.0).to(DTYPE)
-            m = tl.load(means + inner * strides[1][1], inside, other=0.0).to(DTYPE)
-            at = inner.to(tl.int64)[:, None] * strides[2][2] + out.to(tl.int64)[None, :] * strides[2][1]
+            mask = row_inside[:, None] & inside[None, :]
+            x = tl.load(z + inner[None, :] * z_strides[1], mask, other=0.0).to(DTYPE)
+            m = tl.load(means + inner * means_strides[1], inside, other=0.0).to(DTYPE)
+            at = inner.to(tl.int64)[:, None] * roots_strides[2] + out.to(tl.int64)[None, :] * roots_strides[1]
             root = tl.load(roots + at, inside[:, None] & (out < columns)[None, :], other=0.0)
             y = tl.dot(x - m[None, :], root, y, input_precision=supported(PRECISION), out_dtype=DTYPE)
         if whitened is None:
@@ -81,9 +84,9 @@ def gmm_full_joint_kernel(
             at = (row.to(tl.int64) * shape[1] + k)[:, None] * columns + out[None, :]
             tl.store(whitened + at, y, row_inside[:, None] & (out < columns)[None, :])
     if whitened is None:
-        at = ((row + shape[4]) % shape[3]).to(tl.int64) * strides[3][0] + k * strides[3][1]
+        at = ((row + shape[4]) % shape[3]).to(tl.int64) * log_weights_strides[0] + k * log_weights_strides[1]
         a = tl.load(log_weights + at, row_inside, other=0.0) - tl.load(log_determinants + k)  # rows outside stay unread
-        tl.store(joint + row.to(tl.int64) * strides[4][0] + k * strides[4][1], a - 0.5 * quadratic, row_inside)
+        tl.store(joint + row.to(tl.int64) * joint_strides[0] + k * joint_strides[1], a - 0.5 * quadratic, row_inside)
 
 
 def blocks_of_rows(rows, period, most):
@@ -144,10 +147,11 @@ class Mixture:
         z, means = self.z[rows], self.means[part]
         block = blocks(z.shape[1], self.dtype, self.precision)
         log_weights = self.log_weights[:, part]
-        strides = [t.stride() for t in (z, means, root, log_weights, log_weights if joint is None else joint)]
-        gmm_full_joint_kernel[(cdiv(len(z), block["ROWS"]) * len(means),)](
+        launch(
+            gmm_full_joint_kernel, (cdiv(len(z), block["ROWS"]) * len(means),),
             z, means, root, log_weights, self.log_determinants[part], joint, whitened,
-            (*z.shape[:1], *means.shape, len(log_weights), rows.start), tuple(strides),
+            (*z.shape[:1], *means.shape, len(log_weights), rows.start), z.stride(), means.stride(), root.stride(),
+            log_weights.stride(), (0, 0) if joint is None else joint.stride(),
             PRECISION=INPUT_PRECISION[self.precision], DTYPE=TRITON_DTYPE[self.dtype], enable_fp_fusion=True, **block,
         )  # fmt: skip
 

@@ -27,6 +27,7 @@ from fastkl.kernels._gmm_per_datum import (
     strides_of,
 )
 from fastkl.kernels._gmm_per_datum_gradient import launch_bwd
+from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import PROGRAMS, cdiv, compute_dtype, share
 
 BUFFER_BYTES = 32 << 20  # for the gradient of logvars that broadcast
@@ -43,7 +44,8 @@ def log_sum_exp(peak, total, DATA: tl.constexpr, COMPONENTS: tl.constexpr):
 
 @triton.jit
 def gmm_per_datum_fwd_kernel(
-    z, logvar, log_weights, means, logvars, lp, joint, shape, strides, samples_per_program,
+    z, logvar, log_weights, means, logvars, lp, joint, shape,
+    z_strides, logvar_strides, log_weights_strides, means_strides, logvars_strides, samples_per_program,
     FORM: tl.constexpr, RESIDENT: tl.constexpr, DATA: tl.constexpr, COMPONENTS: tl.constexpr, COLUMNS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +62,9 @@ def gmm_per_datum_fwd_kernel(
     datum = tl.minimum(block + pair // COMPONENTS, data - 1)
     if RESIDENT:
         column = tl.arange(0, COLUMNS)
-        m, v = load_components(means, logvars, datum, pair % COMPONENTS, column, shape, strides, DTYPE)
+        m, v = load_components(
+            means, logvars, datum, pair % COMPONENTS, column, shape, means_strides, logvars_strides, DTYPE
+        )
     for index in range(first, tl.minimum(first + samples_per_program, shape[0])):
         sample = index + tl.zeros_like(pair)
         # Each pair's own maximum and sum over the tiles of components.
@@ -72,10 +76,12 @@ def gmm_per_datum_fwd_kernel(
             for start_column in range(0, columns, COLUMNS):
                 column = start_column + tl.arange(0, COLUMNS)
                 if not RESIDENT:
-                    m, v = load_components(means, logvars, datum, component, column, shape, strides, DTYPE)
-                x, variance = load_rows(z, logvar, sample, datum, column, shape, strides, DTYPE)
+                    m, v = load_components(
+                        means, logvars, datum, component, column, shape, means_strides, logvars_strides, DTYPE
+                    )
+                x, variance = load_rows(z, logvar, sample, datum, column, shape, z_strides, logvar_strides, DTYPE)
                 terms += element(x - m, v, variance, FORM)[2]
-            a = load_log_weights(log_weights, sample, datum, component, shape, strides)
+            a = load_log_weights(log_weights, sample, datum, component, shape, log_weights_strides)
             a = log_density(a, terms, columns)
             if joint is not None:
                 at = (sample.to(tl.int64) * data + datum) * components + component
@@ -95,8 +101,9 @@ def launch_fwd(z, logvar, log_weights, means, logvars, lp, joint, form):
     row_blocks = cdiv(len(means), block["DATA"])
     samples_per_program, groups = share(len(z), 1, PROGRAMS // row_blocks)
     resident = means.shape[1] <= block["COMPONENTS"] and means.shape[2] <= block["COLUMNS"]
-    gmm_per_datum_fwd_kernel[(row_blocks * groups,)](
-        z, logvar, log_weights, means, logvars, lp, joint, shape, strides_of(means, logvars, z, logvar, log_weights),
+    inputs = (z, logvar, log_weights, means, logvars)
+    launch(
+        gmm_per_datum_fwd_kernel, (row_blocks * groups,), *inputs, lp, joint, shape, *strides_of(*inputs),
         samples_per_program, FORM=form, RESIDENT=resident, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
     )  # fmt: skip
 

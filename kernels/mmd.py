@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastkl.kernels import _launch
 from fastkl.kernels._device import proportion
 from fastkl.kernels._layout import cdiv, compute_dtype, next_power_of_2, registers
 from fastkl.kernels._mixture import four, load_rows, of_rows, own_index, quads, scattered, split, term_index
@@ -72,7 +73,7 @@ def kernel_terms(t, KERNEL: tl.constexpr, SCALES: tl.constexpr, INVERSES: tl.con
 
 @triton.jit
 def mmd_kernel(
-    z, others, sums, dz, rows, count, shape, strides, dz_stride, split_stride, per_program, splits,
+    z, others, sums, dz, rows, count, shape, z_strides, dz_stride, split_stride, per_program, splits,
     HALF: tl.constexpr, KERNEL: tl.constexpr, SCALES: tl.constexpr, INVERSES: tl.constexpr, SAME: tl.constexpr,
     SELF: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, OTHERS: tl.constexpr, TERMS: tl.constexpr,
     LANES: tl.constexpr,
@@ -89,8 +90,8 @@ def mmd_kernel(
     index = first_row + tl.arange(0, ROWS)
     valid = index < rows
     row = tl.minimum(index, rows - 1).to(tl.int64)  # beyond the last row it again, neither counted nor stored
-    z_start = quads(z, row, strides)
-    step = strides[1] * 4
+    z_start = quads(z, row, z_strides)
+    step = z_strides[1] * 4
     own = first_row + own_index(ROWS, LANES)
     first = share * per_program
     end = tl.minimum(first + per_program, count)
@@ -147,7 +148,8 @@ def launch(z, others, count, kernel, scales, *, same, self_pairs, gradient):
     per_program, splits = split(count, block["OTHERS"], row_blocks, rows * columns * dtype.itemsize * gradient)
     sums = torch.empty(row_blocks * splits, dtype=dtype, device=z.device)
     dz = torch.empty((splits, rows, columns), dtype=dtype, device=z.device) if gradient else None
-    mmd_kernel[(row_blocks * splits,)](
+    _launch.launch(
+        mmd_kernel, (row_blocks * splits,),
         z, others, sums, dz, rows, count, (columns, others.shape[1]), z.stride(), columns, rows * columns, per_program,
         splits, HALF=0.5 / columns, KERNEL=kernel, SCALES=tuple(scales), INVERSES=tuple(1 / s for s in scales),
         SAME=same, SELF=self_pairs, TAIL=odd == "tail", enable_fp_fusion=True, **block,

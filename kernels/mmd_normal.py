@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import proportion
+from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, compute_dtype, next_power_of_2, registers
 from fastkl.kernels._mixture import four, load_rows, of_rows, own_index, quads, scattered, split, term_index
 from fastkl.kernels._mixture_rows import summed
@@ -41,14 +42,14 @@ def ratio(mean, variance, other_mean, other_variance, inverse):
 
 @triton.jit
 def mmd_normal_kernel(
-    mean, variance, other_means, other_variances, sums, dmean, dvariance, rows, shape, strides, split_stride,
-    per_program, splits, INVERSES: tl.constexpr, SELF: tl.constexpr, TAIL: tl.constexpr,
+    mean, variance, other_means, other_variances, sums, dmean, dvariance, rows, shape, mean_strides, variance_strides,
+    split_stride, per_program, splits, INVERSES: tl.constexpr, SELF: tl.constexpr, TAIL: tl.constexpr,
     ROWS: tl.constexpr, OTHERS: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A program's sum of K over its pairs, and per split dmean_i = sum_j -K u r / g and
     dvariance_i = sum_j K r (u^2 r / g - 1) / (2 g).
 
-    shape is (dimensions, padded others), strides those of mean and of variance; INVERSES are the 1 / g."""
+    shape is (dimensions, padded others); INVERSES are the 1 / g."""
     columns, padded = shape
     dtype: tl.constexpr = other_means.dtype.element_ty
     share = tl.program_id(0) % splits
@@ -56,7 +57,7 @@ def mmd_normal_kernel(
     index = first_row + tl.arange(0, ROWS)
     valid = index < rows
     row = tl.minimum(index, rows - 1).to(tl.int64)  # beyond the last row it again, neither counted nor stored
-    mean_start, variance_start = quads(mean, row, strides[0]), quads(variance, row, strides[1])
+    mean_start, variance_start = quads(mean, row, mean_strides), quads(variance, row, variance_strides)
     own = first_row + own_index(ROWS, LANES)
     first = share * per_program
     end = tl.minimum(first + per_program, rows)
@@ -79,8 +80,8 @@ def mmd_normal_kernel(
             for d in range(0, columns, 4):
                 ms = four(load_rows(mean_at, d, columns, TAIL, dtype), ROWS)
                 vs = four(load_rows(variance_at, d, columns, TAIL, dtype), ROWS)
-                mean_at += strides[0][1] * 4
-                variance_at += strides[1][1] * 4
+                mean_at += mean_strides[1] * 4
+                variance_at += variance_strides[1] * 4
                 for i in tl.static_range(4):
                     u, r = ratio(
                         of_rows(ms[i], True, TERMS, LANES), of_rows(vs[i], True, TERMS, LANES),
@@ -99,8 +100,8 @@ def mmd_normal_kernel(
                 for d in range(0, columns, 4):
                     ms = four(load_rows(mean_at, d, columns, TAIL, dtype), ROWS)
                     vs = four(load_rows(variance_at, d, columns, TAIL, dtype), ROWS)
-                    mean_at += strides[0][1] * 4
-                    variance_at += strides[1][1] * 4
+                    mean_at += mean_strides[1] * 4
+                    variance_at += variance_strides[1] * 4
                     firsts, seconds = (), ()
                     for i in tl.static_range(4):
                         u, r = ratio(
@@ -132,8 +133,9 @@ def fwd(mu, logvar, scales, unbiased, gradient) -> list[torch.Tensor]:
     per_program, splits = split(rows, block["OTHERS"], row_blocks, partial_bytes)
     sums = torch.empty(row_blocks * splits, dtype=dtype, device=mu.device)
     parts = torch.empty((2, splits, rows, columns), dtype=dtype, device=mu.device) if gradient else [None, None]
-    mmd_normal_kernel[(row_blocks * splits,)](
-        mu, variance, *others, sums, *parts, rows, (columns, others[0].shape[1]), (mu.stride(), variance.stride()),
+    launch(
+        mmd_normal_kernel, (row_blocks * splits,),
+        mu, variance, *others, sums, *parts, rows, (columns, others[0].shape[1]), mu.stride(), variance.stride(),
         rows * columns, per_program, splits, INVERSES=tuple(1 / (columns * s) for s in scales), SELF=not unbiased,
         TAIL=columns % 4 > 0, enable_fp_fusion=True, **block,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import LN2
+from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, compute_dtype
 from fastkl.kernels._total_correlation import (
     MOST_COLUMNS,
@@ -67,7 +68,7 @@ def sums(
 @triton.jit
 def total_correlation_fwd_kernel(
     z, means, roots, constants, mutual, total, dimension, joint_sum, marginal_sum, rows, batch, columns, padded, first,
-    dataset_size, strides, STRATIFIED: tl.constexpr, REGISTERS: tl.constexpr, OWN: tl.constexpr, GROUPS: tl.constexpr,
+    dataset_size, z_strides, STRATIFIED: tl.constexpr, REGISTERS: tl.constexpr, OWN: tl.constexpr, GROUPS: tl.constexpr,
     LANES: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = means.dtype.element_ty
@@ -80,7 +81,7 @@ def total_correlation_fwd_kernel(
     # Rows beyond the last do its own work again, and dimensions beyond the last have no weight.
     row = tl.minimum(row, rows - 1)
     wide = row.to(tl.int64)
-    x = tl.load(z + wide * strides[0] + column.to(tl.int64) * strides[1], real, other=0.0).to(dtype)
+    x = tl.load(z + wide * z_strides[0] + column.to(tl.int64) * z_strides[1], real, other=0.0).to(dtype)
     own = first + row
     at = own.to(tl.int64) * COLUMNS + column
     root = tl.load(roots + at)
@@ -137,7 +138,8 @@ def fwd(z, mu, logvar, first, dataset_size, stratified):
     if rows and columns:
         prepared = prepare(mu, logvar, dtype)
         block = tile(columns, rows, mu.shape[0], dtype, backward=False)
-        total_correlation_fwd_kernel[(cdiv(rows, block["OWN"] * block["GROUPS"]),)](
+        launch(
+            total_correlation_fwd_kernel, (cdiv(rows, block["OWN"] * block["GROUPS"]),),
             z, *prepared, *out, rows, mu.shape[0], columns, prepared[0].shape[0], first, dataset_size, z.stride(),
             STRATIFIED=stratified, enable_fp_fusion=True, **block,
         )  # fmt: skip

@@ -28,6 +28,7 @@ from typing import Any
 from helpers import TARGETS
 
 HERE = Path(__file__).parent
+SHARED_LIMIT = 64 * 1024  # bytes; gfx942 has the least
 MODULES = sorted(path.stem for path in HERE.glob("test_*.py") if "\ndef aot_calls" in path.read_text())
 
 
@@ -101,6 +102,25 @@ def resources(cubin: bytes) -> str:
         file.write(cubin)
         file.flush()
         return subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+
+
+def faults(record: dict) -> list[str]:
+    """What is wrong with a compiled launch. Calls with "aligned" in their name have rows of whole 16-byte runs."""
+    if "error" in record:
+        return [record["error"]]
+    found, kernel = [], record["kernel"]
+    if record["spills"]:
+        found.append(f"{kernel} spills {record['spills']} bytes")
+    if record["shared"] > SHARED_LIMIT:
+        found.append(f"{kernel} takes {record['shared']} bytes of shared memory")
+    # A tile may be too small for the 64 lanes of gfx942, which then move 8 bytes each.
+    small = "32 lanes" in record["call"] and record["target"] == "gfx942"
+    if "aligned" in record["call"] and not small:
+        if not record["wide_loads"]:
+            found.append(f"{kernel} does not load 16 bytes at a time")
+        if not record["wide_stores"] and ("bwd" in kernel or "rsample" in kernel):
+            found.append(f"{kernel} does not store 16 bytes at a time")
+    return found
 
 
 def compile_module(module: str, target: str, every: bool) -> list[dict]:

@@ -1,7 +1,8 @@
-"""The kernels as compiled code, for every target, without a GPU: no spills, 16-byte accesses, little shared memory.
+"""The kernels as compiled code, without a GPU: no spills, 16-byte accesses, little shared memory.
 
-Each test_<op>.py with kernels lists in `aot_calls()` what its launcher can choose. Calls named "core" are compiled for
-every target; those with "aligned" in the name have rows of whole 16-byte runs, and must move them 16 bytes at a time.
+Each test_<op>.py with kernels lists in `aot_calls()` the cases that its launcher can choose. Those named "core" are
+compiled here for one target; `make compat` compiles them for all targets and versions of Triton, and every case for
+one.
 """
 
 import json
@@ -12,12 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers import TARGETS
+import aot
 
 HERE = Path(__file__).parent
 ENVIRONMENT = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=str(HERE))
-MODULES = sorted(path.stem for path in HERE.glob("test_*.py") if "\ndef aot_calls" in path.read_text())
-SHARED_LIMIT = 64 * 1024  # gfx942 has the smallest
 
 
 def run(*arguments: str) -> str:
@@ -29,41 +28,28 @@ def run(*arguments: str) -> str:
 @pytest.fixture(scope="module")
 def compiled(request):
     """All that is asked for, from one run: its processes import torch once and stay busy to the end."""
-    items = [item for item in request.session.items if item.path == Path(__file__) and "records" in item.fixturenames]
-    chosen = {item.callspec.params["records"] for item in items}
+    items = [item for item in request.session.items if item.path == Path(__file__) and "module" in item.fixturenames]
+    chosen = {item.callspec.params["module"] for item in items}
     return [json.loads(line) for line in run(str(HERE / "aot.py"), *sorted(chosen)).splitlines()]
 
 
-@pytest.fixture(params=MODULES)
-def records(request, compiled):
-    return [record for record in compiled if record["module"] == request.param]
-
-
-def test_compiles_for_every_target(records):
-    core = {record["call"] for record in records if record["call"].startswith("core")}
-    assert core
-    for target in TARGETS:
-        assert {record["call"] for record in records if record["target"] == target} >= core
-
-
-def test_no_spills(records):
-    assert [record for record in records if record["spills"]] == []
+@pytest.mark.parametrize("module", aot.MODULES)
+def test_core_calls_compile_without_a_fault(module, compiled):
+    records = [record for record in compiled if record["module"] == module]
+    assert records
+    assert [(record["call"], fault) for record in records for fault in aot.faults(record)] == []
 
 
 HELD_TO_FEW_REGISTERS = """
 import aot, torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 from fastkl.kernels import kl_normal
+from triton.runtime.jit import JITFunction
 
-def run(self, *args, grid, warmup=False, **kwargs):
-    target = GPUTarget(*aot.TARGETS["sm_90"])
-    kernel = aot.compile_for(self, args, {**kwargs, "maxnreg": 24}, target)
-    print(aot.describe(kernel, target)["spills"])
-
-JITFunction.run = run
+run = JITFunction.run
+JITFunction.run = lambda self, *args, **options: run(self, *args, **{**options, "maxnreg": 24})
 mu = torch.zeros(64, 4096)
-kl_normal.fwd([mu, mu], -1, [], 1, "logvar", float("-inf"), float("inf"), False)
+with aot.compiling("sm_90", lambda kernel, function, options: print(aot.describe(kernel, "sm_90")["spills"])):
+    kl_normal.fwd([mu, mu], -1, [], 1, "logvar", float("-inf"), float("inf"), False)
 """
 
 
@@ -71,15 +57,39 @@ def test_a_spill_would_be_seen():
     assert int(run("-c", HELD_TO_FEW_REGISTERS)) > 0
 
 
-def test_shared_memory_fits(records):
-    assert [record for record in records if record["shared"] > SHARED_LIMIT] == []
+def test_each_fault_is_named():
+    well = {"call": "core aligned", "kernel": "a_bwd_kernel", "target": "sm_90", "spills": 0, "shared": 0}
+    well |= {"wide_loads": 1, "wide_stores": 1}
+    assert aot.faults(well) == []
+    for change, word in [
+        ({"spills": 8}, "spills 8"),
+        ({"shared": 1 << 17}, "shared memory"),
+        ({"wide_loads": 0}, "load"),
+        ({"wide_stores": 0}, "store"),
+        ({"error": "CompilationError: no"}, "no"),
+    ]:
+        (fault,) = aot.faults(well | change)
+        assert word in fault
+    assert aot.faults(well | {"call": "odd", "wide_loads": 0}) == []
 
 
-def test_aligned_rows_move_16_bytes_at_a_time(records):
-    # A tile may be too small for the 64 lanes of gfx942, which then move 8 bytes each.
-    small = [record for record in records if "32 lanes" in record["call"] and record["target"] == "gfx942"]
-    aligned = [record for record in records if "aligned" in record["call"] and record not in small]
-    assert aligned
-    assert [record for record in aligned if not record["wide_loads"]] == []
-    elementwise = [record for record in aligned if "bwd" in record["kernel"] or "rsample" in record["kernel"]]
-    assert [record for record in elementwise if not record["wide_stores"]] == []
+BROKEN = """
+import aot, triton
+from types import SimpleNamespace
+
+@triton.jit
+def broken_kernel(x):
+    x.no_such_name
+
+def launch():
+    broken_kernel[(1,)](1)
+
+aot.importlib = SimpleNamespace(import_module=lambda name: SimpleNamespace(aot_calls=lambda: {"core": launch}))
+(record,) = aot.compile_module("any", "sm_90", False)
+print(record["error"])
+"""
+
+
+def test_a_kernel_that_does_not_compile_is_an_error(tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)  # Triton reads a kernel's source from its file
+    assert "no_such_name" in run(str(tmp_path / "broken.py"))

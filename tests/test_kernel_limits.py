@@ -32,7 +32,7 @@ BUDGETS = {
     ("wasserstein2_normal", "float32"): (33, 35),
     ("wasserstein2_normal", "bfloat16"): (32, 35),
 }
-TARGETS = ("sm_90", "sm_100", "sm_120")
+TARGETS = ("sm_90",)
 COUNT = """
 import json, sys, torch
 from bench import tune

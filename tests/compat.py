@@ -1,0 +1,165 @@
+"""Which versions of Triton and torch, and which targets, the kernels are known to work with: `make compat`.
+
+    python tests/compat.py                                      # all of Triton, all targets
+    python tests/compat.py --triton 3.4 3.6 --targets sm_90
+    python tests/compat.py --triton --torch 2.8 2.11            # the tests on other versions of torch
+
+For each version of Triton the kernels are compiled ahead of time (aot.py), in an environment made for it; every call
+for sm_90, the core calls for the other targets. A compile error, a spill, too much shared memory or an aligned row
+that does not move 16 bytes at a time is a fault, and the command then fails. For each version of torch a virtual
+environment of its own runs import, contract and compile tests. Results go into docs/compatibility.json, and from there
+into the tables of docs/compatibility.md; what was not asked for stays there as it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+from aot import faults
+from helpers import TARGETS
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENTS = ROOT / ".compat"
+RESULTS, PAGE = ROOT / "docs" / "compatibility.json", ROOT / "docs" / "compatibility.md"
+TRITON = ("3.4", "3.5", "3.6", "3.7", "3.8", "3.9")
+COMPAT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+EVERY_CALL = "sm_90"  # for the others, the core calls
+# What a version of torch may change: imports, what every op promises, the compiler, the launch path.
+TESTS = ("test_contract.py", "test_layers.py", "test_host_path.py", "test_errors.py", "test_distributions.py")
+
+
+def triton_environment(version: str) -> Path | None:
+    """A folder with that Triton, to be put in front of the search path; None where no such version can be had."""
+    if importlib.metadata.version("triton").startswith(version + "."):
+        return ROOT / "tests"  # the one that is installed
+    folder = ENVIRONMENTS / f"triton-{version}"
+    if not (folder / "triton").is_dir():
+        command = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), f"triton=={version}.*"]
+        if subprocess.run([sys.executable, *command]).returncode:
+            return None
+    return folder
+
+
+def ask(code: str, **environment: str) -> str:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | environment).stdout
+
+
+def compile_with(version: str, targets: list[str]) -> list[dict] | None:
+    """One row for each target, None where there is no such Triton."""
+    folder = triton_environment(version)
+    if folder is None:
+        print(f"Triton {version}: not to be had here", flush=True)
+        return None
+    environment = {"PYTHONPATH": str(folder), "TRITON_INTERPRET": "0"}
+    versions = ask("import torch, triton; print(torch.__version__, triton.__version__)", **environment).split()
+    assert versions[1].startswith(version + "."), versions
+    rows = []
+    for target in targets:
+        command = [sys.executable, str(ROOT / "tests" / "aot.py"), "--targets", target]
+        command += ["--all"] if target == EVERY_CALL else []
+        done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
+        records = [json.loads(line) for line in done.stdout.splitlines()]
+        calls = {(record["module"], record["call"]) for record in records}
+        found = [(record, fault) for record in records for fault in faults(record)]
+        failed = {(record["module"], record["call"]) for record, _ in found}
+        assert calls, "no call was compiled"
+        for record, fault in found:
+            print(f"FAULT Triton {versions[1]} {target} {record['module']}, {record['call']}: {fault}", flush=True)
+        compiled = f"{len(calls - failed)} of {len(calls)} calls"
+        print(f"Triton {versions[1]} {target}: {compiled} without a fault", flush=True)
+        rows.append({"torch": versions[0], "triton": versions[1], "target": target, "compiled": compiled,
+                     "failed": len(failed)})  # fmt: skip
+    return rows
+
+
+def test_with(version: str) -> dict:
+    """The tests on another torch, with the Triton that it brings; the first time it is some 3 GB to fetch."""
+    folder = ENVIRONMENTS / f"torch-{version}"
+    python = folder / "bin" / "python"
+    if not (folder / ".installed").exists():
+        venv.create(folder, with_pip=True)
+        # Up to 3.6, Triton's interpreter does not run with NumPy from 2.4 on.
+        wanted = [f"torch=={version}.*", "numpy<2.4", "--editable", f"{ROOT}[test]"]
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
+        (folder / ".installed").touch()
+    versions = subprocess.run(
+        [python, "-c", "import torch, triton; print(torch.__version__, triton.__version__)"],
+        check=True, capture_output=True, text=True,
+    ).stdout.split()  # fmt: skip
+    command = [python, "-m", "pytest", "-q", "--numprocesses", "auto", "--dist", "loadfile"]
+    done = subprocess.run(
+        [*command, *(str(ROOT / "tests" / name) for name in TESTS)], cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    last = done.stdout.strip().splitlines()[-1].strip("= ")
+    if done.returncode:
+        print(done.stdout[-6000:])
+    print(f"torch {versions[0]}, Triton {versions[1]}: {last}", flush=True)
+    return {"torch": versions[0], "triton": versions[1], "tests": last.split(" in ")[0], "failed": done.returncode}
+
+
+def merged(old: list[dict], new: list[dict], key: tuple[str, ...]) -> list[dict]:
+    """The new rows in place of the old ones with the same key, which names minor versions."""
+
+    def name(row: dict) -> tuple:
+        return tuple(".".join(row[part].split(".")[:2]) for part in key)
+
+    rows = {name(row): row for row in old}
+    for row in new:
+        rows[name(row)] = {**{k: v for k, v in rows.get(name(row), {}).items() if k in ("executed", "timed")}, **row}
+    return [rows[at] for at in sorted(rows, key=lambda at: [[int(n) for n in part.split(".")] if part[0].isdigit()
+                                                            else [0] for part in at])]  # fmt: skip
+
+
+def tables(results: dict) -> dict[str, str]:
+    """Name of a table in docs/compatibility.md -> its text."""
+    kernels = ["| torch | Triton | target | compiled | executed (emulated) | timed on |", "|---|---|---|---|---|---|"]
+    for row in results["kernels"]:
+        cells = [row["torch"], row["triton"], row["target"], row["compiled"], row.get("executed", ""),
+                 row.get("timed", "")]  # fmt: skip
+        kernels.append("| " + " | ".join(cell or "–" for cell in cells) + " |")
+    tests = ["| torch | Triton | tests |", "|---|---|---|"]
+    tests += [f"| {row['torch']} | {row['triton']} | {row['tests']} |" for row in results["tests"]]
+    return {"kernels": "\n".join(kernels), "tests": "\n".join(tests)}
+
+
+def write(results: dict) -> None:
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    page = PAGE.read_text()
+    for name, text in tables(results).items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        head, rest = page.split(begin)
+        page = head + begin + text + "\n" + end + rest.split(end)[1]
+    PAGE.write_text(page)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--triton", nargs="*", choices=TRITON, default=list(TRITON))
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(COMPAT_TARGETS))
+    parser.add_argument("--torch", nargs="*", default=[], metavar="VERSION", help="as 2.8; about 3 GB each")
+    parser.add_argument("--write", action="store_true", help="into docs/compatibility.json and .md")
+    options = parser.parse_args()
+    kernels = [rows for version in options.triton if (rows := compile_with(version, options.targets)) is not None]
+    tests = [test_with(version) for version in options.torch]
+    rows = [row for rows in kernels for row in rows]
+    if options.write:
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"kernels": [], "tests": []}
+        results["kernels"] = merged(results["kernels"], rows, ("triton", "target"))
+        results["tests"] = merged(results["tests"], tests, ("torch",))
+        write(results)
+    failed = sum(row["failed"] for row in rows + tests)
+    print("all well" if not failed else "FAULTS, see above", flush=True)
+    return bool(failed or not rows + tests)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
