@@ -7,18 +7,18 @@ from typing import Any
 
 import triton
 from torch import Tensor
+from triton import JITFunction
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
-from fastkl.kernels._record import Launched, Numbers, Step, Unknown
+from fastkl.kernels._record import Launched, Numbers, Parameter, Step, Unfamiliar, Unknown
 
 
 def launched(numbers: Numbers, call: Launched) -> Step:
-    kernel, compiled, grid, args, options = call
+    kernel, compiled, grid, args, options, _device = call
     if type(kernel) is not JITFunction or kernel.pre_run_hooks or "run" in vars(kernel):
         raise Unknown
     given = [*args, *(options[name] for name in kernel.arg_names[len(args) :])]
-    if not all(plain(arg) for arg in given if not isinstance(arg, Tensor)):
+    if not all(plain(arg) for arg in given if not isinstance(arg, (Tensor, Parameter))):
         raise Unknown
     start_kernel, after, given = entry(compiled, given)
     pointers = []
@@ -28,6 +28,9 @@ def launched(numbers: Numbers, call: Launched) -> Step:
             if arg.numel() == 0 or arg.data_ptr() != numbers.tensors[number].data_ptr() + offset:
                 raise Unknown
             pointers.append((position, number, offset))
+            given[position] = None
+        elif type(arg) is Parameter:
+            pointers.append((position, numbers[arg], 0))
             given[position] = None
     x, y, z = *grid, *[1] * (3 - len(grid))
 
@@ -49,7 +52,7 @@ def entry(compiled: Any, given: list) -> tuple[Callable, tuple, list]:
     """
     launcher, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     if type(launcher).__name__ != "CudaLauncher":
-        raise Unknown
+        raise Unfamiliar(f"launches through {type(launcher).__name__}")
     scratch = [name for name in ("global_scratch_size", "profile_scratch_size") if getattr(launcher, name, 1) > 0]
     if not triton.__version__.startswith("3.9.") or scratch or launcher.gsan_enabled:
         return lambda *args: launcher(*args[:-1], *args[-1]), (function, metadata, None, None, None), given

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import driver
 
 from fastkl.kernels._entry import launched
-from fastkl.kernels._record import Called, Launched, Numbers, Step, Unknown
+from fastkl.kernels._record import Called, Launched, Numbers, Parameter, Step, Unknown
 
 ALIGNMENT = 16  # bytes: what Triton asks about an address
 ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
@@ -25,16 +25,18 @@ def state() -> tuple:
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
         if hook is not None and getattr(hook, "calls", True):
             return ()
-    return runtime.debug, runtime.add_stages_inspection_hook, compilation.instrumentation_mode
+    stages, mode = "add_stages_inspection_hook", "instrumentation_mode"  # since Triton 3.6
+    return runtime.debug, getattr(runtime, stages, None), getattr(compilation, mode, None)
 
 
 class Plan:
     """Steps on tensors with numbers: first the inputs, then whatever was made."""
 
-    def __init__(self, inputs: list[Tensor], record: list[Launched | Called], result: Any) -> None:
+    def __init__(self, inputs: list[Tensor | Parameter], record: list[Launched | Called], result: Any) -> None:
         self.driver, self.state = driver.active, state()
         self.device = self.driver.get_current_device()
-        if not self.state or any(t.is_cuda and t.get_device() != self.device for t in inputs):
+        devices = {step.device for step in record if isinstance(step, Launched)}
+        if not self.state or any(device.type == "cuda" and device.index != self.device for device in devices):
             raise Unknown
         numbers = Numbers(inputs)
         steps = [launched(numbers, s) if isinstance(s, Launched) else called(numbers, s) for s in record]

@@ -8,11 +8,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.jit import JITFunction
+from triton import JITFunction
 
 
 class Unknown(Exception):
     """Something that cannot be replayed."""
+
+
+class Unfamiliar(Exception):
+    """Something inside Triton that is not as it was in the versions that this was tried with."""
+
+
+class Parameter:
+    """A floating-point number that a launcher hands on to its kernels and does nothing else with: it has no arithmetic,
+    and no op of torch takes it. Triton compiles the same code whatever its value."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: float) -> None:
+        self.value = float(value)
 
 
 class Launched(NamedTuple):
@@ -21,6 +35,7 @@ class Launched(NamedTuple):
     grid: tuple[int, ...]
     args: tuple
     options: dict[str, Any]
+    device: torch.device
 
 
 class Called(NamedTuple):
@@ -52,10 +67,12 @@ class Step(NamedTuple):
 
 
 class Numbers:
-    """The number of each tensor, and where its memory is: in which tensor's, how many bytes from its address."""
+    """The number of each tensor, and where its memory is: in which tensor's, how many bytes from its address.
 
-    def __init__(self, inputs: list[Tensor]) -> None:
-        self.tensors: list[Tensor] = []
+    A Parameter has a number, too, and its value in the place of an address."""
+
+    def __init__(self, inputs: list[Tensor | Parameter]) -> None:
+        self.tensors: list[Tensor | Parameter] = []
         self.places: list[tuple[int, int]] = []
         self.by_id: dict[int, int] = {}
         self.storages: set[int] = set()
@@ -63,9 +80,12 @@ class Numbers:
         for tensor in inputs:
             self.add(tensor)
 
-    def add(self, tensor: Tensor, base: Tensor | None = None) -> int:
+    def add(self, tensor: Tensor | Parameter, base: Tensor | None = None) -> int:
         number = self.by_id[id(tensor)] = len(self.tensors)
         self.tensors.append(tensor)
+        if type(tensor) is Parameter:
+            self.places.append((number, 0))
+            return number
         storage = tensor.untyped_storage()._cdata
         if base is None:
             if number >= self.inputs and storage in self.storages:
@@ -79,8 +99,11 @@ class Numbers:
         self.storages.add(storage)
         return number
 
-    def __getitem__(self, tensor: Tensor) -> int:
-        return self.by_id[id(tensor)]
+    def __getitem__(self, tensor: Tensor | Parameter) -> int:
+        try:
+            return self.by_id[id(tensor)]
+        except KeyError:
+            raise Unknown from None
 
     def own(self, tensor: Tensor) -> int:
         """The number of a tensor in memory that the call itself allocated."""

@@ -201,7 +201,7 @@ def gumbel_softmax_bwd_kernel(
 class Launch:
     """What both directions share: the three dimensions, the tile, who does what."""
 
-    def __init__(self, tensor, dim, tau, constant, noisy=True):
+    def __init__(self, tensor, dim, tau, noisy=True):
         self.dtype = compute_dtype([tensor])
         self.shape = (tensor.shape[:dim].numel(), tensor.shape[dim], tensor.shape[dim + 1 :].numel())
         outer, classes, inner = self.shape
@@ -218,12 +218,9 @@ class Launch:
             programs = min(SPLITS, math.isqrt(classes // 24), PROGRAMS // max(1, units))
             self.classes_per_program, self.splits = share(classes + 3 * (odd and self.axis), step, programs)
         self.grid = (units * self.splits,)
-        if tau is None and wide:  # a number would be passed in float32
-            tau = torch.full((), constant, dtype=self.dtype, device=tensor.device)
         self.tau = tau
-        self.inverse = 1 / max(constant, torch.finfo(torch.float32).tiny)
         self.options = {
-            "TENSOR": tau is not None, "AXIS": self.axis, "ODD": odd, "DTYPE": TRITON_DTYPE[self.dtype],
+            "TENSOR": isinstance(tau, torch.Tensor), "AXIS": self.axis, "ODD": odd, "DTYPE": TRITON_DTYPE[self.dtype],
             "enable_fp_fusion": True, **block,
         }  # fmt: skip
 
@@ -234,9 +231,6 @@ class Launch:
     def finish(self, tensor, written):
         """`tensor`, of which `written` is the view or the copy."""
         return tensor if written.data_ptr() == tensor.data_ptr() else tensor.copy_(written.view(tensor.shape))
-
-    def temperature(self):
-        return self.inverse if self.tau is None else self.tau
 
     def numbers(self):
         return self.column_blocks, self.classes_per_program, self.splits, self.count
@@ -249,40 +243,61 @@ class Launch:
         third = torch.empty(found.shape[1:], dtype=torch.int32 if dy is None else self.dtype, device=tensor.device)
         _launch.launch(
             statistics_kernel, self.grid,
-            tensor, dy, self.temperature(), seed, found, third, self.shape, tensor.stride(),
+            tensor, dy, self.tau, seed, found, third, self.shape, tensor.stride(),
             tensor.stride() if dy is None else dy.stride(), *self.numbers(), SOFT=soft, **self.options,
         )  # fmt: skip
         return found, third
 
 
-@_launch.replayed
+def temperature_of(tau, constant, tensor) -> torch.Tensor | _launch.Parameter:
+    """tau, or of a number 1 / tau, which may change at every call."""
+    if tau is not None:
+        return tau
+    dtype = compute_dtype([tensor])
+    if dtype == torch.float64:  # a number would be passed in float32
+        return torch.full((), constant, dtype=dtype, device=tensor.device)
+    return _launch.Parameter(1 / max(constant, torch.finfo(torch.float32).tiny))
+
+
 def fwd(logits, tau, seed, constant, hard, dim):
+    hard = hard or (tau is None and constant == 0)
+    return launch_fwd(logits, temperature_of(tau, constant, logits), seed, hard, dim)
+
+
+@_launch.replayed
+def launch_fwd(logits, tau, seed, hard, dim):
     y = torch.empty_like(logits)
     if y.numel() == 0:
         return y
-    launch = Launch(logits, dim, tau, constant)
+    launch = Launch(logits, dim, tau)
     x, out = launch.view(logits), launch.view(y)
     _launch.launch(
         gumbel_softmax_fwd_kernel, launch.grid,
-        x, out, launch.temperature(), seed, *launch.statistics(x, None, seed, False), launch.shape, x.stride(),
-        out.stride(), *launch.numbers(), HARD=hard or (tau is None and constant == 0),
-        SPLITS=next_power_of_2(launch.splits), **launch.options,
+        x, out, tau, seed, *launch.statistics(x, None, seed, False), launch.shape, x.stride(), out.stride(),
+        *launch.numbers(), HARD=hard, SPLITS=next_power_of_2(launch.splits), **launch.options,
     )  # fmt: skip
     return launch.finish(y, out)
 
 
-@_launch.replayed
 def bwd(dy, y, logits, tau, seed, constant, hard, dim, tau_gradient):
     like = y if logits is None else logits
+    if tau is None and constant == 0:
+        return [torch.zeros_like(like)]
+    return launch_bwd(dy, y, logits, temperature_of(tau, constant, like), seed, dim, tau_gradient)
+
+
+@_launch.replayed
+def launch_bwd(dy, y, logits, tau, seed, dim, tau_gradient):
+    like = y if logits is None else logits
     gradient = torch.empty_like(like)
-    if gradient.numel() == 0 or (tau is None and constant == 0):
+    if gradient.numel() == 0:
         return [gradient.zero_(), *([torch.zeros_like(tau)] if tau_gradient else [])]
-    launch = Launch(like, dim, tau, constant, noisy=logits is not None)
+    launch = Launch(like, dim, tau, noisy=logits is not None)
     x, d, out, soft = launch.view(like), launch.view(dy), launch.view(gradient), logits is None
     dtau = torch.empty(launch.grid, dtype=launch.dtype, device=like.device) if tau_gradient else None
     _launch.launch(
         gumbel_softmax_bwd_kernel, launch.grid,
-        d, x, out, dtau, launch.temperature(), seed, *launch.statistics(x, d, seed, soft), launch.shape, d.stride(),
+        d, x, out, dtau, tau, seed, *launch.statistics(x, d, seed, soft), launch.shape, d.stride(),
         x.stride(), out.stride(), *launch.numbers(), SOFT=soft, SPLITS=next_power_of_2(launch.splits), **launch.options,
     )  # fmt: skip
     return [launch.finish(gradient, out), *([dtau.sum().to(tau.dtype)] if tau_gradient else [])]

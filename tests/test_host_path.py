@@ -4,6 +4,8 @@ Whoever reads a value on the host waits, and cannot be captured in a CUDA graph.
 no values: what runs on them, forward and backward, reads none.
 """
 
+import ast
+import contextlib
 import os
 import subprocess
 import sys
@@ -16,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastkl
+from fastkl.kernels import _launch
 from fastkl.kernels.kl_normal import kl_normal_fwd_kernel
+from fastkl.native import _build
 from fastkl.ops import _register
 
 from helpers import DEVICE
@@ -92,6 +96,45 @@ def test_no_launcher_does(name, monkeypatch):
             )
 
 
+@every
+def test_every_launch_is_on_the_device_of_its_tensors(name, monkeypatch):
+    """Its tensors are taken for ones on cuda:1, while cuda:0 is the current device."""
+    current, launches = [0], []
+
+    @contextlib.contextmanager
+    def device(wanted):
+        current.append(torch.device(wanted).index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(_launch, "device_of", lambda args: torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(
+        type(kl_normal_fwd_kernel), "run", lambda kernel, *args, **options: launches.append((kernel, current[-1]))
+    )
+    function, shapes = OPS[name]
+    for op, args in run(function, shapes(6)):
+        with torch.no_grad():
+            _register.TRITON[op._opname](*args)
+    assert [kernel.__name__ for kernel, device in launches if device != 1] == []
+
+
+def direct_launches(source):
+    """The lines where a kernel[grid](...) is called."""
+    tree = ast.parse(source)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)]
+    return [call.lineno for call in calls if isinstance(call.func.value, (ast.Name, ast.Attribute))]
+
+
+def test_every_kernel_is_launched_by_launch():
+    """Which asks for the device of its tensors."""
+    folder = Path(_launch.__file__).parent
+    found = {path.name: direct_launches(path.read_text()) for path in folder.rglob("*.py")}
+    assert {name for name, lines in found.items() if lines} == {"_launch.py"}
+    assert direct_launches("launch(kernel, (3,), x)\nkernel[(3,)](x)\nmodule.kernel[grid](\nx)") == [2, 3]
+
+
 @pytest.mark.parametrize("name", WAITS)
 def test_what_waits_is_seen(name):
     function, shapes = WAITS[name]
@@ -112,11 +155,14 @@ def test_a_read_would_be_seen(read):
         run(lambda x: read(x) * x, [(3, 4)])
 
 
-def test_replays():
-    """replay_*.py, in a process in which Triton compiles and has a driver that takes notes."""
-    environment = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=str(HERE))
-    options = ["-q", "-p", "stub_driver", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command = [sys.executable, "-m", "pytest", *options, *sorted(HERE.glob("replay_*.py"))]
+def test_launches_without_a_gpu():
+    """tests/launches, in a process in which Triton compiles, and launches by a libcuda that takes notes."""
+    if _build._compiler() is None:
+        pytest.skip("needs a C compiler (cc, gcc, clang; CC), as Triton's own launcher does")
+    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = dict(os.environ, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="", PYTHONPATH=os.pathsep.join(paths))
+    options = ["-q", "-p", "fake_driver", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", *options, str(HERE / "launches")]
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 

@@ -1,27 +1,29 @@
-"""Replays launch what the launchers do: run by test_host_path.py, with stub_driver."""
+"""A replay launches what the launcher does: the same code, grid and parameters."""
 
 import pytest
 import test_contract
 import torch
-from stub_driver import LAUNCHES, SETTINGS, forward, labelled, launched, pair
 
 import fastkl
+from fastkl.kernels import _launch, gumbel_softmax
 
-REPLAYED = (
-    "kl_normal",
+from fake_driver import LAUNCHES
+from launch_helpers import SETTINGS, forward, labelled, launched, pair
+
+# Each compiles for a second or two: one of each kind of argument, gradient and sum.
+OPS = (
+    "kl_normal, full prior",
+    "kl_normal, packed",
     "kl_normal_per_dim",
-    "wasserstein2_normal",
-    "rsample_normal",
-    "rsample_kl",
+    "wasserstein2_normal, shared prior",
+    "rsample_normal, samples",
+    "rsample_kl, prior, own noise",
+    "rsample_kl, shared prior",
     "bernoulli_log_prob",
     "normal_log_prob",
     "gumbel_softmax",
+    "gumbel_softmax, tau",
 )
-OPS = {
-    name: function_and_shapes
-    for name, function_and_shapes in (test_contract.OPS | test_contract.SHARED).items()
-    if name.partition(",")[0] in REPLAYED
-}
 IMAGE = {"event_ndim": 3}
 
 
@@ -33,12 +35,9 @@ def likelihood(x, mean, logvar):
 VIEWS = {
     "strided": (fastkl.kl_normal, lambda: torch.randn(6, 32).chunk(2, 1)),
     "packed": (lambda head: fastkl.DiagonalNormal.from_packed(head).kl(), lambda: [torch.randn(6, 8, 2)]),
-    "a row of many": (fastkl.kl_normal, lambda: torch.randn(2, 1, 9999)),
     "expanded": (fastkl.kl_normal, lambda: [torch.randn(5, 16), torch.randn(16).expand(5, 16)]),
-    "float64": (fastkl.kl_normal, lambda: torch.randn(2, 5, 16, dtype=torch.float64)),
     "bfloat16": (lambda *t: fastkl.kl_normal(*t, scale="std", bounds=(-9, 9)), lambda: torch.rand(2, 5, 16).bfloat16()),
     "two dtypes": (fastkl.kl_normal, lambda: [torch.randn(5, 16).half(), torch.randn(5, 16)]),
-    "16-byte runs missed": (fastkl.kl_normal, lambda: torch.randn(2, 5 * 16 + 1)[:, 1:].view(2, 5, 16)),
     "channels last": (
         lambda *t: fastkl.kl_normal(*t, **IMAGE),
         lambda: [torch.randn(2, 8, 3, 3).to(memory_format=torch.channels_last) for _ in range(2)],
@@ -49,24 +48,9 @@ VIEWS = {
     ),
     "shared by many": (fastkl.kl_normal, lambda: [*torch.randn(2, 200, 16), *torch.randn(2, 16)]),
     "mean of many": (fastkl.kl_normal_per_dim, lambda: torch.randn(2, 200, 16)),
-    "only the sample": (lambda *t: fastkl.rsample_kl(*t)[0], lambda: torch.randn(2, 5, 16)),
     "only the KL": (lambda *t: fastkl.rsample_kl(*t)[1], lambda: torch.randn(2, 5, 9999)),
-    "samples of a head": (
-        lambda head: fastkl.DiagonalNormal.from_packed(head).rsample(num_samples=3),
-        lambda: [torch.randn(6, 8, 2)],
-    ),
     "sigma of a row": (likelihood, lambda: [*torch.randn(2, 5, 8000), torch.randn(5, 1)]),
-    "sigma of all": (likelihood, lambda: [*torch.randn(2, 200, 16), torch.randn(1)]),
-    "targets without a gradient": (
-        lambda x: fastkl.bernoulli_log_prob(x, torch.ones(5, 16), event_ndim=1),
-        lambda: [torch.randn(5, 16)],
-    ),
     "many classes": (lambda x: fastkl.gumbel_softmax(x, 0.5), lambda: [torch.randn(2, 40000)]),
-    "a class for each of many": (
-        lambda x: fastkl.gumbel_softmax(x, 0.5, hard=True, dim=1),
-        lambda: [torch.randn(2, 7, 5)],
-    ),
-    "tau": (lambda x, tau: fastkl.gumbel_softmax(x, tau.exp()), lambda: [torch.randn(2, 70), torch.randn(())]),
 }
 
 
@@ -91,7 +75,7 @@ def check(function, draws, kept, replays):
 
 @pytest.mark.parametrize("name", OPS)
 def test_a_replay_launches_what_the_launcher_does(name, kept, replays):
-    function, shapes = OPS[name]
+    function, shapes = test_contract.get(name)
     draws = [test_contract.draw(*shapes(5), dtype=torch.float32, seed=seed) for seed in range(4)]
     check(function, draws, kept, replays)
 
@@ -136,8 +120,40 @@ def test_one_tensor_given_twice_is_two():
     x = pair()[0]
     for _ in range(3):
         twice = launched(forward, [x, x])
-    assert [pointer[0] for pointer in twice[0][3][:2]] == [0, 0] or twice[0][3][0] == twice[0][3][1]
+    assert twice[0].parameters[0] == twice[0].parameters[1]
     assert launched(forward, pair()) == launched(forward.__wrapped__, pair())
+
+
+def test_a_temperature_is_not_part_of_a_key(monkeypatch, replays):
+    """A step of training with another tau each time: its plan stays, and so do all others."""
+    monkeypatch.setattr(_launch, "KEYS", 16)
+    launchers = gumbel_softmax.launch_fwd, gumbel_softmax.launch_bwd
+    for launcher in launchers:
+        launcher.plans.clear()
+    logits, temperatures, used = torch.randn(6, 16, requires_grad=True), [2.0 / (1 + at) for at in range(2000)], []
+    for tau in temperatures:
+        LAUNCHES.clear()
+        fastkl.gumbel_softmax(logits, tau).sum().backward()
+        used += [LAUNCHES[0].parameters[2], LAUNCHES[1].parameters[3]]
+        fastkl.kl_normal(*pair())
+    expected = torch.tensor(temperatures, dtype=torch.float64).repeat_interleave(2)
+    torch.testing.assert_close(torch.tensor(used, dtype=torch.float64), 1 / expected, rtol=1e-7, atol=0)
+    assert [len(launcher.plans) for launcher in launchers] == [1, 1]
+    assert len(replays) == 3 * (2000 - 2)
+    assert NotImplemented not in replays
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_temperature_of_0_is_another_launch(dtype):
+    """It has other code, and before and after it the ordinary one; in float64 the number comes in a tensor."""
+    logits = torch.randn(6, 16, dtype=dtype)
+    calls = []
+    for tau in [0.5, 0.0] * 4:
+        LAUNCHES.clear()
+        y = fastkl.gumbel_softmax(logits, tau, seed=torch.tensor(1))
+        calls.append([(launch.code, launch.parameters[5:]) for launch in labelled(LAUNCHES, [logits, y])])
+    assert calls == [calls[0], calls[1]] * 4
+    assert calls[0] != calls[1]
 
 
 def test_settings_are_part_of_the_key(replays):

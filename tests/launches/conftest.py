@@ -1,0 +1,63 @@
+"""These tests run in a process of their own, with the plugin fake_driver: test_host_path.py starts it."""
+
+import pytest
+import torch
+
+import fake_driver
+
+collect_ignore_glob = [] if fake_driver.DRIVER else ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def kernels_for_cpu_tensors(monkeypatch):
+    from fastkl.kernels import kl_normal
+    from fastkl.ops import _register
+
+    for op, launcher in _register.TRITON.items():
+        monkeypatch.setitem(_register.CPU, op, launcher)
+    fake_driver.LAUNCHES.clear()
+    for launcher in (kl_normal.fwd, kl_normal.bwd):
+        launcher.plans.clear()
+        launcher.older.clear()
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """No memory is used twice, so that an address says which tensor it is."""
+    tensors = []
+
+    def keep(allocate):
+        def allocate_and_keep(*args, **kwargs):
+            tensors.append(allocate(*args, **kwargs))
+            return tensors[-1]
+
+        return allocate_and_keep
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, keep(getattr(owner, name)))
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """The results of all replays."""
+    from fastkl.kernels import _plan
+
+    results, replay = [], _plan.Plan.replay
+
+    def noted(self, *args):
+        results.append(replay(self, *args))
+        return results[-1]
+
+    monkeypatch.setattr(_plan.Plan, "replay", noted)
+    return results
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """torch.cuda's current device is the fake driver's; cuda(n) says that all tensors are on cuda:n."""
+    from fastkl.kernels import _launch
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: fake_driver.DRIVER.get_current_device())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: fake_driver.DRIVER.on(torch.device(device).index))
+    yield lambda n: monkeypatch.setattr(_launch, "device_of", lambda args: torch.device("cuda", n))
+    fake_driver.DRIVER.set_current_device(0)
