@@ -31,8 +31,8 @@ def blocks(
 
     A thread has two of one and 16 of the other, over which sums are; fewer where an element takes more registers, down
     to 1 by 2. Sums that few rows or components would leave to few programs are shared by the warps of one, which saves
-    partial sums in memory. `own`: each row has logits of its own; `given`: the gradient of an N x K tensor comes in; for
-    `scattered` see there.
+    partial sums in memory. `own`: each row has logits of its own; `given`: the gradient of an N x K tensor comes in;
+    for `scattered` see there.
     """
     half = dtype == torch.float64
     halvings = half + (form == "convolved") * (1 + half) + own * (1 + (kind == "rows") * (1 + (form == "convolved")))
