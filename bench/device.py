@@ -95,8 +95,9 @@ def capture(step: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAG
     return graph, result
 
 
-def turns_of(step: Contender, device: str, differentiates: bool = True) -> dict[str, Turn]:
-    """Direction -> turn: forward, and where something wants a gradient backward and both."""
+def turns_of(step: Contender, device: str, differentiates: bool = True, graphs: bool = True) -> dict[str, Turn]:
+    """Direction -> turn: forward, and where something wants a gradient backward and both. Without `graphs`, whose
+    memory is theirs alone, as where a step cannot be captured."""
     if device != "cuda":
         step.both()
         return plain(step, "wall", 0.0, differentiates)
@@ -108,13 +109,14 @@ def turns_of(step: Contender, device: str, differentiates: bool = True) -> dict[
         step.both()
         host_ms = 1e3 * (time.perf_counter() - began)
     torch.cuda.synchronize()
-    try:
-        return captured(step, differentiates)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
+    why = "backlog"
+    if graphs:
+        try:
+            return captured(step, differentiates)
+        except RuntimeError as error:
+            why = f"backlog: {error}".splitlines()[0][:80]
         torch.cuda.synchronize()
-        return plain(step, f"backlog: {error}".splitlines()[0][:80], host_ms, differentiates)
+    return plain(step, why, host_ms, differentiates)
 
 
 def captured(step: Contender, differentiates: bool) -> dict[str, Turn]:
@@ -160,12 +162,16 @@ def milliseconds(turn: Turn, flush: Flush) -> float:
 
 
 def measure(turns: dict[Hashable, Turn], flush: Flush, rounds: int, seconds: float) -> dict[Hashable, Measured]:
-    """All of them, round by round; fewer rounds where that would take more than so many seconds."""
+    """All of them, round by round; fewer rounds where that would take more than so many seconds. What runs out of
+    memory is left out."""
     found: dict[Hashable, list[float]] = {key: [] for key in turns}
     began = time.perf_counter()
     for number in range(rounds):
-        for key, turn in turns.items():
-            found[key].append(milliseconds(turn, flush))
+        for key in list(found):
+            try:
+                found[key].append(milliseconds(turns[key], flush))
+            except torch.cuda.OutOfMemoryError:
+                del found[key]
         if number + 1 >= FEWEST and time.perf_counter() - began > seconds * (number + 1) / (number + 2):
             break
     return {key: Measured(*quartiles(values), turns[key].how) for key, values in found.items()}
