@@ -96,6 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     card = torch.cuda.get_device_name() if CUDA else processor()
     began, status = time.monotonic(), 0
     with long_way() as shortcuts:
+        print(*["no GPU: the time of the whole step, not of the host alone"] * (not CUDA))
         print(f"{card}; shortcuts of this version: {', '.join(shortcuts) or 'none'}")
     with given.out.open("w", newline="") as file:
         out = csv.DictWriter(file, COLUMNS, lineterminator="\n")

@@ -87,9 +87,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def commit() -> str:
+    """Of the working tree; empty where there is no git, or no repository."""
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
 def machine(device: str, thread_counts: list[int]) -> dict[str, Any]:
     """What a reader must know of the machine and of the moment."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "cpu": processor(),
@@ -98,7 +106,7 @@ def machine(device: str, thread_counts: list[int]) -> dict[str, Any]:
         "cache_mib": cache_bytes() >> 20,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         # Of the minute before: on a machine with other work, two threads wait for one another.
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,

@@ -132,7 +132,8 @@ def estimated(given: argparse.Namespace) -> Best:
     for op in given.op:
         for name in given.dtype:
             if op == GMM_DOT:
-                continue
+                print(f"\n{op}: its tiles are timed, not estimated: on a GPU")
+                break
             dtype = DTYPES[name]
             ranked = rank(op, dtype, given.tiles or candidates(dtype.itemsize), given.target)
             best[op][dtype.itemsize] = ranked[0][2]
