@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: train test bench lint clean
+.PHONY: train test bench gpu lint clean
 
 train: $(STAMP)
 	$(RUN) -m fastkl.vae train $(ARGS)
@@ -15,6 +15,9 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(RUN) -m bench $(ARGS)
+
+gpu: $(STAMP)
+	PYTHON="$(CURDIR)/$(RUN)" bash bench/gpu.sh $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -1,7 +1,7 @@
 """The machine as it is found: card, driver, clocks, versions and commit, into a file beside the results.
 
-    python -m bench.about --out about.json
-    python -m bench.about --slug          # the card's name as a folder is called
+python -m bench.about --out about.json
+python -m bench.about --slug          # the card's name as a folder is called
 """
 
 from __future__ import annotations
