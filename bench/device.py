@@ -2,8 +2,8 @@
 
 On a GPU a step is captured in a CUDA graph, and events around its replay are read. Where it cannot be captured the
 stream first gets as much other work as the host needs to launch the step. Before each turn a buffer larger than the L2
-cache is read (not written: dirty lines would be written back on the step's time). All contenders take turns. On a CPU it
-is the wall clock.
+cache is read (not written: dirty lines would be written back on the step's time). All contenders take turns. On a CPU
+the wall clock is read.
 """
 
 from __future__ import annotations

@@ -185,8 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     work = [job for job in jobs(given.small) if not given.only or job.op in given.only]
     if given.jobs > 1:
         tasks = [(job, given.small, given.compile) for job in work]
-        ready = sum(1 for _ in workers.ahead(prepare, tasks, given.jobs, 0.4 * given.seconds))
-        print(f"{ready} of {len(work)} cases compiled ahead in {time.monotonic() - began:.0f} s", flush=True)
+        workers.report("cases", workers.ahead(prepare, tasks, given.jobs, 0.4 * given.seconds), len(tasks))
     flush = device.Flush(DEVICE)
     with given.out.open("w", newline="") as file:
         out = csv.DictWriter(file, COLUMNS, lineterminator="\n")

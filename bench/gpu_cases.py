@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastkl
-from bench import bench_gmm_log_prob, bench_kl_normal, bench_mmd, bench_total_correlation
+from bench import bench_gmm_log_prob, bench_mmd, bench_total_correlation
 from bench import bench_gumbel_softmax as gumbel
 from bench import bench_normal_log_prob as normal
 from bench import bench_wasserstein2_normal as wasserstein2
@@ -268,7 +268,7 @@ def build(job: Job, device: str, small: bool) -> tuple[str, Timed]:
         timed = PAIRS[job.op](device, small)
         return " x ".join(map(str, size_of(timed))), timed
     if job.op in REST:
-        case = list(importlib.import_module(f"bench.bench_{job.op}").cases(device, small))[0]
+        case = next(iter(importlib.import_module(f"bench.bench_{job.op}").cases(device, small)))
         return case.name, Timed(case.inputs, {"fastkl": case.fastkl, "eager": case.eager}, None, 0, case=case)
     make, budget, width = STREAMS[job.op]
     rows = -(-job.mib * MIB // (16 if small else 1) // (width * job.dtype.itemsize))

@@ -4,9 +4,9 @@
     python -m bench.smoke --only rsample_kl           # the calls whose name contains it, in this process
 
 Each call is made in float32 and bfloat16, four times (alike to the last bit: the later ones may be replayed). On a GPU
-no call may wait for the device, a step is captured in a CUDA graph whose replays follow new inputs, and where there is a
-second GPU tensors on it give the same. Several processes take the calls in turn; one that a fault of the device has
-spoilt is started anew. A line for each call says ok or FAIL; the exit status is 1 where one has failed.
+no call may wait for the device, and a step is captured in a CUDA graph whose replays follow new inputs; with a second
+GPU, tensors on it give the same. Several processes take the calls in turn; one that a fault of the device has spoilt is
+started anew. A line for each call says ok or FAIL; the exit status is 1 where one has failed.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
 
 On a GPU candidates are compiled ahead, in several processes, and then timed by turns at sizes that no cache holds:
 CUDA graphs, the L2 cache flushed, medians. One whose results differ from those of the table is dropped, and the table
-stays as it is where nothing is 2 % faster. Without a GPU candidates of the elementwise kernels are compiled for --target
-and ranked by the ESTIMATE of bench/estimate.py; what spills registers comes last.
+stays as it is where nothing is 2 % faster. Without a GPU candidates of the elementwise kernels are compiled for
+--target and ranked by the ESTIMATE of bench/estimate.py; what spills registers comes last.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ def estimated(given: argparse.Namespace) -> Best:
 
 def described(codes: dict[str, Code]) -> str:
     return "; ".join(
-        f"{direction} {c.instructions:.1f} instructions, {c.registers} registers, {c.in_flight / 1024:.0f} KiB in flight"
-        for direction, c in codes.items()
+        f"{way} {c.instructions:.1f} instructions, {c.registers} registers, {c.in_flight / 1024:.0f} KiB in flight"
+        for way, c in codes.items()
     )
 
 

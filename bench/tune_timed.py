@@ -62,8 +62,7 @@ class Tuning:
         if not CUDA or self.jobs < 2:
             return
         tasks = [(*entry, tile) for entry in self.entries() for tile in self.candidates(entry[0], entry[2])]
-        done = sum(1 for _ in workers.ahead(compile_one, tasks, self.jobs, seconds))
-        print(f"{done} of {len(tasks)} candidates compiled ahead", flush=True)
+        workers.report("candidates", workers.ahead(compile_one, tasks, self.jobs, seconds), len(tasks))
 
     def race(self, op: str, name: str, key: Any) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
         """(a row for each candidate, the best tile) of one entry."""

@@ -1,5 +1,5 @@
-"""Tiles of the elementwise kernels whose rows are read 16 bytes at a time, and of gmm_dot; `python -m bench.tune` writes
-this file."""
+"""Tiles of the elementwise kernels whose rows are read 16 bytes at a time, and of gmm_dot: `python -m bench.tune`
+writes this file."""
 
 # op -> bytes of an element -> (elements of a tile where two tensors are read, warps that share it)
 TILES = {

@@ -2,12 +2,13 @@
 
 import contextlib
 import sys
+import time
 import types
 
 import pytest
 import torch
 
-from bench import device, host, tune_timed
+from bench import device, host, tune_timed, workers
 from bench.timing import Contender
 
 
@@ -174,3 +175,20 @@ def test_host_times_the_long_way_without_shortcuts(monkeypatch):
     assert set(found) == {"fastkl", "fastkl, the long way"}
     assert seen == [True] * 4 + [False] * 4 + ([True] * 3 + [False] * 3) * 2
     assert module.KNOWN
+
+
+def half(number):
+    """For the processes of the next test."""
+    if number < 0:
+        time.sleep(60)
+    return 1 // number
+
+
+def test_work_ahead_is_done_in_other_processes_and_ends_in_time(capsys):
+    began = time.monotonic()
+    done = dict(workers.ahead(half, [1, 0], jobs=2, seconds=60))
+    assert done[1] is None
+    assert isinstance(done[0], ZeroDivisionError)
+    workers.report("cases", workers.ahead(half, [-1, 2], jobs=2, seconds=25), 2)
+    assert time.monotonic() - began < 50  # nobody waits for the one that sleeps
+    assert capsys.readouterr().out.startswith("1 of 2 cases compiled ahead")

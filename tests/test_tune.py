@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import estimate, tune, tune_timed
+from bench import estimate, tune
 
 ROOT = Path(__file__).parent.parent
 
