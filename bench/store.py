@@ -75,7 +75,9 @@ def processor() -> str:
 
 
 def cache_bytes() -> int:
-    """Of the last level; 32 MiB where the system does not say."""
+    """Of the last level, a GPU's where there is one; 32 MiB where the system does not say."""
+    if torch.cuda.is_available():
+        return getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0) or 32 << 20
     try:
         return os.sysconf("SC_LEVEL3_CACHE_SIZE") or 32 << 20
     except (OSError, ValueError, AttributeError):

@@ -8,7 +8,8 @@ import types
 import pytest
 import torch
 
-from bench import device, host, tune_timed, workers
+from bench import device, host, measure, store, tune_timed, workers
+from bench.case import Case, leaves
 from bench.timing import Contender
 
 
@@ -192,3 +193,35 @@ def test_work_ahead_is_done_in_other_processes_and_ends_in_time(capsys):
     workers.report("cases", workers.ahead(half, [-1, 2], jobs=2, seconds=25), 2)
     assert time.monotonic() - began < 50  # nobody waits for the one that sleeps
     assert capsys.readouterr().out.startswith("1 of 2 cases compiled ahead")
+
+
+@pytest.mark.parametrize(("on", "rows"), [("cpu", 0), ("cuda", 4)])
+def test_host_time_of_a_step_is_without_data_only_where_the_host_would_wait(monkeypatch, on, rows):
+    """Without data a GPU has nothing to launch, which is what the host spends its time on."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("synchronized"))
+
+    def function(x):
+        seen.append(len(x))
+        return x.sum(1)
+
+    case = Case("", leaves("cpu", (4, 3)), function, function, function)
+    found = measure.host_times(case, {"fastkl": function}, on, False)
+    assert set(found) == {"fastkl"}
+    assert set(seen) - {"synchronized"} == {rows}
+    assert ("synchronized" in seen) == (on == "cuda")
+
+
+def test_a_machine_without_git_has_no_commit(monkeypatch):
+    def missing(*args, **settings):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(store.subprocess, "run", missing)
+    assert store.commit() == ""
+    assert store.machine("cpu", [1])["commit"] == ""
+
+
+def test_the_cache_is_that_of_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: types.SimpleNamespace(L2_cache_size=50 << 20))
+    assert store.cache_bytes() == 50 << 20
