@@ -9,6 +9,7 @@ the wall clock is read.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import statistics
 import time
@@ -86,12 +87,17 @@ def side_stream() -> Iterator[None]:
 def capture(step: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
     """(the graph of a step, what the step returned), on the current stream; torch.cuda.graph would collect garbage and
     empty the allocator's cache each time."""
-    graph = torch.cuda.CUDAGraph()
-    graph.capture_begin(*(() if pool is None else (pool,)))
+    graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+    gc.disable()  # another graph that is freed meanwhile would spoil this one
     try:
-        result = step()
+        graph.capture_begin(*(() if pool is None else (pool,)))
+        try:
+            result = step()
+        finally:
+            graph.capture_end()
     finally:
-        graph.capture_end()
+        if collects:
+            gc.enable()
     return graph, result
 
 
