@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: train test bench compat lint clean
+.PHONY: train test bench compat gpu lint clean
 
 train: $(STAMP)
 	$(RUN) -m fastkl.vae train $(ARGS)
@@ -19,6 +19,9 @@ bench: $(STAMP)
 # Every version of Triton and every target; only a whole run is written down, unless ARGS says so.
 compat: $(STAMP)
 	$(RUN) tests/compat.py $(or $(ARGS),--write)
+
+gpu: $(STAMP)
+	PYTHON="$(CURDIR)/$(RUN)" bash bench/gpu.sh $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

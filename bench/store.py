@@ -75,7 +75,9 @@ def processor() -> str:
 
 
 def cache_bytes() -> int:
-    """Of the last level; 32 MiB where the system does not say."""
+    """Of the last level, a GPU's where there is one; 32 MiB where the system does not say."""
+    if torch.cuda.is_available():
+        return getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0) or 32 << 20
     try:
         return os.sysconf("SC_LEVEL3_CACHE_SIZE") or 32 << 20
     except (OSError, ValueError, AttributeError):
@@ -87,9 +89,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def commit() -> str:
+    """Of the working tree; empty where there is no git, or no repository."""
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
 def machine(device: str, thread_counts: list[int]) -> dict[str, Any]:
     """What a reader must know of the machine and of the moment."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "cpu": processor(),
@@ -98,7 +108,7 @@ def machine(device: str, thread_counts: list[int]) -> dict[str, Any]:
         "cache_mib": cache_bytes() >> 20,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         # Of the minute before: on a machine with other work, two threads wait for one another.
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,

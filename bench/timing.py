@@ -31,7 +31,9 @@ class Contender(NamedTuple):
         self.backward(self.forward())
 
     def turn(self, repeats: int, device: str) -> tuple[float, float]:
-        """Seconds per step, forward and backward: by CUDA events on a GPU, by the wall clock elsewhere."""
+        """Seconds per step, forward and backward: by CUDA events on a GPU, by the wall clock elsewhere. Where the host
+        takes longer to launch a step than the GPU to run it, events tell the host's time, as a training loop has it;
+        bench/gpu.py times the kernels alone."""
         clock = recorded if device == "cuda" else time.perf_counter
         marks = []
         for _ in range(repeats):

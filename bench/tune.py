@@ -1,17 +1,14 @@
-"""Choose the tiles of the elementwise kernels: kernels/_tuned.py.
+"""Choose the tiles of the elementwise kernels and of gmm_dot: kernels/_tuned.py.
 
     python -m bench.tune                              # every op, float32 and bfloat16
     python -m bench.tune --op rsample_kl --dtype bfloat16
+    python -m bench.tune --table tuned.py --out tune.csv      # where the table goes that --write would commit
     python -m bench.tune --write                      # puts the best into kernels/_tuned.py
 
-On a GPU each candidate is timed, forward and backward. Without one candidates are compiled for --target and ranked by
-an ESTIMATE, for an H100, per element:
-
-    time = max(bytes / 3.35e12 * max(1, 32 KiB / in flight), instructions / 2.96e13) seconds
-
-bytes: what the op must move. instructions: of the compiled code, each counted once, over a tile's elements for each
-thread. in flight: the most bytes that a thread has asked for before it needs one of them, times the threads whose
-registers fit a multiprocessor. What spills registers comes last.
+On a GPU candidates are compiled ahead, in several processes, and then timed by turns at sizes that no cache holds:
+CUDA graphs, the L2 cache flushed, medians. One whose results differ from those of the table is dropped, and the table
+stays as it is where nothing is 2 % faster. Without a GPU candidates of the elementwise kernels are compiled for
+--target and ranked by the ESTIMATE of bench/estimate.py; what spills registers comes last.
 """
 
 from __future__ import annotations
@@ -19,45 +16,39 @@ from __future__ import annotations
 import argparse
 import ast
 import collections
+import csv
 import os
-import re
-import statistics
-import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from bench.estimate import Code, compiled, estimate
+from bench.store import cores, rounded
+
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "kernels" / "_tuned.py"
-BANDWIDTH, ISSUE = 3.35e12, 2.96e13  # bytes, and instructions of a thread, in a second: H100 SXM
-IN_FLIGHT = 32 * 1024  # bytes for each multiprocessor that hide the latency of its memory
-REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32  # of a multiprocessor; a register file hands out 8 for each thread
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHAPE = (4096, 512)
 NO_BOUNDS = ("logvar", float("-inf"), float("inf"), False)
+GMM_DOT = "gmm_dot"
+COLUMNS = ["card", "op", "dtype", "tile", "forward_ms", "backward_ms", "how", "note"]
+Best = dict[str, dict[Any, tuple[int, ...]]]
 
 
-class Code(NamedTuple):
-    """A compiled kernel with one tile a program."""
-
-    instructions: float  # for each element
-    registers: int
-    in_flight: int  # bytes for each multiprocessor
-    spills: int
-    wide: float = 0.0  # bytes for each element that move by 16 or more at once
-
-
-def calls(op: str, dtype: torch.dtype, device: str) -> dict[str, tuple[int, Callable[[], Any]]]:
+def calls(
+    op: str, dtype: torch.dtype, device: str, shape: tuple[int, int] = SHAPE
+) -> dict[str, tuple[int, Callable[[], Any]]]:
     """Direction -> (tensors moved, a call of the launcher), of every elementwise kernel."""
     import importlib
 
     kernels = importlib.import_module(f"fastkl.kernels.{op}")
-    a, b, c = (torch.zeros(SHAPE, dtype=dtype, device=device) for _ in range(3))
-    rows, columns = (torch.zeros(size, device=device) for size in SHAPE)
+    generator = torch.Generator(device).manual_seed(0)
+    a, b, c = (torch.randn(shape, device=device, generator=generator).to(dtype) for _ in range(3))
+    rows, columns = (torch.randn(size, device=device, generator=generator) for size in shape)
     seed = torch.zeros((), dtype=torch.int64, device=device)
     settings = {
         "bernoulli_log_prob": (2, (a, b, 1), 3, (rows, a, b, 1, [True, False])),
@@ -84,127 +75,24 @@ def candidates(itemsize: int) -> list[tuple[int, int]]:
     return [(n * 16 // itemsize * 32 * warps, warps) for warps in (2, 4, 8) for n in (1, 2, 4)]
 
 
-# ---------------------------------------------------------------------------------------------- without a GPU
-
-
-def disassembled(cubin: bytes) -> tuple[str, str]:
-    """(SASS, resources)."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [[tools / "nvdisasm", "-c", file.name], [tools / "cuobjdump", "-res-usage", file.name]]
-        return tuple(subprocess.run(c, check=True, capture_output=True, text=True).stdout for c in command)
-
-
-def instructions(sass: str) -> list[tuple[str, str]]:
-    """(operation, operands), without the padding at the end."""
-    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", sass)
-    while found and found[-1][0] in ("NOP", "BRA"):
-        found.pop()
-    return found
-
-
-def asked_for(code: list[tuple[str, str]]) -> int:
-    """The most bytes of global loads that one thread waits for at a time, read from top to bottom; loads return in
-    order."""
-    most, waiting = 0, []
-    for operation, operands in code:
-        used = {int(n) + i for n, pair in re.findall(r"\bR(\d+)(\.64)?", operands) for i in range(1 + bool(pair))}
-        for index in reversed(range(len(waiting))):
-            if waiting[index][1] & used:
-                waiting = waiting[index + 1 :]
-                break
-        if operation.split(".")[0] == "LDG":
-            size = max([4, *(int(n) // 8 for n in re.findall(r"\.(64|128|256)\b", operation))])
-            first = int(re.search(r"\bR(\d+)", operands)[1])
-            waiting.append((size, set(range(first, first + size // 4))))
-        most = max(most, sum(size for size, _ in waiting))
-    return most
-
-
-def moved_wide(code: list[tuple[str, str]]) -> int:
-    """Bytes that one thread loads from and stores to global memory in accesses of 16 or more."""
-    found = [re.search(r"^(?:LDG|STG)\b.*\.(128|256)\b", operation) for operation, _ in code]
-    return sum(int(match[1]) // 8 for match in found if match)
-
-
-def resident_threads(registers: int, threads: int) -> int:
-    programs = min(REGISTERS // (-(-registers // 8) * 8 * threads), THREADS // threads, PROGRAMS)
-    return programs * threads
-
-
-def code(cubin: bytes, elements: int, warps: int) -> Code:
-    sass, usage = disassembled(cubin)
-    found = instructions(sass)
-    registers = int(re.search(r"REG:(\d+)", usage)[1])
-    in_flight = asked_for(found) * resident_threads(registers, 32 * warps)
-    spills = int(re.search(r"STACK:(\d+)", usage)[1])
-    each = 32 * warps / elements  # threads for each element
-    return Code(len(found) * each, registers, in_flight, spills, moved_wide(found) * each)
-
-
-def compiled(call: Callable[[], Any], target: str) -> Code:
-    """The kernel that `call` launches, compiled for `target` in place of run."""
-    sys.path.append(str(ROOT / "tests"))
-    import aot
-
-    found = []
-
-    def receive(kernel, function, options):
-        found.append(code(kernel.asm["cubin"], options["ROWS"] * options["COLUMNS"], options["num_warps"]))
-
-    with aot.compiling(target, receive):
-        call()
-    return found[0]
-
-
-def estimate(tensors: int, itemsize: int, found: Code) -> float:
-    """Seconds for each element, on an H100."""
-    memory = tensors * itemsize / BANDWIDTH * max(1.0, IN_FLIGHT / max(1, found.in_flight))
-    return max(memory, found.instructions / ISSUE)
-
-
-# ----------------------------------------------------------------------------------------------------- on a GPU
-
-
-def timed(call: Callable[[], Any], rounds: int = 50) -> float:
-    """Median seconds for each element, by CUDA events; the tensors are larger than what a cache keeps."""
-    for _ in range(5):
-        call()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(rounds):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3)
-    return statistics.median(times) / (SHAPE[0] * SHAPE[1])
-
-
-# ---------------------------------------------------------------------------------------------------- the table
-
-
-def rank(op: str, dtype: torch.dtype, tiles: list[tuple[int, int]], target: str, device: str) -> list[tuple]:
-    """(spills, seconds for each element both ways, tile, {direction: Code}), the best first."""
+def table_of(op: str) -> dict[Any, tuple[int, ...]]:
+    """The table's entries for an op, to be read and changed: by the bytes of an element, or by kernel for gmm_dot."""
     from fastkl.kernels import _tuned
 
-    table, results = _tuned.TILES[op], []
+    return _tuned.GMM_DOT if op == GMM_DOT else _tuned.TILES[op]
+
+
+def rank(op: str, dtype: torch.dtype, tiles: list[tuple[int, int]], target: str) -> list[tuple]:
+    """(spills, seconds for each element both ways, tile, {direction: Code}), the best first: an estimate."""
+    table, results = table_of(op), []
     before = table[dtype.itemsize]
     for tile in tiles:
         table[dtype.itemsize] = tile
         seconds, codes = 0.0, {}
-        for direction, (tensors, call) in calls(op, dtype, device).items():
+        for direction, (tensors, call) in calls(op, dtype, "cpu").items():
             forget()
-            if device == "cuda":
-                seconds += timed(call)
-            else:
-                codes[direction] = compiled(call, target)
-                seconds += estimate(tensors, dtype.itemsize, codes[direction])
+            codes[direction] = compiled(call, target)
+            seconds += estimate(tensors, dtype.itemsize, codes[direction])
         results.append((sum(c.spills for c in codes.values()), seconds, tile, codes))
     table[dtype.itemsize] = before
     forget()
@@ -220,52 +108,96 @@ def forget() -> None:
                 launcher.plans.clear()
 
 
-def written(source: str, best: dict[str, dict[int, tuple[int, int]]]) -> str:
+def written(source: str, best: Best) -> str:
     """The source of kernels/_tuned.py with other tiles."""
-    node = next(node for node in ast.parse(source).body if isinstance(node, ast.Assign))
-    table = ast.literal_eval(node.value)
-    for op, tiles in best.items():
-        table[op].update(tiles)
-    lines = source.splitlines(keepends=True)
-    entries = "".join(f'    "{op}": {dict(sorted(tiles.items()))},\n' for op, tiles in sorted(table.items()))
-    return "".join(lines[: node.lineno - 1]) + f"TILES = {{\n{entries}}}\n" + "".join(lines[node.end_lineno :])
+    for node in reversed([node for node in ast.parse(source).body if isinstance(node, ast.Assign)]):
+        name, table = node.targets[0].id, ast.literal_eval(node.value)
+        if name == "GMM_DOT":
+            table.update(best.get(GMM_DOT, {}))
+            entries = "".join(f'    "{kernel}": {tile},\n' for kernel, tile in table.items())
+        else:
+            for op, tiles in best.items():
+                table.get(op, {}).update(tiles)
+            entries = "".join(f'    "{op}": {dict(sorted(tiles.items()))},\n' for op, tiles in sorted(table.items()))
+        lines = source.splitlines(keepends=True)
+        source = "".join(lines[: node.lineno - 1]) + f"{name} = {{\n{entries}}}\n" + "".join(lines[node.end_lineno :])
+    return source
+
+
+def estimated(given: argparse.Namespace) -> Best:
+    """Ranks candidates by what they compile to."""
+    print(f"ESTIMATE, not timed ({given.target})")
+    print("time = max(bytes / 3.35e12 * max(1, 32 KiB / in flight), instructions / 2.96e13) seconds an element")
+    best: Best = collections.defaultdict(dict)
+    for op in given.op:
+        for name in given.dtype:
+            if op == GMM_DOT:
+                print(f"\n{op}: its tiles are timed, not estimated: on a GPU")
+                break
+            dtype = DTYPES[name]
+            ranked = rank(op, dtype, given.tiles or candidates(dtype.itemsize), given.target)
+            best[op][dtype.itemsize] = ranked[0][2]
+            print(f"\n{op}, {name}: tile x warps, picoseconds an element both ways")
+            for spills, seconds, (elements, warps), codes in ranked:
+                spilled = f", {spills} bytes spilled" if spills else ""
+                print(f"{elements:>6} x {warps}  {seconds * 1e12:6.2f}  {described(codes)}{spilled}", flush=True)
+    return best
+
+
+def described(codes: dict[str, Code]) -> str:
+    return "; ".join(
+        f"{way} {c.instructions:.1f} instructions, {c.registers} registers, {c.in_flight / 1024:.0f} KiB in flight"
+        for way, c in codes.items()
+    )
+
+
+def timed(given: argparse.Namespace) -> Best:
+    """Times candidates, and writes all of them to --out."""
+    from bench import tune_timed
+
+    found = tune_timed.Tuning(given.op, given.dtype, given.tiles, given.small, given.jobs)
+    deadline = time.monotonic() + given.seconds
+    print(f"Timed on {tune_timed.card()}", flush=True)
+    found.compile_ahead(0.5 * given.seconds)
+    best: Best = collections.defaultdict(dict)
+    with given.out.open("w", newline="") as file:
+        out = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        out.writeheader()
+        for op, name, key in found.entries():
+            if time.monotonic() > deadline:
+                print(f"{op}, {name or key}: no time left", flush=True)
+                continue
+            rows, best[op][key] = found.race(op, name, key)
+            out.writerows({column: rounded(value) for column, value in row.items()} for row in rows)
+            file.flush()
+            tune_timed.show(rows, op, name or key, best[op][key])
+    return best
 
 
 def main(arguments: list[str] | None = None) -> None:
+    from fastkl.kernels import _tuned
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ops = list(ast.literal_eval(TABLE.read_text().split("TILES =")[1]))
+    ops = [*_tuned.TILES, GMM_DOT]
     parser.add_argument("--op", choices=ops, nargs="+", default=ops)
     parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=list(DTYPES))
     parser.add_argument("--target", default="sm_90", help="what to compile for without a GPU: sm_80, sm_90, sm_100, ..")
     parser.add_argument("--tile", nargs="+", metavar="ELEMENTSxWARPS", help="these candidates only, as 2048x4")
+    parser.add_argument("--out", type=Path, default=Path(os.devnull), help="a CSV file of all that was timed")
+    parser.add_argument("--table", type=Path, help="where the table goes, as --write would write it")
+    parser.add_argument("--seconds", type=float, default=1e9, help="what has not been timed by then is left out")
+    parser.add_argument("--jobs", type=int, default=cores(), help="processes that compile ahead; 1: none")
+    parser.add_argument("--small", action="store_true", help="time small tensors, in the interpreter without a GPU")
     parser.add_argument("--write", action="store_true", help="put the best into kernels/_tuned.py")
-    options = parser.parse_args(arguments)
-    tiles = [tuple(map(int, tile.split("x"))) for tile in options.tile or []]
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"Timed on {torch.cuda.get_device_name()}" if device == "cuda" else f"ESTIMATE, not timed ({options.target})")
-    if device == "cpu":
-        print("time = max(bytes / 3.35e12 * max(1, 32 KiB / in flight), instructions / 2.96e13) seconds an element")
-    best: dict[str, dict[int, tuple[int, int]]] = collections.defaultdict(dict)
-    for op in options.op:
-        for name in options.dtype:
-            dtype = DTYPES[name]
-            ranked = rank(op, dtype, tiles or candidates(dtype.itemsize), options.target, device)
-            best[op][dtype.itemsize] = ranked[0][2]
-            print(f"\n{op}, {name}: tile x warps, picoseconds an element both ways")
-            for spills, seconds, (elements, warps), codes in ranked:
-                about = "; ".join(
-                    f"{direction} {c.instructions:.1f} instructions, {c.registers} registers, "
-                    f"{c.in_flight / 1024:.0f} KiB in flight" for direction, c in codes.items()
-                )  # fmt: skip
-                spilled = f", {spills} bytes spilled" if spills else ""
-                print(f"{elements:>6} x {warps}  {seconds * 1e12:6.2f}  {about}{spilled}", flush=True)
-    if options.write:
-        TABLE.write_text(written(TABLE.read_text(), best))
-        print(f"\nwritten: {TABLE.relative_to(ROOT)}")
+    given = parser.parse_args(arguments)
+    given.tiles = [tuple(map(int, tile.split("x"))) for tile in given.tile or []]
+    best = timed(given) if torch.cuda.is_available() or given.small else estimated(given)
+    for path in [given.table] * bool(given.table) + [TABLE] * given.write:
+        path.write_text(written(TABLE.read_text(), best))
+        print(f"\nwritten: {path.resolve().relative_to(ROOT) if path.resolve().is_relative_to(ROOT) else path}")
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and "--small" not in sys.argv:
         os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: candidates are compiled
     main()

@@ -17,16 +17,17 @@ import triton.language as tl
 from fastkl.kernels._device import exp, finite, two_parts
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import PROGRAMS, cdiv, compute_dtype, next_power_of_2, share
+from fastkl.kernels._tuned import GMM_DOT
 from fastkl.kernels.gmm_full import BUFFER_BYTES, add_logits_gradient, blocks_of_rows, supported
 
 NO_STRIDES = (0, 0)
 
 
-def blocks(columns: int, most: int = 64) -> dict[str, int]:
-    """A tile of the product, at most `most` wide, 16 terms of which are summed at a time."""
-    most = min(most, 32 if columns % 16 else 64)
-    block_columns = min(most, max(16, next_power_of_2(columns)))
-    return {"ROWS": 64, "COLUMNS": block_columns, "INNER": 16, "num_warps": 4, "num_stages": 1}
+def blocks(kernel: str, columns: int) -> dict[str, int]:
+    """A tile of one kernel's product, as _tuned.py has it: INNER terms are summed at a time."""
+    rows, most, inner, warps, stages = GMM_DOT[kernel]
+    block_columns = min(min(most, 32) if columns % 16 else most, max(16, next_power_of_2(columns)))
+    return {"ROWS": rows, "COLUMNS": block_columns, "INNER": inner, "num_warps": warps, "num_stages": stages}
 
 
 @triton.jit
@@ -172,7 +173,7 @@ class Mixture:
         self.precision = precision
 
     def launch(self, z, logvar, first_row, dlp, lp, weight):
-        block = blocks(self.components, 32)
+        block = blocks("forward", self.components)
         row_blocks = cdiv(len(z), block["ROWS"])
         per_program, splits = self.components, 1
         if weight is None:
@@ -188,7 +189,7 @@ class Mixture:
         return lp[0] if splits == 1 else lp.logsumexp(0)
 
     def launch_by_rows(self, z, logvar, weight, dz, dlogvar):
-        block = blocks(self.columns)
+        block = blocks("by_rows", self.columns)
         launch(
             gmm_dot_by_rows_kernel, (cdiv(len(z), block["ROWS"]) * cdiv(self.columns, block["COLUMNS"]),),
             z, logvar, self.centre, self.precisions, self.scaled_means, weight, dz, dlogvar,
@@ -198,7 +199,7 @@ class Mixture:
 
     def launch_by_components(self, z, logvar, weight):
         """[2, K, D]: sum_n w x and sum_n w (x^2 + sigma^2)."""
-        block = blocks(self.columns)
+        block = blocks("by_components", self.columns)
         tiles = cdiv(self.components, block["ROWS"]) * cdiv(self.columns, block["COLUMNS"])
         most = max(1, min(PROGRAMS // tiles, BUFFER_BYTES // (8 * self.components * self.columns)))
         rows_per_program, splits = share(len(z), block["INNER"], most)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import tune
+from bench import estimate, tune
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,10 +28,10 @@ def test_ranks_candidates_without_a_gpu():
 
 
 def test_estimate_is_bound_by_memory_latency_or_instructions():
-    fast = tune.Code(instructions=10, registers=32, in_flight=64 * 1024, spills=0)
-    assert tune.estimate(3, 4, fast) == pytest.approx(12 / 3.35e12)
-    assert tune.estimate(3, 4, fast._replace(in_flight=16 * 1024)) == pytest.approx(2 * 12 / 3.35e12)
-    assert tune.estimate(3, 4, fast._replace(instructions=200)) == pytest.approx(200 / 2.96e13)
+    fast = estimate.Code(instructions=10, registers=32, in_flight=64 * 1024, spills=0)
+    assert estimate.estimate(3, 4, fast) == pytest.approx(12 / 3.35e12)
+    assert estimate.estimate(3, 4, fast._replace(in_flight=16 * 1024)) == pytest.approx(2 * 12 / 3.35e12)
+    assert estimate.estimate(3, 4, fast._replace(instructions=200)) == pytest.approx(200 / 2.96e13)
 
 
 def test_counts_loads_that_wait():
@@ -45,11 +45,11 @@ def test_counts_loads_that_wait():
         /*0060*/      BRA `(.L) ;
         /*0070*/      NOP ;
     """
-    found = tune.instructions(sass)
+    found = estimate.instructions(sass)
     assert [operation for operation, _ in found] == ["LDG.E.128", "LDG.E.64", "FADD", "LDG.E.U16", "FADD", "EXIT"]
-    assert tune.asked_for(found) == 24
-    assert tune.moved_wide(found) == 16  # the first of the three
-    assert tune.resident_threads(registers=65, threads=128) == 65536 // (72 * 128) * 128
+    assert estimate.asked_for(found) == 24
+    assert estimate.moved_wide(found) == 16  # the first of the three
+    assert estimate.resident_threads(registers=65, threads=128) == 65536 // (72 * 128) * 128
 
 
 def test_writing_changes_the_table_only():

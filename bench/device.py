@@ -1,0 +1,189 @@
+"""The time that kernels take on the device, whatever the host does meanwhile.
+
+On a GPU a step is captured in a CUDA graph, and events around its replay are read. Where it cannot be captured the
+stream first gets as much other work as the host needs to launch the step. Before each turn a buffer larger than the L2
+cache is read (not written: dirty lines would be written back on the step's time). All contenders take turns. On a CPU
+the wall clock is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.timing import Contender
+
+WARM = 3  # steps before a capture: compiled, recorded and replayed
+FLUSHED = 256 << 20  # bytes, at least four times the L2 cache
+FEWEST = 3  # rounds, where a step is long
+
+
+class Turn(NamedTuple):
+    """Something to time. `before` runs each time and is not timed."""
+
+    run: Callable[[], Any]
+    how: str
+    before: Callable[[], Any] | None = None
+    host_ms: float = 0.0  # that the host needs to launch it, where it is not one graph
+
+
+class Measured(NamedTuple):
+    """Milliseconds: quartiles over the rounds."""
+
+    low: float
+    median: float
+    high: float
+    how: str
+
+
+class Flush:
+    """Empties the L2 cache, and keeps the device busy meanwhile."""
+
+    def __init__(self, device: str) -> None:
+        self.milliseconds, self.buffer = 0.05, None
+        if device == "cuda":
+            cache = getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0)
+            self.buffer = torch.zeros(max(FLUSHED, 4 * cache) // 4, device=device)
+            self.sink = torch.zeros((), device=device)
+            for _ in range(3):
+                self(1)
+            torch.cuda.synchronize()
+            start = event()
+            self(10)
+            stop = event()
+            stop.synchronize()
+            self.milliseconds = start.elapsed_time(stop) / 10
+
+    def __call__(self, times: int) -> None:
+        if self.buffer is not None:
+            for _ in range(times):
+                torch.sum(self.buffer, 0, out=self.sink)
+
+
+def event() -> torch.cuda.Event:
+    """An event recorded now."""
+    found = torch.cuda.Event(enable_timing=True)
+    found.record()
+    return found
+
+
+@contextlib.contextmanager
+def side_stream() -> Iterator[None]:
+    """A stream of its own, which a capture needs, with what came before done and waited for."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield
+    torch.cuda.current_stream().wait_stream(side)
+
+
+def capture(step: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """(the graph of a step, what the step returned), on the current stream; torch.cuda.graph would collect garbage and
+    empty the allocator's cache each time."""
+    graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+    gc.disable()  # another graph that is freed meanwhile would spoil this one
+    try:
+        graph.capture_begin(*(() if pool is None else (pool,)))
+        try:
+            result = step()
+        finally:
+            graph.capture_end()
+    finally:
+        if collects:
+            gc.enable()
+    return graph, result
+
+
+def turns_of(step: Contender, device: str, differentiates: bool = True, graphs: bool = True) -> dict[str, Turn]:
+    """Direction -> turn: forward, and where something wants a gradient backward and both. Without `graphs`, whose
+    memory is theirs alone, as where a step cannot be captured."""
+    if device != "cuda":
+        step.both()
+        return plain(step, "wall", 0.0, differentiates)
+    with side_stream():
+        for _ in range(WARM):
+            step.both()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        step.both()
+        host_ms = 1e3 * (time.perf_counter() - began)
+    torch.cuda.synchronize()
+    why = "backlog"
+    if graphs:
+        try:
+            return captured(step, differentiates)
+        except RuntimeError as error:
+            why = f"backlog: {error}".splitlines()[0][:80]
+        torch.cuda.synchronize()
+    return plain(step, why, host_ms, differentiates)
+
+
+def captured(step: Contender, differentiates: bool) -> dict[str, Turn]:
+    """A graph for each direction; that of the backward pass uses what a replay of the forward pass has left."""
+    with side_stream():
+        forward, outputs = capture(step.forward)
+        if not differentiates:
+            return {"forward": Turn(forward.replay, "graph")}
+        backward, _ = capture(lambda: step.backward(outputs), forward.pool())
+        both, _ = capture(step.both)
+    return {
+        "forward": Turn(forward.replay, "graph"),
+        "backward": Turn(backward.replay, "graph", forward.replay),
+        "both": Turn(both.replay, "graph"),
+    }
+
+
+def plain(step: Contender, how: str, host_ms: float, differentiates: bool) -> dict[str, Turn]:
+    """The steps as they are."""
+    kept: list[Any] = []
+    turns = {"forward": Turn(step.forward, how, None, host_ms)}
+    if differentiates:
+        before = lambda: kept.append(step.forward())  # noqa: E731
+        turns["backward"] = Turn(lambda: step.backward(kept.pop()), how, before, host_ms)
+        turns["both"] = Turn(step.both, how, None, host_ms)
+    return turns
+
+
+def milliseconds(turn: Turn, flush: Flush) -> float:
+    """Of one run."""
+    if turn.before:
+        turn.before()
+    if flush.buffer is None:
+        began = time.perf_counter()
+        turn.run()
+        return 1e3 * (time.perf_counter() - began)
+    flush(1 + math.ceil(turn.host_ms / flush.milliseconds))
+    start = event()
+    turn.run()
+    stop = event()
+    stop.synchronize()
+    return start.elapsed_time(stop)
+
+
+def measure(turns: dict[Hashable, Turn], flush: Flush, rounds: int, seconds: float) -> dict[Hashable, Measured]:
+    """All of them, round by round; fewer rounds where that would take more than so many seconds. What runs out of
+    memory is left out."""
+    found: dict[Hashable, list[float]] = {key: [] for key in turns}
+    began = time.perf_counter()
+    for number in range(rounds):
+        for key in list(found):
+            try:
+                found[key].append(milliseconds(turns[key], flush))
+            except torch.cuda.OutOfMemoryError:
+                del found[key]
+        if number + 1 >= FEWEST and time.perf_counter() - began > seconds * (number + 1) / (number + 2):
+            break
+    return {key: Measured(*quartiles(values), turns[key].how) for key, values in found.items()}
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    if len(values) < 2:
+        return (values[0],) * 3
+    return tuple(statistics.quantiles(values, n=4, method="inclusive"))

@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# One call that tests, times and tunes fastkl on a machine with one NVIDIA GPU: under nine minutes, no network.
+#
+#   bash bench/gpu.sh              all stages; results go to $OUT (bench/results/<card>), at most eight files
+#   bash bench/gpu.sh --dry-run    the same stages at small sizes, on a CPU too: kernels in Triton's interpreter
+#   STAGES="smoke timing" bash bench/gpu.sh
+#
+# Each stage has a limit of its own, so that a hang loses that stage only; what is worth most comes first. The exit
+# status is 1 where a stage failed. PYTHON (python3), JOBS (cores) and TOTAL (530 seconds) may be set.
+[ -n "${OUT:-}" ] && { mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 1; }
+cd "$(dirname "$0")/.." || exit 1
+DRY=""
+case "${1:-}" in
+  --dry-run) DRY=1 ;;
+  "") ;;
+  *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
+esac
+: "${PYTHON:=python3}" "${JOBS:=$(nproc)}" "${TOTAL:=530}"
+: "${STAGES:=about smoke host timing tune tests step}"
+began=$SECONDS
+scratch=$(mktemp -d) linked=""
+cleanup() { rm -rf "$scratch"; if [ -n "$linked" ]; then rm -f fastkl/kernels; fi; }
+trap cleanup EXIT
+if [ ! -e fastkl/kernels ]; then  # the package as it lies here, without an install
+  ln -sfn ../kernels fastkl/kernels && linked=1
+fi
+export PYTHONPATH="$PWD:$PWD/tests" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONWARNINGS=ignore
+export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 KINETO_LOG_LEVEL=99
+kept=${TMPDIR:-/tmp}/fastkl-gpu-$(id -u)  # compiled code, which a second run finds
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$kept/triton}"
+export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$kept/inductor}"
+export PYTHON JOBS DRY
+if [ -z "${OUT:-}" ]; then
+  card=$($PYTHON -m bench.about --slug) || exit 1
+  OUT=bench/results/$card${DRY:+-quick}
+fi
+export OUT
+mkdir -p "$OUT" || exit 1
+log=$OUT/log.txt
+: > "$log"
+if [ -n "$DRY" ] && ! $PYTHON -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  export TRITON_INTERPRET=1
+fi
+
+summary=() failed=0
+stage() {  # name, seconds, command
+  local name=$1 limit=$2 left=$((TOTAL - SECONDS + began)) start=$SECONDS code result
+  shift 2
+  [[ " $STAGES " == *" $name "* ]] || return 0
+  echo "== $name" | tee -a "$log"
+  if [ "$left" -lt 10 ]; then
+    result="NOT RUN: no time was left" failed=1
+  else
+    [ "$limit" -gt "$left" ] && limit=$left
+    export LIMIT=$limit
+    # An interrupt first: pytest then says what it has found so far.
+    timeout --signal=INT --kill-after=5 "$limit" "$@" 2>&1 | tee -a "$log" | tail -n "${SHOW:-60}"
+    code=${PIPESTATUS[0]}
+    case $code in
+      0) result=ok ;;
+      124 | 137) result="STOPPED at its limit of $limit s" failed=1 ;;
+      *) result="FAILED, exit status $code" failed=1 ;;
+    esac
+  fi
+  summary+=("-- $name: $result ($((SECONDS - start)) s)")
+  echo "${summary[-1]}" | tee -a "$log"
+}
+
+about() { $PYTHON -m bench.about --out "$OUT/about.json"; }
+
+smoke() {
+  if [ -n "$DRY" ]; then
+    $PYTHON -m bench.smoke --small ${TRITON_INTERPRET:+--interpreted} --jobs 1 --out "$OUT/smoke.jsonl"
+    return
+  fi
+  local checker="" code
+  if command -v compute-sanitizer > /dev/null; then
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout $((LIMIT - 8)) compute-sanitizer --tool memcheck --error-exitcode 9 \
+      "$PYTHON" -m bench.smoke --sanitized > "$scratch/sanitizer" 2>&1 &
+    checker=$!
+  fi
+  $PYTHON -m bench.smoke --jobs "$JOBS" --seconds $((LIMIT - 12)) --out "$OUT/smoke.jsonl"
+  code=$?
+  [ -z "$checker" ] && { echo "compute-sanitizer is missing: memory accesses were not checked"; return $code; }
+  wait "$checker"
+  case $? in
+    0) echo "ok   compute-sanitizer memcheck" ;;
+    9) echo "FAIL compute-sanitizer memcheck"; grep -m 20 '=====' "$scratch/sanitizer"; code=1 ;;
+    *) echo "compute-sanitizer did not end, or does not work here:"; tail -n 3 "$scratch/sanitizer" ;;
+  esac
+  return $code
+}
+
+run_tests() {  # pytest's arguments; over all cores where pytest-xdist is there
+  local given=(-q -ra --tb=short -p no:cacheprovider -o addopts= --import-mode=importlib "$@")
+  if ! $PYTHON -c 'import pytest' 2> /dev/null; then
+    echo "pytest is missing: no tests"
+    return 1
+  fi
+  if [ "$JOBS" -gt 1 ] && [ -z "$DRY" ] && $PYTHON -c 'import xdist' 2> /dev/null; then
+    $PYTHON -m pytest "${given[@]}" -n "$JOBS" --dist worksteal --maxfail 60
+  else
+    echo "one process: pytest-xdist is missing, or there is no need for it"
+    $PYTHON -m pytest "${given[@]}" --maxfail 60
+  fi
+}
+
+host() {
+  local code=0
+  run_tests tests/test_host_path.py -k on_a_gpu ${DRY:+--maxfail 1} || code=1
+  $PYTHON -m bench.host --seconds $((LIMIT / 2)) --out "$OUT/host.csv" \
+    ${DRY:+--only kl_normal rsample_kl --rounds 2 --calls 5} || code=1
+  return $code
+}
+
+timing() {
+  $PYTHON -m bench.gpu --jobs "$JOBS" --seconds $((LIMIT - 8)) --out "$OUT/timing.csv" \
+    ${DRY:+--small --no-compile --jobs 1 --rounds 3}
+}
+
+tune() {
+  $PYTHON -m bench.tune --jobs "$JOBS" --seconds $((LIMIT - 8)) --out "$OUT/tune.csv" --table "$OUT/tuned.py" \
+    ${DRY:+--small --op kl_normal gmm_dot --dtype float32 --tile 256x4}
+}
+
+# On a GPU `torch` and `native` variants only repeat; two processes of a group cannot share one GPU through NCCL.
+KERNELS="kl_normal kl_normal_per_dim wasserstein2_normal rsample_kl distributions edges gumbel_softmax normal_log_prob
+  bernoulli_log_prob gmm_log_prob gmm_log_prob_shapes gmm_log_prob_accuracy gmm_kernels gmm_dot gmm_full gmm_per_datum
+  gmm_moments kl_gmm kl_gmm_bounds mixtures mmd mmd_normal total_correlation sinkhorn_divergence sliced_wasserstein
+  contract"
+export KERNELS
+tests() {
+  local name files=()
+  [ -n "$DRY" ] && { run_tests tests/test_kl_normal.py -k "test_shapes and 37 and None-triton"; return; }
+  for name in $KERNELS; do
+    if [ -e "tests/test_$name.py" ]; then files+=("tests/test_$name.py"); else echo "no tests/test_$name.py"; fi
+  done
+  run_tests "${files[@]}" -k "not torch] and not torch- and not native] and not native- and not group"
+}
+
+step() { $PYTHON -m bench.real_step --seconds $((LIMIT / 2)) --out "$OUT/step.csv" ${DRY:+--small}; }
+
+export -f about smoke run_tests host timing tune tests step
+export scratch
+stage about 20 bash -c about
+stage smoke 110 bash -c smoke
+stage host 60 bash -c host
+stage timing 150 bash -c timing
+stage tune 90 bash -c tune
+stage tests 120 bash -c tests
+stage step 60 bash -c step
+{
+  echo "== all: $((SECONDS - began)) s, results in $OUT"
+  printf '%s\n' "${summary[@]}"
+} | tee -a "$log"
+exit "$failed"

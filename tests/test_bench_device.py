@@ -1,0 +1,227 @@
+"""bench/device.py and what is built on it, with a stand-in for torch.cuda whose work takes as long as it says."""
+
+import contextlib
+import sys
+import time
+import types
+
+import pytest
+import torch
+
+from bench import device, host, measure, store, tune_timed, workers
+from bench.case import Case, leaves
+from bench.timing import Contender
+
+
+class Cuda:
+    """Notes what reaches the device, in order; its clock moves by what each piece of work takes."""
+
+    def __init__(self):
+        self.log, self.now, self.capturing, self.refuses = [], 0.0, None, False
+
+    def work(self, name, ms):
+        if self.capturing is not None:
+            self.capturing.append((name, ms))
+            return
+        self.log.append(name)
+        self.now += ms
+
+    def graph(self):
+        cuda, steps = self, []
+
+        class Graph:
+            def capture_begin(self, pool=None):
+                if cuda.refuses:
+                    raise RuntimeError("operation not permitted when stream is capturing\nand more")
+                cuda.capturing = steps
+
+            def capture_end(self):
+                cuda.capturing = None
+
+            def pool(self):
+                return "pool"
+
+            def replay(self):
+                for name, ms in steps:
+                    cuda.work(f"{name}, replayed", ms)
+
+        return Graph()
+
+    def event(self, enable_timing):
+        cuda = self
+
+        class Event:
+            def record(self):
+                self.at = cuda.now
+                cuda.log.append("event")
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, other):
+                return other.at - self.at
+
+        return Event()
+
+
+class Flush(device.Flush):
+    def __init__(self, cuda):
+        self.cuda, self.milliseconds, self.buffer = cuda, 0.1, "there"
+
+    def __call__(self, times):
+        self.cuda.work(f"flush {times}", 0.1 * times)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    fake, stream = Cuda(), type("Stream", (), {"wait_stream": lambda self, other: None})
+    for name, value in {
+        "CUDAGraph": fake.graph, "Event": fake.event, "Stream": stream, "current_stream": stream,
+        "stream": lambda side: contextlib.nullcontext(), "synchronize": lambda: None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    return fake
+
+
+def step(cuda, name, forward, backward):
+    return Contender(lambda: cuda.work(f"{name} forward", forward), lambda _: cuda.work(f"{name} backward", backward))
+
+
+def test_each_direction_is_a_graph_timed_alone_after_a_flush(cuda):
+    turns = device.turns_of(step(cuda, "a", 2.0, 3.0), "cuda")
+    cuda.log.clear()
+    times = device.measure(turns, Flush(cuda), 5, 1e9)
+    assert {key: (found.median, found.how) for key, found in times.items()} == {
+        "forward": (pytest.approx(2.0), "graph"), "backward": (pytest.approx(3.0), "graph"),
+        "both": (pytest.approx(5.0), "graph"),
+    }  # fmt: skip
+    # A backward pass uses what a forward pass has left, which is not on its time.
+    assert cuda.log[4:9] == ["a forward, replayed", "flush 1", "event", "a backward, replayed", "event"]
+    assert cuda.log.count("flush 1") == 15
+
+
+def test_contenders_take_turns(cuda):
+    turns = {}
+    for name in "ab":
+        made = device.turns_of(step(cuda, name, 1.0, 1.0), "cuda", differentiates=False)
+        assert set(made) == {"forward"}
+        turns[name] = made["forward"]
+    cuda.log.clear()
+    device.measure(turns, Flush(cuda), 3, 1e9)
+    assert [name[0] for name in cuda.log if "forward" in name] == list("ababab")
+
+
+def test_what_cannot_be_captured_runs_behind_a_backlog(cuda):
+    cuda.refuses = True
+    turns = device.turns_of(step(cuda, "a", 2.0, 3.0), "cuda")
+    assert turns["both"].how == "backlog: operation not permitted when stream is capturing"
+    # The host needs a millisecond to launch it: ten flushes keep the device busy until then.
+    turns = {name: turn._replace(host_ms=1.0) for name, turn in turns.items()}
+    cuda.log.clear()
+    times = device.measure(turns, Flush(cuda), 3, 1e9)
+    assert [times[name].median for name in ("forward", "backward", "both")] == pytest.approx([2.0, 3.0, 5.0])
+    assert cuda.log[:4] == ["flush 11", "event", "a forward", "event"]
+
+
+def test_long_steps_have_fewer_rounds_and_what_has_no_memory_is_left_out(cuda, monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(device.time, "perf_counter", lambda: next(clock))
+
+    def exhausted():
+        raise torch.cuda.OutOfMemoryError
+
+    turns = {"a": device.Turn(lambda: cuda.work("a", 1.0), "graph"), "b": device.Turn(exhausted, "graph")}
+    times = device.measure(turns, Flush(cuda), 50, 5.0)
+    assert set(times) == {"a"}
+    assert device.FEWEST <= cuda.log.count("a") < 10
+
+
+def test_on_a_cpu_it_is_the_wall_clock():
+    turns = device.turns_of(Contender(lambda: torch.zeros(3), lambda _: None), "cpu")
+    times = device.measure(turns, device.Flush("cpu"), 3, 1.0)
+    assert {found.how for found in times.values()} == {"wall"}
+    assert all(0 < found.low <= found.median <= found.high < 1000 for found in times.values())
+
+
+@pytest.mark.parametrize(("forward", "wins"), [(0.5, True), (0.99, False)], ids=["faster", "within the noise"])
+def test_another_tile_must_be_faster_and_give_the_same(cuda, monkeypatch, forward, wins):
+    table, right = {4: (2048, 4)}, torch.ones(3)
+    spent = {(2048, 4): 1.0, (1024, 2): forward, (512, 2): 0.1}
+
+    def launch():
+        cuda.work("launch", spent[table[4]])
+        return right if table[4] != (512, 2) else right * 1.01  # the fastest is wrong
+
+    monkeypatch.setattr(tune_timed, "DEVICE", "cuda")
+    monkeypatch.setattr(tune_timed, "release", lambda: None)
+    monkeypatch.setattr(tune_timed, "launches", lambda *args: (launch, launch))
+    monkeypatch.setattr(tune_timed.tune, "table_of", lambda op: table)
+    tuning = tune_timed.Tuning(["kl_normal"], ["float32"], [(1024, 2), (512, 2)], False, 1)
+    tuning.flush = Flush(cuda)
+    rows, best = tuning.race("kl_normal", "float32", 4)
+    assert best == ((1024, 2) if wins else (2048, 4))
+    assert table == {4: (2048, 4)}  # as it was
+    assert rows[-1]["tile"] == "512 x 2"
+    assert "differs" in rows[-1]["note"]
+
+
+def test_host_times_the_long_way_without_shortcuts(monkeypatch):
+    module = types.ModuleType("a_shortcut")
+    module.KNOWN = True
+    monkeypatch.setitem(sys.modules, "a_shortcut", module)
+    monkeypatch.setattr(host, "SHORTCUTS", [("a_shortcut", "KNOWN", False), ("of_another_version", "KNOWN", False)])
+    seen = []
+    note = lambda: seen.append(module.KNOWN)  # noqa: E731
+    found = host.measure({"fastkl": note, "fastkl, the long way": note}, rounds=2, calls=3)
+    assert set(found) == {"fastkl", "fastkl, the long way"}
+    assert seen == [True] * 4 + [False] * 4 + ([True] * 3 + [False] * 3) * 2
+    assert module.KNOWN
+
+
+def half(number):
+    """For the processes of the next test."""
+    if number < 0:
+        time.sleep(60)
+    return 1 // number
+
+
+def test_work_ahead_is_done_in_other_processes_and_ends_in_time(capsys):
+    began = time.monotonic()
+    done = dict(workers.ahead(half, [1, 0], jobs=2, seconds=60))
+    assert done[1] is None
+    assert isinstance(done[0], ZeroDivisionError)
+    workers.report("cases", workers.ahead(half, [-1, 2], jobs=2, seconds=25), 2)
+    assert time.monotonic() - began < 50  # nobody waits for the one that sleeps
+    assert capsys.readouterr().out.startswith("1 of 2 cases compiled ahead")
+
+
+@pytest.mark.parametrize(("on", "rows"), [("cpu", 0), ("cuda", 4)])
+def test_host_time_of_a_step_is_without_data_only_where_the_host_would_wait(monkeypatch, on, rows):
+    """Without data a GPU has nothing to launch, which is what the host spends its time on."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("synchronized"))
+
+    def function(x):
+        seen.append(len(x))
+        return x.sum(1)
+
+    case = Case("", leaves("cpu", (4, 3)), function, function, function)
+    found = measure.host_times(case, {"fastkl": function}, on, False)
+    assert set(found) == {"fastkl"}
+    assert set(seen) - {"synchronized"} == {rows}
+    assert ("synchronized" in seen) == (on == "cuda")
+
+
+def test_a_machine_without_git_has_no_commit(monkeypatch):
+    def missing(*args, **settings):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(store.subprocess, "run", missing)
+    assert store.commit() == ""
+    assert store.machine("cpu", [1])["commit"] == ""
+
+
+def test_the_cache_is_that_of_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: types.SimpleNamespace(L2_cache_size=50 << 20))
+    assert store.cache_bytes() == 50 << 20
