@@ -2,6 +2,7 @@
 
     python tests/compat.py                                      # all of Triton, all targets
     python tests/compat.py --triton 3.4 3.6 --targets sm_90
+    python tests/compat.py --execute emulator                   # and executed by a module that can (emulated.py)
     python tests/compat.py --triton --torch 2.8 2.11            # the tests on other versions of torch
 
 For each version of Triton the kernels are compiled ahead of time (aot.py), in an environment made for it; every call
@@ -29,7 +30,6 @@ ROOT = Path(__file__).parent.parent
 ENVIRONMENTS = ROOT / ".compat"
 RESULTS, PAGE = ROOT / "docs" / "compatibility.json", ROOT / "docs" / "compatibility.md"
 TRITON = ("3.4", "3.5", "3.6", "3.7", "3.8", "3.9")
-COMPAT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 EVERY_CALL = "sm_90"  # for the others, the core calls
 # What a version of torch may change: imports, what every op promises, the compiler, the launch path.
 TESTS = ("test_contract.py", "test_layers.py", "test_host_path.py", "test_errors.py", "test_distributions.py")
@@ -78,6 +78,25 @@ def compile_with(version: str, targets: list[str]) -> list[dict] | None:
         rows.append({"torch": versions[0], "triton": versions[1], "target": target, "compiled": compiled,
                      "failed": len(failed)})  # fmt: skip
     return rows
+
+
+def execute_with(version: str, module: str) -> str:
+    """How many of the calls of bench/smoke.py were right when `module` executed them (see emulated.py)."""
+    parts = os.cpu_count() or 1
+    environment = {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    path = [str(triton_environment(version)), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path)
+    commands = [[sys.executable, str(ROOT / "tests" / "emulated.py"), module, str(n), str(parts)] for n in range(parts)]
+    running = [subprocess.Popen(c, env=os.environ | environment, stdout=subprocess.PIPE, text=True) for c in commands]
+    rows = [json.loads(line) for process in running for line in process.communicate()[0].splitlines()]
+    for row in rows:
+        if not row["ok"]:
+            print(f"FAULT Triton {version}, executed: {row}", flush=True)
+    if any(process.returncode for process in running):
+        raise SystemExit(f"Triton {version}: the emulated calls did not end")
+    executed = f"{sum(row['ok'] for row in rows)} of {len(rows)} calls"
+    print(f"Triton {version} {EVERY_CALL}: {executed} executed right", flush=True)
+    return executed
 
 
 def test_with(version: str) -> dict:
@@ -144,13 +163,19 @@ def write(results: dict) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--triton", nargs="*", choices=TRITON, default=list(TRITON))
-    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(COMPAT_TARGETS))
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--torch", nargs="*", default=[], metavar="VERSION", help="as 2.8; about 3 GB each")
+    parser.add_argument("--execute", metavar="MODULE", help="executes the PTX of each launch; see emulated.py")
     parser.add_argument("--write", action="store_true", help="into docs/compatibility.json and .md")
     options = parser.parse_args()
     kernels = [rows for version in options.triton if (rows := compile_with(version, options.targets)) is not None]
-    tests = [test_with(version) for version in options.torch]
     rows = [row for rows in kernels for row in rows]
+    for row in rows:
+        if options.execute and row["target"] == EVERY_CALL:
+            row["executed"] = execute_with(".".join(row["triton"].split(".")[:2]), options.execute)
+            right, _, of, _ = row["executed"].split()
+            row["failed"] += int(of) - int(right)
+    tests = [test_with(version) for version in options.torch]
     if options.write:
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"kernels": [], "tests": []}
         results["kernels"] = merged(results["kernels"], rows, ("triton", "target"))

@@ -1,0 +1,38 @@
+"""The calls of bench/smoke.py on compiled kernels without a GPU: through Triton's own launcher, to an emulator.
+
+    TRITON_INTERPRET=0 python tests/emulated.py MODULE 0 2     # the first half of the calls
+
+MODULE is a Python module that can execute PTX: its `execute(compiled, grid, block, shared, parameters)` is called for
+each launch, with Triton's compiled kernel and the parameters as its PTX declares them, pointers as addresses of CPU
+tensors. A JSON line for each call says whether values and gradients are those of the closed form in float64.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import fake_driver
+from fastkl.native import _build
+
+ROOT = Path(__file__).parent.parent
+
+
+def main(module: str, part: int, parts: int) -> None:
+    sys.path.insert(0, str(ROOT))
+    fake_driver.install(_build._compiler())
+    fake_driver.EXECUTE = importlib.import_module(module).execute
+    from bench import smoke
+    from bench.smoke_cases import elementwise, pairs
+    from fastkl.ops import _register
+
+    # Mixtures and pairs, then rows that are read an element and 16 bytes at a time.
+    calls = pairs(12, 3, 4).items(), elementwise(5, 7).items(), elementwise(4, 64).items()
+    _register.CPU.update(_register.TRITON)
+    for name, call in [item for items in calls for item in items][part::parts]:
+        row, _ = smoke.attempt(name, call, [torch.float32])
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
