@@ -12,8 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-import fake_driver
 from fastkl.native import _build
+
+import fake_driver
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,6 +23,8 @@ def main(module: str, part: int, parts: int) -> None:
     sys.path.insert(0, str(ROOT))
     fake_driver.install(_build._compiler())
     fake_driver.EXECUTE = importlib.import_module(module).execute
+    import torch
+
     from bench import smoke
     from bench.smoke_cases import elementwise, pairs
     from fastkl.ops import _register
