@@ -11,6 +11,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _mixture_arguments as parameters
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._register import no_autocast
+from fastkl.ops._torch import transforms_active
 from fastkl.ops.gumbel_softmax import gumbel_softmax
 from fastkl.ops.rsample_normal import rsample_normal
 
@@ -62,7 +63,7 @@ def _by_chunks(function, bytes_per_row: int, *rows: Tensor) -> Tensor:
     if rows[0].shape[0] <= count:
         return function(*rows)
     blocks = zip(*(tensor.split(count) for tensor in rows))
-    if torch._C._are_functorch_transforms_active():  # which checkpoint does not know
+    if transforms_active():  # which checkpoint does not know
         return torch.cat([function(*block) for block in blocks])
     return torch.cat([checkpoint(function, *block, use_reentrant=False) for block in blocks])
 
