@@ -153,7 +153,7 @@ def _uniform(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _choose(logits: Tensor, num_samples: int, batch: torch.Size, seed: Tensor) -> Tensor:
     """Components [num_samples, *batch] by inversion of the distribution function; one without weight is never met."""
     logits = parameters.collapse(logits, 1)
-    weights = torch.softmax(logits.double(), -1).cumsum(-1)
+    weights = sampling.running_sum(torch.softmax(logits.double(), -1))
     total = weights[..., -1:]
     if total.device.type == "cpu" and not (total > 0).all():
         raise ValueError("logits must have a finite largest entry in each row: NaN, or no component with a weight")

@@ -76,12 +76,11 @@ from torch import _C
 tensor._version
 torch.autograd.graph._engine_run_backward
 hasattr(torch, "_softmax_backward_data_of_another_release")
-self._own = settings._fields
 """
     tree = ast.parse(source)
     assert foreign_private_names(tree) == {
         "torch._dynamo", "torch.utils._pytree.tree_map", "torch._C", "tensor._version",
-        "torch.autograd.graph._engine_run_backward", "_softmax_backward_data_of_another_release", "self._own",
+        "torch.autograd.graph._engine_run_backward", "_softmax_backward_data_of_another_release",
     }  # fmt: skip
 
 

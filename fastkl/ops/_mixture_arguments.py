@@ -57,7 +57,9 @@ def collapse(tensor: Tensor, event_ndim: int) -> Tensor:
 
 
 def _without_leading_ones(tensor: Tensor, batch: int) -> Tensor:
-    ndim = next((dim for dim in range(batch) if tensor.shape[dim] != 1), batch)
+    ndim = 0
+    while ndim < batch and tensor.shape[ndim] == 1:
+        ndim += 1
     return tensor.reshape(tensor.shape[ndim:]) if ndim > 0 else tensor
 
 

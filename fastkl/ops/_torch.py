@@ -63,13 +63,14 @@ def may_be_batched(tensors: Iterable[Tensor]) -> bool:
     return False
 
 
+_binds_only = hasattr(super(torch.autograd.Function, torch.autograd.Function), "apply")
+if not _binds_only:
+    _say("apply above torch.autograd.Function's")
+
+
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """function.apply without the binding of its signature, where no transform is at work."""
-    try:
-        return super(torch.autograd.Function, function).apply
-    except AttributeError:
-        _say("apply above torch.autograd.Function's")
-        return function.apply
+    return super(torch.autograd.Function, function).apply if _binds_only else function.apply
 
 
 _softmax_gradient = _private("_softmax_backward_data")
