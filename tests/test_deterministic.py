@@ -16,7 +16,7 @@ WITHOUT_ORDER = {
     "index_reduce_", "put_", "index_put", "index_put_", "histc", "histogram", "cumsum", "cumprod", "logcumsumexp",
     "gather", "take_along_dim", "take", "index_select", "repeat_interleave", "segment_reduce", "embedding",
     "embedding_bag", "median", "nanmedian", "kthvalue", "interpolate", "grid_sample", "cumulative_trapezoid",
-    "nll_loss", "cross_entropy", "ctc_loss", "grid_sampler", "cdist", "pdist", "trace_backward",
+    "nll_loss", "cross_entropy", "ctc_loss", "grid_sampler",
 }  # fmt: skip
 # Where they are right all the same.
 ALLOWED = {
