@@ -3,6 +3,7 @@
 import importlib.util
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -62,3 +63,12 @@ def mend_older_interpreters() -> None:
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     patch_once_a_launch()
     mend_older_interpreters()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The example of a flow needs zuko, as a flow does."""
+    if importlib.util.find_spec("zuko") is None:
+        for item in items:
+            examples = getattr(getattr(item, "dtest", None), "examples", ())
+            if any("zuko" in example.source for example in examples):
+                item.add_marker(pytest.mark.skip(reason="needs zuko"))
