@@ -40,7 +40,7 @@ def own_names(tree: ast.AST) -> set[str]:
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in MODULES.items()}
 OURS = functools.reduce(set.union, map(own_names, TREES.values())) | {name.rpartition(".")[2] for name in MODULES}
 # Of the standard library, and documented there.
-DOCUMENTED = {"_asdict", "_fields", "_replace"}
+DOCUMENTED = {"_fields", "_replace"}
 
 
 def foreign_private_names(tree: ast.AST) -> set[str]:

@@ -48,7 +48,7 @@ class Watch:
         if step % self.settings.log_every == 0:
             self.monitors["mutual_information"].update(posterior)
             if is_mixture(prior):
-                moments = fastkl.gmm_moments(posterior.mean.flatten(1), **prior.mixture()._asdict())
+                moments = fastkl.gmm_moments(posterior.mean.flatten(1), **prior.mixture().named())
                 self.monitors["used_components"].update(moments)
 
     def figures(self) -> dict[str, Any]:
