@@ -11,6 +11,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _mixture_arguments as parameters
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._register import no_autocast
+from fastkl.ops._torch import transforms_active
 from fastkl.ops.gumbel_softmax import gumbel_softmax
 from fastkl.ops.rsample_normal import rsample_normal
 
@@ -62,7 +63,7 @@ def _by_chunks(function, bytes_per_row: int, *rows: Tensor) -> Tensor:
     if rows[0].shape[0] <= count:
         return function(*rows)
     blocks = zip(*(tensor.split(count) for tensor in rows))
-    if torch._C._are_functorch_transforms_active():  # which checkpoint does not know
+    if transforms_active():  # which checkpoint does not know
         return torch.cat([function(*block) for block in blocks])
     return torch.cat([checkpoint(function, *block, use_reentrant=False) for block in blocks])
 
@@ -152,7 +153,7 @@ def _uniform(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _choose(logits: Tensor, num_samples: int, batch: torch.Size, seed: Tensor) -> Tensor:
     """Components [num_samples, *batch] by inversion of the distribution function; one without weight is never met."""
     logits = parameters.collapse(logits, 1)
-    weights = torch.softmax(logits.double(), -1).cumsum(-1)
+    weights = sampling.running_sum(torch.softmax(logits.double(), -1))
     total = weights[..., -1:]
     if total.device.type == "cpu" and not (total > 0).all():
         raise ValueError("logits must have a finite largest entry in each row: NaN, or no component with a weight")

@@ -33,6 +33,20 @@ def _sort(values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(bits.view(np.float32)), torch.from_numpy(keys & 0xFFFFFFFF)
 
 
+def _sums_of_pieces(values: Tensor, pieces: Tensor, n: int) -> Tensor:
+    """[L, n + m] -> [L, n]: the sums over the pieces of each of n quantiles, which reference.quantile_segments has cut
+    at those of m. Each is of its own pieces in their order."""
+    if values.device.type == "cpu" and not torch.compiler.is_compiling():
+        return values.new_zeros(len(values), n).index_add(1, pieces, values)
+    # index_add would add by atomics, in any order. m / n pieces at most, rounded up, and one.
+    m = values.shape[1] - n
+    rank = torch.arange(n + 1, device=values.device)
+    begin = rank + rank * m // n
+    piece = begin[:-1, None] + torch.arange(1 - (-m // n), device=values.device)
+    own = torch.where(piece < begin[1:, None], values[:, piece.clamp(max=n + m - 1)], 0.0)
+    return own.sum(-1)
+
+
 def _block(
     x: Tensor, y: Tensor, unit: Tensor, p: float, wants: tuple[bool, bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
@@ -59,7 +73,7 @@ def _block(
             continue
         moved = (1 - 2 * index) * mass * slope
         if pieces is not None:
-            moved = torch.zeros_like(order, dtype=x.dtype).index_add(1, pieces[index], moved)
+            moved = _sums_of_pieces(moved, pieces[index], order.shape[1])
         gradients.append(torch.zeros_like(moved).scatter(1, order, moved).T @ unit)
     return value, gradients
 

@@ -63,6 +63,17 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     return allocate_nan
 
 
+class Package:
+    """A package that results are compared with, as `scipy.stats`: where it is missing, the test that uses it is
+    skipped, and no other of its file."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __getattr__(self, attribute: str):
+        return getattr(pytest.importorskip(self.name), attribute)
+
+
 def launcher(path: str) -> Callable:
     module, function = path.rsplit(".", 1)
     return getattr(importlib.import_module(f"fastkl.kernels.{module}"), function)

@@ -4,10 +4,7 @@ import math
 
 import numpy as np
 import pytest
-import scipy.special
-import scipy.stats
 import torch
-from sklearn.mixture import GaussianMixture
 from torch import distributions
 
 import fastkl
@@ -15,7 +12,11 @@ from fastkl import reference
 from fastkl.ops import _gmm
 
 from gmm_helpers import BACKENDS, draw, gradients, ordinary, triangles
-from helpers import DEVICE, implementation, leaf
+from helpers import DEVICE, Package, implementation, leaf
+
+special = Package("scipy.special")
+stats = Package("scipy.stats")
+mixture = Package("sklearn.mixture")
 
 N, K, D = 11, 5, 3
 COVARIANCES = {"diagonal": (K, D), "spherical": (K, 1), "tied": (1, D), "one for each dimension": (D,), "unit": None}
@@ -51,20 +52,20 @@ def test_full_covariance_by_scipy(backend):
         actual = fastkl.gmm_log_prob(z, logits, means, scale_tril=tril)
         noise = 7 * torch.ones_like(tril).triu(1)  # above the diagonal, which is not read
         torch.testing.assert_close(fastkl.gmm_log_prob(z, logits, means, scale_tril=tril + noise), actual)
-    weights = scipy.special.log_softmax(logits.cpu().numpy())
+    weights = special.log_softmax(logits.cpu().numpy())
     covariances = (tril @ tril.mT).cpu().numpy()
     parts = [
-        scipy.stats.multivariate_normal.logpdf(z.cpu(), mean, covariance)
+        stats.multivariate_normal.logpdf(z.cpu(), mean, covariance)
         for mean, covariance in zip(means.cpu().numpy(), covariances)
     ]
-    expected = scipy.special.logsumexp(np.stack(parts, 1) + weights, axis=1)
+    expected = special.logsumexp(np.stack(parts, 1) + weights, axis=1)
     np.testing.assert_allclose(actual.cpu(), expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("covariance", ["diag", "spherical", "tied", "full"])
 def test_scikit_learn_scores(covariance):
     z = draw(200, D).cpu().numpy()
-    model = GaussianMixture(4, covariance_type=covariance, random_state=0, max_iter=5, tol=0).fit(z)
+    model = mixture.GaussianMixture(4, covariance_type=covariance, random_state=0, max_iter=5, tol=0).fit(z)
     parts = {"logits": np.log(model.weights_), "means": model.means_}
     if covariance in ("tied", "full"):
         tril = np.linalg.cholesky(np.broadcast_to(model.covariances_, (4, D, D)))

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastkl import reference
 from fastkl.ops.gumbel_softmax import gumbel_softmax
 from fastkl.reference import discrete
 
-from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf, on_any_threads
+from helpers import DEVICE, DTYPES, Package, assert_as_good_as_eager, implementation, launcher, leaf, on_any_threads
+
+stats = Package("scipy.stats")
 
 SEED = 2**62 + 12345
 # (shape, dim): why

@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
-from scipy import integrate, stats
 
 import fastkl
 from fastkl import reference
 
-from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf
+from helpers import DEVICE, DTYPES, Package, assert_as_good_as_eager, implementation, launcher, leaf
+
+integrate = Package("scipy.integrate")
+stats = Package("scipy.stats")
 
 # (shape, event_ndim): why
 SHAPES = [

@@ -102,6 +102,19 @@ def test_nobody_imports_the_name_kernels():
     assert [path for path in files if any(within(name, "kernels") for name in imports(path))] == []
 
 
+# What an installation may lack: the extras, by the names that are imported.
+EXTRAS = {
+    "PIL", "geomloss", "h5py", "hypothesis", "matplotlib", "mlxtend", "ot", "rich", "scanpy", "scipy", "setuptools",
+    "sklearn", "tensorboard", "wheel", "zuko",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.stem)
+def test_tests_ask_for_what_may_be_missing(path):
+    """By pytest.importorskip, or Package of helpers.py: an import would stop all tests where it fails."""
+    assert not {name for name in imports(path) if name.partition(".")[0] in EXTRAS}
+
+
 BLOCK = """
 import sys
 

@@ -181,3 +181,23 @@ fastkl.priors.FlowPrior(torch.nn.Identity())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_seeded_flow_leaves_every_generator_as_it_was(monkeypatch):
+    """torch.manual_seed seeds all CUDA devices, whatever the flow is on."""
+
+    class Flow(torch.nn.Module):
+        def forward(self):
+            return torch.distributions.Independent(torch.distributions.Normal(torch.zeros(3), torch.ones(3)), 1)
+
+    states = {0: "first", 1: "second"}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state}))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: states.update({0: seed, 1: seed}))
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)
+    before = torch.get_rng_state()
+    assert torch.equal(*(priors.FlowPrior(Flow()).sample(4, seed=7) for _ in range(2)))
+    assert states == {0: "first", 1: "second"}
+    assert torch.equal(torch.get_rng_state(), before)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkl.vae import checkpoint, data
+from fastkl.vae import checkpoint, data, parallel
 from fastkl.vae import train as loop
+from fastkl.vae.errors import UserError
 from fastkl.vae.parallel import Ranks
 from fastkl.vae.rules import resolve
 
@@ -67,3 +68,28 @@ def test_a_datum_meets_the_same_noise_however_many_processes_share_a_batch(given
         assert seen.unique().tolist() == [0, 1]
         assert abs((seen - x).mean()) < 0.1
         assert run.vae.observed(x, noise.uniform).equal(seen)
+
+
+def test_a_process_takes_its_own_device_before_it_joins(monkeypatch):
+    """NCCL sends by the current device; of a rank on several machines only its place on this one counts."""
+    seen = []
+    for name, value in {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(f"device {device}"))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: seen.append(f"join by {backend}"))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 5)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
+    ranks = parallel.start()
+    assert seen == ["device 1", "join by cpu:gloo,cuda:nccl"], "what lies on the CPU is sent, too"
+    assert ranks == Ranks(5, 8, 1)
+    assert loop.choose_device("auto", ranks) == loop.choose_device("cuda", ranks) == torch.device("cuda", 1)
+    assert loop.choose_device("cpu", ranks) == torch.device("cpu")
+    # More processes than devices: on the CPU only.
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    ranks = parallel.start()
+    assert seen[2:] == ["join by cpu:gloo,cuda:nccl"]
+    with pytest.raises(UserError, match="process 4 of this machine has no CUDA device of its own: there are 3"):
+        loop.choose_device("auto", ranks)
+    assert loop.choose_device("cpu", ranks) == torch.device("cpu")

@@ -61,3 +61,13 @@ def test_watch_goes_on_where_it_was():
             second.load_state_dict(first.state_dict())
         (first if step < 2 else second).saw(step, q, None)
     assert second.figures() == whole.figures()
+
+
+def test_what_is_restored_lies_where_the_next_steps_look():
+    settings = Settings(log_every=1)
+    watch, again = Watch(settings, Ranks()), Watch(settings, Ranks())
+    watch.saw(1, fastkl.DiagonalNormal(torch.randn(8, 3), torch.zeros(8, 3)), None)
+    again.load_state_dict(watch.state_dict(), device=torch.device("meta"))
+    states = [monitor.state for monitor in again.monitors.values() if monitor.state is not None]
+    assert states
+    assert {value.device.type for state in states for value in state.values} == {"meta"}

@@ -4,16 +4,17 @@ import itertools
 import math
 
 import numpy as np
-import ot
 import pytest
 import torch
-from scipy import linalg
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastkl
 from fastkl import reference
 
-from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf
+from helpers import DEVICE, DTYPES, Package, assert_as_good_as_eager, implementation, launcher, leaf
+
+linalg = Package("scipy.linalg")
+ot = Package("ot")
 
 # (shape, event_ndim): why
 SHAPES = [

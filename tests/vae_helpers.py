@@ -10,8 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
-from sklearn import datasets
 from torch import distributions, nn
 
 import fastkl
@@ -19,7 +19,8 @@ from fastkl.vae import checkpoint
 from fastkl.vae.cli import main
 from fastkl.vae.model import VAE
 
-# Read once: it is a third of the time of a small run.
+# What a run trains on, unless it is told. Read once: it is a third of the time of a small run.
+datasets = pytest.importorskip("sklearn.datasets")
 datasets.load_digits = functools.cache(datasets.load_digits)
 
 # A run of a second or so: every part of the loop is reached, nothing is learned well.

@@ -66,10 +66,10 @@ def _kls(posterior: distributions.DiagonalNormal, prior: MixturePrior, z: Tensor
     logits, means, logvars, scale_tril = mixture
     dtype = reference.compute_dtype(mu, logvar, z, *(tensor for tensor in mixture if tensor is not None))
     with no_autocast(z.device.type):
-        log_r = gmm_responsibilities(z, **mixture._asdict(), precision=prior.precision).to(dtype)
+        log_r = gmm_responsibilities(z, **mixture.named(), precision=prior.precision).to(dtype)
         # ln N(mu; m_k, S_k) by way of p(k | mu): streamed, and without the digits that expanding a square loses.
-        at_mean = gmm_responsibilities(mu, **mixture._asdict(), precision=prior.precision).to(dtype)
-        at_mean = at_mean + gmm_log_prob(mu, **mixture._asdict(), precision=prior.precision).to(dtype).unsqueeze(-1)
+        at_mean = gmm_responsibilities(mu, **mixture.named(), precision=prior.precision).to(dtype)
+        at_mean = at_mean + gmm_log_prob(mu, **mixture.named(), precision=prior.precision).to(dtype).unsqueeze(-1)
         log_pi = torch.log_softmax(logits.to(dtype), -1)
         excluded = log_pi == float("-inf")
         log_normal = at_mean - log_pi.masked_fill(excluded, 0.0)

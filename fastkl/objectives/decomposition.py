@@ -57,5 +57,9 @@ def beta_tc_vae(
     parameters = (flat(posterior, tensor).flatten(0, -2) for tensor in (z, posterior.mean, posterior._logvar()))
     parts = total_correlation(*parameters, dataset_size, weights=weights, group=group)
     weighted = sum(factor * part.mean() for factor, part in zip(factors, parts))
-    terms = {"reconstruction": reconstruction, "kl": sum(part.detach() for part in parts), **parts._asdict()}
+    terms = {
+        "reconstruction": reconstruction,
+        "kl": sum(part.detach() for part in parts),
+        **dict(zip(parts._fields, parts)),
+    }
     return made_of(weighted - reconstruction.mean(), **terms)

@@ -44,6 +44,17 @@ def usual(mu: Tensor, logvar: Tensor, event_ndim: int, scale: str, *rest) -> boo
     return event_ndim is not None and scale in SCALES and alike(event_ndim, mu, logvar) > 0
 
 
+def number_in(tensor: Tensor) -> float | None:
+    """The number in a tensor without dimensions; None where a look at it costs a wait for a device, or is not possible:
+    traced, without values, or a different one for each of torch.func.vmap's examples."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    try:
+        return tensor.item()
+    except RuntimeError:
+        return None
+
+
 def check_samples(**samples: Tensor) -> None:
     """Points [N, D], with N > 0 and the same D > 0."""
     check_tensors(**samples)

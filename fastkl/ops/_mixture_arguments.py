@@ -57,7 +57,9 @@ def collapse(tensor: Tensor, event_ndim: int) -> Tensor:
 
 
 def _without_leading_ones(tensor: Tensor, batch: int) -> Tensor:
-    ndim = next((dim for dim in range(batch) if tensor.shape[dim] != 1), batch)
+    ndim = 0
+    while ndim < batch and tensor.shape[ndim] == 1:
+        ndim += 1
     return tensor.reshape(tensor.shape[ndim:]) if ndim > 0 else tensor
 
 
@@ -200,13 +202,13 @@ def check_shapes(z: dict[str, Tensor], logits, means, logvars, scale_tril) -> No
 
 def check_triangles(scale_tril: Tensor) -> None:
     """A positive diagonal, where looking costs no wait for a device and is possible at all."""
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if scale_tril.device.type == "cpu" and not transformed:
-        bad = (scale_tril.detach().diagonal(dim1=-2, dim2=-1) <= 0).any(-1)
-        if bad.any():
-            index = tuple(bad.nonzero()[0].tolist())
-            raise ValueError(f"scale_tril must have a positive diagonal, but that of component {index} has not: its "
-                             "covariance is singular")  # fmt: skip
+    if scale_tril.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = (scale_tril.detach().diagonal(dim1=-2, dim2=-1) <= 0).any(-1)
+    if arguments.number_in(bad.any()):
+        index = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"scale_tril must have a positive diagonal, but that of component {index} has not: its "
+                         "covariance is singular")  # fmt: skip
 
 
 def vmap_call(call, size: int, dims, rows, mixture) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

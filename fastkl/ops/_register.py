@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkl.ops import _torch
+
 NAMESPACE = "fastkl"
 
 # Public name of each op -> its implementations. What CPU holds is what CPU tensors get: tests put the kernels there, so
@@ -78,20 +80,10 @@ def _lazily(package: str, path: str, closed_form: Callable[..., Any]) -> Callabl
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, int, float, bool, str, NoneType))
 
 
-def unheard() -> bool:
-    """Whether nothing listens at torch's dispatcher: no mode, no transform, no profiler, no tracing."""
-    return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.profiler._is_profiler_enabled
-        or torch._C._get_tracing_state() is not None
-    )
-
-
 def _plain_device(args: tuple) -> str | None:
     """The device's type where the op may be called past torch's dispatcher: nothing listens there, and no argument is
     of a subclass of Tensor. A third of the host time of a small loss."""
-    if not unheard():
+    if not _torch.unheard():
         return None
     device = None
     for arg in args:
@@ -112,7 +104,10 @@ def _plain_device(args: tuple) -> str | None:
 def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     """A context in which matrices are multiplied in their own dtype. A device that has no autocast ("meta": shapes
     without values) needs none."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # Dynamo up to torch 2.11 cannot trace the question; what is compiled is for devices that have autocast, and meta.
+    compiling = torch.compiler.is_compiling()
+    available = device != "meta" if compiling else torch.amp.is_autocast_available(device)
+    if available and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 
@@ -137,13 +132,7 @@ def needs_closed_form(*cotangents: Tensor) -> bool:
     """
     if torch.is_grad_enabled():
         return True
-    if torch.compiler.is_compiling():
-        return False
-    functorch = torch._C._functorch
-    for cotangent in cotangents:
-        if functorch.is_batchedtensor(cotangent) or functorch.is_legacy_batchedtensor(cotangent):
-            return True
-    return False
+    return not torch.compiler.is_compiling() and _torch.may_be_batched(cotangents)
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -151,7 +140,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     a Function with setup_context anew at every call: a third of the host time of a small loss.
 
     forward names each of its arguments: torch.compile without gradients takes *settings for one."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or _torch.transforms_active():
         return function.apply(*args)
     return apply_directly(function, *args)
 
@@ -163,7 +152,7 @@ def apply_directly(function: type[torch.autograd.Function], *args: Any) -> Any:
     try:
         run = _APPLY[function]
     except KeyError:
-        run = _APPLY[function] = super(torch.autograd.Function, function).apply
+        run = _APPLY[function] = _torch.apply_of(function)
     return run(*args)
 
 

@@ -50,6 +50,14 @@ def check_seed(seed: int | Tensor | None, device: torch.device, name: str) -> Te
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
+def running_sum(values: Tensor) -> Tensor:
+    """values.cumsum(-1) by the same order of additions each time: of a single row CUDA has a scan that is not."""
+    if values.device.type == "cpu":
+        return values.cumsum(-1)
+    rows = values.reshape(-1, values.shape[-1])
+    return torch.cat([rows, rows[:1]]).cumsum(-1)[:-1].view(values.shape)
+
+
 def noise(q: list[Tensor], packed_dim: int, seed: Tensor | None, eps: Tensor | None, num_samples: int | None) -> Tensor:
     """The noise in torch ops, for any device and for gradients that are differentiated again."""
     return reference.normal_noise(seed, unpack(q, packed_dim)[0].shape, num_samples) if eps is None else eps

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkl.ops._register import CPU, NATIVE, apply_directly, needs_closed_form, unheard
+from fastkl.ops._register import CPU, NATIVE, apply_directly, needs_closed_form
+from fastkl.ops._torch import unheard
 
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _FREE = (float("-inf"), float("inf"), False)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
+from fastkl.ops import _torch
 from fastkl.ops._register import apply, needs_closed_form, register
 
 # tau is a tensor without dimensions, or None where the number `constant` is the temperature.
@@ -54,7 +55,7 @@ def _gradients(dy, y, logits, tau, seed, constant, hard, dim, tau_gradient) -> l
 
 def _backward(dy, y, logits, tau, seed, constant, hard, dim, tau_gradient) -> list[Tensor]:
     if y is not None and tau is None and y.itemsize > 2 and constant > torch.finfo(y.dtype).tiny:
-        return [arguments.match(torch._softmax_backward_data(dy, y, dim, y.dtype).div_(constant), y)]
+        return [arguments.match(_torch.softmax_gradient(dy, y, dim).div_(constant), y)]
     gradient, *dtau = _gradients(dy, y, logits, tau, seed, constant, hard, dim, tau_gradient)
     return [arguments.match(gradient, y if logits is None else logits), *dtau]
 
@@ -123,9 +124,9 @@ def check_tau(tau: float | Tensor, logits: Tensor) -> tuple[Tensor | None, float
         arguments.check_tensors(tau=tau)
         if tau.dim():
             raise ValueError(f"tau must be a number or a tensor without dimensions, got shape {tuple(tau.shape)}")
-        known = tau.device.type == "cpu" and type(tau) in (Tensor, torch.nn.Parameter)
-        if known and not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(tau):
-            _check_temperature(tau.item())
+        known = arguments.number_in(tau) if type(tau) in (Tensor, torch.nn.Parameter) else None
+        if known is not None:
+            _check_temperature(known)
         return tau.to(logits.device), 1.0
     if isinstance(tau, bool) or not isinstance(tau, (numbers.Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"tau must be a number or a tensor without dimensions, got {type(tau).__name__}")

@@ -115,13 +115,14 @@ def _weights(name: str, weights: Tensor | None, points: Tensor) -> Tensor:
 
 def _check_masses(weights_x: Tensor, weights_y: Tensor) -> None:
     """Where looking costs no wait for a device and is possible at all."""
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if weights_x.device.type != "cpu" or transformed:
+    if weights_x.device.type != "cpu" or torch.compiler.is_compiling():
         return
     for name, weights in (("weights_x", weights_x), ("weights_y", weights_y)):
-        if not (weights >= 0).all():
+        if arguments.number_in((weights >= 0).all()) is False:
             raise ValueError(f"{name} must be 0 or more")
-    masses = [weights.detach().double().sum().item() for weights in (weights_x, weights_y)]
+    masses = [arguments.number_in(weights.detach().double().sum()) for weights in (weights_x, weights_y)]
+    if None in masses:
+        return
     if not abs(masses[0] - masses[1]) <= 1e-2 * max(masses) or masses[0] == 0:
         raise ValueError(
             f"weights_x and weights_y must have the same sum above 0, got {masses[0]:.6g} and {masses[1]:.6g}"

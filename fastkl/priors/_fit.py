@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastkl.ops._sampling import running_sum
 from fastkl.ops.gmm_moments import gmm_moments
 
 BLOCK = 1 << 20  # numbers in one block of distances
@@ -66,26 +67,31 @@ def _check_positive(good: Tensor) -> None:
 
 def hard_start(rows: Tensor, centres: Tensor, covariance: str, regularisation: float) -> tuple:
     """The mixture of the data nearest to each centre."""
-    nearest = assign(rows, centres)[0]
-    counts, first = _sums(rows, nearest, centres)
-    if covariance == "full":
-        second = torch.stack([_outer(rows[nearest == k] - centre) for k, centre in enumerate(centres)])
-    else:
-        second = torch.zeros_like(centres).index_add_(0, nearest, (rows - centres[nearest]).square())
+    groups = _differences(rows, assign(rows, centres)[0], centres)
+    counts, first = _sums(groups, rows.dtype)
+    second = [_outer(group) if covariance == "full" else group.square().sum(0) for group in groups]
     # A centre without data gets the spread of all of them.
     spread = rows.var(0, correction=0) + regularisation
     present = torch.diag_embed(spread) if covariance == "full" else spread
-    return maximise(centres, present, counts, first, second, covariance, regularisation)
+    return maximise(centres, present, counts, first, torch.stack(second), covariance, regularisation)
 
 
 def _outer(differences: Tensor) -> Tensor:
     return differences.mT @ differences
 
 
-def _sums(rows: Tensor, nearest: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+def _differences(rows: Tensor, nearest: Tensor, centres: Tensor) -> list[Tensor]:
+    """For each centre the differences [n, D] of its data to it, in the data's order: sums over them have one order,
+    which index_add, atomic on a GPU, has not."""
+    order = nearest.argsort(stable=True)
+    counts = torch.bincount(nearest, minlength=len(centres)).tolist()
+    return [group - centre for group, centre in zip(rows[order].split(counts), centres)]
+
+
+def _sums(groups: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(counts [K], sums of differences to the centre [K, D])."""
-    counts = torch.bincount(nearest, minlength=len(centres)).to(rows.dtype)
-    return counts, torch.zeros_like(centres).index_add_(0, nearest, rows - centres[nearest])
+    first = torch.stack([group.sum(0) for group in groups])
+    return torch.tensor([len(group) for group in groups], dtype=dtype, device=first.device), first
 
 
 def assign(rows: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +118,7 @@ def seeds(rows: Tensor, count: int, generator: torch.Generator | None) -> Tensor
     chosen = (uniform * len(rows)).long()
     distances = assign(rows, rows[chosen])[1]
     while len(chosen) < count:
-        cumulative = distances.cumsum(0, dtype=torch.float64)
+        cumulative = running_sum(distances.double())
         uniform = torch.rand(trials, generator=generator, device=rows.device, dtype=torch.float64)
         # All distances 0: there are fewer distinct data than centres, and any will do.
         drawn = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp(max=len(rows) - 1)
@@ -130,6 +136,6 @@ def kmeans(rows: Tensor, count: int, generator: torch.Generator | None) -> Tenso
         nearest = assign(rows, centres)[0]
         if previous is not None and torch.equal(nearest, previous):
             break
-        counts, first = _sums(rows, nearest, centres)
+        counts, first = _sums(_differences(rows, nearest, centres), rows.dtype)
         centres, previous = centres + first / counts.clamp(min=1).unsqueeze(-1), nearest
     return centres

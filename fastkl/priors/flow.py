@@ -36,15 +36,20 @@ class FlowPrior(Prior):
                              f"{tuple(z.shape)}")  # fmt: skip
         if z.numel() == 0:  # torch.distributions' transforms cannot reshape nothing
             return z.sum(-1)
-        return density.log_prob(z.to(next((p.dtype for p in self.flow.parameters()), z.dtype)))
+        dtypes = [p.dtype for p in self.flow.parameters()]
+        return density.log_prob(z.to(dtypes[0]) if dtypes else z)
 
     def rsample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:
         shape = (arguments.check_int("n", n, 0),)
         if seed is None:
             return self.flow().rsample(shape)
-        devices = {p.device for p in self.flow.parameters() if p.device.type != "cpu"}
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(arguments.check_int("seed", seed.item() if isinstance(seed, Tensor) else seed, -(2**63)))
+        seed = arguments.check_int("seed", seed.item() if isinstance(seed, Tensor) else seed, -(2**63))
+        devices = {p.device for p in self.flow.parameters() if p.device.type not in ("cpu", "meta")}
+        kind = next(iter(devices)).type if devices else "cuda"
+        if kind == "cuda" and torch.cuda.is_initialized():
+            devices = range(torch.cuda.device_count())  # the seed reaches the generators of all of them
+        with torch.random.fork_rng(devices, device_type=kind):
+            torch.manual_seed(seed)
             return self.flow().rsample(shape)
 
     @torch.no_grad()

@@ -22,12 +22,16 @@ from fastkl.priors._prior import Prior
 
 
 class Mixture(NamedTuple):
-    """The parameters of a mixture, as the ops take them: `fastkl.gmm_log_prob(z, **mixture._asdict())`."""
+    """The parameters of a mixture, as the ops take them: `fastkl.gmm_log_prob(z, **mixture.named())`."""
 
     logits: Tensor
     means: Tensor
     logvars: Tensor | None = None
     scale_tril: Tensor | None = None
+
+    def named(self) -> dict[str, Tensor | None]:
+        """As _asdict, which Dynamo of torch 2.8 does not trace."""
+        return dict(zip(self._fields, self))
 
 
 class Usage(NamedTuple):
@@ -54,11 +58,11 @@ class MixturePrior(Prior):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """As `fastkl.gmm_log_prob`."""
-        return gmm_log_prob(z, **self.mixture()._asdict(), precision=self.precision)
+        return gmm_log_prob(z, **self.mixture().named(), precision=self.precision)
 
     def responsibilities(self, z: Tensor) -> Tensor:
         """ln p(k | z) [*batch, K], as `fastkl.gmm_responsibilities`."""
-        return gmm_responsibilities(z, **self.mixture()._asdict(), precision=self.precision)
+        return gmm_responsibilities(z, **self.mixture().named(), precision=self.precision)
 
     def kl(
         self, q, *, method="mc", num_samples=1, entropy="closed", gradient="plain", seed=None, tau: float | Tensor = 1.0
@@ -75,7 +79,7 @@ class MixturePrior(Prior):
             z = rsample_normal(mu.to(dtype), logvar.to(dtype), num_samples=num_samples, seed=seed)
             return _relaxed.kl_relaxed(mu, logvar, z, mixture, tau, self.precision, seed ^ SECOND_KEY, None)
         settings = {"method": method, "num_samples": num_samples, "entropy": entropy, "gradient": gradient}
-        return kl_gmm(mu, logvar, **mixture._asdict(), **settings, seed=seed, precision=self.precision)
+        return kl_gmm(mu, logvar, **mixture.named(), **settings, seed=seed, precision=self.precision)
 
     def kl_relaxed(
         self, q: distributions.DiagonalNormal, z: Tensor, tau: float | Tensor, *, seed: int | Tensor | None = None,
@@ -114,13 +118,13 @@ class MixturePrior(Prior):
     def kl_bounds(self, q: distributions.DiagonalNormal) -> tuple[Tensor, Tensor]:
         """(lower, upper), as `fastkl.kl_gmm_bounds`."""
         mu, logvar, mixture = self._both(q)
-        return kl_gmm_bounds(mu, logvar, **mixture._asdict(), precision=self.precision)
+        return kl_gmm_bounds(mu, logvar, **mixture.named(), precision=self.precision)
 
     @torch.no_grad()
     def usage(self, z: Tensor) -> Usage:
         """The mean responsibility of every component for z [*batch, D] (posterior means of a whole data set, say),
         in one pass that makes nothing of the size of data times components."""
-        moments = gmm_moments(z, **self.mixture()._asdict())
+        moments = gmm_moments(z, **self.mixture().named())
         if moments.log_prob.numel() == 0:
             raise ValueError(f"z must hold at least one datum, got {tuple(z.shape)}")
         shares = moments.counts / moments.counts.sum()
@@ -135,7 +139,7 @@ class MixturePrior(Prior):
         mixture = self.mixture()
         if arguments.check_int("n", n, 0) == 0:
             return mixture.means[:0]
-        return rsample_gmm(**mixture._asdict(), tau=tau, hard=True, num_samples=n, seed=seed)
+        return rsample_gmm(**mixture.named(), tau=tau, hard=True, num_samples=n, seed=seed)
 
     @torch.no_grad()
     def sample(self, n: int, *, component: int | Tensor | None = None, seed: int | Tensor | None = None) -> Tensor:
@@ -150,7 +154,7 @@ class MixturePrior(Prior):
         if arguments.check_int("n", n, 0) == 0:
             return mixture.means.new_empty(0, mixture.means.shape[-1])
         if component is None:
-            return sample_gmm(**mixture._asdict(), num_samples=n, seed=seed)[0]
+            return sample_gmm(**mixture.named(), num_samples=n, seed=seed)[0]
         components = len(mixture.means)
         chosen = torch.as_tensor(component, device=mixture.means.device)
         kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

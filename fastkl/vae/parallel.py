@@ -19,6 +19,7 @@ from fastkl.vae.errors import UserError
 class Ranks:
     rank: int = 0
     size: int = 1
+    local: int = 0  # which process of this machine
 
     @property
     def main(self) -> bool:
@@ -66,8 +67,14 @@ def start() -> Ranks:
     # Imported after the group exists, as DistributedDataParallel does, its functions' default arguments keep the group
     # and gloo's threads for ever: one that lets go of a tensor while the interpreter ends aborts the process.
     importlib.import_module("torch.distributed.nn")
-    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return Ranks(distributed.get_rank(), distributed.get_world_size())
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        if local < torch.cuda.device_count():  # else choose_device refuses, or the run is on the CPU
+            torch.cuda.set_device(local)  # before the group: NCCL, and whatever says "cuda", takes the current device
+        backend = "cpu:gloo,cuda:nccl"  # by where a tensor is: --device cpu, and what is sent as an object
+    distributed.init_process_group(backend)
+    return Ranks(distributed.get_rank(), distributed.get_world_size(), local)
 
 
 def stop(ranks: Ranks) -> None:

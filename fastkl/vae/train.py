@@ -121,7 +121,11 @@ def choose_device(name: str, ranks: Ranks) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine, or this build of torch, has no CUDA device")
-    return torch.device("cuda", ranks.rank % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    if ranks.local >= (count := torch.cuda.device_count()):
+        raise UserError(f"process {ranks.local + 1} of this machine has no CUDA device of its own: there are {count}")
+    return torch.device("cuda", ranks.local)
 
 
 def train(run: Run, display: Display) -> bool:
@@ -308,7 +312,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
         if (discriminator := discriminator_of(run)) is not None:
             discriminator.load_state_dict(state["discriminator"])
         run.window = dict(state["window"])
-        run.watch.load_state_dict(state["watch"], run.ranks.main)
+        run.watch.load_state_dict(state["watch"], run.ranks.main, run.device)
         run.guard.load_state_dict(state["guard"])
         run.step, run.seconds, run.history = int(state["step"]), float(state["seconds"]), state["history"]
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import nn
 
 import fastkl
@@ -47,7 +48,7 @@ class Watch:
         if step % self.settings.log_every == 0:
             self.monitors["mutual_information"].update(posterior)
             if is_mixture(prior):
-                moments = fastkl.gmm_moments(posterior.mean.flatten(1), **prior.mixture()._asdict())
+                moments = fastkl.gmm_moments(posterior.mean.flatten(1), **prior.mixture().named())
                 self.monitors["used_components"].update(moments)
 
     def figures(self) -> dict[str, Any]:
@@ -82,12 +83,13 @@ class Watch:
         kept = {name: [state.count, *state.values] for name, state in states.items() if state is not None}
         return {"monitors": kept, "warned": self.warned}
 
-    def load_state_dict(self, state: dict[str, Any], main: bool = True) -> None:
-        """What all processes saw is the main one's from here on."""
+    def load_state_dict(self, state: dict[str, Any], main: bool = True, device: torch.device | None = None) -> None:
+        """What all processes saw is the main one's from here on; on the device of what it will see, or each step would
+        wait for that."""
         self.warned = [list(row) for row in state["warned"]]
         for name, (count, *values) in state["monitors"].items():
             if main:
-                self.monitors[name].state = State(int(count), tuple(values))
+                self.monitors[name].state = State(int(count), tuple(value.to(device) for value in values))
 
 
 def everything(monitor: Monitor) -> State | None:

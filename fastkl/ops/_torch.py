@@ -1,0 +1,84 @@
+"""Every private name of torch that fastkl uses, each with a default that is right without it.
+
+A release of torch may rename any of them. What they save is then lost: calls take the way through torch's dispatcher
+and gradients their differentiable formula, which are slower. The log "fastkl" says so, once for each name.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_log = logging.getLogger("fastkl")
+
+
+def _say(name: str) -> None:
+    _log.warning("torch %s has no %s, which fastkl does without: results are right and slower", torch.__version__, name)
+
+
+def _private(name: str) -> Any:
+    """torch.<name>, or None."""
+    try:
+        return functools.reduce(getattr, name.split("."), torch)
+    except AttributeError:
+        _say(f"torch.{name}")
+        return None
+
+
+_modes = _private("_C._len_torch_dispatch_stack")
+_transforms = _private("_C._are_functorch_transforms_active")
+_tracing = _private("_C._get_tracing_state")
+_profiler = torch.autograd.profiler  # whose flag is a number, read anew each time
+_everything_known = None not in (_modes, _transforms, _tracing, _private("autograd.profiler._is_profiler_enabled"))
+
+
+def unheard() -> bool:
+    """Whether nothing listens at torch's dispatcher: no mode, no transform, no profiler, no tracing."""
+    return _everything_known and not (
+        _modes() or _transforms() or _profiler._is_profiler_enabled or _tracing() is not None
+    )
+
+
+def _always(*args: Any) -> bool:
+    return True
+
+
+# Whether one of torch.func's transforms may be at work.
+transforms_active: Callable[[], bool] = _transforms or _always
+
+_is_batched = _private("_C._functorch.is_batchedtensor") or _always
+_is_legacy_batched = _private("_C._functorch.is_legacy_batchedtensor") or _always
+
+
+def may_be_batched(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of them may stand for a batch of tensors, by torch.func.vmap or by is_grads_batched."""
+    for tensor in tensors:  # noqa: SIM110 (a generator would cost more than the questions)
+        if _is_batched(tensor) or _is_legacy_batched(tensor):
+            return True
+    return False
+
+
+_binds_only = hasattr(super(torch.autograd.Function, torch.autograd.Function), "apply")
+if not _binds_only:
+    _say("apply above torch.autograd.Function's")
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """function.apply without the binding of its signature, where no transform is at work."""
+    return super(torch.autograd.Function, function).apply if _binds_only else function.apply
+
+
+_softmax_gradient = _private("_softmax_backward_data")
+
+
+def softmax_gradient(dy: Tensor, y: Tensor, dim: int) -> Tensor:
+    """The gradient in x of y = softmax(x, dim)."""
+    if _softmax_gradient is None:
+        dx = dy * y
+        return dx - y * dx.sum(dim, keepdim=True)
+    return _softmax_gradient(dy, y, dim, y.dtype)
