@@ -63,6 +63,9 @@ def test_a_stage_that_fails_or_hangs_fails_the_call_and_no_other_stage(tmp_path)
     assert re.fullmatch(r"STOPPED at its limit of 1\d s", results["tests"])
     assert results["step"] == "NOT RUN: no time was left"
     assert "smoke" not in results
+    for stages, status in ("about", 0), ("timing", 1):
+        done, _ = call(tmp_path / "out", PYTHON=str(python), STAGES=stages)
+        assert done.returncode == status
 
 
 def test_a_wrong_result_fails_the_smoke_test(tmp_path, monkeypatch, capsys):
