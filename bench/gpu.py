@@ -26,7 +26,7 @@ from torch import Tensor
 from bench import counting, device, workers
 from bench.budget import budget
 from bench.case import UNITS, as_list, disagreement, make_cotangents, problem, run
-from bench.gpu_cases import MIB, Job, Timed, build, jobs, truth
+from bench.gpu_cases import MIB, Job, Timed, build, jobs
 from bench.measure import COMPILE, COPY, contender
 from bench.store import cores, processor, rounded
 from bench.timing import Contender, copy
@@ -37,6 +37,30 @@ DRAWN = 16  # times the usual error: two ways of making the same noise
 COLUMNS = ["card", "op", "case", "dtype", "contender", "direction", "ms", "ms_low", "ms_high", "how", "bytes"]
 COLUMNS += ["gb_per_s", "percent_of_copy", "triples_per_s", "times_as_fast_as_eager", "peak_mib", "note"]
 LINE = "{op:<22} {case:<20} {dtype:<8} {contender:<14}"
+
+
+def truth(timed: Timed, cotangents: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """(outputs, gradients) of the definition in float64, some rows at a time."""
+    split = len(timed.inputs) - timed.shared
+    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in timed.inputs[split:]]
+    outputs: list[Any] = []
+    own: list[list[Tensor]] = []
+    rest = [torch.zeros_like(x) for x in exact]
+    for start in range(0, timed.rows, timed.block):
+        at = slice(start, min(timed.rows, start + timed.block))
+        rows = [x.detach()[at].double().requires_grad_(x.requires_grad) for x in timed.inputs[:split]]
+        found = timed.part(at, rows, exact)
+        found = [found] if isinstance(found, Tensor) else list(found)
+        wanted = [x for x in (*rows, *exact) if x.requires_grad]
+        incoming = [c.double() if timed.summed else c[at].double() for c in cotangents]
+        gradients = list(torch.autograd.grad(found, wanted, incoming))
+        for total, gradient in zip([t for t, x in zip(rest, exact) if x.requires_grad][::-1], gradients[::-1]):
+            total += gradient
+        own.append(gradients[: sum(x.requires_grad for x in rows)])
+        outputs.append([x.detach() for x in found])
+    join = sum if timed.summed else torch.cat
+    gradients = [torch.cat(parts) for parts in zip(*own)] if own[0] else []
+    return [join(parts) for parts in zip(*outputs)], gradients + [t for t, x in zip(rest, exact) if x.requires_grad]
 
 
 def refusal(timed: Timed, name: str, cotangents: list[Tensor], function: Any, expected: Any) -> str:

@@ -38,7 +38,7 @@ export OUT
 mkdir -p "$OUT" || exit 1
 log=$OUT/log.txt
 : > "$log"
-if [ -n "$DRY" ] && ! $PYTHON -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+if [ -n "$DRY" ] && ! nvidia-smi -L > /dev/null 2>&1; then
   export TRITON_INTERPRET=1
 fi
 

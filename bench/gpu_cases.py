@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -281,27 +281,3 @@ def build(job: Job, device: str, small: bool) -> tuple[str, Timed]:
 def size_of(timed: Timed) -> tuple[int, ...]:
     shape = tuple(timed.inputs[0].shape)
     return (*shape[:1], len(timed.inputs[1]), *shape[1:])
-
-
-def truth(timed: Timed, cotangents: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """(outputs, gradients) of the definition in float64, some rows at a time."""
-    split = len(timed.inputs) - timed.shared
-    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in timed.inputs[split:]]
-    outputs: list[Any] = []
-    own: list[list[Tensor]] = []
-    rest = [torch.zeros_like(x) for x in exact]
-    for start in range(0, timed.rows, timed.block):
-        at = slice(start, min(timed.rows, start + timed.block))
-        rows = [x.detach()[at].double().requires_grad_(x.requires_grad) for x in timed.inputs[:split]]
-        found = timed.part(at, rows, exact)
-        found = [found] if isinstance(found, Tensor) else list(found)
-        wanted = [x for x in (*rows, *exact) if x.requires_grad]
-        incoming = [c.double() if timed.summed else c[at].double() for c in cotangents]
-        gradients = list(torch.autograd.grad(found, wanted, incoming))
-        for total, gradient in zip([t for t, x in zip(rest, exact) if x.requires_grad][::-1], gradients[::-1]):
-            total += gradient
-        own.append(gradients[: sum(x.requires_grad for x in rows)])
-        outputs.append([x.detach() for x in found])
-    join = sum if timed.summed else torch.cat
-    gradients = [torch.cat(parts) for parts in zip(*own)] if own[0] else []
-    return [join(parts) for parts in zip(*outputs)], gradients + [t for t, x in zip(rest, exact) if x.requires_grad]

@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1e9, help="a model that comes later is left out")
     given = parser.parse_args(arguments)
     began, status = time.monotonic(), 0
-    image, batch, pace = (32, 2, Pace(3, 0.005, 0.5)) if given.small else (IMAGE, BATCH, Pace(9, 0.1, 8.0))
+    image, batch, pace = (16, 2, Pace(3, 0.001, 0.2)) if given.small else (IMAGE, BATCH, Pace(9, 0.1, 8.0))
     with given.out.open("w", newline="") as file:
         out = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         out.writeheader()

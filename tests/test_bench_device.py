@@ -1,6 +1,7 @@
 """bench/device.py and what is built on it, with a stand-in for torch.cuda whose work takes as long as it says."""
 
 import contextlib
+import multiprocessing
 import sys
 import time
 import types
@@ -193,6 +194,9 @@ def test_work_ahead_is_done_in_other_processes_and_ends_in_time(capsys):
     workers.report("cases", workers.ahead(half, [-1, 2], jobs=2, seconds=25), 2)
     assert time.monotonic() - began < 50  # nobody waits for the one that sleeps
     assert capsys.readouterr().out.startswith("1 of 2 cases compiled ahead")
+    while multiprocessing.active_children():  # and it is not left behind
+        assert time.monotonic() - began < 50
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(("on", "rows"), [("cpu", 0), ("cuda", 4)])

@@ -32,7 +32,7 @@ def test_every_stage_is_reported_and_leaves_its_results(tmp_path):
         line for line in (tmp_path / "log.txt").read_text().splitlines()[-len(STAGES) :]
     ]
     smoke = [json.loads(line) for line in (tmp_path / "smoke.jsonl").read_text().splitlines()]
-    assert len(smoke) == 5
+    assert len(smoke) == 4
     assert all(row["ok"] and row["float32"]["error"] < 2e-4 for row in smoke)
     for name in ("timing", "host", "tune", "step"):
         rows = read(tmp_path / f"{name}.csv")
@@ -63,6 +63,9 @@ def test_a_stage_that_fails_or_hangs_fails_the_call_and_no_other_stage(tmp_path)
     assert re.fullmatch(r"STOPPED at its limit of 1\d s", results["tests"])
     assert results["step"] == "NOT RUN: no time was left"
     assert "smoke" not in results
+    for stages, status in ("about", 0), ("timing", 1):
+        done, _ = call(tmp_path / "out", PYTHON=str(python), STAGES=stages)
+        assert done.returncode == status
 
 
 def test_a_wrong_result_fails_the_smoke_test(tmp_path, monkeypatch, capsys):
