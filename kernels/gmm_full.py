@@ -28,7 +28,8 @@ BUFFER_BYTES = 32 << 20
 def supported(precision, _semantic=None):
     """In a kernel: `precision`, or "ieee" where the target's tl.dot has no such (tf32x3 on AMD)."""
     name = getattr(precision, "value", precision)
-    if _semantic is not None and name not in _semantic.builder.options.allowed_dot_input_precisions:
+    options = getattr(getattr(_semantic, "builder", None), "options", None)
+    if name not in getattr(options, "allowed_dot_input_precisions", (name,)):
         name = "ieee"
     return tl.constexpr(name)
 
