@@ -60,6 +60,8 @@ def beta_tc_vae(
     terms = {
         "reconstruction": reconstruction,
         "kl": sum(part.detach() for part in parts),
-        **dict(zip(parts._fields, parts)),
+        "mutual_information": parts.mutual_information,
+        "total_correlation": parts.total_correlation,
+        "dimension_wise_kl": parts.dimension_wise_kl,
     }
     return made_of(weighted - reconstruction.mean(), **terms)

@@ -31,7 +31,9 @@ class Mixture(NamedTuple):
 
     def named(self) -> dict[str, Tensor | None]:
         """As _asdict, which Dynamo of torch 2.8 does not trace."""
-        return dict(zip(self._fields, self))
+        return {
+            "logits": self.logits, "means": self.means, "logvars": self.logvars, "scale_tril": self.scale_tril,
+        }  # fmt: skip
 
 
 class Usage(NamedTuple):
