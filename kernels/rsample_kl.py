@@ -57,7 +57,7 @@ def blocks(rows: int, columns: int, tensors: list[torch.Tensor]) -> dict[str, in
     block_columns = min(max(4, next_power_of_2(columns)), tile)
     block_rows = min(tile // block_columns, next_power_of_2(rows))
     # By itself ptxas keeps to so few registers that it loads just before use, and spills a few in bfloat16.
-    few = registers(168 if OLD_COMPILER else 104) if itemsize < 8 else {}
+    few = registers(104) if itemsize < 8 else {}
     return {"ROWS": block_rows, "COLUMNS": block_columns, "num_warps": warps, **few}
 
 
@@ -317,6 +317,8 @@ def launch_bwd(
 
     shift = columns % 4 != 0
     block = blocks(rows, columns, [mu, parameter, *prior])
+    if OLD_COMPILER and dtype == torch.float32:
+        block |= registers(168)
     column_blocks = cdiv(columns + 3 * shift, block["COLUMNS"])
     shared = bool(prior_gradient and prior and prior[0].dim() < mu.dim())
     summed = shared and shift  # shifted rows do not line up in columns, so this gradient is written whole first

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +74,11 @@ class Package:
 
     def __getattr__(self, attribute: str):
         return getattr(pytest.importorskip(self.name), attribute)
+
+
+def search_path(first: Path) -> str:
+    """A PYTHONPATH for processes that tests start, in front of the one that the tests have."""
+    return os.pathsep.join(filter(None, [str(first), os.environ.get("PYTHONPATH")]))
 
 
 def launcher(path: str) -> Callable:

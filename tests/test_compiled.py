@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 import aot
+from helpers import search_path
 
 HERE = Path(__file__).parent
-ENVIRONMENT = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=str(HERE))
+ENVIRONMENT = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=search_path(HERE))
 
 
 def run(*arguments: str) -> str:

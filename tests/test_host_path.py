@@ -23,7 +23,7 @@ from fastkl.kernels.kl_normal import kl_normal_fwd_kernel
 from fastkl.native import _build
 from fastkl.ops import _register
 
-from helpers import DEVICE
+from helpers import DEVICE, search_path
 
 HERE = Path(__file__).parent
 OPS = {
@@ -159,8 +159,7 @@ def test_launches_without_a_gpu():
     """tests/launches, in a process in which Triton compiles, and launches by a libcuda that takes notes."""
     if _build._compiler() is None:
         pytest.skip("needs a C compiler (cc, gcc, clang; CC), as Triton's own launcher does")
-    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = dict(os.environ, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="", PYTHONPATH=os.pathsep.join(paths))
+    environment = dict(os.environ, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="", PYTHONPATH=search_path(HERE))
     options = ["-q", "-p", "fake_driver", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command = [sys.executable, "-m", "pytest", *options, str(HERE / "launches")]
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)

@@ -1,6 +1,6 @@
 """What the compiled kernels cost, as disassembled: instructions of an element, loads in flight, width, spills, grids.
 
-Budgets are a little above what was counted (docs/kernels.md). At b bytes an element an H100 is bound by memory up to
+Budgets are a little above what was counted (docs/kernels.md) with Triton 3.9; up to 3.6 two kernels take one or two more. At b bytes an element an H100 is bound by memory up to
 8.8 b instructions.
 """
 
@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from fastkl.kernels._layout import OLD_COMPILER
+
+from helpers import search_path
 
 ROOT = Path(__file__).parent.parent
 # op, dtype -> instructions of an element on sm_90, forward and backward
@@ -62,7 +66,7 @@ for shape in ((1, 1 << 24), (1 << 16, 64), (1 << 16, 3)):
 @pytest.fixture(scope="module", params=TARGETS)
 def counted(request):
     command = [sys.executable, "-c", COUNT, json.dumps(list(BUDGETS)), request.param]
-    environment = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=str(ROOT))
+    environment = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=search_path(ROOT))
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return request.param, [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
@@ -76,7 +80,7 @@ def test_instructions_width_and_loads_in_flight(counted, op, dtype, direction):
     assert found["spills"] == 0
     assert found["wide"] >= found["bytes"]  # every tensor, 16 bytes a thread and more
     if target == "sm_90":
-        assert found["instructions"] <= BUDGETS[op, dtype][direction == "bwd"]
+        assert found["instructions"] <= BUDGETS[op, dtype][direction == "bwd"] + 2 * OLD_COMPILER
         assert found["in_flight"] >= 32 * 1024
 
 
