@@ -19,7 +19,7 @@ def test_the_definition_by_rows_is_the_definition(op):
     for block in (7, 32, timed.rows):  # the last one shorter, and not
         parts = gpu.truth(timed._replace(block=block), cotangents)
         for a, b in zip([*parts[0], *parts[1]], [*whole[0], *whole[1]], strict=True):
-            torch.testing.assert_close(a, b)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # a formula may hold its weights in float32
     assert [len(whole[0]), len(whole[1])] == [len(outputs), len(timed.inputs)]
 
 
