@@ -15,8 +15,9 @@ from torch import Tensor
 # Programs that fill a large GPU several times over; fixed, so that the order of summation does not depend on the chip.
 PROGRAMS = 1024
 NO_STRIDES = (0, 0, 0, 0)  # of a tensor that is not there
-# Triton's compiler up to 3.6 spends more registers; the few tiles that would spill there are smaller.
-OLD_COMPILER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
+OLD_COMPILER = TRITON < (3, 7)  # it spends more registers: the few tiles that would spill are smaller
+DOT_TAKES_FLOAT64 = TRITON >= (3, 5)
 
 
 class Layout(NamedTuple):

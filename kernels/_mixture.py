@@ -46,7 +46,7 @@ def blocks(
     owned = 2 if halvings < 2 else 1
     halvings += kind == "rows" and form == "expected" and owned == 2 and not few
     terms = max(2, (32 // owned) >> halvings)
-    if OLD_COMPILER and kind != "forward" and (own or given):
+    if OLD_COMPILER and kind != "forward" and (own or given or (scattered and kind == "rows")):
         # The load of an N x K tensor decides the layout of the tile there, and deals neighbours to many threads.
         owned, terms = 1 if kind == "components" else owned, max(2, terms // 2)
     if kind == "components":
@@ -59,7 +59,7 @@ def blocks(
         lanes = 32
         groups = min(4 if own else 8, next_power_of_2(cdiv(components, terms))) if few else 1
         tile = {"ROWS": owned * lanes, "COMPONENTS": terms * groups}
-    held = {}
+    held = registers(255) if OLD_COMPILER and kind == "rows" else {}
     if few or kind == "components":
         held = registers(255)  # few have a multiprocessor to themselves, and so has a program of eight warps
     elif scattered:

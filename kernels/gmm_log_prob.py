@@ -8,7 +8,7 @@ import triton.language as tl
 
 from fastkl.kernels._device import TRITON_DTYPE, exp, finite
 from fastkl.kernels._launch import launch
-from fastkl.kernels._layout import cdiv, compute_dtype, strides_of
+from fastkl.kernels._layout import DOT_TAKES_FLOAT64, cdiv, compute_dtype, strides_of
 from fastkl.kernels._mixture import blocks, joint_tile, of_rows, quads, scattered, split, term_index
 from fastkl.kernels._mixture_gradient import gradients
 from fastkl.kernels._mixture_prepare import add_exponentials, prepare
@@ -27,9 +27,11 @@ def module(means, scale_tril, precision):
     return other
 
 
-def has_kernel(means, scale_tril, form):
+def has_kernel(means, scale_tril, form, dtype):
     """Full covariances have one for a mixture that all rows share; convolved, each row and component is a matrix."""
-    return scale_tril is None or (means.shape[0] == 1 and form != "convolved")
+    if scale_tril is None:
+        return True
+    return means.shape[0] == 1 and form != "convolved" and (DOT_TAKES_FLOAT64 or dtype == torch.float32)
 
 
 @triton.jit
@@ -98,21 +100,21 @@ def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision, keep):
     A sum or difference of log-densities is rounded to the last place of the largest, and where they are large, as far
     from every component, that is a factor of every responsibility exp(joint - ln p).
     """
-    if not has_kernel(means, scale_tril, form):
-        return NotImplemented
     inputs = (z, logvar, logits, means, logvars)
+    dtype = compute_dtype([tensor for tensor in (*inputs, scale_tril) if tensor is not None])
+    if not has_kernel(means, scale_tril, form, dtype):
+        return NotImplemented
     other = module(means, scale_tril, precision)
     lp = launch_fwd(*inputs, form)[0] if other is None else other.fwd(*inputs, scale_tril, form, precision)
-    dtype = compute_dtype([tensor for tensor in (*inputs, scale_tril) if tensor is not None])
     return [lp.to(dtype, copy=True), lp.double()][: 1 + (keep > 0)]
 
 
 def bwd(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, precision, data, parameters):
     """[dz, dlogvar] of the data, then [dlogits, dmeans, dlogvars] of the parameters; what is not there is left out."""
-    if not has_kernel(means, scale_tril, form):
+    inputs = (z, logvar, logits, means, logvars, scale_tril)
+    if not has_kernel(means, scale_tril, form, compute_dtype([tensor for tensor in inputs if tensor is not None])):
         return NotImplemented
     lp, other = kept[0], module(means, scale_tril, precision)
     if other is not None:
-        inputs = (z, logvar, logits, means, logvars, scale_tril)
         return other.bwd(dlp, lp, *inputs, form, precision, data, parameters)
     return gradients((dlp, lp, None, None), z, logvar, logits, means, logvars, form, data, parameters)

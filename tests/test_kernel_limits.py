@@ -1,7 +1,7 @@
 """What the compiled kernels cost, as disassembled: instructions of an element, loads in flight, width, spills, grids.
 
-Budgets are a little above what was counted (docs/kernels.md) with Triton 3.9; up to 3.6 two kernels take one or two more. At b bytes an element an H100 is bound by memory up to
-8.8 b instructions.
+Budgets are a little above what was counted with Triton 3.9 (docs/kernels.md); up to 3.6 two kernels take one or two
+instructions more. At b bytes an element an H100 is bound by memory up to 8.8 b instructions.
 """
 
 import json
