@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,16 +16,25 @@ STAGES = ["about", "smoke", "host", "timing", "tune", "tests", "step"]
 FILES = {"about.json", "host.csv", "log.txt", "smoke.jsonl", "step.csv", "timing.csv", "tune.csv", "tuned.py"}
 
 
-def call(out, **settings):
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the project: the script links fastkl/kernels, which other tests that read the tree should not meet."""
+    place = tmp_path_factory.mktemp("project") / "tree"
+    left_out = shutil.ignore_patterns(".*", "results", "runs", "build", "docs", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, place, ignore=left_out, symlinks=True)
+    return place
+
+
+def call(tree, out, **settings):
     settings = {"OUT": str(out), "PYTHON": sys.executable, "JOBS": "1", **settings}
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | settings
-    command = ["bash", str(ROOT / "bench" / "gpu.sh"), "--dry-run"]
+    command = ["bash", str(tree / "bench" / "gpu.sh"), "--dry-run"]
     done = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True, timeout=500)
     return done, dict(re.findall(r"^-- (\w+): (.+) \(\d+ s\)$", done.stdout, re.M))
 
 
-def test_every_stage_is_reported_and_leaves_its_results(tmp_path):
-    done, results = call(tmp_path)
+def test_every_stage_is_reported_and_leaves_its_results(tree, tmp_path):
+    done, results = call(tree, tmp_path)
     assert results == dict.fromkeys(STAGES, "ok"), done.stdout[-6000:] + done.stderr[-2000:]
     assert done.returncode == 0
     assert {path.name for path in tmp_path.iterdir()} == FILES
@@ -48,7 +58,7 @@ def test_every_stage_is_reported_and_leaves_its_results(tmp_path):
     assert set(namespace["GMM_DOT"]) == {"forward", "by_rows", "by_components"}
 
 
-def test_a_stage_that_fails_or_hangs_fails_the_call_and_no_other_stage(tmp_path):
+def test_a_stage_that_fails_or_hangs_fails_the_call_and_no_other_stage(tree, tmp_path):
     """A Python that is no help: it fails, and for the tests' stage it hangs beyond the time that is left."""
     python = tmp_path / "python"
     python.write_text(
@@ -56,7 +66,7 @@ def test_a_stage_that_fails_or_hangs_fails_the_call_and_no_other_stage(tmp_path)
     )
     python.chmod(0o755)
     (tmp_path / "out").mkdir()
-    done, results = call(tmp_path / "out", PYTHON=str(python), STAGES="about timing tests step", TOTAL="12")
+    done, results = call(tree, tmp_path / "out", PYTHON=str(python), STAGES="about timing tests step", TOTAL="12")
     assert done.returncode == 1
     assert results["about"] == "ok"
     assert results["timing"] == "FAILED, exit status 3"
@@ -64,7 +74,7 @@ def test_a_stage_that_fails_or_hangs_fails_the_call_and_no_other_stage(tmp_path)
     assert results["step"] == "NOT RUN: no time was left"
     assert "smoke" not in results
     for stages, status in ("about", 0), ("timing", 1):
-        done, _ = call(tmp_path / "out", PYTHON=str(python), STAGES=stages)
+        done, _ = call(tree, tmp_path / "out", PYTHON=str(python), STAGES=stages)
         assert done.returncode == status
 
 
