@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 ENVIRONMENTS = ROOT / ".compat"
 RESULTS, PAGE = ROOT / "docs" / "compatibility.json", ROOT / "docs" / "compatibility.md"
 TRITON = ("3.4", "3.5", "3.6", "3.7", "3.8", "3.9")
+USUAL = ("sm_80", "sm_90", "sm_100", "gfx942")  # --targets takes sm_89 and sm_120, too
 EVERY_CALL = "sm_90"  # for the others, the core calls
 # What a version of torch may change: imports, what every op promises, the compiler, the launch path.
 TESTS = ("test_contract.py", "test_layers.py", "test_host_path.py", "test_errors.py", "test_distributions.py",
@@ -163,7 +164,7 @@ def write(results: dict) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--triton", nargs="*", choices=TRITON, default=list(TRITON))
-    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(USUAL))
     parser.add_argument("--torch", nargs="*", default=[], metavar="VERSION", help="as 2.8; about 3 GB each")
     parser.add_argument("--execute", metavar="MODULE", help="executes the PTX of each launch; see emulated.py")
     parser.add_argument("--write", action="store_true", help="into docs/compatibility.json and .md")
