@@ -82,6 +82,17 @@ def compile_with(version: str, targets: list[str]) -> list[dict] | None:
     return rows
 
 
+def limits_with(version: str) -> int:
+    """Whether instructions, loads in flight and the width of accesses keep to their limits: 0 where they do."""
+    environment = {"PYTHONPATH": str(triton_environment(version)), "FASTKL_LIMITS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernel_limits.py"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        print(done.stdout[-4000:])
+    print(f"Triton {version} limits: {done.stdout.strip().splitlines()[-1].strip('= ')}", flush=True)
+    return int(done.returncode != 0)
+
+
 def execute_with(version: str, module: str) -> str:
     """How many of the calls of bench/smoke.py were right when `module` executed them (see emulated.py)."""
     parts = os.cpu_count() or 1
@@ -172,8 +183,11 @@ def main() -> int:
     kernels = [rows for version in options.triton if (rows := compile_with(version, options.targets)) is not None]
     rows = [row for rows in kernels for row in rows]
     for row in rows:
+        minor = ".".join(row["triton"].split(".")[:2])
+        if row["target"] == EVERY_CALL:
+            row["failed"] += limits_with(minor)
         if options.execute and row["target"] == EVERY_CALL:
-            row["executed"] = execute_with(".".join(row["triton"].split(".")[:2]), options.execute)
+            row["executed"] = execute_with(minor, options.execute)
             right, _, of, _ = row["executed"].split()
             row["failed"] += int(of) - int(right)
     tests = [test_with(version) for version in options.torch]

@@ -191,7 +191,7 @@ def test_work_ahead_is_done_in_other_processes_and_ends_in_time(capsys):
     done = dict(workers.ahead(half, [1, 0], jobs=2, seconds=60))
     assert done[1] is None
     assert isinstance(done[0], ZeroDivisionError)
-    workers.report("cases", workers.ahead(half, [-1, 2], jobs=2, seconds=25), 2)
+    workers.report("cases", workers.ahead(half, [-1, 2], jobs=2, seconds=12), 2)
     assert time.monotonic() - began < 50  # nobody waits for the one that sleeps
     assert capsys.readouterr().out.startswith("1 of 2 cases compiled ahead")
     while multiprocessing.active_children():  # and it is not left behind

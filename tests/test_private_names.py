@@ -180,7 +180,7 @@ for name, (function, shapes) in ops.items():
     rows += torch.func.grad(lambda *t: function(*t).sum(), tuple(range(len(several))))(*tensors)
     with torch.no_grad():
         rows.append(function(*tensors))
-    if len(sys.argv) > 3:
+    if len(sys.argv) > 3 and name in ("kl_normal", "gmm_log_prob, full"):
         torch._dynamo.reset()
         rows.append(torch.compile(function, fullgraph=True, backend="aot_eager")(*tensors))
         rows += torch.autograd.grad(rows[-1], tensors, weights)
@@ -198,13 +198,15 @@ def values_without(*missing: str, compiled: bool = False) -> tuple[dict, list[st
     return json.loads(done.stdout), [line for line in done.stderr.splitlines() if line.startswith("fastkl:")]
 
 
-@pytest.mark.parametrize(
-    "missing", [*((name,) for name in NAMES), NAMES], ids=lambda names: names[-1] if len(names) == 1 else "all"
-)
+# Without the names that tell batches the fused backward pass is never taken: the others are also tried beside them.
+BESIDE_BATCHES = tuple(name for name in NAMES if "batched" not in name)
+
+
+@pytest.mark.parametrize("missing", [NAMES, BESIDE_BATCHES], ids=["all", "all but those that tell batches"])
 def test_values_are_right_without(missing):
-    expected, said = values_without(compiled=len(missing) > 1)
+    expected, said = values_without(compiled=True)
     assert not said
-    actual, said = values_without(*missing, compiled=len(missing) > 1)
+    actual, said = values_without(*missing, compiled=True)
     assert actual.keys() == expected.keys()
     for name, rows in expected.items():
         for row, (value, other) in enumerate(zip(rows, actual[name], strict=True)):
