@@ -17,7 +17,7 @@ import triton.language as tl
 
 from fastkl.kernels._device import TRITON_DTYPE, exp, two_parts
 from fastkl.kernels._launch import launch
-from fastkl.kernels._layout import cdiv, compute_dtype
+from fastkl.kernels._layout import OLD_COMPILER, cdiv, compute_dtype, registers
 from fastkl.kernels._mixture import (
     blocks,
     four,
@@ -33,7 +33,7 @@ from fastkl.kernels._mixture import (
 from fastkl.kernels._mixture_prepare import prepare
 from fastkl.kernels._mixture_rows import by_rows, given_weights, row_launch_arguments, stacked, summed
 
-FINISH = {"COMPONENTS": 32, "COLUMNS": 32}
+FINISH = {"COMPONENTS": 32, "COLUMNS": 32, **(registers(255) if OLD_COMPILER else {})}
 
 
 @triton.jit

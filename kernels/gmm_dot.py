@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fastkl.kernels._device import exp, finite, two_parts
 from fastkl.kernels._launch import launch
-from fastkl.kernels._layout import PROGRAMS, cdiv, compute_dtype, next_power_of_2, share
+from fastkl.kernels._layout import OLD_COMPILER, PROGRAMS, cdiv, compute_dtype, next_power_of_2, registers, share
 from fastkl.kernels._tuned import GMM_DOT
 from fastkl.kernels.gmm_full import BUFFER_BYTES, add_logits_gradient, blocks_of_rows, supported
 
@@ -27,7 +27,8 @@ def blocks(kernel: str, columns: int) -> dict[str, int]:
     """A tile of one kernel's product, as _tuned.py has it: INNER terms are summed at a time."""
     rows, most, inner, warps, stages = GMM_DOT[kernel]
     block_columns = min(min(most, 32) if columns % 16 else most, max(16, next_power_of_2(columns)))
-    return {"ROWS": rows, "COLUMNS": block_columns, "INNER": inner, "num_warps": warps, "num_stages": stages}
+    held = registers(255) if OLD_COMPILER else {}
+    return {"ROWS": rows, "COLUMNS": block_columns, "INNER": inner, "num_warps": warps, "num_stages": stages, **held}
 
 
 @triton.jit
