@@ -317,7 +317,7 @@ def launch_bwd(
 
     shift = columns % 4 != 0
     block = blocks(rows, columns, [mu, parameter, *prior])
-    if OLD_COMPILER and dtype == torch.float32:
+    if dtype == torch.float32 and (samples > 1 or OLD_COMPILER):  # fewer would spill in bfloat16
         block |= registers(168)
     column_blocks = cdiv(columns + 3 * shift, block["COLUMNS"])
     shared = bool(prior_gradient and prior and prior[0].dim() < mu.dim())
