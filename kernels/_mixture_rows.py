@@ -108,8 +108,9 @@ def gmm_rows_kernel(
                 out = of_rows(index.to(tl.int64) * dlogits_strides[0], True, TERMS, LANES) + column * dlogits_strides[1]
                 change = weight
                 if not GIVEN:
-                    at = of_rows(index.to(tl.int64) * logits_strides[0], True, TERMS, LANES)
-                    share = tl.load(logits + at + column * logits_strides[1]).to(DTYPE) - normal
+                    # As joint_tile takes it, so that the two loads become one.
+                    row_at = of_rows(index.to(tl.int64) * logits_strides[0], True, TERMS, LANES)
+                    share = tl.load(logits + (row_at + column * logits_strides[1])).to(DTYPE) - normal
                     change -= of_rows(gradient, True, TERMS, LANES) * exp(share)
                 change += tl.load(dlogits + out, copy + lanes * 0 > 0, other=0.0).to(DTYPE)  # else 0: nothing yet
                 tl.store(dlogits + out, change, inside)
