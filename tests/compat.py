@@ -143,25 +143,44 @@ def test_with(version: str) -> dict:
     return {"torch": versions[0], "triton": versions[1], "tests": last.split(" in ")[0], "failed": done.returncode}
 
 
+def minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def timed_on() -> dict[tuple[str, str], str]:
+    """(version of Triton, target) -> the card on which bench/gpu.sh has run with it."""
+    found = {}
+    for path in sorted((ROOT / "bench" / "results").glob("*/about.json")):
+        about = json.loads(path.read_text())
+        if card := about["used"]:
+            found[minor(about["packages"]["triton"]), f"sm_{card['major']}{card['minor']}"] = card["name"]
+    return found
+
+
 def merged(old: list[dict], new: list[dict], key: tuple[str, ...]) -> list[dict]:
     """The new rows in place of the old ones with the same key, which names minor versions."""
 
     def name(row: dict) -> tuple:
-        return tuple(".".join(row[part].split(".")[:2]) for part in key)
+        return tuple(minor(row[part]) for part in key)
 
     rows = {name(row): row for row in old}
     for row in new:
-        rows[name(row)] = {**{k: v for k, v in rows.get(name(row), {}).items() if k in ("executed", "timed")}, **row}
-    return [rows[at] for at in sorted(rows, key=lambda at: [[int(n) for n in part.split(".")] if part[0].isdigit()
-                                                            else [0] for part in at])]  # fmt: skip
+        rows[name(row)] = {**{k: v for k, v in rows.get(name(row), {}).items() if k == "executed"}, **row}
+    places = {target: [place] for place, target in enumerate(TARGETS)}
+
+    def order(at: tuple) -> list[list[int]]:
+        return [places.get(part) or [int(number) for number in part.split(".")] for part in at]
+
+    return [rows[at] for at in sorted(rows, key=order)]
 
 
 def tables(results: dict) -> dict[str, str]:
     """Name of a table in docs/compatibility.md -> its text."""
+    cards = timed_on()
     kernels = ["| torch | Triton | target | compiled | executed (emulated) | timed on |", "|---|---|---|---|---|---|"]
     for row in results["kernels"]:
         cells = [row["torch"], row["triton"], row["target"], row["compiled"], row.get("executed", ""),
-                 row.get("timed", "")]  # fmt: skip
+                 cards.get((minor(row["triton"]), row["target"]), "")]  # fmt: skip
         kernels.append("| " + " | ".join(cell or "–" for cell in cells) + " |")
     tests = ["| torch | Triton | tests |", "|---|---|---|"]
     tests += [f"| {row['torch']} | {row['triton']} | {row['tests']} |" for row in results["tests"]]
@@ -189,11 +208,10 @@ def main() -> int:
     kernels = [rows for version in options.triton if (rows := compile_with(version, options.targets)) is not None]
     rows = [row for rows in kernels for row in rows]
     for row in rows:
-        minor = ".".join(row["triton"].split(".")[:2])
         if row["target"] == EVERY_CALL:
-            row["failed"] += limits_with(minor)
+            row["failed"] += limits_with(minor(row["triton"]))
         if options.execute and row["target"] == EVERY_CALL:
-            row["executed"] = execute_with(minor, options.execute)
+            row["executed"] = execute_with(minor(row["triton"]), options.execute)
             right, _, of, _ = row["executed"].split()
             row["failed"] += int(of) - int(right)
     tests = [test_with(version) for version in options.torch]
