@@ -70,8 +70,8 @@ def compile_with(version: str, targets: list[str]) -> list[dict] | None:
         done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
         records = [json.loads(line) for line in done.stdout.splitlines()]
         calls = {(record["module"], record["call"]) for record in records}
-        if all("TRITON_HIP_LLD_PATH" in record.get("error", "") for record in records):
-            # Triton 3.4 brings no linker for AMD.
+        if all("ld.lld" in record.get("error", "") for record in records):
+            # Triton 3.4 brings no linker for AMD, and takes no other than ROCm's.
             rows.append({"torch": versions[0], "triton": versions[1], "target": target,
                          "compiled": "not tried: needs ROCm's linker", "failed": 0})  # fmt: skip
             print(f"Triton {versions[1]} {target}: {rows[-1]['compiled']}", flush=True)
