@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,13 +133,24 @@ def test_contenders_take_turns():
     assert all(len(times.both) == 4 and min(times.backward) >= 2e-4 for times in found.values())
 
 
-def test_first_step_of_a_turn_is_not_counted():
+@pytest.fixture
+def sleep(monkeypatch):
+    """Sleeps on a clock of its own, which nothing else on the machine can delay."""
+    now = [0.0]
+
+    def pass_time(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return pass_time
+
+
+def test_first_step_of_a_turn_is_not_counted(sleep):
     """It pays for what the contender before has left."""
     last = []
 
     def step(name):
-        if last != [name]:
-            time.sleep(0.01)
+        sleep(1e-4 if last == [name] else 0.01)
         last[:] = [name]
 
     found = timing.measure(
@@ -150,13 +162,13 @@ def test_first_step_of_a_turn_is_not_counted():
 
 
 @pytest.mark.parametrize(("first", "kept"), [(2e-3, 3), (2e-2, 2)])
-def test_long_steps_count_but_one_that_sets_things_up(first, kept, monkeypatch):
+def test_long_steps_count_but_one_that_sets_things_up(first, kept, sleep, monkeypatch):
     monkeypatch.setattr(timing, "LONG", 1e-3)
     calls = []
 
     def step():
         calls.append(1)
-        time.sleep(first if len(calls) == 1 else 2e-3)
+        sleep(first if len(calls) == 1 else 2e-3)
 
     found = timing.measure({"a": timing.Contender(step, lambda _: None)}, "cpu", timing.Pace(9, 1e-6, 1e-6))
     assert (len(found["a"].both), len(calls)) == (kept, 3)
