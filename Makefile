@@ -9,9 +9,10 @@ RUN := $(VENV)/bin/python
 train: $(STAMP)
 	$(RUN) -m fastkl.vae train $(ARGS)
 
-# As many processes as there are cores, one thread each: most tests are of one thread whatever the machine has.
+# As many processes as there are cores, one thread each: most tests are of one thread whatever the machine has. Files in
+# the order in which tests/conftest.py puts them, not by the number of their tests.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(STAMP)
 	$(RUN) -m bench $(ARGS)

@@ -27,7 +27,7 @@ def cards() -> list[dict[str, str]]:
     """What the driver says of each card; nothing is changed."""
     command = ["nvidia-smi", f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=15)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return []
     if done.returncode:

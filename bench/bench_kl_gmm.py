@@ -29,7 +29,7 @@ def cases(device, quick):
     ours = functools.partial(fastkl.kl_gmm, num_samples=SAMPLES)
     given = {"eager": drawn, "fastkl": functools.partial(ours, seed=seed)}
     upper = [functools.partial(function, method="upper") for function in (reference.kl_gmm, fastkl.kl_gmm)]
-    for n, k, d in [(128, 10, 8)] if quick else [(512, 100, 32)]:
+    for n, k, d in [(128, 10, 8)] if quick else [(4096, 256, 64) if device == "cuda" else (512, 100, 32)]:
         inputs = leaves(device, (n, d), (n, d), (k,), (k, d), (k, d))
         yield Case(f"{n} x {k} x {d}, {SAMPLES} samples", inputs, by_samples, ours, drawn, same_noise=given)
         yield Case(f"{n} x {k} x {d}, upper bound", inputs, *upper, upper[0])

@@ -16,6 +16,6 @@ def together(*inputs):
 
 
 def cases(device, quick):
-    for n, k, d in [(128, 10, 8)] if quick else [(512, 100, 32)]:
+    for n, k, d in [(128, 10, 8)] if quick else [(16384, 512, 64) if device == "cuda" else (512, 100, 32)]:
         inputs = leaves(device, (n, d), (n, d), (k,), (k, d), (k, d))
         yield Case(f"{n} x {k} x {d}", inputs, by_broadcasting, together, by_broadcasting)

@@ -36,6 +36,6 @@ def cases(device, quick):
     ours = functools.partial(rsample_gmm, tau=TAU)
     given = {"eager": functools.partial(one_noise, seed=seed), "fastkl": functools.partial(ours, seed=seed)}
     truth = functools.partial(definition, seed=seed)
-    for n, k, d in [(128, 10, 16)] if quick else [(4096, 100, 40)]:
+    for n, k, d in [(128, 10, 16)] if quick else [(65536, 128, 64) if device == "cuda" else (4096, 100, 40)]:
         inputs = leaves(device, (n, k), (k, d), (k, d))
         yield Case(f"{n} x {k} x {d}", inputs, formula, ours, truth, same_noise=given)

@@ -101,13 +101,31 @@ def capture(step: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAG
     return graph, result
 
 
+def waits(step: Callable[[], Any]) -> str:
+    """Why a step waits for the device, forward or backward; empty where it does not.
+
+    Asked before a capture: one that fails half-way leaves torch's generator and allocator unusable for what follows.
+    """
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return f"waits: {error}".splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
+
+
 def turns_of(step: Contender, device: str, differentiates: bool = True, graphs: bool = True) -> dict[str, Turn]:
     """Direction -> turn: forward, and where something wants a gradient backward and both. Without `graphs`, whose
     memory is theirs alone, as where a step cannot be captured."""
     if device != "cuda":
         step.both()
         return plain(step, "wall", 0.0, differentiates)
-    with side_stream():
+    # Where no graph is made the allocator's memory of the stream that is timed is warmed.
+    with side_stream() if graphs else contextlib.nullcontext():
         for _ in range(WARM):
             step.both()
         torch.cuda.synchronize()
@@ -115,14 +133,10 @@ def turns_of(step: Contender, device: str, differentiates: bool = True, graphs: 
         step.both()
         host_ms = 1e3 * (time.perf_counter() - began)
     torch.cuda.synchronize()
-    why = "backlog"
-    if graphs:
-        try:
-            return captured(step, differentiates)
-        except RuntimeError as error:
-            why = f"backlog: {error}".splitlines()[0][:80]
-        torch.cuda.synchronize()
-    return plain(step, why, host_ms, differentiates)
+    why = waits(step.both) if graphs else ""
+    if graphs and not why:
+        return captured(step, differentiates)
+    return plain(step, f"backlog: {why}"[:80].rstrip(": "), host_ms, differentiates)
 
 
 def captured(step: Contender, differentiates: bool) -> dict[str, Turn]:
@@ -159,7 +173,8 @@ def milliseconds(turn: Turn, flush: Flush) -> float:
         began = time.perf_counter()
         turn.run()
         return 1e3 * (time.perf_counter() - began)
-    flush(1 + math.ceil(turn.host_ms / flush.milliseconds))
+    # Once more than it must: the host's time varies, and a launch is not free where the step is one graph either.
+    flush(2 + math.ceil(turn.host_ms / flush.milliseconds))
     start = event()
     turn.run()
     stop = event()

@@ -115,8 +115,13 @@ def rows_of(job: Job, given: argparse.Namespace, flush: device.Flush) -> list[di
         try:
             small = not CUDA or peaks.get(who, 0) * MIB < torch.cuda.get_device_properties().total_memory / 16
             made = device.turns_of(step, DEVICE, differentiates, graphs=small)
+            if not small:
+                release()
         except torch.cuda.OutOfMemoryError:
             notes[who] = "out of memory"
+            continue
+        except Exception as error:
+            notes[who] = f"failed: {type(error).__name__}: {error}".splitlines()[0][:300]
             continue
         turns |= {(who, direction): turn for direction, turn in made.items()}
     times = device.measure(turns, flush, given.rounds, given.case_seconds)
@@ -126,6 +131,7 @@ def rows_of(job: Job, given: argparse.Namespace, flush: device.Flush) -> list[di
         if moved:
             row["bytes"] = getattr(moved, direction)
             row["gb_per_s"] = row["bytes"] / found.median / 1e6
+        if (COPY, direction) in times:
             row["percent_of_copy"] = 100 * times[COPY, direction].median / found.median
         if timed.triples:
             row["triples_per_s"] = 1e3 * timed.triples / found.median
@@ -149,11 +155,13 @@ def release() -> None:
 
 
 def yardsticks(flush: device.Flush, small: bool) -> list[dict[str, Any]]:
-    """The copy's bandwidth, and what a graph of one kernel takes that has nothing to do."""
+    """The copy's bandwidth, what a graph of one kernel takes that has nothing to do, and what one takes that draws a
+    number: torch then sets its seed and offset by two more kernels, in every graph that draws."""
     size = MIB if small else 256 * MIB
     source, nothing = torch.ones(size // 8, device=DEVICE), torch.ones(1, device=DEVICE)
     target = torch.empty_like(source)
     steps = {COPY: lambda: target.copy_(source), "one empty kernel": lambda: nothing.add_(1)}
+    steps["one drawn number"] = lambda: nothing.uniform_()
     rows = []
     for name, step in steps.items():
         turns = device.turns_of(Contender(step, lambda _: []), DEVICE, differentiates=False)

@@ -249,7 +249,7 @@ REST += ("sinkhorn_divergence", "sliced_wasserstein")
 
 def jobs(small: bool) -> list[Job]:
     """Everything, the most telling first."""
-    low, middle, high = (1, 1, 1) if small else (8, 32, 256)
+    low, middle, high = (1, 1, 1) if small else (8, 34, 256)
     found = [Job(op, high, compile=True) for op in FIRST[:2]]
     found += [Job(op, 0, compile=True) for op in PAIRS]
     if small:  # one of each kind
@@ -258,8 +258,8 @@ def jobs(small: bool) -> list[Job]:
     found += [Job(op, high, torch.bfloat16, True) for op in FIRST]
     found += [Job(op, mib, compile=True) for mib in (middle, low) for op in FIRST]
     found += [Job(op, high, compile=True) for op in STREAMS if op not in FIRST]
-    found += [Job(op, 0) for op in REST]
-    return found + [Job(op, mib) for mib in (middle, low) for op in STREAMS if op not in FIRST]
+    found += [Job(op, 0, compile=True) for op in REST]
+    return found + [Job(op, mib, compile=True) for mib in (middle, low) for op in STREAMS if op not in FIRST]
 
 
 def build(job: Job, device: str, small: bool) -> tuple[str, Timed]:

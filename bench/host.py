@@ -30,7 +30,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
 # (module, name, what to put there): shortcuts that a version of fastkl may have.
 SHORTCUTS = [
-    ("fastkl.kernels._launch", "KNOWN", False),
+    ("fastkl.kernels._launch", "REPLAYABLE", False),
     ("fastkl.ops._short", "find", lambda *args, **settings: None),
 ]
 COLUMNS = ["card", "op", "case", "contender", "host_us", "times_eager", "note"]

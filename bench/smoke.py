@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import device
 from bench.smoke_cases import Call, calls
 from fastkl.ops import _register
 
@@ -113,7 +114,8 @@ def check(name: str, call: Call, dtype: torch.dtype) -> dict[str, Any]:
     if not all(torch.equal(a, b) for results in again for a, b in zip(results, found)):
         wrong.append("four calls differ")
     if CUDA and not call.waits:
-        wrong += [problem for problem in (waits(call, inputs), not_captured(call, dtype)) if problem]
+        problem = device.waits(lambda: step(call, inputs)) or not_captured(call, dtype)
+        wrong += [problem] * bool(problem)
     if CUDA and torch.cuda.device_count() > 1:
         moved = step(call, draw(call, dtype, 0, "cuda:1"), weights)
         if not all(torch.equal(a, b.to(a.device)) for a, b in zip(found, moved)):
@@ -124,18 +126,6 @@ def check(name: str, call: Call, dtype: torch.dtype) -> dict[str, Any]:
 def synchronize() -> None:
     if CUDA:
         torch.cuda.synchronize()
-
-
-def waits(call: Call, inputs: list[Tensor]) -> str:
-    """What waits for the device, forward or backward."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(call, inputs)
-    except RuntimeError as error:
-        return f"waits: {error}".splitlines()[0]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return ""
 
 
 def not_captured(call: Call, dtype: torch.dtype) -> str:

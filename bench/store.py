@@ -90,7 +90,9 @@ def cores() -> int:
 
 
 def commit() -> str:
-    """Of the working tree; empty where there is no git, or no repository."""
+    """Of the working tree, or what COMMIT says; empty where there is no git, or no repository."""
+    if given := os.environ.get("COMMIT"):
+        return given
     try:
         command = ["git", "rev-parse", "--short", "HEAD"]
         return subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip()

@@ -167,14 +167,21 @@ def timed(given: argparse.Namespace) -> Best:
             if time.monotonic() > deadline:
                 print(f"{op}, {name or key}: no time left", flush=True)
                 continue
-            rows, best[op][key] = found.race(op, name, key)
+            try:
+                rows, best[op][key] = found.race(op, name, key)
+            except Exception as error:  # a device that is of no use any more, say; what was found is kept
+                print(f"{op}, {name or key}: FAILED {type(error).__name__}: {error}".splitlines()[0][:300], flush=True)
+                given.failed = True
+                continue
             out.writerows({column: rounded(value) for column, value in row.items()} for row in rows)
             file.flush()
             tune_timed.show(rows, op, name or key, best[op][key])
+            if given.table:
+                given.table.write_text(written(TABLE.read_text(), best))
     return best
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     from fastkl.kernels import _tuned
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -190,14 +197,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true", help="time small tensors, in the interpreter without a GPU")
     parser.add_argument("--write", action="store_true", help="put the best into kernels/_tuned.py")
     given = parser.parse_args(arguments)
+    given.failed = False
     given.tiles = [tuple(map(int, tile.split("x"))) for tile in given.tile or []]
     best = timed(given) if torch.cuda.is_available() or given.small else estimated(given)
     for path in [given.table] * bool(given.table) + [TABLE] * given.write:
         path.write_text(written(TABLE.read_text(), best))
         print(f"\nwritten: {path.resolve().relative_to(ROOT) if path.resolve().is_relative_to(ROOT) else path}")
+    return int(given.failed)
 
 
 if __name__ == "__main__":
     if not torch.cuda.is_available() and "--small" not in sys.argv:
         os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: candidates are compiled
-    main()
+    sys.exit(main())

@@ -58,7 +58,7 @@ def compile_with(version: str, targets: list[str]) -> list[dict] | None:
     """One row for each target, None where there is no such Triton."""
     folder = triton_environment(version)
     if folder is None:
-        print(f"Triton {version}: not to be had here", flush=True)
+        print(f"FAULT Triton {version} is not to be had here", flush=True)
         return None
     environment = {"PYTHONPATH": str(folder), "TRITON_INTERPRET": "0"}
     versions = ask("import torch, triton; print(torch.__version__, triton.__version__)", **environment).split()
@@ -70,7 +70,7 @@ def compile_with(version: str, targets: list[str]) -> list[dict] | None:
         done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
         records = [json.loads(line) for line in done.stdout.splitlines()]
         calls = {(record["module"], record["call"]) for record in records}
-        if all("ld.lld" in record.get("error", "") for record in records):
+        if records and all("ld.lld" in record.get("error", "") for record in records):
             # Triton 3.4 brings no linker for AMD, and takes no other than ROCm's.
             rows.append({"torch": versions[0], "triton": versions[1], "target": target,
                          "compiled": "not tried: needs ROCm's linker", "failed": 0})  # fmt: skip
@@ -165,7 +165,7 @@ def merged(old: list[dict], new: list[dict], key: tuple[str, ...]) -> list[dict]
 
     rows = {name(row): row for row in old}
     for row in new:
-        rows[name(row)] = {**{k: v for k, v in rows.get(name(row), {}).items() if k == "executed"}, **row}
+        rows[name(row)] = row
     places = {target: [place] for place, target in enumerate(TARGETS)}
 
     def order(at: tuple) -> list[list[int]]:
@@ -205,8 +205,8 @@ def main() -> int:
     parser.add_argument("--execute", metavar="MODULE", help="executes the PTX of each launch; see emulated.py")
     parser.add_argument("--write", action="store_true", help="into docs/compatibility.json and .md")
     options = parser.parse_args()
-    kernels = [rows for version in options.triton if (rows := compile_with(version, options.targets)) is not None]
-    rows = [row for rows in kernels for row in rows]
+    kernels = [compile_with(version, options.targets) for version in options.triton]
+    rows = [row for found in kernels for row in found or []]
     for row in rows:
         if row["target"] == EVERY_CALL:
             row["failed"] += limits_with(minor(row["triton"]))
@@ -220,7 +220,7 @@ def main() -> int:
         results["kernels"] = merged(results["kernels"], rows, ("triton", "target"))
         results["tests"] = merged(results["tests"], tests, ("torch",))
         write(results)
-    failed = sum(row["failed"] for row in rows + tests)
+    failed = sum(row["failed"] for row in rows + tests) + kernels.count(None)
     print("all well" if not failed else "FAULTS, see above", flush=True)
     return bool(failed or not rows + tests)
 

@@ -65,8 +65,14 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     mend_older_interpreters()
 
 
+# Files that take longest. They run first, so that no process is left with one of them when the others have ended.
+LONG = ("test_gpu_script.py", "test_contract.py", "test_vae_parallel.py", "test_compiled.py", "test_bench.py",
+        "test_gmm_kernels.py", "test_host_path.py")  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The example of a flow needs zuko, as a flow does."""
+    """Long files first; the example of a flow needs zuko, as a flow does."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if importlib.util.find_spec("zuko") is None:
         for item in items:
             examples = getattr(getattr(item, "dtest", None), "examples", ())

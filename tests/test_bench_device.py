@@ -1,6 +1,7 @@
 """bench/device.py and what is built on it, with a stand-in for torch.cuda whose work takes as long as it says."""
 
 import contextlib
+import importlib
 import multiprocessing
 import sys
 import time
@@ -18,9 +19,15 @@ class Cuda:
     """Notes what reaches the device, in order; its clock moves by what each piece of work takes."""
 
     def __init__(self):
-        self.log, self.now, self.capturing, self.refuses = [], 0.0, None, False
+        self.log, self.now, self.capturing, self.reads, self.mode = [], 0.0, None, False, "default"
+
+    def ask(self, mode):
+        self.mode = mode
 
     def work(self, name, ms):
+        if self.reads and self.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation\nand more")
+        assert not (self.reads and self.capturing is not None), "a capture that fails spoils what follows"
         if self.capturing is not None:
             self.capturing.append((name, ms))
             return
@@ -32,8 +39,6 @@ class Cuda:
 
         class Graph:
             def capture_begin(self, pool=None):
-                if cuda.refuses:
-                    raise RuntimeError("operation not permitted when stream is capturing\nand more")
                 cuda.capturing = steps
 
             def capture_end(self):
@@ -79,6 +84,7 @@ def cuda(monkeypatch):
     for name, value in {
         "CUDAGraph": fake.graph, "Event": fake.event, "Stream": stream, "current_stream": stream,
         "stream": lambda side: contextlib.nullcontext(), "synchronize": lambda: None,
+        "set_sync_debug_mode": fake.ask,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     return fake
@@ -97,8 +103,8 @@ def test_each_direction_is_a_graph_timed_alone_after_a_flush(cuda):
         "both": (pytest.approx(5.0), "graph"),
     }  # fmt: skip
     # A backward pass uses what a forward pass has left, which is not on its time.
-    assert cuda.log[4:9] == ["a forward, replayed", "flush 1", "event", "a backward, replayed", "event"]
-    assert cuda.log.count("flush 1") == 15
+    assert cuda.log[4:9] == ["a forward, replayed", "flush 2", "event", "a backward, replayed", "event"]
+    assert cuda.log.count("flush 2") == 15
 
 
 def test_contenders_take_turns(cuda):
@@ -112,16 +118,19 @@ def test_contenders_take_turns(cuda):
     assert [name[0] for name in cuda.log if "forward" in name] == list("ababab")
 
 
-def test_what_cannot_be_captured_runs_behind_a_backlog(cuda):
-    cuda.refuses = True
+def test_what_waits_runs_behind_a_backlog_and_is_not_captured(cuda):
+    cuda.reads = True
     turns = device.turns_of(step(cuda, "a", 2.0, 3.0), "cuda")
-    assert turns["both"].how == "backlog: operation not permitted when stream is capturing"
+    assert turns["both"].how == "backlog: waits: called a synchronizing CUDA operation"
+    assert cuda.mode == "default"
+    cuda.reads = False
+    assert device.turns_of(step(cuda, "a", 2.0, 3.0), "cuda", graphs=False)["both"].how == "backlog"
     # The host needs a millisecond to launch it: ten flushes keep the device busy until then.
     turns = {name: turn._replace(host_ms=1.0) for name, turn in turns.items()}
     cuda.log.clear()
     times = device.measure(turns, Flush(cuda), 3, 1e9)
     assert [times[name].median for name in ("forward", "backward", "both")] == pytest.approx([2.0, 3.0, 5.0])
-    assert cuda.log[:4] == ["flush 11", "event", "a forward", "event"]
+    assert cuda.log[:4] == ["flush 12", "event", "a forward", "event"]
 
 
 def test_long_steps_have_fewer_rounds_and_what_has_no_memory_is_left_out(cuda, monkeypatch):
@@ -179,19 +188,32 @@ def test_host_times_the_long_way_without_shortcuts(monkeypatch):
     assert module.KNOWN
 
 
+def test_shortcuts_of_this_version_are_found():
+    for path, name, _ in host.SHORTCUTS:
+        assert hasattr(importlib.import_module(path), name)
+
+
 def half(number):
     """For the processes of the next test."""
     if number < 0:
         time.sleep(60)
+    if number == 2:
+        raise Unsendable("of the compiler", 2)
     return 1 // number
+
+
+class Unsendable(Exception):
+    """Cannot be made from its message alone, as the process that is sent one would."""
+
+    def __init__(self, what, more):
+        super().__init__(what)
 
 
 def test_work_ahead_is_done_in_other_processes_and_ends_in_time(capsys):
     began = time.monotonic()
-    done = dict(workers.ahead(half, [1, 0], jobs=2, seconds=60))
-    assert done[1] is None
-    assert isinstance(done[0], ZeroDivisionError)
-    workers.report("cases", workers.ahead(half, [-1, 2], jobs=2, seconds=12), 2)
+    done = dict(workers.ahead(half, [1, 0, 2], jobs=2, seconds=60))
+    assert done == {1: "", 0: "ZeroDivisionError: integer division or modulo by zero", 2: "Unsendable: of the compiler"}
+    workers.report("cases", workers.ahead(half, [-1, 3], jobs=2, seconds=12), 2)
     assert time.monotonic() - began < 50  # nobody waits for the one that sleeps
     assert capsys.readouterr().out.startswith("1 of 2 cases compiled ahead")
     while multiprocessing.active_children():  # and it is not left behind

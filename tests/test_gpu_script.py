@@ -66,7 +66,7 @@ def test_a_stage_that_fails_or_hangs_fails_the_call_and_no_other_stage(tree, tmp
     )
     python.chmod(0o755)
     (tmp_path / "out").mkdir()
-    done, results = call(tree, tmp_path / "out", PYTHON=str(python), STAGES="about timing tests step", TOTAL="12")
+    done, results = call(tree, tmp_path / "out", PYTHON=str(python), STAGES="about timing tests step", TOTAL="16")
     assert done.returncode == 1
     assert results["about"] == "ok"
     assert results["timing"] == "FAILED, exit status 3"
@@ -76,6 +76,18 @@ def test_a_stage_that_fails_or_hangs_fails_the_call_and_no_other_stage(tree, tmp
     for stages, status in ("about", 0), ("timing", 1):
         done, _ = call(tree, tmp_path / "out", PYTHON=str(python), STAGES=stages)
         assert done.returncode == status
+
+
+def test_without_a_gpu_nothing_is_timed_by_mistake(tree, tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" != -c ]\n')  # torch is asked, and sees none
+    python.chmod(0o755)
+    command = ["bash", str(tree / "bench" / "gpu.sh")]
+    environment = os.environ | {"OUT": str(tmp_path / "out"), "PYTHON": str(python)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "torch sees no GPU" in done.stderr
+    assert done.stdout == ""
 
 
 def test_a_wrong_result_fails_the_smoke_test(tmp_path, monkeypatch, capsys):

@@ -64,9 +64,9 @@ def check(logits, tau, **settings):
     actual = run(gumbel_softmax, logits, tau, seed=SEED, **settings)
     for x, e, a in zip(exact, eager, actual):
         assert a.dtype == e.dtype
-        # The noise is float32, at its largest to 1e-6: two implementations agree to 1e-6 / tau,
-        # also in float64.
-        units = {torch.float32: 32, torch.float64: 32 * 2**29}.get(logits.dtype, 4)
+        # The noise is float32, at its largest to 1e-6: two implementations agree to 1e-6 / tau, also in float64, and in
+        # the float32 gradient of the temperature of 16-bit logits.
+        units = {torch.float32: 32, torch.float64: 32 * 2**29}.get(a.dtype, 4)
         # The temperature's gradient is a sum of terms as large as the logits' gradients, which cancel.
         scale = None if not logits.numel() else torch.maximum(x.abs().max(), exact[1].abs().max() * (x.dim() == 0))
         assert_as_good_as_eager(a, e, x, units=units, scale=scale)
