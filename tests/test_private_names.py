@@ -89,6 +89,7 @@ NAMES = (
     "_C._are_functorch_transforms_active",
     "_C._get_tracing_state",
     "autograd.profiler._is_profiler_enabled",
+    "_C._dispatch_keys",
     "_C._functorch.is_batchedtensor",
     "_C._functorch.is_legacy_batchedtensor",
     "_softmax_backward_data",

@@ -44,6 +44,34 @@ def unheard() -> bool:
     )
 
 
+_keys = _private("_C._dispatch_keys")
+_devices: dict[int, str | None] = {}
+
+
+def memory_device(tensor: Tensor) -> str | None:
+    """The type of the device where all of a tensor's state lies in memory, and nothing else has to be known to read it.
+
+    None for any other tensor: one that is negated or conjugated lazily, zeros that were never written, a wrapper of a
+    transform's, a subclass with its own dispatch, a sparse one. Torch's dispatcher knows what to do with these.
+    """
+    if _keys is None:
+        return None
+    keys = _keys(tensor).raw_repr()
+    try:
+        return _devices[keys]
+    except KeyError:
+        _devices[keys] = tensor.device.type if keys in _keys_of_memory(tensor.device) else None
+        return _devices[keys]
+
+
+def _keys_of_memory(device: torch.device) -> list[int]:
+    found = []
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            found.append(_keys(torch.empty(0, dtype=torch.float32, device=device)).raw_repr())
+    return found
+
+
 def _always(*args: Any) -> bool:
     return True
 
