@@ -55,7 +55,7 @@ def balance(
     weights = balance_weights(kl, sizes, group=group)
     if beta is not None:
         if not isinstance(beta, Tensor):
-            beta = torch.full((), arguments.check_number("beta", beta), device=kl.device)
+            beta = torch.full((), arguments.check_number("beta", beta), dtype=torch.float32, device=kl.device)
         elif beta.numel() != 1:
             raise ValueError(f"beta must have one value, got {tuple(beta.shape)}")
         weights = torch.where(beta.detach().reshape(()) < 1, weights, 1.0)
