@@ -39,6 +39,7 @@ def check_seed(seed: int | Tensor | None, device: torch.device, name: str) -> Te
     if seed is None:
         return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
+        arguments.check_dense("seed", seed)
         if seed.dtype != torch.int64 or seed.dim() != 0:
             raise TypeError(f"seed must be an int64 tensor without dimensions, got {seed.dtype} {tuple(seed.shape)}")
         if seed.device != device:

@@ -53,7 +53,9 @@ def find(
     """The way for this call, for tensors that arguments.usual has seen; None where it has to go the long way."""
     if op.startswith("rsample") and mu.dtype is torch.float64:
         return None  # drawn by the closed form
-    if not (unheard() and _in_memory(mu) and _in_memory(logvar) and (seed is None or _in_memory(seed))):
+    if not mu.is_cpu or type(mu) not in _TENSORS or type(logvar) not in _TENSORS or not unheard():
+        return None
+    if seed is not None and not _in_memory(seed):
         return None
     key = (op, mu.shape, mu.stride(), logvar.stride(), mu.dtype, event_ndim, scale)
     try:

@@ -54,11 +54,10 @@ def balance(
     kl = _stacked(kl)
     weights = balance_weights(kl, sizes, group=group)
     if beta is not None:
+        beta = arguments.check_weight("beta", beta)
         if not isinstance(beta, Tensor):
-            beta = torch.full((), arguments.check_number("beta", beta), dtype=torch.float32, device=kl.device)
-        elif beta.numel() != 1:
-            raise ValueError(f"beta must have one value, got {tuple(beta.shape)}")
-        weights = torch.where(beta.detach().reshape(()) < 1, weights, 1.0)
+            beta = torch.full((), beta, dtype=torch.float32, device=kl.device)
+        weights = torch.where(beta.detach() < 1, weights, 1.0)
     return (kl * weights).sum(-1)
 
 
