@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastkl.ops import _torch
+from fastkl.ops._forward_mode import with_tangents
 
 NAMESPACE = "fastkl"
 
@@ -124,10 +125,10 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 def needs_closed_form(*cotangents: Tensor) -> bool:
     """Whether a backward pass must be plain differentiable torch ops instead of the fused op.
 
-    That is so where the gradient is differentiated again (create_graph, torch.func) or batched (is_grads_batched):
-    once_differentiable would not stop silently wrong second derivatives.
+    That is so where the gradient is differentiated again (create_graph, torch.func, forward over reverse mode) or
+    batched (is_grads_batched): once_differentiable would not stop silently wrong second derivatives.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or _torch.forward_mode():
         return True
     return not torch.compiler.is_compiling() and _torch.may_be_batched(cotangents)
 
@@ -137,7 +138,13 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     a Function with setup_context anew at every call: a third of the host time of a small loss.
 
     forward names each of its arguments: torch.compile without gradients takes *settings for one."""
-    if torch.compiler.is_compiling() or _torch.transforms_active():
+    if _torch.forward_mode():  # with gradients off, too
+        if torch.compiler.is_compiling():  # without fullgraph the frame is then run as it is written
+            raise NotImplementedError("fastkl has no forward-mode derivatives inside torch.compile")
+        return with_tangents(function)(*args)
+    if torch.compiler.is_compiling():
+        return function.apply(*args)
+    if _torch.transforms_active():
         return function.apply(*args)
     return apply_directly(function, *args)
 

@@ -34,13 +34,32 @@ _modes = _private("_C._len_torch_dispatch_stack")
 _transforms = _private("_C._are_functorch_transforms_active")
 _tracing = _private("_C._get_tracing_state")
 _profiler = torch.autograd.profiler  # whose flag is a number, read anew each time
+_forward_ad = torch.autograd.forward_ad  # whose level is a number, read anew each time
+_has_level = _private("autograd.forward_ad._current_level") is not None
+
+
+def forward_mode() -> bool:
+    """Whether tensors may carry tangents: within torch.autograd.forward_ad.dual_level or torch.func.jvp."""
+    return not _has_level or _forward_ad._current_level >= 0
+
+
+_set_forward_mode = _private("autograd.forward_ad._set_fwd_grad_enabled")
+
+
+def outer_tangents() -> Any:
+    """A context inside a Function's jvp in which torch's operations have forward-mode derivatives."""
+    if _set_forward_mode is None:
+        raise NotImplementedError(f"fastkl has no forward-mode derivatives with torch {torch.__version__}")
+    return _set_forward_mode(True)
+
+
 _everything_known = None not in (_modes, _transforms, _tracing, _private("autograd.profiler._is_profiler_enabled"))
 
 
 def unheard() -> bool:
-    """Whether nothing listens at torch's dispatcher: no mode, no transform, no profiler, no tracing."""
+    """Whether nothing listens to a call: no mode, no transform, no profiler, no tracing, no tangents."""
     return _everything_known and not (
-        _modes() or _transforms() or _profiler._is_profiler_enabled or _tracing() is not None
+        _modes() or _transforms() or _profiler._is_profiler_enabled or _tracing() is not None or forward_mode()
     )
 
 

@@ -87,7 +87,7 @@ def balance_weights(
     >>> remedies.balance_weights(torch.tensor([[2.99, 0.99]]), sizes=[1, 1])
     tensor([1.5000, 0.5000])
     """
-    kl = _stacked(kl)
+    kl = _stacked(kl).detach()  # tangents, too
     groups = kl.shape[-1]
     sizes = [1] * groups if sizes is None else [arguments.check_number("sizes", size, above=True) for size in sizes]
     if len(sizes) != groups:
