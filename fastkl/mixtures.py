@@ -212,6 +212,7 @@ def sample_gmm(
     if num_samples is None:
         raise TypeError("num_samples must be an int, got None")
     batch, dtype = _check(logits, means, logvars, scale_tril, num_samples)
+    logits, means, logvars, scale_tril = (t if t is None else t.detach() for t in (logits, means, logvars, scale_tril))
     seed = sampling.check_seed(seed, logits.device, "logits")
     component = _choose(logits, num_samples, batch, seed)
     mean = _take(means.to(dtype), component, 1).expand(*component.shape, means.shape[-1])

@@ -10,6 +10,7 @@ from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._register import apply, needs_closed_form, no_autocast
+from fastkl.ops._torch import forward_mode
 from fastkl.ops.rsample_normal import rsample_normal
 from fastkl.ops.sinkhorn_divergence import sinkhorn_divergence
 
@@ -22,7 +23,8 @@ POINT_BYTES = 48
 
 def _sort(values: Tensor) -> tuple[Tensor, Tensor]:
     """values.sort(-1); on a CPU float32 numbers and their places are sorted as one integer, in a sixth of the time."""
-    plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or values.device.type != "cpu"
+    differentiable = torch.is_grad_enabled() or forward_mode()
+    plain = torch.compiler.is_compiling() or differentiable or values.device.type != "cpu"
     if plain or values.dtype != torch.float32:
         return values.sort(-1)
     bits = values.numpy().view(np.int32)

@@ -160,6 +160,8 @@ def bwd(z, mu, logvar, first, dataset_size, stratified, dmutual, dtotal, ddimens
     if rows == 0 or columns == 0:
         return [gradient.zero_() for gradient in gradients]
     dz, dmu, dlogvar = gradients
+    # A hook on saved tensors may lay out anew what was kept.
+    joint_sum, marginal_sum = joint_sum.contiguous(), marginal_sum.contiguous()
     prepared = prepare(mu, logvar, dtype)
     padded, width = prepared[0].shape
     padded_rows = cdiv(rows, pad(rows)) * pad(rows)

@@ -114,7 +114,8 @@ def bwd(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, precisio
     inputs = (z, logvar, logits, means, logvars, scale_tril)
     if not has_kernel(means, scale_tril, form, compute_dtype([tensor for tensor in inputs if tensor is not None])):
         return NotImplemented
-    lp, other = kept[0], module(means, scale_tril, precision)
+    # A hook on saved tensors may lay out anew what was kept.
+    lp, other = kept[0].contiguous(), module(means, scale_tril, precision)
     if other is not None:
         return other.bwd(dlp, lp, *inputs, form, precision, data, parameters)
     return gradients((dlp, lp, None, None), z, logvar, logits, means, logvars, form, data, parameters)

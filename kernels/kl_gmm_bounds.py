@@ -85,6 +85,7 @@ def bwd(dlower, dupper, kept, mu, logvar, logits, means, logvars, scale_tril, pr
     if dlower is None or dupper is None or not fused(mu, logits, means, scale_tril, precision):
         return NotImplemented
     dtype = compute_dtype([t for t in (mu, logvar, logits, means, logvars) if t is not None])
+    kept = [lp.contiguous() for lp in kept]  # a hook on saved tensors may lay them out anew
     mixture, given = prepare(logits, means, logvars, "expected", dtype), (dlower, dupper, *kept)
     out = by_rows(given, mu, logvar, means.shape[1], mixture) if data else []
     if parameters:

@@ -1,5 +1,6 @@
 """Bad input: an error that names the argument and what was expected, before anything is launched."""
 
+import functools
 import math
 
 import numpy as np
@@ -158,3 +159,68 @@ def test_an_unknown_precision_is_refused():
     for op in (fastkl.gmm_log_prob, fastkl.gmm_responsibilities):
         with pytest.raises(ValueError, match="precision must be one of 'exact', 'tf32x3', 'tf32', got 'bf16'"):
             op(M, K, MEANS, precision="bf16")
+
+
+SEED = torch.tensor(1, device=DEVICE)
+Q = {"mu": M, "logvar": M}
+PRIOR = {"prior_mu": M, "prior_logvar": M}
+MIXTURE = {"logits": K, "means": MEANS, "logvars": MEANS}
+FULL = {"logits": K, "means": MEANS, "scale_tril": TRIL}
+GAUSSIANS = {"loc_q": M, "scale_q": M + 1, "loc_p": M, "scale_p": M + 1}
+# (op, all of its tensors), without and with those that it may do without.
+DENSE = [
+    (fastkl.kl_normal, Q),
+    (fastkl.kl_normal, Q | PRIOR),
+    (fastkl.kl_normal_per_dim, Q | PRIOR),
+    (fastkl.rsample_kl, Q | {"seed": SEED}),
+    (fastkl.rsample_kl, Q | PRIOR | {"eps": M}),
+    (fastkl.rsample_normal, Q | {"seed": SEED}),
+    (fastkl.rsample_normal, Q | {"eps": M}),
+    (fastkl.wasserstein2_normal, Q),
+    (fastkl.wasserstein2_normal, Q | PRIOR),
+    (fastkl.bernoulli_log_prob, {"logits": M, "x": M}),
+    (fastkl.normal_log_prob, {"x": M, "mean": M, "logvar": M}),
+    (fastkl.gmm_log_prob, {"z": M, **MIXTURE}),
+    (fastkl.gmm_log_prob, {"z": M, **FULL}),
+    (fastkl.gmm_responsibilities, {"z": M, **MIXTURE}),
+    (fastkl.gmm_moments, {"z": M, **MIXTURE}),
+    (fastkl.kl_gmm, Q | MIXTURE | {"seed": SEED}),
+    (fastkl.kl_gmm_bounds, Q | FULL),
+    (fastkl.rsample_gmm, MIXTURE | {"seed": SEED, "tau": K[0]}),
+    (functools.partial(fastkl.sample_gmm, num_samples=2), MIXTURE | {"seed": SEED}),
+    (fastkl.gumbel_softmax, {"logits": M, "tau": K[0], "seed": SEED}),
+    (fastkl.iwae, {"log_w": M}),
+    (fastkl.effective_sample_size, {"log_w": M}),
+    (fastkl.weight_entropy, {"log_w": M}),
+    (fastkl.mmd, {"x": M, "y": M}),
+    (fastkl.mmd_normal, Q),
+    (functools.partial(fastkl.total_correlation, dataset_size=9), {"z": M, **Q}),
+    (fastkl.sinkhorn_divergence, {"x": M, "y": M, "weights_x": K[:3] + 1, "weights_y": K[:3] + 1}),
+    (functools.partial(fastkl.sliced_wasserstein, num_projections=2), {"x": M, "y": M, "seed": SEED}),
+    (fastkl.DiagonalNormal, Q),
+    (fastkl.DiagonalNormal.from_packed, {"head": M}),
+    (fastkl.remedies.free_bits, {"kl": M, "threshold": K[0]}),
+    (fastkl.remedies.balance, {"kl": M, "beta": K[0]}),
+]
+LAYOUTS = {
+    "sparse": lambda t: t.to_sparse(),
+    "CSR": lambda t: t.reshape(-1, 1).to_sparse_csr(),
+    "MKL-DNN": lambda t: t.to_mkldnn(),
+    "nested": lambda t: torch.nested.nested_tensor([t, t]),
+    "jagged": lambda t: torch.nested.nested_tensor([t.reshape(-1), t.reshape(-1)[:1]], layout=torch.jagged),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+@pytest.mark.parametrize(("op", "tensors"), DENSE)
+def test_sparse_and_nested_tensors(op, tensors):
+    op(**tensors)
+    for name, make in LAYOUTS.items():
+        for argument, tensor in tensors.items():
+            if name == "MKL-DNN" and (DEVICE == "cuda" or not tensor.is_floating_point() or tensor.dim() == 0):
+                continue
+            with pytest.raises(TypeError, match=f"^{argument} must be a dense tensor, got "):
+                op(**tensors | {argument: make(tensor)})
+        if len(tensors) > 1 and name == "sparse":  # all alike
+            with pytest.raises(TypeError, match=r" must be a dense tensor, got one of layout torch\.sparse_coo"):
+                op(**{argument: make(tensor) for argument, tensor in tensors.items()})

@@ -47,6 +47,6 @@ def gradient_norms(parameters: nn.Module | Mapping[str, Iterable[Tensor]]) -> di
 def _norm(parameters: list[Tensor]) -> Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients and parameters:
-        return torch.zeros((), device=parameters[0].device)
+        return torch.zeros((), dtype=torch.float32, device=parameters[0].device)
     # Each norm has its tensor's dtype, and that of a float16 would end at 65504.
     return nn.utils.get_total_norm([gradient.float() if gradient.itemsize == 2 else gradient for gradient in gradients])

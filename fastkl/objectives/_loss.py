@@ -66,14 +66,14 @@ def prior_draws(
         return given
     if prior is not None:
         return prior.rsample(shape[0], seed=seed)
-    zero = torch.zeros((), device=posterior.mean.device)
+    zero = torch.zeros((), dtype=torch.float32, device=posterior.mean.device)
     return rsample_normal(zero.expand(shape), zero, seed=seed)
 
 
 def log_prior(posterior: distributions.DiagonalNormal, prior: Prior | None, z: Tensor) -> Tensor:
     """ln p(z) [..., *batch] of z [..., *batch, *event]."""
     if prior is None:
-        zero = torch.zeros((), device=z.device)
+        zero = torch.zeros((), dtype=torch.float32, device=z.device)
         return normal_log_prob(z, zero, zero, event_ndim=posterior.event_ndim)
     return prior.log_prob(flat(posterior, z))
 

@@ -23,6 +23,7 @@ from fastkl import distributions, reference
 from fastkl.objectives import _loss
 from fastkl.objectives._loss import LogLikelihood, Loss
 from fastkl.ops import _arguments as arguments
+from fastkl.ops._torch import forward_mode
 from fastkl.ops.normal_log_prob import normal_log_prob
 from fastkl.priors._prior import Prior
 
@@ -100,6 +101,8 @@ def _combined(
     _checked(posterior, prior, log_likelihood, num_estimates, num_samples, gradient)
     z, handle = _loss.draws(posterior, num_estimates * num_samples, eps), None
     if gradient == "dreg":
+        if forward_mode():
+            raise NotImplementedError('gradient="dreg" has no forward-mode derivative: it is an estimate of gradients')
         z, handle = _Rescaled.apply(z, posterior.event_ndim)
     reconstruction = _loss.reconstruction_of(posterior, log_likelihood, z)
     log_w = reconstruction + _loss.log_prior(posterior, prior, z) - _log_q(posterior, z, gradient)

@@ -10,20 +10,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastkl.ops._torch import memory_device
 from fastkl.reference import SCALES, SoftBounds
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NO_BOUNDS = (float("-inf"), float("inf"), False)
 
 
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Every element has its place in memory."""
+    # Of nested tensors the older kind has no layout of its own; a compiler has never seen one.
+    nested = not torch.compiler.is_compiling() and tensor.is_nested
+    if nested or tensor.layout is not torch.strided:
+        found = "a nested one, whose parts have different shapes" if nested else f"one of layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {found}")
+
+
 def check_tensors(**tensors: Tensor | None) -> None:
-    """Every argument is a floating-point tensor, and all are on one device."""
+    """Every argument is a dense floating-point tensor, and all are on one device."""
     first_name, first_device = "", None
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        check_dense(name, tensor)
         if tensor.dtype not in DTYPES:
             known = "float16, bfloat16, float32 and float64 are known"
             raise TypeError(f"{name} must be a floating-point tensor, got dtype {tensor.dtype}; {known}")
@@ -92,6 +103,7 @@ def check_weight(name: str, value: Any) -> Tensor | float:
     """A number from 0 on, or a tensor with one value, which is not read here."""
     if not isinstance(value, Tensor):
         return check_number(name, value)
+    check_dense(name, value)
     if value.numel() != 1:
         raise ValueError(f"{name} must have one value, got {tuple(value.shape)}")
     return value.reshape(())
@@ -250,11 +262,13 @@ def alike(event_ndim: int | None, first: Tensor, *others: Tensor) -> int:
     and then no other check can fail."""
     if torch.compiler.is_compiling() or not isinstance(first, Tensor) or first.dtype not in DTYPES:
         return 0
+    if memory_device(first) is None:
+        return 0
     shape = first.shape
     for other in others:
-        if not isinstance(other, Tensor) or other.dtype is not first.dtype or other.shape != shape:
+        if not isinstance(other, Tensor) or other.dtype is not first.dtype or memory_device(other) is None:
             return 0
-        if other.device != first.device:
+        if other.shape != shape or other.device != first.device:
             return 0
     if event_ndim is None:
         return max(0, len(shape) - 1)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastkl.ops._torch import forward_mode
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -26,6 +28,7 @@ def gather(group: ProcessGroup | None, *tensors: Tensor) -> tuple[list[Tensor], 
     if len(sizes) == 1:
         return list(tensors), 0
     rank = torch.distributed.get_rank(group)
+    _refuse_forward_mode()
     return [_Gather.apply(tensor, sizes, group) for tensor in tensors], sum(sizes[:rank])
 
 
@@ -33,7 +36,13 @@ def total(group: ProcessGroup | None, tensor: Tensor) -> Tensor:
     """The sum over the processes of a group, differentiable."""
     if group is None or torch.distributed.get_world_size(group) == 1:
         return tensor
+    _refuse_forward_mode()
     return _Sum.apply(tensor, group)
+
+
+def _refuse_forward_mode() -> None:
+    if forward_mode():
+        raise NotImplementedError("with a group of processes there is no forward-mode derivative")
 
 
 def row_counts(group: ProcessGroup | None, rows: int, device: torch.device) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkl.ops import _arguments as arguments
+from fastkl.ops._register import apply
 
 PRECISIONS = ("exact", "tf32x3", "tf32")
 EVENTS = (1, 2, 2, 3)  # dimensions of one mixture's logits, means, logvars, scale_tril
@@ -51,7 +52,7 @@ def collapse(tensor: Tensor, event_ndim: int) -> Tensor:
     if dims and not tensor.requires_grad:
         tensor = _first(tensor, dims)
     elif dims and tensor.dtype != torch.float16 and (torch.compiler.is_compiling() or not tensor.is_leaf):
-        tensor = _Collapse.apply(tensor, dims)
+        tensor = apply(_Collapse, tensor, dims)
     # else its own gradient is asked for, entry by entry; equal shares of one may be too small for float16
     return _without_leading_ones(tensor, batch)
 

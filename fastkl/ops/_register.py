@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastkl.ops import _torch
+from fastkl.ops._forward_mode import with_tangents
 
 NAMESPACE = "fastkl"
 
@@ -81,23 +82,20 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, int, float, bool, str, NoneType)
 
 
 def _plain_device(args: tuple) -> str | None:
-    """The device's type where the op may be called past torch's dispatcher: nothing listens there, and no argument is
-    of a subclass of Tensor. A third of the host time of a small loss."""
+    """The device's type where the op may be called past torch's dispatcher: nothing listens there, no argument is of a
+    subclass of Tensor, and each has all of its state in its memory. A third of the host time of a small loss."""
     if not _torch.unheard():
         return None
     device = None
     for arg in args:
-        kind = type(arg)
-        if kind is list:
-            for item in arg:
-                if type(item) not in _PLAIN:
-                    return None
+        for item in arg if type(arg) is list else (arg,):
+            kind = type(item)
+            if kind not in _PLAIN:
+                return None
+            if kind is Tensor or kind is torch.nn.Parameter:
+                device = _torch.memory_device(item)
                 if device is None:
-                    device = item.device.type
-        elif kind not in _PLAIN:
-            return None
-        elif device is None and (kind is Tensor or kind is torch.nn.Parameter):
-            device = arg.device.type
+                    return None
     return device
 
 
@@ -127,10 +125,10 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 def needs_closed_form(*cotangents: Tensor) -> bool:
     """Whether a backward pass must be plain differentiable torch ops instead of the fused op.
 
-    That is so where the gradient is differentiated again (create_graph, torch.func) or batched (is_grads_batched):
-    once_differentiable would not stop silently wrong second derivatives.
+    That is so where the gradient is differentiated again (create_graph, torch.func, forward over reverse mode) or
+    batched (is_grads_batched): once_differentiable would not stop silently wrong second derivatives.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or _torch.forward_mode():
         return True
     return not torch.compiler.is_compiling() and _torch.may_be_batched(cotangents)
 
@@ -140,7 +138,13 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     a Function with setup_context anew at every call: a third of the host time of a small loss.
 
     forward names each of its arguments: torch.compile without gradients takes *settings for one."""
-    if torch.compiler.is_compiling() or _torch.transforms_active():
+    if _torch.forward_mode():  # with gradients off, too
+        if torch.compiler.is_compiling():  # without fullgraph the frame is then run as it is written
+            raise NotImplementedError("fastkl has no forward-mode derivatives inside torch.compile")
+        return with_tangents(function)(*args)
+    if torch.compiler.is_compiling():
+        return function.apply(*args)
+    if _torch.transforms_active():
         return function.apply(*args)
     return apply_directly(function, *args)
 

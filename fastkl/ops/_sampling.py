@@ -39,6 +39,7 @@ def check_seed(seed: int | Tensor | None, device: torch.device, name: str) -> Te
     if seed is None:
         return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
+        arguments.check_dense("seed", seed)
         if seed.dtype != torch.int64 or seed.dim() != 0:
             raise TypeError(f"seed must be an int64 tensor without dimensions, got {seed.dtype} {tuple(seed.shape)}")
         if seed.device != device:
@@ -78,7 +79,8 @@ def normals(seed: Tensor, samples: range, first: int, last: int) -> Tensor:
     if seed.device.type != "cpu":
         return reference.normal_noise(seed, (last,), len(samples), samples.start)[:, first:]
     start, groups = first // 4, (last + 3) // 4
-    out = torch.empty(len(samples), groups - start, 2, 2)  # two Box-Muller pairs for each call
+    shape = (len(samples), groups - start, 2, 2)  # two Box-Muller pairs for each call
+    out = torch.empty(shape, dtype=torch.float32, device=seed.device)
     together = max(1, GROUPS // max(1, groups - start))  # samples at a time, where each is small
     for index in range(0, len(samples), together):
         numbers = np.array(samples[index : index + together])
@@ -103,7 +105,7 @@ def draw_gumbel(seed: Tensor, shape: torch.Size) -> Tensor:
         return reference.gumbel_noise(seed, shape)
     count = shape.numel()
     groups = (count + 3) // 4
-    out = torch.empty(groups, 2, 2)
+    out = torch.empty(groups, 2, 2, dtype=torch.float32, device=seed.device)
     for first in range(0, groups, GROUPS):
         last = min(groups, first + GROUPS)
         for pair, words in enumerate(_philox(seed.item(), np.arange(first, last), 0)):

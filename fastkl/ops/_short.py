@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastkl.ops._register import CPU, NATIVE, apply_directly, needs_closed_form
-from fastkl.ops._torch import unheard
+from fastkl.ops._torch import memory_device, unheard
 
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _FREE = (float("-inf"), float("inf"), False)
@@ -26,8 +26,8 @@ class Way:
     """op: "kl_normal", "wasserstein2_normal", "rsample_kl" or "rsample_normal". `general` is its backward pass by the
     long way: the gradients of the outputs, mu and logvar (and the seed), and the settings as the op's Function has."""
 
-    def __init__(self, op: str, general: Callable[..., Any], event_ndim: int, scale: str):
-        self.op, self.general = op, general
+    def __init__(self, op: str, general: Callable[..., Any], event_ndim: int, scale: str, mu: Tensor, logvar: Tensor):
+        self.op, self.general, self.layout = op, general, _layout(mu, logvar)
         self.settings = (None, -1, event_ndim, scale, *_FREE)
         self.forward: Any = None
         self.backward: dict[tuple, Any] = {}
@@ -39,14 +39,23 @@ class Way:
         return normal.make(name, (distance, False, *self.settings), [mu, logvar], samples, others)
 
 
+def _layout(mu: Tensor, logvar: Tensor) -> tuple:
+    return mu.shape, mu.stride(), logvar.shape, logvar.stride(), mu.dtype, logvar.dtype
+
+
 _WAYS: dict[tuple, Way | None] = {}
 
 
-def find(op: str, mu: Tensor, logvar: Tensor, event_ndim: int, scale: str, general: Callable[..., Any]) -> Way | None:
+def find(
+    op: str, mu: Tensor, logvar: Tensor, event_ndim: int, scale: str, general: Callable[..., Any],
+    seed: Tensor | None = None,
+) -> Way | None:  # fmt: skip
     """The way for this call, for tensors that arguments.usual has seen; None where it has to go the long way."""
     if op.startswith("rsample") and mu.dtype is torch.float64:
         return None  # drawn by the closed form
     if not mu.is_cpu or type(mu) not in _TENSORS or type(logvar) not in _TENSORS or not unheard():
+        return None
+    if seed is not None and not _in_memory(seed):
         return None
     key = (op, mu.shape, mu.stride(), logvar.stride(), mu.dtype, event_ndim, scale)
     try:
@@ -54,7 +63,7 @@ def find(op: str, mu: Tensor, logvar: Tensor, event_ndim: int, scale: str, gener
     except KeyError:
         if len(_WAYS) >= MOST_WAYS:
             _WAYS.clear()
-        way = Way(op, general, event_ndim, scale)
+        way = Way(op, general, event_ndim, scale, mu, logvar)
         z = torch.empty_like(mu) if op.startswith("rsample") else None
         way.forward = way.plan("forward", mu, logvar, (None, None, None, z, None)) if mu.numel() else None
         way = _WAYS[key] = None if way.forward is None else way
@@ -87,9 +96,21 @@ def _gradients(way: Way, mu: Tensor, logvar: Tensor, seed: Tensor | None, dvalue
     return dmu, dlogvar
 
 
-def _goes_on(gradient: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether the way goes on with what comes back."""
-    return type(gradient) is Tensor and gradient.dtype is dtype and not needs_closed_form(gradient) and unheard()
+def _in_memory(tensor: Tensor | None) -> bool:
+    """Whether a plain tensor on a CPU is all in its memory, where a loop may read it."""
+    return type(tensor) in _TENSORS and memory_device(tensor) == "cpu"
+
+
+def _goes_on(way: Way, mu: Tensor, logvar: Tensor, seed: Tensor | None, *gradients: Tensor | None) -> bool:
+    """Whether the way goes on with what comes back. Hooks on saved tensors may return them in another layout."""
+    if not unheard() or _layout(mu, logvar) != way.layout:
+        return False
+    if not (_in_memory(mu) and _in_memory(logvar) and (seed is None or _in_memory(seed))):
+        return False
+    for gradient in gradients:
+        if not _in_memory(gradient) or gradient.dtype is not mu.dtype or needs_closed_form(gradient):
+            return False
+    return True
 
 
 class _Value(torch.autograd.Function):
@@ -108,7 +129,7 @@ class _Value(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dvalue):
         mu, logvar = ctx.saved_tensors
-        if not _goes_on(dvalue, mu.dtype):
+        if not _goes_on(ctx.way, mu, logvar, None, dvalue):
             return (*ctx.way.general(dvalue, mu, logvar, ctx.way.settings[1:]), None)
         return (*_gradients(ctx.way, mu, logvar, None, dvalue, None), None)
 
@@ -130,7 +151,7 @@ class _SampleAndValue(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dz, dvalue):
         mu, logvar, seed = ctx.saved_tensors
-        if not (_goes_on(dvalue, mu.dtype) and _goes_on(dz, mu.dtype)):
+        if not _goes_on(ctx.way, mu, logvar, seed, dvalue, dz):
             return (*ctx.way.general(dz, dvalue, mu, logvar, seed, ctx.way.settings), None, None)
         return (*_gradients(ctx.way, mu, logvar, seed, dvalue, dz), None, None)
 
@@ -150,6 +171,6 @@ class _Sample(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dz):
         mu, logvar, seed = ctx.saved_tensors
-        if not _goes_on(dz, mu.dtype):
+        if not _goes_on(ctx.way, mu, logvar, seed, dz):
             return (*ctx.way.general(dz, mu, logvar, seed, ctx.way.settings), None, None)
         return (*_gradients(ctx.way, mu, logvar, seed, None, dz), None, None)

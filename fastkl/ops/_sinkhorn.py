@@ -79,7 +79,7 @@ class Products(Softmin):
     @staticmethod
     def _factor(points: Points, centre: Tensor) -> tuple[Tensor, Tensor]:
         """([N, D + 2] in float64: the places and two columns of ones, half of the squared lengths [N])."""
-        factor = torch.ones(len(points.at), len(centre) + 2, dtype=torch.float64)
+        factor = torch.ones(len(points.at), len(centre) + 2, dtype=torch.float64, device=centre.device)
         places = factor[:, :-2].copy_(points.at).sub_(centre)
         return factor, 0.5 * places.square().sum(1)
 
@@ -141,7 +141,7 @@ class Products(Softmin):
     def _buffer(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Memory that every tile uses again: fresh memory costs a page fault every 4 KB."""
         if dtype not in self.buffers:
-            self.buffers[dtype] = torch.empty(TILE[0] * TILE[1], dtype=dtype)
+            self.buffers[dtype] = torch.empty(TILE[0] * TILE[1], dtype=dtype, device=self.left.device)
         return self.buffers[dtype][: math.prod(shape)].view(shape)
 
 

@@ -34,14 +34,61 @@ _modes = _private("_C._len_torch_dispatch_stack")
 _transforms = _private("_C._are_functorch_transforms_active")
 _tracing = _private("_C._get_tracing_state")
 _profiler = torch.autograd.profiler  # whose flag is a number, read anew each time
+_forward_ad = torch.autograd.forward_ad  # whose level is a number, read anew each time
+_has_level = _private("autograd.forward_ad._current_level") is not None
+
+
+def forward_mode() -> bool:
+    """Whether tensors may carry tangents: within torch.autograd.forward_ad.dual_level or torch.func.jvp."""
+    return not _has_level or _forward_ad._current_level >= 0
+
+
+_set_forward_mode = _private("autograd.forward_ad._set_fwd_grad_enabled")
+
+
+def outer_tangents() -> Any:
+    """A context inside a Function's jvp in which torch's operations have forward-mode derivatives."""
+    if _set_forward_mode is None:
+        raise NotImplementedError(f"fastkl has no forward-mode derivatives with torch {torch.__version__}")
+    return _set_forward_mode(True)
+
+
 _everything_known = None not in (_modes, _transforms, _tracing, _private("autograd.profiler._is_profiler_enabled"))
 
 
 def unheard() -> bool:
-    """Whether nothing listens at torch's dispatcher: no mode, no transform, no profiler, no tracing."""
+    """Whether nothing listens to a call: no mode, no transform, no profiler, no tracing, no tangents."""
     return _everything_known and not (
-        _modes() or _transforms() or _profiler._is_profiler_enabled or _tracing() is not None
+        _modes() or _transforms() or _profiler._is_profiler_enabled or _tracing() is not None or forward_mode()
     )
+
+
+_keys = _private("_C._dispatch_keys")
+_devices: dict[int, str | None] = {}
+
+
+def memory_device(tensor: Tensor) -> str | None:
+    """The type of the device where all of a tensor's state lies in memory, and nothing else has to be known to read it.
+
+    None for any other tensor: one that is negated or conjugated lazily, zeros that were never written, a wrapper of a
+    transform's, a subclass with its own dispatch, a sparse one. Torch's dispatcher knows what to do with these.
+    """
+    if _keys is None:
+        return None
+    keys = _keys(tensor).raw_repr()
+    try:
+        return _devices[keys]
+    except KeyError:
+        _devices[keys] = tensor.device.type if keys in _keys_of_memory(tensor.device) else None
+        return _devices[keys]
+
+
+def _keys_of_memory(device: torch.device) -> list[int]:
+    found = []
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            found.append(_keys(torch.empty(0, dtype=torch.float32, device=device)).raw_repr())
+    return found
 
 
 def _always(*args: Any) -> bool:

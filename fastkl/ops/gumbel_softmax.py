@@ -45,7 +45,7 @@ def _gradients(dy, y, logits, tau, seed, constant, hard, dim, tau_gradient) -> l
         weights = weights / total.masked_fill(total == 0, 1.0)
     dx = weights * (dy - (weights * dy).sum(dim, keepdim=True))
     positive = temperature.clamp(min=torch.finfo(dtype).tiny)
-    inverse = torch.where(temperature > 0, 1 / positive, torch.where(temperature == 0, 0.0, math.nan))
+    inverse = (1 / positive).masked_fill(temperature == 0, 0.0).masked_fill(~(temperature >= 0), math.nan)
     gradients = [(dx * inverse).to((y if logits is None else logits).dtype)]
     if tau_gradient:  # x = ln weights + a constant, and dx sums to 0
         logarithm = weights.masked_fill(weights == 0, 1.0).log()

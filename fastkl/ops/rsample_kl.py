@@ -196,7 +196,7 @@ def rsample_kl(
     """
     if arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds, eps, num_samples):
         seed = sampling.check_seed(seed, mu.device, "mu")
-        if way := short.find("rsample_kl", mu, logvar, event_ndim, scale, _differentiate_without_prior):
+        if way := short.find("rsample_kl", mu, logvar, event_ndim, scale, _differentiate_without_prior, seed):
             return short.sample_and_value(way, mu, logvar, seed)
         settings = (None, -1, event_ndim, scale, *arguments.NO_BOUNDS)
         return apply(_RsampleKL, mu, logvar, None, None, None, seed, *settings)

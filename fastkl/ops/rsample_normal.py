@@ -139,7 +139,7 @@ def rsample_normal(
     """
     if isinstance(mu, Tensor) and arguments.usual(mu, logvar, mu.dim(), scale, num_samples, eps, bounds):
         seed = sampling.check_seed(seed, mu.device, "mu")
-        if way := short.find("rsample_normal", mu, logvar, mu.dim(), scale, _differentiate_drawn):
+        if way := short.find("rsample_normal", mu, logvar, mu.dim(), scale, _differentiate_drawn, seed):
             return short.sample(way, mu, logvar, seed)
         return apply(_RsampleNormal, mu, logvar, None, seed, None, -1, scale, *arguments.NO_BOUNDS)
     arguments.check_tensors(mu=mu, logvar=logvar, eps=eps)

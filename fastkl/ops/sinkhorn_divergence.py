@@ -9,6 +9,7 @@ from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._register import apply, without_autocast
 from fastkl.ops._sinkhorn import Points, Products, Softmin, potentials
+from fastkl.ops._torch import forward_mode
 
 
 @without_autocast
@@ -90,9 +91,9 @@ class _SinkhornDivergence(torch.autograd.Function):
         found = [None if not pulls else w.unsqueeze(1) * pull for w, pull in zip(inputs[2:], pulls or (None, None))]
         gradients = []
         for gradient, like, wanted in zip((*found, f, g), inputs, ctx.needs_input_grad):
-            gradient = (dvalue * gradient).to(like.dtype) if wanted else None
-            again = wanted and torch.is_grad_enabled()
-            gradients.append(_Once.apply(gradient, *inputs[:2]) if again else gradient)
+            if wanted and (torch.is_grad_enabled() or forward_mode()):
+                gradient = apply(_Once, gradient, *inputs[:2])
+            gradients.append((dvalue * gradient).to(like.dtype) if wanted else None)
         return *gradients, *[None] * 6
 
     @staticmethod

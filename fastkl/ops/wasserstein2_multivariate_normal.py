@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkl.ops._covariances import check_pair
-from fastkl.ops._register import needs_closed_form, no_autocast
+from fastkl.ops._register import apply, needs_closed_form, no_autocast
 from fastkl.reference import compute_dtype
 
 
@@ -49,7 +49,7 @@ class _SquaredDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(scale_q, scale_p):
-        rotation = _Rotation.apply(scale_p.mT @ scale_q)[0]
+        rotation = apply(_Rotation, scale_p.mT @ scale_q)[0]
         return (scale_q - scale_p @ rotation).square().sum((-2, -1)), rotation
 
     @staticmethod
@@ -64,7 +64,7 @@ class _SquaredDistance(torch.autograd.Function):
             return None, None
         scale_q, scale_p, rotation = ctx.saved_tensors
         if needs_closed_form(ddistance):  # differentiated again, the rotation moves
-            rotation = _Rotation.apply(scale_p.mT @ scale_q)[0]
+            rotation = apply(_Rotation, scale_p.mT @ scale_q)[0]
         weight = 2 * ddistance.unsqueeze(-1).unsqueeze(-1)
         return weight * (scale_q - scale_p @ rotation), weight * (scale_p - scale_q @ rotation.mT)
 
@@ -109,4 +109,4 @@ def wasserstein2_multivariate_normal(
     scale_p = scale_p.tril() if matrix_p else torch.diag_embed(scale_p)
     shape = torch.broadcast_shapes(scale_q.shape, scale_p.shape)
     with no_autocast(distance.device.type):
-        return distance + _SquaredDistance.apply(scale_q.expand(shape), scale_p.expand(shape))[0]
+        return distance + apply(_SquaredDistance, scale_q.expand(shape), scale_p.expand(shape))[0]

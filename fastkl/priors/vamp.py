@@ -51,7 +51,7 @@ class VampPrior(MixturePrior):
             raise TypeError(f"encoder must be callable, got {type(encoder).__name__}")
         self.components, self.precision, self.transform = len(pseudo_inputs), precision, transform
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
-        logits = torch.zeros(self.components, device=pseudo_inputs.device)
+        logits = torch.zeros(self.components, dtype=pseudo_inputs.dtype, device=pseudo_inputs.device)
         if learn_weights:
             self.logits = nn.Parameter(logits)
         else:

@@ -37,7 +37,7 @@ def relaxed_one_hot(perturbed, tau, hard=False, dim=-1) -> Tensor:
     masked = perturbed == -infinity
     top = perturbed.detach().amax(dim, keepdim=True)
     shifted = (perturbed - top.masked_fill(top == -infinity, 0.0)).masked_fill(masked, 0.0)
-    positive = torch.where(tau > 0, tau.clamp(min=torch.finfo(dtype).tiny), torch.where(tau == 0, 1.0, math.nan))
+    positive = tau.clamp(min=torch.finfo(dtype).tiny).masked_fill(tau == 0, 1.0).masked_fill(~(tau >= 0), math.nan)
     weights = torch.exp(shifted / positive).masked_fill(masked, 0.0)
     total = weights.sum(dim, keepdim=True)
     soft = weights / total.masked_fill(total == 0, 1.0)

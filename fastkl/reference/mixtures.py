@@ -33,7 +33,9 @@ def gmm_joint_log_prob(z, logits, means, logvars=None, *, scale_tril=None, logva
         whitened = torch.linalg.solve_triangular(scale, difference.unsqueeze(-1), upper=False).squeeze(-1)
         quadratic = whitened.square().sum(-1)
         if form == "expected":
-            precision_root = torch.linalg.solve_triangular(scale, torch.eye(scale.shape[-1]).to(scale), upper=False)
+            precision_root = torch.linalg.solve_triangular(
+                scale, torch.eye(scale.shape[-1], dtype=dtype, device=scale.device), upper=False
+            )
             quadratic = quadratic + (precision_root.square().sum(-2) * variance).sum(-1)
     else:
         logvars = means.new_zeros(()) if logvars is None else logvars

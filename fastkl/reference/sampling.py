@@ -57,7 +57,7 @@ def normal_noise(
         samples.append(torch.stack(normals, dim=-1).flatten()[:count].reshape(shape))
     if num_samples is None:
         return samples[0]
-    return torch.stack(samples) if samples else torch.empty((0, *shape), device=seed.device)
+    return torch.stack(samples) if samples else torch.empty((0, *shape), dtype=torch.float32, device=seed.device)
 
 
 def rsample_normal(mu, logvar, *, num_samples=None, seed=None, eps=None, scale="logvar", bounds=None) -> Tensor:

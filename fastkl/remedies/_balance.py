@@ -54,11 +54,10 @@ def balance(
     kl = _stacked(kl)
     weights = balance_weights(kl, sizes, group=group)
     if beta is not None:
+        beta = arguments.check_weight("beta", beta)
         if not isinstance(beta, Tensor):
-            beta = torch.full((), arguments.check_number("beta", beta), device=kl.device)
-        elif beta.numel() != 1:
-            raise ValueError(f"beta must have one value, got {tuple(beta.shape)}")
-        weights = torch.where(beta.detach().reshape(()) < 1, weights, 1.0)
+            beta = torch.full((), beta, dtype=torch.float32, device=kl.device)
+        weights = torch.where(beta.detach() < 1, weights, 1.0)
     return (kl * weights).sum(-1)
 
 
@@ -88,7 +87,7 @@ def balance_weights(
     >>> remedies.balance_weights(torch.tensor([[2.99, 0.99]]), sizes=[1, 1])
     tensor([1.5000, 0.5000])
     """
-    kl = _stacked(kl)
+    kl = _stacked(kl).detach()  # tangents, too
     groups = kl.shape[-1]
     sizes = [1] * groups if sizes is None else [arguments.check_number("sizes", size, above=True) for size in sizes]
     if len(sizes) != groups:
