@@ -11,9 +11,12 @@ from fastkl.reference._parameters import (
     bound,
     bound_gradient,
     compute_dtype,
+    exp_minus_one_minus,
+    standardise,
     sum_event,
     to_logvar,
     to_logvar_gradient,
+    weighted,
 )
 from fastkl.reference.decomposition import Decomposition, sample_weights, total_correlation
 from fastkl.reference.discrepancies import (
@@ -82,6 +85,7 @@ __all__ = [
     "compute_dtype",
     "directions",
     "effective_sample_size",
+    "exp_minus_one_minus",
     "gmm_joint_log_prob",
     "gmm_log_prob",
     "gmm_responsibilities",
@@ -116,6 +120,7 @@ __all__ = [
     "sinkhorn_divergence",
     "sinkhorn_schedule",
     "sliced_wasserstein",
+    "standardise",
     "sum_event",
     "to_logvar",
     "to_logvar_gradient",
@@ -125,4 +130,5 @@ __all__ = [
     "wasserstein2_terms",
     "wasserstein2_terms_gradient",
     "weight_entropy",
+    "weighted",
 ]
