@@ -107,6 +107,16 @@ def exp_minus_one_minus(x: Tensor) -> Tensor:
     return r + (1 + s + r) * (d.exp() - 1) - d.clamp(max=1000.0)
 
 
+def log_ratio(a: Tensor, b: Tensor) -> Tensor:
+    """ln(a / b), by the quotient, which keeps the digits where the two are close, and where that is not a normal number
+    by the two logarithms."""
+    ratio = a / b
+    finite = torch.finfo(ratio.dtype)
+    apart = ((ratio < finite.tiny) | (ratio > finite.max)) & (a > 0) & (b > 0)
+    close = torch.log(torch.where(apart, 1.0, ratio))
+    return torch.where(apart, torch.where(apart, a, 1.0).log() - torch.where(apart, b, 1.0).log(), close)
+
+
 def standardise(difference: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
     """(difference / sigma, the square root of 1 / sigma), sigma = exp(logvar / 2).
 

@@ -9,6 +9,7 @@ from fastkl.reference._parameters import (
     bound,
     compute_dtype,
     exp_minus_one_minus,
+    log_ratio,
     standardise,
     sum_event,
     to_logvar,
@@ -64,13 +65,16 @@ def kl_multivariate_normal(loc_q, scale_tril_q, loc_p, scale_tril_p) -> Tensor:
     A scale with no more dimensions than its own loc is a diagonal.
     """
     dtype = compute_dtype(loc_q, scale_tril_q, loc_p, scale_tril_p)
-    covariances = []
-    for loc, scale in ((loc_q, scale_tril_q), (loc_p, scale_tril_p)):
-        matrix = (scale.tril() if scale.dim() > loc.dim() else torch.diag_embed(scale)).to(dtype)
-        covariances.append(matrix @ matrix.mT)
-    precision_p = torch.linalg.inv(covariances[1])
+    scales = [
+        (scale.tril() if scale.dim() > loc.dim() else torch.diag_embed(scale)).to(dtype)
+        for loc, scale in ((loc_q, scale_tril_q), (loc_p, scale_tril_p))
+    ]
     difference = (loc_p.to(dtype) - loc_q.to(dtype)).unsqueeze(-1)
-    trace = (precision_p @ covariances[0]).diagonal(dim1=-2, dim2=-1).sum(-1)
-    mahalanobis = (difference.mT @ precision_p @ difference).squeeze(-1).squeeze(-1)
-    log_determinants = torch.linalg.slogdet(covariances[1])[1] - torch.linalg.slogdet(covariances[0])[1]
-    return 0.5 * (trace + mahalanobis - loc_q.shape[-1] + log_determinants)
+    # With M = L_p^-1 L_q: |M|^2 and the determinant of M M^T, element by element, so that nothing cancels.
+    stds = [scale.diagonal(dim1=-2, dim2=-1) for scale in scales]
+    rows = stds[1].unsqueeze(-1)  # divided by these first, nothing of ordinary size overflows on the way
+    relative = torch.linalg.solve_triangular(scales[1] / rows, scales[0] / rows, upper=False)
+    whitened = torch.linalg.solve_triangular(scales[1] / rows, difference / rows, upper=False)
+    x = 2 * log_ratio(*stds)
+    squares = relative.tril(-1).square().sum((-2, -1)) + whitened.square().sum((-2, -1))
+    return 0.5 * (exp_minus_one_minus(x).sum(-1) + squares)
