@@ -35,7 +35,7 @@ def _check(logits, means, logvars, scale_tril, num_samples) -> tuple[torch.Size,
 def _mix(weights: Tensor, values: Tensor) -> Tensor:
     """sum_k weights_k values_k: [S, *batch, K] and [*batch, K, C] -> [S, *batch, C]; nothing larger is made."""
     values = parameters.collapse(values, 2)
-    if values.shape[-2] == 1:  # tied: the weights sum to 1
+    if values.shape[-2] == 1 < weights.shape[-1]:  # tied: the weights sum to 1
         return values.squeeze(-2)
     return weights @ values if values.dim() == 2 else torch.einsum("s...k,...kc->s...c", weights, values)
 

@@ -108,8 +108,8 @@ def exp_minus_one_minus_series(x):
 
 @triton.jit
 def exp_minus_one_minus(x, exp_x):
-    """exp(x) - 1 - x without cancellation."""
-    return tl.where(tl.abs(x) < 0.5, exp_minus_one_minus_series(x), exp_x - 1.0 - x)
+    """exp(x) - 1 - x without cancellation; infinity where exp(x) is: an x without end is not subtracted from that."""
+    return tl.where(tl.abs(x) < 0.5, exp_minus_one_minus_series(x), exp_x - 1.0 - tl.minimum(x, 1000.0))
 
 
 @triton.jit
@@ -190,6 +190,23 @@ def bound_gradient(dlogvar, logvar, low, high, BOUNDED: tl.constexpr, LIVE: tl.c
 
 
 @triton.jit
+def standardise(difference, logvar):
+    """(difference / sigma, the square root of 1 / sigma), sigma = exp(logvar / 2).
+
+    What is divided by sigma is multiplied by that root twice: it overflows at twice the log-variance where 1 / sigma
+    does, and beyond that it stays finite, so that a difference of 0 is 0 however small sigma is.
+    """
+    root = tl.minimum(exp(logvar, -0.25), 1e300 if logvar.dtype == tl.float64 else 1e38, tl.PropagateNan.ALL)
+    return difference * root * root, root
+
+
+@triton.jit
+def weighted(weight, value):
+    """weight * value, 0 where the weight is 0: there the value may have overflowed."""
+    return tl.where(weight == 0.0, 0.0, weight * value)
+
+
+@triton.jit
 def kl_terms(mu, logvar, variance):
     """KL(N(mu, variance) || N(0, 1)), variance = exp(logvar)."""
     return 0.5 * (exp_minus_one_minus(logvar, variance) + mu * mu)
@@ -203,18 +220,17 @@ def kl_terms_gradient(mu, logvar, variance):
 @triton.jit
 def kl_terms_prior(mu, logvar, prior_mu, prior_logvar):
     x = logvar - prior_logvar
-    # Halves of the exponent, so that a difference of 0 is 0 also where 1 / prior_var overflows.
-    standard = (mu - prior_mu) * exp(prior_logvar, -0.5)
+    standard, _ = standardise(mu - prior_mu, prior_logvar)
     return 0.5 * (exp_minus_one_minus(x, exp(x)) + standard * standard)
 
 
 @triton.jit
 def kl_terms_prior_gradient(mu, logvar, prior_mu, prior_logvar):
     """In mu, logvar and prior_logvar; in prior_mu it is that in mu with the sign turned."""
-    x, root = logvar - prior_logvar, exp(prior_logvar, -0.5)
-    standard = (mu - prior_mu) * root
+    x = logvar - prior_logvar
+    standard, root = standardise(mu - prior_mu, prior_logvar)
     dlogvar = 0.5 * expm1(x, exp(x))
-    return standard * root, dlogvar, -dlogvar - 0.5 * standard * standard
+    return standard * root * root, dlogvar, -dlogvar - 0.5 * standard * standard
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import log1p, offsets, tile
+from fastkl.kernels._device import log1p, offsets, tile, weighted
 from fastkl.kernels._launch import launch, replayed
 from fastkl.kernels._layout import NO_STRIDES, PROGRAMS, cdiv, compute_dtype, finish, fit, next_power_of_2, share
 from fastkl.kernels._tuned import TILES
@@ -26,8 +26,8 @@ def blocks(rows: int, columns: int, itemsize: int) -> dict[str, int]:
 
 @triton.jit
 def bernoulli_terms(logits, x):
-    """x l - softplus(l) without overflow; fused, x l - max(l, 0) does not cancel where the logit is right about x."""
-    return tl.fma(x, logits, -tl.maximum(logits, 0.0)) - log1p(tl.exp(-tl.abs(logits)))
+    """x l - softplus(l) without overflow; above 0 it is (x - 1) l - softplus(-l), for x l - l cancels."""
+    return weighted(tl.where(logits > 0.0, x - 1.0, x), logits) - log1p(tl.exp(-tl.abs(logits)))
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def bernoulli_log_prob_bwd_kernel(
         gradient = d * bernoulli_terms_gradient(logit, value)
         tl.store(dlogits + tile(row, column, shape, dlogits_strides, NESTED), gradient, mask)
     if dx is not None:
-        tl.store(dx + tile(row, column, shape, dx_strides, NESTED), d * logit, mask)
+        tl.store(dx + tile(row, column, shape, dx_strides, NESTED), weighted(d, logit), mask)
 
 
 @replayed

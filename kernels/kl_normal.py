@@ -18,6 +18,7 @@ from fastkl.kernels._device import (
     tile,
     to_logvar,
     to_logvar_gradient,
+    weighted,
 )
 from fastkl.kernels._launch import launch, replayed
 from fastkl.kernels._layout import (
@@ -158,14 +159,16 @@ def kl_normal_bwd_kernel(
             else:
                 gradient_mu, gradient_logvar, gradient_pv = wasserstein2_terms_prior_gradient(m, logvar, pm, pv)
             if SHARED:
-                total_mu -= d * gradient_mu  # 0 in masked rows, where d is
-                total_logvar += d * gradient_pv
+                total_mu -= weighted(d, gradient_mu)  # 0 in masked rows, where d is
+                total_logvar += weighted(d, gradient_pv)
             elif dprior_mu is not None:
-                tl.store(dprior_mu + tile(row, column, shape, dprior_mu_strides, NESTED), -d * gradient_mu, mask)
-                tl.store(dprior_logvar + tile(row, column, shape, dprior_logvar_strides, NESTED), d * gradient_pv, mask)
-        gradient = d * gradient_logvar * to_logvar_gradient(v, SCALE)
+                at = tile(row, column, shape, dprior_mu_strides, NESTED)
+                tl.store(dprior_mu + at, -weighted(d, gradient_mu), mask)
+                at = tile(row, column, shape, dprior_logvar_strides, NESTED)
+                tl.store(dprior_logvar + at, weighted(d, gradient_pv), mask)
+        gradient = weighted(d, gradient_logvar) * to_logvar_gradient(v, SCALE)
         gradient = bound_gradient(gradient, raw, low, high, BOUNDED, LIVE)
-        tl.store(dmu + tile(row, column, shape, dmu_strides, NESTED), d * gradient_mu, mask)
+        tl.store(dmu + tile(row, column, shape, dmu_strides, NESTED), weighted(d, gradient_mu), mask)
         tl.store(dparameter + tile(row, column, shape, dparameter_strides, NESTED), gradient, mask)
     if SHARED:
         at = offsets(column, shape[3], dprior_mu_strides[2], dprior_mu_strides[3], NESTED >= 2)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import exp, offsets, tile
+from fastkl.kernels._device import offsets, standardise, tile, weighted
 from fastkl.kernels._launch import launch, replayed
 from fastkl.kernels._layout import NO_STRIDES, PROGRAMS, cdiv, compute_dtype, finish, fit, next_power_of_2, share
 from fastkl.kernels._tuned import TILES
@@ -53,16 +53,10 @@ def load_tile(pointer, row, column, shape, strides, NESTED: tl.constexpr):
 
 
 @triton.jit
-def standardise(x, mean, logvar):
-    """(z, 1 / sigma): an element's term is -1/2 (ln 2 pi + logvar + z^2). 1 / sigma^2 alone would overflow first."""
-    precision_root = exp(logvar, -0.5)
-    return (x - mean) * precision_root, precision_root
-
-
-@triton.jit
-def standardise_gradient(z, precision_root):
-    """Of that term in mean and, times 2, in logvar; in x it is the one in mean with the sign turned."""
-    return z * precision_root, z * z - 1.0
+def standardise_gradient(z, root):
+    """Of the term -1/2 (ln 2 pi + logvar + z^2) in mean and, times 2, in logvar; in x it is the one in mean with the
+    sign turned."""
+    return z * root * root, z * z - 1.0
 
 
 @triton.jit
@@ -87,11 +81,11 @@ def normal_log_prob_fwd_kernel(
         value = load_tile(x, row, column, shape, x_strides, NESTED).to(dtype)
         m = load_tile(mean, row, column, shape, mean_strides, NESTED).to(dtype)
         if SPREAD == "row":
-            z, _ = standardise(value, m, row_logvar)
-            total += z * z
+            z, _ = standardise(value - m, row_logvar)
+            total += tl.fma(z, z, 0.0)  # as one step with the sum it is spilled on sm_90
         else:
             v = load_tile(logvar, row, column, shape, logvar_strides, NESTED).to(dtype)
-            z, _ = standardise(value, m, v)
+            z, _ = standardise(value - m, v)
             total += v + z * z
     constant = tl.zeros([ROWS], dtype=dtype) + LN_2PI
     if SPREAD == "row":
@@ -116,12 +110,12 @@ def bwd_tile(
     """Stores those of dx and dmean that are wanted; returns twice the gradient in logvar, without d."""
     value = load_tile(x, row, column, shape, x_strides, NESTED).to(d.dtype)
     m = load_tile(mean, row, column, shape, mean_strides, NESTED).to(d.dtype)
-    z, precision_root = standardise(value, m, v)
-    gradient, twice = standardise_gradient(z, precision_root)
+    z, root = standardise(value - m, v)
+    gradient, twice = standardise_gradient(z, root)
     if dx is not None:
-        store_tile(dx, row, column, shape, dx_strides, -d * gradient, NESTED)
+        store_tile(dx, row, column, shape, dx_strides, -weighted(d, gradient), NESTED)
     if dmean is not None:
-        store_tile(dmean, row, column, shape, dmean_strides, d * gradient, NESTED)
+        store_tile(dmean, row, column, shape, dmean_strides, weighted(d, gradient), NESTED)
     return twice
 
 
@@ -145,7 +139,7 @@ def normal_log_prob_bwd_kernel(
             x, mean, v, d, dx, dmean, row, column, shape, x_strides, mean_strides, dx_strides, dmean_strides, NESTED
         )  # fmt: skip
         if dlogvar is not None:
-            store_tile(dlogvar, row, column, shape, dlogvar_strides, 0.5 * d * twice, NESTED)
+            store_tile(dlogvar, row, column, shape, dlogvar_strides, 0.5 * weighted(d, twice), NESTED)
     elif SPREAD == "row":
         d = load_rows(dlog_prob, row, shape, dlog_prob_strides, NESTED)
         v = load_rows(logvar, row, shape, logvar_strides, NESTED).to(dtype)
@@ -158,7 +152,7 @@ def normal_log_prob_bwd_kernel(
             )  # fmt: skip
             total += tl.where((at < columns)[None, :], twice, 0.0)
         if dlogvar is not None:
-            value = 0.5 * tl.sum(d, axis=1) * tl.sum(total, axis=1)
+            value = 0.5 * weighted(tl.sum(d, axis=1), tl.sum(total, axis=1))
             tl.store(dlogvar + split.to(tl.int64) * rows + row, value, mask=row < rows)
     else:
         # A tile with a row stride of 0, for [1, COLUMNS] in bfloat16 crashes Triton 3.9 on sm_90.
@@ -168,9 +162,10 @@ def normal_log_prob_bwd_kernel(
         for start in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
             at = start + tl.arange(0, ROWS)
             d = load_rows(dlog_prob, at, shape, dlog_prob_strides, NESTED)  # 0 in rows that are not there
-            total += d * bwd_tile(
+            twice = bwd_tile(
                 x, mean, v, d, dx, dmean, at, column, shape, x_strides, mean_strides, dx_strides, dmean_strides, NESTED
             )  # fmt: skip
+            total += weighted(d, twice)
         if dlogvar is not None:
             at = offsets(column, shape[3], dlogvar_strides[2], dlogvar_strides[3], NESTED >= 2)
             at += group.to(tl.int64) * columns

@@ -24,6 +24,7 @@ from fastkl.kernels._device import (
     offsets,
     to_logvar,
     to_logvar_gradient,
+    weighted,
 )
 from fastkl.kernels._launch import launch, replayed
 from fastkl.kernels._layout import (
@@ -188,7 +189,7 @@ def rsample_kl_bwd_kernel(
             incoming += dz_sample_stride
             gradient_mu += d
             gradient_sigma += d * eps
-        gradient_logvar = 0.5 * sigma * gradient_sigma
+        gradient_logvar = 0.5 * weighted(gradient_sigma, sigma)
         if dkl is not None:
             row_at = offsets(row, shape[1], dkl_strides[0], dkl_strides[1], NESTED % 2 == 1)
             weight = tl.load(dkl + row_at, row < rows, other=0.0)[:, None]
@@ -201,16 +202,19 @@ def rsample_kl_bwd_kernel(
                 prior_at = elements(at, column, shape, prior_logvar_strides, NESTED)
                 pv = tl.load(prior_logvar + prior_at, mask, other=1.0).to(DTYPE)
                 kl_mu, kl_logvar, kl_pv = kl_terms_prior_gradient(m, logvar, pm, pv)
+                kl_pv = weighted(weight, kl_pv)
+            kl_mu, kl_logvar = weighted(weight, kl_mu), weighted(weight, kl_logvar)
+            if prior_mu is not None:
                 if SHARED:
-                    total_mu = tl.where(mask, total_mu - weight * kl_mu, total_mu)
-                    total_logvar = tl.where(mask, total_logvar + weight * kl_pv, total_logvar)
+                    total_mu = tl.where(mask, total_mu - kl_mu, total_mu)
+                    total_logvar = tl.where(mask, total_logvar + kl_pv, total_logvar)
                 elif dprior_mu is not None:
                     out = elements(at, column, shape, dprior_mu_strides, NESTED)
-                    tl.store(dprior_mu + out, -weight * kl_mu, mask)
+                    tl.store(dprior_mu + out, -kl_mu, mask)
                     out = elements(at, column, shape, dprior_logvar_strides, NESTED)
-                    tl.store(dprior_logvar + out, weight * kl_pv, mask)
-            gradient_mu += weight * kl_mu
-            gradient_logvar += weight * kl_logvar
+                    tl.store(dprior_logvar + out, kl_pv, mask)
+            gradient_mu += kl_mu
+            gradient_logvar += kl_logvar
         gradient = gradient_logvar * to_logvar_gradient(v, SCALE)
         gradient = bound_gradient(gradient, raw, low, high, BOUNDED, LIVE)
         tl.store(dmu + elements(at, column, shape, dmu_strides, NESTED), gradient_mu, mask)

@@ -30,6 +30,20 @@ def test_moments_are_one_step_of_em(monkeypatch, small):
         fastkl.gmm_moments(z, logits, means.expand(40, 20, 16).contiguous())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("small", [True, False])
+def test_no_rows_are_sums_of_nothing(monkeypatch, backend, full, small):
+    monkeypatch.setattr(_gmm, "SMALL", _gmm.SMALL if small else 0)
+    for batch in ((0,), (0, 3), (3, 0)):
+        with implementation(backend):
+            spread = {"scale_tril": triangles(5, size=2)} if full else {"logvars": draw(5, 2)}
+            found = fastkl.gmm_moments(draw(*batch, 2), draw(5), draw(5, 2, seed=1), **spread)
+        assert found.log_prob.shape == batch
+        assert [t.shape for t in found[1:]] == [(5,), (5, 2), (5, 2, 2) if full else (5, 2)]
+        assert all((moment == 0).all() for moment in found[1:])
+
+
 CASES = {  # dimensions that vmap takes away from (z, logits, means, spread)
     "z": (0, None, None, None),
     "z, inner": (1, None, None, None),

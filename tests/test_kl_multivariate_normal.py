@@ -151,3 +151,36 @@ def test_integers_are_refused():
     loc, scale = torch.zeros(3), torch.ones(3)
     with pytest.raises(TypeError, match="scale_tril_p must be a floating-point tensor"):
         fastkl.kl_multivariate_normal(loc, scale, loc, scale.long())
+
+
+@kinds
+@pytest.mark.parametrize("function", [fastkl.kl_multivariate_normal, reference.kl_multivariate_normal])
+def test_standard_deviations_that_no_quotient_holds(kind_q, kind_p, function):
+    """1e-30 against 1e30: the squares, the quotient and its square are 0 in float32, and the divergence is 275.3."""
+    loc, narrow, wide = torch.zeros(2), torch.full((2,), 1e-30), torch.full((2,), 1e30)
+    scales = [torch.diag(s) if kind == "full" else s for s, kind in ((narrow, kind_q), (wide, kind_p))]
+    scales = [leaf(scale) for scale in scales]
+    value = function(loc.to(DEVICE), scales[0], loc.to(DEVICE), scales[1])
+    x = 4 * np.log(1e-30)
+    assert value.item() == pytest.approx(np.expm1(x) - x, rel=1e-6)
+    value.backward()
+    gradients = [scale.grad.diagonal() if scale.dim() > 1 else scale.grad for scale in scales]
+    for gradient, expected in zip(gradients, (-1e30, 1e-30)):
+        assert gradient.tolist() == pytest.approx([expected] * 2, rel=1e-5)
+    equal = function(loc.to(DEVICE), scales[0].detach(), loc.to(DEVICE), scales[0].detach())
+    assert equal == 0
+
+
+@pytest.mark.parametrize("function", [fastkl.kl_multivariate_normal, reference.kl_multivariate_normal])
+@pytest.mark.parametrize("kind_q", KINDS)
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_a_narrow_triangle_and_a_wide_one(function, kind_q, size):
+    """L_p = size [[1, 0], [1, 1]] and L_q = size I: L_p^-1 L_q = [[1, 0], [-1, 1]], whatever the size."""
+    scale_p = leaf(size * torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    scale_q = leaf(size * (torch.eye(2) if kind_q == "full" else torch.ones(2)))
+    loc = torch.zeros(2, device=DEVICE)
+    value = function(loc, scale_q, loc, scale_p)
+    assert value.item() == pytest.approx(0.5, rel=1e-6)
+    value.backward()
+    diagonal = scale_q.grad.diagonal() if kind_q == "full" else scale_q.grad
+    assert (diagonal * size).tolist() == pytest.approx([1.0, 0.0], rel=1e-5, abs=1e-6)

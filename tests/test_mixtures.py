@@ -174,6 +174,17 @@ def test_zero_weights_are_never_drawn_and_leave_no_nan():
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(nothing.sum(), (means, logvars)))
 
 
+@pytest.mark.parametrize("spread", [(1, 3), None, "full"], ids=str)
+def test_one_component_leaves_no_parameter_without_gradient(spread):
+    """DistributedDataParallel takes a parameter whose gradient is None for unused, and stops."""
+    logits, means = draw((1,), (1, 3))
+    named = {} if spread is None else {"scale_tril": tril(1, 3)} if spread == "full" else {"logvars": draw(spread)[0]}
+    z = rsample_gmm(logits, means, **named, num_samples=2, seed=SEED)
+    gradients = torch.autograd.grad(z.sum(), (logits, means, *named.values()))
+    assert gradients[0].tolist() == [0.0]
+    assert gradients[1].tolist() == [[2.0, 2.0, 2.0]]
+
+
 class Largest(TorchDispatchMode):
     """The most elements of any tensor that an operation made."""
 

@@ -60,19 +60,21 @@ static inline REAL exp_rest(REAL r) {
 #endif
 }
 
-/* x = n ln 2 + r. half is 2^(n - 1): 2^n itself overflows one step before exp(x) does. */
-typedef struct { REAL half, r, rest; } split;
+/* x = n ln 2 + r. half is 2^(n - 1): 2^n itself overflows one step before exp(x) does. x is not above exp_bounds[1], where
+ * exp(x) is infinite: to subtract an x without end from that would give NaN, or -inf in place of infinity. */
+typedef struct { REAL x, half, r, rest; } split;
 
 /* What exp is taken of goes no further. The two are in a file of their own: were they known here, the compiler would
  * compare and choose, in two steps each, where the processor has one for the greater of two that it cannot foresee. */
 extern const REAL exp_bounds[2] __attribute__((visibility("hidden")));
 
 static inline split split_exp(REAL x) {
-    x = x < exp_bounds[0] ? exp_bounds[0] : x; /* a comparison with NaN is false: NaN stays */
-    x = x > exp_bounds[1] ? exp_bounds[1] : x;
+    x = x > exp_bounds[1] ? exp_bounds[1] : x; /* a comparison with NaN is false: NaN stays */
+    REAL below = x;
+    x = x < exp_bounds[0] ? exp_bounds[0] : x;
     REAL shifted = x * LOG2E + ROUND, n = shifted - ROUND;
     REAL r = (x - n * LN2_HIGH) - n * LN2_LOW;
-    split parts = {real_of((BITS)((UNSIGNED)bits_of(shifted) << MANTISSA)), r, exp_rest(r)};
+    split parts = {below, real_of((BITS)((UNSIGNED)bits_of(shifted) << MANTISSA)), r, exp_rest(r)};
     return parts;
 }
 
@@ -80,13 +82,23 @@ static inline split split_exp(REAL x) {
  * next to 0, where n = 0 and r = x, is the series alone. */
 static inline REAL whole(split p) { return 2 * (p.half + p.half * (p.r + p.rest)); }
 static inline REAL minus_one(split p) { return 2 * (p.half * (p.r + p.rest) + (p.half - (REAL)0.5)); }
-static inline REAL minus_one_minus(split p, REAL x) {
-    return 2 * (p.half * p.rest + (p.half - (REAL)0.5) * (1 + p.r)) + (p.r - x);
+static inline REAL minus_one_minus(split p) {
+    return 2 * (p.half * p.rest + (p.half - (REAL)0.5) * (1 + p.r)) + (p.r - p.x);
 }
 
 static inline REAL exponential(REAL x) { return whole(split_exp(x)); }
 static inline REAL exp_minus_one(REAL x) { return minus_one(split_exp(x)); }
-static inline REAL exp_minus_one_minus(REAL x) { return minus_one_minus(split_exp(x), x); }
+static inline REAL exp_minus_one_minus(REAL x) { return minus_one_minus(split_exp(x)); }
+
+/* The square root of 1 / sigma, sigma = exp(x / 2). What is divided by sigma is multiplied by it twice: it overflows at
+ * twice the x where 1 / sigma does, and is finite beyond that, so that 0 stays 0 however small sigma is. */
+static inline REAL precision_root(REAL x) {
+    REAL root = exponential(x * (REAL)-0.25);
+    return root > MOST ? MOST : root;
+}
+
+/* weight * value, 0 where the weight is 0: there the value may have overflowed. */
+static inline REAL weighted(REAL weight, REAL value) { return weight == 0 ? 0 : weight * value; }
 
 /* sigma = exp(x / 2) and what else depends on it: exp(x) - 1 and exp(x) - 1 - x, both without cancellation. */
 typedef struct { REAL sigma, variance_minus_one, rest; } spread;
@@ -95,7 +107,7 @@ static inline spread spread_of(REAL x) {
     REAL h = (REAL)0.5 * x;
     split p = split_exp(h);
     REAL e = minus_one(p);
-    return (spread){whole(p), e * (e + 2), e * e + 2 * minus_one_minus(p, h)};
+    return (spread){whole(p), e * (e + 2), e * e + 2 * minus_one_minus(p)};
 }
 
 /* 2 artanh(s) by its series, for |s| <= 1/3. */

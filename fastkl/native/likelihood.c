@@ -40,7 +40,7 @@ static const REAL *read_rows(const tensor *t, tile at, REAL *buffer) {
     return buffer;
 }
 
-/* The log-variances of a tile and, in `root`, exp(-logvar / 2): as many exponentials as there are log-variances. */
+/* The log-variances of a tile and, in `root`, what to multiply by twice: as many exponentials as log-variances. */
 static const REAL *read_logvar(const problem *p, tile at, REAL *buffer, REAL *restrict root) {
     REAL own[TILE], few[TILE];
     tile read = at;
@@ -49,7 +49,7 @@ static const REAL *read_logvar(const problem *p, tile at, REAL *buffer, REAL *re
     int n = at.rows * at.columns, count = read.rows * read.columns;
     const REAL *values = read_tile(&p->logvar, read, count == n ? buffer : own);
     REAL *roots = count == n ? root : few;
-    for (int i = 0; i < count; i++) roots[i] = exponential(values[i] * (REAL)-0.5);
+    for (int i = 0; i < count; i++) roots[i] = precision_root(values[i]);
     if (count == n) return values;
     if (p->spread == ROW)
         widen(values, at, buffer), widen(roots, at, root);
@@ -99,13 +99,13 @@ static void forward_piece(void *context, int64_t job) {
         if (p->density == NORMAL) {
             const REAL *v = read_logvar(p, at, v_own, root);
             for (int i = 0; i < n; i++) {
-                REAL z = (a[i] - b[i]) * root[i]; /* squared last: 1 / sigma^2 alone overflows first */
+                REAL z = (a[i] - b[i]) * root[i] * root[i];
                 out[i] = (REAL)-0.5 * (LN_2PI + v[i] + z * z);
             }
         } else
             for (int i = 0; i < n; i++) {
                 REAL l = a[i], u = exponential(l > 0 ? -l : l);
-                out[i] = (b[i] * l - (l > 0 ? l : 0)) - log_one_plus(u);
+                out[i] = weighted(l > 0 ? b[i] - 1 : b[i], l) - log_one_plus(u);
             }
         sum_rows(p, at, out, &p->value, &total);
     }
@@ -133,9 +133,9 @@ static void normal_gradient(const problem *p, tile at, const REAL *w, REAL *rest
     read_logvar(p, at, v_own, root);
     REAL *dm = p->dsecond.data ? target_tile(&p->dsecond, at, dm_own) : dm_own;
     for (int i = 0; i < n; i++) {
-        REAL z = (x[i] - m[i]) * root[i];
-        dm[i] = w[i] * (z * root[i]);
-        dv[i] = w[i] * ((REAL)0.5 * (z * z - 1));
+        REAL z = (x[i] - m[i]) * root[i] * root[i];
+        dm[i] = weighted(w[i], z * root[i] * root[i]);
+        dv[i] = weighted(w[i], (REAL)0.5 * (z * z - 1));
     }
     if (p->dsecond.data) write_tile(&p->dsecond, at, dm, dm_own);
     if (p->dfirst.data) {
@@ -161,7 +161,7 @@ static void bernoulli_gradient(const problem *p, tile at, const REAL *w) {
     }
     if (p->dsecond.data) {
         REAL *dx = target_tile(&p->dsecond, at, dx_own);
-        for (int i = 0; i < n; i++) dx[i] = w[i] * l[i];
+        for (int i = 0; i < n; i++) dx[i] = weighted(w[i], l[i]);
         write_tile(&p->dsecond, at, dx, dx_own);
     }
 }

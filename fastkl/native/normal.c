@@ -34,11 +34,12 @@ static void open_problem(problem *p, const int64_t *numbers, const int64_t *addr
 
 static inline REAL square(REAL x) { return x * x; }
 
-/* sigma - prior_sigma, with its digits where the two are close. A sigma e^80 times the other's is all there is. */
+/* sigma - prior_sigma, with its digits where the two are close: the larger one times what the other lacks of it. */
 static inline REAL sigma_difference(REAL x, REAL prior) {
-    x = x < -400 ? -400 : x;
-    prior = prior < x - 160 ? x - 160 : prior;
-    return exponential(prior / 2) * exp_minus_one((x - prior) / 2);
+    x = x < -3000 ? -3000 : x, prior = prior < -3000 ? -3000 : prior; /* -inf less -inf would be NaN */
+    REAL larger = x > prior ? x : prior, smaller = x > prior ? prior : x;
+    REAL difference = exponential(larger / 2) * exp_minus_one((smaller - larger) / 2);
+    return x > prior ? -difference : difference;
 }
 
 static void terms(const problem *p, int n, const REAL *m, const REAL *x, const REAL *pm, const REAL *px, REAL *restrict out) {
@@ -46,7 +47,7 @@ static void terms(const problem *p, int n, const REAL *m, const REAL *x, const R
         for (int i = 0; i < n; i++) out[i] = (REAL)0.5 * (exp_minus_one_minus(x[i]) + m[i] * m[i]);
     else if (p->distance == KL)
         for (int i = 0; i < n; i++) {
-            REAL standard = (m[i] - pm[i]) * exponential(-px[i] / 2); /* half the exponent: 0 stays 0 */
+            REAL root = precision_root(px[i]), standard = (m[i] - pm[i]) * root * root;
             out[i] = (REAL)0.5 * (exp_minus_one_minus(x[i] - px[i]) + standard * standard);
         }
     else if (!pm)
@@ -59,22 +60,22 @@ static void terms(const problem *p, int n, const REAL *m, const REAL *x, const R
 static void terms_gradient(const problem *p, int n, const REAL *w, const REAL *m, const REAL *x, const REAL *pm,
                            const REAL *px, REAL *restrict dm, REAL *restrict dx, REAL *restrict dpx) {
     if (p->distance == KL && !pm)
-        for (int i = 0; i < n; i++) dm[i] = w[i] * m[i], dx[i] = w[i] * ((REAL)0.5 * exp_minus_one(x[i]));
+        for (int i = 0; i < n; i++) dm[i] = weighted(w[i], m[i]), dx[i] = weighted(w[i], (REAL)0.5 * exp_minus_one(x[i]));
     else if (p->distance == KL)
         for (int i = 0; i < n; i++) {
-            REAL root = exponential(-px[i] / 2), standard = (m[i] - pm[i]) * root;
+            REAL root = precision_root(px[i]), standard = (m[i] - pm[i]) * root * root;
             REAL d = (REAL)0.5 * exp_minus_one(x[i] - px[i]);
-            dm[i] = w[i] * (standard * root), dx[i] = w[i] * d;
-            dpx[i] = w[i] * (-d - (REAL)0.5 * standard * standard);
+            dm[i] = weighted(w[i], standard * root * root), dx[i] = weighted(w[i], d);
+            dpx[i] = weighted(w[i], -d - (REAL)0.5 * standard * standard);
         }
     else if (!pm)
         for (int i = 0; i < n; i++)
-            dm[i] = w[i] * (2 * m[i]), dx[i] = w[i] * (exp_minus_one(x[i] / 2) * exponential(x[i] / 2));
+            dm[i] = weighted(w[i], 2 * m[i]), dx[i] = weighted(w[i], exp_minus_one(x[i] / 2) * exponential(x[i] / 2));
     else
         for (int i = 0; i < n; i++) {
             REAL difference = sigma_difference(x[i], px[i]);
-            dm[i] = w[i] * (2 * (m[i] - pm[i])), dx[i] = w[i] * (difference * exponential(x[i] / 2));
-            dpx[i] = w[i] * (-difference * exponential(px[i] / 2));
+            dm[i] = weighted(w[i], 2 * (m[i] - pm[i])), dx[i] = weighted(w[i], difference * exponential(x[i] / 2));
+            dpx[i] = weighted(w[i], -difference * exponential(px[i] / 2));
         }
 }
 
@@ -242,8 +243,8 @@ static void backward_piece(void *context, int64_t job) {
         if (p->samples && w && p->distance == KL && !prior) { /* the usual case: one exponential for both */
             for (int i = 0; i < n; i++) {
                 spread s = spread_of(x[i]);
-                dm[i] = w[i] * m[i] + dmean[i];
-                dv[i] = (REAL)0.5 * (w[i] * s.variance_minus_one + s.sigma * dsigma[i]);
+                dm[i] = weighted(w[i], m[i]) + dmean[i];
+                dv[i] = (REAL)0.5 * (weighted(w[i], s.variance_minus_one) + weighted(dsigma[i], s.sigma));
             }
         } else if (w) {
             const REAL *pm = prior ? read_tile(&p->prior_mu, at, pm_own) : NULL;
@@ -261,9 +262,9 @@ static void backward_piece(void *context, int64_t job) {
                     }
             if (p->samples)
                 for (int i = 0; i < n; i++)
-                    dm[i] += dmean[i], dv[i] += (REAL)0.5 * exponential(x[i] / 2) * dsigma[i];
+                    dm[i] += dmean[i], dv[i] += weighted(dsigma[i], (REAL)0.5 * exponential(x[i] / 2));
         } else
-            for (int i = 0; i < n; i++) dm[i] = dmean[i], dv[i] = (REAL)0.5 * exponential(x[i] / 2) * dsigma[i];
+            for (int i = 0; i < n; i++) dm[i] = dmean[i], dv[i] = weighted(dsigma[i], (REAL)0.5 * exponential(x[i] / 2));
         to_parameter_gradient(&p->q, v, raw, n, dv);
         write_tile(&p->dmu, at, dm, dm_own), write_tile(&p->dparameter, at, dv, dv_own);
     }

@@ -74,13 +74,13 @@ def _element_gradients(*inputs: Tensor, scale: str, bounds, dkl, dz, eps, terms_
     dprior: list[Tensor] = []
     if dkl is not None:
         dkl = dkl.to(dtype)
-        dmu, dlogvar, *dprior = (dkl * gradient for gradient in terms_gradient(mu, logvar, *prior))
+        dmu, dlogvar, *dprior = (reference.weighted(dkl, gradient) for gradient in terms_gradient(mu, logvar, *prior))
     if dz is not None:
         dz, eps = dz.to(dtype), eps.to(dtype)
         dsigma = dz * eps
         if dz.dim() > mu.dim():
             dz, dsigma = dz.sum(0), dsigma.sum(0)
-        dlogvar_z = 0.5 * torch.exp(0.5 * logvar) * dsigma
+        dlogvar_z = reference.weighted(dsigma, 0.5 * torch.exp(0.5 * logvar))
         dmu, dlogvar = (dz, dlogvar_z) if dkl is None else (dmu + dz, dlogvar + dlogvar_z)
     if scale != "logvar":
         dlogvar = dlogvar * reference.to_logvar_gradient(parameter, scale)

@@ -149,7 +149,7 @@ class Full(_ByDifferences):
 
     def _outward(self, tensor: Tensor, shape) -> Tensor:
         """[M, n, x] -> [S, B, x]."""
-        return tensor.reshape(*shape, -1) if self.mixture.means.shape[0] == 1 else tensor.transpose(0, 1)
+        return tensor.reshape(*shape, tensor.shape[-1]) if self.mixture.means.shape[0] == 1 else tensor.transpose(0, 1)
 
     def prepare(self, z: Tensor, variance: Tensor | None, data: slice, for_gradient: bool = False):
         shape = z.shape[:2]

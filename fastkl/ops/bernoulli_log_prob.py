@@ -23,7 +23,9 @@ def _gradients(dlog_prob, logits, x, event_ndim, wanted) -> list[Tensor]:
     dlog_prob = dlog_prob.to(dtype).reshape(*dlog_prob.shape, *[1] * event_ndim)
     terms = reference.bernoulli_terms_gradient(logits.to(dtype), x.to(dtype))
     return [
-        (dlog_prob * gradient).to(tensor.dtype) for gradient, tensor, want in zip(terms, (logits, x), wanted) if want
+        reference.weighted(dlog_prob, gradient).to(tensor.dtype)
+        for gradient, tensor, want in zip(terms, (logits, x), wanted)
+        if want
     ]
 
 

@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 from fastkl.ops._covariances import check_pair
-from fastkl.reference import compute_dtype
+from fastkl.reference import compute_dtype, exp_minus_one_minus, log_ratio
 
 
 def _solve(scale_tril: Tensor, columns: Tensor) -> Tensor:
-    """scale_tril^-1 columns; a matrix that the batch shares is not copied for every datum."""
+    """scale_tril^-1 columns, its diagonal taken to be 1; a matrix that the batch shares is not copied for each datum."""
     while scale_tril.dim() > 2 and scale_tril.shape[0] == 1:
         scale_tril = scale_tril[0]
     if scale_tril.dim() > 2 or columns.dim() == 2:
-        return torch.linalg.solve_triangular(scale_tril, columns, upper=False)
+        return torch.linalg.solve_triangular(scale_tril, columns, upper=False, unitriangular=True)
     side_by_side = columns.movedim(-2, 0)
-    solved = torch.linalg.solve_triangular(scale_tril, side_by_side.flatten(1), upper=False)
+    solved = torch.linalg.solve_triangular(scale_tril, side_by_side.flatten(1), upper=False, unitriangular=True)
     return solved.reshape(side_by_side.shape).movedim(0, -2)
 
 
@@ -62,15 +62,19 @@ def kl_multivariate_normal(loc_q: Tensor, scale_tril_q: Tensor, loc_p: Tensor, s
     difference, scale_q, scale_p = loc_p.to(dtype) - loc_q.to(dtype), scale_tril_q.to(dtype), scale_tril_p.to(dtype)
     std_q = scale_q.diagonal(dim1=-2, dim2=-1) if matrix_q else scale_q
     std_p = scale_p.diagonal(dim1=-2, dim2=-1) if matrix_p else scale_p
-    x = 2 * torch.log(std_q / std_p)
-    whitened = _solve(scale_p, difference.unsqueeze(-1)).squeeze(-1) if matrix_p else difference / std_p
-    total = (torch.expm1(x) - x).sum(-1) + whitened.square().sum(-1)
+    x = 2 * log_ratio(std_q, std_p)
+    # L_p is diag(std_p) times a triangle with a diagonal of 1, which is solved for after the division by std_p: its
+    # elements and their squares are numbers of ordinary size where those of L_p^-1 overflow.
+    unit_p = scale_p / std_p.unsqueeze(-1) if matrix_p else None
+    whitened = difference / std_p
+    whitened = _solve(unit_p, whitened.unsqueeze(-1)).squeeze(-1) if matrix_p else whitened
+    total = exp_minus_one_minus(x).sum(-1) + whitened.square().sum(-1)
     if matrix_q:  # below M's diagonal
-        columns = scale_q.tril()
-        columns = _solve(scale_p, columns) if matrix_p else columns / std_p.unsqueeze(-1)
+        columns = scale_q.tril() / std_p.unsqueeze(-1)
+        columns = _solve(unit_p, columns) if matrix_p else columns
         total = total + columns.tril(-1).square().sum((-2, -1))
-    elif matrix_p:  # M's columns are those of L_p^-1, each times a standard deviation
+    elif matrix_p:  # M's columns are those of the triangle's inverse, each times a quotient of standard deviations
         identity = torch.eye(std_p.shape[-1], dtype=dtype, device=std_p.device)
-        weights = _solve(scale_p, identity).tril(-1).square().sum(-2)
-        total = total + (weights * std_q.square()).sum(-1)
+        weights = _solve(unit_p, identity).tril(-1).square().sum(-2)
+        total = total + (weights * (std_q / std_p).square()).sum(-1)
     return 0.5 * total

@@ -37,7 +37,9 @@ def _gradients(dlog_prob, x, mean, logvar, event_ndim, wanted) -> list[Tensor]:
     dlog_prob = dlog_prob.to(dtype).reshape(*dlog_prob.shape, *[1] * event_ndim)
     dmean, dlogvar = reference.normal_terms_gradient(x.to(dtype), mean.to(dtype), logvar.to(dtype))
     gradients = zip((-dlog_prob, dlog_prob, dlog_prob), (dmean, dmean, dlogvar), (x, mean, logvar), wanted)
-    return [(d * gradient).sum_to_size(t.shape).to(t.dtype) for d, gradient, t, want in gradients if want]
+    return [
+        reference.weighted(d, gradient).sum_to_size(t.shape).to(t.dtype) for d, gradient, t, want in gradients if want
+    ]
 
 
 def _backward(dlog_prob, x, mean, logvar, event_ndim, wanted) -> list[Tensor]:

@@ -11,9 +11,13 @@ from fastkl.reference._parameters import (
     bound,
     bound_gradient,
     compute_dtype,
+    exp_minus_one_minus,
+    log_ratio,
+    standardise,
     sum_event,
     to_logvar,
     to_logvar_gradient,
+    weighted,
 )
 from fastkl.reference.decomposition import Decomposition, sample_weights, total_correlation
 from fastkl.reference.discrepancies import (
@@ -82,6 +86,7 @@ __all__ = [
     "compute_dtype",
     "directions",
     "effective_sample_size",
+    "exp_minus_one_minus",
     "gmm_joint_log_prob",
     "gmm_log_prob",
     "gmm_responsibilities",
@@ -96,6 +101,7 @@ __all__ = [
     "kl_normal_per_dim",
     "kl_terms",
     "kl_terms_gradient",
+    "log_ratio",
     "mmd",
     "mmd_kernel",
     "mmd_kernel_slope",
@@ -116,6 +122,7 @@ __all__ = [
     "sinkhorn_divergence",
     "sinkhorn_schedule",
     "sliced_wasserstein",
+    "standardise",
     "sum_event",
     "to_logvar",
     "to_logvar_gradient",
@@ -125,4 +132,5 @@ __all__ = [
     "wasserstein2_terms",
     "wasserstein2_terms_gradient",
     "weight_entropy",
+    "weighted",
 ]

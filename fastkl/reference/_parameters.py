@@ -91,5 +91,47 @@ def bound_gradient(dlogvar: Tensor, logvar: Tensor, bounds: SoftBounds | tuple[f
     return dlogvar.masked_fill((logvar < bounds[0]) | (logvar > bounds[1]), 0.0)
 
 
+def exp_minus_one_minus(x: Tensor) -> Tensor:
+    """exp(x) - 1 - x; infinity at infinity, although x itself is subtracted.
+
+    Next to 0 that loses the digits of x^2 / 2: with x = s + d, s within [-1, 1], it is r + exp(s) (exp(d) - 1) - d,
+    where r = exp(s) - 1 - s is the series s^2 / 2 (1 + s / 3 (1 + s / 4 (...))).
+    """
+    s = x.clamp(-1.0, 1.0)
+    d = x - s
+    one = x.new_ones(())
+    r = one
+    for i in range(19 if x.dtype == torch.float64 else 11, 2, -1):
+        r = torch.addcmul(one, s, r, value=1 / i)
+    r = 0.5 * s * s * r
+    return r + (1 + s + r) * (d.exp() - 1) - d.clamp(max=1000.0)
+
+
+def log_ratio(a: Tensor, b: Tensor) -> Tensor:
+    """ln(a / b), by the quotient, which keeps the digits where the two are close, and where that is not a normal number
+    by the two logarithms."""
+    ratio = a / b
+    finite = torch.finfo(ratio.dtype)
+    apart = ((ratio < finite.tiny) | (ratio > finite.max)) & (a > 0) & (b > 0)
+    close = torch.log(torch.where(apart, 1.0, ratio))
+    return torch.where(apart, torch.where(apart, a, 1.0).log() - torch.where(apart, b, 1.0).log(), close)
+
+
+def standardise(difference: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+    """(difference / sigma, the square root of 1 / sigma), sigma = exp(logvar / 2).
+
+    What is divided by sigma is multiplied by that root twice: it overflows at twice the log-variance where 1 / sigma
+    does, and beyond that it stays finite, so that a difference of 0 is 0 however small sigma is.
+    """
+    root = torch.exp((-0.25 * logvar).clamp(max=709.0 if logvar.dtype == torch.float64 else 88.0))
+    return difference * root * root, root
+
+
+def weighted(weight: Tensor, values: Tensor) -> Tensor:
+    """weight * values, where the values that have overflowed are 0 under a weight of 0. Differentiable in both."""
+    largest = torch.full_like(weight, float("inf")).masked_fill(weight == 0, torch.finfo(values.dtype).max)
+    return weight * torch.maximum(torch.minimum(values, largest), -largest)
+
+
 def sum_event(values: Tensor, event_ndim: int) -> Tensor:
     return values.flatten(values.dim() - event_ndim).sum(-1)

@@ -31,9 +31,10 @@ def _sigma_difference(logvar: Tensor, prior_logvar: Tensor | None) -> Tensor:
     """sigma - prior_sigma, which keeps its digits where the two are close."""
     if prior_logvar is None:
         return torch.expm1(0.5 * logvar)
-    # A standard deviation e^80 times smaller than the other is 0 to rounding, and expm1 does not overflow.
-    logvar = logvar.clamp(min=-400.0)
-    prior_logvar = torch.maximum(prior_logvar, logvar - 160.0)
+    # A standard deviation e^40 times smaller than the other is 0 to rounding. No smaller one is computed with: neither
+    # does expm1 overflow, nor the smaller one flush to 0 and the other with it.
+    logvar = logvar.clamp(-3000.0, 3000.0)
+    prior_logvar = torch.maximum(prior_logvar, logvar - 80.0)
     return torch.exp(0.5 * prior_logvar) * torch.expm1(0.5 * (logvar - prior_logvar))
 
 
