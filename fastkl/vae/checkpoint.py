@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from fastkl.vae.arrays import BROKEN, first_line
 from fastkl.vae.errors import UserError
-from fastkl.vae.files import BROKEN, first_line, load_tensors
+from fastkl.vae.files import load_tensors
 
 NAME = "checkpoint.pt"
-FORMAT = "fastkl.vae 2"
+FORMAT = "fastkl.vae 3"
 PARTS = (
     "format",
     "settings",

@@ -33,6 +33,9 @@ REFUSED = {
 
 def resolve(given: dict[str, Any]) -> Settings:
     """The settings of a new run; options that contradict one another are refused."""
+    for name in ("data", "test_data"):
+        if name in given and not given[name].strip():
+            raise UserError(f"{flag(name)} is empty: name a file or a folder (. is this one)")
     settings = defaults(given)
     check(settings)
     priors, why = REFUSED.get(settings.objective, ((), ""))
@@ -106,7 +109,7 @@ def defaults(given: dict[str, Any]) -> Settings:
 def check(settings: Settings) -> None:
     ones = ("latent", "hidden", "layers", "batch_size", "epochs", "importance_samples", "log_every", "checkpoint_every")
     ones += ("components", "samples", "groups", "cycles", "projections", "bad_steps")
-    zeros = ("balance", "capacity_steps", "image_size", "steps", "seed", "split_seed", "test_data", "threads")
+    zeros = ("balance", "capacity_steps", "image_size", "steps", "seed", "split_seed", "test_count", "threads")
     zeros += ("warm_up",)
     for name, minimum in {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)}.items():
         if getattr(settings, name) < minimum:
@@ -120,6 +123,8 @@ def check(settings: Settings) -> None:
         value = getattr(settings, name)
         if not 0 < value < float("inf"):
             raise UserError(f"{flag(name)} must be a finite number above 0, got {value}")
+    if not 0 <= settings.validation < 1:
+        raise UserError(f"--validation is a share, 0 or more and below 1, got {settings.validation}")
     for name in ("alpha", "elbo_share"):
         if getattr(settings, name) > 1:
             raise UserError(f"{flag(name)} is a share, at most 1, got {getattr(settings, name)}")

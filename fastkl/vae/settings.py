@@ -25,6 +25,10 @@ class Settings:
     )
     # A moved file is the same data, so resuming compares the fingerprint of the data instead of this name.
     data: str = option("digits", "digits, mnist5k, pbmc, or a .npy, .npz, .pt file or a folder of images", maths=False)
+    test_data: str = option("", "a file or folder to test with (default: a fifth of --data, or its own)", maths=False)
+    validation: float = option(
+        0.0, "share of the training data that the curves are of, so that the test data are seen once, at the end"
+    )
     image_size: int = option(0, "resize images to this many pixels a side (0: as they are)")
     likelihood: str = option("auto", "distribution of a pixel", choices=("auto", "bernoulli", "normal"))
     model: str = option(
@@ -91,8 +95,8 @@ class Settings:
         choices=("fused", "datum"),
     )
     seed: int = option(0, "of the weights, the order of the data and the noise")
-    split_seed: int = option(0, "of the held-out test split")
-    test_data: int = option(0, "how many of the held-out data are evaluated (0: all)")
+    split_seed: int = option(0, "of the held-out data")
+    test_count: int = option(0, "how many of the test data are evaluated (0: all)")
     importance_samples: int = option(1000, "per test datum, for the estimate of log p(x)", maths=False)
     log_every: int = option(20, "steps between two points of the curves", maths=False)
     checkpoint_every: int = option(500, "steps between two checkpoints", maths=False)
@@ -119,7 +123,7 @@ FOR_PRESET = {
     "large-latent": {
         "model": "conv", "image_size": 128, "latent": 16, "hidden": 16, "layers": 1, "batch_size": 4, "steps": 10,
         "epochs": 1, "learning_rate": 2e-3, "log_every": 1, "checkpoint_every": 5, "importance_samples": 10,
-        "test_data": 16, "threads": 0,
+        "test_count": 16, "threads": 0,
     },
 }  # fmt: skip
 
