@@ -251,6 +251,15 @@ def test_test_data_that_are_given_are_those_tested(tmp_path, kind):
         assert label == test_y[index]
 
 
+def test_a_folder_around_all_groups_is_none(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for index, pixels in enumerate(whole(255, np.uint8)):
+        place = tmp_path / "train" / ("cat", "dog")[index % 2] / "more"
+        place.mkdir(parents=True, exist_ok=True)
+        image.fromarray(pixels).save(place / f"{index}.png")
+    assert load(tmp_path).label_names == ["cat", "dog"]
+
+
 def test_validation_data(tmp_path):
     x = whole(255, np.uint8, (40, 8, 8))
     np.savez(tmp_path / "x.npz", x=x)
@@ -259,8 +268,11 @@ def test_validation_data(tmp_path):
     assert loaded.watched is loaded.validation
     assert_same_rows(torch.cat([loaded.train, loaded.validation, loaded.test]), x / 255)
     np.savez(tmp_path / "x.npz", x=x, x_val=x[:5], x_test=x[:9])
+    np.savez(tmp_path / "y.npz", x=x)
     given = load(tmp_path / "x.npz")
     assert [len(part) for part in (given.train, given.validation, given.test)] == [40, 5, 9]
+    with pytest.raises(UserError, match="which are trained on"):
+        data.load(Settings(data=str(tmp_path / "y.npz"), test_data=str(tmp_path / "z" / ".." / "y.npz")))
     for bad in ({"validation": 0.5}, {"test_data": str(tmp_path / "x.npz")}):
         with pytest.raises(UserError, match="of its own"):
             load(tmp_path / "x.npz", **bad)

@@ -54,7 +54,8 @@ def test_stopped_runs_go_on_bit_for_bit(tmp_path, monkeypatch, name):
 
         with monkeypatch.context() as patch:
             patch.setattr(loop, "batch", interrupted)
-            assert train(tmp_path / "run", *options, "--resume") == 130
+            resume = ("--resume",) if (tmp_path / "run").exists() else ()
+            assert train(tmp_path / "run", *options, *resume) == 130
         assert checkpoint.load(tmp_path / "run")["step"] == stop + 1
     assert train(tmp_path / "run", *options, "--resume") == 0
     assert_same_state(tmp_path / "run", tmp_path / "whole")

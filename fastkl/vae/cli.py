@@ -37,13 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.command(options)
     except UserError as error:
-        print(f"fastkl: {error}", file=sys.stderr)
+        say(f"fastkl: {error}", error=True)
     except KeyboardInterrupt:
-        print("fastkl: interrupted", file=sys.stderr)
+        say("fastkl: interrupted", error=True)
         return 130
     except OSError as error:  # whatever else a disk can do
         where = f" ({error.filename})" if error.filename else ""
-        print(f"fastkl: {error.strerror or error}{where}", file=sys.stderr)
+        say(f"fastkl: {error.strerror or error}{where}", error=True)
     return 2
 
 
@@ -159,21 +159,22 @@ def train_in(
 
 
 def opening(run: Any, state: Any, resuming: bool, step_time: float) -> list[str]:
-    """What is said before a run begins: model, data and what was made of them, and how long it will take."""
+    """What is said before a run begins: the model and how long it will take, the data and what was made of them."""
     source, settings = run.data, run.settings
     if run.step >= run.total_steps:
-        end = f"{run.folder}: finished at step {run.step:,}"
-        return [f"{end}; {prolonging(settings)}"]
+        return [f"{run.folder}: finished at step {run.step:,}; {prolonging(settings)}"]
+    time_needed, *hints = pace.forecast(run, step_time)
     if state:
-        first = f"{run.folder}: going on at step {run.step:,} of {run.total_steps:,}"
-    else:
-        note = "no checkpoint there yet, from the beginning: " if resuming else ""
-        counts = source.counts.replace("training", "training data")
-        first = f"{run.folder}: {note}{settings.what} on {source.name}; {counts}"
+        return [f"{run.folder}: going on at step {run.step:,} of {run.total_steps:,}, {time_needed}", *hints]
+    note = "no checkpoint there yet, from the beginning: " if resuming else ""
+    counts = source.counts.replace("training", "training data")
     shape = " x ".join(map(str, source.shape))
-    told = [f"data: {source.source}, each {shape}; {source.values}; {source.likelihood} likelihood"]
-    told += [f"      {line}" for line in source.notes]
-    return [first, *told, *pace.forecast(run, step_time)]
+    return [
+        f"{run.folder}: {note}{settings.what} on {source.name}, {time_needed}",
+        *hints,
+        f"data: {source.source}: {counts}, each {shape}; {source.values}; {source.likelihood} likelihood",
+        *(f"      {line}" for line in source.notes),
+    ]
 
 
 def report(run: Any, began: float) -> None:

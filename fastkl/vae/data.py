@@ -126,6 +126,8 @@ def with_test_data(held: Held, settings: Settings) -> tuple[dict[str, Part], lis
         return parts, notes
     if "test" in parts:
         raise UserError(f"--test-data {settings.test_data}: --data {settings.data} holds test data of its own")
+    if Path(settings.test_data).resolve() == Path(settings.data).resolve():
+        raise UserError(f"--test-data {settings.test_data}: these are the data of --data, which are trained on")
     given = files.read(Path(settings.test_data), settings.image_size, "--test-data")
     test = given.parts.get("test", given.parts.get("train"))
     if test is None:

@@ -73,6 +73,8 @@ def read_below(path: Path, image_size: int, option: str) -> tuple[Part, list[str
     if others := sorted(str(item.relative_to(path)) for item in files if item.suffix.lower() not in IMAGES):
         notes.append(f"left out, as no images: {shortened(others)}")
     places = [name.relative_to(path).parts for name in names]
+    while all(len(place) > 1 for place in places) and len({place[0] for place in places}) == 1:
+        places = [place[1:] for place in places]  # a folder around all of them is no group
     groups = sorted({place[0] for place in places if len(place) > 1})
     pictures = Part(np.stack(images), None, Span.joined(spans))
     if len(groups) < 2 or any(len(place) == 1 for place in places):
@@ -99,6 +101,10 @@ def read_image(path: Path, option: str) -> tuple[np.ndarray, bool]:
                 raise UserError(f"{option}: {path} has 32-bit values that Pillow reads as negative: save them as .npy")
             image = ImageOps.exif_transpose(image)
             if image.mode in DEEP:
+                if "transparency" in image.info:
+                    raise UserError(
+                        f"{option}: {path} has transparent pixels in more than 8 bits: save it without them"
+                    )
                 return np.asarray(image)[None], False
             image, transparent = flattened(image)
             pixels = np.asarray(image)

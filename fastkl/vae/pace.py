@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastkl.vae.data import Data
-from fastkl.vae.objective import Noise, Weights
+from fastkl.vae.objective import draws_of
 from fastkl.vae.plan import TEST_POINTS
 from fastkl.vae.settings import FOR_DATA, FOR_PRESET, Settings
 
@@ -58,18 +58,18 @@ def suit(settings: Settings, given: dict[str, Any], data: Data, processes: int =
 
 
 def seconds_per_step(run: Run) -> float:
-    """Of forward and backward, by doing it once after a first time. Nothing of it is left but the time."""
-    objective = getattr(run.objective, "module", run.objective)  # the processes need not meet for this
+    """Of an ELBO there and back, by doing it once after a first time. Nothing of it is left but the time."""
     x = run.data.train[: run.settings.batch_size].to(run.device)
-    weights = Weights(*(torch.ones((), device=run.device) for _ in Weights._fields))
-    taken = 0.0
+    draws, taken = draws_of(run.settings, run.prior is not None), 0.0
     for _ in range(2):
         began = time.perf_counter()
-        loss, _, _ = objective(x, Noise(), weights, run.prior is not None)
+        posterior = run.vae.posterior(x)
+        z = posterior.rsample(num_samples=draws)
+        loss = posterior.kl().mean() - run.vae.log_likelihood(z, x).mean()
         loss.backward()
         loss.item()  # waits for the device
         taken = time.perf_counter() - began
-        for parameter in objective.parameters():
+        for parameter in run.vae.parameters():
             parameter.grad = None
     return taken
 
@@ -84,7 +84,7 @@ def forecast(run: Run, step: float) -> list[str]:
     total = left * step + watching + report
     where = "the GPU" if run.device.type == "cuda" else f"the CPU, {threads(torch.get_num_threads())}"
     lines = [
-        f"about {spoken(total)} on {where}: {left:,} steps of {1e3 * step:.3g} ms, "
+        f"about {spoken(total)} on {where}: {left:,} steps of {brief(step)}, "
         f"then {spoken(report)} for {settings.importance_samples:,} samples per test datum"
     ]
     if total > LONG:
@@ -104,6 +104,10 @@ def spoken(seconds: float) -> str:
         if seconds >= 1.5 * size:
             return f"{seconds / size:.0f} {name}" if seconds >= 10 * size else f"{seconds / size:.1f} {name}"
     return f"{max(1, round(seconds))} s"
+
+
+def brief(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds >= 0.9995 else f"{1e3 * seconds:.3g} ms"
 
 
 def threads(count: int) -> str:

@@ -17,12 +17,31 @@ if TYPE_CHECKING:
     from fastkl.vae.train import Run
 
 
-def say(line: str) -> None:
-    """Print; a run outlives the terminal, the pipe or the disk that it prints to."""
-    try:
-        print(line, flush=True)
-    except OSError:
-        mute(sys.stdout)
+class Steady:
+    """A stream that takes what it is given even when its terminal, pipe or disk is gone: a run outlives them."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            mute(self.stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            mute(self.stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def say(line: str, error: bool = False) -> None:
+    print(line, file=Steady(sys.stderr if error else sys.stdout), flush=True)
 
 
 def mute(stream: Any) -> None:
@@ -91,7 +110,7 @@ class Terminal(Display):
             self.events.scalars("train", step, values)
 
     def tested(self, run: Run, step: int, elbo: float, kl: float, reconstruction: float) -> None:
-        name = run.data.watched_name
+        name = "validation" if "validation" in run.history else "test"
         self.values[name] = elbo
         values = {"elbo": elbo, "kl": kl, "reconstruction": reconstruction}
         if is_mixture(run.prior):
@@ -131,10 +150,12 @@ class Terminal(Display):
 
 
 def make_bar() -> Any:
-    rich = require("rich.progress", "The progress bar")
-    return rich.Progress(
-        rich.BarColumn(bar_width=12),  # the rest of 80 columns is for the numbers
-        rich.MofNCompleteColumn(),
-        rich.TextColumn("{task.fields[text]}"),
-        rich.TimeRemainingColumn(compact=True),
-    )
+    progress = require("rich.progress", "The progress bar")
+    console = require("rich.console", "The progress bar").Console(file=Steady(sys.stdout))
+    return progress.Progress(
+        progress.BarColumn(bar_width=12),  # the rest of 80 columns is for the numbers
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[text]}"),
+        progress.TimeRemainingColumn(compact=True),
+        console=console, redirect_stdout=False, redirect_stderr=False,
+    )  # fmt: skip

@@ -19,8 +19,8 @@ from fastkl.vae.settings import Settings
 from fastkl.vae.train import Run
 
 CAPTIONS = {
-    "loss_curves": "The ELBO is the reconstruction term less the KL. A test curve that falls while the "
-    "training curve rises is overfitting.",
+    "loss_curves": "The ELBO is the reconstruction term less the KL. A curve of held-out data that falls while "
+    "the training curve rises is overfitting.",
     "objective_terms": "Means over the batches, in nats, or in the units of the distance. What each is, the "
     "documentation of fastkl.objectives says.",
     "reconstructions": "Decoded from the posterior mean.",
@@ -125,7 +125,8 @@ def summary(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(name, value, explanation) of the figures that say how good the model is."""
 
     def nats(name: str) -> str:
-        return f"{metrics[name]:.2f} ± {metrics[name + '_standard_error']:.2f}"
+        error = metrics[name + "_standard_error"]
+        return f"{metrics[name]:.2f}" + (f" ± {error:.2f}" if math.isfinite(error) else "")  # a single datum has none
 
     samples = f"{metrics['importance_samples']:,}"
     figures = [

@@ -133,10 +133,10 @@ def fit_together(spans: dict[str, Span], vectors: bool, likelihood: str) -> None
 
 
 def divided(values: np.ndarray, by: int) -> Tensor:
-    values = values.astype(np.float32)
+    values = np.array(values, dtype=np.float32, order="C")
     if by > 1:
         values /= np.float32(by)
-    return torch.from_numpy(np.ascontiguousarray(values.clip(0, 1)))
+    return torch.from_numpy(values.clip(0, 1, out=values))
 
 
 def moments(values: np.ndarray, rows: np.ndarray, vectors: bool) -> tuple[np.ndarray, np.ndarray]:
