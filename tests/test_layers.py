@@ -51,6 +51,7 @@ ARROWS = {
     ),
     "fastkl.integrations": ("fastkl.ops", "fastkl.reference", "fastkl.distributions", "fastkl.integrations"),
     "fastkl.vae": ("fastkl",),
+    "fastkl.__main__": ("fastkl.vae",),
     "fastkl": (*PUBLIC, "fastkl.schedules"),
 }
 # What a layer may import from outside, beside the standard library; integrations and vae choose for themselves.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import re
+import subprocess
 import sys
 import types
 
@@ -12,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastkl.vae import progress
+from fastkl.vae import checkpoint, facts, progress
 from fastkl.vae.pictures import plane, spaced
-from fastkl.vae.report import named, strict
+from fastkl.vae.report import named, provenance, strict
 
 from vae_helpers import train
 
@@ -45,6 +47,28 @@ def test_report_holds_every_figure_and_needs_no_other_file(tmp_path, capsys):
         assert shown in said
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert settings["hidden"] == 16
+    assert '<tr class="changed"><td>--hidden</td><td>16</td><td>changed from 256</td></tr>' in page
+    assert "<tr><td>--beta</td><td>1.0</td><td></td></tr>" in page
+    assert "<title>digits: MLP VAE</title>" in page
+    assert 'name="viewport"' in page
+    assert "prefers-color-scheme: dark" in page
+    alts = re.findall(r'alt="([^"]*)"', page)
+    assert len(alts) == len(images)
+    assert min(len(alt.split()) for alt in alts) > 8, "a picture's name says nothing of it to those who do not see it"
+    (start,) = metrics["starts"]
+    assert start["command"].startswith("fastkl train --out ")
+    assert start["data_fingerprint"] == checkpoint.load(tmp_path)["fingerprint"][:16]
+    for name in ("date", "command", "torch", "device", "data", "data_fingerprint"):
+        assert html.escape(str(start[name])) in page
+    assert "divided by 16" in page
+    opening = said.splitlines()
+    pattern = (
+        rf"{re.escape(str(tmp_path))}: MLP VAE on digits, about [\d.]+ (s|min) on the CPU, \d+ threads?: 12 steps of"
+    )
+    assert re.match(pattern, opening[0])
+    assert opening[1].startswith("data: digits: 1,438 training data, 359 test, each 1 x 8 x 8; ")
+    assert opening[1].endswith("divided by 16; bernoulli likelihood")
+    assert "nan" not in said
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -69,7 +93,7 @@ def test_vectors_without_labels_have_a_report_too(tmp_path):
 
 def test_spatial_latent_reports_what_the_loss_costs(tmp_path, capsys):
     """The large-latent preset, made smaller than it promises, so that it is quick."""
-    options = ("--preset", "large-latent", "--image-size", "16", "--steps", "2", "--test-data", "4", "--hidden", "8")
+    options = ("--preset", "large-latent", "--image-size", "16", "--steps", "2", "--test-count", "4", "--hidden", "8")
     assert train(tmp_path, *options, "--no-tensorboard", "--importance-samples", "2") == 0
     said = capsys.readouterr().out
     rows = json.loads((tmp_path / "metrics.json").read_text())["loss_memory"]["rows"]
@@ -90,6 +114,40 @@ def test_bar_shows_elbo_kl_and_throughput(monkeypatch):
         assert task.completed == 5
         assert "ELBO -3.25  KL 1.50" in task.fields["text"]
         assert re.search(r"[\d,]+/s$", task.fields["text"])
+
+
+def test_bar_before_the_first_point_of_the_curves(monkeypatch):
+    run = types.SimpleNamespace(total_steps=10, batch_size=4, step=0)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+    assert re.fullmatch(r"  [\d,]+/s", progress.Terminal(run, None).line(1))
+
+
+def test_the_report_tells_earlier_starts_from_the_last():
+    last = {"date": "2026-02-02", "torch": "2.9", "commit": None, "data_shape": [7, 1, 8]}
+    shown = provenance([{**last, "date": "2026-01-01", "torch": "2.8"}, last])
+    assert "<tr><td>begun</td><td>2026-01-01; torch 2.8</td></tr>" in shown
+    assert "<td>7 x 1 x 8</td>" in shown
+    assert "commit" not in shown
+
+
+def test_commit_is_that_of_fastkl_alone(tmp_path, monkeypatch):
+    """An installed fastkl lies in an environment which may be inside some other repository."""
+    monkeypatch.setattr(facts.fastkl, "__file__", str(tmp_path / "fastkl" / "__init__.py"))
+    (tmp_path / "fastkl").mkdir()
+    (tmp_path / "fastkl" / "__init__.py").touch()
+    assert facts.commit() is None
+    try:
+        git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run([*git, "init", "-q"], check=True, capture_output=True)
+    except (OSError, subprocess.SubprocessError):
+        pytest.skip("needs git")
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True, capture_output=True)
+    assert facts.commit() is None, "the file is no part of this repository"
+    for words in (["add", "fastkl"], ["commit", "-q", "-m", "y"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    assert re.fullmatch(r"[0-9a-f]{40}", facts.commit())
+    (tmp_path / "fastkl" / "__init__.py").write_text("changed")
+    assert facts.commit().endswith("+")
 
 
 def test_plane_is_the_principal_components():

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import sys
 
 import pytest
 
 from fastkl.vae import checkpoint
 from fastkl.vae import train as loop
+from fastkl.vae.stop import Stop
 
-from vae_helpers import BARE, SMALL, assert_same_state, run, train
+from vae_helpers import BARE, SMALL, assert_same_state, command, environment, run, train
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs fork and kill")
 
@@ -58,7 +60,8 @@ kills, options = rest[:split], rest[split + 1:]
 print("exit", launch(["train", "--out", whole, *options], "nowhere", 0))
 for kill in kills:
     where, at = kill.split("=")
-    print("exit", launch(["train", "--out", folder, "--resume", *options], where, int(at)))
+    resume = ["--resume"] if os.path.exists(os.path.join(folder, "settings.json")) else []  # killed as it began
+    print("exit", launch(["train", "--out", folder, *resume, *options], where, int(at)))
 print("exit", launch(["train", "--out", folder, "--resume", *options], "nowhere", 0))
 """
 
@@ -67,10 +70,11 @@ print("exit", launch(["train", "--out", folder, "--resume", *options], "nowhere"
 def test_killed_runs_go_on_bit_for_bit(tmp_path):
     chance = random.Random()
     steps = sorted(chance.sample(range(1, 60), 3))
-    # Besides those at steps: one before the first checkpoint has its name, one while a later one is renamed, and one
-    # from outside, at whatever the process is doing then.
-    kills = ["fsync=1", f"step={steps[0]}", "replace=2", f"step={steps[1]}", f"time={chance.randrange(50, 700)}",
-             f"step={steps[2]}"]  # fmt: skip
+    # Besides those at steps: one before the settings have their name, one before the first checkpoint has it (two files
+    # with their folder, twice synchronised each, come first), one while a later one is renamed, and one from outside,
+    # at whatever the process is doing then.
+    kills = ["fsync=1", "fsync=5", f"step={steps[0]}", "replace=4", f"step={steps[1]}",
+             f"time={chance.randrange(50, 700)}", f"step={steps[2]}"]  # fmt: skip
     options = ["--hidden", "16", "--latent", "3", "--steps", "60", "--checkpoint-every", "7", "--log-every", "5", *BARE]
     paths = [str(tmp_path / "killed"), str(tmp_path / "whole")]
     done = run([sys.executable, "-c", KILLER, *paths, *kills, "--", *options])
@@ -82,7 +86,10 @@ def test_killed_runs_go_on_bit_for_bit(tmp_path):
     assert not list((tmp_path / "killed").glob(".*.tmp")), "a temporary file of a killed process was left behind"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+HANGUP = [pytest.param(signal.SIGHUP, id="SIGHUP")] if hasattr(signal, "SIGHUP") else []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, *HANGUP])
 def test_interrupt_leaves_a_usable_checkpoint(tmp_path, capsys, monkeypatch, number):
     real = loop.batch
 
@@ -99,6 +106,46 @@ def test_interrupt_leaves_a_usable_checkpoint(tmp_path, capsys, monkeypatch, num
     assert train(tmp_path / "run", "--resume", *BARE) == 0, "the signal is no wish of this run"
     assert train(tmp_path / "whole", *BARE) == 0
     assert_same_state(tmp_path / "run", tmp_path / "whole")
+
+
+@posix
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            signal.raise_signal(signal.SIGHUP)
+        assert not stop.asked
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@posix
+def test_a_closed_terminal_leaves_a_checkpoint(tmp_path):
+    """The terminal is gone when the signal comes: whatever is printed from then on would fail."""
+    pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
+    near, far = pty.openpty()
+    options = ["--hidden", "16", "--steps", "1000000", "--checkpoint-every", "1000000", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        command(*options, *BARE), env=environment(), stdin=far, stdout=far, stderr=far, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(far)
+    seen = b""
+    while b"1000000" not in seen or b"ELBO" not in seen:  # the bar runs
+        seen += os.read(near, 4096)
+    os.close(near)
+    assert process.wait(60) == 130
+    assert checkpoint.load(tmp_path / "run")["step"] > 0
+
+
+def test_a_closed_pipe_does_not_end_a_run(tmp_path, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert train(tmp_path, *BARE) == 0
+    assert checkpoint.load(tmp_path)["step"] == 12
 
 
 def test_second_interrupt_is_immediate(tmp_path, monkeypatch):

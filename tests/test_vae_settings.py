@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import pytest
 
-from fastkl.vae.cli import choose_folder, parser
-from fastkl.vae.errors import UserError, require
-from fastkl.vae.rules import resolve, resume
-from fastkl.vae.settings import FOR_DATA, FOR_PRESET, Settings
+import fastkl
+from fastkl.vae import checkpoint, folders
+from fastkl.vae import train as loop
+from fastkl.vae.cli import main, parser
+from fastkl.vae.errors import TRAIN, UserError, foresee, lacking, require
+from fastkl.vae.rules import flag, resolve, resume
+from fastkl.vae.settings import FOR_DATA, FOR_PRESET, GROUPS, Settings
 
-from vae_helpers import BARE, command, refused, run, train
+from vae_helpers import BARE, SMALL, command, refused, run, train
 
 
 def test_options_typed_win_over_the_preset_and_that_over_the_data():
@@ -75,21 +79,108 @@ def test_bad_options_end_in_one_line(tmp_path, capsys, options, expected):
 
 def test_folders_are_numbered_and_the_latest_is_resumed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert choose_folder(None, False, "digits").name == "digits"
-    for name in ("digits", "digits-2"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
+    first = folders.claim_new(None, "digits")
+    assert first.folder.name == "digits"
+    for name in ("digits", "digits-2", "digits-10", "digits-gmm"):
+        (tmp_path / "runs" / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "runs" / name / "checkpoint.pt").touch()
-    assert choose_folder(None, False, "digits").name == "digits-3"
-    assert choose_folder(None, True, "digits").name == "digits-2"
+    assert folders.claim_new(None, "digits").folder.name == "digits-11"
+    assert folders.claim_old(None, "digits").folder.name == "digits-10"
 
 
-def test_missing_package_names_the_command_that_installs_it():
-    with pytest.raises(UserError, match=r'pip install "fastkl\[train\]"'):
+def test_two_runs_that_start_at_once_have_two_folders(tmp_path, monkeypatch):
+    """And none takes the folder of a run that was killed before its first checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    claims = [folders.claim_new(None, "digits") for _ in range(3)]
+    assert [claim.folder.name for claim in claims] == ["digits", "digits-2", "digits-3"]
+    with pytest.raises(UserError, match="another process trains there"):
+        folders.claim_new(claims[0].folder, "digits")
+    for claim in claims:
+        claim.release()
+    assert not list((tmp_path / "runs").iterdir()), "folders in which nothing was written are left behind"
+
+
+def test_a_run_without_a_checkpoint_is_neither_lost_nor_taken(tmp_path, capsys, monkeypatch):
+    """Killed before its first checkpoint, it is begun again with its own settings."""
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train", lambda run, display: False)
+        assert train(tmp_path / "run", *BARE, "--beta", "2") == 130
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert "holds a run" in refused(capsys, tmp_path / "run")
+    assert train(tmp_path / "run", *BARE, "--resume") == 0
+    assert "from the beginning" in capsys.readouterr().out
+    assert checkpoint.load(tmp_path / "run")["settings"]["beta"] == 2
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    for spoiled in ("{", "[]", '{"beta": "two"}', '{"flux": 1}'):
+        (tmp_path / "run" / "settings.json").write_text(spoiled)
+        refused(capsys, tmp_path / "run", "--resume")
+
+
+def test_resuming_what_is_not_there_is_refused(tmp_path, capsys, monkeypatch):
+    assert train(tmp_path / "digits", *BARE) == 0
+    said = refused(capsys, tmp_path / "digit", "--resume")
+    assert "no run is there" in said
+    assert f"did you mean {tmp_path / 'digits'}?" in said
+    assert not (tmp_path / "digit").exists()
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--resume"]) == 2
+    assert "there is no run runs/digits" in capsys.readouterr().err
+
+
+def test_making_a_finished_run_longer(tmp_path, capsys):
+    assert train(tmp_path / "cosine", *BARE) == 0
+    said = refused(capsys, tmp_path / "cosine", "--resume", "--steps", "20")
+    assert "--steps 20 differs from the run's 12" in said
+    assert "planned to fall to 0" in said
+    assert train(tmp_path / "cosine", *BARE, "--resume") == 0
+    assert "cannot be made longer" in capsys.readouterr().out
+    assert train(tmp_path / "level", *BARE, "--schedule", "constant") == 0
+    options = ["train", "--resume", "--out", str(tmp_path / "level"), *BARE]
+    assert main([*options, "--steps", "15"]) == 0
+    assert checkpoint.load(tmp_path / "level")["step"] == 15
+    assert main([*options, "--epochs", "1"]) == 0, "which is more than the steps, and counts in their place"
+    assert checkpoint.load(tmp_path / "level")["step"] == 22
+
+
+@pytest.mark.parametrize("option", ["--data", "--test-data", "--out"])
+def test_empty_paths_are_refused(capsys, option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *SMALL, *BARE, option, ""]) == 2
+    assert f"{option} is empty" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_packages_are_named_with_the_command_that_installs_them():
+    with pytest.raises(UserError, match=r"needs a_package_that_nobody_has, .*: pip install a_package_that_nobody_has$"):
         require("a_package_that_nobody_has.part", "This")
+    with pytest.raises(UserError, match=r"pip install nobody_has$"):
+        foresee("nobody_has", "This")
+    assert "pip install scikit-learn;" in str(lacking("sklearn", "This"))
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert f"train = {list(TRAIN)}".replace("'", '"') in project
+
+
+def test_help_has_every_option_in_a_group_and_examples(capsys):
+    listed = [name for names in GROUPS.values() for name in names]
+    assert sorted(listed) == sorted(item.name for item in dataclasses.fields(Settings))
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n{title}:\n" in text for title in (*GROUPS, "examples"))
+    assert all(flag(name) in text for name in listed)
+    for line in text[text.index("examples:") :].splitlines():
+        if "fastkl train" in line:
+            words = line.split("   ")[0].split()[1:]
+            parser().parse_args(words)  # ends the test if one is no option
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert f"fastkl {fastkl.__version__}" in capsys.readouterr().out
 
 
 def test_module_form_and_lazy_import():
     assert run(command("--help")).stdout.startswith("usage: fastkl train")
+    assert run([sys.executable, "-m", "fastkl", "train", "--help"]).stdout.startswith("usage: fastkl train")
     check = "import sys, fastkl; print([name for name in sys.modules if name.startswith('fastkl.vae')])"
     assert run([sys.executable, "-c", check]).stdout == "[]\n"
     heavy = "{'matplotlib', 'tensorboard', 'sklearn', 'rich', 'PIL', 'h5py'}"

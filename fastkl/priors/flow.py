@@ -10,7 +10,7 @@ from fastkl.priors._prior import Prior
 
 
 class FlowPrior(Prior):
-    """A normalising flow of the zuko library (`pip install fastkl[flow]`), or anything that behaves like one: flow() is
+    """A normalising flow of the zuko library (`pip install zuko`), or anything that behaves like one: flow() is
     a torch.distributions.Distribution over [D]. It is a submodule, and trains with the rest; its KL is by samples, all
     of which pass through the flow at once.
 

@@ -3,11 +3,15 @@
 Read `train.py` first: the loss is a few lines of `fastkl`. The rest is what a real run needs around it:
 
     settings.py     every option and the presets; rules.py, which go together and what a resumed run may change
-    data.py         the built-in data sets and the split; files.py reads files that nobody vouches for
+    data.py         the built-in data sets and the split; files.py and images.py read what nobody vouches for, as
+                    arrays.py says, and scaling.py decides what the numbers are
     model.py        encoder and decoder, MLP or convolutional
     train.py        the loop
     objective.py    what a step minimises, of fastkl.objectives
     guard.py        steps that are not finite are left out; watch.py, what is monitored, and the warnings
+    pace.py         defaults that follow data and model, and how long a run will take
+    folders.py      which folder a run takes, and that no other takes it; facts.py, how the run was made
+    stop.py         signals; a run ends between two steps
     plan.py         learning rate, weight of the KL and temperature as functions of the step
     prior.py        what takes the place of N(0, I), and how it begins
     streams.py      every random number as a function of the step

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from fastkl.vae.arrays import BROKEN, first_line
 from fastkl.vae.errors import UserError
-from fastkl.vae.files import BROKEN, first_line, load_tensors
+from fastkl.vae.files import load_tensors
 
 NAME = "checkpoint.pt"
-FORMAT = "fastkl.vae 2"
+FORMAT = "fastkl.vae 3"
 PARTS = (
     "format",
     "settings",
@@ -82,8 +83,9 @@ def prepare(folder: Path) -> None:
     """Make the run folder and find out now, not after an hour of training, whether it can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f".{NAME}.*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink()
+        for name in (NAME, "settings.json", "run.json", "metrics.json", "report.html"):
+            for leftover in folder.glob(f".{name}.*.tmp"):  # of a process that was killed while it wrote
+                leftover.unlink()
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:

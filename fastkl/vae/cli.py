@@ -4,55 +4,84 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import shlex
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from fastkl.vae.errors import UserError
-from fastkl.vae.rules import defaults, flag, resolve, resume
-from fastkl.vae.settings import Settings
+import torch
 
-RUNS = Path("runs")
+import fastkl
+from fastkl.vae import checkpoint, data, facts, folders, pace, parallel, train
+from fastkl.vae.errors import UserError, foresee
+from fastkl.vae.progress import Display, Terminal, say
+from fastkl.vae.rules import defaults, flag, prolonging, resolve, resume
+from fastkl.vae.settings import GROUPS, Settings
+
+EXAMPLES = """examples:
+  fastkl train                                          digits of 8 x 8 pixels, under a minute
+  fastkl train --data mnist5k --prior gmm               with a mixture as the prior
+  fastkl train --data pictures/ --image-size 64 --model conv
+  fastkl train --data x.npz --test-data test.npz --validation 0.1 --out runs/mine
+  fastkl train --resume --out runs/mine                 after Ctrl-C, a crash or a reboot, bit for bit
+  torchrun --nproc-per-node 2 -m fastkl.vae train       on two processes
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0 done, 2 an error that the person can mend, 130 stopped on request."""
     options = parser().parse_args(arguments)
+    options.typed = sys.argv[1:] if arguments is None else list(arguments)
     try:
         return options.command(options)
     except UserError as error:
-        print(f"fastkl: {error}", file=sys.stderr)
+        say(f"fastkl: {error}", error=True)
     except KeyboardInterrupt:
-        print("fastkl: interrupted", file=sys.stderr)
+        say("fastkl: interrupted", error=True)
         return 130
     except OSError as error:  # whatever else a disk can do
         where = f" ({error.filename})" if error.filename else ""
-        print(f"fastkl: {error.strerror or error}{where}", file=sys.stderr)
+        say(f"fastkl: {error.strerror or error}{where}", error=True)
     return 2
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="fastkl", description="Train variational autoencoders through fastkl.")
-    commands = top.add_subparsers(title="commands", required=True)
+    top = argparse.ArgumentParser(
+        prog="fastkl", description="Train variational autoencoders through fastkl.",
+        epilog="fastkl train --help lists the options of a run, with examples.",
+    )  # fmt: skip
+    top.add_argument("--version", action="version", version=f"fastkl {fastkl.__version__} (torch {torch.__version__})")
+    commands = top.add_subparsers(title="commands", required=True, metavar="train")
     about = "train the reference VAE and write a report"
-    train = commands.add_parser("train", help=about, description=about, argument_default=argparse.SUPPRESS)
+    train = commands.add_parser(
+        "train", help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=EXAMPLES, add_help=False,
+        argument_default=argparse.SUPPRESS, usage="%(prog)s [options]",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30),
+    )  # fmt: skip
     train.set_defaults(command=train_command)
-    train.add_argument("--out", type=Path, help=f"the run folder (default: {RUNS}/NAME, or the next free number)")
-    train.add_argument("--resume", action="store_true", help="go on with the run in --out, or the latest of its name")
-    train.add_argument("--no-report", action="store_true", help="stop after training")
-    train.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard events")
-    for item in dataclasses.fields(Settings):
-        meta = item.metadata
-        text = f"{meta['help']} (default: {item.default})".replace("%", "%%")
-        train.add_argument(flag(item.name), type=meta["kind"], choices=meta["choices"], help=text)
+    run = train.add_argument_group("the run")
+    run.add_argument("-h", "--help", action="help", help="show this and exit")
+    run.add_argument(
+        "--out", metavar="PATH", help=f"the run folder (default: {folders.RUNS}/NAME, or the next free number)"
+    )
+    run.add_argument("--resume", action="store_true", help="go on with the run in --out, or the latest of its name")
+    run.add_argument("--no-report", action="store_true", help="stop after training")
+    run.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard events")
+    fields = {item.name: item for item in dataclasses.fields(Settings)}
+    for title, names in GROUPS.items():
+        group = run if title == "the run" else train.add_argument_group(title)
+        for name in names:
+            meta = fields[name].metadata
+            told = "" if "(default" in meta["help"] else f" (default: {meta['by_default'] or fields[name].default})"
+            text = f"{meta['help']}{told}".replace("%", "%%")
+            metavar = None if meta["choices"] else {int: "N", float: "X", str: "PATH"}[meta["kind"]]
+            group.add_argument(flag(name), type=meta["kind"], choices=meta["choices"], metavar=metavar, help=text)
     return top
 
 
 def train_command(options: argparse.Namespace) -> int:
-    # Imported here and below, so that a mistyped option or a missing package is reported before the rest is loaded.
-    from fastkl.vae import parallel
-
     began = time.perf_counter()
     given = {item.name: getattr(options, item.name) for item in dataclasses.fields(Settings) if item.name in options}
     ranks = parallel.start()
@@ -67,59 +96,89 @@ def train_command(options: argparse.Namespace) -> int:
 
 
 def train_on(ranks: Any, options: argparse.Namespace, given: dict[str, Any], began: float) -> int:
-    import torch
+    resuming, out = "resume" in options, getattr(options, "out", None)
+    if out is not None and not out.strip():
+        raise UserError("--out is empty: name a folder")
+    out = None if out is None else Path(out)
+    claim = state = begun = None
+    try:
+        if ranks.main:  # the only one that touches the run folder
+            if resuming:
+                claim = folders.claim_old(out, defaults(given).name)
+                state = checkpoint.load(claim.folder) if (claim.folder / checkpoint.NAME).exists() else None
+                begun = folders.begun(claim.folder) if state is None else None
+            elif out is not None:
+                folders.refuse_taken(out)  # before the data are read; claimed when they are known to be good
+        state, begun = ranks.broadcast((state, begun))
+        settings = resume(state["settings"] if state else begun, given) if state or begun else resolve(given)
+        source = data.load(settings)
+        if not resuming:
+            settings = pace.suit(settings, given, source, ranks.size)
+            if ranks.main:
+                claim = folders.claim_new(out, settings.name)
+        folder = ranks.broadcast(claim.folder if claim else None)
+        return train_in(folder, ranks, options, settings, source, state, began)
+    finally:
+        if claim:
+            claim.release()
 
-    from fastkl.vae import checkpoint, data, train
-    from fastkl.vae.progress import Display, Terminal
 
-    say = print if ranks.main else (lambda *text: None)
-    folder = state = None
-    if ranks.main:  # the only one that touches the run folder
-        folder = choose_folder(getattr(options, "out", None), "resume" in options, defaults(given).name)
-        if "resume" in options and (folder / checkpoint.NAME).exists():
-            state = checkpoint.load(folder)
-    folder, state = ranks.broadcast((folder, state))
-    settings = resume(state["settings"], given) if state else resolve(given)
+def train_in(
+    folder: Path, ranks: Any, options: argparse.Namespace, settings: Settings, source: Any, state: Any, began: float
+) -> int:
+    """Train in a folder that belongs to this process, from the beginning or from a checkpoint."""
     if threads := settings.threads or (state or {}).get("threads", 0):
         torch.set_num_threads(threads)  # another number of threads would round sums differently
-    source = data.load(settings)
+    if ranks.main and "no_report" not in options:
+        foresee("matplotlib", "The report (--no-report leaves it out)")
+        if settings.prior in ("gmm", "vamp") and source.test_labels is not None:
+            foresee("sklearn", "The comparison of clusters with labels")
     run = train.start(settings, source, ranks, folder)
+    step_time = pace.seconds_per_step(run)
     if state:
         train.restore(run, state)
-        say(f"{folder}: going on at step {run.step} of {run.total_steps}")
-    else:
-        note = "no checkpoint there yet, " if "resume" in options else ""
-        count = f"{len(source.train):,} training data, {run.total_steps:,} steps"
-        say(f"{folder}: {note}{settings.preset} on {source.name}, {count}")
     if ranks.main:
         checkpoint.prepare(folder)
-    events = None if "no_tensorboard" in options else folder / "tensorboard"
+        checkpoint.write(
+            folder / folders.SETTINGS, (json.dumps(dataclasses.asdict(settings), indent=2) + "\n").encode()
+        )
+        facts.keep(folder, facts.gather(options.typed, source, run.device, ranks.size))
+        for line in opening(run, state, "resume" in options, step_time):
+            say(line)
     if run.step < run.total_steps:
+        events = None if "no_tensorboard" in options else folder / "tensorboard"
         with Terminal(run, events) if ranks.main else Display() as display:
             finished = train.train(run, display)
         if not finished:
-            say(f"stopped at step {run.step}; go on with: fastkl train --resume --out {folder}")
+            if ranks.main:
+                say(f"stopped at step {run.step}; go on with: fastkl train --resume --out {shlex.quote(str(folder))}")
             return 130
     if ranks.main and "no_report" not in options:
         report(run, began)
     return 0
 
 
-def choose_folder(out: Path | None, resuming: bool, name: str) -> Path:
-    """The folder asked for; else runs/NAME, runs/NAME-2, ...: the latest to resume, the first free one to start."""
-    from fastkl.vae.checkpoint import NAME
-
-    if out is not None:
-        if not resuming and (out / NAME).exists():
-            raise UserError(f"--out {out} holds a run; go on with it by --resume, or choose another folder")
-        return out
-    numbered = [RUNS / name]
-    while (numbered[-1] / NAME).exists():
-        numbered.append(RUNS / f"{name}-{len(numbered) + 1}")
-    return numbered[-2] if resuming and len(numbered) > 1 else numbered[-1]
+def opening(run: Any, state: Any, resuming: bool, step_time: float) -> list[str]:
+    """What is said before a run begins: the model and how long it will take, the data and what was made of them."""
+    source, settings = run.data, run.settings
+    if run.step >= run.total_steps:
+        return [f"{run.folder}: finished at step {run.step:,}; {prolonging(settings)}"]
+    time_needed, *hints = pace.forecast(run, step_time)
+    if state:
+        return [f"{run.folder}: going on at step {run.step:,} of {run.total_steps:,}, {time_needed}", *hints]
+    note = "no checkpoint there yet, from the beginning: " if resuming else ""
+    counts = source.counts.replace("training", "training data")
+    shape = " x ".join(map(str, source.shape))
+    return [
+        f"{run.folder}: {note}{settings.what} on {source.name}, {time_needed}",
+        *hints,
+        f"data: {source.source}: {counts}, each {shape}; {source.values}; {source.likelihood} likelihood",
+        *(f"      {line}" for line in source.notes),
+    ]
 
 
 def report(run: Any, began: float) -> None:
+    # Imported here, so that a missing package costs nobody a run without a report.
     from fastkl.vae import memory
     from fastkl.vae.evaluate import evaluate
     from fastkl.vae.report import summary, write_report
@@ -129,10 +188,10 @@ def report(run: Any, began: float) -> None:
     more: dict[str, Any] = {}
     if run.settings.model == "conv":
         more["loss_memory"] = memory.compare(run.vae.latent_shape)
-        print(more["loss_memory"]["what"])
+        say(more["loss_memory"]["what"])
         for name, row in more["loss_memory"]["rows"].items():
-            print(f"  {name:8} kept {row['saved']:7.1f} MiB   peak {row['peak']:7.1f} MiB   {row['time']:7.1f} ms")
+            say(f"  {name:8} kept {row['saved']:7.1f} MiB   peak {row['peak']:7.1f} MiB   {row['time']:7.1f} ms")
     metrics = write_report(run, evaluation, more)
     for name, value, text in summary(metrics):
-        print(f"  {name:19} {value:>18}  {text}")
-    print(f"{time.perf_counter() - began:.1f} s; report: {run.folder / 'report.html'}")
+        say(f"  {name:19} {value:>18}  {text}")
+    say(f"{time.perf_counter() - began:.1f} s; report: {run.folder / 'report.html'}")

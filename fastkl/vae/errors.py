@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 
@@ -10,12 +11,29 @@ class UserError(Exception):
     """What is wrong and what to do about it, in one line."""
 
 
-def require(module: str, why: str, extra: str = "train") -> ModuleType:
+# What pip calls the packages that Python imports by another name, and all that `fastkl train` may come to need.
+PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
+TRAIN = ("rich", "tensorboard", "matplotlib", "pillow", "scikit-learn")
+
+
+def require(module: str, why: str) -> ModuleType:
     """Import an optional dependency; if it is missing, say which command installs it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        missing = error.name or module
-        if missing.split(".")[0] == "fastkl":
+        missing = (error.name or module).split(".")[0]
+        if missing == "fastkl":
             raise
-        raise UserError(f'{why} needs {missing}, which is not installed: pip install "fastkl[{extra}]"') from None
+        raise lacking(missing, why) from None
+
+
+def foresee(module: str, why: str) -> None:
+    """Say so now, without the time that an import takes, if `require` will fail after the training."""
+    if importlib.util.find_spec(module) is None:
+        raise lacking(module, why)
+
+
+def lacking(module: str, why: str) -> UserError:
+    package = PACKAGES.get(module, module)
+    rest = f"; all that training can need: pip install {' '.join(TRAIN)}" if package in TRAIN else ""
+    return UserError(f"{why} needs {package}, which is not installed: pip install {package}{rest}")

@@ -41,10 +41,10 @@ class Events:
 
     @torch.no_grad()
     def images(self, run: Run, step: int) -> None:
-        x = run.data.test[:PICTURED].to(run.device)
+        x = run.data.watched[:PICTURED].to(run.device)
         z = draw(run.prior, run.vae, PICTURED, run.settings.seed, "pictures").to(run.device)
         pictures = {"reconstruction": run.vae.pictured(run.vae.posterior(x).mean), "sample": run.vae.pictured(z)}
-        if not run.history["test"][:-1]:
+        if not run.history[run.data.watched_name][:-1]:
             pictures["original"] = x
         with self.said():
             for name, picture in pictures.items():

@@ -2,69 +2,68 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fastkl.vae.errors import UserError, require
+from fastkl.vae.arrays import BROKEN, Held, Part, first_line
+from fastkl.vae.errors import UserError
+from fastkl.vae.images import read_folder, shortened
 
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
-VALUE_NAMES = ("x", "images", "data", "x_train", "values", "arr_0")
-LABEL_NAMES = ("y", "labels", "label", "targets", "target", "y_train", "arr_1")
-# What numpy, zipfile and torch raise on files that are cut short, empty, of another kind, or that lie about their size.
-# A RuntimeError also covers torch's zip reader; pickle.UnpicklingError is how weights_only refuses code.
-BROKEN = (
-    ValueError, EOFError, LookupError, RuntimeError, MemoryError, OverflowError, TypeError, AttributeError,
-    zipfile.BadZipFile, zlib.error, pickle.UnpicklingError,
-)  # fmt: skip
+# What people call the arrays of a file, in small letters and without the strokes: images_train is imagestrain.
+SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
+VALUES, LABELS = ("x", "images", "data"), ("y", "labels", "label", "targets", "target")
 
 
-def read(path: Path, image_size: int = 0) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:
-    """(values, labels or None, names of the labels or None)."""
+def joined(split: str, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """xtrain, trainx, ..., for each word that people have for this part."""
+    return tuple(name for word in SPLITS[split] for kind in kinds for name in (kind + word, word + kind))
+
+
+VALUE_NAMES = {split: (*joined(split, VALUES), *SPLITS[split]) for split in SPLITS}
+LABEL_NAMES = {split: joined(split, LABELS) for split in SPLITS}
+VALUE_NAMES["train"] = (*VALUES, *VALUE_NAMES["train"], "values", "arr0")
+LABEL_NAMES["train"] = (*LABELS, *LABEL_NAMES["train"], "arr1")
+
+
+def read(path: Path, image_size: int = 0, option: str = "--data") -> Held:
     if not path.exists():
-        raise UserError(f"--data {path}: no such file or folder, and no built-in data set of that name")
-    if path.is_dir():
-        return read_folder(path, image_size)
-    readers = {".npy": read_npy, ".npz": read_npz, ".pt": read_pt}
-    if path.suffix.lower() not in readers:
-        raise UserError(f"--data {path}: expected a .npy, .npz or .pt file or a folder of images")
+        other = ", and no built-in data set of that name" if option == "--data" else ""
+        raise UserError(f"{option} {path}: no such file or folder{other}")
+    readers = {".npy": read_npy, ".npz": read_npz, ".pt": read_pt, ".pth": read_pt}
     try:
+        if path.is_dir():
+            return read_folder(path, image_size, option)
+        if path.suffix.lower() not in readers:
+            raise UserError(f"{option} {path}: expected a .npy, .npz or .pt file or a folder of images")
         if path.stat().st_size == 0:
-            raise UserError(f"--data {path}: the file is empty")
-        values, labels = readers[path.suffix.lower()](path)
+            raise UserError(f"{option} {path}: the file is empty")
+        return readers[path.suffix.lower()](path, option)
     except OSError as error:
-        raise UserError(f"--data {path}: cannot be read ({error.strerror or first_line(error)})") from None
+        raise UserError(f"{option} {path}: cannot be read ({error.strerror or first_line(error)})") from None
     except BROKEN as error:
-        kind = f"{path.suffix} file of plain arrays"
-        raise UserError(f"--data {path}: truncated, or not a {kind} ({first_line(error)})") from None
-    return values, labels, None
+        kind = "folder of images" if path.is_dir() else f"{path.suffix} file of plain arrays"
+        raise UserError(f"{option} {path}: truncated, or not a {kind} ({first_line(error)})") from None
 
 
-def read_npy(path: Path) -> tuple[np.ndarray, None]:
+def read_npy(path: Path, option: str) -> Held:
     # Mapping the file compares its length with what the header promises before any memory is taken.
-    return np.array(np.load(path, mmap_mode="r", allow_pickle=False)), None
+    return Held({"train": Part(np.array(np.load(path, mmap_mode="r", allow_pickle=False)))})
 
 
-def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+def read_npz(path: Path, option: str) -> Held:
     with np.load(path, allow_pickle=False) as archive:
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("it holds a single array; call it .npy")
-        return choose({name: archive[name] for name in archive.files}, path)
+        return choose({name: archive[name] for name in archive.files}, f"{option} {path}")
 
 
-def read_pt(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    held = load_tensors(path)
-    held = held if isinstance(held, dict) else {"x": held}
-    arrays = {str(name): value for name, value in held.items() if isinstance(value, torch.Tensor)}
-    # NumPy has no bfloat16; float32 holds every value of it.
-    arrays = {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in arrays.items()}
-    return choose({name: value.detach().numpy() for name, value in arrays.items()}, path)
+def read_pt(path: Path, option: str) -> Held:
+    return choose(named(load_tensors(path), f"{option} {path}"), f"{option} {path}")
 
 
 def load_tensors(path: Path) -> Any:
@@ -74,54 +73,87 @@ def load_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def choose(arrays: dict[str, np.ndarray], path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """The values and the labels among named arrays."""
-    by_name = {name.lower(): array for name, array in arrays.items()}
-    labels = next((by_name[name] for name in LABEL_NAMES if name in by_name), None)
-    values = next((by_name[name] for name in VALUE_NAMES if name in by_name), None)
-    if values is None and len(arrays) == 1:
-        values = next(iter(arrays.values()))
-    if values is None:
-        listed = ", ".join(sorted(arrays)) or "none"
-        raise UserError(f"--data {path}: no array called {', '.join(VALUE_NAMES[:3])} among those it holds ({listed})")
-    return values, labels
+def named(held: Any, where: str) -> dict[str, np.ndarray]:
+    """Arrays by name, of a tensor, a dictionary, a tuple (images, labels), or a list of one tensor per datum."""
+    if isinstance(held, Tensor):
+        return {"x": as_array(held)}
+    if isinstance(held, dict):
+        found: dict[str, np.ndarray] = {}
+        for name, value in held.items():
+            if isinstance(value, (dict, tuple)) and str(name).lower() in sum(SPLITS.values(), ()):
+                found.update({f"{name}_{inner}": array for inner, array in named(value, where).items()})
+            elif isinstance(value, Tensor) or plain(value):
+                found[str(name)] = as_array(value)
+        return found
+    if not isinstance(held, (tuple, list)):
+        raise UserError(f"{where}: expected tensors, got {type(held).__name__}")
+    if len(held) == 1 and isinstance(held[0], Tensor):
+        return {"x": as_array(held[0])}
+    if len(held) == 2 and labelled(*held):
+        return {"x": as_array(held[0]), "y": as_array(held[1])}
+    if len(held) in (2, 3) and all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in held):
+        splits = ("train", "test") if len(held) == 2 else ("train", "validation", "test")
+        if all(labelled(*pair) for pair in held):
+            return {
+                f"{kind}_{split}": as_array(array)
+                for split, pair in zip(splits, held)
+                for kind, array in zip("xy", pair)
+            }
+    if len(held) >= 10:  # the least that a run takes: each is a datum
+        if all(isinstance(datum, Tensor) for datum in held) and len({datum.shape for datum in held}) == 1:
+            return {"x": as_array(torch.stack(list(held)))}
+        if all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in held):
+            pairs = named([pair[0] for pair in held], where)
+            return {**pairs, "y": as_array([int(label) for _, label in held])}
+    shapes = [str(list(one.shape)) if isinstance(one, Tensor) else type(one).__name__ for one in held]
+    raise UserError(
+        f"{where}: a {type(held).__name__} of {shortened(shapes)}; expected (images, labels), one tensor per datum and "
+        "all of one shape, or a dictionary with names such as x, y, x_test and y_test"
+    )
 
 
-def read_folder(path: Path, image_size: int) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:
-    """Every image below the folder, in sorted order; the names of its subfolders are the labels, if all are in one."""
-    names = sorted(item for item in path.rglob("*") if item.suffix.lower() in IMAGES and item.is_file())
-    if not names:
-        raise UserError(f"--data {path}: no images in this folder ({', '.join(IMAGES)})")
-    require("PIL", "Reading images")
-    images = [read_image(name, image_size) for name in names]
-    shapes = {image.shape[1:] for image in images}
-    if len(shapes) > 1:
-        raise UserError(f"--data {path}: images of {len(shapes)} different sizes; give --image-size to resize them")
-    if len({image.shape[0] for image in images}) > 1:  # grey and colour mixed: grey becomes colour
-        images = [np.repeat(image, 3, axis=0) if image.shape[0] == 1 else image for image in images]
-    groups = sorted({name.parent.name for name in names if name.parent != path})
-    if len(groups) < 2 or any(name.parent == path for name in names):
-        return np.stack(images), None, None
-    return np.stack(images), np.array([groups.index(name.parent.name) for name in names]), groups
+def labelled(values: Any, labels: Any) -> bool:
+    """Whether the second says one thing of each datum of the first."""
+    if not isinstance(values, Tensor) or values.dim() < 2 or not (isinstance(labels, Tensor) or plain(labels)):
+        return False
+    shape = tuple(np.shape(as_array(labels)))
+    return shape in ((len(values),), (len(values), 1))
 
 
-def read_image(path: Path, image_size: int) -> np.ndarray:
-    """[1 or 3, height, width] of bytes."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits: PIL's own conversion would clip at 255
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            image = image.convert("L" if image.mode in ("1", "L", "F") else "RGB")
-            if image_size:
-                image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-            pixels = np.asarray(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError, *BROKEN) as error:
-        raise UserError(f"--data: {path} is truncated, or not an image ({first_line(error)})") from None
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+def plain(value: Any) -> bool:
+    """A list of numbers or words, as labels are kept."""
+    return (
+        isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(one, (int, float, str)) for one in value)
+    )
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, short enough to stand in parentheses."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+def as_array(value: Any) -> np.ndarray:
+    if not isinstance(value, Tensor):
+        return np.array(value)
+    value = value.detach().resolve_conj().resolve_neg()
+    # NumPy has no bfloat16 and no 8-bit floats; float32 holds every value of them.
+    return (value.float() if value.is_floating_point() and value.element_size() < 4 else value).numpy()
+
+
+def choose(arrays: dict[str, np.ndarray], where: str) -> Held:
+    """The parts of a data set among named arrays."""
+    by_name = {name.lower().replace("_", "").replace("-", ""): name for name in reversed(arrays)}
+    parts, used = {}, set()
+    for split in SPLITS:
+        values, labels = (
+            next((by_name[name] for name in names[split] if name in by_name), None)
+            for names in (VALUE_NAMES, LABEL_NAMES)
+        )
+        if values is None and split == "train" and len(arrays) == 1 and not parts:
+            values = next(name for name in arrays)
+        if values is None:
+            continue
+        if labels is not None and np.shape(arrays[labels])[:1] != np.shape(arrays[values])[:1] and labels == "arr_1":
+            labels = None  # the second of unnamed arrays may be anything
+        parts[split] = Part(arrays[values], None if labels is None else arrays[labels])
+        used |= {values, labels}
+    if not parts:
+        listed = shortened(sorted(arrays), 10) or "none"
+        raise UserError(f"{where}: no array called {', '.join(VALUES)} among those it holds ({listed})")
+    left = sorted(set(arrays) - used)
+    return Held(parts, None, [f"left out of the file: {shortened(left)}"] if left else [])

@@ -66,10 +66,11 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
 
 def loss_curves(run: Run) -> Any:
     figure, panels = new_figure(10.5, 3.8, 1, 3)
-    train, test = (np.array(run.history[name]).reshape(-1, 4) for name in ("train", "test"))
+    names = ("train", run.data.watched_name)
+    train, test = (np.array(run.history[name]).reshape(-1, 4) for name in names)
     for panel, column, title in zip(panels, (1, 3, 2), ("ELBO", "Reconstruction, E[log p(x|z)]", "KL(q(z|x) || p(z))")):
         panel.plot(train[:, 0], train[:, column], color=BLUE, linewidth=1, alpha=0.75, label="training")
-        panel.plot(test[:, 0], test[:, column], color=RED, marker="o", markersize=3.5, linewidth=1.6, label="test")
+        panel.plot(test[:, 0], test[:, column], color=RED, marker="o", markersize=3.5, linewidth=1.6, label=names[1])
         panel.set(title=title, xlabel="step", ylabel="nats per datum")
         if len(train) > 20:  # the first steps fall from so high that they would flatten the rest
             shown = np.concatenate([train[len(train) // 20 :, column], test[1:, column]])

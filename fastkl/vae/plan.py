@@ -7,6 +7,7 @@ import math
 from fastkl import schedules
 from fastkl.vae.settings import Settings
 
+TEST_POINTS = 25  # of the test curve, over the run
 WARM_UP = 100  # steps over which the learning rate rises, at most
 
 

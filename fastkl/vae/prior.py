@@ -37,7 +37,7 @@ def build(settings: Settings, vae: VAE, data: Data) -> nn.Module | None:
     if settings.prior == "vamp":
         return VampPrior(pseudo_inputs(settings, data), vae.encoder, transform=whole(data))
     if settings.prior == "flow":
-        zuko = require("zuko", "--prior flow", "flow")
+        zuko = require("zuko", "--prior flow")
         # Splines move a number by as much as they like and leave what is beyond 5 deviations alone.
         return FlowPrior(zuko.flows.NSF(dim, transforms=2, hidden_features=(64, 64)))
     return None

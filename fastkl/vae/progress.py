@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -13,6 +15,41 @@ from fastkl.vae.prior import is_mixture
 
 if TYPE_CHECKING:
     from fastkl.vae.train import Run
+
+
+class Steady:
+    """A stream that takes what it is given even when its terminal, pipe or disk is gone: a run outlives them."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            mute(self.stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            mute(self.stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def say(line: str, error: bool = False) -> None:
+    print(line, file=Steady(sys.stderr if error else sys.stdout), flush=True)
+
+
+def mute(stream: Any) -> None:
+    """What is written there from here on goes nowhere, which never fails."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 class Display:
@@ -46,7 +83,7 @@ class Terminal(Display):
     def __init__(self, run: Run, events: Path | None):
         self.total, self.batch_size, self.first = run.total_steps, run.batch_size, run.step
         self.began = time.perf_counter()
-        self.values = {"elbo": float("nan"), "kl": float("nan"), "test": float("nan")}
+        self.values: dict[str, float] = {}  # none before the first point of the curves
         self.used = self.skipped = ""
         self.bar = None
         self.events = None if events is None else Events(events, run.step)
@@ -66,33 +103,34 @@ class Terminal(Display):
             self.events.close(quiet=error != (None, None, None))
 
     def trained(self, step: int, elbo: float, kl: float, reconstruction: float, terms: dict[str, float]) -> None:
-        self.values.update(elbo=elbo, kl=kl)
+        self.values.update(ELBO=elbo, KL=kl)
         if self.events:
             values = {"elbo": elbo, "kl": kl, "reconstruction": reconstruction, **terms}
             values["data_per_second"] = self.rate(step)
             self.events.scalars("train", step, values)
 
     def tested(self, run: Run, step: int, elbo: float, kl: float, reconstruction: float) -> None:
-        self.values["test"] = elbo
+        name = "validation" if "validation" in run.history else "test"
+        self.values[name] = elbo
         values = {"elbo": elbo, "kl": kl, "reconstruction": reconstruction}
         if is_mixture(run.prior):
             names = ("kl_lower", "kl_estimate", "kl_upper", "used_components", "tau")
             values.update(zip(names, run.history["mixture"][-1][1:]))
             self.used = f"  {values['used_components']} of {run.settings.components} used"
         if self.events:
-            self.events.scalars("test", step, values)
+            self.events.scalars(name, step, values)
             if len(run.data.shape) == 3:
                 self.events.images(run, step)
         if not self.bar:
-            print(f"step {step}/{self.total}  {self.line(step)}", flush=True)
+            say(f"step {step}/{self.total}  {self.line(step)}")
 
     def watched(self, step: int, figures: dict[str, float], warnings: list[str]) -> None:
         self.skipped = f"  {figures['skipped_steps']} skipped" if figures["skipped_steps"] else ""
         if self.events:
             self.events.scalars("monitors", step, figures)
-        say = self.bar.console.print if self.bar else print
+        tell = self.bar.console.print if self.bar else say
         for line in warnings:
-            say(f"step {step}: {line}")
+            tell(f"step {step}: {line}")
 
     def stepped(self, step: int) -> None:
         if self.bar:
@@ -106,15 +144,18 @@ class Terminal(Display):
         return (step - self.first) * self.batch_size / max(time.perf_counter() - self.began, 1e-9)
 
     def line(self, step: int) -> str:
-        elbo, kl, test = (self.values[name] for name in ("elbo", "kl", "test"))
-        return f"ELBO {elbo:.2f}  KL {kl:.2f}  test {test:.2f} nats{self.used}{self.skipped}  {self.rate(step):,.0f}/s"
+        order = sorted(self.values, key=lambda name: name in ("test", "validation"))  # after those of training
+        known = "  ".join(f"{name} {self.values[name]:.2f}" for name in order)
+        return f"{known}{' nats' if known else ''}{self.used}{self.skipped}  {self.rate(step):,.0f}/s"
 
 
 def make_bar() -> Any:
-    rich = require("rich.progress", "The progress bar")
-    return rich.Progress(
-        rich.BarColumn(bar_width=12),  # the rest of 80 columns is for the numbers
-        rich.MofNCompleteColumn(),
-        rich.TextColumn("{task.fields[text]}"),
-        rich.TimeRemainingColumn(compact=True),
-    )
+    progress = require("rich.progress", "The progress bar")
+    console = require("rich.console", "The progress bar").Console(file=Steady(sys.stdout))
+    return progress.Progress(
+        progress.BarColumn(bar_width=12),  # the rest of 80 columns is for the numbers
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[text]}"),
+        progress.TimeRemainingColumn(compact=True),
+        console=console, redirect_stdout=False, redirect_stderr=False,
+    )  # fmt: skip

@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from fastkl.vae import checkpoint
+from fastkl.vae import checkpoint, facts
 from fastkl.vae.evaluate import Evaluation
 from fastkl.vae.pictures import draw
+from fastkl.vae.settings import Settings
 from fastkl.vae.train import Run
 
 CAPTIONS = {
-    "loss_curves": "The ELBO is the reconstruction term less the KL. A test curve that falls while the "
-    "training curve rises is overfitting.",
+    "loss_curves": "The ELBO is the reconstruction term less the KL. A curve of held-out data that falls while "
+    "the training curve rises is overfitting.",
     "objective_terms": "Means over the batches, in nats, or in the units of the distance. What each is, the "
     "documentation of fastkl.objectives says.",
     "reconstructions": "Decoded from the posterior mean.",
@@ -34,17 +35,38 @@ CAPTIONS = {
     "kl_per_dimension": "A dimension whose KL to N(0, I) is near 0 carries nothing: its posterior is the same for all "
     "data. (The KL to another prior does not divide by dimensions.)",
 }
+# What a picture shows, for those who do not see it.
+ALTS = {
+    "loss_curves": "Three curves over the steps, of training and held-out data: ELBO, reconstruction and KL.",
+    "objective_terms": "A curve over the steps for each further term of the objective.",
+    "reconstructions": "A row of test images above a row of their reconstructions.",
+    "samples": "A square of images decoded from draws of the prior.",
+    "components": "For each component of the prior a row of images decoded from it, beside its share of the test data.",
+    "component_usage": "Bars of the share of the test data that each component has, the largest first.",
+    "kl_bracket": "The KL to the mixture over the epochs, between its lower and its upper bound.",
+    "latent_space": "Posterior means of the test data as points in a plane, coloured by label where there are labels.",
+    "kl_per_dimension": "Bars of the KL of each latent dimension, the largest first; active ones are blue.",
+}
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff }
+:root { color-scheme: light dark; --ink: #222; --paper: #fff; --soft: #555; --line: #ddd; --mark: #fff3d6 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e6e6; --paper: #181a1b; --soft: #a8a8a8; --line: #444; --mark: #453a1c }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper) }
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem } .note { color: #555 }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: 0.8rem; margin: 1.5rem 0 }
-.figure { border: 1px solid #ddd; border-radius: 0.5rem; padding: 0.7rem 1rem }
-.figure b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums } .figure small { color: #555 }
+h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem } .note { color: var(--soft) }
+.figures { display: grid; grid-template-columns: repeat(3, 1fr); gap: 0.8rem; margin: 1.5rem 0 }
+@media (max-width: 45rem) { .figures { grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)) } }
+.figure { border: 1px solid var(--line); border-radius: 0.5rem; padding: 0.7rem 1rem }
+.figure b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; white-space: nowrap }
+.figure small { color: var(--soft) }
 .warning { border-left: 4px solid #d55e00; padding-left: 0.8rem }
-img { max-width: 100% } table { border-collapse: collapse; font-size: 0.9rem }
-td, th { text-align: left; padding: 0.15rem 1.5rem 0.15rem 0 }
-td.number { text-align: right; font-variant-numeric: tabular-nums }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 0.3rem }
+.table { overflow-x: auto } table { border-collapse: collapse; font-size: 0.9rem }
+td, th { text-align: left; padding: 0.15rem 1.5rem 0.15rem 0; vertical-align: top }
+td { overflow-wrap: anywhere } td:first-child { white-space: nowrap }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+tr.changed td { background: var(--mark); font-weight: 600 }
 """
 
 
@@ -59,6 +81,7 @@ def write_report(run: Run, evaluation: Evaluation, more: dict[str, Any]) -> dict
         "skipped_steps": run.guard.skipped,
         "warnings": [{"step": step, "warning": line} for step, line in run.watch.warned],
         "torch": torch.__version__,
+        "starts": facts.starts(run.folder),
         **more,
     }
     images = {name: png(figure) for name, figure in draw(run, evaluation).items()}
@@ -66,8 +89,6 @@ def write_report(run: Run, evaluation: Evaluation, more: dict[str, Any]) -> dict
     checkpoint.prepare(pictures)
     for name, content in images.items():
         checkpoint.write(pictures / f"{name}.png", content)
-    settings = dataclasses.asdict(run.settings)
-    checkpoint.write(run.folder / "settings.json", (json.dumps(settings, indent=2) + "\n").encode())
     history = {name: [named(name, row) for row in rows] for name, rows in run.history.items()}
     content = json.dumps(strict({**metrics, "history": history}), indent=2, allow_nan=False) + "\n"
     checkpoint.write(run.folder / "metrics.json", content.encode())
@@ -104,7 +125,8 @@ def summary(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(name, value, explanation) of the figures that say how good the model is."""
 
     def nats(name: str) -> str:
-        return f"{metrics[name]:.2f} ± {metrics[name + '_standard_error']:.2f}"
+        error = metrics[name + "_standard_error"]
+        return f"{metrics[name]:.2f}" + (f" ± {error:.2f}" if math.isfinite(error) else "")  # a single datum has none
 
     samples = f"{metrics['importance_samples']:,}"
     figures = [
@@ -132,7 +154,7 @@ def summary(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def page(run: Run, metrics: dict[str, Any], images: dict[str, bytes]) -> str:
     """One file that needs no other: styles inside, images as data URIs; all text that a file could bring is escaped."""
-    title = html.escape(f"fastkl: {run.settings.preset} on {run.data.name}")
+    title = html.escape(f"{run.data.name}: {run.settings.what}")
     tiles = "".join(
         f'<div class="figure"><small>{html.escape(name)}</small><b>{html.escape(value)}</b>'
         f"<small>{html.escape(text)}</small></div>"
@@ -141,29 +163,57 @@ def page(run: Run, metrics: dict[str, Any], images: dict[str, bytes]) -> str:
     figures = "".join(
         f"<h2>{name.replace('_', ' ').replace('kl ', 'KL ').capitalize().replace('Kl', 'KL')}</h2>"
         f'<p class="note">{html.escape(CAPTIONS[name])}</p>'
-        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+        f'<img alt="{html.escape(ALTS[name])}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
         for name, content in images.items()
-    )
-    rows = "".join(
-        f"<tr><td>--{html.escape(name.replace('_', '-'))}</td><td>{html.escape(str(value))}</td></tr>"
-        for name, value in dataclasses.asdict(run.settings).items()
     )
     said = [f"Step {row['step']}: {row['warning']}." for row in metrics["warnings"]]
     if metrics["skipped_steps"]:
         said.append(f"{metrics['skipped_steps']} steps were skipped: loss or gradient were not finite.")
     warnings = "".join(f'<p class="warning">{html.escape(line)}</p>' for line in said)
-    facts = (
-        f"{metrics['training_data']:,} training and {metrics['test_data']:,} test data; "
-        f"{metrics['parameters']:,} parameters; {metrics['step']:,} steps in "
-        f"{metrics['training_seconds']:.0f} s"
+    summed = (
+        f"{run.data.counts.replace('training', 'training data')} of shape {' x '.join(map(str, run.data.shape))}; "
+        f"{run.data.values}. {metrics['parameters']:,} parameters; {metrics['step']:,} steps in "
+        f"{metrics['training_seconds']:.0f} s."
     )
+    notes = "".join(f'<p class="note">{html.escape(line)}</p>' for line in (summed, run.data.note))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{STYLE}</style></head>"
-        f'<body><h1>{title}</h1><p class="note">{html.escape(run.data.note)}</p><p class="note">{facts}.</p>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
+        f"<body><h1>{title}</h1>{notes}"
         f'<div class="figures">{tiles}</div>{warnings}{memory_table(metrics.get("loss_memory"))}{figures}'
-        f"<h2>Settings</h2><table>{rows}</table></body></html>\n"
+        f"{provenance(metrics['starts'])}{settings_table(run.settings)}</body></html>\n"
     )
+
+
+def provenance(starts: list[dict[str, Any]]) -> str:
+    """How the run was made: of its last start all, of earlier ones the date and what was another then."""
+    if not starts:
+        return ""
+    *earlier, last = starts
+    rows = [(name.replace("_", " "), value) for name, value in last.items() if value is not None]
+    for one in earlier:
+        other = [f"{name} {value}" for name, value in one.items() if name != "date" and value != last.get(name)]
+        rows.append(("begun" if one is starts[0] else "resumed", "; ".join([str(one.get("date", "?")), *other])))
+    cells = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(words(value))}</td></tr>" for name, value in rows
+    )
+    return f'<h2>How it was made</h2><div class="table"><table>{cells}</table></div>'
+
+
+def words(value: Any) -> str:
+    return " x ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def settings_table(settings: Settings) -> str:
+    """Every option, those that differ from the default marked by more than a colour."""
+    rows = ""
+    for item in dataclasses.fields(settings):
+        value, usual = getattr(settings, item.name), item.default
+        shown = [html.escape(str(each)) or "(none)" for each in (value, usual)]
+        name = "--" + html.escape(item.name.replace("_", "-"))
+        mark, note = (' class="changed"', f"changed from {shown[1]}") if value != usual else ("", "")
+        rows += f"<tr{mark}><td>{name}</td><td>{shown[0]}</td><td>{note}</td></tr>"
+    return f'<h2>Settings</h2><div class="table"><table>{rows}</table></div>'
 
 
 def memory_table(measured: dict[str, Any] | None) -> str:
@@ -175,6 +225,7 @@ def memory_table(measured: dict[str, Any] | None) -> str:
         for name, row in measured["rows"].items()
     )
     return (
-        f'<h2>What the loss costs</h2><p class="note">{html.escape(measured["what"])}</p><table><tr><th></th>'
-        f"<th>kept for backward, MiB</th><th>peak, MiB</th><th>forward and backward, ms</th></tr>{rows}</table>"
+        f'<h2>What the loss costs</h2><p class="note">{html.escape(measured["what"])}</p>'
+        '<div class="table"><table><tr><th></th>'
+        f"<th>kept for backward, MiB</th><th>peak, MiB</th><th>forward and backward, ms</th></tr>{rows}</table></div>"
     )

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from fastkl.vae.errors import UserError
-from fastkl.vae.settings import FOR_DATA, FOR_OBJECTIVE, FOR_PRESET, LEARNED, WARM_UP, Settings
+from fastkl.vae.settings import FOR_DATA, FOR_MODEL, FOR_OBJECTIVE, FOR_PRESET, LEARNED, WARM_UP, Settings
 
 BOUNDS = ("elbo", "beta_vae")  # whose KL may have a bound or a choice of the component in its place
 WEIGHTED = (*BOUNDS, "beta_tc_vae", "vade")  # by --beta
@@ -33,6 +33,9 @@ REFUSED = {
 
 def resolve(given: dict[str, Any]) -> Settings:
     """The settings of a new run; options that contradict one another are refused."""
+    for name in ("data", "test_data"):
+        if name in given and not given[name].strip():
+            raise UserError(f"{flag(name)} is empty: name a file or a folder (. is this one)")
     settings = defaults(given)
     check(settings)
     priors, why = REFUSED.get(settings.objective, ((), ""))
@@ -98,15 +101,15 @@ def defaults(given: dict[str, Any]) -> Settings:
     names = ("preset", "data", "objective", "prior")
     preset, data, objective, prior = (given.get(name, getattr(Settings, name)) for name in names)
     learned = {} if prior == "standard" else {"warm_up": WARM_UP.get(preset if data == "digits" else data, 500)}
-    return Settings(
-        **{**FOR_DATA.get(data, {}), **FOR_PRESET[preset], **FOR_OBJECTIVE.get(objective, {}), **learned, **given}
-    )
+    model = given.get("model", FOR_PRESET[preset].get("model", Settings.model))
+    suited = {**FOR_DATA.get(data, {}), **FOR_MODEL.get(model, {}), **FOR_PRESET[preset]}
+    return Settings(**{**suited, **FOR_OBJECTIVE.get(objective, {}), **learned, **given})
 
 
 def check(settings: Settings) -> None:
     ones = ("latent", "hidden", "layers", "batch_size", "epochs", "importance_samples", "log_every", "checkpoint_every")
     ones += ("components", "samples", "groups", "cycles", "projections", "bad_steps")
-    zeros = ("balance", "capacity_steps", "image_size", "steps", "seed", "split_seed", "test_data", "threads")
+    zeros = ("balance", "capacity_steps", "image_size", "steps", "seed", "split_seed", "test_count", "threads")
     zeros += ("warm_up",)
     for name, minimum in {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)}.items():
         if getattr(settings, name) < minimum:
@@ -120,6 +123,8 @@ def check(settings: Settings) -> None:
         value = getattr(settings, name)
         if not 0 < value < float("inf"):
             raise UserError(f"{flag(name)} must be a finite number above 0, got {value}")
+    if not 0 <= settings.validation < 1:
+        raise UserError(f"--validation is a share, 0 or more and below 1, got {settings.validation}")
     for name in ("alpha", "elbo_share"):
         if getattr(settings, name) > 1:
             raise UserError(f"{flag(name)} is a share, at most 1, got {getattr(settings, name)}")
@@ -137,17 +142,41 @@ def resume(saved: dict[str, Any], given: dict[str, Any]) -> Settings:
     fields = {item.name: item for item in dataclasses.fields(Settings)}
     if unknown := sorted(set(saved) - set(fields)):
         raise UserError(f"the checkpoint has settings unknown here ({', '.join(unknown)}); it is from another version")
+    for name, value in saved.items():
+        kind = fields[name].metadata["kind"]
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
+            raise UserError(f"the run's {flag(name)} should be of type {kind.__name__}, it is {value!r}")
     before = Settings(**saved)
     for name, value in given.items():
         old = getattr(before, name)
         # How long to train changes nothing before the end, unless learning rate or temperature are planned over it all.
-        planned = before.schedule != "constant" or (before.kl == "relaxed" and before.tau != before.final_tau)
-        free = name in ("epochs", "steps") and not planned
-        if fields[name].metadata["maths"] and value != old and not free:
-            raise UserError(f"{flag(name)} {value} differs from the run's {old}; resume without it, or start a new run")
+        length = name in ("epochs", "steps")
+        if fields[name].metadata["maths"] and value != old and not (length and not planned(before)):
+            why = f": {planned(before)}" if length else ""
+            raise UserError(
+                f"{flag(name)} {value} differs from the run's {old}{why}; resume without it, or start a new run"
+            )
+    if "epochs" in given and given["epochs"] != before.epochs and "steps" not in given:
+        given = {**given, "steps": 0}  # or the number of steps that the run was given would still end it
     settings = dataclasses.replace(before, **given)
     check(settings)
     return settings
+
+
+def planned(settings: Settings) -> str:
+    """Why this run cannot be made longer, or nothing."""
+    if settings.schedule != "constant":
+        return "the learning rate has been planned to fall to 0 at the end (--schedule constant plans none)"
+    if settings.kl == "relaxed" and settings.tau != settings.final_tau:
+        return "the temperature has been planned to reach --final-tau at the end"
+    return ""
+
+
+def prolonging(settings: Settings) -> str:
+    """What to say of a run that has reached its end."""
+    if why := planned(settings):
+        return f"it cannot be made longer: {why}"
+    return "more --steps or --epochs make it longer"
 
 
 def flag(name: str) -> str:

@@ -12,9 +12,10 @@ OBJECTIVES = (
 )  # fmt: skip
 
 
-def option(default: Any, text: str, maths: bool = True, choices: tuple = (), kind: type | None = None) -> Any:
-    """`maths`: a run that is resumed with another value would be another run, so that is refused."""
-    meta = {"help": text, "maths": maths, "choices": choices or None, "kind": kind or type(default)}
+def option(default: Any, text: str, maths: bool = True, choices: tuple = (), by_default: str = "") -> Any:
+    """`maths`: a run that is resumed with another value would be another run, so that is refused. `by_default`: what
+    the help says of a default that follows the data or the model (pace.py)."""
+    meta = {"help": text, "maths": maths, "choices": choices or None, "kind": type(default), "by_default": by_default}
     return field(default=default, metadata=meta)
 
 
@@ -25,6 +26,10 @@ class Settings:
     )
     # A moved file is the same data, so resuming compares the fingerprint of the data instead of this name.
     data: str = option("digits", "digits, mnist5k, pbmc, or a .npy, .npz, .pt file or a folder of images", maths=False)
+    test_data: str = option("", "a file or folder to test with (default: a fifth of --data, or its own)", maths=False)
+    validation: float = option(
+        0.0, "share of the training data that the curves are of, so that the test data are seen once, at the end"
+    )
     image_size: int = option(0, "resize images to this many pixels a side (0: as they are)")
     likelihood: str = option("auto", "distribution of a pixel", choices=("auto", "bernoulli", "normal"))
     model: str = option(
@@ -32,18 +37,29 @@ class Settings:
         "encoder and decoder; that of autoregressive also reads the earlier pixels, and may not need the latent",
         choices=("mlp", "conv", "autoregressive"),
     )
-    latent: int = option(16, "latent dimensions (mlp) or channels of the spatial latent (conv)")
-    hidden: int = option(256, "width of the hidden layers (mlp) or of the first level (conv)")
+    latent: int = option(
+        16, "latent dimensions (mlp) or channels of the spatial latent (conv)", by_default="16; conv: 8"
+    )
+    hidden: int = option(
+        256, "width of the hidden layers (mlp) or of the first level (conv)", by_default="256; conv: 16"
+    )
     layers: int = option(2, "hidden layers (mlp) or levels, each halving the image (conv)")
-    batch_size: int = option(64, "data per step and process")
-    epochs: int = option(150, "passes over the training data")
+    batch_size: int = option(
+        64, "data per step and process", by_default="64; fewer where data are few or images are large"
+    )
+    epochs: int = option(
+        150, "passes over the training data", by_default="150; fewer where data are many or images are large"
+    )
     steps: int = option(0, "stop after this many steps instead of --epochs (0: use --epochs)")
-    learning_rate: float = option(3e-3, "of AdamW, after at most 100 steps of warm-up")
+    learning_rate: float = option(3e-3, "of AdamW, after at most 100 steps of warm-up", by_default="0.003; conv: 0.001")
     schedule: str = option("cosine", "learning rate over the run", choices=("cosine", "constant"))
     weight_decay: float = option(0.0, "of AdamW")
     objective: str = option("elbo", "what a step minimises, of fastkl.objectives", choices=OBJECTIVES)
     beta: float = option(1.0, "weight of the KL term, of the total correlation for beta_tc_vae")
-    warm_up: int = option(0, "steps over which that weight rises from 0; a learned prior begins after them")
+    warm_up: int = option(
+        0, "steps over which that weight rises from 0; a learned prior begins after them",
+        by_default="0; 500 with a learned prior, fewer in a short run",
+    )  # fmt: skip
     beta_schedule: str = option(
         "linear", "how it rises over --warm-up", choices=("linear", "cosine", "sigmoid", "cyclical")
     )
@@ -91,14 +107,26 @@ class Settings:
         choices=("fused", "datum"),
     )
     seed: int = option(0, "of the weights, the order of the data and the noise")
-    split_seed: int = option(0, "of the held-out test split")
-    test_data: int = option(0, "how many of the held-out data are evaluated (0: all)")
-    importance_samples: int = option(1000, "per test datum, for the estimate of log p(x)", maths=False)
+    split_seed: int = option(0, "of the held-out data")
+    test_count: int = option(0, "how many of the test data are evaluated (0: all)")
+    importance_samples: int = option(
+        1000, "per test datum, for the estimate of log p(x)", maths=False,
+        by_default="1000; fewer where that would take long",
+    )  # fmt: skip
     log_every: int = option(20, "steps between two points of the curves", maths=False)
     checkpoint_every: int = option(500, "steps between two checkpoints", maths=False)
     # One, because the matrices of a small MLP are done before a second thread has woken up.
-    threads: int = option(1, "CPU threads (0: as torch chooses)", maths=False)
+    threads: int = option(
+        1, "CPU threads (0: as torch chooses)", maths=False, by_default="1; 0 with conv and large data"
+    )
     device: str = option("auto", "where to train", maths=False, choices=("auto", "cpu", "cuda"))
+
+    @property
+    def what(self) -> str:
+        """The kind of model, in a few words."""
+        model = {"mlp": "MLP", "conv": "convolutional"}.get(self.model, self.model)
+        prior = "" if self.prior == "standard" else f", prior {self.prior}"
+        return f"{model} VAE{prior}" + ("" if self.objective == "elbo" else f", objective {self.objective}")
 
     @property
     def name(self) -> str:
@@ -109,17 +137,42 @@ class Settings:
         return "-".join([plain, *(() if self.prior == "standard" else (self.prior,)), *objective])
 
 
+# How the help lists them; each is in one group.
+GROUPS = {
+    "the run": ("preset", "seed", "device", "threads", "log_every", "checkpoint_every"),
+    "data": (
+        "data", "test_data", "validation", "image_size", "likelihood", "split_seed", "test_count", "importance_samples",
+    ),
+    "model": ("model", "latent", "hidden", "layers"),
+    "training": (
+        "batch_size", "epochs", "steps", "learning_rate", "schedule", "weight_decay", "noise", "bad_steps",
+    ),
+    "prior": (
+        "prior", "components", "covariance", "kl", "samples", "prior_learning_rate", "tau", "final_tau", "tau_schedule",
+    ),
+    "weight of the KL, and remedies": (
+        "beta", "warm_up", "beta_schedule", "cycles", "free_bits", "free_bits_per", "capacity", "capacity_steps",
+        "balance",
+    ),
+    "objective": (
+        "objective", "groups", "gradient", "elbo_share", "penalty", "alpha", "kernel", "projections", "blur", "weights",
+        "discriminator_learning_rate",
+    ),
+}  # fmt: skip
+
 # A data set may want other defaults than digits; options given by hand win over these.
 FOR_DATA = {
     "mnist5k": {"hidden": 512, "latent": 20, "epochs": 40, "learning_rate": 1e-3, "threads": 0},
     "pbmc": {"hidden": 128, "latent": 10, "epochs": 60, "learning_rate": 1e-3},
 }
+# What suits a small convolutional model; more in pace.py, by the size of the data.
+FOR_MODEL = {"conv": {"latent": 8, "hidden": 16, "layers": 2, "learning_rate": 1e-3, "threads": 0}}
 FOR_PRESET = {
     "digits": {},
     "large-latent": {
         "model": "conv", "image_size": 128, "latent": 16, "hidden": 16, "layers": 1, "batch_size": 4, "steps": 10,
         "epochs": 1, "learning_rate": 2e-3, "log_every": 1, "checkpoint_every": 5, "importance_samples": 10,
-        "test_data": 16, "threads": 0,
+        "test_count": 16, "threads": 0,
     },
 }  # fmt: skip
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,13 +19,13 @@ from fastkl.vae.guard import Guard
 from fastkl.vae.model import VAE, build
 from fastkl.vae.objective import Noise, Objective, Weights, draws_of
 from fastkl.vae.parallel import Ranks
-from fastkl.vae.plan import capacity, kl_weight, learning_rate, temperature
+from fastkl.vae.plan import TEST_POINTS, capacity, kl_weight, learning_rate, temperature
 from fastkl.vae.progress import Display
 from fastkl.vae.rules import MATCHING
 from fastkl.vae.settings import Settings
+from fastkl.vae.stop import Stop
 from fastkl.vae.watch import Watch
 
-TEST_POINTS = 25  # of the test curve, over the run
 KEPT = 256  # latent dimensions whose KL is kept for each epoch
 
 
@@ -49,11 +47,13 @@ class Run:
     window: dict[str, float] = field(default_factory=dict)
     watch: Watch = field(init=False)
     guard: Guard = field(init=False)
-    # Rows of step, ELBO, KL, reconstruction; "terms/NAME" of step and each other term of the objective; of a mixture
-    # step, lower bound, KL, upper bound, used components, and with --kl relaxed the temperature.
-    history: dict[str, list[list[float]]] = field(default_factory=lambda: {"train": [], "test": []})
+    # "train", and "test" or "validation": rows of step, ELBO, KL, reconstruction; "terms/NAME" of step and each other
+    # term of the objective; of a mixture step, lower bound, KL, upper bound, used components, and with --kl relaxed the
+    # temperature.
+    history: dict[str, list[list[float]]] = field(default_factory=lambda: {"train": []})
 
     def __post_init__(self) -> None:
+        self.history.setdefault(self.data.watched_name, [])
         self.watch = Watch(self.settings, self.ranks)
         self.guard = Guard(self.settings.bad_steps, self.ranks, self.folder / checkpoint.NAME)
 
@@ -225,9 +225,9 @@ def after_step(run: Run, display: Display, terms: dict[str, Tensor], asked: bool
     if run.step % run.steps_per_epoch == 0 or last:
         watched(run, display)
     if run.ranks.main and (last or run.step % max(1, run.total_steps // TEST_POINTS) == 0):
-        about = (run.vae, run.data.test, run.settings.seed, run.device, run.prior)
+        about = (run.vae, run.data.watched, run.settings.seed, run.device, run.prior)
         row = [run.step, *quick_elbo(*about)]
-        run.history["test"].append(row)
+        run.history[run.data.watched_name].append(row)
         if prior.is_mixture(run.prior):
             bracket = [run.step, *quick_mixture(*about)]
             if run.settings.kl == "relaxed":
@@ -328,22 +328,3 @@ def where_to_go(run: Run) -> str:
     return (
         f"try a smaller --learning-rate ({'the checkpoint is of an earlier step' if written else 'no checkpoint yet'})"
     )
-
-
-class Stop:
-    """Ctrl-C and SIGTERM as a wish, granted between two steps: within one the weights would be half updated."""
-
-    def __enter__(self) -> Stop:
-        self.asked = False
-        self.previous = {}
-        if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def ask(self, number: int, frame: Any) -> None:
-        self.asked = True
-        signal.signal(number, self.previous[number])  # the second one is not a wish any more
-
-    def __exit__(self, *error: Any) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)

@@ -1,0 +1,173 @@
+"""What the numbers of a file are: layout, range and likelihood, decided by the data themselves and said in words."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastkl.vae.arrays import Part, Span
+from fastkl.vae.errors import UserError
+
+FEW = 4  # more channels than these are no picture's
+DEPTHS = (8, 10, 12, 14, 16, 32)  # bits of a pixel
+ROUNDING = 1e-5  # by which values in [0, 1] may miss it
+AT_ONCE = 2**22  # numbers in double precision at a time
+
+
+def arrange(part: Part, where: str) -> tuple[Part, str]:
+    """Numbers as [N, features] or [N, channels, height, width], and how they were read; refuses what no model can learn
+    from."""
+    values = part.values
+    if values.dtype.kind not in "fiub":
+        raise UserError(f"{where}: expected numbers, got dtype {values.dtype}")
+    if values.ndim not in (2, 3, 4) or 0 in values.shape:
+        shape = tuple(values.shape)
+        raise UserError(f"{where}: expected [N, features], [N, H, W] or [N, C, H, W], got shape {shape}")
+    if values.dtype.kind == "f":
+        # In the file's own precision: a float64 too large for float32 is as unusable as an infinity.
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(values.astype(np.float32)).reshape(len(values), -1).all(axis=1)
+        if not finite.all():
+            bad = np.flatnonzero(~finite)
+            raise UserError(f"{where}: {len(bad)} rows with NaN or infinite values, the first is row {bad[0]}")
+    span = part.span or Span.of(values)
+    said = ""
+    if values.ndim == 3:
+        if values.shape[0] == values.shape[1] != values.shape[2]:
+            raise UserError(
+                f"{where}: shape {values.shape} may be {values.shape[2]} square images with N last: move N to the "
+                "front, or save [N, 1, H, W] if it is there"
+            )
+        values = values[:, None]
+    elif values.ndim == 4 and channels_last(values.shape, where):
+        said = f"channels last, as {list(values.shape)}; "
+        values = values.transpose(0, 3, 1, 2)
+    return Part(values, part.labels, span), said
+
+
+def channels_last(shape: tuple[int, ...], where: str) -> bool:
+    """Whether [N, ?, ?, ?] is [N, H, W, C] rather than [N, C, H, W]: few channels tell, else a square of the others."""
+    _, first, middle, last = shape
+    few = (first <= FEW, last <= FEW)
+    if few[0] != few[1]:
+        return few[1]
+    square = (middle == last, first == middle)
+    if square[0] != square[1]:
+        return square[1]
+    if few[0] or middle <= FEW:
+        raise UserError(
+            f"{where}: which of {list(shape)} are the channels cannot be told; save [N, C, H, W] with at most "
+            f"{FEW} channels and larger images, or [N, features]"
+        )
+    return False
+
+
+def whole_range(high: int) -> int:
+    """What whole numbers are divided by: the range of 8, 10, 12, 14, 16 or 32 bits if the highest bit is used, else the
+    largest of them."""
+    return next((2**bits - 1 for bits in DEPTHS if 2 ** (bits - 1) <= high < 2**bits), max(1, high))
+
+
+def divisor(span: Span, vectors: bool, likelihood: str) -> int | None:
+    """What makes pixels of the values, in [0, 1]; None where they are numbers of some unit."""
+    if not span.integer:
+        # As for whole numbers, the upper half must be used: 0 to 0.01 is some unit, not shades of black.
+        unit = span.low >= -ROUNDING and span.high <= 1 + ROUNDING
+        return 1 if unit and (span.high > 0.5 or (likelihood == "bernoulli" and span.low >= 0)) else None
+    if span.low < 0:
+        return None
+    if span.high <= 1:
+        return 1
+    # Vectors of whole numbers may be counts; those of bytes are flattened pictures.
+    pixels = not vectors or 128 <= span.high <= 255 or likelihood == "bernoulli"
+    return whole_range(span.high) if pixels else None
+
+
+def scale(parts: dict[str, Part], train: np.ndarray, asked: str) -> tuple[dict[str, Tensor], str, str, str]:
+    """(values in float32, likelihood, what was done to them, what that means), one scale for all parts.
+
+    `train` are the rows of the part of that name whose mean and deviation a normal likelihood takes.
+    """
+    spans = {name: part.span for name, part in parts.items()}
+    vectors = parts["train"].values.ndim == 2
+    fit_together(spans, vectors, asked)
+    span = Span.joined(spans.values())
+    if span.low == span.high:
+        raise UserError(f"--data: every value is {span.low:g}, which leaves nothing to learn")
+    by = divisor(span, vectors, asked)
+    likelihood = asked if asked != "auto" else "normal" if by is None else "bernoulli"
+    if likelihood == "bernoulli":
+        if by is None:
+            raise UserError(
+                f"--likelihood bernoulli needs values in [0, 1], these are in [{span.low:.4g}, {span.high:.4g}]"
+            )
+        scaled = {name: divided(part.values, by) for name, part in parts.items()}
+        return scaled, likelihood, f"{span}" + (f", divided by {by}" if by > 1 else ""), (
+            "Bernoulli likelihood on values in [0, 1]: a value between counts as the chance of a 1, so these figures "
+            "are lower bounds on the mean log-probability of the binarised data."
+        )  # fmt: skip
+    mean, deviation = moments(parts["train"].values, train, vectors)
+    scaled = {name: standardised(part.values, mean, deviation) for name, part in parts.items()}
+    what = f"{span}, standardised{' per feature' if vectors else ''}"
+    if span.integer and span.low >= 0 and vectors and asked == "auto":
+        what += " (if they are pixels: --likelihood bernoulli)"
+    return scaled, likelihood, what, (
+        "Normal likelihood on standardised values (mean 0, deviation 1 over the training data), with a learned "
+        f"variance {'per feature' if vectors else 'for all pixels'}: log p(x) is a log-density of these."
+    )  # fmt: skip
+
+
+def fit_together(spans: dict[str, Span], vectors: bool, likelihood: str) -> None:
+    """Parts that were saved in different units have no common scale."""
+    train = spans["train"]
+    by = divisor(train, vectors, likelihood)
+    for name, span in spans.items():
+        both = divisor(Span.joined((train, span)), vectors, likelihood)
+        pixels = by is not None and (both is None or both > 2 * by + 1)
+        shrunk = not vectors and train.low >= 0 and 0 <= span.low <= span.high <= 1 and train.high > 2
+        if span.integer != train.integer or pixels or shrunk:
+            raise UserError(f"--data: {name} data are {span}, training data {train}: they need one scale")
+
+
+def divided(values: np.ndarray, by: int) -> Tensor:
+    values = np.array(values, dtype=np.float32, order="C")
+    if by > 1:
+        values /= np.float32(by)
+    return torch.from_numpy(values.clip(0, 1, out=values))
+
+
+def moments(values: np.ndarray, rows: np.ndarray, vectors: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation in float64: a feature has its own unit; the pixels of an image share one."""
+    axes = 0 if vectors else None
+    total = sum(block(values, part).sum(axis=axes) for part in pieces(rows, values))
+    count = len(rows) * (1 if vectors else math.prod(values.shape[1:]))
+    mean = np.asarray(total / count)
+    squares = sum(np.square(block(values, part) - mean).sum(axis=axes) for part in pieces(rows, values))
+    deviation = np.sqrt(np.asarray(squares / max(1, count - 1)))
+    # A constant stays one: what rounding makes of it is no deviation.
+    chosen = values[rows]
+    return mean, np.where(chosen.max(axis=axes) > chosen.min(axis=axes), deviation, 1.0)
+
+
+def standardised(values: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> Tensor:
+    """In float32 only after the mean is gone: large numbers that differ in their last digits keep them."""
+    scaled = np.empty(values.shape, dtype=np.float32)
+    for part in pieces(np.arange(len(values)), values):
+        with np.errstate(over="ignore"):
+            scaled[part] = (block(values, part) - mean) / deviation
+    if not np.isfinite(scaled).all():
+        row = np.flatnonzero(~np.isfinite(scaled).reshape(len(scaled), -1).all(axis=1))[0]
+        raise UserError(f"--data: row {row} lies too far from the training data to be standardised")
+    return torch.from_numpy(scaled)
+
+
+def pieces(rows: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
+    count = max(1, AT_ONCE // math.prod(values.shape[1:]))
+    return [rows[first : first + count] for first in range(0, len(rows), count)]
+
+
+def block(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return values[rows].astype(np.float64)
