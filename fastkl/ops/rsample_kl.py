@@ -187,7 +187,7 @@ def rsample_kl(
         TypeError, ValueError: as kl_normal; seed and eps together, an eps or seed of another shape, num_samples < 1.
 
     Source: Kingma and Welling 2014, arXiv:1312.6114, section 2.4; Salmon et al. 2011, "Parallel random numbers: as easy
-        as 1, 2, 3" (Philox4x32-10).
+        as 1, 2, 3" (Philox4x32-7).
 
     >>> import torch, fastkl
     >>> z, kl = fastkl.rsample_kl(torch.zeros(2, 3), torch.zeros(2, 3), num_samples=5, seed=0)

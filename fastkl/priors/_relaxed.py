@@ -9,7 +9,7 @@ from fastkl import reference
 from fastkl.mixtures import relaxed_component
 from fastkl.ops._register import no_autocast
 from fastkl.ops.gmm_responsibilities import gmm_responsibilities
-from fastkl.ops.gumbel_softmax import check_tau, gumbel_softmax
+from fastkl.ops.gumbel_softmax import check_tau, draw_choice
 from fastkl.ops.kl_normal import kl_normal
 
 
@@ -31,7 +31,7 @@ def kl_relaxed(
     with no_autocast(z.device.type):
         log_r = gmm_responsibilities(z, logits, means, logvars, precision=precision).to(dtype)
         if gumbel is None:
-            weights = gumbel_softmax(log_r, tau, seed=seed)
+            weights = draw_choice(reference.Stream.KL_CHOICE, log_r, tau, False, -1, seed)
         else:
             tensor, number = check_tau(tau, log_r)
             weights = reference.relaxed_one_hot(log_r + gumbel.to(dtype), number if tensor is None else tensor)

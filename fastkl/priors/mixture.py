@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkl import distributions, reference
-from fastkl.mixtures import SECOND_KEY, rsample_gmm, sample_gmm
+from fastkl.mixtures import rsample_gmm, sample_gmm
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops.gmm_log_prob import gmm_log_prob
@@ -79,7 +79,7 @@ class MixturePrior(Prior):
             seed = sampling.check_seed(seed, mu.device, "q")
             dtype = reference.compute_dtype(mu, logvar)
             z = rsample_normal(mu.to(dtype), logvar.to(dtype), num_samples=num_samples, seed=seed)
-            return _relaxed.kl_relaxed(mu, logvar, z, mixture, tau, self.precision, seed ^ SECOND_KEY, None)
+            return _relaxed.kl_relaxed(mu, logvar, z, mixture, tau, self.precision, seed, None)
         settings = {"method": method, "num_samples": num_samples, "entropy": entropy, "gradient": gradient}
         return kl_gmm(mu, logvar, **mixture.named(), **settings, seed=seed, precision=self.precision)
 
