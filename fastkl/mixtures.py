@@ -118,12 +118,11 @@ def rsample_gmm(
         weights = draw_choice(Stream.RELAXED_CHOICE, logits, tau, hard, -1, seed)
         spread = None if logvars is None else logvars.to(dtype)
         mean, sigma = relaxed_component(weights, means.to(dtype), spread)
-        mean = mean.expand(*shape, size)
         if scale_tril is None:
-            z = draw_normal(Stream.RELAXED_NOISE, mean, sigma, seed, scale="std")
+            z = draw_normal(Stream.RELAXED_NOISE, (*shape, size), mean, sigma, seed, scale="std")
         else:
             zero = torch.zeros((), dtype=dtype, device=logits.device)
-            eps = draw_normal(Stream.RELAXED_NOISE, zero.expand(mean.shape), zero, seed)
+            eps = draw_normal(Stream.RELAXED_NOISE, (*shape, size), zero, zero, seed)
             z = mean + _full(weights, eps, scale_tril.to(dtype))
         z = z.to(out_dtype)
     return z.squeeze(0) if num_samples is None else z
@@ -218,8 +217,9 @@ def sample_gmm(
     zero = torch.zeros((), dtype=dtype, device=mean.device)
     if scale_tril is None:
         logvars = zero.expand(1, 1) if logvars is None else parameters.by_component(logvars)
-        return draw_normal(Stream.CHOICE_NOISE, mean, _take(logvars.to(dtype), component, 1), seed), component
-    eps = draw_normal(Stream.CHOICE_NOISE, zero.expand(mean.shape), zero, seed)
+        logvar = _take(logvars.to(dtype), component, 1)
+        return draw_normal(Stream.CHOICE_NOISE, mean.shape, mean, logvar, seed), component
+    eps = draw_normal(Stream.CHOICE_NOISE, mean.shape, zero, zero, seed)
     scale_tril, matrix = scale_tril.to(dtype), means.shape[-1] ** 2 * dtype.itemsize
     rows = max(1, CHUNK // max(1, matrix * component[0].numel()))
     parts = []

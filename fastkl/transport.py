@@ -180,7 +180,7 @@ def sliced_wasserstein(
         raise ValueError(f"p must be at least 1, got {p}")
     seed = sampling.check_seed(seed, x.device, "x")
     zero = torch.zeros((), dtype=reference.compute_dtype(x, y), device=x.device)
-    noise = draw_normal(reference.Stream.DIRECTIONS, zero.expand(num_projections, x.shape[1]), zero, seed)
+    noise = draw_normal(reference.Stream.DIRECTIONS, (num_projections, x.shape[1]), zero, zero, seed)
     unit = reference.directions(noise)
     wants = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, y))
     with no_autocast(x.device.type):

@@ -91,7 +91,7 @@ def test_noise_of_every_stream_is_that_of_the_definition(backend, stream):
     mu, logvar = (zeros(*shape).requires_grad_() for _ in range(2))
     eps, gumbel = reference.normal_noise(seed, shape, stream=stream), reference.gumbel_noise(seed, shape, stream)
     with implementation(backend):
-        z = draw_normal(stream, mu, logvar, seed)
+        z = draw_normal(stream, shape, mu, logvar, seed)
         dlogvar = torch.autograd.grad(z.sum(), logvar)[0]
         soft, hard = (draw_choice(stream, mu, 0.7, hard, -1, seed) for hard in (False, True))
         dlogits = torch.autograd.grad(hard[:, 0].sum(), mu)[0]

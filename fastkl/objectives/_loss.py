@@ -70,7 +70,7 @@ def prior_draws(
         return prior.rsample(shape[0], seed=seed)
     zero = torch.zeros((), device=posterior.mean.device)
     seed = sampling.check_seed(seed, zero.device, "posterior")
-    return draw_normal(Stream.PRIOR, zero.expand(shape), zero, seed)
+    return draw_normal(Stream.PRIOR, shape, zero, zero, seed)
 
 
 def log_prior(posterior: distributions.DiagonalNormal, prior: Prior | None, z: Tensor) -> Tensor:

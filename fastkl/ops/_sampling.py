@@ -31,7 +31,7 @@ def check_noise(
         full = shape if num_samples is None else torch.Size((num_samples, *shape))
         if not arguments.fits(eps, full):
             raise ValueError(f"eps must have the shape of the samples, {tuple(full)}, got {tuple(eps.shape)}")
-        return None, eps.expand(full)
+        return None, arguments.expand(eps, full)
     return check_seed(seed, device, "mu"), None
 
 

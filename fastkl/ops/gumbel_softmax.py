@@ -104,7 +104,7 @@ class _GumbelSoftmax(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, logits, tau, seed, constant, hard, dim, stream):
         """One seed for all examples is the same noise for each, or a seed for each."""
-        logits_dim, tau_dim, seed_dim = in_dims[:3]
+        (logits_dim, tau_dim, seed_dim), dtype = in_dims[:3], logits.dtype
         logits = arguments.batch_first(logits, logits_dim, info.batch_size)
         seeds = [seed] if seed_dim is None else seed.unbind(seed_dim)
         noise = torch.stack([reference.gumbel_noise(each, logits.shape[1:], stream) for each in seeds])
@@ -112,7 +112,7 @@ class _GumbelSoftmax(torch.autograd.Function):
         if tau_dim is not None:
             temperature = tau.reshape(info.batch_size, *[1] * (logits.dim() - 1))
         perturbed = logits.to(reference.compute_dtype(logits)) + noise
-        return reference.relaxed_one_hot(perturbed, temperature, hard, dim + 1).to(logits.dtype), 0
+        return reference.relaxed_one_hot(perturbed, temperature, hard, dim + 1).to(dtype), 0
 
 
 def check_tau(tau: float | Tensor, logits: Tensor) -> tuple[Tensor | None, float]:

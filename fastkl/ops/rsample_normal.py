@@ -8,7 +8,7 @@ from torch import Tensor
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops import _short as short
-from fastkl.ops._closed_form import empty_samples, fill_normal_gradients, normal_gradients, sample
+from fastkl.ops._closed_form import empty_samples, fill_normal_gradients, normal_gradients, sample, samples_dtype
 from fastkl.ops._register import apply, needs_closed_form, register
 from fastkl.reference import SoftBounds, Stream
 
@@ -91,12 +91,13 @@ class _RsampleNormal(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, mu, parameter, eps, seed, num_samples, packed_dim, *settings):
+        out_dtype = samples_dtype(mu, parameter)
         q = arguments.batch_first_all((mu, parameter), in_dims, info.batch_size)
         dims = (in_dims[3], in_dims[2])
         seed, eps = sampling.batch_noise(info, q, packed_dim + 1, dims, seed, eps, num_samples, settings[-1])
         parameter = q[1] if len(q) == 2 else None
         z = apply(_RsampleNormal, q[0], parameter, eps, seed, num_samples, packed_dim + 1, *settings)
-        return z, 0 if num_samples is None else 1
+        return z.to(out_dtype), 0 if num_samples is None else 1
 
 
 def rsample_normal_packed(
@@ -146,12 +147,13 @@ def rsample_normal(
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
     settings = (-1, arguments.check_scale(scale), *arguments.check_bounds(bounds))
     seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
-    inputs = (mu.expand(shape), logvar.expand(shape), eps, seed, num_samples)
-    return apply(_RsampleNormal, *inputs, *settings, Stream.POSTERIOR)
+    inputs = (arguments.expand(mu, shape), arguments.expand(logvar, shape), eps, seed, num_samples)
+    return apply(_RsampleNormal, *inputs, *settings, Stream.POSTERIOR).to(samples_dtype(mu, logvar))
 
 
-def draw_normal(stream: int, mu: Tensor, logvar: Tensor, seed: Tensor, scale: str = "logvar") -> Tensor:
+def draw_normal(
+    stream: int, shape: tuple[int, ...], mu: Tensor, logvar: Tensor, seed: Tensor, scale: str = "logvar"
+) -> Tensor:
     """rsample_normal of a Gaussian that is no posterior, for the ops that draw from one: `stream` says which."""
-    shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
-    inputs = (mu.expand(shape), logvar.expand(shape), None, seed, None, -1)
-    return apply(_RsampleNormal, *inputs, scale, *arguments.NO_BOUNDS, stream)
+    inputs = (arguments.expand(mu, shape), arguments.expand(logvar, shape), None, seed, None, -1)
+    return apply(_RsampleNormal, *inputs, scale, *arguments.NO_BOUNDS, stream).to(samples_dtype(mu, logvar))

@@ -38,7 +38,7 @@ class _Gaussian(Prior):
     def rsample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:
         shape = (arguments.check_int("n", n, 0), self.dim)
         seed = sampling.check_seed(seed, self.mu.device, "the prior")
-        return draw_normal(Stream.PRIOR, self.mu.expand(shape), self.logvar, seed)
+        return draw_normal(Stream.PRIOR, shape, self.mu, self.logvar, seed)
 
     @torch.no_grad()
     def sample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:

@@ -77,8 +77,9 @@ class MixturePrior(Prior):
         if method == "relaxed":
             num_samples = arguments.check_int("num_samples", num_samples, 1)
             seed = sampling.check_seed(seed, mu.device, "q")
-            dtype = reference.compute_dtype(mu, logvar)
-            z = rsample_normal(mu.to(dtype), logvar.to(dtype), num_samples=num_samples, seed=seed)
+            dtype = reference.compute_dtype(mu, logvar)  # in which the gradients of the parts are added up
+            mu, logvar = mu.to(dtype), logvar.to(dtype)
+            z = rsample_normal(mu, logvar, num_samples=num_samples, seed=seed)
             return _relaxed.kl_relaxed(mu, logvar, z, mixture, tau, self.precision, seed, None)
         settings = {"method": method, "num_samples": num_samples, "entropy": entropy, "gradient": gradient}
         return kl_gmm(mu, logvar, **mixture.named(), **settings, seed=seed, precision=self.precision)
