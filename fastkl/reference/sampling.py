@@ -33,7 +33,7 @@ def philox(
 ) -> tuple[Tensor, ...]:
     """Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), in int64 that hold 32-bit words.
 
-    The counter is (low, high, sample, stream), the key is the seed's two halves. Seven rounds pass BigCrush (table 2).
+    The counter is (low, high, sample, stream), the key is the seed's two halves. Seven rounds pass BigCrush.
     """
     mask = 0xFFFFFFFF
     key_0, key_1 = seed & mask, (seed >> 32) & mask
