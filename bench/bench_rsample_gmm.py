@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from bench.case import Case, leaves
 from fastkl import reference
-from fastkl.mixtures import SECOND_KEY, rsample_gmm
+from fastkl.mixtures import rsample_gmm
+from fastkl.reference import Stream
 
 TAU = 0.7
 
@@ -19,16 +20,21 @@ def formula(logits, means, logvars, gumbel=None, eps=None):
     return (y.unsqueeze(-1) * (means + (0.5 * logvars).exp() * eps)).sum(-2)
 
 
+def noise(logits, means, seed):
+    gumbel = reference.gumbel_noise(seed, logits.shape, Stream.RELAXED_CHOICE)
+    return gumbel, reference.normal_noise(seed, (*logits.shape[:-1], means.shape[-1]), stream=Stream.RELAXED_NOISE)
+
+
 def definition(logits, means, logvars, seed):
-    y = reference.relaxed_one_hot(logits + reference.gumbel_noise(seed, logits.shape).to(logits), TAU)
-    eps = reference.normal_noise(seed ^ SECOND_KEY, (*logits.shape[:-1], means.shape[-1])).to(logits)
+    gumbel, eps = (drawn.to(logits) for drawn in noise(logits, means, seed))
+    y = reference.relaxed_one_hot(logits + gumbel, TAU)
     return y @ means + (y @ (0.5 * logvars).exp()) * eps
 
 
 def one_noise(logits, means, logvars, seed):
     """The formula with the noise of the definition, one for all components of a datum."""
-    eps = reference.normal_noise(seed ^ SECOND_KEY, (*logits.shape[:-1], means.shape[-1])).unsqueeze(-2)
-    return formula(logits, means, logvars, reference.gumbel_noise(seed, logits.shape), eps)
+    gumbel, eps = noise(logits, means, seed)
+    return formula(logits, means, logvars, gumbel, eps.unsqueeze(-2))
 
 
 def cases(device, quick):

@@ -60,9 +60,9 @@ def calls(
             5, (c, rows, [a, b], seed, None, None, -1, [], 1, *NO_BOUNDS, False),
         ),
         # Not in the table: tiles of their own, or those of the two before.
-        "gumbel_softmax": (2, (a, None, seed, 0.7, False, 1), 3, (b, None, a, None, seed, 0.7, False, 1, False)),
+        "gumbel_softmax": (2, (a, None, seed, 0.7, False, 1, 2), 3, (b, None, a, None, seed, 0.7, False, 1, 2, False)),
         "rsample_normal": (
-            3, ([a, b], seed, None, None, -1, *NO_BOUNDS), 4, (c, [a, b], seed, None, None, -1, *NO_BOUNDS),
+            3, ([a, b], seed, None, None, -1, *NO_BOUNDS, 1), 4, (c, [a, b], seed, None, None, -1, *NO_BOUNDS, 1),
         ),
         "wasserstein2_normal": (2, (a, b, [], 1, *NO_BOUNDS), 4, (rows, a, b, [], 1, *NO_BOUNDS, False)),
     }  # fmt: skip

@@ -46,7 +46,7 @@ class DiagonalNormal:
         arguments.check_tensors(mu=mu, logvar=logvar)
         shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
         self._head, self._dim = None, -1
-        self._mu, self._parameter = mu.expand(shape), logvar.expand(shape)
+        self._mu, self._parameter = mu, logvar  # the ops broadcast them, and sum their gradients without rounding
         self._finish(shape, event_ndim, scale, bounds)
 
     @classmethod
@@ -67,6 +67,7 @@ class DiagonalNormal:
         return q
 
     def _finish(self, shape: torch.Size, event_ndim: int | None, scale: str, bounds) -> None:
+        self._shape = shape
         event_ndim = max(1, len(shape) - 1) if event_ndim is None else event_ndim
         self.event_ndim = arguments.check_event_ndim(event_ndim, shape, "a posterior of shape")
         arguments.check_bounds(bounds)
@@ -76,7 +77,7 @@ class DiagonalNormal:
 
     @property
     def mean(self) -> Tensor:
-        return self._mu
+        return self._mu if self._mu.shape == self._shape else self._mu.expand(self._shape)
 
     mode = mean
 
@@ -93,17 +94,27 @@ class DiagonalNormal:
     def var(self) -> Tensor:
         return torch.exp(self._logvar()).to(self._parameter.dtype)
 
-    def _logvar(self) -> Tensor:
-        """In the dtype that the ops compute in, where there is something to compute: rounded to bfloat16, a logarithm
-        would bias every density by tenths of a nat per dimension."""
+    def _given(self) -> tuple[Tensor, Tensor]:
+        """mu and ln sigma^2 before they are broadcast; the latter in the dtype that the ops compute in, where there is
+        something to compute: rounded to bfloat16, a logarithm would bias every density by tenths of a nat per
+        dimension."""
         if self._settings == {"scale": "logvar", "bounds": None}:
-            return self._parameter
+            return self._mu, self._parameter
         parameter = self._parameter.to(reference.compute_dtype(self._parameter))
-        return reference.bound(reference.to_logvar(parameter, self._settings["scale"]), self._settings["bounds"])
+        parameter = reference.to_logvar(parameter, self._settings["scale"])
+        return self._mu, reference.bound(parameter, self._settings["bounds"])
+
+    def _broadcast(self) -> tuple[Tensor, Tensor]:
+        """_given of the full shape: what is smaller is in float32, in which its gradient is summed."""
+        mu, logvar = self._given()
+        return arguments.expand(mu, self._shape), arguments.expand(logvar, self._shape)
+
+    def _logvar(self) -> Tensor:
+        return self._broadcast()[1]
 
     @property
     def shape(self) -> torch.Size:
-        return self._mu.shape
+        return self._shape
 
     # ---- the ops ----
 
@@ -141,7 +152,7 @@ class DiagonalNormal:
 
     def log_prob(self, z: Tensor) -> Tensor:
         """ln q(z) in nats, one per datum; z may have leading dimensions of samples."""
-        return normal_log_prob(z, self._mu, self._logvar(), event_ndim=self.event_ndim)
+        return normal_log_prob(z, *self._broadcast(), event_ndim=self.event_ndim)
 
     def entropy(self) -> Tensor:
         """1/2 sum_d [ln(2 pi e) + logvar_d] in nats, one per datum."""
@@ -156,4 +167,4 @@ def _parameters(prior: DiagonalNormal | None) -> tuple[Tensor, ...]:
         return ()
     if not isinstance(prior, DiagonalNormal):
         raise TypeError(f"prior must be a fastkl.DiagonalNormal or None, got {type(prior).__name__}")
-    return prior.mean, prior._logvar()
+    return prior._given()

@@ -12,11 +12,10 @@ from fastkl.ops import _mixture_arguments as parameters
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._register import no_autocast
 from fastkl.ops._torch import transforms_active
-from fastkl.ops.gumbel_softmax import gumbel_softmax
-from fastkl.ops.rsample_normal import rsample_normal
+from fastkl.ops.gumbel_softmax import draw_choice
+from fastkl.ops.rsample_normal import draw_normal
+from fastkl.reference import Stream
 
-# One seed, two streams of noise: the second one has another Philox key.
-SECOND_KEY = 0x5851F42D4C957F2D
 # Bytes of temporaries of a block of rows under full covariances.
 CHUNK = 32 * 2**20
 
@@ -115,15 +114,15 @@ def rsample_gmm(
     with no_autocast(logits.device.type):
         # 16-bit parameters are mixed in float32: a small standard deviation is subnormal in float16.
         out_dtype, dtype = dtype, dtype if dtype == torch.float64 else torch.float32
-        weights = gumbel_softmax(logits.to(dtype).expand(*shape, components), tau, hard, seed=seed)
+        logits = logits.to(dtype).expand(*shape, components)
+        weights = draw_choice(Stream.RELAXED_CHOICE, logits, tau, hard, -1, seed)
         spread = None if logvars is None else logvars.to(dtype)
         mean, sigma = relaxed_component(weights, means.to(dtype), spread)
-        mean = mean.expand(*shape, size)
         if scale_tril is None:
-            z = rsample_normal(mean, sigma, scale="std", seed=seed ^ SECOND_KEY)
+            z = draw_normal(Stream.RELAXED_NOISE, (*shape, size), mean, sigma, seed, scale="std")
         else:
             zero = torch.zeros((), dtype=dtype, device=logits.device)
-            eps = rsample_normal(zero.expand(mean.shape), zero, seed=seed ^ SECOND_KEY)
+            eps = draw_normal(Stream.RELAXED_NOISE, (*shape, size), zero, zero, seed)
             z = mean + _full(weights, eps, scale_tril.to(dtype))
         z = z.to(out_dtype)
     return z.squeeze(0) if num_samples is None else z
@@ -146,7 +145,7 @@ def _full(weights: Tensor, eps: Tensor, scale_tril: Tensor) -> Tensor:
 def _uniform(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
     """float64 in [0, 1) with 53 random bits, from two Philox words."""
     index = torch.arange(torch.Size(shape).numel(), device=seed.device)
-    words = reference.philox(seed, index & 0xFFFFFFFF, index >> 32, 0)
+    words = reference.philox(seed, index & 0xFFFFFFFF, index >> 32, 0, Stream.CHOICE)
     return (((words[0] << 32 | words[1]) >> 11 & (1 << 53) - 1).double() * 2.0**-53).view(shape)
 
 
@@ -219,8 +218,9 @@ def sample_gmm(
     zero = torch.zeros((), dtype=dtype, device=mean.device)
     if scale_tril is None:
         logvars = zero.expand(1, 1) if logvars is None else parameters.by_component(logvars)
-        return rsample_normal(mean, _take(logvars.to(dtype), component, 1), seed=seed ^ SECOND_KEY), component
-    eps = rsample_normal(zero.expand(mean.shape), zero, seed=seed ^ SECOND_KEY)
+        logvar = _take(logvars.to(dtype), component, 1)
+        return draw_normal(Stream.CHOICE_NOISE, mean.shape, mean, logvar, seed), component
+    eps = draw_normal(Stream.CHOICE_NOISE, mean.shape, zero, zero, seed)
     scale_tril, matrix = scale_tril.to(dtype), means.shape[-1] ** 2 * dtype.itemsize
     rows = max(1, CHUNK // max(1, matrix * component[0].numel()))
     parts = []

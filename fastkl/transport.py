@@ -11,7 +11,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._register import apply, needs_closed_form, no_autocast
 from fastkl.ops._torch import forward_mode
-from fastkl.ops.rsample_normal import rsample_normal
+from fastkl.ops.rsample_normal import draw_normal
 from fastkl.ops.sinkhorn_divergence import sinkhorn_divergence
 
 __all__ = ["sinkhorn_divergence", "sliced_wasserstein"]
@@ -182,7 +182,8 @@ def sliced_wasserstein(
         raise ValueError(f"p must be at least 1, got {p}")
     seed = sampling.check_seed(seed, x.device, "x")
     zero = torch.zeros((), dtype=reference.compute_dtype(x, y), device=x.device)
-    unit = reference.directions(rsample_normal(zero.expand(num_projections, x.shape[1]), zero, seed=seed))
+    noise = draw_normal(reference.Stream.DIRECTIONS, (num_projections, x.shape[1]), zero, zero, seed)
+    unit = reference.directions(noise)
     wants = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, y))
     with no_autocast(x.device.type):
         return apply(_SlicedWasserstein, x, y, unit, p, *wants)[0]

@@ -12,7 +12,8 @@ TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}  # what th
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_TAIL = tl.constexpr(1.925963033500702e-08)  # log2(e) - float32(log2(e))
 LN2 = tl.constexpr(0.6931471805599453)
-PHILOX_ROUNDS = tl.constexpr(10)  # those of reference.philox
+PHILOX_ROUNDS = tl.constexpr(7)  # those of reference.philox
+POSTERIOR = tl.constexpr(1)  # reference.Stream.POSTERIOR
 
 
 @triton.jit
@@ -241,15 +242,15 @@ def _wide_product(word, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def philox(seed, group, index, sample):
-    """The four words of reference.philox, uint32, of the counters `group + index` and a sample's number: int64, and
-    int32 from 0 on, which broadcast."""
+def philox(seed, group, index, sample, stream):
+    """The four words of reference.philox, uint32, of the counters `group + index` and of the numbers of a sample and a
+    stream: int64, and int32 from 0 on, which broadcast."""
     index = index.to(tl.uint32)
     # In 32 bits with a carry: of 64-bit words the compiler would multiply both halves.
     word_0 = group.to(tl.uint32) + index
     word_1 = (group >> 32).to(tl.uint32) + (word_0 < index).to(tl.uint32)
-    word_3 = tl.zeros_like(word_0)
-    word_2 = word_3 + sample
+    zero = tl.zeros_like(word_0)
+    word_2, word_3 = zero + sample, zero + stream
     key_0, key_1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(PHILOX_ROUNDS):
         high_0, low_0 = _wide_product(word_0, 0xD2511F53)
@@ -303,11 +304,12 @@ def _box_muller(word_0, word_1, HALF: tl.constexpr):
 
 
 @triton.jit
-def four_normals(seed, group, index, sample, HALF: tl.constexpr = False):
+def four_normals(seed, group, index, sample, stream, HALF: tl.constexpr = False):
     """Standard normals in float32 of one Philox call; with HALF for results of 16 bits, whose rounding hides an error
-    of 6e-5. Element i of a sample takes normal i % 4 of the counter (i // 4, sample), as reference.normal_noise says.
+    of 6e-5. Element i of a sample takes normal i % 4 of the counter (i // 4, sample, stream), as reference.normal_noise
+    says.
     """
-    word_0, word_1, word_2, word_3 = philox(seed, group, index, sample)
+    word_0, word_1, word_2, word_3 = philox(seed, group, index, sample, stream)
     normal_0, normal_1 = _box_muller(word_0, word_1, HALF)
     normal_2, normal_3 = _box_muller(word_2, word_3, HALF)
     return normal_0, normal_1, normal_2, normal_3
@@ -315,7 +317,7 @@ def four_normals(seed, group, index, sample, HALF: tl.constexpr = False):
 
 @triton.jit
 def normals(
-    seed, group, sample, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr
+    seed, group, sample, stream, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Standard normals [ROWS, COLUMNS]; each row's first is that of Philox call `group`, int64 [ROWS, 1] or one number.
 
@@ -324,11 +326,11 @@ def normals(
     """
     if WIDE and COLUMNS >= 8:
         even = 2 * tl.arange(0, COLUMNS // 8)[None, :]
-        normal_0, normal_1, normal_2, normal_3 = four_normals(seed, group, even, sample, HALF)
-        normal_4, normal_5, normal_6, normal_7 = four_normals(seed, group, even + 1, sample, HALF)
+        normal_0, normal_1, normal_2, normal_3 = four_normals(seed, group, even, sample, stream, HALF)
+        normal_4, normal_5, normal_6, normal_7 = four_normals(seed, group, even + 1, sample, stream, HALF)
         normal_0, normal_1 = tl.join(normal_0, normal_4), tl.join(normal_1, normal_5)
         normal_2, normal_3 = tl.join(normal_2, normal_6), tl.join(normal_3, normal_7)
     else:
         index = tl.arange(0, COLUMNS // 4)[None, :]
-        normal_0, normal_1, normal_2, normal_3 = four_normals(seed, group, index, sample, HALF)
+        normal_0, normal_1, normal_2, normal_3 = four_normals(seed, group, index, sample, stream, HALF)
     return tl.join(tl.join(normal_0, normal_2), tl.join(normal_1, normal_3)).reshape(ROWS, COLUMNS)

@@ -37,19 +37,19 @@ def gumbel(word):
 
 
 @triton.jit
-def four(seed, group, index):
-    word_0, word_1, word_2, word_3 = philox(seed, group, index, 0)
+def four(seed, group, index, stream):
+    word_0, word_1, word_2, word_3 = philox(seed, group, index, 0, stream)
     return gumbel(word_0), gumbel(word_1), gumbel(word_2), gumbel(word_3)
 
 
 @triton.jit
-def noise(seed, line, first, column, length, AXIS: tl.constexpr, ODD: tl.constexpr, ROWS: tl.constexpr,
+def noise(seed, stream, line, first, column, length, AXIS: tl.constexpr, ODD: tl.constexpr, ROWS: tl.constexpr,
           COLUMNS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
     """Of the elements line * length + column: reference.gumbel_noise. `first`, the first column, is a multiple of 4."""
     begin = line.to(tl.int64)[:, None] * length
     if AXIS == 0 and ODD:  # the lines do not begin alike in a Philox call: one for each element, three words unused
         index = begin + column
-        word_0, word_1, word_2, word_3 = philox(seed, index >> 2, tl.arange(0, 1)[None, :], 0)
+        word_0, word_1, word_2, word_3 = philox(seed, index >> 2, tl.arange(0, 1)[None, :], 0, stream)
         pair_0, pair_1 = tl.where((index & 2) == 0, word_0, word_2), tl.where((index & 2) == 0, word_1, word_3)
         return gumbel(tl.where((index & 1) == 0, pair_0, pair_1))
     # join adds a last dimension: what is joined last are neighbours, and four of them, of 16-bit logits eight, stay in
@@ -57,12 +57,12 @@ def noise(seed, line, first, column, length, AXIS: tl.constexpr, ODD: tl.constex
     group = (begin + first) >> 2
     if HALF and COLUMNS >= 8:
         even = 2 * tl.arange(0, COLUMNS // 8)[None, :]
-        noise_0, noise_1, noise_2, noise_3 = four(seed, group, even)
-        noise_4, noise_5, noise_6, noise_7 = four(seed, group, even + 1)
+        noise_0, noise_1, noise_2, noise_3 = four(seed, group, even, stream)
+        noise_4, noise_5, noise_6, noise_7 = four(seed, group, even + 1, stream)
         noise_0, noise_1 = tl.join(noise_0, noise_4), tl.join(noise_1, noise_5)
         noise_2, noise_3 = tl.join(noise_2, noise_6), tl.join(noise_3, noise_7)
     else:
-        noise_0, noise_1, noise_2, noise_3 = four(seed, group, tl.arange(0, COLUMNS // 4)[None, :])
+        noise_0, noise_1, noise_2, noise_3 = four(seed, group, tl.arange(0, COLUMNS // 4)[None, :], stream)
     return tl.join(tl.join(noise_0, noise_2), tl.join(noise_1, noise_3)).reshape(ROWS, COLUMNS)
 
 
@@ -94,12 +94,13 @@ def offsets(block, line, column, index, strides, column_blocks, AXIS: tl.constex
 
 
 @triton.jit
-def perturbed(at, mask, seed, line, first, column, shape, AXIS: tl.constexpr, ODD: tl.constexpr, ROWS: tl.constexpr,
-              COLUMNS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+def perturbed(at, mask, seed, stream, line, first, column, shape, AXIS: tl.constexpr, ODD: tl.constexpr,
+              ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """A tile of logits with the noise added."""
     values = tl.load(at, mask, other=float("-inf")).to(DTYPE)  # weighs nothing
     HALF: tl.constexpr = at.dtype.element_ty.primitive_bitwidth == 16
-    return values + noise(seed, line, first, column, shape[AXIS * -1 + 2], AXIS, ODD, ROWS, COLUMNS, HALF).to(DTYPE)
+    length = shape[AXIS * -1 + 2]
+    return values + noise(seed, stream, line, first, column, length, AXIS, ODD, ROWS, COLUMNS, HALF).to(DTYPE)
 
 
 @triton.jit

@@ -71,8 +71,8 @@ def combine(found, found_third, distribution, count, scale, splits, AXIS: tl.con
 
 @triton.jit
 def statistics_kernel(
-    logits, dy, tau, seed, found, found_third, shape, strides, dy_strides, column_blocks, classes_per_program, splits,
-    count, SOFT: tl.constexpr, TENSOR: tl.constexpr, AXIS: tl.constexpr, ODD: tl.constexpr, ROWS: tl.constexpr,
+    logits, dy, tau, seed, stream, found, found_third, shape, strides, dy_strides, column_blocks, classes_per_program,
+    splits, count, SOFT: tl.constexpr, TENSOR: tl.constexpr, AXIS: tl.constexpr, ODD: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Maximum and sum of exponentials of each split of the classes, and its first class with the maximum or, given dy,
@@ -92,7 +92,9 @@ def statistics_kernel(
         if SOFT:
             weight = tl.load(logits + at, mask, other=0.0).to(DTYPE)  # weighs nothing
         else:
-            values = perturbed(logits + at, mask, key, line, first, column, shape, AXIS, ODD, ROWS, COLUMNS, DTYPE)
+            values = perturbed(
+                logits + at, mask, key, stream, line, first, column, shape, AXIS, ODD, ROWS, COLUMNS, DTYPE
+            )
             highest = tl.max(values, axis=AXIS, keep_dims=True)
             if dy is None:
                 best = tl.where(highest > top, first_maximum(values, index, highest, AXIS), best)
@@ -119,9 +121,9 @@ def statistics_kernel(
 
 @triton.jit
 def gumbel_softmax_fwd_kernel(
-    logits, y, tau, seed, found, found_third, shape, strides, y_strides, column_blocks, classes_per_program, splits,
-    count, HARD: tl.constexpr, TENSOR: tl.constexpr, AXIS: tl.constexpr, ODD: tl.constexpr, SPLITS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+    logits, y, tau, seed, stream, found, found_third, shape, strides, y_strides, column_blocks, classes_per_program,
+    splits, count, HARD: tl.constexpr, TENSOR: tl.constexpr, AXIS: tl.constexpr, ODD: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Without `found` one tile holds all classes."""
     block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
@@ -135,7 +137,7 @@ def gumbel_softmax_fwd_kernel(
     for start in range(begin, last if found is not None else 1, COLUMNS if AXIS == 1 else ROWS):
         line, first, column, index, _own, mask = tile(block, start, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)
         at = offsets(block, line, column, index, strides, column_blocks, AXIS)
-        values = perturbed(logits + at, mask, key, line, first, column, shape, AXIS, ODD, ROWS, COLUMNS, DTYPE)
+        values = perturbed(logits + at, mask, key, stream, line, first, column, shape, AXIS, ODD, ROWS, COLUMNS, DTYPE)
         if found is None:
             top = finite(tl.max(values, axis=AXIS, keep_dims=True))
         weight = tl.exp2((values - top) * scale)
@@ -152,7 +154,7 @@ def gumbel_softmax_fwd_kernel(
 
 @triton.jit
 def gumbel_softmax_bwd_kernel(
-    dy, logits, dlogits, dtau, tau, seed, found, found_third, shape, dy_strides, strides, dlogits_strides,
+    dy, logits, dlogits, dtau, tau, seed, stream, found, found_third, shape, dy_strides, strides, dlogits_strides,
     column_blocks, classes_per_program, splits, count, SOFT: tl.constexpr, TENSOR: tl.constexpr, AXIS: tl.constexpr,
     ODD: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -176,7 +178,9 @@ def gumbel_softmax_bwd_kernel(
         if SOFT:
             weight = tl.load(logits + at, mask, other=0.0).to(DTYPE)  # weighs nothing
         else:
-            values = perturbed(logits + at, mask, key, line, first, column, shape, AXIS, ODD, ROWS, COLUMNS, DTYPE)
+            values = perturbed(
+                logits + at, mask, key, stream, line, first, column, shape, AXIS, ODD, ROWS, COLUMNS, DTYPE
+            )
             if found is None:
                 top = finite(tl.max(values, axis=AXIS, keep_dims=True))
             weight = tl.exp2((values - top) * scale)
@@ -235,7 +239,7 @@ class Launch:
     def numbers(self):
         return self.column_blocks, self.classes_per_program, self.splits, self.count
 
-    def statistics(self, tensor, dy, seed, soft):
+    def statistics(self, tensor, dy, seed, stream, soft):
         """(maxima and sums, third) of each split, or None where one tile holds all classes."""
         if self.whole:
             return None, None
@@ -243,7 +247,7 @@ class Launch:
         third = torch.empty(found.shape[1:], dtype=torch.int32 if dy is None else self.dtype, device=tensor.device)
         _launch.launch(
             statistics_kernel, self.grid,
-            tensor, dy, self.tau, seed, found, third, self.shape, tensor.stride(),
+            tensor, dy, self.tau, seed, stream, found, third, self.shape, tensor.stride(),
             tensor.stride() if dy is None else dy.stride(), *self.numbers(), SOFT=soft, **self.options,
         )  # fmt: skip
         return found, third
@@ -259,13 +263,13 @@ def temperature_of(tau, constant, tensor) -> torch.Tensor | _launch.Parameter:
     return _launch.Parameter(1 / max(constant, torch.finfo(torch.float32).tiny))
 
 
-def fwd(logits, tau, seed, constant, hard, dim):
+def fwd(logits, tau, seed, constant, hard, dim, stream):
     hard = hard or (tau is None and constant == 0)
-    return launch_fwd(logits, temperature_of(tau, constant, logits), seed, hard, dim)
+    return launch_fwd(logits, temperature_of(tau, constant, logits), seed, hard, dim, stream)
 
 
 @_launch.replayed
-def launch_fwd(logits, tau, seed, hard, dim):
+def launch_fwd(logits, tau, seed, hard, dim, stream):
     y = torch.empty_like(logits)
     if y.numel() == 0:
         return y
@@ -273,21 +277,21 @@ def launch_fwd(logits, tau, seed, hard, dim):
     x, out = launch.view(logits), launch.view(y)
     _launch.launch(
         gumbel_softmax_fwd_kernel, launch.grid,
-        x, out, tau, seed, *launch.statistics(x, None, seed, False), launch.shape, x.stride(), out.stride(),
-        *launch.numbers(), HARD=hard, SPLITS=next_power_of_2(launch.splits), **launch.options,
+        x, out, tau, seed, stream, *launch.statistics(x, None, seed, stream, False), launch.shape, x.stride(),
+        out.stride(), *launch.numbers(), HARD=hard, SPLITS=next_power_of_2(launch.splits), **launch.options,
     )  # fmt: skip
     return launch.finish(y, out)
 
 
-def bwd(dy, y, logits, tau, seed, constant, hard, dim, tau_gradient):
+def bwd(dy, y, logits, tau, seed, constant, hard, dim, stream, tau_gradient):
     like = y if logits is None else logits
     if tau is None and constant == 0:
         return [torch.zeros_like(like)]
-    return launch_bwd(dy, y, logits, temperature_of(tau, constant, like), seed, dim, tau_gradient)
+    return launch_bwd(dy, y, logits, temperature_of(tau, constant, like), seed, dim, stream, tau_gradient)
 
 
 @_launch.replayed
-def launch_bwd(dy, y, logits, tau, seed, dim, tau_gradient):
+def launch_bwd(dy, y, logits, tau, seed, dim, stream, tau_gradient):
     like = y if logits is None else logits
     gradient = torch.empty_like(like)
     if gradient.numel() == 0:
@@ -297,7 +301,7 @@ def launch_bwd(dy, y, logits, tau, seed, dim, tau_gradient):
     dtau = torch.empty(launch.grid, dtype=launch.dtype, device=like.device) if tau_gradient else None
     _launch.launch(
         gumbel_softmax_bwd_kernel, launch.grid,
-        d, x, out, dtau, tau, seed, *launch.statistics(x, d, seed, soft), launch.shape, d.stride(),
+        d, x, out, dtau, tau, seed, stream, *launch.statistics(x, d, seed, stream, soft), launch.shape, d.stride(),
         x.stride(), out.stride(), *launch.numbers(), SOFT=soft, SPLITS=next_power_of_2(launch.splits), **launch.options,
     )  # fmt: skip
     return [launch.finish(gradient, out), *([dtau.sum().to(tau.dtype)] if tau_gradient else [])]

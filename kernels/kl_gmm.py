@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels import gmm_log_prob
-from fastkl.kernels._device import TRITON_DTYPE, exp, normals
+from fastkl.kernels._device import POSTERIOR, TRITON_DTYPE, exp, normals
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, compute_dtype
 
@@ -28,7 +28,7 @@ def blocks(dtype: torch.dtype) -> dict[str, int]:
 @triton.jit
 def draw(seed, start, sample, BLOCK: tl.constexpr):
     """The noise of BLOCK elements from `start` on, a multiple of 4."""
-    return tl.reshape(normals(seed, start >> 2, sample, 1, BLOCK, False, False), [BLOCK])
+    return tl.reshape(normals(seed, start >> 2, sample, POSTERIOR, 1, BLOCK, False, False), [BLOCK])
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import (
+    POSTERIOR,
     TRITON_DTYPE,
     bound,
     bound_gradient,
@@ -77,20 +78,20 @@ def shifted_columns(row, start, columns, SHIFT: tl.constexpr, COLUMNS: tl.conste
 
 @triton.jit
 def row_noise(
-    seed, row, start, sample, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr,
+    seed, row, start, sample, stream, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr,
     SHIFT: tl.constexpr,
 ):  # fmt: skip
     """The noise of the elements that `shifted_columns` gives; `start` is a multiple of 4."""
     first = row.to(tl.int64)[:, None] * columns + start
     WIDE: tl.constexpr = HALF and not SHIFT  # shifted rows are written an element at a time
-    return normals(seed, first >> 2, sample, ROWS, COLUMNS, HALF, WIDE)
+    return normals(seed, first >> 2, sample, stream, ROWS, COLUMNS, HALF, WIDE)
 
 
 @triton.jit
 def rsample_kl_fwd_kernel(
     mu, parameter, prior_mu, prior_logvar, noise, z, kl, seed, shape, mu_strides, parameter_strides, prior_mu_strides,
-    prior_logvar_strides, noise_strides, z_strides, noise_sample_stride, z_sample_stride, samples, columns_per_program,
-    splits,
+    prior_logvar_strides, noise_strides, z_strides, noise_sample_stride, z_sample_stride, samples, stream,
+    columns_per_program, splits,
     low: tl.constexpr, high: tl.constexpr,
     SCALE: tl.constexpr, BOUNDED: tl.constexpr, SHIFT: tl.constexpr, NESTED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
@@ -133,7 +134,7 @@ def rsample_kl_fwd_kernel(
         given, drawn = noise, z
         for sample in range(samples):
             if noise is None:
-                eps = row_noise(key, row, start, sample, columns, ROWS, COLUMNS, HALF, SHIFT).to(DTYPE)
+                eps = row_noise(key, row, start, sample, stream, columns, ROWS, COLUMNS, HALF, SHIFT).to(DTYPE)
             else:
                 eps = tl.load(given + elements(at, column, shape, noise_strides, NESTED), mask, other=0.0).to(DTYPE)
                 given += noise_sample_stride
@@ -148,7 +149,7 @@ def rsample_kl_bwd_kernel(
     dz, dkl, mu, parameter, prior_mu, prior_logvar, noise, dmu, dparameter, dprior_mu, dprior_logvar, seed,
     shape, dz_strides, dkl_strides, mu_strides, parameter_strides, prior_mu_strides, prior_logvar_strides,
     noise_strides, dmu_strides, dparameter_strides, dprior_mu_strides, dprior_logvar_strides, noise_sample_stride,
-    dz_sample_stride, samples, rows_per_program, column_blocks, partial_stride,
+    dz_sample_stride, samples, stream, rows_per_program, column_blocks, partial_stride,
     low: tl.constexpr, high: tl.constexpr,
     SCALE: tl.constexpr, BOUNDED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr, SHIFT: tl.constexpr,
     NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
@@ -181,7 +182,7 @@ def rsample_kl_bwd_kernel(
         given, incoming = noise, dz
         for sample in range(samples):
             if noise is None:
-                eps = row_noise(key, row, start_column, sample, columns, ROWS, COLUMNS, HALF, SHIFT).to(DTYPE)
+                eps = row_noise(key, row, start_column, sample, stream, columns, ROWS, COLUMNS, HALF, SHIFT).to(DTYPE)
             else:
                 eps = tl.load(given + elements(at, column, shape, noise_strides, NESTED), mask, other=0.0).to(DTYPE)
                 given += noise_sample_stride
@@ -260,7 +261,7 @@ def bwd(dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale
     )
 
 
-def launch_fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, settings, *, with_kl):
+def launch_fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, settings, stream=POSTERIOR.value, *, with_kl):
     """(z, kl), or (z, None)."""
     scale, low, high, _ = settings
     mu, parameter = unpack(q, packed_dim)
@@ -276,7 +277,7 @@ def launch_fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, setting
     if found is None:  # a view that no two dimensions an axis describe
         contiguous = [[mu.contiguous(), parameter.contiguous()], seed, None if eps is None else eps.contiguous()]
         prior = [p.contiguous() for p in prior]
-        drawn, kl = launch_fwd(*contiguous, num_samples, -1, prior, event_ndim, settings, with_kl=with_kl)
+        drawn, kl = launch_fwd(*contiguous, num_samples, -1, prior, event_ndim, settings, stream, with_kl=with_kl)
         return z.copy_(drawn), kl
 
     dtype = compute_dtype(tensors[:-2])
@@ -294,7 +295,7 @@ def launch_fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, setting
             rsample_kl_fwd_kernel, (row_blocks * splits,),
             *tensors[:-2], *[None] * missing, noise, drawn, kl, seed, found.shape,
             *found.strides[:-2], *[NO_STRIDES] * missing, *found.strides[-2:], *sample_strides(noise, drawn), samples,
-            columns_per_program, splits, low, high, SCALE=scale, BOUNDED=is_bounded(low, high), SHIFT=shift,
+            stream, columns_per_program, splits, low, high, SCALE=scale, BOUNDED=is_bounded(low, high), SHIFT=shift,
             NESTED=found.nested, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
         )  # fmt: skip
     if with_kl:
@@ -303,7 +304,8 @@ def launch_fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, setting
 
 
 def launch_bwd(
-    dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, settings, *, prior_gradient=False
+    dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, settings, stream=POSTERIOR.value, *,
+    prior_gradient=False,
 ):  # fmt: skip
     """The gradients of q, and of the prior where wanted. dkl is expanded to mu's shape, or None without a KL."""
     scale, low, high, live = settings
@@ -344,7 +346,8 @@ def launch_bwd(
             incoming.contiguous() if num_samples is not None else incoming[0].contiguous(),
             None if dkl is None else dkl.contiguous(),
             [mu.contiguous(), parameter.contiguous()], seed, None if eps is None else eps.contiguous(), num_samples,
-            -1, [p.contiguous() for p in prior], event_ndim, settings, prior_gradient=prior_gradient,
+            -1, [p.contiguous() for p in prior], event_ndim, settings, stream,
+            prior_gradient=prior_gradient,
         )  # fmt: skip
         finish([*unpack(gradients[: len(q)], packed_dim), *gradients[len(q) :]], contiguous)
         return gradients
@@ -354,7 +357,7 @@ def launch_bwd(
         incoming, dkl, mu if dkl is not None else None, parameter, *full_prior, *[None] * missing, noise, *outputs,
         *[None] * unwanted, seed, found.shape,
         *strides[: 4 + len(prior)], *[NO_STRIDES] * missing, *strides[4 + len(prior) :], *[NO_STRIDES] * unwanted,
-        *sample_strides(noise, incoming), samples, rows_per_program, column_blocks, 2 * columns, low, high,
+        *sample_strides(noise, incoming), samples, stream, rows_per_program, column_blocks, 2 * columns, low, high,
         SCALE=scale, BOUNDED=is_bounded(low, high), LIVE=live, SHARED=shared and not summed, SHIFT=shift,
         NESTED=found.nested, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
     )  # fmt: skip

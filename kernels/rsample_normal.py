@@ -19,15 +19,15 @@ def event_ndim(tensors) -> int:
 
 
 @replayed
-def fwd(q, seed, eps, num_samples, packed_dim, scale, low, high, live):
+def fwd(q, seed, eps, num_samples, packed_dim, scale, low, high, live, stream):
     settings = (scale, low, high, live)
     ndim = event_ndim(unpack(q, packed_dim))
-    return launch_fwd(q, seed, eps, num_samples, packed_dim, [], ndim, settings, with_kl=False)[0]
+    return launch_fwd(q, seed, eps, num_samples, packed_dim, [], ndim, settings, stream, with_kl=False)[0]
 
 
 @replayed
-def bwd(dz, q, seed, eps, num_samples, packed_dim, scale, low, high, live):
+def bwd(dz, q, seed, eps, num_samples, packed_dim, scale, low, high, live, stream):
     settings = (scale, low, high, live)
     first = dz if num_samples is None else dz[0] if num_samples else unpack(q, packed_dim)[0]
     ndim = event_ndim([*unpack(q, packed_dim), first])
-    return launch_bwd(dz, None, q, seed, eps, num_samples, packed_dim, [], ndim, settings)
+    return launch_bwd(dz, None, q, seed, eps, num_samples, packed_dim, [], ndim, settings, stream)

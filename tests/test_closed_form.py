@@ -6,6 +6,7 @@ import torch
 import fastkl
 from fastkl import reference
 from fastkl.ops import _arguments, _sampling
+from fastkl.reference import Stream
 
 # More than two blocks of rows, the last one short; a row alone larger than a block; samples; one row only.
 SHAPES = [(700, 100), (3, 70_000), (5, 40, 10, 50), (1, 70_000)]
@@ -39,13 +40,19 @@ def test_noise_in_32_bit_words_is_that_of_the_definition(seed):
     shape = (3, 4 * _sampling.GROUPS + 5)  # two runs of Philox calls, the last one cut
     q = [torch.empty(shape)] * 2
     seed = torch.tensor(seed)
-    for num_samples in (None, 2):
-        drawn = _sampling.draw(q, -1, seed, None, num_samples)
-        assert torch.equal(drawn, reference.normal_noise(seed, shape, num_samples))
+    for num_samples, stream in ((None, Stream.POSTERIOR), (2, Stream.PRIOR)):
+        drawn = _sampling.draw(q, -1, seed, None, num_samples, stream)
+        assert torch.equal(drawn, reference.normal_noise(seed, shape, num_samples, stream=stream))
 
 
 def test_philox_is_the_published_one():
-    """Known answers of Philox4x32-10 (Random123's kat_vectors): counter and key of zeros."""
-    zero = torch.zeros(1, dtype=torch.int64)
-    words = [int(w) for w in reference.philox(torch.tensor(0), zero, zero, 0)]
-    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    """Known answers of Philox4x32-7 (Random123's kat_vectors): zeros, and the digits of pi."""
+    cases = {
+        (0, 0, 0, 0, 0): [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48],
+        (0x299F31D0A4093822, 0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344): [
+            0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A,
+        ],
+    }  # fmt: skip
+    for (seed, low, high, sample, stream), expected in cases.items():
+        seed, low, high = (torch.tensor(number) for number in (seed, low, high))
+        assert [int(word) for word in reference.philox(seed, low, high, sample, stream)] == expected

@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from fastkl import reference
 from fastkl.ops.gumbel_softmax import gumbel_softmax
-from fastkl.reference import discrete
+from fastkl.reference import Stream, discrete
 
 from helpers import DEVICE, DTYPES, Package, assert_as_good_as_eager, implementation, launcher, leaf, on_any_threads
 
@@ -33,6 +33,7 @@ CASES = [
     ((0, 4), -1),  # empty batch
 ]
 INFINITY = math.inf
+GUMBEL = Stream.GUMBEL
 both = pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 hard_and_soft = pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 
@@ -62,13 +63,20 @@ def check(logits, tau, **settings):
     exact = run(reference.gumbel_softmax, leaf(logits.double()), wide_tau, **fixed)
     eager = run(reference.gumbel_softmax, logits, tau, **fixed)
     actual = run(gumbel_softmax, logits, tau, seed=SEED, **settings)
+    # The temperature's gradient is a sum of dlogits ln y, which cancel: what is rounded is each of them. A soft sample
+    # keeps y for them, in the logits' dtype.
+    weights = run(reference.gumbel_softmax, leaf(logits.double()), wide_tau, **fixed | {"hard": False})[0]
+    terms = (exact[1] * weights.clamp(min=1e-300).log()).abs().sum() if logits.numel() else None
+    kept = 1 if settings.get("hard") else torch.finfo(logits.dtype).eps / torch.finfo(torch.float32).eps
     for x, e, a in zip(exact, eager, actual):
         assert a.dtype == e.dtype
-        # The noise is float32, at its largest to 1e-6: two implementations agree to 1e-6 / tau, also in float64, and in
-        # the float32 gradient of the temperature of 16-bit logits.
-        units = {torch.float32: 32, torch.float64: 32 * 2**29}.get(a.dtype, 4)
-        # The temperature's gradient is a sum of terms as large as the logits' gradients, which cancel.
-        scale = None if not logits.numel() else torch.maximum(x.abs().max(), exact[1].abs().max() * (x.dim() == 0))
+        # The noise is float32, at its largest to 1e-6: two implementations agree to 1e-6 / tau,
+        # also in float64.
+        units = {torch.float32: 32, torch.float64: 32 * 2**29}.get(logits.dtype, 4)
+        if x.dim() == 0:
+            units, scale = units * max(1, kept), terms
+        else:
+            scale = x.abs().max() if x.numel() else None
         assert_as_good_as_eager(a, e, x, units=units, scale=scale)
 
 
@@ -247,7 +255,7 @@ def test_nan_and_infinity_are_seen(backend, hard):
 @pytest.mark.parametrize("tau", [-0.5, math.nan])
 def test_a_temperature_that_no_one_reads_back_is_seen(tau, hard):
     seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    fixed = (torch.tensor(tau, device=DEVICE), seed, 1.0, hard, 1)
+    fixed = (torch.tensor(tau, device=DEVICE), seed, 1.0, hard, 1, GUMBEL)
     x = torch.zeros(3, 4, device=DEVICE)
     assert launcher("gumbel_softmax.fwd")(x, *fixed).isnan().all()
     y_and_logits = (None, x) if hard else (x + 0.25, None)
@@ -349,11 +357,11 @@ def aot_calls():
 
     def add(name, shape, dtype=torch.float32, dim=1, tensor=False):
         x, tau = torch.empty(shape, dtype=dtype), torch.ones(()) if tensor else None
-        calls[f"{name} soft fwd"] = functools.partial(fwd, x, tau, seed, 0.5, False, dim)
-        calls[f"{name} hard bwd"] = functools.partial(bwd, x, None, x, tau, seed, 0.5, True, dim, tensor)
+        calls[f"{name} soft fwd"] = functools.partial(fwd, x, tau, seed, 0.5, False, dim, GUMBEL)
+        calls[f"{name} hard bwd"] = functools.partial(bwd, x, None, x, tau, seed, 0.5, True, dim, GUMBEL, tensor)
         if name.startswith("core") or tensor:  # the others: one without the sum, one without the noise
-            calls[f"{name} hard fwd"] = functools.partial(fwd, x, tau, seed, 0.5, True, dim)
-            calls[f"{name} soft bwd"] = functools.partial(bwd, x, x, None, tau, seed, 0.5, False, dim, tensor)
+            calls[f"{name} hard fwd"] = functools.partial(fwd, x, tau, seed, 0.5, True, dim, GUMBEL)
+            calls[f"{name} soft bwd"] = functools.partial(bwd, x, x, None, tau, seed, 0.5, False, dim, GUMBEL, tensor)
 
     add("core aligned", (4096, 512), torch.bfloat16)
     add("aligned largest tile", (64, 8192))

@@ -13,6 +13,7 @@ from helpers import DEVICE, DTYPES, Package, assert_as_good_as_eager, implementa
 stats = Package("scipy.stats")
 
 SEED = 2**62 + 12345
+POSTERIOR, PRIOR = reference.Stream.POSTERIOR, reference.Stream.PRIOR
 # (shape, event_ndim, num_samples): why
 CASES = [
     ((70, 64), 1, None),  # aligned rows; several blocks of them in one partial sum of a shared prior
@@ -178,9 +179,11 @@ def aot_calls():
     draw_one, back = launcher("rsample_normal.fwd"), launcher("rsample_normal.bwd")
     for dtype in (torch.float32, torch.bfloat16):
         head, half = torch.empty((64, 1024), dtype=dtype), torch.empty((64, 512), dtype=dtype)
+        plain = (seed, None, None, -1, "logvar", -math.inf, math.inf, False)
         for name, settings in {
-            "aligned rsample_normal": ([half, half], seed, None, None, -1, "logvar", -math.inf, math.inf, False),
-            "aligned packed rsample_normal": ([head], seed, None, 2, 1, "std", -30.0, math.inf, False),
+            "aligned rsample_normal": ([half, half], *plain, POSTERIOR),
+            "aligned rsample_normal of a prior": ([half, half], *plain, PRIOR),
+            "aligned packed rsample_normal": ([head], seed, None, 2, 1, "std", -30.0, math.inf, False, POSTERIOR),
         }.items():
             dz = half if settings[3] is None else torch.empty((2, 64, 512), dtype=dtype)
             calls[f"{name} {dtype} fwd"] = lambda s=settings: draw_one(*s)

@@ -17,6 +17,7 @@ typedef struct {
     REAL sharpness, inverse;     /* 1 / tau of the weights and of the gradient */
     int64_t threads, classes, inner;
     uint64_t seed;
+    uint32_t stream;
     call shape;
     block most;                  /* what is in it at most */
     int64_t rows_each, lane_blocks, chunks, jobs;
@@ -24,11 +25,11 @@ typedef struct {
     tensor logits, y, dy, dlogits;
 } problem;
 
-/* numbers: hard, ndim, event (the classes and what follows them), sizes, strides. addresses: the number of threads, the
+/* numbers: hard, stream, ndim, event (the classes and what follows them), sizes, strides. addresses: the number of threads, the
  * seed, the tensors. */
 static problem open_problem(const int64_t *numbers, const int64_t *addresses, REAL tau, int limit) {
     problem p = {.threads = addresses[0], .limit = limit, .seed = *(const uint64_t *)(intptr_t)addresses[1]};
-    p.shape = open_call(numbers + 1, addresses + 2);
+    p.stream = (uint32_t)numbers[1], p.shape = open_call(numbers + 2, addresses + 2);
     p.classes = p.shape.sizes[p.shape.ndim - p.shape.event], p.inner = p.shape.columns / p.classes;
     REAL positive = tau < (REAL)LEAST_NORMAL ? (REAL)LEAST_NORMAL : tau; /* NaN stays */
     p.sharpness = tau < 0 ? (REAL)NAN : 1 / positive;
@@ -94,7 +95,7 @@ static void draw(const problem *p, tile at, REAL *restrict out) {
     REAL own[TILE];
     uint64_t first = (uint64_t)(at.row * p->shape.columns + at.column);
     int count = at.rows * at.columns, shift = (int)(first % 4), calls = (shift + count + 3) / 4;
-    philox(p->seed, first / 4, 0, calls, words, NOTHING);
+    philox(p->seed, first / 4, 0, p->stream, calls, words, NOTHING);
     for (int i = 0; i < calls; i++) {
         noise[4 * i] = gumbel(words[0][i]), noise[4 * i + 1] = gumbel(words[1][i]);
         noise[4 * i + 2] = gumbel(words[2][i]), noise[4 * i + 3] = gumbel(words[3][i]);

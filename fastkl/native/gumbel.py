@@ -7,21 +7,22 @@ import torch
 from fastkl.native._pack import address, keep, known, plans, prepare
 
 
-def _plan(name: str, hard: bool, dim: int, *tensors):
+def _plan(name: str, hard: bool, dim: int, stream: int, *tensors):
     """For tensors of one shape, None where one is not there."""
-    key = ("gumbel_softmax", name, hard, dim, known(tensors))
+    key = ("gumbel_softmax", name, hard, dim, stream, known(tensors))
     try:
         return plans[key]
     except KeyError:
         like = next(tensor for tensor in tensors if tensor is not None)
         strides = [(0,) * like.dim() if tensor is None else tensor.stride() for tensor in tensors]
         others = 2 if name == "backward" else 1  # the seed, and where tau's gradient goes
-        return keep(key, prepare("gumbel", name, (hard,), like.shape, like.dim() - dim, tensors, strides, others))
+        numbers = (hard, stream)
+        return keep(key, prepare("gumbel", name, numbers, like.shape, like.dim() - dim, tensors, strides, others))
 
 
-def gumbel_softmax_fwd(logits, tau, seed, constant, hard, dim):
+def gumbel_softmax_fwd(logits, tau, seed, constant, hard, dim, stream):
     y = torch.empty_like(logits)
-    plan = _plan("forward", hard, dim, logits, y)
+    plan = _plan("forward", hard, dim, stream, logits, y)
     if plan is None:
         return NotImplemented
     if y.numel():
@@ -29,11 +30,11 @@ def gumbel_softmax_fwd(logits, tau, seed, constant, hard, dim):
     return y
 
 
-def gumbel_softmax_bwd(dy, y, logits, tau, seed, constant, hard, dim, tau_gradient):
+def gumbel_softmax_bwd(dy, y, logits, tau, seed, constant, hard, dim, stream, tau_gradient):
     like = y if logits is None else logits
     gradient = torch.empty_like(like)
     y = y if logits is None else None
-    plan = _plan("backward", hard, dim, logits, y, dy, gradient)
+    plan = _plan("backward", hard, dim, stream, logits, y, dy, gradient)
     if plan is None:
         return NotImplemented
     gradients = [gradient]

@@ -11,6 +11,7 @@ typedef struct {
     int distance, per_column, shared, samples; /* shared: one prior for all rows; samples: 0 where there are none */
     int64_t threads, eps_step, z_step; /* steps from one sample to the next */
     uint64_t seed;
+    uint32_t stream;
     posterior q;
     call shape;
     pieces cut;
@@ -19,14 +20,14 @@ typedef struct {
     tensor mu, parameter, prior_mu, prior_logvar, eps, z, value, dvalue, dz, dmu, dparameter, dprior_mu, dprior_logvar;
 } problem;
 
-/* numbers: distance, per_column, scale, positive, bounded, live, samples, eps_step, z_step, shared, ndim, event, sizes,
+/* numbers: distance, per_column, scale, positive, bounded, live, samples, eps_step, z_step, shared, stream, ndim, event, sizes,
  * strides. addresses: the number of threads, the seed, the tensors. */
 static void open_problem(problem *p, const int64_t *numbers, const int64_t *addresses, double low, double high) {
     p->distance = (int)numbers[0], p->per_column = (int)numbers[1], p->shared = (int)numbers[9], p->partial = NULL;
     p->q = (posterior){(int)numbers[2], (int)numbers[4], (int)numbers[5], (int)numbers[3], (REAL)low, (REAL)high};
     p->samples = (int)numbers[6], p->eps_step = numbers[7], p->z_step = numbers[8];
     p->threads = addresses[0], p->seed = addresses[1] ? *(const uint64_t *)(intptr_t)addresses[1] : 0;
-    p->shape = open_call(numbers + 10, addresses + 2);
+    p->stream = (uint32_t)numbers[10], p->shape = open_call(numbers + 11, addresses + 2);
     p->mu = next_tensor(&p->shape), p->parameter = next_tensor(&p->shape);
     p->prior_mu = next_tensor(&p->shape), p->prior_logvar = next_tensor(&p->shape);
     p->eps = next_tensor(&p->shape);
@@ -90,11 +91,11 @@ static const REAL *noise(const problem *p, tile at, int sample, REAL *buffer, aw
     uint64_t first = (uint64_t)(at.row * p->shape.columns + at.column);
 #ifdef FLOAT64
     float drawn[NOISE];
-    const float *eps = normals(p->seed, first, (uint32_t)sample, n, drawn, soon);
+    const float *eps = normals(p->seed, first, (uint32_t)sample, p->stream, n, drawn, soon);
     for (int i = 0; i < n; i++) buffer[i] = eps[i];
     return buffer;
 #else
-    return normals(p->seed, first, (uint32_t)sample, n, buffer, soon);
+    return normals(p->seed, first, (uint32_t)sample, p->stream, n, buffer, soon);
 #endif
 }
 

@@ -13,6 +13,7 @@ import torch
 from fastkl.native._pack import Plan, address, keep, known, plans, prepare
 
 KL, WASSERSTEIN2 = 0, 1
+POSTERIOR = 1  # reference.Stream.POSTERIOR
 SCALES = {"logvar": 0, "log_std": 1, "std": 2, "softplus": 3}
 INFINITY = float("inf")
 # Where eps, and z or its gradient, are among a function's tensors; what each of those after q has as its dimensions.
@@ -33,6 +34,7 @@ class _Settings(NamedTuple):
     low: float
     high: float
     live: bool
+    stream: int = POSTERIOR
 
 
 def make(name: str, settings: tuple, q, samples: int, others) -> Plan | None:
@@ -53,7 +55,7 @@ def make(name: str, settings: tuple, q, samples: int, others) -> Plan | None:
         strides.append(own)
     bounded = settings.low > -INFINITY or settings.high < INFINITY
     numbers = [settings.distance, settings.per_column, SCALES[settings.scale], settings.distance == WASSERSTEIN2]
-    numbers += [bounded, settings.live, samples, *(steps[index] for index in SAMPLES[name]), shared]
+    numbers += [bounded, settings.live, samples, *(steps[index] for index in SAMPLES[name]), shared, settings.stream]
     value = mu.shape[ndim - event_ndim :] if settings.per_column else mu.shape[: ndim - event_ndim]
     halves = (0, 0)
     if len(q) == 1:

@@ -45,20 +45,22 @@ __attribute__((always_inline)) static inline void fetch(const awaited *soon, int
     }
 }
 
-/* Philox4x32-10 (Salmon et al. 2011) of the counters (first + i, sample, 0): words[k][i] is word k of call i. Even and odd
- * calls go side by side: one hides the latency of the other's products. */
-static inline void philox(uint64_t seed, uint64_t first, uint32_t sample, int calls, uint32_t words[4][CALLS],
-                          awaited soon) {
+#define ROUNDS 7 /* those of fastkl.reference.philox */
+
+/* Philox4x32 (Salmon et al. 2011) of the counters (first + i, sample, stream): words[k][i] is word k of call i. Even and
+ * odd calls go side by side: one hides the latency of the other's products. */
+static inline void philox(uint64_t seed, uint64_t first, uint32_t sample, uint32_t stream, int calls,
+                          uint32_t words[4][CALLS], awaited soon) {
     for (int call = 0; call < calls; call += 8) {
         fetch(&soon, 4 * call, 32);
         lanes a[2], b[2], c[2], d[2];
         for (int odd = 0; odd < 2; odd++) {
             a[odd] = (lanes){0, 2, 4, 6} + (first + (uint64_t)(call + odd));
-            b[odd] = a[odd] >> 32, c[odd] = (lanes){0} + sample, d[odd] = (lanes){0};
+            b[odd] = a[odd] >> 32, c[odd] = (lanes){0} + sample, d[odd] = (lanes){0} + stream;
         }
         uint32_t key_0 = (uint32_t)seed, key_1 = (uint32_t)(seed >> 32);
-#pragma GCC unroll 10
-        for (int step = 0; step < 10; step++) {
+#pragma GCC unroll 7
+        for (int step = 0; step < ROUNDS; step++) {
             for (int odd = 0; odd < 2; odd++) {
                 lanes left = product(a[odd], 0xD2511F53), right = product(c[odd], 0xCD9E8D57);
                 a[odd] = (b[odd] ^ key_0) ^ (right >> 32), b[odd] = right;
@@ -107,12 +109,13 @@ static inline pair box_muller(uint32_t word_0, uint32_t word_1) {
     return (pair){radius - doubled * sine, doubled * cosine};
 }
 
-/* Normals `first` to `first + count` of a sample, in `out` with room for NOISE; returns where the first of them is. */
+/* Normals `first` to `first + count` of a sample and stream, in `out` with room for NOISE; returns where the first of them is. */
 #define NOISE (4 * CALLS)
-static const float *normals(uint64_t seed, uint64_t first, uint32_t sample, int count, float *restrict out, awaited soon) {
+static const float *normals(uint64_t seed, uint64_t first, uint32_t sample, uint32_t stream, int count,
+                            float *restrict out, awaited soon) {
     uint32_t words[4][CALLS];
     int shift = (int)(first % 4), calls = (shift + count + 3) / 4;
-    philox(seed, first / 4, sample, calls, words, soon);
+    philox(seed, first / 4, sample, stream, calls, words, soon);
     for (int i = 0; i < calls; i++) {
         pair a = box_muller(words[0][i], words[1][i]), b = box_muller(words[2][i], words[3][i]);
         out[4 * i] = a.first, out[4 * i + 1] = a.second, out[4 * i + 2] = b.first, out[4 * i + 3] = b.second;

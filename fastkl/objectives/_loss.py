@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from fastkl import distributions
+from fastkl.ops import _sampling as sampling
 from fastkl.ops.normal_log_prob import normal_log_prob
-from fastkl.ops.rsample_normal import rsample_normal
+from fastkl.ops.rsample_normal import draw_normal
 from fastkl.priors._prior import Prior
+from fastkl.reference import Stream
 
 LogLikelihood = Callable[[Tensor], Tensor]
 
@@ -67,7 +69,8 @@ def prior_draws(
     if prior is not None:
         return prior.rsample(shape[0], seed=seed)
     zero = torch.zeros((), dtype=torch.float32, device=posterior.mean.device)
-    return rsample_normal(zero.expand(shape), zero, seed=seed)
+    seed = sampling.check_seed(seed, zero.device, "posterior")
+    return draw_normal(Stream.PRIOR, shape, zero, zero, seed)
 
 
 def log_prior(posterior: distributions.DiagonalNormal, prior: Prior | None, z: Tensor) -> Tensor:

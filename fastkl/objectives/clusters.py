@@ -11,7 +11,7 @@ from fastkl.ops._arguments import check_weight
 from fastkl.ops._register import no_autocast
 from fastkl.ops.gmm_log_prob import gmm_log_prob
 from fastkl.ops.gmm_responsibilities import gmm_responsibilities
-from fastkl.priors.mixture import MixturePrior
+from fastkl.priors.mixture import Mixture, MixturePrior
 
 
 def vade(
@@ -63,20 +63,23 @@ def vade(
 def _kls(posterior: distributions.DiagonalNormal, prior: MixturePrior, z: Tensor) -> tuple[Tensor, Tensor]:
     """sum_k r_k KL(q || N_k) and KL(r || pi) [*batch]."""
     mu, logvar, mixture = prior._both(posterior)
-    logits, means, logvars, scale_tril = mixture
+    # In which the gradients of the parts are added up.
     dtype = reference.compute_dtype(mu, logvar, z, *(tensor for tensor in mixture if tensor is not None))
+    mu, logvar, z = mu.to(dtype), logvar.to(dtype), z.to(dtype)
+    mixture = Mixture(*(None if tensor is None else tensor.to(dtype) for tensor in mixture))
+    logits, means, logvars, scale_tril = mixture
     with no_autocast(z.device.type):
-        log_r = gmm_responsibilities(z, **mixture.named(), precision=prior.precision).to(dtype)
+        log_r = gmm_responsibilities(z, **mixture.named(), precision=prior.precision)
         # ln N(mu; m_k, S_k) by way of p(k | mu): streamed, and without the digits that expanding a square loses.
-        at_mean = gmm_responsibilities(mu, **mixture.named(), precision=prior.precision).to(dtype)
-        at_mean = at_mean + gmm_log_prob(mu, **mixture.named(), precision=prior.precision).to(dtype).unsqueeze(-1)
-        log_pi = torch.log_softmax(logits.to(dtype), -1)
+        at_mean = gmm_responsibilities(mu, **mixture.named(), precision=prior.precision)
+        at_mean = at_mean + gmm_log_prob(mu, **mixture.named(), precision=prior.precision).unsqueeze(-1)
+        log_pi = torch.log_softmax(logits, -1)
         excluded = log_pi == float("-inf")
         log_normal = at_mean - log_pi.masked_fill(excluded, 0.0)
-        trace = logvar.to(dtype).exp() @ _precisions(means, logvars, scale_tril).to(dtype).mT  # sum_d sigma^2 / S_kd
+        trace = logvar.exp() @ _precisions(means, logvars, scale_tril).mT  # sum_d sigma^2 / S_kd
         cross = (log_normal - 0.5 * trace).masked_fill(excluded, 0.0)  # E_q ln N_k
         r = log_r.exp()
-        kl = -reference.normal_entropy(logvar.to(dtype)) - (r * cross).sum(-1)
+        kl = -reference.normal_entropy(logvar) - (r * cross).sum(-1)
         # A component that cannot have made z adds 0: without weight it would be -inf - -inf, underflowed 0 times -inf.
         surprise = (log_r - log_pi).masked_fill(log_r == float("-inf"), 0.0)
         return kl.mean(0), (r * surprise).sum(-1).mean(0)

@@ -170,7 +170,7 @@ def expand_prior(
     batch_ndim = len(shape) - event_ndim
     event = shape[batch_ndim:]
     if is_shared(prior_mu, event_ndim) and is_shared(prior_logvar, event_ndim):
-        return _drop_batch(prior_mu, event_ndim).expand(event), _drop_batch(prior_logvar, event_ndim).expand(event)
+        return tuple(expand(_drop_batch(tensor, event_ndim), event) for tensor in (prior_mu, prior_logvar))
     return expand(prior_mu, shape), expand(prior_logvar, shape)
 
 
@@ -197,7 +197,7 @@ def check_packed(head: Tensor, dim: int) -> int:
 
 def batch_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     """The vmapped dimension in front, for an op that takes any leading dimensions; expanded where it is missing."""
-    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return expand(tensor, (size, *tensor.shape)) if dim is None else tensor.movedim(dim, 0)
 
 
 def batch_first_all(tensors, dims, size: int) -> list[Tensor]:
@@ -233,7 +233,7 @@ def batch_first_prior(prior, dims, shape: torch.Size, event_ndim: int) -> list[T
     for tensor, dim in zip(prior, dims):
         tensor = batch_first(tensor, dim, shape[0])
         missing = len(shape) - tensor.dim()
-        full.append(tensor.reshape(shape[0], *[1] * missing, *tensor.shape[1:]).expand(shape))
+        full.append(expand(tensor.reshape(shape[0], *[1] * missing, *tensor.shape[1:]), shape))
     return full
 
 
@@ -295,8 +295,9 @@ def fits(tensor: Tensor, shape: torch.Size) -> bool:
     return tensor.dim() <= len(shape) and all(size in (1, full) for size, full in sizes)
 
 
-def expand(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """tensor.expand(shape), whose gradient is summed in float32: each addend rounded to 16 bits may well be 0."""
+def expand(tensor: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """tensor.expand(shape), whose gradient is summed in float32: each addend rounded to 16 bits may well be 0. In front
+    of an op there is no other way to broadcast."""
     if tensor.shape == shape:
         return tensor
     return (tensor.float() if tensor.itemsize == 2 else tensor).expand(shape)

@@ -27,10 +27,15 @@ def kl_per_sample(q, packed_dim, prior, event_ndim, scale, bounds) -> Tensor:
     return arguments.by_rows(lambda *rows: reference.kl_normal(*rows, **settings), mu, event_ndim, tensors)
 
 
+def samples_dtype(mu: Tensor, parameter: Tensor | None) -> torch.dtype:
+    """That of z: the parameters' own, also where one that is broadcast goes to the op in float32."""
+    return mu.dtype if parameter is None else torch.promote_types(mu.dtype, parameter.dtype)
+
+
 def empty_samples(q, packed_dim, num_samples) -> Tensor:
     """z in the parameters' dtype, [*shape] in mu's memory layout, or [num_samples, *shape]."""
     mu, parameter = unpack(q, packed_dim)
-    dtype = torch.promote_types(mu.dtype, parameter.dtype)
+    dtype = samples_dtype(mu, parameter)
     if num_samples is None:
         return torch.empty_like(mu, dtype=dtype)
     return mu.new_empty((num_samples, *mu.shape), dtype=dtype)

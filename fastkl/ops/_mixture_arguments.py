@@ -254,5 +254,5 @@ def _vmap_mixture(mixture, dims, size: int) -> tuple[list[Tensor | None], int, b
             batched.append(tensor)
             continue
         tensor = arguments.batch_first(tensor, dim, size)
-        batched.append(tensor.expand(size, data, *tensor.shape[2:]).flatten(0, 1))
+        batched.append(arguments.expand(tensor, (size, data, *tensor.shape[2:])).flatten(0, 1))
     return batched, data, True

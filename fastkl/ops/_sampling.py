@@ -12,6 +12,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._closed_form import unpack
+from fastkl.reference import Stream
 
 
 def check_noise(
@@ -30,7 +31,7 @@ def check_noise(
         full = shape if num_samples is None else torch.Size((num_samples, *shape))
         if not arguments.fits(eps, full):
             raise ValueError(f"eps must have the shape of the samples, {tuple(full)}, got {tuple(eps.shape)}")
-        return None, eps.expand(full)
+        return None, arguments.expand(eps, full)
     return check_seed(seed, device, "mu"), None
 
 
@@ -59,25 +60,33 @@ def running_sum(values: Tensor) -> Tensor:
     return torch.cat([rows, rows[:1]]).cumsum(-1)[:-1].view(values.shape)
 
 
-def noise(q: list[Tensor], packed_dim: int, seed: Tensor | None, eps: Tensor | None, num_samples: int | None) -> Tensor:
+def noise(
+    q: list[Tensor], packed_dim: int, seed: Tensor | None, eps: Tensor | None, num_samples: int | None,
+    stream: int = Stream.POSTERIOR,
+) -> Tensor:  # fmt: skip
     """The noise in torch ops, for any device and for gradients that are differentiated again."""
-    return reference.normal_noise(seed, unpack(q, packed_dim)[0].shape, num_samples) if eps is None else eps
+    if eps is not None:
+        return eps
+    return reference.normal_noise(seed, unpack(q, packed_dim)[0].shape, num_samples, stream=stream)
 
 
-def draw(q: list[Tensor], packed_dim: int, seed: Tensor | None, eps: Tensor | None, num_samples: int | None) -> Tensor:
+def draw(
+    q: list[Tensor], packed_dim: int, seed: Tensor | None, eps: Tensor | None, num_samples: int | None,
+    stream: int = Stream.POSTERIOR,
+) -> Tensor:  # fmt: skip
     """The noise inside an op: on a CPU the same as reference.normal_noise, some ten times faster."""
     shape = unpack(q, packed_dim)[0].shape
     if eps is not None or seed.device.type != "cpu":
-        return noise(q, packed_dim, seed, eps, num_samples)
+        return noise(q, packed_dim, seed, eps, num_samples, stream)
     samples = range(1 if num_samples is None else num_samples)
-    out = normals(seed, samples, 0, shape.numel())
+    out = normals(seed, samples, 0, shape.numel(), stream)
     return out.reshape(shape if num_samples is None else (num_samples, *shape))
 
 
-def normals(seed: Tensor, samples: range, first: int, last: int) -> Tensor:
+def normals(seed: Tensor, samples: range, first: int, last: int, stream: int = Stream.POSTERIOR) -> Tensor:
     """Elements first to last, in row-major order, of some samples' reference.normal_noise: [samples, last - first]."""
     if seed.device.type != "cpu":
-        return reference.normal_noise(seed, (last,), len(samples), samples.start)[:, first:]
+        return reference.normal_noise(seed, (last,), len(samples), samples.start, stream)[:, first:]
     start, groups = first // 4, (last + 3) // 4
     shape = (len(samples), groups - start, 2, 2)  # two Box-Muller pairs for each call
     out = torch.empty(shape, dtype=torch.float32, device=seed.device)
@@ -86,7 +95,7 @@ def normals(seed: Tensor, samples: range, first: int, last: int) -> Tensor:
         numbers = np.array(samples[index : index + together])
         for begin in range(start, groups, GROUPS):
             group = np.arange(begin, min(groups, begin + GROUPS))
-            words = _philox(seed.item(), np.tile(group, len(numbers)), np.repeat(numbers, len(group)))
+            words = _philox(seed.item(), np.tile(group, len(numbers)), np.repeat(numbers, len(group)), stream)
             # float32(word) rounds as in the kernel; the angle's word is signed, which is the same angle.
             radius, angle = (torch.from_numpy(word.astype(np.float32)) for word in (words[0], words[1].view(np.int32)))
             radius.mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2.0).sqrt_()
@@ -99,16 +108,16 @@ def normals(seed: Tensor, samples: range, first: int, last: int) -> Tensor:
     return out.view(len(samples), -1)[:, first - 4 * start : last - 4 * start]
 
 
-def draw_gumbel(seed: Tensor, shape: torch.Size) -> Tensor:
+def draw_gumbel(seed: Tensor, shape: torch.Size, stream: int) -> Tensor:
     """reference.gumbel_noise; on a CPU the same, in a fraction of the time."""
     if seed.device.type != "cpu":
-        return reference.gumbel_noise(seed, shape)
+        return reference.gumbel_noise(seed, shape, stream)
     count = shape.numel()
     groups = (count + 3) // 4
     out = torch.empty(groups, 2, 2, dtype=torch.float32, device=seed.device)
     for first in range(0, groups, GROUPS):
         last = min(groups, first + GROUPS)
-        for pair, words in enumerate(_philox(seed.item(), np.arange(first, last), 0)):
+        for pair, words in enumerate(_philox(seed.item(), np.arange(first, last), 0, stream)):
             # From either end: the tail next to u = 1 as fine as that next to 0.
             signed = torch.from_numpy(words.view(np.int32))
             tail = (signed ^ (signed >> 31)).float().mul_(2.0**-32).add_(2.0**-33)  # u or 1 - u, at most 1/2
@@ -121,16 +130,17 @@ def draw_gumbel(seed: Tensor, shape: torch.Size) -> Tensor:
 
 # Philox calls at a time whose words fit a processor's cache.
 GROUPS = 16384
+ROUNDS = 7  # those of reference.philox
 _MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
 
 
-def _philox(seed: int, group: np.ndarray, sample: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _philox(seed: int, group: np.ndarray, sample: int | np.ndarray, stream: int) -> tuple[np.ndarray, np.ndarray]:
     """reference.philox in 32-bit words: (0, 2) and (1, 3), [2, groups] each."""
     even, odd = np.zeros((2, len(group)), np.uint32), np.zeros((2, len(group)), np.uint32)
-    even[0], odd[0], even[1] = group & 0xFFFFFFFF, group >> 32, sample
+    even[0], odd[0], even[1], odd[1] = group & 0xFFFFFFFF, group >> 32, sample, stream
     key = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
     products = [np.empty((2, len(group)), np.uint64) for _ in range(2)]
-    for step in range(10):
+    for step in range(ROUNDS):
         halves = np.multiply(even, _MULTIPLIERS, out=products[step % 2]).view(np.uint32)[::-1]
         even = halves[:, HIGH::2] ^ odd
         even ^= np.array(key, np.uint32)[:, None]
@@ -149,13 +159,15 @@ def noise_gradient(dz: Tensor, q: list[Tensor], packed_dim: int, eps: Tensor, sc
     return (dz * torch.exp(0.5 * logvar)).to(eps.dtype)
 
 
-def batch_noise(info, q, packed_dim: int, dims, seed, eps, num_samples) -> tuple[Tensor | None, Tensor | None]:
+def batch_noise(
+    info, q, packed_dim: int, dims, seed, eps, num_samples, stream: int = Stream.POSTERIOR
+) -> tuple[Tensor | None, Tensor | None]:
     """(seed, eps) under vmap, for the op over a batch whose first dimension is the vmapped one."""
     seed_dim, eps_dim = dims
     if eps is None:  # one seed for all examples, hence the same noise, or a seed for each
         shape = unpack(q, packed_dim)[0].shape[1:]
         seeds = [seed] if seed_dim is None else seed.unbind(seed_dim)
-        drawn = [reference.normal_noise(each, shape, num_samples) for each in seeds]
+        drawn = [reference.normal_noise(each, shape, num_samples, stream=stream) for each in seeds]
         eps, eps_dim = (drawn[0], None) if seed_dim is None else (torch.stack(drawn), 0)
     eps = arguments.batch_first(eps, eps_dim, info.batch_size)
     return None, eps if num_samples is None else eps.movedim(0, 1)

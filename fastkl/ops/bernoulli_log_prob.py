@@ -118,4 +118,4 @@ def bernoulli_log_prob(logits: Tensor, x: Tensor, *, event_ndim: int | None = No
     arguments.check_tensors(logits=logits, x=x)
     shape = arguments.broadcast_shape(logits=logits, x=x)
     event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
-    return apply(_BernoulliLogProb, logits.expand(shape), x.expand(shape), event_ndim)
+    return apply(_BernoulliLogProb, arguments.expand(logits, shape), arguments.expand(x, shape), event_ndim)

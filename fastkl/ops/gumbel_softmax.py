@@ -14,13 +14,15 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops import _torch
 from fastkl.ops._register import apply, needs_closed_form, register
+from fastkl.reference import Stream
 
-# tau is a tensor without dimensions, or None where the number `constant` is the temperature.
-_SETTINGS = "Tensor? tau, Tensor seed, float constant, bool hard, int dim"
+# tau is a tensor without dimensions, or None where the number `constant` is the temperature; stream is a
+# reference.Stream.
+_SETTINGS = "Tensor? tau, Tensor seed, float constant, bool hard, int dim, int stream"
 
 
-def _forward(logits, tau, seed, constant, hard, dim) -> Tensor:
-    perturbed = sampling.draw_gumbel(seed, logits.shape).to(reference.compute_dtype(logits)).add_(logits)
+def _forward(logits, tau, seed, constant, hard, dim, stream) -> Tensor:
+    perturbed = sampling.draw_gumbel(seed, logits.shape, stream).to(reference.compute_dtype(logits)).add_(logits)
     if tau is not None:
         return arguments.match(reference.relaxed_one_hot(perturbed, tau, hard, dim), logits)
     # The same in fewer sweeps, in place.
@@ -33,11 +35,11 @@ def _forward(logits, tau, seed, constant, hard, dim) -> Tensor:
     return arguments.match(torch.softmax(perturbed, dim).masked_fill_(masked, 0.0), logits)
 
 
-def _gradients(dy, y, logits, tau, seed, constant, hard, dim, tau_gradient) -> list[Tensor]:
+def _gradients(dy, y, logits, tau, seed, constant, hard, dim, stream, tau_gradient) -> list[Tensor]:
     dtype = reference.compute_dtype(dy)
     temperature = torch.full((), constant, dtype=dtype, device=dy.device) if tau is None else tau.to(dtype)
     if hard:
-        perturbed = logits.to(dtype) + sampling.draw_gumbel(seed, logits.shape)
+        perturbed = logits.to(dtype) + sampling.draw_gumbel(seed, logits.shape, stream)
         weights = reference.relaxed_one_hot(perturbed, temperature, False, dim)
     else:  # y may be rounded to 16 bits: divided by its sum it is a softmax again
         weights = y.to(dtype)
@@ -53,14 +55,14 @@ def _gradients(dy, y, logits, tau, seed, constant, hard, dim, tau_gradient) -> l
     return gradients
 
 
-def _backward(dy, y, logits, tau, seed, constant, hard, dim, tau_gradient) -> list[Tensor]:
+def _backward(dy, y, logits, tau, seed, constant, hard, dim, stream, tau_gradient) -> list[Tensor]:
     if y is not None and tau is None and y.itemsize > 2 and constant > torch.finfo(y.dtype).tiny:
         return [arguments.match(_torch.softmax_gradient(dy, y, dim).div_(constant), y)]
-    gradient, *dtau = _gradients(dy, y, logits, tau, seed, constant, hard, dim, tau_gradient)
+    gradient, *dtau = _gradients(dy, y, logits, tau, seed, constant, hard, dim, stream, tau_gradient)
     return [arguments.match(gradient, y if logits is None else logits), *dtau]
 
 
-def _fake_backward(dy, y, logits, tau, seed, constant, hard, dim, tau_gradient) -> list[Tensor]:
+def _fake_backward(dy, y, logits, tau, seed, constant, hard, dim, stream, tau_gradient) -> list[Tensor]:
     return [torch.empty_like(y if logits is None else logits), *([torch.empty_like(tau)] if tau_gradient else [])]
 
 
@@ -83,8 +85,8 @@ gumbel_softmax_bwd = register(
 
 class _GumbelSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(logits, tau, seed, constant, hard, dim):
-        return gumbel_softmax_fwd(logits, tau, seed, constant, hard, dim)
+    def forward(logits, tau, seed, constant, hard, dim, stream):
+        return gumbel_softmax_fwd(logits, tau, seed, constant, hard, dim, stream)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -97,20 +99,20 @@ class _GumbelSoftmax(torch.autograd.Function):
         y_and_logits = (None, saved) if ctx.settings[1] else (saved, None)
         function = _gradients if needs_closed_form(dy) else gumbel_softmax_bwd
         gradients = function(dy, *y_and_logits, tau, seed, *ctx.settings, ctx.needs_input_grad[1])
-        return (*gradients, *[None] * (6 - len(gradients)))
+        return (*gradients, *[None] * (7 - len(gradients)))
 
     @staticmethod
-    def vmap(info, in_dims, logits, tau, seed, constant, hard, dim):
+    def vmap(info, in_dims, logits, tau, seed, constant, hard, dim, stream):
         """One seed for all examples is the same noise for each, or a seed for each."""
-        logits_dim, tau_dim, seed_dim = in_dims[:3]
+        (logits_dim, tau_dim, seed_dim), dtype = in_dims[:3], logits.dtype
         logits = arguments.batch_first(logits, logits_dim, info.batch_size)
         seeds = [seed] if seed_dim is None else seed.unbind(seed_dim)
-        noise = torch.stack([reference.gumbel_noise(each, logits.shape[1:]) for each in seeds])
+        noise = torch.stack([reference.gumbel_noise(each, logits.shape[1:], stream) for each in seeds])
         temperature = constant if tau is None else tau
         if tau_dim is not None:
             temperature = tau.reshape(info.batch_size, *[1] * (logits.dim() - 1))
         perturbed = logits.to(reference.compute_dtype(logits)) + noise
-        return reference.relaxed_one_hot(perturbed, temperature, hard, dim + 1).to(logits.dtype), 0
+        return reference.relaxed_one_hot(perturbed, temperature, hard, dim + 1).to(dtype), 0
 
 
 def check_tau(tau: float | Tensor, logits: Tensor) -> tuple[Tensor | None, float]:
@@ -179,6 +181,13 @@ def gumbel_softmax(
     >>> [f"{share:.2f}" for share in y.mean(0)]
     ['0.50', '0.20', '0.30', '0.00']
     """
+    return draw_choice(Stream.GUMBEL, logits, tau, hard, dim, seed)
+
+
+def draw_choice(
+    stream: int, logits: Tensor, tau: float | Tensor, hard: bool, dim: int, seed: int | Tensor | None
+) -> Tensor:
+    """gumbel_softmax, for the ops that choose by one: `stream` says which."""
     arguments.check_tensors(logits=logits)
     if isinstance(dim, float):
         raise TypeError(f"dim must be an int, got {dim}; torch's fourth argument, eps, has no effect: leave it out")
@@ -191,4 +200,4 @@ def gumbel_softmax(
         raise ValueError(f"logits must have at least one class along dim={dim}, got shape {tuple(logits.shape)}")
     tensor, constant = check_tau(tau, logits)
     seed = sampling.check_seed(seed, logits.device, "logits")
-    return apply(_GumbelSoftmax, logits, tensor, seed, constant, bool(hard), dim % logits.dim())
+    return apply(_GumbelSoftmax, logits, tensor, seed, constant, bool(hard), dim % logits.dim(), stream)

@@ -17,6 +17,7 @@ METHODS = {"mc": "point", "upper": "expected", "lower": "convolved"}
 
 def _bound(mu, logvar, logits, means, logvars, scale_tril, form: str, precision: str) -> Tensor:
     """-H(q) - logsumexp_k [ln pi_k + what `form` says of component k]."""
+    logvar = logvar.to(reference.compute_dtype(logvar))  # in which the gradients of both parts are added up
     log_prob = _gmm.log_prob({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril, form, precision)
     return -reference.normal_entropy(logvar).expand(log_prob.shape) - log_prob
 

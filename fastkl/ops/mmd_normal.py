@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
 def _terms(mu: Tensor, logvar: Tensor | None, scales: tuple[float, ...]) -> Tensor:
     """reference.mmd_normal_terms, the mean in float64; of points, from their norms alone."""
-    dtype, size = reference.compute_dtype(mu, logvar), mu.shape[1]
-    mu = mu.to(dtype)
-    spread = None if logvar is None else logvar.to(dtype).exp() + 1
+    size = mu.shape[1]
+    spread = None if logvar is None else logvar.exp() + 1
     norms = mu.square().sum(1) if logvar is None else None
     total = 0.0
     for s in scales:
@@ -84,7 +83,8 @@ def mmd_normal(
     scales = _mmd.check_scales(scales)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
     arguments.check_choice("estimator", estimator, reference.MMD_ESTIMATORS)
-    tensors = [_mmd.check_points("mu", arguments.expand(t, shape)) for t in (mu, logvar) if t is not None]
+    dtype = reference.compute_dtype(mu, logvar)  # in which the gradients of both parts are added up
+    tensors = [_mmd.check_points("mu", t.to(dtype).expand(shape)) for t in (mu, logvar) if t is not None]
     tensors, _ = _group.gather(group, *tensors)
     mu, logvar = (*tensors, None)[:2]
     unbiased = _mmd.check_estimator(estimator, mu=mu.shape[0])
@@ -92,4 +92,4 @@ def mmd_normal(
         pairs = _mmd.mmd(mu, mu[:0].detach(), "rbf", scales, unbiased)
     else:
         pairs = _mmd_posteriors.mean_kernel(mu, logvar, scales, unbiased)
-    return (pairs + _terms(mu, logvar, scales)).to(reference.compute_dtype(mu, logvar))
+    return (pairs + _terms(mu, logvar, scales)).to(dtype)

@@ -20,10 +20,10 @@ def _fit_logvar(logvar: Tensor, shape: torch.Size, event_ndim: int) -> Tensor:
     batch_ndim = len(shape) - event_ndim
     own = logvar.shape[max(0, logvar.dim() - event_ndim) :]
     if math.prod(own) == 1:
-        return logvar.expand(*shape[:batch_ndim], *[1] * event_ndim)
+        return arguments.expand(logvar, (*shape[:batch_ndim], *[1] * event_ndim))
     if batch_ndim and arguments.is_shared(logvar, event_ndim):
-        return logvar.reshape(own).expand(shape[batch_ndim:])
-    return logvar.expand(shape)
+        return arguments.expand(logvar.reshape(own), shape[batch_ndim:])
+    return arguments.expand(logvar, shape)
 
 
 def _forward(x, mean, logvar, event_ndim) -> Tensor:
@@ -134,4 +134,4 @@ def normal_log_prob(x: Tensor, mean: Tensor, logvar: Tensor, *, event_ndim: int 
     shape = arguments.broadcast_shape(x=x, mean=mean, logvar=logvar)
     event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
     logvar = _fit_logvar(logvar, shape, event_ndim)
-    return apply(_NormalLogProb, x.expand(shape), mean.expand(shape), logvar, event_ndim)
+    return apply(_NormalLogProb, arguments.expand(x, shape), arguments.expand(mean, shape), logvar, event_ndim)

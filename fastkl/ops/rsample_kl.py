@@ -15,6 +15,7 @@ from fastkl.ops._closed_form import (
     kl_per_sample,
     normal_gradients,
     sample,
+    samples_dtype,
     unpack,
 )
 from fastkl.ops._register import apply, needs_closed_form, register
@@ -133,6 +134,7 @@ class _RsampleKL(torch.autograd.Function):
     def vmap(
         info, in_dims, mu, parameter, prior_mu, prior_logvar, eps, seed, num_samples, packed_dim, event_ndim, *rest
     ):
+        out_dtype = samples_dtype(mu, parameter)
         q = arguments.batch_first_all((mu, parameter), in_dims, info.batch_size)
         shape = unpack(q, packed_dim + 1)[0].shape
         prior = arguments.batch_first_prior((prior_mu, prior_logvar), in_dims[2:4], shape, event_ndim)
@@ -140,8 +142,8 @@ class _RsampleKL(torch.autograd.Function):
         seed, eps = sampling.batch_noise(info, q, packed_dim + 1, dims, seed, eps, num_samples)
         parameter = q[1] if len(q) == 2 else None
         settings = (num_samples, packed_dim + 1, event_ndim, *rest)
-        outputs = apply(_RsampleKL, q[0], parameter, *prior, eps, seed, *settings)
-        return outputs, (0 if num_samples is None else 1, 0)
+        z, kl = apply(_RsampleKL, q[0], parameter, *prior, eps, seed, *settings)
+        return (z.to(out_dtype), kl), (0 if num_samples is None else 1, 0)
 
 
 def rsample_kl_packed(
@@ -187,7 +189,7 @@ def rsample_kl(
         TypeError, ValueError: as kl_normal; seed and eps together, an eps or seed of another shape, num_samples < 1.
 
     Source: Kingma and Welling 2014, arXiv:1312.6114, section 2.4; Salmon et al. 2011, "Parallel random numbers: as easy
-        as 1, 2, 3" (Philox4x32-10).
+        as 1, 2, 3" (Philox4x32-7).
 
     >>> import torch, fastkl
     >>> z, kl = fastkl.rsample_kl(torch.zeros(2, 3), torch.zeros(2, 3), num_samples=5, seed=0)
@@ -207,4 +209,6 @@ def rsample_kl(
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
     settings = (-1, event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
     seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
-    return apply(_RsampleKL, mu.expand(shape), logvar.expand(shape), *prior, eps, seed, num_samples, *settings)
+    q = arguments.expand(mu, shape), arguments.expand(logvar, shape)
+    z, kl = apply(_RsampleKL, *q, *prior, eps, seed, num_samples, *settings)
+    return z.to(samples_dtype(mu, logvar)), kl

@@ -8,33 +8,33 @@ from torch import Tensor
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops import _short as short
-from fastkl.ops._closed_form import empty_samples, fill_normal_gradients, normal_gradients, sample
+from fastkl.ops._closed_form import empty_samples, fill_normal_gradients, normal_gradients, sample, samples_dtype
 from fastkl.ops._register import apply, needs_closed_form, register
-from fastkl.reference import SoftBounds
+from fastkl.reference import SoftBounds, Stream
 
-# As in rsample_kl, without an event or a prior.
+# As in rsample_kl, without an event or a prior; the noise of a seed is that of `stream`, a reference.Stream.
 _SETTINGS = (
     "Tensor[] q, Tensor? seed, Tensor? eps, int? num_samples, int packed_dim, str scale, float low, float high, "
-    "bool live"
+    "bool live, int stream"
 )
 
 
-def _forward(q, seed, eps, num_samples, packed_dim, scale, low, high, live) -> Tensor:
-    eps = sampling.draw(q, packed_dim, seed, eps, num_samples)
+def _forward(q, seed, eps, num_samples, packed_dim, scale, low, high, live, stream) -> Tensor:
+    eps = sampling.draw(q, packed_dim, seed, eps, num_samples, stream)
     return sample(q, packed_dim, eps, num_samples, scale, arguments.as_bounds(low, high, live))
 
 
-def _gradients(dz, q, seed, eps, num_samples, packed_dim, scale, low, high, live) -> list[Tensor]:
-    eps = sampling.noise(q, packed_dim, seed, eps, num_samples)
+def _gradients(dz, q, seed, eps, num_samples, packed_dim, scale, low, high, live, stream) -> list[Tensor]:
+    eps = sampling.noise(q, packed_dim, seed, eps, num_samples, stream)
     return normal_gradients(q, packed_dim, [], scale, arguments.as_bounds(low, high, live), dz=dz, eps=eps)
 
 
-def _backward(dz, q, seed, eps, num_samples, packed_dim, scale, low, high, live) -> list[Tensor]:
-    eps = sampling.draw(q, packed_dim, seed, eps, num_samples)
+def _backward(dz, q, seed, eps, num_samples, packed_dim, scale, low, high, live, stream) -> list[Tensor]:
+    eps = sampling.draw(q, packed_dim, seed, eps, num_samples, stream)
     return fill_normal_gradients(q, packed_dim, [], scale, arguments.as_bounds(low, high, live), dz=dz, eps=eps)
 
 
-def _fake_forward(q, seed, eps, num_samples, packed_dim, scale, low, high, live) -> Tensor:
+def _fake_forward(q, seed, eps, num_samples, packed_dim, *settings) -> Tensor:
     return empty_samples(q, packed_dim, num_samples)
 
 
@@ -64,14 +64,14 @@ def _differentiate(dz, q, seed, eps, settings) -> list[Tensor]:
 
 def _differentiate_drawn(dz, mu, logvar, seed, settings) -> list[Tensor]:
     num_samples, packed_dim, _, *rest = settings
-    return _differentiate(dz, [mu, logvar], seed, None, (num_samples, packed_dim, *rest))
+    return _differentiate(dz, [mu, logvar], seed, None, (num_samples, packed_dim, *rest, Stream.POSTERIOR))
 
 
 class _RsampleNormal(torch.autograd.Function):
     @staticmethod
-    def forward(mu, parameter, eps, seed, num_samples, packed_dim, scale, low, high, live):
+    def forward(mu, parameter, eps, seed, num_samples, packed_dim, scale, low, high, live, stream):
         q = [mu] if parameter is None else [mu, parameter]
-        return rsample_normal_fwd(q, seed, eps, num_samples, packed_dim, scale, low, high, live)
+        return rsample_normal_fwd(q, seed, eps, num_samples, packed_dim, scale, low, high, live, stream)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -81,7 +81,7 @@ class _RsampleNormal(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dz):
         mu, parameter, eps, seed = ctx.saved_tensors
-        _, packed_dim, scale, *bounds = ctx.settings
+        _, packed_dim, scale, *bounds, _ = ctx.settings
         q = [mu] if parameter is None else [mu, parameter]
         dq = _differentiate(dz, q, seed, eps, ctx.settings)
         deps = None
@@ -91,12 +91,13 @@ class _RsampleNormal(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, mu, parameter, eps, seed, num_samples, packed_dim, *settings):
+        out_dtype = samples_dtype(mu, parameter)
         q = arguments.batch_first_all((mu, parameter), in_dims, info.batch_size)
         dims = (in_dims[3], in_dims[2])
-        seed, eps = sampling.batch_noise(info, q, packed_dim + 1, dims, seed, eps, num_samples)
+        seed, eps = sampling.batch_noise(info, q, packed_dim + 1, dims, seed, eps, num_samples, settings[-1])
         parameter = q[1] if len(q) == 2 else None
         z = apply(_RsampleNormal, q[0], parameter, eps, seed, num_samples, packed_dim + 1, *settings)
-        return z, 0 if num_samples is None else 1
+        return z.to(out_dtype), 0 if num_samples is None else 1
 
 
 def rsample_normal_packed(
@@ -108,7 +109,7 @@ def rsample_normal_packed(
     dim = arguments.check_packed(head, dim)
     settings = (dim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
     seed, eps = sampling.check_noise(seed, eps, num_samples, head.chunk(2, dim)[0].shape, head.device)
-    return apply(_RsampleNormal, head, None, eps, seed, num_samples, *settings)
+    return apply(_RsampleNormal, head, None, eps, seed, num_samples, *settings, Stream.POSTERIOR)
 
 
 def rsample_normal(
@@ -129,7 +130,7 @@ def rsample_normal(
     Raises:
         TypeError, ValueError: as rsample_kl.
 
-    Source: Kingma and Welling 2014, arXiv:1312.6114, section 2.4; Salmon et al. 2011 (Philox4x32-10).
+    Source: Kingma and Welling 2014, arXiv:1312.6114, section 2.4; Salmon et al. 2011 (Philox4x32-7).
 
     >>> import torch, fastkl
     >>> _ = torch.manual_seed(0)
@@ -141,9 +142,18 @@ def rsample_normal(
         seed = sampling.check_seed(seed, mu.device, "mu")
         if way := short.find("rsample_normal", mu, logvar, mu.dim(), scale, _differentiate_drawn, seed):
             return short.sample(way, mu, logvar, seed)
-        return apply(_RsampleNormal, mu, logvar, None, seed, None, -1, scale, *arguments.NO_BOUNDS)
+        return apply(_RsampleNormal, mu, logvar, None, seed, None, -1, scale, *arguments.NO_BOUNDS, Stream.POSTERIOR)
     arguments.check_tensors(mu=mu, logvar=logvar, eps=eps)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
     settings = (-1, arguments.check_scale(scale), *arguments.check_bounds(bounds))
     seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
-    return apply(_RsampleNormal, mu.expand(shape), logvar.expand(shape), eps, seed, num_samples, *settings)
+    inputs = (arguments.expand(mu, shape), arguments.expand(logvar, shape), eps, seed, num_samples)
+    return apply(_RsampleNormal, *inputs, *settings, Stream.POSTERIOR).to(samples_dtype(mu, logvar))
+
+
+def draw_normal(
+    stream: int, shape: tuple[int, ...], mu: Tensor, logvar: Tensor, seed: Tensor, scale: str = "logvar"
+) -> Tensor:
+    """rsample_normal of a Gaussian that is no posterior, for the ops that draw from one: `stream` says which."""
+    inputs = (arguments.expand(mu, shape), arguments.expand(logvar, shape), None, seed, None, -1)
+    return apply(_RsampleNormal, *inputs, scale, *arguments.NO_BOUNDS, stream).to(samples_dtype(mu, logvar))

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fastkl import distributions, reference
 from fastkl.ops import _arguments as arguments
+from fastkl.ops._closed_form import samples_dtype
 from fastkl.ops.normal_log_prob import normal_log_prob
 from fastkl.ops.rsample_normal import rsample_normal
 
@@ -41,7 +42,10 @@ class Prior(nn.Module):
         """
         self._check_estimator(method, entropy, gradient)
         mu, logvar = self._parameters_of(q, self.dim)
+        dtype = reference.compute_dtype(mu, logvar)  # in which the gradients of the parts are added up
+        mu, logvar = mu.to(dtype), logvar.to(dtype)
         z = rsample_normal(mu, logvar, num_samples=arguments.check_int("num_samples", num_samples, 1), seed=seed)
+        z = z.to(samples_dtype(*q._given()))
         if entropy == "closed" and gradient == "plain":
             return -reference.normal_entropy(logvar) - self.log_prob(z).mean(0)
         fixed = (mu.detach(), logvar.detach()) if gradient == "stl" else (mu, logvar)
@@ -66,7 +70,8 @@ class Prior(nn.Module):
         """mu and ln sigma^2 [*batch, dim]."""
         self._check_posterior(q, dim)
         batch_ndim = len(q.shape) - q.event_ndim
-        return q.mean.flatten(batch_ndim), q._logvar().flatten(batch_ndim)
+        mu, logvar = q._broadcast()
+        return mu.flatten(batch_ndim), logvar.flatten(batch_ndim)
 
     def _check_latent(self, z: Tensor) -> Tensor:
         arguments.check_tensors(z=z)

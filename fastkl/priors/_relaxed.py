@@ -9,7 +9,7 @@ from fastkl import reference
 from fastkl.mixtures import relaxed_component
 from fastkl.ops._register import no_autocast
 from fastkl.ops.gmm_responsibilities import gmm_responsibilities
-from fastkl.ops.gumbel_softmax import check_tau, gumbel_softmax
+from fastkl.ops.gumbel_softmax import check_tau, draw_choice
 from fastkl.ops.kl_normal import kl_normal
 
 
@@ -27,17 +27,20 @@ def kl_relaxed(
     choices = (*z.shape[:-1], logits.shape[-1])
     if gumbel is not None and gumbel.shape != choices:
         raise ValueError(f"gumbel must be {choices}, a number for each draw and component, got {tuple(gumbel.shape)}")
+    # In which the gradients of the parts are added up.
     dtype = reference.compute_dtype(mu, logvar, z, logits, means, logvars)
+    mu, logvar, z, logits, means = (tensor.to(dtype) for tensor in (mu, logvar, z, logits, means))
+    logvars = None if logvars is None else logvars.to(dtype)
     with no_autocast(z.device.type):
-        log_r = gmm_responsibilities(z, logits, means, logvars, precision=precision).to(dtype)
+        log_r = gmm_responsibilities(z, logits, means, logvars, precision=precision)
         if gumbel is None:
-            weights = gumbel_softmax(log_r, tau, seed=seed)
+            weights = draw_choice(reference.Stream.KL_CHOICE, log_r, tau, False, -1, seed)
         else:
             tensor, number = check_tau(tau, log_r)
             weights = reference.relaxed_one_hot(log_r + gumbel.to(dtype), number if tensor is None else tensor)
-        component = relaxed_component(weights, means.to(dtype), None if logvars is None else logvars.to(dtype))
-        kl = kl_normal(mu.to(dtype), logvar.to(dtype), component[0], 2.0 * component[1].log())
-        log_pi = torch.log_softmax(logits.to(dtype), -1)
+        component = relaxed_component(weights, means, logvars)
+        kl = kl_normal(mu, logvar, component[0], 2.0 * component[1].log())
+        log_pi = torch.log_softmax(logits, -1)
         # A component that cannot have made z adds 0: without weight it would be -inf - -inf, underflowed 0 times -inf.
         surprise = (log_r - log_pi).masked_fill(log_r == float("-inf"), 0.0)
         return (kl + (log_r.exp() * surprise).sum(-1)).mean(0)

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from fastkl import distributions
 from fastkl.ops import _arguments as arguments
+from fastkl.ops import _sampling as sampling
 from fastkl.ops.normal_log_prob import normal_log_prob
-from fastkl.ops.rsample_normal import rsample_normal
+from fastkl.ops.rsample_normal import draw_normal
 from fastkl.priors._prior import Prior
+from fastkl.reference import Stream
 
 
 class _Gaussian(Prior):
@@ -35,7 +37,8 @@ class _Gaussian(Prior):
 
     def rsample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:
         shape = (arguments.check_int("n", n, 0), self.dim)
-        return rsample_normal(self.mu.expand(shape), self.logvar, seed=seed)
+        seed = sampling.check_seed(seed, self.mu.device, "the prior")
+        return draw_normal(Stream.PRIOR, shape, self.mu, self.logvar, seed)
 
     @torch.no_grad()
     def sample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:

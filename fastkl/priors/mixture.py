@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkl import distributions, reference
-from fastkl.mixtures import SECOND_KEY, rsample_gmm, sample_gmm
+from fastkl.mixtures import rsample_gmm, sample_gmm
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops.gmm_log_prob import gmm_log_prob
@@ -77,9 +77,10 @@ class MixturePrior(Prior):
         if method == "relaxed":
             num_samples = arguments.check_int("num_samples", num_samples, 1)
             seed = sampling.check_seed(seed, mu.device, "q")
-            dtype = reference.compute_dtype(mu, logvar)
-            z = rsample_normal(mu.to(dtype), logvar.to(dtype), num_samples=num_samples, seed=seed)
-            return _relaxed.kl_relaxed(mu, logvar, z, mixture, tau, self.precision, seed ^ SECOND_KEY, None)
+            dtype = reference.compute_dtype(mu, logvar)  # in which the gradients of the parts are added up
+            mu, logvar = mu.to(dtype), logvar.to(dtype)
+            z = rsample_normal(mu, logvar, num_samples=num_samples, seed=seed)
+            return _relaxed.kl_relaxed(mu, logvar, z, mixture, tau, self.precision, seed, None)
         settings = {"method": method, "num_samples": num_samples, "entropy": entropy, "gradient": gradient}
         return kl_gmm(mu, logvar, **mixture.named(), **settings, seed=seed, precision=self.precision)
 

@@ -54,7 +54,7 @@ from fastkl.reference.mixtures import (
     kl_gmm_bounds,
     normal_entropy,
 )
-from fastkl.reference.sampling import box_muller, normal_noise, philox, rsample_kl, rsample_normal
+from fastkl.reference.sampling import Stream, box_muller, normal_noise, philox, rsample_kl, rsample_normal
 from fastkl.reference.transport import (
     above_zero,
     directions,
@@ -77,6 +77,7 @@ __all__ = [
     "SOFTPLUS_THRESHOLD",
     "Decomposition",
     "SoftBounds",
+    "Stream",
     "above_zero",
     "bernoulli_log_prob",
     "bernoulli_terms_gradient",

@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 from fastkl.reference._parameters import compute_dtype
-from fastkl.reference.sampling import philox
+from fastkl.reference.sampling import Stream, philox
 
 
-def gumbel_noise(seed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """-ln(-ln u), u = (w + 1/2) / 2^32 with w the Philox word i % 4 of the counter (i // 4, 0); float32.
+def gumbel_noise(seed: Tensor, shape: torch.Size | tuple[int, ...], stream: int = Stream.GUMBEL) -> Tensor:
+    """-ln(-ln u), u = (w + 1/2) / 2^32 with w the Philox word i % 4 of the counter (i // 4, 0, stream); float32.
 
     u is taken as (w + 1/2) 2^-32 in float32 below 1/2, and -ln u by ln(1 - v), v = (2^32 - 1 - w + 1/2) 2^-32, above:
     both tails keep their relative precision, and the noise is finite always.
     """
     count = math.prod(shape)
     group = torch.arange((count + 3) // 4, device=seed.device)
-    word = torch.stack(philox(seed, group & 0xFFFFFFFF, group >> 32, 0), -1).flatten()[:count].reshape(shape)
+    words = philox(seed, group & 0xFFFFFFFF, group >> 32, 0, stream)
+    word = torch.stack(words, -1).flatten()[:count].reshape(shape)
     low = word < 2**31
     u = word.float() * 2.0**-32 + 2.0**-33
     v = (0xFFFFFFFF - word).float() * 2.0**-32 + 2.0**-33

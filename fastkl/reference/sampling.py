@@ -11,14 +11,33 @@ from fastkl.reference._parameters import bound, compute_dtype, to_logvar
 from fastkl.reference.divergences import kl_normal
 
 
-def philox(seed: Tensor, low: Tensor, high: Tensor, sample: Tensor | int, rounds: int = 10) -> tuple[Tensor, ...]:
+class Stream:
+    """What noise is drawn for: the last word of the Philox counter, so that ops given one seed draw independently.
+
+    None is 0, the word of torch's own generator on a GPU, whose key is a seed as well.
+    """
+
+    POSTERIOR = 1  # rsample_normal, rsample_kl and kl_gmm, which promise the same samples of q
+    GUMBEL = 2  # gumbel_softmax
+    DIRECTIONS = 3  # sliced_wasserstein
+    PRIOR = 4  # samples of a prior that is one Gaussian
+    RELAXED_CHOICE = 5  # rsample_gmm: the component
+    RELAXED_NOISE = 6  # and the noise
+    CHOICE = 7  # sample_gmm: the component
+    CHOICE_NOISE = 8  # and the noise
+    KL_CHOICE = 9  # the component of a mixture prior's relaxed KL
+
+
+def philox(
+    seed: Tensor, low: Tensor, high: Tensor, sample: Tensor | int, stream: int, rounds: int = 7
+) -> tuple[Tensor, ...]:
     """Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), in int64 that hold 32-bit words.
 
-    The counter is (low, high, sample, 0), the key is the seed's two halves.
+    The counter is (low, high, sample, stream), the key is the seed's two halves. Seven rounds pass BigCrush.
     """
     mask = 0xFFFFFFFF
     key_0, key_1 = seed & mask, (seed >> 32) & mask
-    word_0, word_1, word_2, word_3 = low, high, torch.zeros_like(low) + sample, torch.zeros_like(low)
+    word_0, word_1, word_2, word_3 = low, high, torch.zeros_like(low) + sample, torch.zeros_like(low) + stream
     for _ in range(rounds):
         # int64 wraps, and the bits of the product are right all the same.
         product_0, product_2 = word_0 * 0xD2511F53, word_2 * 0xCD9E8D57
@@ -42,17 +61,18 @@ def box_muller(word_0: Tensor, word_1: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normal_noise(
-    seed: Tensor, shape: torch.Size | tuple[int, ...], num_samples: int | None = None, first_sample: int = 0
-) -> Tensor:
+    seed: Tensor, shape: torch.Size | tuple[int, ...], num_samples: int | None = None, first_sample: int = 0,
+    stream: int = Stream.POSTERIOR,
+) -> Tensor:  # fmt: skip
     """The noise that `seed` stands for, the same on every device: float32, [*shape] or [num_samples, *shape].
 
-    Element i of a sample, counted in row-major order, is normal i % 4 of the Philox counter (i // 4, sample).
+    Element i of a sample, counted in row-major order, is normal i % 4 of the Philox counter (i // 4, sample, stream).
     """
     count = math.prod(shape)
     group = torch.arange((count + 3) // 4, device=seed.device)
     samples = []
     for sample in range(first_sample, first_sample + (1 if num_samples is None else num_samples)):
-        words = philox(seed, group & 0xFFFFFFFF, group >> 32, sample)
+        words = philox(seed, group & 0xFFFFFFFF, group >> 32, sample, stream)
         normals = [*box_muller(words[0], words[1]), *box_muller(words[2], words[3])]
         samples.append(torch.stack(normals, dim=-1).flatten()[:count].reshape(shape))
     if num_samples is None:

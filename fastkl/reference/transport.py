@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkl.reference._parameters import bound, compute_dtype, sum_event, to_logvar
-from fastkl.reference.sampling import normal_noise
+from fastkl.reference.sampling import Stream, normal_noise
 
 
 def wasserstein2_terms(mu, logvar, prior_mu=None, prior_logvar=None) -> Tensor:
@@ -73,7 +73,8 @@ def wasserstein2_multivariate_normal(loc_q, scale_tril_q, loc_p, scale_tril_p) -
 
 def projections(seed: Tensor, num_projections: int, dimensions: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Directions [P, D] on the unit sphere, uniformly distributed: normal noise over its length."""
-    return directions(normal_noise(seed, (num_projections, dimensions)).to(dtype))
+    noise = normal_noise(seed, (num_projections, dimensions), stream=Stream.DIRECTIONS)
+    return directions(noise.to(dtype))
 
 
 def directions(noise: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ def sum_of_parts(q: DiagonalNormal, prior: DiagonalNormal | None, threshold: flo
     if not plain(q.mean.device):
         terms = _parts(q, joint_ndim).kl(None if prior is None else _parts(prior, joint_ndim))
         return at_least(_flat(terms, batch_ndim), threshold)
-    parameters = [q._mu, q._parameter]
+    parameters = [arguments.expand(tensor, q.shape) for tensor in (q._mu, q._parameter)]
     if prior is not None:
-        parameters += [arguments.expand(t, q.shape) for t in (prior.mean.expand(prior.shape), prior._logvar())]
+        parameters += [arguments.expand(tensor, q.shape) for tensor in prior._given()]
     bounds = arguments.check_bounds(q._settings["bounds"])
     if not isinstance(threshold, Tensor):
         threshold = torch.full((), threshold, dtype=torch.float64, device=q.mean.device)
