@@ -103,3 +103,13 @@ def register_container(cls: type, flatten: Callable[[Any], tuple], unflatten: Ca
 
     exported = {"to_dumpable_context": list, "from_dumpable_context": tuple, "flatten_with_keys_fn": with_keys}
     _register_container(cls, flatten, unflatten, serialized_type_name=f"fastkl.{cls.__name__}", **exported)
+
+
+def known_equal(first: int, second: int) -> bool:
+    """Whether two sizes are equal. Traced, that is whether they are so in every call: asking more would make a graph
+    for equal sizes alone."""
+    if not torch.compiler.is_compiling():
+        return first == second
+    from torch.fx.experimental import symbolic_shapes  # takes its time, and is there when something is traced
+
+    return symbolic_shapes.statically_known_true(first == second)

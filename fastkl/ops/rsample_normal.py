@@ -14,7 +14,7 @@ from fastkl.reference import SoftBounds
 
 # As in rsample_kl, without an event or a prior.
 _SETTINGS = (
-    "Tensor[] q, Tensor? seed, Tensor? eps, int? num_samples, int packed_dim, str scale, float low, float high, "
+    "Tensor[] q, Tensor? seed, Tensor? eps, SymInt? num_samples, int packed_dim, str scale, float low, float high, "
     "bool live"
 )
 
