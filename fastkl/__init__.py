@@ -1,6 +1,6 @@
 """fastkl: drop-in losses for variational autoencoders."""
 
-from fastkl import monitors, objectives, priors, remedies
+from fastkl import monitors, objectives, priors, remedies, schedules
 from fastkl.distributions import DiagonalNormal
 from fastkl.mixtures import rsample_gmm, sample_gmm
 from fastkl.ops.bernoulli_log_prob import bernoulli_log_prob
@@ -55,6 +55,7 @@ __all__ = [
     "rsample_kl",
     "rsample_normal",
     "sample_gmm",
+    "schedules",
     "sinkhorn_divergence",
     "sliced_wasserstein",
     "total_correlation",

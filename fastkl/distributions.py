@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
+from fastkl.ops._torch import register_container
 from fastkl.ops.kl_normal import kl_normal, kl_normal_packed
 from fastkl.ops.kl_normal_per_dim import kl_normal_per_dim
 from fastkl.ops.normal_log_prob import normal_log_prob
@@ -15,6 +20,7 @@ from fastkl.ops.rsample_normal import rsample_normal, rsample_normal_packed
 from fastkl.reference import SoftBounds
 
 
+@dataclass(init=False, repr=False, eq=False)
 class DiagonalNormal:
     """q = N(mu, diag sigma^2): what an encoder puts out, with the ops as methods.
 
@@ -39,15 +45,25 @@ class DiagonalNormal:
     torch.Size([8, 32, 16, 16])
     """
 
+    # Fields, for whatever looks for the tensors in a model's output: just those that the ops are given.
+    tensors: tuple[Tensor, ...]  # (mu, logvar or what scale says), of as many dimensions; or (head,) that packs both
+    event_ndim: int
+    scale: str
+    bounds: SoftBounds | tuple[float, float] | None
+    packed_dim: int | None  # of a head, counted from the end
+
     def __init__(
-        self, mu: Tensor, logvar: Tensor, *, event_ndim: int | None = None, scale: str = "logvar",
-        bounds: SoftBounds | tuple[float, float] | None = None,
+        self, mu: Tensor | None = None, logvar: Tensor | None = None, *, event_ndim: int | None = None,
+        scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
+        tensors: tuple[Tensor, ...] | None = None, packed_dim: int | None = None,
     ) -> None:  # fmt: skip
-        arguments.check_tensors(mu=mu, logvar=logvar)
-        shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
-        self._head, self._dim = None, -1
-        self._mu, self._parameter = mu, logvar  # the ops broadcast them, and sum their gradients without rounding
-        self._finish(shape, event_ndim, scale, bounds)
+        if tensors is None:  # else the fields of another one are handed back, as by dataclasses.replace
+            _check_given(mu=mu, logvar=logvar)
+            shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
+            tensors = tuple(t if t.dim() == len(shape) else t[(None,) * (len(shape) - t.dim())] for t in (mu, logvar))
+            event_ndim = _check(shape, event_ndim, scale, bounds)
+        self.tensors, self.packed_dim = tensors, packed_dim
+        self.event_ndim, self.scale, self.bounds = event_ndim, scale, bounds
 
     @classmethod
     def from_packed(
@@ -59,85 +75,85 @@ class DiagonalNormal:
         `kl`, `rsample` and `rsample_kl` read the halves where they lie, and their gradient is one packed tensor that
         the kernel writes itself: no copy, no concatenation.
         """
-        arguments.check_tensors(head=head)
-        q = cls.__new__(cls)
-        q._head, q._dim = head, arguments.check_packed(head, dim)
-        q._mu, q._parameter = head.chunk(2, q._dim)
-        q._finish(q._mu.shape, event_ndim, scale, bounds)
-        return q
-
-    def _finish(self, shape: torch.Size, event_ndim: int | None, scale: str, bounds) -> None:
-        self._shape = shape
-        event_ndim = max(1, len(shape) - 1) if event_ndim is None else event_ndim
-        self.event_ndim = arguments.check_event_ndim(event_ndim, shape, "a posterior of shape")
-        arguments.check_bounds(bounds)
-        self._settings = {"scale": arguments.check_scale(scale), "bounds": bounds}
+        _check_given(head=head)
+        dim = arguments.check_packed(head, dim)
+        event_ndim = _check(head.chunk(2, dim)[0].shape, event_ndim, scale, bounds)
+        settings = {"event_ndim": event_ndim, "scale": scale, "bounds": bounds}
+        return cls(tensors=(head,), packed_dim=dim - head.dim(), **settings)
 
     # ---- moments ----
 
     @property
     def mean(self) -> Tensor:
-        return self._mu if self._mu.shape == self._shape else self._mu.expand(self._shape)
+        return self._halves()[0].expand(self.shape)
 
     mode = mean
 
     @property
     def logvar(self) -> Tensor:
         """ln sigma^2 within the bounds, differentiable."""
-        return self._logvar().to(self._parameter.dtype)
+        return self._logvar().to(self._halves()[1].dtype)
 
     @property
     def std(self) -> Tensor:
-        return torch.exp(0.5 * self._logvar()).to(self._parameter.dtype)
+        return torch.exp(0.5 * self._logvar()).to(self._halves()[1].dtype)
 
     @property
     def var(self) -> Tensor:
-        return torch.exp(self._logvar()).to(self._parameter.dtype)
+        return torch.exp(self._logvar()).to(self._halves()[1].dtype)
 
     def _given(self) -> tuple[Tensor, Tensor]:
         """mu and ln sigma^2 before they are broadcast; the latter in the dtype that the ops compute in, where there is
         something to compute: rounded to bfloat16, a logarithm would bias every density by tenths of a nat per
         dimension."""
-        if self._settings == {"scale": "logvar", "bounds": None}:
-            return self._mu, self._parameter
-        parameter = self._parameter.to(reference.compute_dtype(self._parameter))
-        parameter = reference.to_logvar(parameter, self._settings["scale"])
-        return self._mu, reference.bound(parameter, self._settings["bounds"])
+        mu, parameter = self._halves()
+        if self.scale == "logvar" and self.bounds is None:
+            return mu, parameter
+        parameter = parameter.to(reference.compute_dtype(parameter))
+        return mu, reference.bound(reference.to_logvar(parameter, self.scale), self.bounds)
 
     def _broadcast(self) -> tuple[Tensor, Tensor]:
         """_given of the full shape: what is smaller is in float32, in which its gradient is summed."""
         mu, logvar = self._given()
-        return arguments.expand(mu, self._shape), arguments.expand(logvar, self._shape)
+        return arguments.expand(mu, self.shape), arguments.expand(logvar, self.shape)
 
     def _logvar(self) -> Tensor:
         return self._broadcast()[1]
 
+    def _halves(self) -> tuple[Tensor, Tensor]:
+        """mu and the second parameter, which the ops broadcast."""
+        return self.tensors if self.packed_dim is None else self.tensors[0].chunk(2, self.packed_dim)
+
     @property
     def shape(self) -> torch.Size:
-        return self._shape
+        mu, parameter = self._halves()
+        return mu.shape if mu.shape == parameter.shape else torch.broadcast_shapes(mu.shape, parameter.shape)
 
     # ---- the ops ----
+
+    def _settings(self) -> dict[str, Any]:
+        return {"scale": self.scale, "bounds": self.bounds}
 
     def rsample(
         self, *, num_samples: int | None = None, seed: int | Tensor | None = None, eps: Tensor | None = None
     ) -> Tensor:
         """As `fastkl.rsample_normal`."""
-        settings = {"num_samples": num_samples, "seed": seed, "eps": eps, **self._settings}
-        if self._head is not None:
-            return rsample_normal_packed(self._head, self._dim, **settings)
-        return rsample_normal(self._mu, self._parameter, **settings)
+        settings = {"num_samples": num_samples, "seed": seed, "eps": eps, **self._settings()}
+        if self.packed_dim is not None:
+            return rsample_normal_packed(*self.tensors, self.packed_dim, **settings)
+        return rsample_normal(*self.tensors, **settings)
 
     def kl(self, prior: DiagonalNormal | None = None) -> Tensor:
         """KL(q || prior) in nats, one per datum; the prior is N(0, I) or another DiagonalNormal."""
-        settings = {"event_ndim": self.event_ndim, **self._settings}
-        if self._head is not None:
-            return kl_normal_packed(self._head, self._dim, *_parameters(prior), **settings)
-        return kl_normal(self._mu, self._parameter, *_parameters(prior), **settings)
+        settings = {"event_ndim": self.event_ndim, **self._settings()}
+        if self.packed_dim is not None:
+            return kl_normal_packed(*self.tensors, self.packed_dim, *_parameters(prior), **settings)
+        return kl_normal(*self.tensors, *_parameters(prior), **settings)
 
     def kl_per_dim(self, prior: DiagonalNormal | None = None) -> Tensor:
         """KL(q || prior) of each latent dimension, averaged over the batch: [*event]."""
-        settings = {"event_ndim": self.event_ndim, **self._settings}
-        return kl_normal_per_dim(self._mu, self._parameter, *_parameters(prior), **settings)
+        settings = {"event_ndim": self.event_ndim, **self._settings()}
+        return kl_normal_per_dim(*self._halves(), *_parameters(prior), **settings)
 
     def rsample_kl(
         self, prior: DiagonalNormal | None = None, *, num_samples: int | None = None,
@@ -145,10 +161,10 @@ class DiagonalNormal:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(rsample, kl) in one pass."""
         drawn = {"num_samples": num_samples, "seed": seed, "eps": eps}
-        settings = {"event_ndim": self.event_ndim, **drawn, **self._settings}
-        if self._head is not None:
-            return rsample_kl_packed(self._head, self._dim, *_parameters(prior), **settings)
-        return rsample_kl(self._mu, self._parameter, *_parameters(prior), **settings)
+        settings = {"event_ndim": self.event_ndim, **drawn, **self._settings()}
+        if self.packed_dim is not None:
+            return rsample_kl_packed(*self.tensors, self.packed_dim, *_parameters(prior), **settings)
+        return rsample_kl(*self.tensors, *_parameters(prior), **settings)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """ln q(z) in nats, one per datum; z may have leading dimensions of samples."""
@@ -160,6 +176,34 @@ class DiagonalNormal:
 
     def __repr__(self) -> str:
         return f"DiagonalNormal(shape={tuple(self.shape)}, event_ndim={self.event_ndim})"
+
+
+def _check_given(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is None:
+            raise TypeError(f"{name} must be a torch.Tensor, got NoneType")
+    arguments.check_tensors(**tensors)
+
+
+def _check(shape: torch.Size, event_ndim: int | None, scale: str, bounds: Any) -> int:
+    """The settings of a posterior of this shape; returns its event_ndim."""
+    arguments.check_bounds(bounds)
+    arguments.check_scale(scale)
+    event_ndim = max(1, len(shape) - 1) if event_ndim is None else event_ndim
+    return arguments.check_event_ndim(event_ndim, shape, "a posterior of shape")
+
+
+def _flatten(q: DiagonalNormal) -> tuple[list[Tensor], tuple]:
+    return list(q.tensors), (q.event_ndim, q.scale, q.packed_dim, *arguments.check_bounds(q.bounds))
+
+
+def _unflatten(tensors: Iterable[Tensor], settings: tuple) -> DiagonalNormal:
+    event_ndim, scale, packed_dim, *bounds = settings
+    named = {"event_ndim": event_ndim, "scale": scale, "bounds": arguments.as_bounds(*bounds)}
+    return DiagonalNormal(tensors=tuple(tensors), packed_dim=packed_dim, **named)
+
+
+register_container(DiagonalNormal, _flatten, _unflatten)
 
 
 def _parameters(prior: DiagonalNormal | None) -> tuple[Tensor, ...]:

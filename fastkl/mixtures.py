@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -59,7 +61,7 @@ def _mix_noise(weights: Tensor, eps: Tensor, scale_tril: Tensor) -> Tensor:
 def _by_chunks(function, bytes_per_row: int, *rows: Tensor) -> Tensor:
     """function of blocks of rows, whose temporaries are made again in the backward pass rather than kept."""
     count = max(1, CHUNK // max(1, bytes_per_row))
-    if rows[0].shape[0] <= count:
+    if torch.compiler.is_compiling() or rows[0].shape[0] <= count:  # a graph is one for any number of rows
         return function(*rows)
     blocks = zip(*(tensor.split(count) for tensor in rows))
     if transforms_active():  # which checkpoint does not know
@@ -137,14 +139,14 @@ def _full(weights: Tensor, eps: Tensor, scale_tril: Tensor) -> Tensor:
         z = _by_chunks(lambda w, e: _mix_noise(w, e, scale_tril), row_bytes, *rows)
     else:
         own = scale_tril.expand(*weights.shape[1:-1], *scale_tril.shape[-3:]).flatten(0, -4)  # of the data, not samples
-        datum = torch.arange(len(rows[0]), device=own.device) % len(own)
+        datum = torch.arange(rows[0].shape[0], device=own.device) % own.shape[0]
         z = _by_chunks(lambda w, e, n: _mix_noise(w, e, own[n]), row_bytes * size, *rows, datum)
     return z.view(eps.shape)
 
 
 def _uniform(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
     """float64 in [0, 1) with 53 random bits, from two Philox words."""
-    index = torch.arange(torch.Size(shape).numel(), device=seed.device)
+    index = torch.arange(math.prod(shape), device=seed.device)
     words = reference.philox(seed, index & 0xFFFFFFFF, index >> 32, 0, Stream.CHOICE)
     return (((words[0] << 32 | words[1]) >> 11 & (1 << 53) - 1).double() * 2.0**-53).view(shape)
 
@@ -154,12 +156,14 @@ def _choose(logits: Tensor, num_samples: int, batch: torch.Size, seed: Tensor) -
     logits = parameters.collapse(logits, 1)
     weights = sampling.running_sum(torch.softmax(logits.double(), -1))
     total = weights[..., -1:]
-    if total.device.type == "cpu" and not (total > 0).all():
+    if total.device.type == "cpu" and arguments.number_in((total > 0).all()) is False:
         raise ValueError("logits must have a finite largest entry in each row: NaN, or no component with a weight")
     below = torch.nextafter(total, torch.zeros_like(total))  # the product may round to the total itself
     u = _uniform(seed, (num_samples, *batch))
     if logits.dim() == 1:
-        return torch.searchsorted(weights, torch.minimum(u * total, below), right=True).clamp_(max=len(weights) - 1)
+        return torch.searchsorted(weights, torch.minimum(u * total, below), right=True).clamp_(
+            max=weights.shape[-1] - 1
+        )
     u = u.movedim(0, -1)  # [*batch, num_samples]
     weights = weights.expand(*batch, weights.shape[-1])
     found = torch.searchsorted(weights.contiguous(), torch.minimum(u * total, below).contiguous(), right=True)
@@ -223,6 +227,8 @@ def sample_gmm(
     eps = draw_normal(Stream.CHOICE_NOISE, mean.shape, zero, zero, seed)
     scale_tril, matrix = scale_tril.to(dtype), means.shape[-1] ** 2 * dtype.itemsize
     rows = max(1, CHUNK // max(1, matrix * component[0].numel()))
+    if torch.compiler.is_compiling():
+        rows = component.shape[0]
     parts = []
     for k, m, e in zip(component.split(rows), mean.split(rows), eps.split(rows)):
         parts.append(m + (_take(scale_tril, k, 2).tril() @ e.unsqueeze(-1)).squeeze(-1))

@@ -10,7 +10,7 @@ from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._register import apply, needs_closed_form, no_autocast
-from fastkl.ops._torch import forward_mode
+from fastkl.ops._torch import forward_mode, known_equal
 from fastkl.ops.rsample_normal import draw_normal
 from fastkl.ops.sinkhorn_divergence import sinkhorn_divergence
 
@@ -39,7 +39,7 @@ def _sums_of_pieces(values: Tensor, pieces: Tensor, n: int) -> Tensor:
     """[L, n + m] -> [L, n]: the sums over the pieces of each of n quantiles, which reference.quantile_segments has cut
     at those of m. Each is of its own pieces in their order."""
     if values.device.type == "cpu" and not torch.compiler.is_compiling():
-        return values.new_zeros(len(values), n).index_add(1, pieces, values)
+        return values.new_zeros(values.shape[0], n).index_add(1, pieces, values)
     # index_add would add by atomics, in any order. m / n pieces at most, rounded up, and one.
     m = values.shape[1] - n
     rank = torch.arange(n + 1, device=values.device)
@@ -53,9 +53,9 @@ def _block(
     x: Tensor, y: Tensor, unit: Tensor, p: float, wants: tuple[bool, bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """(sum over projections of W_p^p, its gradient in x and in y where wanted), differentiable."""
-    n, m = len(x), len(y)
+    n, m = x.shape[0], y.shape[0]
     (first, first_order), (second, second_order) = (_sort(unit @ points.T) for points in (x, y))
-    if n == m:
+    if known_equal(n, m):
         mass, pieces = 1 / n, None
         difference = first - second
     else:
@@ -86,13 +86,15 @@ def _blocks(x: Tensor, y: Tensor, unit: Tensor, p: float, wants: tuple[bool, boo
     if torch.compiler.is_compiling():  # a graph is one for any number of rows
         blocks = [unit]
     else:
-        blocks = unit.split(max(1, CHUNK.get(x.device.type, CHUNK["cuda"]) // (POINT_BYTES * (len(x) + len(y)))))
+        blocks = unit.split(
+            max(1, CHUNK.get(x.device.type, CHUNK["cuda"]) // (POINT_BYTES * (x.shape[0] + y.shape[0])))
+        )
     value, totals = 0.0, [None, None]
     for block in blocks:
         found, gradients = _block(x, y, block, p, wants)
         value = value + found.double()
         totals = [g if total is None else total + g for total, g in zip(totals, gradients)]
-    count = len(unit)
+    count = unit.shape[0]
     return [(value / count).to(unit.dtype), *(total / count for total in totals if total is not None)]
 
 
@@ -118,7 +120,7 @@ class _SlicedWasserstein(torch.autograd.Function):
         wants = tuple(ctx.needs_input_grad[:2])
         if needs_closed_form(dvalue):
             _, gradients = _block(x.to(unit.dtype), y.to(unit.dtype), unit, ctx.p, wants)
-            gradients = [None if g is None else g / len(unit) for g in gradients]
+            gradients = [None if g is None else g / unit.shape[0] for g in gradients]
         else:
             kept = ctx.kept
             if any(want and not have for want, have in zip(wants, kept)):  # it was not known that they would be wanted

@@ -1,5 +1,7 @@
 """DiagonalNormal: the same answers as torch.distributions, and nothing moved that need not be."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
@@ -115,3 +117,57 @@ def test_packed_head_costs_one_packed_gradient_and_nothing_else(what, shape, dim
     with Traffic() as plain:
         fastkl.kl_normal(*head.chunk(2, dim), event_ndim=len(shape) - 1).sum().backward()
     assert "aten::cat" in plain.ops
+
+
+FORMS = {
+    "packed": lambda head: fastkl.DiagonalNormal.from_packed(head, -1, event_ndim=1),
+    "pair": lambda head: fastkl.DiagonalNormal(*head.chunk(2, -1), event_ndim=1, scale="softplus", bounds=(-9.0, 9.0)),
+    "broadcast": lambda head: fastkl.DiagonalNormal(head, head[..., :1], event_ndim=1, bounds=fastkl.SoftBounds(-9, 9)),
+}
+
+
+@pytest.mark.parametrize("make", FORMS.values(), ids=FORMS)
+def test_torch_sees_its_tensors_and_makes_it_again(make):
+    head = leaf(torch.randn(4, 3, 6))
+    q = make(head)
+    (expected,) = torch.autograd.grad(q.kl().sum(), head)
+    again = [
+        dataclasses.replace(q),
+        torch.utils._pytree.tree_map(lambda tensor: tensor, q),
+        torch.func.vmap(make)(head),
+        torch.func.vmap(lambda q: q, in_dims=1, out_dims=1)(q),
+        dataclasses.replace(q, tensors=tuple(tensor.clone() for tensor in q.tensors)),
+    ]
+    for other in again:
+        assert (other.shape, other.event_ndim) == (q.shape, 1)
+        assert (other.scale, other.bounds, other.packed_dim) == (q.scale, q.bounds, q.packed_dim)
+        (gradient,) = torch.autograd.grad(other.kl().sum(), head)
+        torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(torch.func.vmap(lambda q: q.kl())(q), q.kl())
+    with pytest.raises(ValueError, match="same size in the mapped dimension"):
+        torch.func.vmap(lambda q: q.kl())(fastkl.DiagonalNormal(torch.zeros(3, 3), torch.zeros(3)))
+    assert torch.utils._pytree.tree_map(lambda tensor: tensor.dtype, q).tensors[0] == torch.float32
+
+
+class _Encoder(torch.nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, head):
+        return self.make(2 * head)
+
+
+class _Kl(torch.nn.Module):
+    def forward(self, q):
+        return q.kl()
+
+
+@pytest.mark.parametrize("make", FORMS.values(), ids=FORMS)
+def test_goes_in_and_out_of_exported_programs(make, tmp_path):
+    head = torch.randn(4, 6, device=DEVICE)
+    torch.export.save(torch.export.export(_Encoder(make), (head,)), tmp_path / "encoder.pt2")
+    q = torch.export.load(tmp_path / "encoder.pt2").module()(head)
+    assert isinstance(q, fastkl.DiagonalNormal)
+    kl = torch.export.export(_Kl(), (q,)).module()(q)
+    torch.testing.assert_close(kl, make(2 * head).kl())

@@ -75,7 +75,7 @@ def test_every_combination_that_makes_sense_has_gradients(name, make):
     assert loss.shape == ()
     assert {"reconstruction", "kl"} < set(terms)
     assert all(term.shape == () and not term.requires_grad and term.isfinite() for term in terms.values())
-    for gradient in torch.autograd.grad(loss, (q._mu, q._parameter, *prior.parameters())):
+    for gradient in torch.autograd.grad(loss, (*q.tensors, *prior.parameters())):
         assert gradient.isfinite().all()
         assert gradient.abs().max() > 0
 
@@ -90,7 +90,7 @@ def test_no_prior_is_the_standard_normal():
         for prior in (None, priors.StandardNormal(D).double().to(DEVICE)):
             q = posterior()
             loss, terms = objective(q, prior, log_likelihood, **given, **more)
-            results.append([loss, terms["kl"], *torch.autograd.grad(loss, (q._mu, q._parameter))])
+            results.append([loss, terms["kl"], *torch.autograd.grad(loss, q.tensors)])
         torch.testing.assert_close(*results, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -203,7 +203,7 @@ def test_vade_is_its_formula(covariance):
     torch.testing.assert_close(terms["elbo"], log_likelihood(z).mean() - kl - choice)
     expected = 0.5 * (kl + choice) - log_likelihood(z).mean()
     torch.testing.assert_close(loss, expected)
-    leaves = [q._mu, q._parameter, *prior.parameters()]
+    leaves = [*q.tensors, *prior.parameters()]
     torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves))
 
 
@@ -213,7 +213,7 @@ def test_vade_survives_components_without_weight():
         prior.logits[1] = float("-inf")
     loss, terms = objectives.vade(q, prior, log_likelihood, eps=noise())
     assert loss.isfinite()
-    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (q._mu, q._parameter, *prior.parameters())))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (*q.tensors, *prior.parameters())))
     fewer = GaussianMixture(K - 1, D).double().to(DEVICE)
     kept = [0, *range(2, K)]
     with torch.no_grad():
@@ -248,7 +248,7 @@ def test_published_vade_counts_the_weight_for_every_dimension_and_has_a_floor():
 def test_adversarial_losses_reach_only_their_own_players():
     q, judge, prior = posterior(), discriminator(), mixture()
     loss, own = objectives.aae(q, prior, log_likelihood, judge, eps=noise())
-    players = [q._mu, q._parameter, *prior.parameters()]
+    players = [*q.tensors, *prior.parameters()]
     of_loss = torch.autograd.grad(loss.loss, [*players, *judge.parameters()], allow_unused=True, retain_graph=True)
     of_own = torch.autograd.grad(own, [*players, *judge.parameters()], allow_unused=True)
     assert [grad is None for grad in of_loss] == [False] * len(players) + [True] * len(list(judge.parameters()))
@@ -269,7 +269,7 @@ def test_adversarial_losses_are_cross_entropies():
 
 def test_events_of_any_rank_are_one_datum():
     q = posterior(4, 6)
-    folded = fastkl.DiagonalNormal(q._mu.view(4, 2, 3), q._parameter.view(4, 2, 3))
+    folded = fastkl.DiagonalNormal(*(t.view(4, 2, 3) for t in q.tensors))
     eps = torch.randn(1, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     y = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     for name, objective in ALL.items():

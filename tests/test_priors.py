@@ -25,7 +25,7 @@ def test_the_kl_that_every_prior_inherits_is_that_of_the_fused_op(entropy, gradi
     for kl in (GaussianMixture.kl, Prior.kl):
         q = posterior()
         values = kl(prior, q, **settings)
-        inputs = (q._mu, q._parameter, *prior.parameters())
+        inputs = (*q.tensors, *prior.parameters())
         found.append((values, *torch.autograd.grad(values.square().sum(), inputs)))
     for fused, inherited in zip(*found):
         torch.testing.assert_close(fused, inherited, rtol=1e-9, atol=1e-9)

@@ -94,6 +94,8 @@ NAMES = (
     "_C._functorch.is_batchedtensor",
     "_C._functorch.is_legacy_batchedtensor",
     "_softmax_backward_data",
+    "utils._pytree.register_pytree_node",
+    "utils._pytree.SequenceKey",
     "autograd.Function",  # its apply that is above
 )
 

@@ -63,7 +63,7 @@ def test_it_is_the_formula_with_all_its_gradients(covariance, tau):
     sigma = y @ (0.5 * prior.logvars).exp().expand(prior.means.shape)
     relaxed = normal(y @ prior.means, 2 * sigma.log())
     expected = (kl_divergence(normal(q.mean, q.logvar), relaxed) + choice_kl(prior, z)).mean(0)
-    inputs = (q._mu, q._parameter, *prior.parameters())
+    inputs = (*q.tensors, *prior.parameters())
     wanted = torch.autograd.grad(expected.square().sum(), inputs, retain_graph=True)
     for temperature in (tau, torch.tensor(tau, dtype=torch.float64, device=DEVICE)):
         actual = prior.kl_relaxed(q, z, temperature, gumbel=gumbel)
@@ -138,4 +138,4 @@ def test_gradients_are_those_of_finite_differences(covariance):
         z = fastkl.rsample_normal(mu, logvar, num_samples=2, seed=3)
         return kl_relaxed(mu, logvar, z, (logits, means, logvars, None), tau, "exact", seed, None)
 
-    assert gradcheck(loss, (q._mu, q._parameter, prior.logits, prior.means, prior.logvars, tau))
+    assert gradcheck(loss, (*q.tensors, prior.logits, prior.means, prior.logvars, tau))

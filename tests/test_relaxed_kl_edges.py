@@ -22,7 +22,7 @@ def test_a_component_without_weight_is_as_good_as_none(tau):
     keep = [0, 2, 3]
     rest.load_state_dict({name: value[keep] for name, value in prior.state_dict().items()})
     z = q.rsample(num_samples=2, seed=4)
-    inputs = (q._mu, q._parameter)
+    inputs = q.tensors
     found = []
     for one, g in ((prior, gumbel), (rest, gumbel[..., keep])):
         kl = one.kl_relaxed(q, z, tau, gumbel=g)

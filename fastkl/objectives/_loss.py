@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -61,7 +62,7 @@ def prior_draws(
 ) -> Tensor:  # fmt: skip
     """As many draws from the prior as the batch has data [N, D], with gradients to a learned one's parameters."""
     batch_ndim = len(posterior.shape) - posterior.event_ndim
-    shape = torch.Size((posterior.shape[:batch_ndim].numel(), posterior.shape[batch_ndim:].numel()))
+    shape = torch.Size((math.prod(posterior.shape[:batch_ndim]), math.prod(posterior.shape[batch_ndim:])))
     if given is not None:
         if given.shape[1:] != shape[1:] or given.dim() != 2:
             raise ValueError(f"prior_samples must be draws from the prior (n, {shape[1]}), got {tuple(given.shape)}")

@@ -109,7 +109,7 @@ def aae(
 
 def _odds(discriminator: nn.Module, z: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
     out = discriminator(z) if parameters is None else torch.func.functional_call(discriminator, parameters, (z,))
-    if not isinstance(out, Tensor) or out.numel() != len(z):
+    if not isinstance(out, Tensor) or out.numel() != z.shape[0]:
         found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"discriminator must return one number for each of {len(z)} draws, got {found}")
+        raise ValueError(f"discriminator must return one number for each of {z.shape[0]} draws, got {found}")
     return out.reshape(-1).to(torch.promote_types(out.dtype, torch.float32))

@@ -144,7 +144,7 @@ def broadcast_shape(**tensors: Tensor | None) -> torch.Size:
     shapes = {name: tensor.shape for name, tensor in tensors.items() if tensor is not None}
     first, *others = shapes.values()
     for shape in others:
-        if shape != first:
+        if len(shape) != len(first) or shape != first:  # shapes alone would compare a batch with an event's dimensions
             break
     else:
         return first
@@ -283,6 +283,8 @@ EVERYTHING = slice(None)
 def row_blocks(tensor: Tensor) -> list[slice]:
     """Slices of the first dimension for work on a CPU that is done block by block; [everything] where it is not."""
     count = tensor.shape[0] if tensor.dim() else 1
+    if torch.compiler.is_compiling():  # a graph is one for any number of rows
+        return [EVERYTHING]
     if tensor.device.type != "cpu" or tensor.numel() <= 2 * BLOCK or count == 1:
         return [EVERYTHING]
     step = max(1, BLOCK * count // tensor.numel())
@@ -298,7 +300,7 @@ def fits(tensor: Tensor, shape: torch.Size) -> bool:
 def expand(tensor: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """tensor.expand(shape), whose gradient is summed in float32: each addend rounded to 16 bits may well be 0. In front
     of an op there is no other way to broadcast."""
-    if tensor.shape == shape:
+    if tensor.dim() == len(shape) and tensor.shape == shape:
         return tensor
     return (tensor.float() if tensor.itemsize == 2 else tensor).expand(shape)
 

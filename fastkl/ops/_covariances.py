@@ -12,7 +12,7 @@ def _is_matrix(name: str, scale: Tensor, loc: Tensor) -> bool:
     size, loc_name = loc.shape[-1], name.replace("scale_tril", "loc")
     matrix = scale.dim() > loc.dim()
     # [D, D] beside loc [N, D] is one matrix for all rows in some conventions: never guess.
-    unclear = not matrix and scale.dim() > 1 and scale.shape[-2] == size > 1 and scale.shape[-2] != loc.shape[-2]
+    unclear = not matrix and scale.dim() > 1 and scale.shape[-2] != loc.shape[-2] and scale.shape[-2] == size > 1
     if unclear or scale.dim() == 0 or scale.shape[-1] != size or (matrix and scale.shape[-2] != size):
         hint = f"; for one matrix shared by the batch write {name}[None]" if unclear else ""
         raise ValueError(

@@ -28,7 +28,7 @@ from fastkl.ops._gmm import (
 )
 from fastkl.ops._register import apply, needs_closed_form, register, without_autocast
 
-_ARGUMENTS = f"Tensor mu, Tensor logvar, Tensor seed, {MIXTURE}, int num_samples, str precision"
+_ARGUMENTS = f"Tensor mu, Tensor logvar, Tensor seed, {MIXTURE}, SymInt num_samples, str precision"
 SAMPLES_BYTES = 2 << 20  # of the z of one block
 
 

@@ -24,7 +24,9 @@ def gather(group: ProcessGroup | None, *tensors: Tensor) -> tuple[list[Tensor], 
     Processes may have different numbers of rows, the same for all tensors of a process. Without a group, or in a group
     of one, the tensors are the global ones already.
     """
-    sizes = row_counts(group, len(tensors[0]), tensors[0].device)
+    if group is None:
+        return list(tensors), 0
+    sizes = row_counts(group, tensors[0].shape[0], tensors[0].device)
     if len(sizes) == 1:
         return list(tensors), 0
     rank = torch.distributed.get_rank(group)

@@ -140,12 +140,12 @@ def _order(row_tensors: int, mixture, batch: torch.Size) -> list[int] | None:
         if tensor is not None and tensor.dim() > event:
             leading = tensor.shape[: tensor.dim() - event]
             varies |= {len(batch) - len(leading) + dim for dim, length in enumerate(leading) if length != 1}
-            size += tensor.shape[-event:].numel()
+            size += math.prod(tensor.shape[-event:])
     keys = [dim in varies for dim in range(len(batch)) if batch[dim] != 1]
     if keys == sorted(keys):
         return None
-    more = batch[min(varies) :].numel() - math.prod([batch[dim] for dim in varies])
-    if row_tensors * batch.numel() * mixture[1].shape[-1] >= more * size:
+    more = math.prod(batch[min(varies) :]) - math.prod([batch[dim] for dim in varies])
+    if row_tensors * math.prod(batch) * mixture[1].shape[-1] >= more * size:
         return None
     return sorted(range(len(batch)), key=varies.__contains__)
 

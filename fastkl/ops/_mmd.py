@@ -91,6 +91,6 @@ def check_estimator(estimator: str, **rows: int) -> bool:
 
 def check_points(name: str, points: Tensor) -> Tensor:
     """[N, D], the dimensions of an event in one."""
-    if points.dim() < 2 or points.shape[1:].numel() == 0:
+    if points.dim() < 2 or 0 in points.shape[1:]:
         raise ValueError(f"{name} must be [N, D] with at least one dimension D, got shape {tuple(points.shape)}")
     return points.flatten(1)

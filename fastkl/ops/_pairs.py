@@ -131,11 +131,12 @@ def pair_weights(n: int, m: int, unbiased: bool) -> tuple[float, float, float]:
 
 
 @without_autocast
+@torch.no_grad()  # an exported program calls the op itself, which writes into buffers
 def mmd(x: Tensor, y: Tensor, kernel: str, scales: list[float], unbiased: bool, dx: bool, dy: bool) -> list[Tensor]:
     """[squared MMD in float64, its gradient in x if dx, in y if dy] of x [N, D] and y [M, D].
 
     Where there is no y, it is the mean over pairs of x."""
-    n, m = len(x), len(y)
+    n, m = x.shape[0], y.shape[0]
     points = Points(x, y, kernel, scales)
     weights = pair_weights(n, m, unbiased)
     x_blocks, y_blocks = blocks(n, BLOCK), blocks(m, BLOCK, first=n)

@@ -147,7 +147,7 @@ class Products(Softmin):
 
 def potentials(problem: Softmin, schedule: list[float], pulls: bool):
     """(f, g, pulls of x, pulls of y) at the last temperature: what `update` returns."""
-    zeros = [points.weights.new_zeros(len(points.at), dtype=torch.float64) for points in (problem.x, problem.y)]
+    zeros = [points.weights.new_zeros(points.at.shape[0], dtype=torch.float64) for points in (problem.x, problem.y)]
     f, g, *_ = problem.update(*zeros, schedule[0])
     for eps in schedule:
         new_f, new_g, *_ = problem.update(f, g, eps)

@@ -129,3 +129,34 @@ def softmax_gradient(dy: Tensor, y: Tensor, dim: int) -> Tensor:
         dx = dy * y
         return dx - y * dx.sum(dim, keepdim=True)
     return _softmax_gradient(dy, y, dim, y.dtype)
+
+
+_register_container = _private("utils._pytree.register_pytree_node")
+_key = _private("utils._pytree.SequenceKey")
+
+
+def register_container(cls: type, flatten: Callable[[Any], tuple], unflatten: Callable[[Any, Any], Any]) -> None:
+    """Let torch see the tensors in a class of our own: fully_shard and DistributedDataParallel in what a model returns,
+    torch.func in what it maps, torch.export in inputs and outputs.
+
+    flatten(object) is (its tensors, a tuple of plain values), unflatten(tensors, values) the object.
+    """
+    if _register_container is None or _key is None:
+        return
+
+    def with_keys(container: Any) -> tuple:
+        tensors, values = flatten(container)
+        return [(_key(index), tensor) for index, tensor in enumerate(tensors)], values
+
+    exported = {"to_dumpable_context": list, "from_dumpable_context": tuple, "flatten_with_keys_fn": with_keys}
+    _register_container(cls, flatten, unflatten, serialized_type_name=f"fastkl.{cls.__name__}", **exported)
+
+
+def known_equal(first: int, second: int) -> bool:
+    """Whether two sizes are equal. Traced, that is whether they are so in every call: asking more would make a graph
+    for equal sizes alone."""
+    if not torch.compiler.is_compiling():
+        return first == second
+    from torch.fx.experimental import symbolic_shapes  # takes its time, and is there when something is traced
+
+    return symbolic_shapes.statically_known_true(first == second)

@@ -73,6 +73,6 @@ def kl_gmm(
         return _bound(mu, logvar, logits, means, logvars, scale_tril, form, precision)
     rows, mixture, batch = mixtures.canonical({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril)
     seed = sampling.check_seed(seed, mu.device, "mu")
-    if batch.numel() == 0:
+    if rows[0].shape[0] == 0:
         return _gmm.nothing(rows, mixture).view(batch)
     return apply(KLSamples, *rows, seed, *mixture, num_samples, precision, entropy, stl).view(batch)

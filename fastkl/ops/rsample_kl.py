@@ -23,7 +23,7 @@ from fastkl.reference import SoftBounds
 
 # As in kl_normal; exactly one of seed (int64, no dimensions) and eps ([L, *shape], or [*shape] without num_samples).
 _SETTINGS = (
-    "Tensor[] q, Tensor? seed, Tensor? eps, int? num_samples, int packed_dim, Tensor[] prior, int event_ndim, "
+    "Tensor[] q, Tensor? seed, Tensor? eps, SymInt? num_samples, int packed_dim, Tensor[] prior, int event_ndim, "
     "str scale, float low, float high, bool live"
 )
 

@@ -14,7 +14,7 @@ from fastkl.reference import SoftBounds, Stream
 
 # As in rsample_kl, without an event or a prior; the noise of a seed is that of `stream`, a reference.Stream.
 _SETTINGS = (
-    "Tensor[] q, Tensor? seed, Tensor? eps, int? num_samples, int packed_dim, str scale, float low, float high, "
+    "Tensor[] q, Tensor? seed, Tensor? eps, SymInt? num_samples, int packed_dim, str scale, float low, float high, "
     "bool live, int stream"
 )
 

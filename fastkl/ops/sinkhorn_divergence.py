@@ -107,7 +107,7 @@ class _SinkhornDivergence(torch.autograd.Function):
 def _weights(name: str, weights: Tensor | None, points: Tensor) -> Tensor:
     if weights is None:
         dtype = reference.compute_dtype(points)
-        return torch.full((len(points),), 1 / len(points), dtype=dtype, device=points.device)
+        return torch.full(points.shape[:1], 1 / points.shape[0], dtype=dtype, device=points.device)
     if weights.shape != points.shape[:1]:
         raise ValueError(f"{name} must have a weight for each point, {tuple(points.shape[:1])}, got "
                          f"{tuple(weights.shape)}")  # fmt: skip

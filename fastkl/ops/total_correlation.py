@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 # z is [n, D], mu and logvar [B, D] are the whole batch's; row i of z was drawn from posterior first + i.
-_INPUTS = "Tensor z, Tensor mu, Tensor logvar, int first, int dataset_size, bool stratified"
+_INPUTS = "Tensor z, Tensor mu, Tensor logvar, SymInt first, SymInt dataset_size, bool stratified"
 WEIGHTS = ("mss", "mws")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from fastkl import distributions, reference
@@ -63,7 +65,7 @@ class Prior(nn.Module):
         if not isinstance(q, distributions.DiagonalNormal):
             raise TypeError(f"q must be a fastkl.DiagonalNormal, got {type(q).__name__}")
         event = q.shape[len(q.shape) - q.event_ndim :]
-        if dim not in (None, event.numel()):
+        if dim not in (None, math.prod(event)):
             raise ValueError(f"q has events of shape {tuple(event)}, but the prior has {dim} dimensions")
 
     def _parameters_of(self, q: distributions.DiagonalNormal, dim: int | None) -> tuple[Tensor, Tensor]:

@@ -158,11 +158,13 @@ class MixturePrior(Prior):
             return mixture.means.new_empty(0, mixture.means.shape[-1])
         if component is None:
             return sample_gmm(**mixture.named(), num_samples=n, seed=seed)[0]
-        components = len(mixture.means)
+        components = mixture.means.shape[0]
         chosen = torch.as_tensor(component, device=mixture.means.device)
         kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-        good = chosen.dtype in kinds and chosen.shape in ((), (n,))
-        if not good or not 0 <= chosen.min() <= chosen.max() < components:
+        good = chosen.dtype in kinds and (chosen.dim() == 0 or chosen.shape == (n,))
+        if good and not torch.compiler.is_compiling():
+            good = 0 <= chosen.min() <= chosen.max() < components
+        if not good:
             raise ValueError(f"component must be one int from 0 to {components - 1}, or {n} of them, got {component!r}")
         # Mixtures of one component each: one for all draws, or one per draw.
         one = [t if t is None or len(t) == 1 else t[chosen].unsqueeze(chosen.dim()) for t in mixture[1:]]

@@ -43,15 +43,15 @@ def total_correlation(z, mu, logvar, dataset_size, *, weights="mss", first=0) ->
     """
     dtype = compute_dtype(z, mu, logvar)
     z, mu, logvar = z.to(dtype), mu.to(dtype), logvar.to(dtype)
-    if len(z) == 0:
+    if z.shape[0] == 0:
         return Decomposition(*[(z + mu[:0] + logvar[:0]).sum(1)] * 3)
     like = {"dtype": dtype, "device": z.device}
-    log_weights = sample_weights(len(z), len(mu), dataset_size, weights, first=first, **like).log()
+    log_weights = sample_weights(z.shape[0], mu.shape[0], dataset_size, weights, first=first, **like).log()
     each = (tensor.unsqueeze(-1) for tensor in (z.unsqueeze(1), mu, logvar))
     terms = normal_log_prob(*each, event_ndim=1)  # [n, B, D]
     joint = torch.logsumexp(log_weights + terms.sum(-1), 1)
     marginals = torch.logsumexp(log_weights.unsqueeze(-1) + terms, 1).sum(-1)
-    own = slice(first, first + len(z))
+    own = slice(first, first + z.shape[0])
     conditional = normal_log_prob(z, mu[own], logvar[own], event_ndim=1)
     prior = normal_log_prob(z, torch.zeros_like(z), torch.zeros_like(z), event_ndim=1)
     return Decomposition(conditional - joint, joint - marginals, marginals - prior)

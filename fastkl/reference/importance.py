@@ -6,8 +6,6 @@ counts, and no gradient is handed back (that of torch.logsumexp is NaN there).
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -31,7 +29,7 @@ def _relative(log_w: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def iwae(log_w, dim=0) -> Tensor:
     """ln 1/L sum_l w_l."""
     largest, _, _, total = _relative(log_w, dim)
-    return total.log() + (largest - math.log(log_w.shape[dim]))
+    return (total / log_w.shape[dim]).log() + largest
 
 
 def effective_sample_size(log_w, dim=0) -> Tensor:

@@ -97,9 +97,9 @@ def sliced_wasserstein(x, y, num_projections, p=2, seed=None) -> Tensor:
     dtype = compute_dtype(x, y)
     unit = projections(seed, num_projections, x.shape[1], dtype)
     quantiles = [(unit @ points.to(dtype).T).sort(-1).values for points in (x, y)]
-    lengths, *indices = quantile_segments(len(x), len(y), x.device)
+    lengths, *indices = quantile_segments(x.shape[0], y.shape[0], x.device)
     difference = (quantiles[0][:, indices[0]] - quantiles[1][:, indices[1]]).abs()
-    return (difference.pow(p) * (lengths.to(dtype) / (len(x) * len(y)))).sum(-1).mean()
+    return (difference.pow(p) * (lengths.to(dtype) / (x.shape[0] * y.shape[0]))).sum(-1).mean()
 
 
 def sinkhorn_schedule(diameter: float, blur: float, scaling: float, final_updates: int) -> list[float]:
@@ -123,7 +123,8 @@ def sinkhorn_divergence(
     dtype = compute_dtype(x, y)
     points = [x.to(dtype), y.to(dtype)]
     weights = [
-        p.new_full((len(p),), 1 / len(p)) if w is None else w.to(dtype) for p, w in zip(points, (weights_x, weights_y))
+        p.new_full(p.shape[:1], 1 / p.shape[0]) if w is None else w.to(dtype)
+        for p, w in zip(points, (weights_x, weights_y))
     ]
     if diameter is None:
         both = torch.cat(points).detach()

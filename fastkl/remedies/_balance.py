@@ -95,7 +95,7 @@ def balance_weights(
     if group is not None:
         _group.check_group(group)
     rows = kl.reshape(-1, groups).abs()
-    weights = batch_mean(rows.sum(0), len(rows), group) + LEAST_KL
+    weights = batch_mean(rows.sum(0), rows.shape[0], group) + LEAST_KL
     weights = weights / weights.new_tensor(sizes)
     return weights / weights.mean()
 

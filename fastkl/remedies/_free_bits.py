@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,7 +78,7 @@ def free_bits(
         return sum_of_parts(kl, prior, threshold, joint_ndim)
     means = kl.kl_per_dim(prior)
     if group is not None:
-        rows = kl.shape[:batch_ndim].numel()
+        rows = math.prod(kl.shape[:batch_ndim])
         # Without rows the means are NaN; the sums that the other processes' are added to are not.
         means = batch_mean(means * rows if rows else means.nan_to_num(nan=0.0), rows, group)
     if joint_ndim:
@@ -98,5 +99,5 @@ def _of_kl(kl, threshold, per, prior, joint_ndim, group) -> Tensor:
         raise ValueError(f'kl must be {wanted} with per="{per}", got {tuple(kl.shape)}')
     if per == "batch":
         rows = kl.flatten(0, -2)
-        kl = batch_mean(rows.sum(0), len(rows), group)
+        kl = batch_mean(rows.sum(0), rows.shape[0], group)
     return at_least(kl, threshold)

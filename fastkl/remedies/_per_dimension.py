@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -23,13 +25,13 @@ def sum_of_parts(q: DiagonalNormal, prior: DiagonalNormal | None, threshold: flo
     if not plain(q.mean.device):
         terms = _parts(q, joint_ndim).kl(None if prior is None else _parts(prior, joint_ndim))
         return at_least(_flat(terms, batch_ndim), threshold)
-    parameters = [arguments.expand(tensor, q.shape) for tensor in (q._mu, q._parameter)]
+    parameters = [arguments.expand(tensor, q.shape) for tensor in q._halves()]
     if prior is not None:
         parameters += [arguments.expand(tensor, q.shape) for tensor in prior._given()]
-    bounds = arguments.check_bounds(q._settings["bounds"])
+    bounds = arguments.check_bounds(q.bounds)
     if not isinstance(threshold, Tensor):
         threshold = torch.full((), threshold, dtype=torch.float64, device=q.mean.device)
-    settings = (threshold, joint_ndim, batch_ndim, q._settings["scale"], *bounds)
+    settings = (threshold, joint_ndim, batch_ndim, q.scale, *bounds)
     return apply(_SumOfParts, *parameters, *[None] * (4 - len(parameters)), *settings)[0]
 
 
@@ -45,10 +47,9 @@ def at_least(terms: Tensor, threshold: float | Tensor) -> Tensor:
 
 def _parts(q: DiagonalNormal, joint_ndim: int) -> DiagonalNormal:
     """The same Gaussians with events of `joint_ndim` dimensions, which 0 of them are not: one of size 1 is added."""
-    settings = {"event_ndim": joint_ndim + 1, **q._settings}
-    if q._head is not None:
-        return DiagonalNormal.from_packed(q._head.unsqueeze(-1), q._dim, **settings)
-    return DiagonalNormal(q._mu.unsqueeze(-1), q._parameter.unsqueeze(-1), **settings)
+    tensors = tuple(tensor.unsqueeze(-1) for tensor in q.tensors)
+    packed_dim = None if q.packed_dim is None else q.packed_dim - 1
+    return replace(q, tensors=tensors, event_ndim=joint_ndim + 1, packed_dim=packed_dim)
 
 
 def _flat(terms: Tensor, batch_ndim: int) -> Tensor:
