@@ -216,7 +216,9 @@ def test_vmap_and_grad(name):
     gradient = torch.func.grad(lambda *t: function(*t).square().sum())
     per_example = torch.func.vmap(gradient)(*inputs)
     looped = torch.stack([gradient(*(t[i] for t in inputs)) for i in range(5)])
-    torch.testing.assert_close(per_example, looped)
+    # Gumbel noise is float32 also in float64: two implementations of it agree to 1e-6.
+    close = {"rtol": 1e-6, "atol": 1e-6} if name.startswith(("gumbel_softmax", "rsample_gmm")) else {}
+    torch.testing.assert_close(per_example, looped, **close)
 
 
 @every
