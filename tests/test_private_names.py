@@ -91,6 +91,7 @@ NAMES = (
     "autograd.profiler._is_profiler_enabled",
     "_C._dispatch_keys",
     "autograd.forward_ad._current_level",
+    "autograd.forward_ad._set_fwd_grad_enabled",
     "_C._functorch.is_batchedtensor",
     "_C._functorch.is_legacy_batchedtensor",
     "_softmax_backward_data",

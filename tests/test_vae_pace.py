@@ -100,6 +100,8 @@ def test_a_run_that_would_take_hours_says_what_to_change():
         assert option in hint
     (short,) = pace.forecast(run, 1e-4)
     assert "18,750 steps of 0.1 ms" in short
+    (bare,) = pace.forecast(run, 1e-4, reported=False)
+    assert "samples" not in bare
 
 
 def test_times_are_spoken_with_the_precision_that_they_have():

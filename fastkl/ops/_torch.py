@@ -40,7 +40,9 @@ _has_level = _private("autograd.forward_ad._current_level") is not None
 
 def forward_mode() -> bool:
     """Whether tensors may carry tangents: within torch.autograd.forward_ad.dual_level or torch.func.jvp."""
-    return not _has_level or _forward_ad._current_level >= 0
+    if not _has_level:
+        return not torch.compiler.is_compiling()  # a graph is for tensors without tangents
+    return _forward_ad._current_level >= 0
 
 
 _set_forward_mode = _private("autograd.forward_ad._set_fwd_grad_enabled")

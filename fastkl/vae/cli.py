@@ -143,7 +143,8 @@ def train_in(
             folder / folders.SETTINGS, (json.dumps(dataclasses.asdict(settings), indent=2) + "\n").encode()
         )
         facts.keep(folder, facts.gather(options.typed, source, run.device, ranks.size))
-        for line in opening(run, state, "resume" in options, step_time):
+        forecast = pace.forecast(run, step_time, "no_report" not in options)
+        for line in opening(run, state, "resume" in options, forecast):
             say(line)
     if run.step < run.total_steps:
         events = None if "no_tensorboard" in options else folder / "tensorboard"
@@ -158,12 +159,12 @@ def train_in(
     return 0
 
 
-def opening(run: Any, state: Any, resuming: bool, step_time: float) -> list[str]:
+def opening(run: Any, state: Any, resuming: bool, forecast: list[str]) -> list[str]:
     """What is said before a run begins: the model and how long it will take, the data and what was made of them."""
     source, settings = run.data, run.settings
     if run.step >= run.total_steps:
         return [f"{run.folder}: finished at step {run.step:,}; {prolonging(settings)}"]
-    time_needed, *hints = pace.forecast(run, step_time)
+    time_needed, *hints = forecast
     if state:
         return [f"{run.folder}: going on at step {run.step:,} of {run.total_steps:,}, {time_needed}", *hints]
     note = "no checkpoint there yet, from the beginning: " if resuming else ""

@@ -74,19 +74,17 @@ def seconds_per_step(run: Run) -> float:
     return taken
 
 
-def forecast(run: Run, step: float) -> list[str]:
-    """What is said of the time before a run begins, from the seconds of a step."""
+def forecast(run: Run, step: float, reported: bool = True) -> list[str]:
+    """What is said of the time before a run begins, from the seconds of a step; `reported`: log p(x) is estimated."""
     settings, left = run.settings, run.total_steps - run.step
     # A forward pass is a third of a step, and decoding half of it.
     datum = step / settings.batch_size / 3
     watching = TEST_POINTS * min(1000, len(run.data.watched)) * datum
-    report = settings.importance_samples * len(run.data.test) * datum / 2
+    report = settings.importance_samples * len(run.data.test) * datum / 2 if reported else 0.0
     total = left * step + watching + report
     where = "the GPU" if run.device.type == "cuda" else f"the CPU, {threads(torch.get_num_threads())}"
-    lines = [
-        f"about {spoken(total)} on {where}: {left:,} steps of {brief(step)}, "
-        f"then {spoken(report)} for {settings.importance_samples:,} samples per test datum"
-    ]
+    after = f", then {spoken(report)} for {settings.importance_samples:,} samples per test datum" if reported else ""
+    lines = [f"about {spoken(total)} on {where}: {left:,} steps of {brief(step)}{after}"]
     if total > LONG:
         steps = max(1, int(SHORT / step))
         ways = [f"--steps {steps:,}".replace(",", "") + f" takes {spoken(steps * step)}"] if steps < left else []
