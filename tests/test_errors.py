@@ -27,7 +27,7 @@ KL = {
         TypeError,
         "logvar must be.*float8_e4m3fn; float16, bfloat16",
     ),
-    "not a tensor": (lambda f: f(M, 0.0), TypeError, "logvar must be a torch.Tensor, got float"),
+    "not a tensor": (lambda f: f(M, [0.0]), TypeError, "logvar must be a torch.Tensor, got list"),
     "devices": (lambda f: f(M, META), ValueError, "logvar is on meta, but mu is on"),
     "event 0": (lambda f: f(M, M, event_ndim=0), ValueError, "event_ndim must be at least 1, got 0"),
     "event too large": (lambda f: f(M, M, event_ndim=3), ValueError, r"event_ndim=3.*\(3, 4\) has 2"),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import fastkl
 from fastkl.priors import GaussianMixture, _fit
 
 from helpers import DEVICE
@@ -217,3 +218,43 @@ def test_bad_input_is_refused_and_nothing_changes(name):
         full = GaussianMixture(K, D, "full").double().to(DEVICE)
         with pytest.raises(error, match=message):
             call(full, data())
+
+
+def test_fitted_to_posteriors_it_is_their_average():
+    """A mixture of the means alone is far too narrow; one component is the average's moments."""
+    generator = torch.Generator().manual_seed(2)
+    mu = (0.3 * torch.randn(500, 8, generator=generator)).to(DEVICE)
+    q = fastkl.DiagonalNormal(mu, torch.full_like(mu, -0.1).requires_grad_())
+    standard, prior = q.kl().mean(), GaussianMixture(K, 8).to(DEVICE)
+    prior.fit(mu, seed=0)
+    assert prior.kl(q, num_samples=50, seed=1).mean() > 2 * standard
+    prior.fit(q, seed=0)
+    assert prior.kl(q, num_samples=50, seed=1).mean() < 1.2 * standard
+    again = GaussianMixture(K, 8).to(DEVICE)
+    again.fit(fastkl.DiagonalNormal(mu.view(500, 2, 4), q.logvar.view(500, 2, 4)), seed=0)
+    assert all(map(torch.equal, prior.parameters(), again.parameters()))
+    one = GaussianMixture(1, 8).to(DEVICE)
+    one.fit(q, seed=0, num_samples=100)
+    torch.testing.assert_close(one.means[0], mu.mean(0), rtol=0, atol=0.03)
+    torch.testing.assert_close(one.logvars[0].exp(), mu.var(0) + math.exp(-0.1), rtol=0.03, atol=0)
+
+
+def _posterior(**changes):
+    given = {"mu": torch.zeros(20, 3, device=DEVICE), "logvar": torch.zeros(20, 3, device=DEVICE)} | changes
+    return fastkl.DiagonalNormal(**given)
+
+
+BAD_POSTERIORS = {
+    "few": (lambda p: p.fit(_posterior(mu=torch.zeros(3, 3, device=DEVICE), logvar=torch.zeros(3, 3, device=DEVICE))),
+            "z must hold at least 5 data.*got 3"),
+    "dim": (lambda p: p.fit(fastkl.DiagonalNormal(*torch.zeros(2, 20, 2, device=DEVICE))), r"events of shape \(2,\)"),
+    "nan": (lambda p: p.fit(_posterior(logvar=torch.full((20, 3), math.nan, device=DEVICE))), "z must be finite"),
+    "draws": (lambda p: p.fit(_posterior(), num_samples=0), "num_samples must be at least 1, got 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_POSTERIORS)
+def test_bad_posteriors_are_refused(name):
+    call, message = BAD_POSTERIORS[name]
+    with pytest.raises(ValueError, match=message):
+        call(GaussianMixture(5, 3).to(DEVICE))

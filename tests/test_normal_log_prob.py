@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+import fastkl
 from fastkl import reference
 from fastkl.ops.normal_log_prob import normal_log_prob
 
@@ -160,8 +162,8 @@ def test_bad_arguments_are_named():
     ]:
         with pytest.raises(ValueError, match=message):
             normal_log_prob(*arguments, event_ndim=event_ndim)
-    with pytest.raises(TypeError, match=r"logvar must be a torch.Tensor, got float"):
-        normal_log_prob(zeros, zeros, 0.0)
+    with pytest.raises(TypeError, match=r"x must be a torch.Tensor, got float"):
+        normal_log_prob(0.0, zeros, zeros)
 
 
 def aot_calls():
@@ -185,3 +187,26 @@ def aot_calls():
     add("odd float64", (37, 37), "shared", (torch.float64,) * 3, (True, True, True))
     add("odd", (37, 37), "full", bfloat16)
     return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_numbers_are_parameters(dtype):
+    x = torch.linspace(-2, 2, 12, dtype=torch.float64, device=DEVICE).view(4, 3).to(dtype)
+    mean, logvar = 0.3, -1.7
+    exact = torch.distributions.Normal(mean, math.exp(logvar / 2)).log_prob(x.double()).sum(1)
+    for given in ((x, mean, logvar), (x, torch.full_like(x, mean, dtype=torch.float64), np.float64(logvar))):
+        torch.testing.assert_close(fastkl.normal_log_prob(*given).double(), exact, rtol=1e-6, atol=1e-6)
+    assert fastkl.normal_log_prob(x, 0, 0.0).dtype == torch.promote_types(dtype, torch.float32)
+    p, q = (torch.distributions.Normal(m, s) for m, s in ((0.5, 2.0), (x.double(), math.exp(logvar / 2))))
+    kl = torch.distributions.kl_divergence(q, p)
+    prior = (0.5, 2 * math.log(2.0))
+    torch.testing.assert_close(fastkl.kl_normal(x, logvar, *prior).double(), kl.sum(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fastkl.kl_normal_per_dim(x, logvar, *prior).double(), kl.mean(0), rtol=1e-5, atol=1e-5)
+    distance = (x.double() - 0.5).square().sum(1) + 3 * (math.exp(logvar / 2) - 2) ** 2
+    torch.testing.assert_close(fastkl.wasserstein2_normal(x, logvar, *prior).double(), distance, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [True, "0", 1j])
+def test_what_is_no_number_is_no_parameter(bad):
+    with pytest.raises(TypeError, match=r"logvar must be a torch.Tensor"):
+        fastkl.normal_log_prob(torch.zeros(2, 3), 0.0, bad)

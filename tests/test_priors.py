@@ -201,3 +201,26 @@ def test_a_seeded_flow_leaves_every_generator_as_it_was(monkeypatch):
     assert torch.equal(*(priors.FlowPrior(Flow()).sample(4, seed=7) for _ in range(2)))
     assert states == {0: "first", 1: "second"}
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@every_prior
+def test_draws_of_a_shape_are_draws(make):
+    torch.manual_seed(0)
+    prior = make().to(DEVICE)
+    for draw in (prior.sample, prior.rsample):
+        flat = draw(12, seed=3)
+        torch.testing.assert_close(draw((3, 4), seed=3), flat.view(3, 4, D))
+        assert draw(torch.Size([2, 0, 3])).shape == (2, 0, 3, D)
+        assert draw(()).shape == (D,)
+        for bad, message in (((3, -1), "n must be at least 0, got -1"), ((2.0,), "n must be an int, got float")):
+            with pytest.raises((TypeError, ValueError), match=message):
+                draw(bad)
+
+
+def test_draws_of_a_shape_have_components_of_that_shape():
+    prior, component = mixture(), torch.arange(12, device=DEVICE).view(3, 4) % K
+    torch.testing.assert_close(
+        prior.sample((3, 4), component=component, seed=3),
+        prior.sample(12, component=component.flatten(), seed=3).view(3, 4, D),
+    )
+    assert prior.sample((3, 4), component=1).shape == (3, 4, D)

@@ -1,6 +1,7 @@
 """VampPrior: the mixture of equation 9, trained with an encoder that belongs to somebody else."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -235,3 +236,49 @@ def test_bad_input_is_refused(name):
     call, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def _nested(model):
+    def inner(x):
+        return model.encoder(x)
+
+    return lambda x: inner(x)
+
+
+# What users give for an encoder, beside the module itself.
+FUNCTIONS = {
+    "method": lambda model: model.posterior,
+    "lambda": lambda model: lambda x: model.posterior(x),
+    "nested": _nested,
+    "default": lambda model: lambda x, encoder=model.encoder: encoder(x),
+    "keyword": lambda model: lambda x, *, encoder=model.encoder: encoder(x),
+    "partial": lambda model: functools.partial(lambda model, x: model.posterior(x), model),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_copy_calls_its_own_encoder(name):
+    vae = autoencoder()
+    vae.prior = VampPrior(torch.rand(K, PIXELS), FUNCTIONS[name](vae), transform=lambda x: x.clamp(0, 1)).to(DEVICE)
+    twin = copy.deepcopy(vae)
+    before = vae.prior.mixture().means
+    torch.testing.assert_close(twin.prior.mixture().means, before)
+    with torch.no_grad():
+        for parameter in twin.encoder.parameters():
+            parameter.zero_()
+    assert twin.prior.mixture().means.abs().max() == 0
+    assert torch.equal(vae.prior.mixture().means, before)
+    twin.prior.mixture().means.sum().backward()
+    assert all(parameter.grad is None for parameter in vae.parameters())
+    again = copy.deepcopy(twin)
+    assert again.prior.mixture().means.abs().max() == 0
+    assert dict(twin.named_parameters()).keys() == dict(vae.named_parameters()).keys()
+
+
+GLOBAL = nn.Linear(PIXELS, 2 * D, device=DEVICE)
+
+
+def test_a_copy_that_cannot_have_its_own_encoder_says_so():
+    prior = VampPrior(torch.rand(K, PIXELS), lambda x: GLOBAL(x)).to(DEVICE)
+    with pytest.warns(UserWarning, match="calls the same GLOBAL as before"):
+        copy.deepcopy(prior)

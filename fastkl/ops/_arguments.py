@@ -44,6 +44,18 @@ def check_tensors(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} is on {tensor.device}, but {first_name} is on {first_device}; move one of them")
 
 
+def as_tensors(like: Tensor, *values: Any) -> tuple[Any, ...]:
+    """Numbers as tensors without dimensions, on `like`'s device in the dtype it is computed in; all else as it is."""
+    if not isinstance(like, Tensor) or like.dtype not in DTYPES:
+        return values
+    numbers = (Real, torch.SymFloat, torch.SymInt)
+    place = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
+    return tuple(
+        torch.full((), value, **place) if isinstance(value, numbers) and not isinstance(value, bool) else value
+        for value in values
+    )
+
+
 def usual(mu: Tensor, logvar: Tensor, event_ndim: int, scale: str, *rest) -> bool:
     """Whether the call is the ordinary one, two tensors that are alike and nothing else given: then no check can fail.
 

@@ -110,8 +110,9 @@ def kl_normal_packed(
 
 
 def kl_normal(
-    mu: Tensor, logvar: Tensor, prior_mu: Tensor | None = None, prior_logvar: Tensor | None = None, *,
-    event_ndim: int = 1, scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
+    mu: Tensor, logvar: Tensor | float, prior_mu: Tensor | float | None = None,
+    prior_logvar: Tensor | float | None = None, *, event_ndim: int = 1, scale: str = "logvar",
+    bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """KL divergence from a diagonal Gaussian to N(0, I) or to another one, in nats, one value per sample.
 
@@ -119,10 +120,10 @@ def kl_normal(
 
     Args:
         mu: mean of q, [*batch, *event].
-        logvar: ln sigma^2 of q, or what `scale` says; broadcasts with mu.
+        logvar: ln sigma^2 of q, or what `scale` says; broadcasts with mu; or a number.
         prior_mu, prior_logvar: mean and log-variance of p (always the log-variance, whatever `scale` is); absent
-            (N(0, I)), of the full shape, or shared by the batch ([*event], [1, *event]), whose gradient is then summed
-            over the batch inside the kernel.
+            (N(0, I)), of the full shape, a number, or shared by the batch ([*event], [1, *event]), whose gradient is
+            then summed over the batch inside the kernel.
         event_ndim: how many of the last dimensions are summed: 1 for tokens [B, T, D], 3 for images [B, C, H, W].
         scale: what the second argument is: "logvar", "log_std", "std" or "softplus" (sigma = softplus of it).
         bounds: (low, high) clamps the log-variance in the same pass, with no gradient outside;
@@ -148,6 +149,7 @@ def kl_normal(
         if way := short.find("kl_normal", mu, logvar, event_ndim, scale, _differentiate_without_prior):
             return short.value(way, mu, logvar)
         return apply(_KLNormal, mu, logvar, None, None, -1, event_ndim, scale, *arguments.NO_BOUNDS)
+    logvar, prior_mu, prior_logvar = arguments.as_tensors(mu, logvar, prior_mu, prior_logvar)
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
     arguments.check_event_ndim(event_ndim, shape)

@@ -133,6 +133,7 @@ def kl_normal_per_dim(
     """
     if arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
         return apply(_KLNormalPerDim, mu, logvar, None, None, event_ndim, scale, *arguments.NO_BOUNDS)
+    logvar, prior_mu, prior_logvar = arguments.as_tensors(mu, logvar, prior_mu, prior_logvar)
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
     arguments.check_event_ndim(event_ndim, shape)

@@ -98,7 +98,9 @@ class _NormalLogProb(torch.autograd.Function):
         return apply(_NormalLogProb, x, mean, _fit_logvar(logvar, x.shape, event_ndim), event_ndim), 0
 
 
-def normal_log_prob(x: Tensor, mean: Tensor, logvar: Tensor, *, event_ndim: int | None = None) -> Tensor:
+def normal_log_prob(
+    x: Tensor, mean: Tensor | float, logvar: Tensor | float, *, event_ndim: int | None = None
+) -> Tensor:
     """Log-likelihood of `x` under independent normal variables, in nats, one value per sample.
 
     ln p(x) = -1/2 sum_d [ln 2 pi + logvar_d + (x_d - mean_d)^2 / exp(logvar_d)]
@@ -106,9 +108,9 @@ def normal_log_prob(x: Tensor, mean: Tensor, logvar: Tensor, *, event_ndim: int 
     Args:
         x, mean: data and its reconstruction, [*batch, *event]; they broadcast (for importance samples [L, N, *event]
             x is read where it lies, L times), and their dtypes may differ.
-        logvar: ln sigma^2, broadcasts with them. Where it has one value per sample ([N, 1, ..., 1]) or one in all
-            (0-d: the learned variance of the sigma-VAE), or one per dimension of the event that the batch shares, its
-            gradient is summed inside the kernel.
+        logvar: ln sigma^2, broadcasts with them; it and the mean may be numbers. Where it has one value per sample
+            ([N, 1, ..., 1]) or one in all (0-d: the learned variance of the sigma-VAE), or one per dimension of the
+            event that the batch shares, its gradient is summed inside the kernel.
         event_ndim: how many of the last dimensions are summed; None: every dimension after the first (with a dimension
             of importance samples in front it has to be given).
 
@@ -130,6 +132,7 @@ def normal_log_prob(x: Tensor, mean: Tensor, logvar: Tensor, *, event_ndim: int 
     """
     if known := arguments.alike(event_ndim, x, mean, logvar):
         return apply(_NormalLogProb, x, mean, logvar, known)
+    mean, logvar = arguments.as_tensors(x, mean, logvar)
     arguments.check_tensors(x=x, mean=mean, logvar=logvar)
     shape = arguments.broadcast_shape(x=x, mean=mean, logvar=logvar)
     event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)

@@ -10,6 +10,7 @@ from fastkl.priors.flow import FlowPrior
 from fastkl.priors.gaussian import DiagonalNormal, StandardNormal
 from fastkl.priors.gaussian_mixture import GaussianMixture
 from fastkl.priors.mixture import Mixture, MixturePrior, Usage
+from fastkl.priors.per_position import PerPosition
 from fastkl.priors.vamp import VampPrior
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "GaussianMixture",
     "Mixture",
     "MixturePrior",
+    "PerPosition",
     "Prior",
     "StandardNormal",
     "Usage",

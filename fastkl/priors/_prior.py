@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -11,6 +12,11 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops._closed_form import samples_dtype
 from fastkl.ops.normal_log_prob import normal_log_prob
 from fastkl.ops.rsample_normal import rsample_normal
+
+
+def check_shape(n: int | Sequence[int]) -> tuple[int, ...]:
+    """The shape of n draws."""
+    return tuple(arguments.check_int("n", size, 0) for size in (n if isinstance(n, (tuple, list)) else (n,)))
 
 
 class Prior(nn.Module):
@@ -24,12 +30,13 @@ class Prior(nn.Module):
         """ln p(z) [*batch] of z [*batch, D]."""
         raise NotImplementedError
 
-    def sample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:
-        """n draws [n, D], without gradient; the same for the same seed, without one torch's generator draws it."""
+    def sample(self, n: int | Sequence[int], *, seed: int | Tensor | None = None) -> Tensor:
+        """n draws [n, D], or those of a shape, [*n, D], without gradient; the same for the same seed, without one
+        torch's generator draws it."""
         raise NotImplementedError
 
-    def rsample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:
-        """n draws [n, D] with gradients to the prior's parameters, for what compares draws (MMD, transport)."""
+    def rsample(self, n: int | Sequence[int], *, seed: int | Tensor | None = None) -> Tensor:
+        """As `sample`, with gradients to the prior's parameters, for what compares draws (MMD, transport)."""
         raise NotImplementedError
 
     def kl(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from fastkl.ops import _arguments as arguments
-from fastkl.priors._prior import Prior
+from fastkl.priors._prior import Prior, check_shape
 
 
 class FlowPrior(Prior):
@@ -39,8 +41,8 @@ class FlowPrior(Prior):
         dtypes = [p.dtype for p in self.flow.parameters()]
         return density.log_prob(z.to(dtypes[0]) if dtypes else z)
 
-    def rsample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:
-        shape = (arguments.check_int("n", n, 0),)
+    def rsample(self, n: int | Sequence[int], *, seed: int | Tensor | None = None) -> Tensor:
+        shape = check_shape(n)
         if seed is None:
             return self.flow().rsample(shape)
         seed = arguments.check_int("seed", seed.item() if isinstance(seed, Tensor) else seed, -(2**63))
@@ -53,7 +55,7 @@ class FlowPrior(Prior):
             return self.flow().rsample(shape)
 
     @torch.no_grad()
-    def sample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:
+    def sample(self, n: int | Sequence[int], *, seed: int | Tensor | None = None) -> Tensor:
         return self.rsample(n, seed=seed)
 
     def extra_repr(self) -> str:

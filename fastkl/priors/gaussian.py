@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops.normal_log_prob import normal_log_prob
 from fastkl.ops.rsample_normal import draw_normal
-from fastkl.priors._prior import Prior
+from fastkl.priors._prior import Prior, check_shape
 from fastkl.reference import Stream
 
 
@@ -35,13 +37,13 @@ class _Gaussian(Prior):
     def log_prob(self, z: Tensor) -> Tensor:
         return normal_log_prob(self._check_latent(z), self.mu, self.logvar, event_ndim=1)
 
-    def rsample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:
-        shape = (arguments.check_int("n", n, 0), self.dim)
+    def rsample(self, n: int | Sequence[int], *, seed: int | Tensor | None = None) -> Tensor:
+        shape = (*check_shape(n), self.dim)
         seed = sampling.check_seed(seed, self.mu.device, "the prior")
         return draw_normal(Stream.PRIOR, shape, self.mu, self.logvar, seed)
 
     @torch.no_grad()
-    def sample(self, n: int, *, seed: int | Tensor | None = None) -> Tensor:
+    def sample(self, n: int | Sequence[int], *, seed: int | Tensor | None = None) -> Tensor:
         return self.rsample(n, seed=seed)
 
 

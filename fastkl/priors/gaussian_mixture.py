@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkl import reference
+from fastkl import distributions, reference
 from fastkl.ops import _arguments as arguments
+from fastkl.ops.rsample_normal import rsample_normal
 from fastkl.priors._fit import FitRecord, em_step, hard_start, kmeans
 from fastkl.priors.mixture import Mixture, MixturePrior
 
@@ -26,7 +27,7 @@ class GaussianMixture(MixturePrior):
 
     At first the weights are equal, every variance is 1/2 and the means are drawn from N(0, I/2), so that the mixture as
     a whole has the moments of N(0, I). For a mixture that follows the data, train with another prior for a while, then
-    `fit` this one to the posterior means.
+    `fit` this one to the posteriors.
 
     Args:
         components, dim: K and D.
@@ -89,19 +90,24 @@ class GaussianMixture(MixturePrior):
         return Mixture(self.logits, self.means, self.logvars)
 
     def fit(
-        self, z: Tensor, *, iterations: int = 100, tolerance: float = 1e-3, init: str | Tensor = "k-means++",
-        regularisation: float = 1e-6, seed: int | None = None, progress: Callable[[int, float], Any] | None = None,
+        self, z: Tensor | distributions.DiagonalNormal, *, iterations: int = 100, tolerance: float = 1e-3,
+        init: str | Tensor = "k-means++", regularisation: float = 1e-6, seed: int | None = None,
+        progress: Callable[[int, float], Any] | None = None, num_samples: int = 10,
     ) -> FitRecord:  # fmt: skip
         """Maximum likelihood by expectation maximisation, in place; as scikit-learn's GaussianMixture, step by step.
 
         Args:
-            z: data [*batch, D]; the computation is in float64 if they are, else in float32.
+            z: data [*batch, D], or a batch of posteriors, a fastkl.DiagonalNormal, whose average is approximated: the
+                prior to which their mean KL is least. Their means alone would give one that is too narrow. The
+                computation is in float64 if they are, else in float32.
             iterations, tolerance: the end, at the latest, and where the mean log-likelihood changes by less (nats).
             init: "k-means++" (seeding, then Lloyd's iterations), "current" (go on from the present parameters), or
                 means [K, D] to begin with. The first and the last take weights and covariances from the data nearest
                 to each mean.
             regularisation: is added to every variance, in units of z squared.
-            seed: for "k-means++"; absent, torch's generator draws.
+            seed: for "k-means++" and the draws from posteriors; absent, torch's generator draws.
+            num_samples: how many draws from each posterior are fitted to. "k-means++" looks at the means, where
+                clusters are plainer.
             progress: is called as progress(iteration, log_likelihood) after every iteration.
 
         Returns:
@@ -113,9 +119,9 @@ class GaussianMixture(MixturePrior):
         `progress` or Ctrl-C, the module has the parameters after the last complete iteration.
 
         Raises:
-            TypeError: z is not a floating-point tensor.
-            ValueError: z has the wrong shape, fewer data than components, or numbers that are not finite; an unknown
-                init; a covariance that became singular, as may be where regularisation is 0.
+            TypeError: z is neither a floating-point tensor nor a fastkl.DiagonalNormal.
+            ValueError: z has the wrong shape, fewer data (or posteriors) than components, or numbers that are not
+                finite; an unknown init; a covariance that became singular, as may be where regularisation is 0.
 
         Source: Bishop 2006, "Pattern Recognition and Machine Learning", section 9.2.2; Arthur and Vassilvitskii 2007,
         "k-means++: the advantages of careful seeding".
@@ -132,13 +138,8 @@ class GaussianMixture(MixturePrior):
         for name, value in (("tolerance", tolerance), ("regularisation", regularisation)):
             if not value >= 0:
                 raise ValueError(f"{name} must be a number from 0 on, got {value!r}")
-        arguments.check_tensors(z=z, parameters=self.means)
-        rows = self._check_latent(z).detach().reshape(-1, self.dim).to(reference.compute_dtype(z))
-        if len(rows) < self.components:
-            raise ValueError(f"z must hold at least {self.components} data, one per component, got {len(rows)}")
-        if not rows.isfinite().all():
-            raise ValueError("z must be finite, but holds NaN or infinite numbers")
-        state = self._start(rows, init, regularisation, _generator(seed, rows.device))
+        rows, means = self._rows(z, num_samples, seed)
+        state = self._start(rows, means, init, regularisation, _generator(seed, rows.device))
         history, converged = [], False
         try:
             for iteration in range(1, iterations + 1):
@@ -153,7 +154,29 @@ class GaussianMixture(MixturePrior):
             self._assign(*state)
         return FitRecord(history, converged)
 
-    def _start(self, rows: Tensor, init: str | Tensor, regularisation: float, generator) -> tuple:
+    @torch.no_grad()
+    def _rows(self, z, num_samples: int, seed: int | None) -> tuple[Tensor, Tensor]:
+        """What is fitted to [N, D], and in what centres are looked for: the data, or draws and means of posteriors."""
+        num_samples = arguments.check_int("num_samples", num_samples, 1)
+        if isinstance(z, distributions.DiagonalNormal):
+            parameters = self._parameters_of(z, self.dim)
+            arguments.check_tensors(z=parameters[0], parameters=self.means)
+            dtype = reference.compute_dtype(*parameters)
+            mu, logvar = (tensor.detach().reshape(-1, self.dim).to(dtype) for tensor in parameters)
+            drawn = rsample_normal(mu, logvar, num_samples=num_samples, seed=seed)
+            found = drawn.flatten(0, 1), mu
+        else:
+            arguments.check_tensors(z=z, parameters=self.means)
+            rows = self._check_latent(z).detach().reshape(-1, self.dim).to(reference.compute_dtype(z))
+            found = rows, rows
+        if found[1].shape[0] < self.components:
+            count = found[1].shape[0]
+            raise ValueError(f"z must hold at least {self.components} data, one per component, got {count}")
+        if not all(rows.isfinite().all() for rows in found):
+            raise ValueError("z must be finite, but holds NaN or infinite numbers")
+        return found
+
+    def _start(self, rows: Tensor, means: Tensor, init: str | Tensor, regularisation: float, generator) -> tuple:
         if isinstance(init, str) and init == "current":
             return tuple(None if tensor is None else tensor.detach().to(rows.dtype) for tensor in self.mixture())
         if isinstance(init, Tensor):
@@ -163,7 +186,7 @@ class GaussianMixture(MixturePrior):
             if not centres.isfinite().all():
                 raise ValueError("init must be finite, but holds NaN or infinite numbers")
         elif init == "k-means++":
-            centres = kmeans(rows, self.components, generator)
+            centres = kmeans(means, self.components, generator)
         else:
             raise ValueError(f"init must be 'k-means++', 'current' or a tensor of means, got {init!r}")
         return hard_start(rows, centres, self.covariance, regularisation)

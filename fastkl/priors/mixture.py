@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from fastkl.ops.kl_gmm import kl_gmm
 from fastkl.ops.kl_gmm_bounds import kl_gmm_bounds
 from fastkl.ops.rsample_normal import rsample_normal
 from fastkl.priors import _relaxed
-from fastkl.priors._prior import Prior
+from fastkl.priors._prior import Prior, check_shape
 
 
 class Mixture(NamedTuple):
@@ -133,41 +135,49 @@ class MixturePrior(Prior):
         shares = moments.counts / moments.counts.sum()
         return Usage(shares, torch.special.entr(shares).sum(), int(used(shares).sum()))
 
-    def rsample(self, n: int, *, seed: int | Tensor | None = None, tau: float | Tensor = 1.0) -> Tensor:
-        """n draws [n, D] with the law of `sample`, and with gradients: exact ones to the parameters of the component
-        that each came from, to the weights those of a straight-through choice at temperature tau, which are biased.
+    def rsample(self, n: int | Sequence[int], *, seed: int | Tensor | None = None, tau: float | Tensor = 1.0) -> Tensor:
+        """n draws [n, D], or [*n, D], with the law of `sample`, and with gradients: exact ones to the parameters of the
+        component that each came from, to the weights those of a straight-through choice at temperature tau, which are
+        biased.
 
         Makes [n, K] for the choice. Source: as `fastkl.rsample_gmm` with hard=True.
         """
-        mixture = self.mixture()
-        if arguments.check_int("n", n, 0) == 0:
-            return mixture.means[:0]
-        return rsample_gmm(**mixture.named(), tau=tau, hard=True, num_samples=n, seed=seed)
+        mixture, shape = self.mixture(), check_shape(n)
+        size, count = mixture.means.shape[-1], math.prod(shape)
+        if count == 0:
+            return mixture.means[:0].view(*shape, size)
+        return rsample_gmm(**mixture.named(), tau=tau, hard=True, num_samples=count, seed=seed).view(*shape, size)
 
     @torch.no_grad()
-    def sample(self, n: int, *, component: int | Tensor | None = None, seed: int | Tensor | None = None) -> Tensor:
-        """n draws [n, D], without gradient, as `fastkl.sample_gmm`.
+    def sample(
+        self, n: int | Sequence[int], *, component: int | Tensor | None = None, seed: int | Tensor | None = None
+    ) -> Tensor:
+        """n draws [n, D], or those of a shape, [*n, D], without gradient, as `fastkl.sample_gmm`.
 
         Args:
-            component: draw from this one alone, or, a tensor [n] of ints, each draw from its own; absent, components
+            component: draw from this one alone, or, a tensor [*n] of ints, each draw from its own; absent, components
                 are drawn with their weights.
             seed: absent, torch's generator draws it.
         """
-        mixture = self.mixture()
-        if arguments.check_int("n", n, 0) == 0:
-            return mixture.means.new_empty(0, mixture.means.shape[-1])
+        mixture, shape = self.mixture(), check_shape(n)
+        size, count = mixture.means.shape[-1], math.prod(shape)
+        if count == 0:
+            return mixture.means.new_empty(*shape, size)
         if component is None:
-            return sample_gmm(**mixture.named(), num_samples=n, seed=seed)[0]
+            return sample_gmm(**mixture.named(), num_samples=count, seed=seed)[0].view(*shape, size)
         components = mixture.means.shape[0]
         chosen = torch.as_tensor(component, device=mixture.means.device)
         kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-        good = chosen.dtype in kinds and (chosen.dim() == 0 or chosen.shape == (n,))
+        good = chosen.dtype in kinds and (chosen.dim() == 0 or chosen.shape == shape)
         if good and not torch.compiler.is_compiling():
             good = 0 <= chosen.min() <= chosen.max() < components
         if not good:
-            raise ValueError(f"component must be one int from 0 to {components - 1}, or {n} of them, got {component!r}")
+            raise ValueError(
+                f"component must be one int from 0 to {components - 1}, or {count} of them, got {component!r}"
+            )
+        chosen = chosen.flatten() if chosen.dim() > 1 else chosen
         # Mixtures of one component each: one for all draws, or one per draw.
         one = [t if t is None or len(t) == 1 else t[chosen].unsqueeze(chosen.dim()) for t in mixture[1:]]
         logits = mixture.logits.new_zeros(*chosen.shape, 1)
-        count = n if chosen.dim() == 0 else 1
-        return sample_gmm(logits, *one[:2], scale_tril=one[2], num_samples=count, seed=seed)[0].view(n, -1)
+        each = count if chosen.dim() == 0 else 1
+        return sample_gmm(logits, *one[:2], scale_tril=one[2], num_samples=each, seed=seed)[0].view(*shape, size)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
+import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +16,38 @@ from torch import Tensor, nn
 from fastkl import distributions
 from fastkl.ops import _arguments as arguments
 from fastkl.priors.mixture import Mixture, MixturePrior
+
+
+def _copy_function(function: Any, memo: dict) -> Any:
+    """copy.deepcopy(function), which for a function is itself: with copies of the modules that it has in its closure
+    and among its defaults. A module that it finds by a global name stays the same one, with a warning."""
+    if not isinstance(function, types.FunctionType):
+        return copy.deepcopy(function, memo)
+    if id(function) in memo:
+        return memo[id(function)]
+    code = function.__code__
+    for name in code.co_names:
+        if isinstance(function.__globals__.get(name), nn.Module):
+            warnings.warn(
+                f"the copy of a VampPrior calls the same {name} as before, a global name in its encoder or transform: "
+                f"give it the module itself, or set it to the copy", stacklevel=2,
+            )  # fmt: skip
+
+    def held(value: Any) -> Any:
+        if isinstance(value, types.FunctionType):
+            return _copy_function(value, memo)
+        modules = isinstance(value, (nn.Module, types.MethodType, functools.partial))
+        return copy.deepcopy(value, memo) if modules else value
+
+    cells = tuple(types.CellType() for _ in function.__closure__ or ())
+    copied = memo[id(function)] = types.FunctionType(code, function.__globals__, function.__name__, closure=cells)
+    for cell, own in zip(cells, function.__closure__ or ()):
+        with contextlib.suppress(ValueError):  # what has no value yet
+            cell.cell_contents = held(own.cell_contents)
+    copied.__defaults__ = tuple(map(held, function.__defaults__ or ()))
+    copied.__kwdefaults__ = {name: held(value) for name, value in (function.__kwdefaults__ or {}).items()}
+    copied.__dict__.update(function.__dict__)
+    return copied
 
 
 class VampPrior(MixturePrior):
@@ -26,7 +63,8 @@ class VampPrior(MixturePrior):
 
     The encoder belongs to the autoencoder, and is only referred to: its parameters are not among this module's, neither
     in parameters() nor in state_dict(), and train(), eval() and to() of this module leave it alone. Every call encodes
-    the pseudo-inputs once, with the encoder as it is (in training mode, with its dropout and batch statistics).
+    the pseudo-inputs once, with the encoder as it is (in training mode, with its dropout and batch statistics). A copy
+    of the autoencoder has a prior with the copied encoder, also where that is given as a lambda or a method.
 
     Source: Tomczak and Welling 2018, "VAE with a VampPrior", arXiv:1705.07120, equation 9.
 
@@ -57,6 +95,18 @@ class VampPrior(MixturePrior):
         else:
             self.register_buffer("logits", logits)
         self._encoder = (encoder,)  # in a tuple, where nn.Module does not look for submodules
+
+    def __deepcopy__(self, memo: dict) -> VampPrior:
+        """With the copy of the encoder, also where that is a function which holds a module."""
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        functions = {
+            "_encoder": (_copy_function(self.encoder, memo),),
+            "transform": _copy_function(self.transform, memo),
+        }
+        rest = {name: value for name, value in self.__dict__.items() if name not in functions}
+        copied.__setstate__(copy.deepcopy(rest, memo) | functions)
+        return copied
 
     @property
     def encoder(self) -> Callable[[Tensor], Any]:
