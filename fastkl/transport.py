@@ -175,7 +175,7 @@ def sliced_wasserstein(
 
     >>> import torch, fastkl
     >>> x = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
-    >>> f"{fastkl.sliced_wasserstein(x, x + 2.0, 500, seed=0):.1f}"  # |shift|^2 / D
+    >>> f"{fastkl.sliced_wasserstein(x, x + 2.0, 20_000, seed=0):.1f}"  # |shift|^2 / D
     '4.0'
     """
     arguments.check_samples(x=x, y=y)

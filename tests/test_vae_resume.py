@@ -89,6 +89,16 @@ def test_killed_runs_go_on_bit_for_bit(tmp_path):
 HANGUP = [pytest.param(signal.SIGHUP, id="SIGHUP")] if hasattr(signal, "SIGHUP") else []
 
 
+@pytest.fixture
+def _heard():
+    """Tests that were started by nohup have inherited that it is not."""
+    before = [(param.values[0], signal.signal(param.values[0], signal.SIG_DFL)) for param in HANGUP]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, *HANGUP])
 def test_interrupt_leaves_a_usable_checkpoint(tmp_path, capsys, monkeypatch, number):
     real = loop.batch
@@ -121,6 +131,7 @@ def test_nohup_is_respected():
 
 
 @posix
+@pytest.mark.usefixtures("_heard")
 def test_a_closed_terminal_leaves_a_checkpoint(tmp_path):
     """The terminal is gone when the signal comes: whatever is printed from then on would fail."""
     pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))

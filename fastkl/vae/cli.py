@@ -142,7 +142,7 @@ def train_in(
         checkpoint.write(
             folder / folders.SETTINGS, (json.dumps(dataclasses.asdict(settings), indent=2) + "\n").encode()
         )
-        facts.keep(folder, facts.gather(options.typed, source, run.device, ranks.size))
+        facts.keep(folder, facts.collect(options.typed, source, run.device, ranks.size))
         forecast = pace.forecast(run, step_time, "no_report" not in options)
         for line in opening(run, state, "resume" in options, forecast):
             say(line)

@@ -20,7 +20,7 @@ from fastkl.vae.data import Data
 from fastkl.vae.folders import FACTS
 
 
-def gather(arguments: list[str], data: Data, device: torch.device, processes: int) -> dict[str, Any]:
+def collect(arguments: list[str], data: Data, device: torch.device, processes: int) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["fastkl", *arguments]),
