@@ -10,7 +10,7 @@ from fastkl.reference import compute_dtype, exp_minus_one_minus, log_ratio
 
 
 def _solve(scale_tril: Tensor, columns: Tensor) -> Tensor:
-    """scale_tril^-1 columns, its diagonal taken to be 1; a matrix that the batch shares is not copied for each datum."""
+    """scale_tril^-1 columns, its diagonal taken for 1; a matrix that the batch shares is not copied for each datum."""
     while scale_tril.dim() > 2 and scale_tril.shape[0] == 1:
         scale_tril = scale_tril[0]
     if scale_tril.dim() > 2 or columns.dim() == 2:
