@@ -75,8 +75,10 @@ def run(function, tensors, settings):
 @pytest.mark.parametrize("case", CASES)
 def test_one_float64_argument_makes_the_result_as_exact(case, way):
     name, tensors, settings = CASES[case]
-    exact, exact_gradients = run(getattr(fastkl, name), tensors, settings)
-    for wide in tensors:
+    # Noise is float32's, and that of two ways may differ in the last place: compared with the same way's own.
+    with implementation(way if "seed" in settings else "torch"):
+        exact, exact_gradients = run(getattr(fastkl, name), tensors, settings)
+    for wide in list(tensors)[:: len(tensors) - 1 if way == "triton" else 1]:  # interpreted, the first and the last one
         mixed = {key: tensor if key == wide else tensor.float() for key, tensor in tensors.items()}
         with implementation(way):
             found, gradients = run(getattr(fastkl, name), mixed, settings)
