@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import LN2, exp, two_parts
-from fastkl.kernels._layout import PROGRAMS, TRITON_37, cdiv, next_power_of_2, registers
+from fastkl.kernels._layout import PROGRAMS, SPILLS_A_FEW, cdiv, next_power_of_2, registers
 from fastkl.kernels._mixture import four, fraction_and_exponent, load_centred, load_rows
 
 
@@ -32,7 +32,7 @@ def blocks(dtype: torch.dtype, kind: str, rows: int, components: int, *, scatter
     few = kind == "rows" and cdiv(rows, 64) < PROGRAMS // 2  # programs: the warps of one share a sum over components
     warps = min(4, next_power_of_2(cdiv(components, 32))) if few else 1
     halvings = max(bool(scattered), 2 * half) if kind == "forward" else max(1 + bool(scattered), 3 * half)
-    held = registers(255) if TRITON_37 or (few and (scattered or half)) else {}
+    held = registers(255) if SPILLS_A_FEW or (few and (scattered or half)) else {}
     return {"ROWS": 32, "COMPONENTS": (16 >> halvings) * warps, "num_warps": warps, **held}
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import LN2, exp
-from fastkl.kernels._layout import OLD_COMPILER, PROGRAMS, cdiv, next_power_of_2, registers, share
+from fastkl.kernels._layout import OLD_COMPILER, PROGRAMS, SPILLS_A_FEW, cdiv, next_power_of_2, registers, share
 from fastkl.kernels._mixture_prepare import STEP
 
 # Bytes that partial sums may take, all splits together, unless a single one takes more.
@@ -59,7 +59,7 @@ def blocks(
         lanes = 32
         groups = min(4 if own else 8, next_power_of_2(cdiv(components, terms))) if few else 1
         tile = {"ROWS": owned * lanes, "COMPONENTS": terms * groups}
-    held = registers(255) if OLD_COMPILER and kind == "rows" else {}
+    held = registers(255) if (OLD_COMPILER or SPILLS_A_FEW) and kind == "rows" else {}
     if few or kind == "components":
         held = registers(255)  # few have a multiprocessor to themselves, and so has a program of eight warps
     elif scattered:

@@ -24,7 +24,7 @@ from fastkl.kernels._gumbel_softmax import (
     temperature,
     tile,
 )
-from fastkl.kernels._layout import PROGRAMS, cdiv, compute_dtype, next_power_of_2, registers, share
+from fastkl.kernels._layout import PROGRAMS, SPILLS_A_FEW, cdiv, compute_dtype, next_power_of_2, registers, share
 
 # Elements of a tile that holds all classes, of one that does not, and of a tile of short rows.
 WHOLE, PART, SHORT = 8192, 2048, 512
@@ -47,7 +47,9 @@ def blocks(classes: int, inner: int, wide: bool, odd: bool) -> tuple[dict[str, i
         fits = rows * narrow <= whole
         rows, columns = (rows, narrow) if fits else (part // columns, columns)
     warps = max(1, rows * columns // (256 if wide else 512))  # 16 elements a thread: fewer shuffles than with 8
-    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, **({} if fits else registers(255))}, fits
+    held = {} if fits else registers(255)
+    held = registers(128) if fits and wide and SPILLS_A_FEW else held
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, **held}, fits
 
 
 @triton.jit

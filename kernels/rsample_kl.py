@@ -32,7 +32,7 @@ from fastkl.kernels._layout import (
     NO_STRIDES,
     OLD_COMPILER,
     PROGRAMS,
-    TRITON_37,
+    SPILLS_A_FEW,
     cdiv,
     compute_dtype,
     finish,
@@ -60,7 +60,7 @@ def blocks(rows: int, columns: int, tensors: list[torch.Tensor]) -> dict[str, in
     block_columns = min(max(4, next_power_of_2(columns)), tile)
     block_rows = min(tile // block_columns, next_power_of_2(rows))
     # By itself ptxas keeps to so few registers that it loads just before use, and spills a few in bfloat16.
-    few = registers(112 if TRITON_37 else 104) if itemsize < 8 else {}
+    few = registers(112 if SPILLS_A_FEW else 104) if itemsize < 8 else {}
     return {"ROWS": block_rows, "COLUMNS": block_columns, "num_warps": warps, **few}
 
 

@@ -65,9 +65,11 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     mend_older_interpreters()
 
 
+# fmt: off
 # Files that take longest. They run first, so that no process is left with one of them when the others have ended.
 LONG = ("test_gpu_script.py", "test_contract.py", "test_vae_parallel.py", "test_vae_resume.py", "test_compiled.py",
-        "test_bench.py", "test_vae_objectives.py", "test_vae_priors.py", "test_group.py", "test_host_path.py")  # fmt: skip
+        "test_bench.py", "test_vae_objectives.py", "test_vae_priors.py", "test_group.py", "test_host_path.py")
+# fmt: on
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -216,3 +216,28 @@ def test_transforms():
 def test_errors_name_the_argument(shapes, settings, error, match):
     with pytest.raises(error, match=match):
         fastkl.sinkhorn_divergence(*(torch.ones(shape) for shape in shapes), **settings)
+
+
+@pytest.mark.parametrize("blur", [1e-12, 1e-20, 1e-170])
+@pytest.mark.parametrize("shift", [0.0, 2.0])
+def test_a_blur_of_next_to_nothing_is_the_transport_distance(blur, shift):
+    """In one dimension the transport of sorted points; blur^2 is no float32, and for the least no number at all."""
+    x = torch.tensor([[0.0], [1.0], [3.0]], requires_grad=True)
+    value = fastkl.sinkhorn_divergence(x, x.detach().flip(0) + shift, blur)
+    assert value.item() == pytest.approx(0.5 * shift**2, rel=1e-5, abs=1e-6)
+    assert torch.autograd.grad(value, x)[0].isfinite().all()
+    together = fastkl.sinkhorn_divergence(torch.ones(3, 2), torch.ones(4, 2), blur)
+    assert together.item() == pytest.approx(0.0, abs=1e-6)
+    assert reference.sinkhorn_divergence(x, x.detach() + shift, blur).item() == pytest.approx(0.5 * shift**2, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["x", "y"])
+@pytest.mark.parametrize("diameter", [None, 3.0])
+def test_an_infinite_coordinate_is_named(name, diameter):
+    points = {"x": torch.zeros(4, 2), "y": torch.ones(3, 2)}
+    points[name][1, 1] = float("-inf")
+    with pytest.raises(ValueError, match=f"{name} must have finite coordinates"):
+        fastkl.sinkhorn_divergence(**points, diameter=diameter)
+    far = {"x": torch.full((2, 2), 3e38), "y": torch.full((2, 2), -3e38)}
+    with pytest.raises(ValueError, match="x and y must lie in a box of finite size"):
+        fastkl.sinkhorn_divergence(**far)

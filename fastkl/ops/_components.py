@@ -90,9 +90,18 @@ class Differences(_ByDifferences):
         logvars = z.new_zeros((1, 1, 1))
         if self.mixture.logvars is not None:
             logvars = self.part(self.mixture.logvars, data).to(self.dtype)
-        root = (logvars.exp() + variance).rsqrt() if self.form == "convolved" else torch.exp(-0.5 * logvars)
+        # 1 / sigma stays finite: a difference of 0, or a weight of 0, times infinity would be NaN.
+        most = 709.0 if self.dtype == torch.float64 else 88.0
+        root = (-0.5 * logvars).clamp(max=most).exp()
+        root = (logvars.exp() + variance).rsqrt() if self.form == "convolved" else root
         standard = (z - self.part(self.mixture.means, data).to(self.dtype)) * root
         return standard, root, logvars, variance, data
+
+    def _finite(self, prepared) -> Tensor:
+        """z - m in standard deviations, whose square is finite: what is infinitely far away has weight 0, and the
+        product of both would be NaN."""
+        farthest = math.sqrt(torch.finfo(self.dtype).max)
+        return prepared[0].clamp(-farthest, farthest)
 
     def joint(self, prepared, log_weights: Tensor) -> Tensor:
         standard, root, logvars, variance, _ = prepared
@@ -104,7 +113,8 @@ class Differences(_ByDifferences):
     def gradients(self, prepared, weights: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         if self.form != "point":
             return super().gradients(prepared, weights)
-        standard, root, *_ = prepared  # the same formulas as below, sharing their products: small tensors are all calls
+        # The same formulas as below, sharing their products: small tensors are all calls.
+        standard, root = self._finite(prepared), prepared[1]
         weights = weights.unsqueeze(-1)
         weighted = weights * standard
         pull = weighted * root
@@ -112,7 +122,7 @@ class Differences(_ByDifferences):
         return -pull.sum(-2), None, pull.sum(0), dlogvars
 
     def data_gradient(self, prepared, weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
-        standard, root, *_ = prepared
+        standard, root = self._finite(prepared), prepared[1]
         weights = (weights * scale).unsqueeze(-1)
         dz = -(weights * standard * root).sum(-2)
         if self.form == "point":
@@ -122,7 +132,7 @@ class Differences(_ByDifferences):
 
     def parameter_gradients(self, prepared, weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """(dmeans, dlogvars) [B, k, D], to be summed over what the parameters share."""
-        standard, root, logvars, variance, _ = prepared
+        standard, (root, logvars, variance) = self._finite(prepared), prepared[1:4]
         weights = (weights * scale).unsqueeze(-1)
         terms = standard.square() - 1
         if self.form == "expected":
@@ -133,7 +143,7 @@ class Differences(_ByDifferences):
 
     def central_moments(self, prepared, weights: Tensor) -> tuple[Tensor, Tensor]:
         """sum w (z - m) and sum w (z - m)^2 [k, D]."""
-        difference, weights = prepared[0] / prepared[1], weights.unsqueeze(-1)
+        difference, weights = self._finite(prepared) / prepared[1], weights.unsqueeze(-1)
         return (weights * difference).sum((0, 1)), (weights * difference.square()).sum((0, 1))
 
 

@@ -82,7 +82,9 @@ def _at_once(dlp, kept, z, logvar, mixture, form) -> list[Tensor | None]:
 
     def weights_of(part, prepared) -> Tensor:
         responsibilities = kept[1] if len(kept) == 2 else softmax_of(part, prepared).reshape(len(dlp), -1)
-        return (responsibilities * dlp.unsqueeze(-1)).view(-1, part.data, responsibilities.shape[1])
+        scale = dlp.unsqueeze(-1)
+        weights = (responsibilities * scale).masked_fill_(scale == 0, 0.0)  # of a row of no density they are NaN
+        return weights.view(-1, part.data, responsibilities.shape[1])
 
     return at_once(weights_of, z, logvar, *mixture, form)
 

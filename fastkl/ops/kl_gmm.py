@@ -19,7 +19,7 @@ def _bound(mu, logvar, logits, means, logvars, scale_tril, form: str, precision:
     """-H(q) - logsumexp_k [ln pi_k + what `form` says of component k]."""
     logvar = logvar.to(reference.compute_dtype(logvar))  # in which the gradients of both parts are added up
     log_prob = _gmm.log_prob({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril, form, precision)
-    return -reference.normal_entropy(logvar).expand(log_prob.shape) - log_prob
+    return -reference.normal_entropy(logvar, log_prob.dtype).expand(log_prob.shape) - log_prob
 
 
 def kl_gmm(

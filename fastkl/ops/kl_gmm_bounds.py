@@ -22,7 +22,7 @@ def _forward(mu, logvar, logits, means, logvars, scale_tril, precision, keep) ->
     inputs = (mu, logvar, logits, means, logvars, scale_tril)
     lower, *kept = _gmm.gmm_log_prob_fwd(*inputs, "convolved", precision, keep)
     upper, *also_kept = _gmm.gmm_log_prob_fwd(*inputs, "expected", precision, keep)
-    negative_entropy = -reference.normal_entropy(logvar)
+    negative_entropy = -reference.normal_entropy(logvar, lower.dtype)
     return [negative_entropy - lower, negative_entropy - upper, *kept, *also_kept]
 
 

@@ -16,10 +16,12 @@ from fastkl.ops._torch import forward_mode
 @torch.no_grad()
 def solve(x, y, weights_x, weights_y, blur, scaling, debias, diameter, final_updates, pulls) -> list[Tensor]:
     """[divergence, potential on x [N], on y [M]], with `pulls` also the gradients in x and y over their weights."""
-    dtype = reference.compute_dtype(x, y)
+    dtype = reference.compute_dtype(x, y, weights_x, weights_y)
     clouds = [Points(at.to(dtype), weights.to(dtype)) for at, weights in ((x, weights_x), (y, weights_y))]
     if diameter < 0:
         diameter = _diameter(*clouds).item()
+        if diameter == float("inf"):
+            raise ValueError("x and y must lie in a box of finite size, got one with an infinite diagonal")
     schedule = reference.sinkhorn_schedule(diameter, blur, scaling, final_updates)
     make = Softmin
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -104,9 +106,8 @@ class _SinkhornDivergence(torch.autograd.Function):
         return outputs, (0,) * len(outputs)
 
 
-def _weights(name: str, weights: Tensor | None, points: Tensor) -> Tensor:
+def _weights(name: str, weights: Tensor | None, points: Tensor, dtype: torch.dtype) -> Tensor:
     if weights is None:
-        dtype = reference.compute_dtype(points)
         return torch.full(points.shape[:1], 1 / points.shape[0], dtype=dtype, device=points.device)
     if weights.shape != points.shape[:1]:
         raise ValueError(f"{name} must have a weight for each point, {tuple(points.shape[:1])}, got "
@@ -161,8 +162,8 @@ def sinkhorn_divergence(
 
     Raises:
         TypeError: an argument is not a floating-point tensor or not a number.
-        ValueError: shapes that do not fit; weights below 0 or of unequal sums; blur or diameter not above 0, scaling
-            not between 0 and 1.
+        ValueError: shapes that do not fit; an infinite coordinate; weights below 0 or of unequal sums; blur or diameter
+            not above 0, scaling not between 0 and 1.
         RuntimeError: the gradient is differentiated.
 
     Source: Feydy et al. 2019, "Interpolating between Optimal Transport and MMD using Sinkhorn Divergences",
@@ -180,8 +181,12 @@ def sinkhorn_divergence(
         raise ValueError(f"scaling must be below 1, got {scaling}")
     diameter = -1.0 if diameter is None else arguments.check_number("diameter", diameter, above=True)
     final_updates = arguments.check_int("final_updates", final_updates, 0)
+    for name, points in (("x", x), ("y", y)):  # looked at where it costs no wait for a device
+        if arguments.number_in(points.detach().isinf().any()):
+            raise ValueError(f"{name} must have finite coordinates, got an infinite one")
     given = weights_x is not None or weights_y is not None
-    weights = [_weights(*each) for each in (("weights_x", weights_x, x), ("weights_y", weights_y, y))]
+    dtype = reference.compute_dtype(x, y, weights_x, weights_y)
+    weights = [_weights(*each, dtype) for each in (("weights_x", weights_x, x), ("weights_y", weights_y, y))]
     if given:
         _check_masses(*weights)
     pulls = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)

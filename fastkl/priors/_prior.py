@@ -55,13 +55,15 @@ class Prior(nn.Module):
         mu, logvar = mu.to(dtype), logvar.to(dtype)
         z = rsample_normal(mu, logvar, num_samples=arguments.check_int("num_samples", num_samples, 1), seed=seed)
         z = z.to(samples_dtype(*q._given()))
+        cross = self.log_prob(z).mean(0)
+        dtype = reference.compute_dtype(logvar, cross)
         if entropy == "closed" and gradient == "plain":
-            return -reference.normal_entropy(logvar) - self.log_prob(z).mean(0)
+            return -reference.normal_entropy(logvar, dtype) - cross
         fixed = (mu.detach(), logvar.detach()) if gradient == "stl" else (mu, logvar)
         log_q = normal_log_prob(z, *fixed, event_ndim=1).mean(0)
         if entropy == "closed":  # this value, with the gradient through z_l alone
-            log_q = -reference.normal_entropy(logvar).detach() + (log_q - log_q.detach())
-        return log_q - self.log_prob(z).mean(0)
+            log_q = -reference.normal_entropy(logvar, dtype).detach() + (log_q - log_q.detach())
+        return log_q - cross
 
     def _check_estimator(self, method: str, entropy: str, gradient: str) -> None:
         known = {"method": self.methods, "entropy": ("closed", "sampled"), "gradient": ("plain", "stl")}

@@ -61,9 +61,9 @@ def gmm_responsibilities(z, logits, means, logvars=None, *, scale_tril=None) -> 
     return gmm_joint_log_prob(z, logits, means, logvars, scale_tril=scale_tril).log_softmax(-1)
 
 
-def normal_entropy(logvar) -> Tensor:
-    """H(N(., diag exp(logvar))) = 1/2 sum_d [logvar_d + ln 2 pi e]."""
-    return 0.5 * (logvar.to(compute_dtype(logvar)) + math.log(2 * math.pi * math.e)).sum(-1)
+def normal_entropy(logvar, dtype=None) -> Tensor:
+    """H(N(., diag exp(logvar))) = 1/2 sum_d [logvar_d + ln 2 pi e], in `dtype` or else in the one for logvar alone."""
+    return 0.5 * (logvar.to(dtype or compute_dtype(logvar)) + math.log(2 * math.pi * math.e)).sum(-1)
 
 
 def kl_gmm(
@@ -78,7 +78,7 @@ def kl_gmm(
     if method != "mc":
         form = {"upper": "expected", "lower": "convolved"}[method]
         joint = gmm_joint_log_prob(mu, logits, means, logvars, scale_tril=scale_tril, logvar=logvar, form=form)
-        return -normal_entropy(logvar) - joint.logsumexp(-1)
+        return -normal_entropy(logvar, joint.dtype) - joint.logsumexp(-1)
     dtype = compute_dtype(mu, logvar, logits, means, logvars, scale_tril)
     mu, logvar = mu.to(dtype), logvar.to(dtype)
     eps = normal_noise(seed, mu.shape, num_samples).to(dtype)

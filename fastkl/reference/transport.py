@@ -104,7 +104,9 @@ def sliced_wasserstein(x, y, num_projections, p=2, seed=None) -> Tensor:
 
 def sinkhorn_schedule(diameter: float, blur: float, scaling: float, final_updates: int) -> list[float]:
     """Temperatures eps, from the squared diameter down to blur^2, each scaling^2 times the one before it; then some
-    more times blur^2."""
+    more times blur^2. A blur below 1e-15 diameters, which says no more about the points, is as much: eps is divided by.
+    """
+    blur = max(blur, 1e-15 * diameter if diameter > 0 else 1e-15)
     steps, eps = [], diameter * diameter
     if eps > 0:
         count = max(0, math.ceil(round((math.log(blur) - math.log(diameter)) / math.log(scaling), 9)))
@@ -120,7 +122,7 @@ def sinkhorn_divergence(
     Both potentials of a problem are averaged with their updates at every temperature. The gradient is the envelope
     theorem's: that of one more update of potentials that are held fixed.
     """
-    dtype = compute_dtype(x, y)
+    dtype = compute_dtype(x, y, weights_x, weights_y)
     points = [x.to(dtype), y.to(dtype)]
     weights = [
         p.new_full(p.shape[:1], 1 / p.shape[0]) if w is None else w.to(dtype)
