@@ -62,7 +62,7 @@ def blocks(rows: int, columns: int, tensors: list[torch.Tensor], *, tall: bool =
     tile = max(tile, 2048) if itemsize == 2 and columns % 16 == 0 and not tall else tile  # 16 bytes for 256 lanes
     block_columns = min(next_power_of_2(columns), TALL_ROW_BYTES // itemsize if tall else tile)
     block_rows = min(next_power_of_2(rows), tile // block_columns)
-    held = registers(128) if SPILLS_A_FEW and not tall else {}
+    held = registers(168) if SPILLS_A_FEW else {}
     return {
         "ROWS": block_rows,
         "COLUMNS": min(next_power_of_2(columns), tile // block_rows),
