@@ -1,6 +1,6 @@
 """What the compiled kernels cost, as disassembled: instructions of an element, loads in flight, width, spills, grids.
 
-Budgets are a little above what was counted with Triton 3.9 (docs/kernels.md); up to 3.6 two kernels take one or two
+Budgets are a little above what was counted with Triton 3.9 (docs/kernels.md); up to 3.7 a few kernels take one or two
 instructions more. At b bytes an element an H100 is bound by memory up to 8.8 b instructions.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fastkl.kernels._layout import OLD_COMPILER
+from fastkl.kernels._layout import TRITON
 
 from helpers import search_path
 
@@ -85,7 +85,7 @@ def test_instructions_width_and_loads_in_flight(counted, op, dtype, direction):
     assert found["spills"] == 0
     assert found["wide"] >= found["bytes"]  # every tensor, 16 bytes a thread and more
     if target == "sm_90":
-        assert found["instructions"] <= BUDGETS[op, dtype][direction == "bwd"] + 2 * OLD_COMPILER
+        assert found["instructions"] <= BUDGETS[op, dtype][direction == "bwd"] + 2 * (TRITON < (3, 8))
         assert found["in_flight"] >= FEWER_IN_FLIGHT.get((op, dtype, direction), 32 * 1024)
 
 
