@@ -33,7 +33,7 @@ def main(module: str, part: int, parts: int) -> None:
     calls = pairs(12, 3, 4).items(), elementwise(5, 7).items(), elementwise(4, 64).items()
     _register.CPU.update(_register.TRITON)
     for name, call in [item for items in calls for item in items][part::parts]:
-        row, _ = smoke.attempt(name, call, [torch.float32])
+        row, _ = smoke.attempt(name, call, [torch.float32, torch.bfloat16])
         print(json.dumps(row), flush=True)
 
 
