@@ -6,6 +6,7 @@ no values: what runs on them, forward and backward, reads none.
 
 import ast
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -81,17 +82,22 @@ def test_no_op_reads_a_value_or_moves_one(name):
     run(function, shapes(6))
 
 
+def launched_as(run_kernel, monkeypatch):
+    """kernel[grid](*args) is run_kernel(kernel, *args), for every kernel."""
+    kind = type(kl_normal_fwd_kernel)
+    monkeypatch.setattr(kind, "__getitem__", lambda kernel, grid: functools.partial(run_kernel, kernel))
+
+
 @every
 def test_no_launcher_does(name, monkeypatch):
     """Called without values, with the kernels left out; what it allocates is what the op's fake promises. Kernels are
     given no tuples of tuples, of which some versions of Triton lose entries."""
 
     def run_kernel(kernel, *args, **options):
-        options = {name: option for name, option in options.items() if name != "grid"}
         tuples = [arg for arg in (*args, *options.values()) if isinstance(arg, tuple)]
         assert not any(isinstance(entry, tuple) for entries in tuples for entry in entries), kernel.__name__
 
-    monkeypatch.setattr(type(kl_normal_fwd_kernel), "run", run_kernel)
+    launched_as(run_kernel, monkeypatch)
     function, shapes = OPS[name]
     for op, args in run(function, shapes(6)):
         with Watch(), torch.no_grad():
@@ -117,9 +123,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(name, monkeypatch):
     monkeypatch.setattr(_launch, "device_of", lambda args: torch.device("cuda", 1))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(
-        type(kl_normal_fwd_kernel), "run", lambda kernel, *args, **options: launches.append((kernel, current[-1]))
-    )
+    launched_as(lambda kernel, *args, **options: launches.append((kernel, current[-1])), monkeypatch)
     function, shapes = OPS[name]
     for op, args in run(function, shapes(6)):
         with torch.no_grad():

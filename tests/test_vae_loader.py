@@ -294,6 +294,7 @@ TUPLES = {
     "a list of images": lambda x, y: list(x),
     "a list of pairs": lambda x, y: list(zip(x, y.tolist())),
     "images alone": lambda x, y: [x],
+    "a sparse tensor": lambda x, y: x.to_sparse(),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,14 @@ def read(path: Path, image_size: int = 0, option: str = "--data") -> Held:
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be read ({error.strerror or first_line(error)})") from None
     except BROKEN as error:
+        if isinstance(error, pickle.UnpicklingError) or any(
+            word in str(error) for word in ("pickle", "Python objects")
+        ):
+            # What the libraries say here is how to run the file's code all the same.
+            raise UserError(
+                f"{option} {path}: not a {path.suffix} file, or one of Python objects, which are not loaded, for that "
+                "can run code: save plain arrays or tensors"
+            ) from None
         kind = "folder of images" if path.is_dir() else f"{path.suffix} file of plain arrays"
         raise UserError(f"{option} {path}: truncated, or not a {kind} ({first_line(error)})") from None
 
@@ -130,7 +139,7 @@ def plain(value: Any) -> bool:
 def as_array(value: Any) -> np.ndarray:
     if not isinstance(value, Tensor):
         return np.array(value)
-    value = value.detach().resolve_conj().resolve_neg()
+    value = (value if value.layout == torch.strided else value.to_dense()).detach().resolve_conj().resolve_neg()
     # NumPy has no bfloat16 and no 8-bit floats; float32 holds every value of them.
     return (value.float() if value.is_floating_point() and value.element_size() < 4 else value).numpy()
 

@@ -43,7 +43,7 @@ def arrange(part: Part, where: str) -> tuple[Part, str]:
             )
         values = values[:, None]
     elif values.ndim == 4 and channels_last(values.shape, where):
-        said = f"channels last, as {list(values.shape)}; "
+        said = f"channels last, as {list(values.shape)}"
         values = values.transpose(0, 3, 1, 2)
     return Part(values, part.labels, span), said
 
