@@ -24,7 +24,7 @@ OF_PRIOR = {
     "components": ("gmm", "vamp"), "covariance": ("gmm",), "kl": LEARNED, "prior_learning_rate": LEARNED,
 }  # fmt: skip
 RELAXED = ("tau", "final_tau", "tau_schedule")  # what belongs to --kl relaxed
-# Combinations that make no sense, and why; the README's table says the same.
+# Combinations that make no sense, and why; the table of docs/objectives.md says the same.
 REFUSED = {
     "beta_tc_vae": (LEARNED, "its KL of single dimensions needs a prior that is a product of them"),
     "vade": (("standard", "flow"), "it assigns data to the components of a mixture, --prior gmm or vamp"),
