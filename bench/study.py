@@ -31,6 +31,7 @@ from fastkl.vae.evaluate import evaluate
 from fastkl.vae.parallel import Ranks
 from fastkl.vae.progress import Display
 from fastkl.vae.rules import resolve
+from fastkl.vae.run import start
 from fastkl.vae.settings import Settings
 
 HERE = Path(__file__).parent
@@ -93,7 +94,7 @@ class Study:
         began = time.perf_counter()
         source = data.load(settings)
         with tempfile.TemporaryDirectory() as folder:
-            run = train.start(settings, source, Ranks(), Path(folder))
+            run = start(settings, source, Ranks(), Path(folder))
             if not train.train(run, Display()):
                 sys.exit("stopped; what is measured is kept, and the same command goes on")
         seconds = time.perf_counter() - began

@@ -228,10 +228,6 @@ def has_kernel(form, *tensors):
 
 
 def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision) -> torch.Tensor:
-    if not has_kernel(form, z, logvar, logits, means, logvars):
-        from fastkl.kernels import gmm_log_prob
-
-        return gmm_log_prob.fwd(z, logvar, logits, means, logvars, scale_tril, form, "exact", 1)[1]
     if z.numel() == 0:  # without dimensions, the log of a sum of weights that is 1
         return torch.zeros(len(z), dtype=torch.float32, device=z.device)
     return Mixture(logits, means, logvars, precision).launch(*in_float32(z, logvar), 0, None, None, None)
@@ -240,11 +236,6 @@ def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision) -> torch
 def bwd(
     dlp, lp, z, logvar, logits, means, logvars, scale_tril, form, precision, data: bool, parameters: bool
 ) -> list[torch.Tensor]:  # fmt: skip
-    if not has_kernel(form, z, logvar, logits, means, logvars):
-        from fastkl.kernels import gmm_log_prob
-
-        inputs = (z, logvar, logits, means, logvars, scale_tril, form, "exact")
-        return gmm_log_prob.bwd(dlp, [lp], *inputs, data, parameters)
     row_gradients = [torch.empty_like(t) for t in (z, logvar) if data and t is not None]
     gradients = [torch.empty_like(t) for t in (logits, means, logvars) if parameters and t is not None]
     if z.numel() == 0:

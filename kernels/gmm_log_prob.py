@@ -14,17 +14,21 @@ from fastkl.kernels._mixture_gradient import gradients
 from fastkl.kernels._mixture_prepare import add_exponentials, prepare
 
 
-def module(means, scale_tril, precision):
+def module(inputs, scale_tril, form, precision):
     """Whose fwd and bwd to call, None for this file's."""
     if scale_tril is not None:
-        from fastkl.kernels import gmm_full as other
-    elif means.shape[0] > 1:
-        from fastkl.kernels import gmm_per_datum as other
-    elif precision != "exact":
-        from fastkl.kernels import gmm_dot as other
-    else:
-        return None
-    return other
+        from fastkl.kernels import gmm_full
+
+        return gmm_full
+    if inputs[3].shape[0] > 1:
+        from fastkl.kernels import gmm_per_datum
+
+        return gmm_per_datum
+    if precision != "exact":
+        from fastkl.kernels import gmm_dot
+
+        return gmm_dot if gmm_dot.has_kernel(form, *inputs) else None
+    return None
 
 
 def has_kernel(means, scale_tril, form, dtype):
@@ -104,18 +108,19 @@ def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision, keep):
     dtype = compute_dtype([tensor for tensor in (*inputs, scale_tril) if tensor is not None])
     if not has_kernel(means, scale_tril, form, dtype):
         return NotImplemented
-    other = module(means, scale_tril, precision)
+    other = module(inputs, scale_tril, form, precision)
     lp = launch_fwd(*inputs, form)[0] if other is None else other.fwd(*inputs, scale_tril, form, precision)
     return [lp.to(dtype, copy=True), lp.double()][: 1 + (keep > 0)]
 
 
 def bwd(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, precision, data, parameters):
     """[dz, dlogvar] of the data, then [dlogits, dmeans, dlogvars] of the parameters; what is not there is left out."""
-    inputs = (z, logvar, logits, means, logvars, scale_tril)
-    if not has_kernel(means, scale_tril, form, compute_dtype([tensor for tensor in inputs if tensor is not None])):
+    inputs = (z, logvar, logits, means, logvars)
+    dtype = compute_dtype([tensor for tensor in (*inputs, scale_tril) if tensor is not None])
+    if not has_kernel(means, scale_tril, form, dtype):
         return NotImplemented
     # A hook on saved tensors may lay out anew what was kept.
-    lp, other = kept[0].contiguous(), module(means, scale_tril, precision)
+    lp, other = kept[0].contiguous(), module(inputs, scale_tril, form, precision)
     if other is not None:
-        return other.bwd(dlp, lp, *inputs, form, precision, data, parameters)
+        return other.bwd(dlp, lp, *inputs, scale_tril, form, precision, data, parameters)
     return gradients((dlp, lp, None, None), z, logvar, logits, means, logvars, form, data, parameters)

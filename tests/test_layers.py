@@ -1,6 +1,7 @@
 """The import arrows of the house, and what `import fastkl` must do without."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,13 @@ def test_imports_follow_the_arrows(module):
     allowed = OUTSIDE.get(layer, {"torch", "numpy"})  # what an installation always has
     outside = {name.partition(".")[0] for name in imports(MODULES[module]) - inside} - sys.stdlib_module_names
     assert allowed is None or outside <= allowed
+
+
+def test_imports_make_no_circle():
+    """Not even those inside functions and for types. A package and its modules are one another's."""
+    arrows = {name: {other for other in imports(path) & MODULES.keys() if not name.startswith(other + ".")}
+              for name, path in MODULES.items()}  # fmt: skip
+    graphlib.TopologicalSorter(arrows).prepare()  # raises CycleError, which names the circle
 
 
 def test_nobody_imports_the_name_kernels():

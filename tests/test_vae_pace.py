@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastkl.vae import data, pace
-from fastkl.vae import train as loop
+from fastkl.vae import run as runs
 from fastkl.vae.data import Data
 from fastkl.vae.parallel import Ranks
 from fastkl.vae.rules import resolve
@@ -76,7 +76,7 @@ def test_defaults_never_lead_to_an_error(tmp_path, capsys):
 )
 def test_measuring_a_step_leaves_nothing_behind(given):
     settings = resolve({"hidden": 8, "latent": 3, "steps": 4, **given})
-    run = loop.start(settings, data.load(settings), Ranks(), Path())
+    run = runs.start(settings, data.load(settings), Ranks(), Path())
     before = {name: value.clone() for name, value in run.objective.state_dict().items()}
     assert pace.seconds_per_step(run) > 0
     assert all(parameter.grad is None for parameter in run.objective.parameters())

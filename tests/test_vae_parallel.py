@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastkl.vae import checkpoint, data, parallel
+from fastkl.vae import run as runs
 from fastkl.vae import train as loop
 from fastkl.vae.errors import UserError
 from fastkl.vae.parallel import Ranks
@@ -54,7 +55,7 @@ def test_two_processes_lose_what_one_with_their_batch_loses(tmp_path, capsys):
 )
 def test_a_datum_meets_the_same_noise_however_many_processes_share_a_batch(given, drawn):
     settings = resolve({"hidden": 16, "latent": 3, "steps": 2, "noise": "datum", "batch_size": 8, **given})
-    run = loop.start(settings, data.load(settings), Ranks(), Path())
+    run = runs.start(settings, data.load(settings), Ranks(), Path())
     half = dataclasses.replace(settings, batch_size=4)
     shares = [loop.batch(dataclasses.replace(run, settings=half, ranks=Ranks(rank, 2))) for rank in range(2)]
     x, noise = loop.batch(run)
@@ -84,12 +85,12 @@ def test_a_process_takes_its_own_device_before_it_joins(monkeypatch):
     ranks = parallel.start()
     assert seen == ["device 1", "join by cpu:gloo,cuda:nccl"], "what lies on the CPU is sent, too"
     assert ranks == Ranks(5, 8, 1)
-    assert loop.choose_device("auto", ranks) == loop.choose_device("cuda", ranks) == torch.device("cuda", 1)
-    assert loop.choose_device("cpu", ranks) == torch.device("cpu")
+    assert runs.choose_device("auto", ranks) == runs.choose_device("cuda", ranks) == torch.device("cuda", 1)
+    assert runs.choose_device("cpu", ranks) == torch.device("cpu")
     # More processes than devices: on the CPU only.
     monkeypatch.setenv("LOCAL_RANK", "3")
     ranks = parallel.start()
     assert seen[2:] == ["join by cpu:gloo,cuda:nccl"]
     with pytest.raises(UserError, match="process 4 of this machine has no CUDA device of its own: there are 3"):
-        loop.choose_device("auto", ranks)
-    assert loop.choose_device("cpu", ranks) == torch.device("cpu")
+        runs.choose_device("auto", ranks)
+    assert runs.choose_device("cpu", ranks) == torch.device("cpu")

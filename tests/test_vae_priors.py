@@ -15,6 +15,7 @@ from fastkl.vae import checkpoint, prior, streams
 from fastkl.vae import train as loop
 from fastkl.vae.data import Data
 from fastkl.vae.errors import UserError
+from fastkl.vae.guard import Guard
 from fastkl.vae.model import VAE
 from fastkl.vae.rules import resolve
 from fastkl.vae.settings import Settings
@@ -69,7 +70,7 @@ def test_stopped_runs_go_on_bit_for_bit(tmp_path, monkeypatch, name):
 def test_a_prior_begins_though_the_last_step_of_the_warm_up_is_skipped(tmp_path, monkeypatch):
     began, real = [], loop.begin
     monkeypatch.setattr(loop, "begin", lambda run: (began.append(run.step), real(run)))
-    monkeypatch.setattr(loop.Guard, "admit", lambda self, loss, parameters, step: step not in (5, 6))
+    monkeypatch.setattr(Guard, "admit", lambda self, loss, parameters, step: step not in (5, 6))
     assert train(tmp_path, *PRIORS["gmm"], *WARM, *BARE) == 0
     assert began == [5]
     state = checkpoint.load(tmp_path)

@@ -18,6 +18,7 @@ from fastkl.vae import checkpoint, data, facts, folders, pace, parallel, train
 from fastkl.vae.errors import UserError, foresee
 from fastkl.vae.progress import Display, Terminal, say
 from fastkl.vae.rules import defaults, flag, prolonging, resolve, resume
+from fastkl.vae.run import Run, restore, start
 from fastkl.vae.settings import GROUPS, Settings
 
 EXAMPLES = """examples:
@@ -133,10 +134,10 @@ def train_in(
         foresee("matplotlib", "The report (--no-report leaves it out)")
         if settings.prior in ("gmm", "vamp") and source.test_labels is not None:
             foresee("sklearn", "The comparison of clusters with labels")
-    run = train.start(settings, source, ranks, folder)
+    run = start(settings, source, ranks, folder)
     step_time = pace.seconds_per_step(run)
     if state:
-        train.restore(run, state)
+        restore(run, state)
     if ranks.main:
         checkpoint.prepare(folder)
         checkpoint.write(
@@ -159,7 +160,7 @@ def train_in(
     return 0
 
 
-def opening(run: Any, state: Any, resuming: bool, forecast: list[str]) -> list[str]:
+def opening(run: Run, state: Any, resuming: bool, forecast: list[str]) -> list[str]:
     """What is said before a run begins: the model and how long it will take, the data and what was made of them."""
     source, settings = run.data, run.settings
     if run.step >= run.total_steps:
@@ -178,7 +179,7 @@ def opening(run: Any, state: Any, resuming: bool, forecast: list[str]) -> list[s
     ]
 
 
-def report(run: Any, began: float) -> None:
+def report(run: Run, began: float) -> None:
     # Imported here, so that a missing package costs nobody a run without a report.
     from fastkl.vae import memory
     from fastkl.vae.evaluate import evaluate

@@ -17,7 +17,7 @@ from fastkl.vae.errors import UserError, require
 from fastkl.vae.prior import draw
 
 if TYPE_CHECKING:
-    from fastkl.vae.train import Run
+    from fastkl.vae.run import Run
 
 PICTURED = 16  # reconstructions and samples
 

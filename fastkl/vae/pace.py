@@ -15,7 +15,7 @@ from fastkl.vae.plan import TEST_POINTS
 from fastkl.vae.settings import FOR_DATA, FOR_PRESET, Settings
 
 if TYPE_CHECKING:
-    from fastkl.vae.train import Run
+    from fastkl.vae.run import Run
 
 # What a run costs by default, so that it takes some minutes on a CPU. Of a convolutional model in pixels of 16 channels
 # at full size: those trained on, and those decoded for log p(x). Of an MLP in data, and in values decoded.

@@ -16,7 +16,7 @@ from fastkl.vae.evaluate import Evaluation
 from fastkl.vae.events import shades
 from fastkl.vae.prior import draw as draw_latents
 from fastkl.vae.prior import is_mixture
-from fastkl.vae.train import Run
+from fastkl.vae.run import Run
 
 # Paul Tol's muted scheme, made for readers with any kind of colour vision; the tenth is black. Markers tell groups
 # apart that share a colour.

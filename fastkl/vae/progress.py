@@ -14,7 +14,7 @@ from fastkl.vae.events import Events
 from fastkl.vae.prior import is_mixture
 
 if TYPE_CHECKING:
-    from fastkl.vae.train import Run
+    from fastkl.vae.run import Run
 
 
 class Steady:

@@ -15,8 +15,8 @@ import torch
 from fastkl.vae import checkpoint, facts
 from fastkl.vae.evaluate import Evaluation
 from fastkl.vae.pictures import draw
+from fastkl.vae.run import Run
 from fastkl.vae.settings import Settings
-from fastkl.vae.train import Run
 
 CAPTIONS = {
     "loss_curves": "The ELBO is the reconstruction term less the KL. A curve of held-out data that falls while "
