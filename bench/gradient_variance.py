@@ -76,9 +76,10 @@ def main() -> int:
                 rows.append({"posterior": posterior, "estimator": estimator, "samples": count, "variance": value})
             print(f"{posterior:32s} {estimator:26s} L=1: {rows[-len(SAMPLES)]['variance']:.4g}", flush=True)
     draw(rows, options.out)
-    writer = csv.DictWriter(options.out.with_suffix(".csv").open("w", newline=""), list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
+    with (Path(__file__).parent / "results" / "gradient_variance.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     return 0
 
 
