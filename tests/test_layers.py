@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,20 @@ def test_nobody_imports_the_name_kernels():
     """It belongs to another project; ours is fastkl.kernels."""
     files = [path for folder in ("fastkl", "kernels", "tests", "bench") for path in (ROOT / folder).rglob("*.py")]
     assert [path for path in files if any(within(name, "kernels") for name in imports(path))] == []
+
+
+def test_the_map_names_every_folder_and_only_what_is_there():
+    """Indented as they lie in one another, below "The house" of CONTRIBUTING.md."""
+    lines = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The house\n")[1].splitlines()
+    named, inside = set(), {}
+    for depth, name in re.findall(r"^((?:    )+)([a-z]+)/ ", "\n".join(lines), re.MULTILINE):
+        inside[len(depth) // 4] = name
+        named.add("/".join(inside[level] for level in range(1, len(depth) // 4 + 1)))
+    tops = ("fastkl", "kernels", "docs", "tests", "bench")
+    files = [path for top in tops for path in (ROOT / top).rglob("*") if path.is_file()]
+    found = {path.parent.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
+    found = {folder for folder in found if not folder.startswith(("fastkl/kernels", "bench/results/"))}
+    assert named == found
 
 
 # What an installation may lack: the extras, by the names that are imported.
