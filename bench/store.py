@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fastkl.vae.facts import processor
+
 HERE = Path(__file__).parent
 KEY = ("op", "case")  # what a resumed run has no need to measure again
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?")
@@ -63,15 +65,6 @@ def parse(text: str) -> Any:
     if not NUMBER.fullmatch(text):
         return text
     return int(text) if text.lstrip("-").isdigit() else float(text)
-
-
-def processor() -> str:
-    """The CPU's name, as its maker has it."""
-    try:
-        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
-    except OSError:
-        names = []
-    return names[0].strip() if names else platform.processor() or platform.machine()
 
 
 def cache_bytes() -> int:
