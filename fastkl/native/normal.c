@@ -154,15 +154,14 @@ static void forward_rows(void *context, int64_t job) {
         if (plain) usual_rows(p, at, out);
         else forward_tile(p, at, p->value.data ? out : NULL);
         if (!p->value.data) continue;
-        for (int row = 0; row < at.rows; row++) {
-            REAL part = plain ? out[row] : sum(out + row * at.columns, at.columns);
-            if (p->cut.chunks > 1 || at.columns < p->shape.columns) {
-                total += part;
-                if (p->cut.chunks == 1 && at.column + at.columns == p->shape.columns)
-                    p->value.data[at.row] = (REAL)total, total = 0;
-            } else
-                p->value.data[at.row + row] = part;
-        }
+        if (p->cut.chunks > 1 || at.columns < p->shape.columns) {
+            total += plain ? *out : sum(out, at.columns);
+            if (p->cut.chunks == 1 && at.column + at.columns == p->shape.columns)
+                p->value.data[at.row] = (REAL)total, total = 0;
+        } else if (plain)
+            memcpy(p->value.data + at.row, out, (size_t)at.rows * sizeof *out);
+        else
+            sum_each(out, at.rows, at.columns, p->value.data + at.row);
     }
     if (p->partial) p->partial[job] = total;
 }
@@ -171,15 +170,11 @@ static void forward_columns(void *context, int64_t job) {
     const problem *p = context;
     region r = piece(&p->cut, job);
     REAL out[TILE];
-    double total[TILE] = {0};
+    column_sums total = {.most = 0};
     int64_t first = r.column;
     int columns = (int)(r.column_end - first);
-    for (tile at; next_tile(&r, &at);) {
-        forward_tile(p, at, out);
-        for (int row = 0; row < at.rows; row++)
-            for (int i = 0; i < columns; i++) total[i] += out[row * columns + i];
-    }
-    memcpy(p->partial + job / p->cut.chunks * p->shape.columns + first, total, (size_t)columns * sizeof *total);
+    for (tile at; next_tile(&r, &at);) forward_tile(p, at, out), add_tile(&total, out, at.rows * columns);
+    fold_rows(&total, columns, p->partial + job / p->cut.chunks * p->shape.columns + first);
 }
 
 /* 0, or 1 where there is no memory. Tensors after eps: z, value (contiguous, one for each row or, per_column, column). */
@@ -228,8 +223,8 @@ static void backward_piece(void *context, int64_t job) {
     region r = piece(&p->cut, job);
     REAL w_own[TILE], m_own[TILE], v_own[TILE], raw_own[TILE], x_own[TILE], pm_own[TILE], px_own[TILE];
     REAL dm_own[TILE], dv_own[TILE], dpm_own[TILE], dpx_own[TILE], dmean[TILE], dsigma[TILE];
-    double total[2][TILE];
-    if (p->partial) memset(total, 0, sizeof total);
+    column_sums dprior[2];
+    dprior[0].most = dprior[1].most = 0;
     int prior = p->prior_mu.data != NULL, own_prior = p->dprior_mu.data && !p->partial;
     int64_t first = r.column;
     for (tile at; next_tile(&r, &at);) {
@@ -256,11 +251,7 @@ static void backward_piece(void *context, int64_t job) {
                 for (int i = 0; i < n; i++) dpm[i] = -dm[i];
                 write_tile(&p->dprior_mu, at, dpm, dpm_own), write_tile(&p->dprior_logvar, at, dpx, dpx_own);
             } else if (p->partial)
-                for (int row = 0; row < at.rows; row++)
-                    for (int i = 0; i < at.columns; i++) {
-                        total[0][i] -= dm[row * at.columns + i];
-                        total[1][i] += dpx[row * at.columns + i];
-                    }
+                add_tile(&dprior[0], dm, n), add_tile(&dprior[1], dpx, n);
             if (p->samples)
                 for (int i = 0; i < n; i++)
                     dm[i] += dmean[i], dv[i] += weighted(dsigma[i], (REAL)0.5 * exponential(x[i] / 2));
@@ -269,10 +260,9 @@ static void backward_piece(void *context, int64_t job) {
         to_parameter_gradient(&p->q, v, raw, n, dv);
         write_tile(&p->dmu, at, dm, dm_own), write_tile(&p->dparameter, at, dv, dv_own);
     }
-    if (p->partial)
-        for (int k = 0; k < 2; k++)
-            memcpy(p->partial + (job / p->cut.chunks * 2 + k) * p->shape.columns + first, total[k],
-                   (size_t)(r.column_end - first) * sizeof **total);
+    for (int k = 0; p->partial && k < 2; k++)
+        fold_rows(&dprior[k], (int)(r.column_end - first),
+                  p->partial + (job / p->cut.chunks * 2 + k) * p->shape.columns + first);
 }
 
 /* 0, or 1 where there is no memory. Tensors after eps: dvalue, dz, dmu, dparameter, dprior_mu, dprior_logvar; the last two
@@ -298,7 +288,7 @@ int backward(const int64_t *numbers, const int64_t *addresses, double low, doubl
                     double total = 0;
                     for (int64_t group = 0; group < groups; group++)
                         total += p.partial[(group * 2 + k) * columns + at.column + i];
-                    own[i] = (REAL)total;
+                    own[i] = (REAL)(k == 0 ? -total : total); /* the gradient in prior_mu is that in mu, negated */
                 }
                 copy_row(outputs[k], &at, 0, own, 1);
             }

@@ -204,6 +204,32 @@ static inline REAL sum(const REAL *values, int count) {
     return folded[0] + rest;
 }
 
+/* The sums of a tile's rows; a vector is of no use to short ones, and of one element there is nothing to sum. */
+static void sum_each(const REAL *values, int rows, int columns, REAL *restrict out) {
+    if (columns == 1) memcpy(out, values, (size_t)rows * sizeof *out);
+    else if (columns >= 16) for (int row = 0; row < rows; row++) out[row] = sum(values + row * columns, columns);
+    else
+        for (int row = 0; row < rows; row++, values += columns) {
+            REAL total = 0;
+            for (int i = 0; i < columns; i++) total += values[i];
+            out[row] = total;
+        }
+}
+
+/* Sums over rows: a tile's rows lie side by side, so that short ones too are long enough for a vector. */
+typedef struct { double totals[TILE]; int most; } column_sums;
+
+static inline void add_tile(column_sums *sums, const REAL *values, int n) {
+    for (; sums->most < n; sums->most++) sums->totals[sums->most] = 0;
+    for (int i = 0; i < n; i++) sums->totals[i] += values[i];
+}
+
+static void fold_rows(column_sums *sums, int columns, double *out) {
+    for (int at = columns; at < sums->most; at += columns)
+        for (int i = 0; i < columns; i++) sums->totals[i] += sums->totals[at + i];
+    memcpy(out, sums->totals, (size_t)columns * sizeof *out);
+}
+
 /* torch's own threads, through the OpenMP library that it has loaded; one thread where that has other names. */
 extern void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
 extern int omp_get_thread_num(void) __attribute__((weak));
