@@ -129,6 +129,15 @@ def test_the_short_way_is_the_same_loop():
         assert type(fastkl.kl_normal(mu, logvar).grad_fn).__name__ == "_KLNormalBackward"
 
 
+@pytest.mark.parametrize("columns", [300, 1000, 5000, 50_000])
+def test_equal_terms_add_up(columns):
+    """Added up one by one, each sum is rounded in the same direction."""
+    mu, logvar = torch.full((2, columns), -5.3), torch.full((2, columns), -6.2333)
+    for function in (lambda m, v: fastkl.normal_log_prob(m, m, v), fastkl.kl_normal, fastkl.wasserstein2_normal):
+        exact = function(mu.double(), logvar.double())
+        torch.testing.assert_close(function(mu, logvar).double(), exact, rtol=3e-7, atol=0)
+
+
 def test_a_plan_is_made_once_for_a_shape_and_kept_within_bounds(monkeypatch):
     monkeypatch.setattr(_pack, "MOST_PLANS", 4)
     _pack.plans.clear()

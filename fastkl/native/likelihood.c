@@ -61,6 +61,12 @@ static const REAL *read_logvar(const problem *p, tile at, REAL *buffer, REAL *re
     return buffer;
 }
 
+/* One value of a tensor that has one for each row. */
+static void put(const tensor *t, int64_t row, double value) {
+    REAL own = (REAL)value;
+    copy_row(t, &(tile){row, 0, 1, 1}, 0, &own, 1);
+}
+
 /* Adds up a tile's rows: `out` gets those that are complete, `total` what there is of one that is longer than a tile. */
 static void sum_rows(const problem *p, tile at, const REAL *values, const tensor *out, double *total) {
     if (at.columns == p->shape.columns) {
@@ -73,14 +79,14 @@ static void sum_rows(const problem *p, tile at, const REAL *values, const tensor
     }
     *total += sum(values, at.columns);
     if (p->cut.chunks == 1 && at.column + at.columns == p->shape.columns)
-        out->data[offset(&out->rows, at.row)] = (REAL)*total, *total = 0;
+        put(out, at.row, *total), *total = 0;
 }
 
 static void sum_chunks(const problem *p, const tensor *out) {
     for (int64_t row = 0; row < p->shape.rows; row++) {
         double total = 0;
         for (int64_t chunk = 0; chunk < p->cut.chunks; chunk++) total += p->partial[row * p->cut.chunks + chunk];
-        out->data[offset(&out->rows, row)] = (REAL)total;
+        put(out, row, total);
     }
 }
 

@@ -84,7 +84,7 @@ static void terms_gradient(const problem *p, int n, const REAL *w, const REAL *m
 static const REAL *noise(const problem *p, tile at, int sample, REAL *buffer, awaited soon) {
     if (p->eps.data) {
         tensor eps = p->eps;
-        eps.data += sample * p->eps_step;
+        eps.data += sample * p->eps_step * bytes(&eps);
         return read_tile(&eps, at, buffer);
     }
     int n = at.rows * at.columns;
@@ -119,7 +119,7 @@ static void forward_tile(const problem *p, tile at, REAL *restrict out) {
     for (int sample = 0; sample < p->samples; sample++) {
         REAL eps_own[NOISE], z_own[TILE];
         tensor z = p->z;
-        z.data += sample * p->z_step;
+        z.data += sample * p->z_step * bytes(&z);
         REAL *to = target_tile(&z, at, z_own);
         const REAL *eps = noise(p, at, sample, eps_own, (awaited){.written = {to}});
         for (int i = 0; i < n; i++) to[i] = m[i] + sigma[i] * eps[i];
@@ -127,12 +127,17 @@ static void forward_tile(const problem *p, tile at, REAL *restrict out) {
     }
 }
 
-/* KL to N(0, 1) of a row, without a word in between. */
-static REAL kl_sum(const REAL *m, const REAL *x, int n) {
-    REAL total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int i = 0; i < n; i++) total += exp_minus_one_minus(x[i]) + m[i] * m[i];
-    return (REAL)0.5 * total;
+/* KL to N(0, 1) of a row, without a word in between; not many in a row are added up in a REAL. */
+static double kl_sum(const REAL *m, const REAL *x, int n) {
+    double total = 0;
+    for (int first = 0; first < n; first += 256) {
+        int end = n - first < 256 ? n : first + 256;
+        REAL part = 0;
+#pragma omp simd reduction(+ : part)
+        for (int i = first; i < end; i++) part += exp_minus_one_minus(x[i]) + m[i] * m[i];
+        total += part;
+    }
+    return 0.5 * total;
 }
 
 /* Where that can be done: long rows, the usual prior and scale. */
@@ -140,7 +145,7 @@ static void usual_rows(const problem *p, tile at, REAL *restrict parts) {
     REAL m_own[TILE], x_own[TILE];
     const REAL *m = read_tile(&p->mu, at, m_own), *x = read_tile(&p->parameter, at, x_own);
     for (int row = 0; row < at.rows; row++)
-        parts[row] = kl_sum(m + row * at.columns, x + row * at.columns, at.columns);
+        parts[row] = (REAL)kl_sum(m + row * at.columns, x + row * at.columns, at.columns);
 }
 
 static void forward_rows(void *context, int64_t job) {
@@ -148,20 +153,20 @@ static void forward_rows(void *context, int64_t job) {
     region r = piece(&p->cut, job);
     int plain = p->q.scale == LOGVAR && !p->q.bounded && !p->samples && p->distance == KL && !p->prior_mu.data;
     plain = plain && p->shape.columns >= 256;
-    REAL out[TILE];
+    REAL out[TILE], *value = (REAL *)p->value.data;
     double total = 0;
     for (tile at; next_tile(&r, &at);) {
         if (plain) usual_rows(p, at, out);
-        else forward_tile(p, at, p->value.data ? out : NULL);
-        if (!p->value.data) continue;
+        else forward_tile(p, at, value ? out : NULL);
+        if (!value) continue;
         if (p->cut.chunks > 1 || at.columns < p->shape.columns) {
             total += plain ? *out : sum(out, at.columns);
             if (p->cut.chunks == 1 && at.column + at.columns == p->shape.columns)
-                p->value.data[at.row] = (REAL)total, total = 0;
+                value[at.row] = (REAL)total, total = 0;
         } else if (plain)
-            memcpy(p->value.data + at.row, out, (size_t)at.rows * sizeof *out);
+            memcpy(value + at.row, out, (size_t)at.rows * sizeof *out);
         else
-            sum_each(out, at.rows, at.columns, p->value.data + at.row);
+            sum_each(out, at.rows, at.columns, value + at.row);
     }
     if (p->partial) p->partial[job] = total;
 }
@@ -177,27 +182,29 @@ static void forward_columns(void *context, int64_t job) {
     fold_rows(&total, columns, p->partial + job / p->cut.chunks * p->shape.columns + first);
 }
 
-/* 0, or 1 where there is no memory. Tensors after eps: z, value (contiguous, one for each row or, per_column, column). */
+/* 0, or 1 where there is no memory. Tensors after eps: z, value (contiguous REALs, one for each row or, per_column,
+ * column). */
 int forward(const int64_t *numbers, const int64_t *addresses, double low, double high) {
     problem p;
     open_problem(&p, numbers, addresses, low, high);
     p.z = next_result(&p.shape), p.value = next_tensor(&p.shape);
     p.cut = p.per_column ? cut_columns(&p.shape) : cut_rows(&p.shape);
+    REAL *value = (REAL *)p.value.data;
     int64_t rows = p.shape.rows, columns = p.shape.columns, groups = p.cut.jobs / p.cut.chunks;
-    int split = p.value.data && (p.per_column || p.cut.chunks > 1);
+    int split = value && (p.per_column || p.cut.chunks > 1);
     if (split && !(p.partial = malloc((size_t)(p.per_column ? groups * columns : p.cut.jobs) * sizeof *p.partial))) return 1;
     run(p.cut.jobs, rows * columns, p.threads, p.per_column ? forward_columns : forward_rows, &p);
     if (split && p.per_column)
         for (int64_t column = 0; column < columns; column++) {
             double total = 0;
             for (int64_t group = 0; group < groups; group++) total += p.partial[group * columns + column];
-            p.value.data[column] = (REAL)(total / (double)rows);
+            value[column] = (REAL)(total / (double)rows);
         }
     else if (split)
         for (int64_t row = 0; row < rows; row++) {
             double total = 0;
             for (int64_t chunk = 0; chunk < p.cut.chunks; chunk++) total += p.partial[row * p.cut.chunks + chunk];
-            p.value.data[row] = (REAL)total;
+            value[row] = (REAL)total;
         }
     free(p.partial);
     return 0;
@@ -209,7 +216,7 @@ static void sum_samples(const problem *p, tile at, REAL *restrict dmean, REAL *r
     int n = at.rows * at.columns;
     for (int sample = 0; sample < p->samples; sample++) {
         tensor dz = p->dz;
-        dz.data += sample * p->z_step;
+        dz.data += sample * p->z_step * bytes(&dz);
         const REAL *d = soon.read[0] = read_tile(&dz, at, dz_own);
         const REAL *eps = noise(p, at, sample, eps_own, soon);
         soon = NOTHING;
