@@ -72,8 +72,10 @@ static inline void *place(const tensor *t, const tile *at) {
 
 /* Whether the tile is one piece of memory. */
 static inline int in_one_piece(const tensor *t, const tile *at) {
-    if (t->columns.dims > 1 || (t->columns.stride[0] != 1 && t->columns.size[0] != 1)) return 0;
-    return at->rows == 1 || (t->rows.dims == 1 && t->rows.stride[0] == at->columns && at->columns == t->columns.size[0]);
+    int line = at->columns == 1; /* from one row to the next: how the columns lie is of no consequence */
+    if (!line && (t->columns.dims > 1 || t->columns.stride[0] != 1)) return 0;
+    if (at->rows == 1) return 1;
+    return t->rows.dims == 1 && t->rows.stride[0] == at->columns && (line || at->columns == t->columns.size[0]);
 }
 
 /* One row of a tile, from a strided tensor or (`out`) to it. */
@@ -98,6 +100,27 @@ __attribute__((noinline)) static void copy_row(const tensor *t, const tile *at, 
     }
 }
 
+/* All rows of a tile. */
+static void copy_rows(const tensor *t, const tile *at, REAL *buffer, int out) {
+    int n = at->columns, count = at->rows * n;
+    int64_t down = t->rows.dims == 1 ? t->rows.stride[0] : -1, along = t->columns.stride[0];
+    if (down == 0 && !out) { /* one row for all */
+        copy_row(t, at, 0, buffer, 0);
+        for (int done = n; done < count; done *= 2)
+            memcpy(buffer + done, buffer, (size_t)(done < count - done ? done : count - done) * sizeof *buffer);
+    } else if (down >= 0 && t->columns.dims == 1 && n < 16) { /* short ones, for which copy_row takes too many steps */
+        char *start = place(t, at);
+        for (int row = 0; row < at->rows; row++, buffer += n, start += down * bytes(t)) {
+            REAL *data = (REAL *)start;
+            if (t->kind != WHOLE && out) store_halves(t->kind, (uint16_t *)start, along, buffer, n);
+            else if (t->kind != WHOLE) load_halves(t->kind, (uint16_t *)start, along, buffer, n);
+            else if (out) for (int i = 0; i < n; i++) data[i * along] = buffer[i];
+            else for (int i = 0; i < n; i++) buffer[i] = data[i * along];
+        }
+    } else
+        for (int row = 0; row < at->rows; row++) copy_row(t, at, row, buffer + row * n, out);
+}
+
 /* The tile's elements: where they are, or gathered in `buffer`. */
 __attribute__((noinline)) static const REAL *read_tile(const tensor *t, tile at, REAL *buffer) {
     const void *start = place(t, &at);
@@ -110,7 +133,7 @@ __attribute__((noinline)) static const REAL *read_tile(const tensor *t, tile at,
         for (int i = 0; i < at.rows; i++) buffer[i] = from[i * t->rows.stride[0]];
         return buffer;
     }
-    for (int row = 0; row < at.rows; row++) copy_row(t, &at, row, buffer + row * at.columns, 0);
+    copy_rows(t, &at, buffer, 0);
     return buffer;
 }
 
@@ -125,7 +148,7 @@ static void write_tile(const tensor *t, tile at, REAL *from, const REAL *buffer)
         store_halves(t->kind, place(t, &at), 1, from, at.rows * at.columns);
         return;
     }
-    for (int row = 0; row < at.rows; row++) copy_row(t, &at, row, from + row * at.columns, 1);
+    copy_rows(t, &at, from, 1);
 }
 
 /* The pieces that the work is cut into, by shape alone: groups of rows, and long rows in chunks of columns. */
