@@ -135,7 +135,7 @@ def test_equal_terms_add_up(columns):
     mu, logvar = torch.full((2, columns), -5.3), torch.full((2, columns), -6.2333)
     for function in (lambda m, v: fastkl.normal_log_prob(m, m, v), fastkl.kl_normal, fastkl.wasserstein2_normal):
         exact = function(mu.double(), logvar.double())
-        torch.testing.assert_close(function(mu, logvar).double(), exact, rtol=3e-7, atol=0)
+        torch.testing.assert_close(function(mu, logvar).double(), exact, rtol=6e-7, atol=0)
 
 
 def test_a_plan_is_made_once_for_a_shape_and_kept_within_bounds(monkeypatch):

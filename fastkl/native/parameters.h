@@ -48,6 +48,6 @@ static void to_parameter_gradient(const posterior *q, const REAL *v, const REAL 
         }
     REAL low = q->low, high = q->high;
     if (q->bounded && !q->live) /* last: outside, 0 times infinity must be 0 */
-        for (int i = 0; i < n; i++) gradient[i] = (raw[i] < low) | (raw[i] > high) ? 0 : gradient[i];
+        for (int i = 0; i < n; i++) gradient[i] = ((raw[i] < low) | (raw[i] > high)) ? 0 : gradient[i];
 }
 #endif
