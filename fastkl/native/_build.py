@@ -90,9 +90,9 @@ def folder() -> Path:
         else:  # relative ones are no places to keep anything: by XDG's own rule, and without a home "~" is one
             path = Path(base if os.path.isabs(base) else Path.home() / ".cache", "fastkl")
     except RuntimeError as error:
-        raise OSError(f"{error} FASTKL_CACHE names a folder for it") from None
+        raise OSError(str(error)) from None
     if not path.is_absolute():
-        raise OSError(f"{path} is not a whole path. FASTKL_CACHE names one")
+        raise OSError(f"{path} is not an absolute path")
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = path.stat()
     mine = not hasattr(os, "getuid") or found.st_uid == os.getuid()
@@ -184,7 +184,8 @@ def build(family: str, dtype: torch.dtype) -> ctypes.CDLL | None:
             "compiler", f"fastkl could not compile its native CPU code and goes on with torch's operations: {error}"
         )
         return None
-    _warn_once("cache", f"fastkl keeps no native CPU code and compiles it anew in each process: {reason}")
+    remedy = "FASTKL_CACHE names another folder to keep it in"
+    _warn_once("cache", f"fastkl compiles its native CPU code anew in each process ({reason}); {remedy}")
     return library
 
 
