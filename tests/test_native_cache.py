@@ -76,9 +76,8 @@ def test_two_processes_that_compile_at_once(tmp_path):
     script = "import torch, fastkl\nprint(fastkl.kl_normal(torch.zeros(1, 2), torch.ones(1, 2)).item())"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FASTKL_CACHE": str(tmp_path / "cache")}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [
-        subprocess.Popen([sys.executable, "-W", "error", "-c", script], env=environment, **pipes) for _ in range(2)
-    ]
+    command = [sys.executable, "-W", "error", "-c", script]
+    started = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]
     for process in started:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
@@ -125,30 +124,18 @@ def test_a_folder_of_others_is_not_trusted(elsewhere, anew, tmp_path, monkeypatc
     assert not list(open_to_all.iterdir())
 
 
-def no_space(*args):
-    raise OSError(28, "No space left on device")
-
-
-def not_from_here(path):
-    if "/cache/" in path:
-        raise OSError(f"{path}: failed to map segment from shared object")
-    return not_from_here.load(path)
-
-
 @pytest.mark.parametrize("state", ["full", "read-only", "noexec"])
 def test_a_cache_of_no_use_is_gone_past(state, elsewhere, anew, tmp_path, monkeypatch):
     """A disk that is full, that is not written to, or that no program is run from; a file is made elsewhere."""
-    replace, mkdir, not_from_here.load = os.replace, Path.mkdir, _build.ctypes.CDLL
+    owner, name = {"full": (os, "replace"), "read-only": (Path, "mkdir"), "noexec": (_build.ctypes, "CDLL")}[state]
+    function = getattr(owner, name)
 
-    def is_cache(path):
-        return Path(path).parent == tmp_path / "cache" or path == tmp_path / "cache"
+    def refuse(*args, **more):
+        if "/cache/" in f"{args[-1]}/":
+            raise OSError(f"{args[-1]} is {state}")
+        return function(*args, **more)
 
-    if state == "full":
-        monkeypatch.setattr(_build.os, "replace", lambda a, b: no_space() if is_cache(b) else replace(a, b))
-    elif state == "read-only":
-        monkeypatch.setattr(Path, "mkdir", lambda path, **more: no_space() if is_cache(path) else mkdir(path, **more))
-    else:
-        monkeypatch.setattr(_build.ctypes, "CDLL", not_from_here)
+    monkeypatch.setattr(owner, name, refuse)
     (warning,), works = load()
     assert works
     assert "anew in each process" in warning
