@@ -71,15 +71,15 @@ def _on_launch(function, device, grid, block, shared, stream, addresses):
     return 0
 
 
-def build(folder: Path, compiler: str) -> ctypes.CDLL:
+def build(folder: Path, compiler: tuple[str, ...]) -> ctypes.CDLL:
     library = folder / "libcuda.so.1"
     name = ["-Wl,-soname,libcuda.so.1", "-o", str(library)]
-    subprocess.run([compiler, "-O1", "-w", "-shared", "-fPIC", str(SOURCE), *name], check=True)
+    subprocess.run([*compiler, "-O1", "-w", "-shared", "-fPIC", str(SOURCE), *name], check=True)
     (folder / "libcuda.so").symlink_to(library)  # by this name older versions link it
     return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
-def install(compiler: str) -> None:
+def install(compiler: tuple[str, ...]) -> None:
     """Makes the fake driver Triton's active one; before anything else has loaded libcuda."""
     global DRIVER
     folder = tempfile.TemporaryDirectory(prefix="fastkl-cuda-")

@@ -1,6 +1,7 @@
 """Bad input: an error that names the argument and what was expected, before anything is launched."""
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import fastkl
+from fastkl.ops import _arguments as arguments
 
 from helpers import DEVICE
 
@@ -227,3 +229,16 @@ def test_sparse_and_nested_tensors(op, tensors):
         if len(tensors) > 1 and name == "sparse":  # all alike
             with pytest.raises(TypeError, match=r" must be a dense tensor, got one of layout torch\.sparse_coo"):
                 op(**{argument: make(tensor) for argument, tensor in tensors.items()})
+
+
+def test_shapes_broadcast_as_torch_has_it():
+    shapes = [(), (1,), (3,), (2, 3), (1, 3), (2, 1), (0, 3), (4, 2, 3), (0,), (2, 0)]
+    for three in itertools.product(shapes, repeat=3):
+        tensors = dict(zip("abc", map(torch.empty, three)))
+        try:
+            expected = torch.broadcast_shapes(*three)
+        except RuntimeError:
+            with pytest.raises(ValueError, match="do not broadcast"):
+                arguments.broadcast_shape(**tensors)
+        else:
+            assert arguments.broadcast_shape(**tensors) == expected

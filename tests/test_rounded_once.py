@@ -2,7 +2,7 @@
 
 They are held to float64 by a unit in the last place: half of one, but Triton's interpreter truncates. Rounded before
 the sum, a row's share is a subnormal number in float16, and in bfloat16 shares of opposite signs leave their rounding
-behind. What is written in C takes no 16-bit tensors.
+behind.
 """
 
 import pytest
@@ -18,6 +18,7 @@ from helpers import DEVICE, implementation
 N, D, L = 128, 8, 2
 DTYPES = (torch.bfloat16, torch.float16)
 both = pytest.mark.parametrize("backend", ["torch", "triton"])
+every_way = pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 in_16_bits = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -105,7 +106,7 @@ SHAPES = {
 broadcast = pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
 
 
-@both
+@every_way
 @in_16_bits
 @broadcast
 def test_samples_and_their_kl(backend, dtype, shapes):
@@ -121,7 +122,7 @@ def test_samples_and_their_kl(backend, dtype, shapes):
             check(op, sampled, dtype, **shapes, eps=(N, D))
 
 
-@both
+@every_way
 @in_16_bits
 def test_noise_that_samples_share(backend, dtype):
     with implementation(backend):
@@ -133,7 +134,7 @@ def test_noise_that_samples_share(backend, dtype):
             )  # fmt: skip
 
 
-@both
+@every_way
 @in_16_bits
 @pytest.mark.parametrize("prior", [{"prior_mu": (), "prior_logvar": (1,)}, {"prior_mu": (N, 1)}], ids=str)
 def test_priors(backend, dtype, prior):
@@ -150,7 +151,7 @@ def test_priors(backend, dtype, prior):
         check(of_posteriors, lambda *a, **k: (kl(*a, **k),) * 2, dtype, mu=(N, D), logvar=(D,), **prior)
 
 
-@both
+@every_way
 @in_16_bits
 @broadcast
 def test_posteriors(backend, dtype, shapes):
@@ -168,7 +169,7 @@ def test_posteriors(backend, dtype, shapes):
         check(free, kl, dtype, **shapes)
 
 
-@both
+@every_way
 @in_16_bits
 @pytest.mark.parametrize("logvar", [(), (D,), (N, 1), (1, 1)], ids=str)
 def test_likelihoods(backend, dtype, logvar):

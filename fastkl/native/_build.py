@@ -2,23 +2,27 @@
 
 The folder is FASTKL_CACHE, or fastkl under XDG_CACHE_HOME or ~/.cache, and is the user's alone. A library's name says
 everything it was made from, its last bytes are the checksum of the others, and it appears under its name in one step:
-a stale one is never found, a truncated one is made again, and two processes that compile at once do not meet.
-FASTKL_NATIVE=0 turns all of this off; CC names the compiler.
+a stale one is never found, a truncated one is made again, and two processes that compile at once do not meet. Where
+the folder is of no use each process compiles for itself and leaves nothing behind.
+FASTKL_NATIVE=0 turns all of this off; CC is the compiler, with arguments where it has some.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
 import tempfile
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -30,48 +34,71 @@ BOUNDS = "bounds.c"  # goes into every library
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fPIC", "-w")
 DIGEST = hashlib.sha256().digest_size
 SECONDS = 300  # for a compiler that hangs
+LEFT_BEHIND = 3600  # seconds after which a folder to compile in belongs to a process that was killed
 
 _lock = threading.Lock()
 _log = logging.getLogger("fastkl")
+_said: set[str] = set()
+
+
+def _warn_once(what: str, message: str) -> None:
+    if what not in _said:
+        _said.add(what)
+        warnings.warn(message, stacklevel=2)
 
 
 @functools.cache
-def _compiler() -> str | None:
-    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
-    return next((path for name in names if (path := shutil.which(name))), None)
+def _compiler() -> tuple[str, ...] | None:
+    """The command that compiles: a program and its first arguments."""
+    named = os.environ.get("CC", "").strip()
+    if not named:
+        return next(((path,) for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    try:
+        choices = [[named], shlex.split(named)]  # a path with a blank in it, or a command with arguments
+    except ValueError:
+        choices = [[named]]
+    for program, *options in choices:
+        if path := shutil.which(program):
+            return os.path.abspath(path), *options
+    _warn_once("CC", f"CC={named!r} names no program: fastkl's CPU tensors go through torch's operations")
+    return None
+
+
+def _run(command: list[str], **more) -> subprocess.CompletedProcess[str]:
+    """With what it says as text, in whatever encoding it was said."""
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.run(command, **pipes, encoding="utf-8", errors="replace", timeout=SECONDS, **more)
 
 
 @functools.cache
 def _machine() -> str:
     """What -march=native depends on, and the compiler's version."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
         processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         processor = platform.processor()
-    version = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, timeout=SECONDS).stdout
-    return f"{platform.machine()}\n{processor}\n{version}"
+    return f"{platform.machine()}\n{processor}\n{_run([*_compiler(), '--version']).stdout}"
 
 
 def folder() -> Path:
-    """The cache, made private to the user; another private folder, of this process alone, where that cannot be."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    path = Path(os.environ.get("FASTKL_CACHE") or os.path.join(base, "fastkl"))
+    """The cache, made where it is missing and private to the user; an OSError says why there is none."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = path.stat()
-        mine = not hasattr(os, "getuid") or found.st_uid == os.getuid()
-        if mine and not stat.S_IMODE(found.st_mode) & 0o022 and os.access(path, os.W_OK | os.X_OK):
-            return path
-        _log.info("%s is not private to this user: native code is not kept there", path)
-    except OSError as error:
-        _log.info("%s: native code is not kept", error)
-    return _own_folder()
-
-
-@functools.cache
-def _own_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="fastkl-"))
+        if given := os.environ.get("FASTKL_CACHE"):
+            path = Path(given).expanduser().absolute()
+        else:  # relative ones are no places to keep anything: by XDG's own rule, and without a home "~" is one
+            path = Path(base if os.path.isabs(base) else Path.home() / ".cache", "fastkl")
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
+    if not path.is_absolute():
+        raise OSError(f"{path} is not an absolute path")
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.stat()
+    mine = not hasattr(os, "getuid") or found.st_uid == os.getuid()
+    if not mine or stat.S_IMODE(found.st_mode) & 0o022:
+        raise OSError(f"{path} is not private to this user")
+    return path
 
 
 def _is_whole(path: Path) -> bool:
@@ -82,17 +109,55 @@ def _is_whole(path: Path) -> bool:
     return len(content) > DIGEST and hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]
 
 
+def _scratch(**place) -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(ignore_cleanup_errors=True, **place)
+
+
+def _sweep(cache: Path) -> None:
+    """Away with what killed processes left."""
+    for left in cache.glob(".build-*"):
+        with contextlib.suppress(OSError):  # another process may be at it
+            if time.time() - left.stat().st_mtime > LEFT_BEHIND:
+                shutil.rmtree(left)
+
+
 def _compile(source: Path, options: tuple[str, ...], path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
+    with _scratch(dir=path.parent, prefix=".build-") as scratch:
         made = Path(scratch) / "library.so"
-        command = [_compiler(), *FLAGS, *options, "-shared", str(source), str(SOURCES / BOUNDS), "-o", str(made), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        command = [
+            *_compiler(),
+            *FLAGS,
+            *options,
+            "-shared",
+            str(source),
+            str(SOURCES / BOUNDS),
+            "-o",
+            str(made),
+            "-lm",
+        ]
+        done = _run(command, env={**os.environ, "TMPDIR": scratch})  # its own files go with the others
         if done.returncode:
             raise OSError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
         content = made.read_bytes()
         made.write_bytes(content + hashlib.sha256(content).digest())
         made.chmod(0o700)
         os.replace(made, path)
+
+
+def _kept(source: Path, options: tuple[str, ...], name: str) -> ctypes.CDLL:
+    path = folder() / name
+    if not _is_whole(path):
+        _sweep(path.parent)
+        _compile(source, options, path)
+    return ctypes.CDLL(str(path))
+
+
+def _passing(source: Path, options: tuple[str, ...], name: str) -> ctypes.CDLL:
+    """A library that is gone from the disk once it is loaded."""
+    with _scratch(prefix="fastkl-") as own:
+        path = Path(own) / name
+        _compile(source, options, path)
+        return ctypes.CDLL(str(path))
 
 
 def build(family: str, dtype: torch.dtype) -> ctypes.CDLL | None:
@@ -108,15 +173,20 @@ def build(family: str, dtype: torch.dtype) -> ctypes.CDLL | None:
         texts = [path.read_bytes() for path in (source, SOURCES / BOUNDS, *sorted(SOURCES.glob("*.h")))]
         made_from = [*texts, repr((FLAGS, options, _compiler(), _machine())).encode()]
         name = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in made_from)).hexdigest()[:32]
-        path = folder() / f"{family}-{name}.so"
-        if not _is_whole(path):
-            _compile(source, options, path)
-        return ctypes.CDLL(str(path))
+        name = f"{family}-{name}.so"
+        try:
+            return _kept(source, options, name)
+        except OSError as error:
+            reason = error
+        library = _passing(source, options, name)  # a full or read-only disk, one that nothing is run from
     except (OSError, subprocess.SubprocessError) as error:
-        warnings.warn(
-            f"fastkl could not compile its native CPU code and goes on with torch's operations: {error}", stacklevel=2
+        _warn_once(
+            "compiler", f"fastkl could not compile its native CPU code and goes on with torch's operations: {error}"
         )
         return None
+    remedy = "FASTKL_CACHE names another folder to keep it in"
+    _warn_once("cache", f"fastkl compiles its native CPU code anew in each process ({reason}); {remedy}")
+    return library
 
 
 _libraries: dict[tuple[str, torch.dtype], ctypes.CDLL | None] = {}

@@ -40,6 +40,7 @@ class Plan(NamedTuple):
     pack: Callable  # of the addresses
     low: float = 0.0
     high: float = 0.0
+    dtype: torch.dtype = torch.float32  # what is computed in, and that of a value for each row
     result: tuple[int, ...] = ()  # its shape
     halves: tuple[int, int] = (0, 0)  # bytes from the first half of a packed tensor to the second, and in its gradient
 
@@ -52,23 +53,30 @@ class Plan(NamedTuple):
             raise MemoryError("fastkl's native code could not allocate its partial sums")
 
 
+# How a tensor's elements lie in memory, as halves.h has it; float64 is a library of its own, and by itself.
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DOUBLE = {torch.float64: 0}
+
+
 def prepare(
     family: str, name: str, settings: Iterable[int], shape, event_ndim: int, tensors: Iterable, strides,
     others: int = 0, **more,
 ) -> Plan | None:  # fmt: skip
-    """The plan of a function of tensors (None: not there) with these strides in the dimensions of `shape`, and of
-    `others` addresses beside theirs. None where the tensors are not alike or have too many dimensions."""
-    kinds = {tensor.dtype for tensor in tensors if tensor is not None}
-    if len(kinds) > 1 or len(shape) > MOST_DIMS:
+    """The plan of a function of tensors (None: not there, or one value in the dtype that is computed in) with these
+    strides in the dimensions of `shape`, and of `others` addresses beside theirs. None where float64 is mixed with
+    other dtypes, or there are too many dimensions."""
+    dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+    kinds, wide = (DOUBLE, torch.float64) if torch.float64 in dtypes else (KINDS, torch.float32)
+    if len(shape) > MOST_DIMS or not kinds.keys() >= {*dtypes} - {None}:
         return None
-    found = function(family, name, kinds.pop())
+    found = function(family, name, wide)
     if found is None:
         return None
     numbers = [*settings, len(shape), event_ndim, *shape]
-    for own in strides:
-        numbers += own
+    for dtype, own in zip(dtypes, strides, strict=True):
+        numbers += (0 if dtype is None else kinds[dtype], *own)
     pack = struct.Struct(f"{1 + others + len(strides)}q").pack
-    return Plan(found, struct.pack(f"{len(numbers)}q", *numbers), pack, **more)
+    return Plan(found, struct.pack(f"{len(numbers)}q", *numbers), pack, dtype=wide, **more)
 
 
 # Key -> plan, or None for what is the closed form's. A key has all that a plan depends on.

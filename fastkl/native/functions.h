@@ -126,13 +126,28 @@ static inline REAL twice_artanh(REAL s) {
 /* ln(1 + x) for 0 <= x <= 1 */
 static inline REAL log_one_plus(REAL x) { return twice_artanh(x / (2 + x)); }
 
+/* ln(1 + f) for 1 + f from sqrt 1/2 to sqrt 2: f - f^2/2 and, by the series of 2 artanh s, what that leaves; f comes first,
+ * which has no rounding. */
+static inline REAL log_of_one_and(REAL f) {
+#ifdef FLOAT64
+    const int terms = 10;
+#else
+    const int terms = 4;
+#endif
+    REAL s = f / (2 + f), square = s * s, half = (REAL)0.5 * f * f, rest = 0;
+#pragma GCC unroll 20
+    for (int term = terms; term > 0; term--) rest = square * ((REAL)2 / (2 * term + 1) + rest);
+    return f - (half - s * (half + rest));
+}
+
 /* ln x; -inf for 0 and what is denormal, NaN below */
 static inline REAL logarithm(REAL x) {
     BITS bits = bits_of(x);
     BITS exponent = (bits - bits_of((REAL)0.70710678118654752)) >> MANTISSA; /* x = 2^exponent m, m next to 1 */
     REAL m = real_of(bits - (BITS)((UNSIGNED)exponent << MANTISSA)), n = (REAL)exponent;
-    REAL value = n * LN2_HIGH + (n * LN2_LOW + twice_artanh((m - 1) / (m + 1)));
-    value = x < (REAL)LEAST_NORMAL ? -(REAL)INFINITY : value;
-    return x >= 0 && x <= MOST ? value : x < 0 ? (REAL)NAN : x; /* infinity, NaN */
+    REAL value = n * LN2_HIGH + (n * LN2_LOW + log_of_one_and(m - 1));
+    value = x < (REAL)LEAST_NORMAL ? -(REAL)INFINITY : value; /* one choice after another: of nested ones gcc makes jumps */
+    value = x < 0 ? (REAL)NAN : value;
+    return x <= MOST ? value : x; /* infinity, NaN */
 }
 #endif

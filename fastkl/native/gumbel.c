@@ -183,6 +183,8 @@ static void weigh(const problem *p, const block *b, REAL *v, REAL *top, double *
         }
 }
 
+static int rounded_sample(const problem *p) { return !p->logits.data && p->y.kind != WHOLE; }
+
 static void load(const problem *p, const block *b, const tensor *from, REAL *v) {
     REAL own[TILE];
     for (part r = {0}; next_part(p, b, &r);)
@@ -231,19 +233,22 @@ static double finish_backward(const problem *p, const block *b, const REAL *v, c
     return total;
 }
 
-/* A block's weights in v; top, sum and weighted sum of dy for each row and lane. A soft sample is its own weights. */
+/* A block's weights in v; top, sum and weighted sum of dy for each row and lane. A soft sample is its own weights; rounded
+ * to 16 bits its sum is not quite 1. */
 static void weigh_backward(const problem *p, const block *b, REAL *v, REAL *top, double *total, double *dot) {
     REAL d_own[TILE], terms[TILE];
     int groups = b->rows * b->lanes;
     if (p->logits.data) weigh(p, b, v, top, total);
     else load(p, b, &p->y, v);
+    if (!p->logits.data) for (int i = 0; i < groups; i++) top[i] = total[i] = 0;
     for (int i = 0; i < groups; i++) dot[i] = 0;
     for (part r = {0}; next_part(p, b, &r);) {
         const REAL *d = read_tile(&p->dy, r.at, d_own), *values = v + r.first;
         for (int i = 0; i < r.count; i++) terms[i] = values[i] * d[i];
         add_up(&r, b->lanes, terms, dot);
+        if (rounded_sample(p)) add_up(&r, b->lanes, values, total);
     }
-    for (int i = 0; !p->logits.data && i < groups; i++) top[i] = 0, total[i] = 1;
+    for (int i = 0; !p->logits.data && !rounded_sample(p) && i < groups; i++) total[i] = 1;
 }
 
 /* Whole distributions, in one job from beginning to end. */
@@ -275,7 +280,8 @@ static void backward_whole(void *context, int64_t job) {
     if (p->tau_partial) p->tau_partial[job] = tau;
 }
 
-/* Distributions cut in chunks: what each chunk finds, with its weights in the output; all chunks together; the rest. */
+/* Distributions cut in chunks: what each chunk finds, with its weights in the output; all chunks together; the rest. An
+ * output of 16 bits would round the weights: they are found once more. */
 static void find_chunk(void *context, int64_t job) {
     const problem *p = context;
     REAL v[CHUNK], top[LANES];
@@ -283,10 +289,10 @@ static void find_chunk(void *context, int64_t job) {
     block b = first_block(p, job);
     if (!p->dy.data) {
         weigh(p, &b, v, top, found + b.lanes);
-        store(p, &b, &p->y, v);
+        if (p->y.kind == WHOLE) store(p, &b, &p->y, v);
     } else {
         weigh_backward(p, &b, v, top, found + b.lanes, found + 2 * b.lanes);
-        if (p->logits.data) store(p, &b, &p->dlogits, v);
+        if (p->logits.data && p->dlogits.kind == WHOLE) store(p, &b, &p->dlogits, v);
     }
     for (int i = 0; i < b.lanes; i++) found[i] = top[i];
 }
@@ -308,18 +314,21 @@ static void combine(void *context, int64_t strip) {
             if (p->dy.data) dot += mine[2 * lanes] * w;
             mine[0] = w;
         }
-        if (!p->logits.data || total == 0) total = 1;
+        if ((!p->logits.data && !rounded_sample(p)) || total == 0) total = 1;
         for (int64_t i = 0; i < p->chunks; i++) found[i * step] /= total, found[i * step + 2 * lanes] = dot / total;
     }
 }
 
 static void finish_chunk(void *context, int64_t job) {
     const problem *p = context;
-    REAL v[CHUNK], factor[LANES], dots[LANES];
+    REAL v[CHUNK], factor[LANES], dots[LANES], top[LANES];
+    double total[LANES];
     const double *found = p->found + job * 3 * p->most.lanes;
     block b = first_block(p, job);
     for (int i = 0; i < b.lanes; i++) factor[i] = (REAL)found[i], dots[i] = (REAL)found[2 * b.lanes + i];
-    load(p, &b, !p->dy.data || !p->logits.data ? &p->y : &p->dlogits, v);
+    const tensor *weights = !p->dy.data || !p->logits.data ? &p->y : &p->dlogits;
+    if (p->logits.data && weights->kind != WHOLE) weigh(p, &b, v, top, total);
+    else load(p, &b, weights, v);
     if (!p->dy.data) finish_forward(p, &b, v, factor);
     else {
         double tau = finish_backward(p, &b, v, factor, dots);

@@ -39,13 +39,13 @@ def gumbel_softmax_bwd(dy, y, logits, tau, seed, constant, hard, dim, stream, ta
         return NotImplemented
     gradients = [gradient]
     if tau_gradient:
-        gradients.append(like.new_empty(()))
+        gradients.append(like.new_empty((), dtype=plan.dtype))
     if like.numel() == 0:
         gradients = [each.zero_() for each in gradients]
     else:
         addresses = (seed.data_ptr(), address(logits), address(y), dy.data_ptr(), gradient.data_ptr())
         dtau = gradients[1].data_ptr() if tau_gradient else 0
         plan.run_at(constant if tau is None else tau.item(), 0.0, *addresses, dtau)
-    if tau_gradient and tau.dtype is not like.dtype:
+    if tau_gradient and tau.dtype is not plan.dtype:
         gradients[1] = gradients[1].to(tau.dtype)
     return gradients

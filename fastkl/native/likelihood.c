@@ -61,30 +61,32 @@ static const REAL *read_logvar(const problem *p, tile at, REAL *buffer, REAL *re
     return buffer;
 }
 
-static inline double sum_row(const REAL *values, int count) {
-    if (count >= 16) return sum(values, count);
-    double total = 0;
-    for (int i = 0; i < count; i++) total += values[i];
-    return total;
+/* One value of a tensor that has one for each row. */
+static void put(const tensor *t, int64_t row, double value) {
+    REAL own = (REAL)value;
+    copy_row(t, &(tile){row, 0, 1, 1}, 0, &own, 1);
 }
 
 /* Adds up a tile's rows: `out` gets those that are complete, `total` what there is of one that is longer than a tile. */
 static void sum_rows(const problem *p, tile at, const REAL *values, const tensor *out, double *total) {
     if (at.columns == p->shape.columns) {
-        for (int row = 0; row < at.rows; row++)
-            out->data[offset(&out->rows, at.row + row)] = (REAL)sum_row(values + row * at.columns, at.columns);
+        REAL own[TILE];
+        tile rows = {at.row, 0, at.rows, 1};
+        REAL *sums = target_tile(out, rows, own);
+        sum_each(values, at.rows, at.columns, sums);
+        write_tile(out, rows, sums, own);
         return;
     }
     *total += sum(values, at.columns);
     if (p->cut.chunks == 1 && at.column + at.columns == p->shape.columns)
-        out->data[offset(&out->rows, at.row)] = (REAL)*total, *total = 0;
+        put(out, at.row, *total), *total = 0;
 }
 
 static void sum_chunks(const problem *p, const tensor *out) {
     for (int64_t row = 0; row < p->shape.rows; row++) {
         double total = 0;
         for (int64_t chunk = 0; chunk < p->cut.chunks; chunk++) total += p->partial[row * p->cut.chunks + chunk];
-        out->data[offset(&out->rows, row)] = (REAL)total;
+        put(out, row, total);
     }
 }
 
@@ -170,9 +172,11 @@ static void backward_piece(void *context, int64_t job) {
     const problem *p = context;
     region r = piece(&p->cut, job);
     REAL w_own[TILE], dv_own[TILE];
-    double total = 0, totals[TILE];
+    double total = 0;
+    column_sums totals;
+    totals.most = 0;
     int64_t first = r.column;
-    int columns = (int)(r.column_end - first), shared = p->dlogvar.data && p->spread == SHARED, most = 0;
+    int shared = p->dlogvar.data && p->spread == SHARED;
     for (tile at; next_tile(&r, &at);) {
         int n = at.rows * at.columns;
         const REAL *w = read_rows(&p->dvalue, at, w_own);
@@ -185,17 +189,11 @@ static void backward_piece(void *context, int64_t job) {
         normal_gradient(p, at, w, dv);
         if (direct) write_tile(&p->dlogvar, at, dv, dv_own);
         if (p->dlogvar.data && p->spread == ROW) sum_rows(p, at, dv, &p->dlogvar, &total);
-        if (shared) { /* all rows of a tile side by side: short ones too are long enough for a vector */
-            for (; most < n; most++) totals[most] = 0;
-            for (int i = 0; i < n; i++) totals[i] += dv[i];
-        }
+        if (shared) add_tile(&totals, dv, n);
     }
-    if (shared) {
-        for (int at = columns; at < most; at += columns)
-            for (int i = 0; i < columns; i++) totals[i] += totals[at + i];
-        double *out = p->partial + job / p->cut.chunks * p->shape.columns + first;
-        memcpy(out, totals, (size_t)columns * sizeof *out);
-    } else if (p->partial)
+    if (shared)
+        fold_rows(&totals, (int)(r.column_end - first), p->partial + job / p->cut.chunks * p->shape.columns + first);
+    else if (p->partial)
         p->partial[job] = total;
 }
 

@@ -13,10 +13,16 @@ FULL, ROW, SHARED = 0, 1, 2
 
 def _make(key: tuple, name: str, density: int, spread: int, event_ndim: int, like: Tensor, tensors) -> Plan | None:
     """The plan of tensors in the order of the C function, (tensor, its strides in like's dimensions) or None each."""
-    absent = (0,) * like.dim()
-    strides = [absent if each is None else each[1] for each in tensors]
-    present = [each and each[0] for each in tensors]
-    return keep(key, prepare("likelihood", name, (density, spread), like.shape, event_ndim, present, strides))
+    absent = (None, (0,) * like.dim())
+    present, strides = zip(*(absent if each is None else each for each in tensors))
+    rows = like.shape[: like.dim() - event_ndim]
+    plan = prepare("likelihood", name, (density, spread), like.shape, event_ndim, present, strides, result=rows)
+    return keep(key, plan)
+
+
+def _rows(like: Tensor, event_ndim: int):
+    """What takes a value for each row, which is allocated when it is known that there is a plan."""
+    return None, like.new_empty((*like.shape[: like.dim() - event_ndim], *[1] * event_ndim)).stride()
 
 
 def _whole(tensor: Tensor):
@@ -43,19 +49,18 @@ def _spread(logvar: Tensor, like: Tensor, event_ndim: int):
 
 
 def normal_log_prob_fwd(x, mean, logvar, event_ndim):
-    shape = x.shape
-    value = x.new_empty(shape[: len(shape) - event_ndim])
     types = (x.dtype, mean.dtype, logvar.dtype)
-    key = ("normal_log_prob", event_ndim, *types, shape, logvar.shape, x.stride(), mean.stride(), logvar.stride())
+    key = ("normal_log_prob", event_ndim, *types, x.shape, logvar.shape, x.stride(), mean.stride(), logvar.stride())
     try:
         plan = plans[key]
     except KeyError:
         spread, third = _spread(logvar, x, event_ndim)
-        tensors = (_whole(x), _whole(mean), third, _by_rows(value, event_ndim))
+        tensors = (_whole(x), _whole(mean), third, _rows(x, event_ndim))
         plan = _make(key, "forward", NORMAL, spread, event_ndim, x, tensors)
     if plan is None:
         return NotImplemented
-    if 0 in shape:
+    value = x.new_empty(plan.result, dtype=plan.dtype)
+    if 0 in x.shape:
         return value.zero_()
     plan.run(x.data_ptr(), mean.data_ptr(), logvar.data_ptr(), value.data_ptr())
     return value
@@ -86,17 +91,16 @@ def normal_log_prob_bwd(dlog_prob, x, mean, logvar, event_ndim, wanted):
 
 
 def bernoulli_log_prob_fwd(logits, x, event_ndim):
-    shape = logits.shape
-    value = logits.new_empty(shape[: len(shape) - event_ndim])
-    key = ("bernoulli_log_prob", event_ndim, logits.dtype, x.dtype, shape, logits.stride(), x.stride())
+    key = ("bernoulli_log_prob", event_ndim, logits.dtype, x.dtype, logits.shape, logits.stride(), x.stride())
     try:
         plan = plans[key]
     except KeyError:
-        tensors = (_whole(logits), _whole(x), None, _by_rows(value, event_ndim))
+        tensors = (_whole(logits), _whole(x), None, _rows(logits, event_ndim))
         plan = _make(key, "forward", BERNOULLI, FULL, event_ndim, logits, tensors)
     if plan is None:
         return NotImplemented
-    if 0 in shape:
+    value = logits.new_empty(plan.result, dtype=plan.dtype)
+    if 0 in logits.shape:
         return value.zero_()
     plan.run(logits.data_ptr(), x.data_ptr(), 0, value.data_ptr())
     return value

@@ -84,7 +84,7 @@ static void terms_gradient(const problem *p, int n, const REAL *w, const REAL *m
 static const REAL *noise(const problem *p, tile at, int sample, REAL *buffer, awaited soon) {
     if (p->eps.data) {
         tensor eps = p->eps;
-        eps.data += sample * p->eps_step;
+        eps.data += sample * p->eps_step * bytes(&eps);
         return read_tile(&eps, at, buffer);
     }
     int n = at.rows * at.columns;
@@ -119,7 +119,7 @@ static void forward_tile(const problem *p, tile at, REAL *restrict out) {
     for (int sample = 0; sample < p->samples; sample++) {
         REAL eps_own[NOISE], z_own[TILE];
         tensor z = p->z;
-        z.data += sample * p->z_step;
+        z.data += sample * p->z_step * bytes(&z);
         REAL *to = target_tile(&z, at, z_own);
         const REAL *eps = noise(p, at, sample, eps_own, (awaited){.written = {to}});
         for (int i = 0; i < n; i++) to[i] = m[i] + sigma[i] * eps[i];
@@ -127,12 +127,17 @@ static void forward_tile(const problem *p, tile at, REAL *restrict out) {
     }
 }
 
-/* KL to N(0, 1) of a row, without a word in between. */
-static REAL kl_sum(const REAL *m, const REAL *x, int n) {
-    REAL total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int i = 0; i < n; i++) total += exp_minus_one_minus(x[i]) + m[i] * m[i];
-    return (REAL)0.5 * total;
+/* KL to N(0, 1) of a row, without a word in between; not many in a row are added up in a REAL. */
+static double kl_sum(const REAL *m, const REAL *x, int n) {
+    double total = 0;
+    for (int first = 0; first < n; first += 256) {
+        int end = n - first < 256 ? n : first + 256;
+        REAL part = 0;
+#pragma omp simd reduction(+ : part)
+        for (int i = first; i < end; i++) part += exp_minus_one_minus(x[i]) + m[i] * m[i];
+        total += part;
+    }
+    return 0.5 * total;
 }
 
 /* Where that can be done: long rows, the usual prior and scale. */
@@ -140,7 +145,7 @@ static void usual_rows(const problem *p, tile at, REAL *restrict parts) {
     REAL m_own[TILE], x_own[TILE];
     const REAL *m = read_tile(&p->mu, at, m_own), *x = read_tile(&p->parameter, at, x_own);
     for (int row = 0; row < at.rows; row++)
-        parts[row] = kl_sum(m + row * at.columns, x + row * at.columns, at.columns);
+        parts[row] = (REAL)kl_sum(m + row * at.columns, x + row * at.columns, at.columns);
 }
 
 static void forward_rows(void *context, int64_t job) {
@@ -148,21 +153,20 @@ static void forward_rows(void *context, int64_t job) {
     region r = piece(&p->cut, job);
     int plain = p->q.scale == LOGVAR && !p->q.bounded && !p->samples && p->distance == KL && !p->prior_mu.data;
     plain = plain && p->shape.columns >= 256;
-    REAL out[TILE];
+    REAL out[TILE], *value = (REAL *)p->value.data;
     double total = 0;
     for (tile at; next_tile(&r, &at);) {
         if (plain) usual_rows(p, at, out);
-        else forward_tile(p, at, p->value.data ? out : NULL);
-        if (!p->value.data) continue;
-        for (int row = 0; row < at.rows; row++) {
-            REAL part = plain ? out[row] : sum(out + row * at.columns, at.columns);
-            if (p->cut.chunks > 1 || at.columns < p->shape.columns) {
-                total += part;
-                if (p->cut.chunks == 1 && at.column + at.columns == p->shape.columns)
-                    p->value.data[at.row] = (REAL)total, total = 0;
-            } else
-                p->value.data[at.row + row] = part;
-        }
+        else forward_tile(p, at, value ? out : NULL);
+        if (!value) continue;
+        if (p->cut.chunks > 1 || at.columns < p->shape.columns) {
+            total += plain ? *out : sum(out, at.columns);
+            if (p->cut.chunks == 1 && at.column + at.columns == p->shape.columns)
+                value[at.row] = (REAL)total, total = 0;
+        } else if (plain)
+            memcpy(value + at.row, out, (size_t)at.rows * sizeof *out);
+        else
+            sum_each(out, at.rows, at.columns, value + at.row);
     }
     if (p->partial) p->partial[job] = total;
 }
@@ -171,38 +175,36 @@ static void forward_columns(void *context, int64_t job) {
     const problem *p = context;
     region r = piece(&p->cut, job);
     REAL out[TILE];
-    double total[TILE] = {0};
+    column_sums total = {.most = 0};
     int64_t first = r.column;
     int columns = (int)(r.column_end - first);
-    for (tile at; next_tile(&r, &at);) {
-        forward_tile(p, at, out);
-        for (int row = 0; row < at.rows; row++)
-            for (int i = 0; i < columns; i++) total[i] += out[row * columns + i];
-    }
-    memcpy(p->partial + job / p->cut.chunks * p->shape.columns + first, total, (size_t)columns * sizeof *total);
+    for (tile at; next_tile(&r, &at);) forward_tile(p, at, out), add_tile(&total, out, at.rows * columns);
+    fold_rows(&total, columns, p->partial + job / p->cut.chunks * p->shape.columns + first);
 }
 
-/* 0, or 1 where there is no memory. Tensors after eps: z, value (contiguous, one for each row or, per_column, column). */
+/* 0, or 1 where there is no memory. Tensors after eps: z, value (contiguous REALs, one for each row or, per_column,
+ * column). */
 int forward(const int64_t *numbers, const int64_t *addresses, double low, double high) {
     problem p;
     open_problem(&p, numbers, addresses, low, high);
     p.z = next_result(&p.shape), p.value = next_tensor(&p.shape);
     p.cut = p.per_column ? cut_columns(&p.shape) : cut_rows(&p.shape);
+    REAL *value = (REAL *)p.value.data;
     int64_t rows = p.shape.rows, columns = p.shape.columns, groups = p.cut.jobs / p.cut.chunks;
-    int split = p.value.data && (p.per_column || p.cut.chunks > 1);
+    int split = value && (p.per_column || p.cut.chunks > 1);
     if (split && !(p.partial = malloc((size_t)(p.per_column ? groups * columns : p.cut.jobs) * sizeof *p.partial))) return 1;
     run(p.cut.jobs, rows * columns, p.threads, p.per_column ? forward_columns : forward_rows, &p);
     if (split && p.per_column)
         for (int64_t column = 0; column < columns; column++) {
             double total = 0;
             for (int64_t group = 0; group < groups; group++) total += p.partial[group * columns + column];
-            p.value.data[column] = (REAL)(total / (double)rows);
+            value[column] = (REAL)(total / (double)rows);
         }
     else if (split)
         for (int64_t row = 0; row < rows; row++) {
             double total = 0;
             for (int64_t chunk = 0; chunk < p.cut.chunks; chunk++) total += p.partial[row * p.cut.chunks + chunk];
-            p.value.data[row] = (REAL)total;
+            value[row] = (REAL)total;
         }
     free(p.partial);
     return 0;
@@ -214,7 +216,7 @@ static void sum_samples(const problem *p, tile at, REAL *restrict dmean, REAL *r
     int n = at.rows * at.columns;
     for (int sample = 0; sample < p->samples; sample++) {
         tensor dz = p->dz;
-        dz.data += sample * p->z_step;
+        dz.data += sample * p->z_step * bytes(&dz);
         const REAL *d = soon.read[0] = read_tile(&dz, at, dz_own);
         const REAL *eps = noise(p, at, sample, eps_own, soon);
         soon = NOTHING;
@@ -228,8 +230,8 @@ static void backward_piece(void *context, int64_t job) {
     region r = piece(&p->cut, job);
     REAL w_own[TILE], m_own[TILE], v_own[TILE], raw_own[TILE], x_own[TILE], pm_own[TILE], px_own[TILE];
     REAL dm_own[TILE], dv_own[TILE], dpm_own[TILE], dpx_own[TILE], dmean[TILE], dsigma[TILE];
-    double total[2][TILE];
-    if (p->partial) memset(total, 0, sizeof total);
+    column_sums dprior[2];
+    dprior[0].most = dprior[1].most = 0;
     int prior = p->prior_mu.data != NULL, own_prior = p->dprior_mu.data && !p->partial;
     int64_t first = r.column;
     for (tile at; next_tile(&r, &at);) {
@@ -256,11 +258,7 @@ static void backward_piece(void *context, int64_t job) {
                 for (int i = 0; i < n; i++) dpm[i] = -dm[i];
                 write_tile(&p->dprior_mu, at, dpm, dpm_own), write_tile(&p->dprior_logvar, at, dpx, dpx_own);
             } else if (p->partial)
-                for (int row = 0; row < at.rows; row++)
-                    for (int i = 0; i < at.columns; i++) {
-                        total[0][i] -= dm[row * at.columns + i];
-                        total[1][i] += dpx[row * at.columns + i];
-                    }
+                add_tile(&dprior[0], dm, n), add_tile(&dprior[1], dpx, n);
             if (p->samples)
                 for (int i = 0; i < n; i++)
                     dm[i] += dmean[i], dv[i] += weighted(dsigma[i], (REAL)0.5 * exponential(x[i] / 2));
@@ -269,10 +267,9 @@ static void backward_piece(void *context, int64_t job) {
         to_parameter_gradient(&p->q, v, raw, n, dv);
         write_tile(&p->dmu, at, dm, dm_own), write_tile(&p->dparameter, at, dv, dv_own);
     }
-    if (p->partial)
-        for (int k = 0; k < 2; k++)
-            memcpy(p->partial + (job / p->cut.chunks * 2 + k) * p->shape.columns + first, total[k],
-                   (size_t)(r.column_end - first) * sizeof **total);
+    for (int k = 0; p->partial && k < 2; k++)
+        fold_rows(&dprior[k], (int)(r.column_end - first),
+                  p->partial + (job / p->cut.chunks * 2 + k) * p->shape.columns + first);
 }
 
 /* 0, or 1 where there is no memory. Tensors after eps: dvalue, dz, dmu, dparameter, dprior_mu, dprior_logvar; the last two
@@ -298,7 +295,7 @@ int backward(const int64_t *numbers, const int64_t *addresses, double low, doubl
                     double total = 0;
                     for (int64_t group = 0; group < groups; group++)
                         total += p.partial[(group * 2 + k) * columns + at.column + i];
-                    own[i] = (REAL)total;
+                    own[i] = (REAL)(k == 0 ? -total : total); /* the gradient in prior_mu is that in mu, negated */
                 }
                 copy_row(outputs[k], &at, 0, own, 1);
             }

@@ -62,7 +62,7 @@ def make(name: str, settings: tuple, q, samples: int, others) -> Plan | None:
         steps_of_dim = (mu.stride(settings.packed_dim), strides[7][settings.packed_dim] if name == "backward" else 0)
         halves = tuple(mu.shape[settings.packed_dim] * step * mu.itemsize for step in steps_of_dim)
     more = {"low": settings.low, "high": settings.high, "result": value, "halves": halves}
-    return prepare("normal", name, numbers, mu.shape, event_ndim, (*q, *others), strides, 1, **more)
+    return prepare("normal", name, numbers, mu.shape, event_ndim, (q[0], q[-1], *others), strides, 1, **more)
 
 
 def _forward(settings: tuple, q, seed, eps, prior, with_z=False, with_value=True):
@@ -76,7 +76,11 @@ def _forward(settings: tuple, q, seed, eps, prior, with_z=False, with_value=True
     z = None
     if with_z:
         half = mu if len(q) == 2 else mu.chunk(2, packed_dim)[0]
-        z = torch.empty_like(half) if num_samples is None else mu.new_empty((num_samples, *half.shape))
+        dtype = mu.dtype if len(q) == 1 or q[1].dtype is mu.dtype else torch.promote_types(mu.dtype, q[1].dtype)
+        if num_samples is None:
+            z = torch.empty_like(half, dtype=dtype)
+        else:
+            z = mu.new_empty((num_samples, *half.shape), dtype=dtype)
     try:
         plan = plans[key]
     except KeyError:
@@ -84,7 +88,7 @@ def _forward(settings: tuple, q, seed, eps, prior, with_z=False, with_value=True
         plan = keep(key, make("forward", settings, q, samples, (pm, px, eps, z, None)))
     if plan is None:
         return NotImplemented
-    value = mu.new_empty(plan.result) if with_value else None
+    value = mu.new_empty(plan.result, dtype=plan.dtype) if with_value else None
     if mu.numel() == 0:
         return z, value.zero_() if with_value else None
     first = mu.data_ptr()

@@ -12,11 +12,15 @@ static inline REAL softplus(REAL x, REAL u) { return (x > 0 ? x : 0) + log_one_p
 
 static inline REAL magnitude(REAL x) { return x < 0 ? -x : x; }
 
+/* What a std of 0 counts as; asked once, for a loop that asks is not turned into vector code. */
+static inline REAL least_std(const posterior *q) { return q->positive ? (REAL)1e-30 : 0; }
+
 /* The log-variance before the bounds. Below -15 softplus is u (1 - u / 2) to rounding; its logarithm does not underflow. */
 static const REAL *to_logvar(const posterior *q, const REAL *v, int n, REAL *restrict out) {
     if (q->scale == LOGVAR) return v;
     if (q->scale == LOG_STD) for (int i = 0; i < n; i++) out[i] = 2 * v[i];
-    if (q->scale == STD) for (int i = 0; i < n; i++) out[i] = 2 * logarithm(q->positive && v[i] == 0 ? (REAL)1e-30 : v[i]);
+    REAL least = least_std(q);
+    if (q->scale == STD) for (int i = 0; i < n; i++) out[i] = 2 * logarithm(v[i] == 0 ? least : v[i]);
     if (q->scale == SOFTPLUS)
         for (int i = 0; i < n; i++) {
             REAL u = exponential(-magnitude(v[i])), value = logarithm(softplus(v[i], u));
@@ -35,13 +39,15 @@ static const REAL *bound(const posterior *q, const REAL *raw, int n, REAL *restr
 /* The gradient in the parameter from that in the bounded log-variance, in place. */
 static void to_parameter_gradient(const posterior *q, const REAL *v, const REAL *raw, int n, REAL *restrict gradient) {
     if (q->scale == LOG_STD) for (int i = 0; i < n; i++) gradient[i] *= 2;
-    if (q->scale == STD) for (int i = 0; i < n; i++) gradient[i] *= 2 / (q->positive && v[i] == 0 ? (REAL)1e-30 : v[i]);
+    REAL least = least_std(q);
+    if (q->scale == STD) for (int i = 0; i < n; i++) gradient[i] *= 2 / (v[i] == 0 ? least : v[i]);
     if (q->scale == SOFTPLUS)
         for (int i = 0; i < n; i++) {
             REAL u = exponential(-magnitude(v[i])), sigmoid = (v[i] < 0 ? u : 1) / (1 + u);
             gradient[i] *= 2 * (v[i] < -15 ? 1 - u / 2 : sigmoid / softplus(v[i], u));
         }
+    REAL low = q->low, high = q->high;
     if (q->bounded && !q->live) /* last: outside, 0 times infinity must be 0 */
-        for (int i = 0; i < n; i++) gradient[i] = raw[i] < q->low || raw[i] > q->high ? 0 : gradient[i];
+        for (int i = 0; i < n; i++) gradient[i] = ((raw[i] < low) | (raw[i] > high)) ? 0 : gradient[i];
 }
 #endif

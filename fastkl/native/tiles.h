@@ -1,8 +1,8 @@
 /* How the loops see strided tensors: tiles of rows by columns that stay in the first cache, as the kernels' do.
  *
  * A call is two lists of int64, which Python packs with struct: what stays the same for tensors of these shapes, ndim,
- * event, the sizes and for each tensor its strides; and the tensors' addresses, 0 for one that is not there. The last
- * `event` dimensions are the columns, the others the rows. */
+ * event, the sizes and for each tensor how its elements lie in memory and its strides; and the tensors' addresses, 0 for
+ * one that is not there. The last `event` dimensions are the columns, the others the rows. */
 
 #ifndef FASTKL_TILES_H
 #define FASTKL_TILES_H
@@ -15,6 +15,7 @@
 #endif
 
 #include "functions.h"
+#include "halves.h"
 
 #define MOST_DIMS 8
 #define TILE 1024   /* elements */
@@ -22,7 +23,7 @@
 #define GRAIN 32768 /* elements from which on a second thread is worth its start: torch's own figure */
 
 typedef struct { int dims; int64_t size[MOST_DIMS], stride[MOST_DIMS]; } axis; /* neighbouring dimensions merged */
-typedef struct { REAL *data; axis rows, columns; } tensor;
+typedef struct { char *data; int kind; axis rows, columns; } tensor; /* kind: of halves.h */
 typedef struct { const int64_t *strides, *addresses, *sizes; int ndim, event; int64_t rows, columns; } call;
 typedef struct { int64_t row, column; int rows, columns; } tile;
 
@@ -47,13 +48,15 @@ static axis merge(const int64_t *sizes, const int64_t *strides, int dims) {
 }
 
 static tensor next_tensor(call *c) {
-    const int64_t *strides = c->strides;
+    const int64_t *strides = c->strides + 1;
     int batch = c->ndim - c->event;
-    tensor t = {.data = (REAL *)(intptr_t)*c->addresses++};
+    tensor t = {.data = (char *)(intptr_t)*c->addresses++, .kind = (int)*c->strides};
     if (t.data) t.rows = merge(c->sizes, strides, batch), t.columns = merge(c->sizes + batch, strides + batch, c->event);
-    c->strides += c->ndim;
+    c->strides += c->ndim + 1;
     return t;
 }
+
+static inline int64_t bytes(const tensor *t) { return t->kind == WHOLE ? (int64_t)sizeof(REAL) : 2; }
 
 static inline int64_t offset(const axis *a, int64_t index) {
     if (a->dims == 1) return index * a->stride[0];
@@ -62,23 +65,33 @@ static inline int64_t offset(const axis *a, int64_t index) {
     return at;
 }
 
+/* The first element of a tile. */
+static inline void *place(const tensor *t, const tile *at) {
+    return t->data + (offset(&t->rows, at->row) + offset(&t->columns, at->column)) * bytes(t);
+}
+
 /* Whether the tile is one piece of memory. */
 static inline int in_one_piece(const tensor *t, const tile *at) {
-    if (t->columns.dims > 1 || (t->columns.stride[0] != 1 && t->columns.size[0] != 1)) return 0;
-    return at->rows == 1 || (t->rows.dims == 1 && t->rows.stride[0] == at->columns && at->columns == t->columns.size[0]);
+    int line = at->columns == 1; /* from one row to the next: how the columns lie is of no consequence */
+    if (!line && (t->columns.dims > 1 || t->columns.stride[0] != 1)) return 0;
+    if (at->rows == 1) return 1;
+    return t->rows.dims == 1 && t->rows.stride[0] == at->columns && (line || at->columns == t->columns.size[0]);
 }
 
 /* One row of a tile, from a strided tensor or (`out`) to it. */
 __attribute__((noinline)) static void copy_row(const tensor *t, const tile *at, int row, REAL *buffer, int out) {
     const axis *columns = &t->columns;
-    REAL *data = t->data + offset(&t->rows, at->row + row);
+    char *data = t->data + offset(&t->rows, at->row + row) * bytes(t);
     int last = columns->dims - 1;
     int64_t inner = columns->size[last], stride = columns->stride[last];
     for (int done = 0; done < at->columns;) {
         int64_t column = at->column + done, within = column % inner;
         int count = (int)(inner - within < at->columns - done ? inner - within : at->columns - done);
-        REAL *from = data + offset(columns, column), *to = buffer + done;
-        if (out && stride == 1) memcpy(from, to, (size_t)count * sizeof *to);
+        void *start = data + offset(columns, column) * bytes(t);
+        REAL *from = start, *to = buffer + done;
+        if (t->kind != WHOLE && out) store_halves(t->kind, start, stride, to, count);
+        else if (t->kind != WHOLE) load_halves(t->kind, start, stride, to, count);
+        else if (out && stride == 1) memcpy(from, to, (size_t)count * sizeof *to);
         else if (out) for (int i = 0; i < count; i++) from[i * stride] = to[i];
         else if (stride == 1) memcpy(to, from, (size_t)count * sizeof *to);
         else if (stride == 0) for (int i = 0; i < count; i++) to[i] = *from;
@@ -87,26 +100,55 @@ __attribute__((noinline)) static void copy_row(const tensor *t, const tile *at, 
     }
 }
 
+/* All rows of a tile. */
+static void copy_rows(const tensor *t, const tile *at, REAL *buffer, int out) {
+    int n = at->columns, count = at->rows * n;
+    int64_t down = t->rows.dims == 1 ? t->rows.stride[0] : -1, along = t->columns.stride[0];
+    if (down == 0 && !out) { /* one row for all */
+        copy_row(t, at, 0, buffer, 0);
+        for (int done = n; done < count; done *= 2)
+            memcpy(buffer + done, buffer, (size_t)(done < count - done ? done : count - done) * sizeof *buffer);
+    } else if (down >= 0 && t->columns.dims == 1 && n < 16) { /* short ones, for which copy_row takes too many steps */
+        char *start = place(t, at);
+        for (int row = 0; row < at->rows; row++, buffer += n, start += down * bytes(t)) {
+            REAL *data = (REAL *)start;
+            if (t->kind != WHOLE && out) store_halves(t->kind, (uint16_t *)start, along, buffer, n);
+            else if (t->kind != WHOLE) load_halves(t->kind, (uint16_t *)start, along, buffer, n);
+            else if (out) for (int i = 0; i < n; i++) data[i * along] = buffer[i];
+            else for (int i = 0; i < n; i++) buffer[i] = data[i * along];
+        }
+    } else
+        for (int row = 0; row < at->rows; row++) copy_row(t, at, row, buffer + row * n, out);
+}
+
 /* The tile's elements: where they are, or gathered in `buffer`. */
 __attribute__((noinline)) static const REAL *read_tile(const tensor *t, tile at, REAL *buffer) {
-    if (in_one_piece(t, &at)) return t->data + offset(&t->rows, at.row) + at.column;
-    if (at.columns == 1 && t->rows.dims == 1) {
-        const REAL *from = t->data + offset(&t->rows, at.row) + offset(&t->columns, at.column);
+    const void *start = place(t, &at);
+    int line = at.columns == 1 && t->rows.dims == 1, piece = in_one_piece(t, &at);
+    if (piece && t->kind == WHOLE) return start;
+    if (piece && t->kind != WHOLE) return load_halves(t->kind, start, 1, buffer, at.rows * at.columns), buffer;
+    if (line && t->kind != WHOLE) return load_halves(t->kind, start, t->rows.stride[0], buffer, at.rows), buffer;
+    if (line) {
+        const REAL *from = start;
         for (int i = 0; i < at.rows; i++) buffer[i] = from[i * t->rows.stride[0]];
         return buffer;
     }
-    for (int row = 0; row < at.rows; row++) copy_row(t, &at, row, buffer + row * at.columns, 0);
+    copy_rows(t, &at, buffer, 0);
     return buffer;
 }
 
 /* Where to write the tile's elements; what is `buffer` goes on to the tensor with write_tile. */
 static REAL *target_tile(const tensor *t, tile at, REAL *buffer) {
-    return in_one_piece(t, &at) ? t->data + offset(&t->rows, at.row) + at.column : buffer;
+    return t->kind == WHOLE && in_one_piece(t, &at) ? place(t, &at) : buffer;
 }
 
 static void write_tile(const tensor *t, tile at, REAL *from, const REAL *buffer) {
     if (from != buffer) return;
-    for (int row = 0; row < at.rows; row++) copy_row(t, &at, row, from + row * at.columns, 1);
+    if (t->kind != WHOLE && in_one_piece(t, &at)) {
+        store_halves(t->kind, place(t, &at), 1, from, at.rows * at.columns);
+        return;
+    }
+    copy_rows(t, &at, from, 1);
 }
 
 /* The pieces that the work is cut into, by shape alone: groups of rows, and long rows in chunks of columns. */
@@ -159,9 +201,9 @@ static void expect_writes(const tensor *t) {
     const axis *axes[2] = {&t->rows, &t->columns};
     for (int k = 0; k < 2; k++)
         for (int d = 0; d < axes[k]->dims; d++) extent += (axes[k]->size[d] - 1) * axes[k]->stride[d];
-    if (extent * (int64_t)sizeof *t->data < FRESH) return;
+    if (extent * bytes(t) < FRESH) return;
     uintptr_t begin = ((uintptr_t)t->data + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
-    uintptr_t end = (uintptr_t)(t->data + extent) / LARGE_PAGE * LARGE_PAGE;
+    uintptr_t end = (uintptr_t)(t->data + extent * bytes(t)) / LARGE_PAGE * LARGE_PAGE;
     madvise((void *)begin, end - begin, MADV_HUGEPAGE); /* a system may say no, and no harm is done */
 #else
     (void)t;
@@ -185,23 +227,58 @@ static int next_tile(region *r, tile *at) {
     return 1;
 }
 
-/* A sum by lanes, a fixed way on one machine. */
+/* A sum by lanes, a fixed way on one machine. Four vectors side by side: each waits for fewer additions, and rounds fewer
+ * times on its way. */
 #define WIDTH (32 / (int)sizeof(REAL))
+#define ABREAST 4
 static inline REAL sum(const REAL *values, int count) {
     typedef REAL vector __attribute__((vector_size(32)));
-    vector lanes = {0};
+    vector lanes[ABREAST] = {{0}};
     REAL rest = 0, folded[WIDTH];
     int i = 0;
+    for (; i + ABREAST * WIDTH <= count; i += ABREAST * WIDTH)
+        for (int k = 0; k < ABREAST; k++) {
+            vector next;
+            memcpy(&next, values + i + k * WIDTH, sizeof next);
+            lanes[k] += next;
+        }
     for (; i + WIDTH <= count; i += WIDTH) {
         vector next;
         memcpy(&next, values + i, sizeof next);
-        lanes += next;
+        lanes[0] += next;
     }
     for (; i < count; i++) rest += values[i];
-    memcpy(folded, &lanes, sizeof folded);
+    lanes[0] = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+    memcpy(folded, lanes, sizeof folded);
     for (int half = WIDTH / 2; half; half /= 2)
         for (int k = 0; k < half; k++) folded[k] += folded[k + half];
     return folded[0] + rest;
+}
+
+/* The sums of a tile's rows; a vector is of no use to short ones, and of one element there is nothing to sum. */
+static void sum_each(const REAL *values, int rows, int columns, REAL *restrict out) {
+    if (columns == 1) memcpy(out, values, (size_t)rows * sizeof *out);
+    else if (columns >= 16) for (int row = 0; row < rows; row++) out[row] = sum(values + row * columns, columns);
+    else
+        for (int row = 0; row < rows; row++, values += columns) {
+            REAL total = 0;
+            for (int i = 0; i < columns; i++) total += values[i];
+            out[row] = total;
+        }
+}
+
+/* Sums over rows: a tile's rows lie side by side, so that short ones too are long enough for a vector. */
+typedef struct { double totals[TILE]; int most; } column_sums;
+
+static inline void add_tile(column_sums *sums, const REAL *values, int n) {
+    for (; sums->most < n; sums->most++) sums->totals[sums->most] = 0;
+    for (int i = 0; i < n; i++) sums->totals[i] += values[i];
+}
+
+static void fold_rows(column_sums *sums, int columns, double *out) {
+    for (int at = columns; at < sums->most; at += columns)
+        for (int i = 0; i < columns; i++) sums->totals[i] += sums->totals[at + i];
+    memcpy(out, sums->totals, (size_t)columns * sizeof *out);
 }
 
 /* torch's own threads, through the OpenMP library that it has loaded; one thread where that has other names. */

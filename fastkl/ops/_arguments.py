@@ -46,6 +46,8 @@ def check_tensors(**tensors: Tensor | None) -> None:
 
 def as_tensors(like: Tensor, *values: Any) -> tuple[Any, ...]:
     """Numbers as tensors without dimensions, on `like`'s device in the dtype it is computed in; all else as it is."""
+    if all(value is None or isinstance(value, Tensor) for value in values):
+        return values
     if not isinstance(like, Tensor) or like.dtype not in DTYPES:
         return values
     numbers = (Real, torch.SymFloat, torch.SymInt)
@@ -160,6 +162,10 @@ def broadcast_shape(**tensors: Tensor | None) -> torch.Size:
             break
     else:
         return first
+    if not torch.compiler.is_compiling():  # torch.broadcast_shapes takes as long as all of a small KL's other checks
+        for full in shapes.values():
+            if all(fits(tensor, full) for tensor in tensors.values() if tensor is not None):
+                return full
     try:
         return torch.broadcast_shapes(*shapes.values())
     except RuntimeError:

@@ -83,7 +83,7 @@ def sample(way: Way, mu: Tensor, logvar: Tensor, seed: Tensor) -> Tensor:
 
 
 def _gradients(way: Way, mu: Tensor, logvar: Tensor, seed: Tensor | None, dvalue: Tensor | None, dz: Tensor | None):
-    key = (None if dvalue is None else dvalue.stride(), None if dz is None else dz.stride())
+    key = tuple(None if d is None else (d.stride(), d.dtype) for d in (dvalue, dz))
     dmu, dlogvar = torch.empty_like(mu), torch.empty_like(logvar)
     plan = way.backward.get(key)
     if plan is None:
@@ -108,7 +108,9 @@ def _goes_on(way: Way, mu: Tensor, logvar: Tensor, seed: Tensor | None, *gradien
     if not (_in_memory(mu) and _in_memory(logvar) and (seed is None or _in_memory(seed))):
         return False
     for gradient in gradients:
-        if not _in_memory(gradient) or gradient.dtype is not mu.dtype or needs_closed_form(gradient):
+        if not _in_memory(gradient) or needs_closed_form(gradient):
+            return False
+        if gradient.dtype is not mu.dtype and gradient.dtype is not way.forward.dtype:
             return False
     return True
 
@@ -117,7 +119,7 @@ class _Value(torch.autograd.Function):
     @staticmethod
     def forward(mu, logvar, way):
         plan = way.forward
-        out = mu.new_empty(plan.result)
+        out = mu.new_empty(plan.result, dtype=plan.dtype)
         plan.run(0, mu.data_ptr(), logvar.data_ptr(), 0, 0, 0, 0, out.data_ptr())
         return out
 
@@ -138,7 +140,7 @@ class _SampleAndValue(torch.autograd.Function):
     @staticmethod
     def forward(mu, logvar, seed, way):
         plan = way.forward
-        z, out = torch.empty_like(mu), mu.new_empty(plan.result)
+        z, out = torch.empty_like(mu), mu.new_empty(plan.result, dtype=plan.dtype)
         plan.run(seed.data_ptr(), mu.data_ptr(), logvar.data_ptr(), 0, 0, 0, z.data_ptr(), out.data_ptr())
         return z, out
 
