@@ -125,7 +125,7 @@ def rsample_gmm(d: Draw) -> Case:
     def truth(noise, **t):
         logits, means, logvars, scale_tril = mixture_of(t)
         gumbel, eps = noise[..., :k], noise[..., k:]
-        y = oracle.relaxed(logits.masked_fill(logits.isinf(), -1e290) + gumbel, tau)
+        y = oracle.relaxed(logits.masked_fill(logits.isinf(), -1e30) + gumbel, tau)
         z = (y.unsqueeze(-1) * means).sum(-2)
         if scale_tril is not None:
             return z + torch.einsum("...k,...kij,...j->...i", y, scale_tril.tril(), eps)

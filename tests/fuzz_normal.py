@@ -232,9 +232,9 @@ def gumbel_softmax(d: Draw) -> Case:
 
     def truth(logits, tau=number, noise=None):
         noise, rounding = noise
-        logits = logits.masked_fill(logits.isinf(), -1e300) if logits.isinf().any() else logits
-        soft = oracle.relaxed((logits + noise).clamp(min=-1e290), tau, dim, rounding, kept.tiny)
-        return soft.masked_fill((logits < -1e299).all(dim, keepdim=True), 0.0)
+        logits = logits.masked_fill(logits.isinf(), -1e30) if logits.isinf().any() else logits
+        soft = oracle.relaxed(logits + noise, tau, dim, rounding, kept.tiny)
+        return soft.masked_fill((logits < -1e29).all(dim, keepdim=True), 0.0)
 
     settings = {"dim": dim, "seed": seed} | ({} if number is None else {"tau": number})
     return Case(lambda **t: fastkl.gumbel_softmax(**t, **settings), tensors, truth, noise, settings)
