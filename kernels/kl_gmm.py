@@ -113,7 +113,7 @@ def _samples(mu, logvar, seed, first, last, dtype, *, with_eps=False):
     return z, eps
 
 
-def fwd(mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, precision, entropy):
+def fwd(mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, precision, entropy, stl):
     """KL [R]; see fastkl.reference.kl_gmm."""
     mixture = (logits, means, logvars, scale_tril)
     dtype = compute_dtype([t for t in (mu, logvar, *mixture) if t is not None])

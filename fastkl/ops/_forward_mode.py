@@ -19,7 +19,7 @@ from torch.autograd.forward_ad import unpack_dual
 from fastkl.ops._torch import outer_tangents
 
 
-class _Context(SimpleNamespace):
+class Context(SimpleNamespace):
     """What setup_context and backward ask of a ctx, outside of torch's."""
 
     fixed: tuple[Tensor, ...] = ()
@@ -39,18 +39,18 @@ class _Context(SimpleNamespace):
 def with_tangents(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """apply of the same Function with a jvp. The Function itself has none, for torch.compile refuses such."""
 
-    def context(ctx: Any, saved: list[Tensor | None], needs_input_grad: tuple[bool, ...]) -> _Context:
+    def context(ctx: Any, saved: list[Tensor | None], needs_input_grad: tuple[bool, ...]) -> Context:
         """What the Function's own backward takes for ctx."""
         count = len(ctx.others)
         inputs = [other if tensor is None else tensor for tensor, other in zip(saved, ctx.others)]
-        own = _Context(needs_input_grad=needs_input_grad)
+        own = Context(needs_input_grad=needs_input_grad)
         function.setup_context(own, tuple(inputs), saved[count] if ctx.single else tuple(saved[count:]))
         return own
 
     class WithTangents(function):
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-            own = _Context()
+            own = Context()
             function.setup_context(own, inputs, output)
             ctx.mark_non_differentiable(*own.fixed)
             ctx.set_materialize_grads(own.materialize)

@@ -14,7 +14,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _mixture as sweeps
 from fastkl.ops import _mixture_arguments as mixtures
 from fastkl.ops._components import Differences, Full, Mixture
-from fastkl.ops._register import apply, needs_closed_form, register, without_autocast
+from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same, without_autocast
 
 MIXTURE = "Tensor logits, Tensor means, Tensor? logvars, Tensor? scale_tril"
 _ARGUMENTS = f"Tensor z, Tensor? logvar, {MIXTURE}, str form, str precision"
@@ -218,6 +218,9 @@ class _GMMLogProb(torch.autograd.Function):
             return apply(_GMMLogProb, *rows, *mixture, form, precision, min(keep, keep_for_rows(rows, mixture)))
 
         return mixtures.vmap_call(call, info.batch_size, in_dims, (z, logvar), (logits, means, logvars, scale_tril))
+
+
+differentiable("gmm_log_prob_fwd", _GMMLogProb, same)
 
 
 def keep_for_rows(rows, mixture) -> int:

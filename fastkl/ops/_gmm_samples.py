@@ -26,7 +26,7 @@ from fastkl.ops._gmm import (
     summed_gradients,
     values,
 )
-from fastkl.ops._register import apply, needs_closed_form, register, without_autocast
+from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same, without_autocast
 
 _ARGUMENTS = f"Tensor mu, Tensor logvar, Tensor seed, {MIXTURE}, SymInt num_samples, str precision"
 SAMPLES_BYTES = 2 << 20  # of the z of one block
@@ -66,7 +66,7 @@ def _blocks(mu: Tensor, logvar: Tensor, mixture) -> Iterator[_Block]:
 
 
 @without_autocast
-def _forward(mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, precision, entropy) -> Tensor:
+def _forward(mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, precision, entropy, stl) -> Tensor:
     mixture = (logits, means, logvars, scale_tril)
     kl = mu.new_empty(mu.shape[0], dtype=reference.compute_dtype(mu, logvar, *mixture))
     for block in _blocks(mu, logvar, mixture):
@@ -106,7 +106,7 @@ def _backward(dkl, mu, logvar, seed, logits, means, logvars, scale_tril, num_sam
     return matched([*rows, *buffers], mu, logvar, mixture, data, parameters)
 
 
-def _fake_forward(mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, precision, entropy) -> Tensor:
+def _fake_forward(mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, precision, entropy, stl) -> Tensor:
     return mu.new_empty(mu.shape[0], dtype=reference.compute_dtype(mu, logvar, logits, means, logvars, scale_tril))
 
 
@@ -117,7 +117,10 @@ def _fake_backward(
 
 
 kl_gmm_fwd = register(
-    f"kl_gmm_fwd({_ARGUMENTS}, str entropy) -> Tensor", closed_form=_forward, fake=_fake_forward, kernel="kl_gmm.fwd"
+    f"kl_gmm_fwd({_ARGUMENTS}, str entropy, bool stl) -> Tensor",  # stl has to do with the gradient alone
+    closed_form=_forward,
+    fake=_fake_forward,
+    kernel="kl_gmm.fwd",
 )
 kl_gmm_bwd = register(
     f"kl_gmm_bwd(Tensor dkl, {_ARGUMENTS}, bool stl, bool data, bool parameters) -> Tensor[]",
@@ -151,7 +154,7 @@ def _gradients(dkl, mu, logvar, seed, logits, means, logvars, scale_tril, num_sa
 class KLSamples(torch.autograd.Function):
     @staticmethod
     def forward(mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, precision, entropy, stl):
-        return kl_gmm_fwd(mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, precision, entropy)
+        return kl_gmm_fwd(mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, precision, entropy, stl)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -173,3 +176,6 @@ class KLSamples(torch.autograd.Function):
         """Example by example: each draws the noise of its seed for its own rows."""
         results = [apply(KLSamples, *example) for example in arguments.examples(info.batch_size, in_dims, inputs)]
         return torch.stack(results), 0
+
+
+differentiable("kl_gmm_fwd", KLSamples, same)

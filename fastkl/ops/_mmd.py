@@ -14,7 +14,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _pairs
-from fastkl.ops._register import apply, needs_closed_form, register
+from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same
 
 
 def _fake(x, y, kernel, scales, unbiased, dx, dy) -> list[Tensor]:
@@ -61,6 +61,9 @@ class _MMD(torch.autograd.Function):
         examples = arguments.examples(info.batch_size, in_dims[:2], (x, y))
         results = [apply(_MMD, *example, *settings) for example in examples]
         return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * len(results[0])
+
+
+differentiable("mmd", _MMD, same)
 
 
 def mmd(x: Tensor, y: Tensor, kernel: str, scales: tuple[float, ...], unbiased: bool) -> Tensor:

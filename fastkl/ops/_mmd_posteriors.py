@@ -15,7 +15,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._pairs import blocks, of_block, pair_weights
-from fastkl.ops._register import apply, needs_closed_form, register
+from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same
 
 BLOCK = 256  # posteriors: a block of pairs has two sums for each scale, in a processor's cache
 SMALL = 1 << 17  # pairs times dimensions up to which everything is made at once: a sweep would cost more in calls
@@ -163,6 +163,9 @@ class _Posteriors(torch.autograd.Function):
         examples = arguments.examples(info.batch_size, in_dims[:2], (mu, logvar))
         results = [apply(_Posteriors, *example, *settings) for example in examples]
         return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * len(results[0])
+
+
+differentiable("mmd_posteriors", _Posteriors, same)
 
 
 def mean_kernel(mu: Tensor, logvar: Tensor, scales: tuple[float, ...], unbiased: bool) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import apply, needs_closed_form, register
+from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same
 
 
 def _forward(logits, x, event_ndim) -> Tensor:
@@ -80,6 +80,9 @@ class _BernoulliLogProb(torch.autograd.Function):
     def vmap(info, in_dims, logits, x, event_ndim):
         logits, x = (arguments.batch_first(t, dim, info.batch_size) for t, dim in zip((logits, x), in_dims))
         return apply(_BernoulliLogProb, logits, x, event_ndim), 0
+
+
+differentiable("bernoulli_log_prob_fwd", _BernoulliLogProb, same)
 
 
 def bernoulli_log_prob(logits: Tensor, x: Tensor, *, event_ndim: int | None = None) -> Tensor:

@@ -22,7 +22,7 @@ from fastkl.ops._gmm import (
     softmax_of,
     wanted,
 )
-from fastkl.ops._register import apply, needs_closed_form, register, without_autocast
+from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same, without_autocast
 
 _ARGUMENTS = f"Tensor z, {MIXTURE}, str precision"
 
@@ -111,6 +111,9 @@ class _GMMResponsibilities(torch.autograd.Function):
 
         (out,), _ = mixtures.vmap_call(call, info.batch_size, in_dims, (z,), (logits, means, logvars, scale_tril))
         return out, 0
+
+
+differentiable("gmm_responsibilities_fwd", _GMMResponsibilities, same)
 
 
 def gmm_responsibilities(

@@ -13,7 +13,7 @@ from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops import _torch
-from fastkl.ops._register import apply, needs_closed_form, register
+from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same
 from fastkl.reference import Stream
 
 # tau is a tensor without dimensions, or None where the number `constant` is the temperature; stream is a
@@ -113,6 +113,9 @@ class _GumbelSoftmax(torch.autograd.Function):
             temperature = tau.reshape(info.batch_size, *[1] * (logits.dim() - 1))
         perturbed = logits.to(reference.compute_dtype(logits)) + noise
         return reference.relaxed_one_hot(perturbed, temperature, hard, dim + 1).to(dtype), 0
+
+
+differentiable("gumbel_softmax_fwd", _GumbelSoftmax, same)
 
 
 def check_tau(tau: float | Tensor, logits: Tensor) -> tuple[Tensor | None, float]:

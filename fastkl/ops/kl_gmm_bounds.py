@@ -8,7 +8,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _gmm
 from fastkl.ops import _mixture_arguments as mixtures
-from fastkl.ops._register import apply, needs_closed_form, register
+from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same
 
 _ARGUMENTS = f"Tensor mu, Tensor logvar, {_gmm.MIXTURE}, str precision"
 
@@ -116,6 +116,9 @@ class _Bounds(torch.autograd.Function):
             return apply(_Bounds, *rows, *mixture, precision, min(keep, _gmm.keep_for_rows(rows, mixture)))
 
         return mixtures.vmap_call(call, info.batch_size, in_dims, (mu, logvar), (logits, means, logvars, scale_tril))
+
+
+differentiable("kl_gmm_bounds_fwd", _Bounds, same)
 
 
 def kl_gmm_bounds(

@@ -9,7 +9,7 @@ from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _short as short
 from fastkl.ops._closed_form import fill_normal_gradients, kl_per_sample, normal_gradients, unpack
-from fastkl.ops._register import apply, needs_closed_form, register
+from fastkl.ops._register import apply, differentiable, needs_closed_form, register
 from fastkl.reference import SoftBounds
 
 # q is [mu, parameter], or [head] that packs both along packed_dim; prior is [] or [prior_mu, prior_logvar], each of
@@ -92,6 +92,13 @@ class _KLNormal(torch.autograd.Function):
         shape = unpack(q, packed_dim + 1)[0].shape
         prior = arguments.batch_first_prior((prior_mu, prior_logvar), in_dims[2:4], shape, event_ndim)
         return apply(_KLNormal, *q, *[None] * (2 - len(q)), *prior, packed_dim + 1, event_ndim, *settings), 0
+
+
+differentiable(
+    "kl_normal_fwd",
+    _KLNormal,
+    lambda q, dim, prior, *rest: (*arguments.padded(q), *arguments.padded(prior), dim, *rest),
+)
 
 
 def kl_normal_packed(

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._closed_form import fill_normal_gradients, normal_gradients
-from fastkl.ops._register import apply, needs_closed_form, register
+from fastkl.ops._register import apply, differentiable, needs_closed_form, register
 from fastkl.reference import SoftBounds
 
 # prior is [] or [prior_mu, prior_logvar], each of the full shape or, shared by the batch, of the event's shape.
@@ -90,6 +90,12 @@ class _KLNormalPerDim(torch.autograd.Function):
             for tensor, dim in zip((mu, parameter, prior_mu, prior_logvar), in_dims)
         ]
         return apply(_KLNormalPerDim, *tensors, event_ndim + 1, *settings), 0
+
+
+differentiable(
+    "kl_normal_per_dim_fwd", _KLNormalPerDim,
+    lambda mu, parameter, prior, *rest: (mu, parameter, *arguments.padded(prior), *rest),
+)  # fmt: skip
 
 
 def kl_normal_per_dim(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import apply, needs_closed_form, register
+from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same
 
 # x and mean are of the full shape [*batch, *event]. logvar is too, or it is [*batch, 1, ..., 1] (one value per row), or
 # [*event] (shared by the batch); its gradient is then summed inside the kernel.
@@ -96,6 +96,9 @@ class _NormalLogProb(torch.autograd.Function):
             logvar = logvar.movedim(in_dims[2], 0)
             logvar = logvar.reshape(logvar.shape[0], *[1] * (x.dim() - logvar.dim()), *logvar.shape[1:])
         return apply(_NormalLogProb, x, mean, _fit_logvar(logvar, x.shape, event_ndim), event_ndim), 0
+
+
+differentiable("normal_log_prob_fwd", _NormalLogProb, same)
 
 
 def normal_log_prob(

@@ -18,7 +18,7 @@ from fastkl.ops._closed_form import (
     samples_dtype,
     unpack,
 )
-from fastkl.ops._register import apply, needs_closed_form, register
+from fastkl.ops._register import apply, differentiable, needs_closed_form, register
 from fastkl.reference import SoftBounds
 
 # As in kl_normal; exactly one of seed (int64, no dimensions) and eps ([L, *shape], or [*shape] without num_samples).
@@ -144,6 +144,13 @@ class _RsampleKL(torch.autograd.Function):
         settings = (num_samples, packed_dim + 1, event_ndim, *rest)
         z, kl = apply(_RsampleKL, q[0], parameter, *prior, eps, seed, *settings)
         return (z.to(out_dtype), kl), (0 if num_samples is None else 1, 0)
+
+
+def _inputs(q, seed, eps, num_samples, packed_dim, prior, *rest) -> tuple:
+    return *arguments.padded(q), *arguments.padded(prior), eps, seed, num_samples, packed_dim, *rest
+
+
+differentiable("rsample_kl_fwd", _RsampleKL, _inputs)
 
 
 def rsample_kl_packed(

@@ -9,7 +9,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops import _short as short
 from fastkl.ops._closed_form import empty_samples, fill_normal_gradients, normal_gradients, sample, samples_dtype
-from fastkl.ops._register import apply, needs_closed_form, register
+from fastkl.ops._register import apply, differentiable, needs_closed_form, register
 from fastkl.reference import SoftBounds, Stream
 
 # As in rsample_kl, without an event or a prior; the noise of a seed is that of `stream`, a reference.Stream.
@@ -98,6 +98,11 @@ class _RsampleNormal(torch.autograd.Function):
         parameter = q[1] if len(q) == 2 else None
         z = apply(_RsampleNormal, q[0], parameter, eps, seed, num_samples, packed_dim + 1, *settings)
         return z.to(out_dtype), 0 if num_samples is None else 1
+
+
+differentiable(
+    "rsample_normal_fwd", _RsampleNormal, lambda q, seed, eps, *settings: (*arguments.padded(q), eps, seed, *settings)
+)
 
 
 def rsample_normal_packed(

@@ -12,7 +12,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _few_pairs_normal as few_pairs
 from fastkl.ops import _group
 from fastkl.ops import _pairwise_normal as pairwise
-from fastkl.ops._register import apply, needs_closed_form, register, without_autocast
+from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same, without_autocast
 from fastkl.reference import Decomposition
 
 if TYPE_CHECKING:
@@ -127,6 +127,9 @@ class _TotalCorrelation(torch.autograd.Function):
         examples = arguments.examples(info.batch_size, in_dims, inputs)
         results = [apply(_TotalCorrelation, *example) for example in examples]
         return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * 5
+
+
+differentiable("total_correlation_fwd", _TotalCorrelation, same)
 
 
 def total_correlation(

@@ -9,7 +9,7 @@ from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _short as short
 from fastkl.ops._closed_form import fill_normal_gradients, normal_gradients
-from fastkl.ops._register import apply, needs_closed_form, register
+from fastkl.ops._register import apply, differentiable, needs_closed_form, register
 from fastkl.reference import SoftBounds
 
 # prior is [] or [prior_mu, prior_logvar], each of the full shape or, shared by the batch, of the event's shape.
@@ -100,6 +100,13 @@ class _Wasserstein2Normal(torch.autograd.Function):
         q = arguments.batch_first_all((mu, parameter), in_dims, info.batch_size)
         prior = arguments.batch_first_prior((prior_mu, prior_logvar), in_dims[2:4], q[0].shape, event_ndim)
         return apply(_Wasserstein2Normal, *q, *prior, event_ndim, *settings), 0
+
+
+differentiable(
+    "wasserstein2_normal_fwd",
+    _Wasserstein2Normal,
+    lambda mu, parameter, prior, *rest: (mu, parameter, *arguments.padded(prior), *rest),
+)
 
 
 def wasserstein2_normal(

@@ -1,0 +1,62 @@
+"""Every op by name, and what a call of it is made of."""
+
+from __future__ import annotations
+
+import math
+
+import fastkl
+
+import fuzz_oracle as oracle
+from fuzz_batches import (
+    importance,
+    mmd,
+    mmd_normal,
+    multivariate,
+    sliced_wasserstein,
+    total_correlation,
+)
+from fuzz_mixtures import (
+    gmm,
+    gmm_moments,
+    kl_gmm,
+    kl_gmm_bounds,
+    rsample_gmm,
+)
+from fuzz_normal import (
+    bernoulli_log_prob,
+    gumbel_softmax,
+    normal_log_prob,
+    posterior,
+    rsample_kl,
+    rsample_normal,
+    value_of,
+)
+
+CASES = {
+    "kl_normal": value_of(fastkl.kl_normal, oracle.kl_elements),
+    "kl_normal_per_dim": value_of(fastkl.kl_normal_per_dim, oracle.kl_elements),
+    "wasserstein2_normal": value_of(fastkl.wasserstein2_normal, oracle.wasserstein2_elements),
+    "rsample_normal": rsample_normal,
+    "rsample_kl": rsample_kl,
+    "posterior": posterior,
+    "normal_log_prob": normal_log_prob,
+    "bernoulli_log_prob": bernoulli_log_prob,
+    "gumbel_softmax": gumbel_softmax,
+    "gmm_log_prob": gmm(fastkl.gmm_log_prob, lambda joint: joint.logsumexp(-1)),
+    "gmm_responsibilities": gmm(fastkl.gmm_responsibilities, lambda joint: joint - joint.logsumexp(-1, keepdim=True)),
+    "gmm_moments": gmm_moments,
+    "kl_gmm": kl_gmm,
+    "kl_gmm_bounds": kl_gmm_bounds,
+    "rsample_gmm": rsample_gmm,
+    "iwae": importance(fastkl.iwae, lambda log_w, dim: log_w.logsumexp(dim) - math.log(log_w.shape[dim])),
+    "effective_sample_size": importance(fastkl.effective_sample_size, oracle.effective_sample_size),
+    "weight_entropy": importance(fastkl.weight_entropy, oracle.weight_entropy),
+    "total_correlation": total_correlation,
+    "mmd": mmd,
+    "mmd_normal": mmd_normal,
+    "sliced_wasserstein": sliced_wasserstein,
+    "kl_multivariate_normal": multivariate(fastkl.kl_multivariate_normal, oracle.kl_multivariate),
+    "wasserstein2_multivariate_normal": multivariate(
+        fastkl.wasserstein2_multivariate_normal, oracle.wasserstein2_multivariate
+    ),
+}

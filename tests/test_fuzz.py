@@ -1,0 +1,37 @@
+"""Calls that nobody thought of: every op, value and gradients, against formulas written apart in float64.
+
+A failure names its case: `FASTKL_FUZZ=<name> make test ARGS=tests/test_fuzz.py` runs it alone, and FASTKL_FUZZ=<number>
+runs so many times as many.
+"""
+
+import os
+
+import pytest
+
+from fuzz_cases import CASES
+from fuzz_check import check
+from fuzz_inputs import Draw
+
+ASKED = os.environ.get("FASTKL_FUZZ", "1")
+# The interpreter is slow.
+COUNTS = {"native": 16, "torch": 8, "triton": 3}
+
+
+def names(op: str, way: str) -> list[str]:
+    if "/" in ASKED:
+        return [ASKED] if ASKED.startswith(f"{op}/{way}/") else []
+    return [f"{op}/{way}/{index}" for index in range(int(COUNTS[way] * float(ASKED)))]
+
+
+@pytest.mark.parametrize("way", COUNTS)
+@pytest.mark.parametrize("op", CASES)
+def test_any_call_gives_what_its_formula_says(op, way):
+    failures = []
+    for name in names(op, way):
+        draw = Draw(name)
+        case = CASES[op](draw)
+        try:
+            check(case, draw, way)
+        except Exception as error:
+            failures.append(f"{name}: {type(error).__name__}: {error}\n    {draw.level}: {case}")
+    assert not failures, "\n".join([f"{len(failures)} of {len(names(op, way))} failed", *failures[:20]])
