@@ -18,7 +18,7 @@ import triton.language as tl
 
 from fastkl.kernels._device import TRITON_DTYPE, exp
 from fastkl.kernels._launch import launch
-from fastkl.kernels._layout import SPILLS_A_FEW, cdiv, next_power_of_2, registers
+from fastkl.kernels._layout import cdiv, next_power_of_2, registers
 
 MOST_COLUMNS = 512  # more would spill; the closed form takes them
 SCALE = tl.constexpr(0.8493218002880191)  # sqrt(log2(e) / 2)
@@ -123,16 +123,15 @@ def pad(count: int) -> int:
     return min(128, max(16, next_power_of_2(count)))
 
 
-def tile(columns: int, own: int, others: int, dtype: torch.dtype, *, backward: bool) -> dict:
+def tile(columns: int, own: int, others: int, dtype: torch.dtype) -> dict:
     """Four warps, of a few of the program's own each; where there are not many programs, a few for all, which then
     share out the others."""
     half = dtype == torch.float64
     columns = next_power_of_2(columns)
     in_thread = min(4 if half else 8, columns)
     steps = columns // in_thread
-    each = max(1, (2 if backward else 4) >> half)
-    most = 4 if backward else 2 - SPILLS_A_FEW  # more forward would spill
-    groups = min(most, max(1, 128 // max(32, steps))) if own >= 2048 * each else 1
+    each = 2 >> half  # more would spill
+    groups = min(4, max(1, 128 // max(32, steps))) if own >= 2048 * each else 1
     lanes = max(1, min(pad(others), 128 // steps // groups))
     warps = max(1, min(4, lanes * steps * groups // 32))
     shape = {"REGISTERS": in_thread, "OWN": each, "GROUPS": groups, "LANES": lanes, "STEPS": steps}

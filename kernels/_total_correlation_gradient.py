@@ -175,14 +175,14 @@ def bwd(z, mu, logvar, first, dataset_size, stratified, dmutual, dtotal, ddimens
         row_terms[0, rows:] = float("inf")
         row_terms[1, rows:] = 0.0
     of_rows = (*of_rows, row_terms)
-    block = tile(columns, rows, batch, dtype, backward=True)
+    block = tile(columns, rows, batch, dtype)
     launch(
         total_correlation_rows_kernel, (cdiv(rows, block["OWN"] * block["GROUPS"]),),
         z, *prepared, dmutual, dtotal, ddimension, joint_sum, marginal_sum, dz, *of_rows, rows, batch, columns, padded,
         padded_rows, first, dataset_size, z.stride(), dmutual.stride(0), dtotal.stride(0), ddimension.stride(0),
         dz.stride(), STRATIFIED=stratified, enable_fp_fusion=True, **block,
     )  # fmt: skip
-    block = tile(columns, batch, rows, dtype, backward=True)
+    block = tile(columns, batch, rows, dtype)
     launch(
         total_correlation_posteriors_kernel, (cdiv(batch, block["OWN"] * block["GROUPS"]),),
         *prepared, *of_rows, dmutual, dmu, dlogvar, rows, batch, columns, padded, padded_rows, first, dataset_size,

@@ -133,7 +133,7 @@ def fwd(z, mu, logvar, first, dataset_size, stratified):
     out = [torch.empty(rows, **empty) for _ in range(4)] + [torch.empty((rows, columns), **empty)]
     if rows and columns:
         prepared = prepare(mu, logvar, dtype)
-        block = tile(columns, rows, mu.shape[0], dtype, backward=False)
+        block = tile(columns, rows, mu.shape[0], dtype)
         launch(
             total_correlation_fwd_kernel, (cdiv(rows, block["OWN"] * block["GROUPS"]),),
             z, *prepared, *out, rows, mu.shape[0], columns, prepared[0].shape[0], first, dataset_size, z.stride(),
