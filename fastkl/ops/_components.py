@@ -93,8 +93,8 @@ class Differences(_ByDifferences):
     """Diagonal components of any kind, one difference z - m for each row, component and dimension."""
 
     def prepare(self, z: Tensor, logvar: Tensor | None, data: slice, for_gradient: bool = False):
-        """(z - m in standard deviations, 1 / sigma, 2 ln sigma, and the variances of q and of the component in
-        multiples of sigma^2, which is that of both together in the convolved form)."""
+        """(z - m in standard deviations, 1 / sigma, 2 ln sigma, and the log-variances of q and of the component):
+        sigma^2 is that of both together in the convolved form."""
         z, logvar = z.unsqueeze(-2), None if logvar is None else logvar.unsqueeze(-2)
         logvars = z.new_zeros((1, 1, 1))
         if self.mixture.logvars is not None:
@@ -104,15 +104,13 @@ class Differences(_ByDifferences):
         most = 709.0 if self.dtype == torch.float64 else 88.0
         root = (-0.5 * spread).clamp(max=most).exp()
         standard = (z - self.part(self.mixture.means, data).to(self.dtype)) * root
-        of_q = None if logvar is None else (logvar - spread).exp()
-        of_component = (logvars - spread).exp() if self.form == "convolved" else None
-        return standard, root, spread, of_q, of_component, data
+        return standard, root, spread, logvar, logvars, data
 
     def joint(self, prepared, log_weights: Tensor) -> Tensor:
-        standard, _, spread, of_q, _, _ = prepared
+        standard, _, spread, logvar, _, _ = prepared
         terms = standard.square() + spread
         if self.form == "expected":
-            terms = terms + of_q
+            terms = terms + (logvar - spread).exp()
         return -0.5 * (terms.sum(-1) + LN_2_PI * terms.shape[-1]) + log_weights
 
     def gradients(self, prepared, weights: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -127,23 +125,24 @@ class Differences(_ByDifferences):
         return -pull.sum(-2), None, pull.sum(0), dlogvars
 
     def data_gradient(self, prepared, weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
-        standard, root, of_q = self.finite(prepared[0]), prepared[1], prepared[3]
+        standard, (root, spread, logvar) = self.finite(prepared[0]), prepared[1:4]
         weights = (weights * scale).unsqueeze(-1)
         dz = -(weights * standard * root).sum(-2)
         if self.form == "point":
             return dz, None
+        of_q = (logvar - spread).exp()
         terms = of_q * (standard.square() - 1) if self.form == "convolved" else -of_q
         return dz, 0.5 * reference.weighted(weights, terms).sum(-2)
 
     def parameter_gradients(self, prepared, weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """(dmeans, dlogvars) [B, k, D], to be summed over what the parameters share."""
-        standard, (root, _, of_q, of_component, _) = self.finite(prepared[0]), prepared[1:]
+        standard, (root, spread, logvar, logvars) = self.finite(prepared[0]), prepared[1:5]
         weights = (weights * scale).unsqueeze(-1)
         terms = standard.square() - 1
         if self.form == "expected":
-            terms = terms + of_q
+            terms = terms + (logvar - spread).exp()
         if self.form == "convolved":
-            terms = terms * of_component
+            terms = terms * (logvars - spread).exp()
         return (weights * standard * root).sum(0), (0.5 * reference.weighted(weights, terms)).sum(0)
 
     def central_moments(self, prepared, weights: Tensor) -> tuple[Tensor, Tensor]:
