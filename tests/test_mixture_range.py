@@ -63,17 +63,13 @@ def ours(form, z, logvar, logits, means, logvars):
     return fastkl.kl_gmm(z, logvar, logits, means, logvars, method=method)
 
 
-@pytest.mark.parametrize("small", [True, False], ids=["at once", "sweep"])
-@pytest.mark.parametrize("per_datum", [False, True])
-@pytest.mark.parametrize("form", ["point", "expected", "convolved"])
-@pytest.mark.parametrize("case", CASES)
-def test_gradients_of_mixtures_are_right_or_infinite_but_numbers(case, form, per_datum, small):
+def check(way, case, form, per_datum, small=True):
     tensors, weight = inputs_of(case)
     if per_datum:
         tensors[3:] = [tensor.expand(4, 3, 2) for tensor in tensors[3:]]
     weight = weight.to(DEVICE)
     exact, tensors = [leaf(t.double()) for t in tensors], [leaf(t.clone()) for t in tensors]
-    with implementation("torch"), mock.patch("fastkl.ops._gmm.SMALL", 1 << 17 if small else 0):
+    with implementation(way), mock.patch("fastkl.ops._gmm.SMALL", 1 << 17 if small else 0):
         found = ours(form, *tensors)
         gradients = torch.autograd.grad(found, tensors, weight, allow_unused=True)
     value = truth(form, *exact)
@@ -81,6 +77,24 @@ def test_gradients_of_mixtures_are_right_or_infinite_but_numbers(case, form, per
     for actual, right in zip((found, *gradients), (value, *expected)):
         if right is not None:
             torch.testing.assert_close(actual, right.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["at once", "sweep"])
+@pytest.mark.parametrize("per_datum", [False, True])
+@pytest.mark.parametrize("form", ["point", "expected", "convolved"])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_mixtures_are_right_or_infinite_but_numbers(case, form, per_datum, small):
+    check("torch", case, form, per_datum, small)
+
+
+@pytest.mark.parametrize("per_datum", [False, True])
+@pytest.mark.parametrize(
+    ("case", "form"),
+    [(case, form) for case in ("weightless far", "far row") for form in ("point", "expected", "convolved")]
+    + [("narrow row", "point"), ("equal means", "point"), ("wide q", "expected")],
+)
+def test_kernels_leave_no_gradient_of_weight_zero(case, form, per_datum):
+    check("triton", case, form, per_datum)
 
 
 @pytest.mark.parametrize("small", [True, False], ids=["at once", "sweep"])
