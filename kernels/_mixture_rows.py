@@ -140,9 +140,10 @@ def gmm_rows_kernel(
                             sums += (tl.sum(moment, axis=1),)
                         else:
                             t = of_rows(zs[i], True, TERMS, LANES) * s - ms
-                            sums += (tl.sum(weight * t * s, axis=1),)
+                            scaled = weight * s
+                            sums += (tl.sum(scaled * t, axis=1),)
                             if FORM == "expected":
-                                others += (tl.sum(weight * s * s, axis=1),)
+                                others += (tl.sum(scaled * s, axis=1),)
                     mask = valid[:, None]
                     if TAIL:
                         mask = mask & (d + tl.arange(0, 4) < shape[0])[None, :]
