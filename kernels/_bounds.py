@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import LN2, exp, two_parts
+from fastkl.kernels._device import LN2, exp, two_parts, weighted
 from fastkl.kernels._layout import PROGRAMS, SPILLS_A_FEW, cdiv, next_power_of_2, registers
 from fastkl.kernels._mixture import four, fraction_and_exponent, load_centred, load_rows
 
@@ -103,7 +103,7 @@ def joint_tiles(
 def weights(joint, lp, gradient, row, BY_ROWS: tl.constexpr, DTYPE: tl.constexpr):
     """Gradient in the joint log-densities: bounds fall as log-densities rise."""
     value, rest = two_parts(tl.load(lp + row), DTYPE)
-    return -by_row(gradient, BY_ROWS) * exp(joint - by_row(value, BY_ROWS) - by_row(rest, BY_ROWS))
+    return weighted(-by_row(gradient, BY_ROWS), exp(joint - by_row(value, BY_ROWS) - by_row(rest, BY_ROWS)))
 
 
 @triton.jit

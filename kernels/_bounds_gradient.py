@@ -58,7 +58,7 @@ def kl_gmm_bounds_rows_kernel(
                 means_at += shape[2]
                 t, _, root = element(zs[i][None, :], vs[i][None, :], s, scaled_mean)
                 narrowed = low * (root * root)
-                sums += (tl.sum((high + narrowed) * (t * s), axis=0),)
+                sums += (tl.sum((high + narrowed) * t * s, axis=0),)
                 t *= root
                 others += (tl.sum((narrowed * (t * t - 1.0) - high) * (s * s), axis=0) * vs[i] * 0.5,)
             mask = (index < rows)[:, None]

@@ -37,7 +37,8 @@ def element(difference, logvars, variance, FORM: tl.constexpr):
         precision = 1.0 / spread
         pull = difference * precision
         return pull, precision, difference * pull + tl.log(spread)
-    root = exp(-0.5 * logvars)
+    # Bounded: infinity times a difference of 0 would be NaN.
+    root = tl.minimum(exp(-0.5 * logvars), 1e300 if logvars.dtype == tl.float64 else 1e38, tl.PropagateNan.ALL)
     standard = difference * root
     precision = root * root
     terms = standard * standard + logvars

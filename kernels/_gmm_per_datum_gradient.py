@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import TRITON_DTYPE, finite, proportion, two_parts
+from fastkl.kernels._device import TRITON_DTYPE, finite, proportion, two_parts, weighted
 from fastkl.kernels._gmm_per_datum import (
     blocks,
     element,
@@ -106,15 +106,16 @@ def gmm_per_datum_bwd_kernel(
             if WHOLE:
                 grouped = tl.reshape(a, [DATA, COMPONENTS])
                 grouped = proportion(grouped - finite(tl.max(grouped, axis=1))[:, None])
-                weight = incoming * tl.reshape(grouped / tl.sum(grouped, axis=1)[:, None], [DATA * COMPONENTS])
+                grouped /= tl.sum(grouped, axis=1)[:, None]
+                weight = weighted(incoming, tl.reshape(grouped, [DATA * COMPONENTS]))
             else:
                 at = sample.to(tl.int64) * lp_strides[0] + datum.to(tl.int64) * lp_strides[1]
                 high, low = two_parts(tl.load(lp + at), DTYPE)
-                weight = incoming * proportion(a - high - low)
+                weight = weighted(incoming, proportion(a - high - low))
             spread_gradient, logvar_gradient = element_gradient(x - m, v, variance, pull, precision, FORM)
-            to_z -= weight[:, None] * pull
+            to_z -= weighted(weight[:, None], pull)
             if dlogvar is not None:
-                to_logvar += weight[:, None] * logvar_gradient
+                to_logvar += weighted(weight[:, None], logvar_gradient)
             if dmeans is not None:
                 to_weight = weight - incoming * proportion(log_weight)
                 if EACH_SAMPLE:
@@ -122,8 +123,8 @@ def gmm_per_datum_bwd_kernel(
                     at += component.to(tl.int64) * dlogits_strides[2]
                     tl.store(dlogits + at, to_weight, (row < data) & (component < components))
                 to_logits += to_weight
-                to_mean += weight[:, None] * pull
-                to_spread += weight[:, None] * spread_gradient
+                to_mean += weighted(weight[:, None], pull)
+                to_spread += weighted(weight[:, None], spread_gradient)
                 if not ONE_TILE:
                     store_parameters(
                         dlogits, dmeans, dlogvars, to_logits, to_mean, to_spread, row, component, column, shape,

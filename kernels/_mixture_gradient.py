@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import TRITON_DTYPE, exp, two_parts
+from fastkl.kernels._device import TRITON_DTYPE, exp, two_parts, weighted
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import OLD_COMPILER, cdiv, compute_dtype, registers
 from fastkl.kernels._mixture import (
@@ -101,7 +101,7 @@ def gmm_components_kernel(
                 start_component, shape, steps, logits_strides, FORM, TAIL, False, ROWS, COMPONENTS, TERMS, LANES, DTYPE,
             )  # fmt: skip
             value, rest = of_rows(value, False, TERMS, LANES), of_rows(rest, False, TERMS, LANES)
-            weight = of_rows(gradient, False, TERMS, LANES) * exp(joint - value - rest)
+            weight = weighted(of_rows(gradient, False, TERMS, LANES), exp(joint - value - rest))
         count += tl.reshape(tl.permute(tl.sum(tl.sum(weight, axis=1), axis=1), [1, 0]), [COMPONENTS])
         roots_at, means_at, sums_at = roots + start_component, scaled_means + start_component, sums_start
         if squared is not None:
@@ -110,7 +110,10 @@ def gmm_components_kernel(
             zs = four(load_centred(z_at, centre, d, shape[0], FORM, TAIL, DTYPE), ROWS)
             z_at += steps[0]
             if FORM != "point":
-                vs = four(exp(load_rows(logvar_at, d, shape[0], TAIL, DTYPE)), ROWS)
+                variance = exp(load_rows(logvar_at, d, shape[0], TAIL, DTYPE))
+                # Finite: infinity times a weight of 0 would be NaN.
+                most: tl.constexpr = 1e308 if variance.dtype == tl.float64 else 3e38
+                vs = four(tl.minimum(variance, most, tl.PropagateNan.ALL), ROWS)
                 logvar_at += steps[1]
             firsts, seconds = (), ()
             for i in tl.static_range(4):
@@ -128,7 +131,7 @@ def gmm_components_kernel(
                     if FORM == "convolved":
                         moment -= weight * u
                     if FORM == "expected":
-                        moment += weight * (of_rows(vs[i], False, TERMS, LANES) * (s * s))
+                        moment += weight * s * s * of_rows(vs[i], False, TERMS, LANES)
                     seconds += (tl.sum(moment, axis=1),)
                 roots_at += shape[2]
                 means_at += shape[2]

@@ -94,7 +94,8 @@ def prepare_kernel(
             average = tl.sum(first, axis=0) / tl.minimum(components, COMPONENTS)
             distance = tl.max(tl.where(inside_some, tl.abs(first - average[None, :]), 0.0), axis=0)
             c = tl.where(tl.abs(average) > 2.0 * distance, average, 0.0)
-            s = exp(-0.5 * v)
+            # What is so narrow has a density at its mean alone: bounded, or 0 times infinity would be NaN.
+            s = tl.minimum(exp(-0.5 * v), 1e30 / tl.maximum(tl.abs(m - c[None, :]), 1.0), tl.PropagateNan.ALL)
             # Components of the padding have a root of 1: far from an infinite z, as from any, where 0 would make NaN.
             tl.store(roots + at, tl.where((column < columns)[None, :], s, 0.0), inside)
             tl.store(scaled_means + at, tl.where(mask, (m - c[None, :]) * s, 0.0), inside)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import TRITON_DTYPE, exp, two_parts
+from fastkl.kernels._device import TRITON_DTYPE, exp, two_parts, weighted
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, strides_of
 from fastkl.kernels._mixture import (
@@ -101,7 +101,7 @@ def gmm_rows_kernel(
                     z_at, logvar_at, logits, normaliser, centre, constants, roots, scaled_means, index, start, shape,
                     steps, logits_strides, FORM, TAIL, True, ROWS, COMPONENTS, TERMS, LANES, DTYPE,
                 )  # fmt: skip
-                weight = of_rows(gradient, True, TERMS, LANES) * exp(joint - value - rest)
+                weight = weighted(of_rows(gradient, True, TERMS, LANES), exp(joint - value - rest))
             if dlogits is not None:
                 inside = (component < shape[1]) & of_rows(valid, True, TERMS, LANES)
                 column = tl.minimum(component, shape[1] - 1).to(tl.int64)  # the last one again, not stored
@@ -135,13 +135,15 @@ def gmm_rows_kernel(
                         if FORM == "convolved":
                             u = 1.0 / (s + of_rows(vs[i], True, TERMS, LANES))
                             t = (of_rows(zs[i], True, TERMS, LANES) - ms) * u
-                            others += (tl.sum(weight * (t * t - u), axis=1),)
-                            sums += (tl.sum(weight * t, axis=1),)
+                            moment = weight * t
+                            others += (tl.sum(moment * t - weight * u, axis=1),)
+                            sums += (tl.sum(moment, axis=1),)
                         else:
                             t = of_rows(zs[i], True, TERMS, LANES) * s - ms
-                            sums += (tl.sum(weight * (t * s), axis=1),)
+                            scaled = weight * s
+                            sums += (tl.sum(scaled * t, axis=1),)
                             if FORM == "expected":
-                                others += (tl.sum(weight * (s * s), axis=1),)
+                                others += (tl.sum(scaled * s, axis=1),)
                     mask = valid[:, None]
                     if TAIL:
                         mask = mask & (d + tl.arange(0, 4) < shape[0])[None, :]
@@ -153,7 +155,7 @@ def gmm_rows_kernel(
                     if dlogvar is not None:
                         half = 0.5 if FORM == "convolved" else -0.5
                         before = tl.load(dlogvar_at, old, other=0.0).to(DTYPE)
-                        tl.store(dlogvar_at, before + summed(others) * variance * half, mask)
+                        tl.store(dlogvar_at, before + weighted(summed(others), variance) * half, mask)
                         dlogvar_at += dlogvar_strides[1] * 4
                         logvar_here += steps[1]
 

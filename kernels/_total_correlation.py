@@ -1,9 +1,9 @@
 """What the kernels of total_correlation share: posteriors prepared for the pair loop, its tile and its exponents.
 
-With s = exp(-logvar / 2) sqrt(log2(e) / 2) and t = (z - mu) s a density is s 2^(-t^2) sqrt(ln 2 / pi), so that for each
+With s = exp(-logvar / 2) sqrt(log2(e) / 2) and t = (z - mu) s a density is 2^(log2 s - t^2) sqrt(ln 2 / pi): for each
 (i, j, d) there are a difference, two products, one exponential and the sums. Exponents are relative to row i's own
 posterior, from which z_i was drawn: sums need no running maximum. Rows so far from their own that this overflows are
-done again relative to the nearest posterior at each d.
+done again relative to the densest posterior at each d.
 
 A tile is [REGISTERS, OWN, GROUPS, LANES, STEPS]: d = step * REGISTERS + register, the program's own rows (or
 posteriors) group * OWN + own, and the others, LANES at once. Triton deals the last dimensions out to the threads and
@@ -18,7 +18,7 @@ import triton.language as tl
 
 from fastkl.kernels._device import TRITON_DTYPE, exp
 from fastkl.kernels._launch import launch
-from fastkl.kernels._layout import SPILLS_A_FEW, cdiv, next_power_of_2, registers
+from fastkl.kernels._layout import cdiv, next_power_of_2, registers
 
 MOST_COLUMNS = 512  # more would spill; the closed form takes them
 SCALE = tl.constexpr(0.8493218002880191)  # sqrt(log2(e) / 2)
@@ -28,10 +28,10 @@ HALF_LOG2E = tl.constexpr(0.7213475204444817)
 
 @triton.jit
 def prepare_kernel(
-    mu, logvar, means, roots, constants, batch, columns, mu_strides, logvar_strides,
+    mu, logvar, means, roots, logs, batch, columns, mu_strides, logvar_strides,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """means and s [batch padded, COLUMNS], and sum_d log2 s [batch padded]."""
+    """means, s and log2 s [batch padded, COLUMNS]; the last is exact also where s underflows or is bounded."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     real = (column < columns)[None, :]
@@ -39,12 +39,13 @@ def prepare_kernel(
     wide, narrow = row.to(tl.int64)[:, None], column.to(tl.int64)[None, :]
     m = tl.load(mu + wide * mu_strides[0] + narrow * mu_strides[1], mask, other=0.0).to(DTYPE)
     v = tl.load(logvar + wide * logvar_strides[0] + narrow * logvar_strides[1], mask, other=0.0).to(DTYPE)
-    # Padding: dimensions have s = 0 and so no weight; posteriors are so far off that all their densities are 0.
+    # Padding: all have t = 0; dimensions a density of 1, the same for all posteriors, and posteriors one of 0.
     at = wide * COLUMNS + narrow
-    tl.store(means + at, tl.where(mask, m, tl.where(real, -1e30, 0.0)))
-    tl.store(roots + at, tl.where(mask, exp(-0.5 * v) * SCALE, tl.where(real, 1e-10, 0.0)))
-    constant = tl.sum(tl.where(mask, LOG2_SCALE - v * HALF_LOG2E, 0.0), axis=1)
-    tl.store(constants + row, tl.where(row < batch, constant, float("-inf")))
+    tl.store(means + at, m)
+    # Bounded: infinity times a difference of 0 would be NaN.
+    root = tl.minimum(exp(v, -0.5) * SCALE, 1e308 if tl.float64 == DTYPE else 1e38, tl.PropagateNan.ALL)
+    tl.store(roots + at, tl.where(mask, root, 0.0))
+    tl.store(logs + at, tl.where(mask, LOG2_SCALE - v * HALF_LOG2E, tl.where(real, float("-inf"), 0.0)))
 
 
 @triton.jit
@@ -77,13 +78,15 @@ def over_others(x):
 
 
 @triton.jit
-def least_over_others(x):
-    return tl.expand_dims(tl.min(x, axis=3), 3)
+def most_over_others(x):
+    return tl.expand_dims(tl.max(x, axis=3), 3)
 
 
 @triton.jit
-def most_over_others(x):
-    return tl.expand_dims(tl.max(x, axis=3), 3)
+def bounded(t):
+    """What is infinitely far away has weight 0, and the product of both would be NaN."""
+    most: tl.constexpr = 1e308 if t.dtype == tl.float64 else 3.4e38
+    return tl.minimum(tl.maximum(t, -most), most)
 
 
 @triton.jit
@@ -95,28 +98,24 @@ def pair_weight(own, other, batch, own_weight, next_weight):
 
 @triton.jit
 def references(
-    z, squares, shift, far, means, roots, constants, padded,
+    z, origins, shift, far, means, roots, logs, padded,
     REGISTERS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """(squares, shift) for rows that are `far` from their own posterior: the least square at each d and the most
-    joint."""
+    """(origins, shift) for rows that are `far` from their own posterior: those of the densest at each d and jointly."""
     COLUMNS: tl.constexpr = REGISTERS * STEPS
     at = other_index(LANES) * COLUMNS + column_index(REGISTERS, STEPS)
-    least = (z + at) * 0.0 + float("inf")
-    means_at, roots_at = means, roots
-    for _ in range(0, padded, LANES):
-        t = (z - tl.load(means_at + at)) * tl.load(roots_at + at)
-        means_at += LANES * COLUMNS
-        roots_at += LANES * COLUMNS
-        least = tl.minimum(least, t * t)
-    squares = tl.where(far, least_over_others(least), squares)
+    densest = (z + at) * 0.0 + float("-inf")
+    for start in range(0, padded, LANES):
+        here = start * COLUMNS + at
+        t = (z - tl.load(means + here)) * tl.load(roots + here)
+        densest = tl.maximum(densest, tl.load(logs + here) - t * t)
+    origins = tl.where(far, -most_over_others(densest), origins)
     most = (over_columns(z) + other_index(LANES)) * 0.0 + float("-inf")
     for start in range(0, padded, LANES):
-        t = (z - tl.load(means + at)) * tl.load(roots + at)
-        means += LANES * COLUMNS
-        roots += LANES * COLUMNS
-        most = tl.maximum(most, over_columns(squares - t * t) + tl.load(constants + start + other_index(LANES)))
-    return squares, tl.where(far, most_over_others(most), shift)
+        here = start * COLUMNS + at
+        t = (z - tl.load(means + here)) * tl.load(roots + here)
+        most = tl.maximum(most, over_columns((origins + tl.load(logs + here)) - t * t))
+    return origins, tl.where(far, most_over_others(most), shift)
 
 
 def pad(count: int) -> int:
@@ -124,16 +123,15 @@ def pad(count: int) -> int:
     return min(128, max(16, next_power_of_2(count)))
 
 
-def tile(columns: int, own: int, others: int, dtype: torch.dtype, *, backward: bool) -> dict:
+def tile(columns: int, own: int, others: int, dtype: torch.dtype) -> dict:
     """Four warps, of a few of the program's own each; where there are not many programs, a few for all, which then
     share out the others."""
     half = dtype == torch.float64
     columns = next_power_of_2(columns)
     in_thread = min(4 if half else 8, columns)
     steps = columns // in_thread
-    each = max(1, (2 if backward else 4) >> half)
-    most = 4 if backward else 2 - SPILLS_A_FEW  # more forward would spill
-    groups = min(most, max(1, 128 // max(32, steps))) if own >= 2048 * each else 1
+    each = 2 >> half  # more would spill
+    groups = min(4, max(1, 128 // max(32, steps))) if own >= 2048 * each else 1
     lanes = max(1, min(pad(others), 128 // steps // groups))
     warps = max(1, min(4, lanes * steps * groups // 32))
     shape = {"REGISTERS": in_thread, "OWN": each, "GROUPS": groups, "LANES": lanes, "STEPS": steps}
@@ -141,16 +139,15 @@ def tile(columns: int, own: int, others: int, dtype: torch.dtype, *, backward: b
 
 
 def prepare(mu: torch.Tensor, logvar: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-    """[means, roots, constants]."""
+    """[means, roots, logs]."""
     batch, columns = mu.shape
     padded, width = cdiv(batch, pad(batch)) * pad(batch), next_power_of_2(columns)
     empty = {"dtype": dtype, "device": mu.device}
-    means, roots = torch.empty((padded, width), **empty), torch.empty((padded, width), **empty)
-    constants = torch.empty(padded, **empty)
+    prepared = [torch.empty((padded, width), **empty) for _ in range(3)]
     rows = max(1, min(16, 256 // width))  # four neighbours for each of 64 threads
     launch(
         prepare_kernel, (padded // rows,),
-        mu, logvar, means, roots, constants, batch, columns, mu.stride(), logvar.stride(),
+        mu, logvar, *prepared, batch, columns, mu.stride(), logvar.stride(),
         DTYPE=TRITON_DTYPE[dtype], ROWS=rows, COLUMNS=width, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
-    return [means, roots, constants]
+    return prepared

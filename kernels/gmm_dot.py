@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import exp, finite, two_parts
+from fastkl.kernels._device import exp, finite, two_parts, weighted
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import OLD_COMPILER, PROGRAMS, cdiv, compute_dtype, next_power_of_2, registers, share
 from fastkl.kernels._tuned import GMM_DOT
@@ -94,7 +94,7 @@ def gmm_dot_kernel(
             incoming = tl.load(dlp + row.to(tl.int64) * dlp_stride, row < rows, other=0.0)
             at = row.to(tl.int64)[:, None] * components + component[None, :]
             inside = (row < rows)[:, None] & (component < components)[None, :]
-            tl.store(weight + at, incoming[:, None] * tl.exp(a - high[:, None] - low[:, None]), inside)
+            tl.store(weight + at, weighted(incoming[:, None], tl.exp(a - high[:, None] - low[:, None])), inside)
     if weight is None:
         top = finite(peak)
         value = top.to(tl.float64) + tl.log(total).to(tl.float64)

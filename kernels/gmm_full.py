@@ -197,6 +197,7 @@ def bwd(
     for rows in blocks_of_rows(len(z), len(logits), mixture.rows_per_block):
         incoming = dlp[rows, None].to(mixture.dtype)
         weight = mixture.joint(rows).softmax(1).mul_(incoming)
+        weight.masked_fill_(incoming == 0, 0.0)  # of a row of no density they are NaN
         variance = mixture.variance(rows)
         dz = torch.zeros((len(weight), columns), **zeros)
         per_chunk = max(1, BUFFER_BYTES // mixture.dtype.itemsize // columns)

@@ -33,41 +33,41 @@ HALF_LOG_2LN2 = tl.constexpr(0.16331712998914047)  # 1/2 ln(2 ln 2): of a densit
 
 @triton.jit
 def sums(
-    z, squares, shift, own, row_start, means, roots, constants, batch, padded, own_weight, next_weight,
+    z, origins, shift, own, row_start, means, roots, logs, batch, padded, own_weight, next_weight,
     STRATIFIED: tl.constexpr, REGISTERS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """sum_j w s 2^(squares - t^2), and sum_j w 2^(sum_d (squares - t^2) + constant - shift)."""
+    """sum_j w 2^(log2 s - t^2 + origin), and sum_j w 2^(the sum of these exponents over d - shift)."""
     COLUMNS: tl.constexpr = REGISTERS * STEPS
     at = other_index(LANES) * COLUMNS + column_index(REGISTERS, STEPS)
     marginal = (z + at) * 0.0
     joint = (shift + other_index(LANES)) * 0.0
     for start in range(0, padded, LANES):
-        s = tl.load(roots + at)
-        t = (z - tl.load(means + at)) * s
+        t = (z - tl.load(means + at)) * tl.load(roots + at)
+        exponent = (origins + tl.load(logs + at)) - t * t
         means += LANES * COLUMNS
         roots += LANES * COLUMNS
-        exponent = squares - t * t
+        logs += LANES * COLUMNS
         density = tl.exp2(exponent)
-        product = tl.exp2(over_columns(exponent) + (tl.load(constants + start + other_index(LANES)) - shift))
+        product = tl.exp2(over_columns(exponent) - shift)
         if STRATIFIED:
             # Only a tile with a row's own posterior, or the next, which for the last one is the first, has weights.
             near = (start <= row_start + ROWS) & (start + LANES > row_start)
             if near | ((row_start + ROWS >= batch) & (start == 0)):
                 weight = pair_weight(own, start + other_index(LANES), batch, own_weight, next_weight)
-                marginal += density * (s * weight)
+                marginal += density * weight
                 joint += product * weight
             else:
-                marginal += density * s
+                marginal += density
                 joint += product
         else:
-            marginal += density * s
+            marginal += density
             joint += product
     return over_others(marginal), over_others(joint)
 
 
 @triton.jit
 def total_correlation_fwd_kernel(
-    z, means, roots, constants, mutual, total, dimension, joint_sum, marginal_sum, rows, batch, columns, padded, first,
+    z, means, roots, logs, mutual, total, dimension, joint_sum, marginal_sum, rows, batch, columns, padded, first,
     dataset_size, z_strides, STRATIFIED: tl.constexpr, REGISTERS: tl.constexpr, OWN: tl.constexpr, GROUPS: tl.constexpr,
     LANES: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -84,40 +84,36 @@ def total_correlation_fwd_kernel(
     x = tl.load(z + wide * z_strides[0] + column.to(tl.int64) * z_strides[1], real, other=0.0).to(dtype)
     own = first + row
     at = own.to(tl.int64) * COLUMNS + column
-    root = tl.load(roots + at)
-    t = (x - tl.load(means + at)) * root
-    own_squares = t * t
-    own_constant = tl.load(constants + own)
+    t = (x - tl.load(means + at)) * tl.load(roots + at)
+    own_squares, own_log = t * t, tl.load(logs + at)
     one = tl.sum(tl.full([1], 1.0, dtype=dtype), axis=0)
     others = one * (batch - 1)
     own_weight, next_weight = others / dataset_size, (dataset_size - others) / dataset_size
     base = -tl.log2(others) if STRATIFIED else -(tl.log2(one * dataset_size) + tl.log2(one * batch))
     row_start = first + tl.program_id(0) * ROWS
-    squares, shift = own_squares, own_constant
+    origins, shift = own_squares - own_log, over_columns(x) * 0.0
     marginal, joint = sums(
-        x, squares, shift, own, row_start, means, roots, constants, batch, padded, own_weight, next_weight,
+        x, origins, shift, own, row_start, means, roots, logs, batch, padded, own_weight, next_weight,
         STRATIFIED, REGISTERS, LANES, STEPS, ROWS,
     )  # fmt: skip
     bad = tl.where(real & ~((marginal > 0.0) & (marginal < float("inf"))), 1.0, 0.0)
     far = (over_columns(bad) > 0.0) | ~((joint > 0.0) & (joint < float("inf")))
     any_far = tl.max(far.to(tl.int32))
     if any_far > 0:
-        squares, shift = references(x, squares, shift, far, means, roots, constants, padded, REGISTERS, LANES, STEPS)
+        origins, shift = references(x, origins, shift, far, means, roots, logs, padded, REGISTERS, LANES, STEPS)
         marginal, joint = sums(
-            x, squares, shift, own, row_start, means, roots, constants, batch, padded, own_weight, next_weight,
+            x, origins, shift, own, row_start, means, roots, logs, batch, padded, own_weight, next_weight,
             STRATIFIED, REGISTERS, LANES, STEPS, ROWS,
         )  # fmt: skip
-    # Relative to the own posterior's density, which is what the differences are about: nothing large cancels.
-    log_root = tl.log2(tl.where(real, root, 1.0))
-    off = own_squares - squares  # 0 but in rows that are far
-    each = tl.where(real, tl.log2(tl.where(real, marginal, 1.0)) - log_root + off + base, 0.0)
-    relative = over_columns(each)
-    relative_joint = tl.log2(joint) + (shift - own_constant) + over_columns(off) + base
+    # All logarithms are relative to the same origins: nothing large cancels.
+    off = own_squares - (origins + own_log)  # rounding, but in rows that are far
+    each = tl.where(real, tl.log2(tl.where(real, marginal, 1.0)) + base, 0.0)
+    log_joint = tl.log2(joint) + shift + base
     of_prior = over_columns(tl.where(real, 0.5 * x * x + HALF_LOG_2LN2, 0.0))
-    against_prior = over_columns(each + log_root - own_squares) * LN2 + of_prior
+    against_prior = over_columns(each - origins) * LN2 + of_prior
     inside = row_mask(rows, ROWS, OWN, GROUPS)
-    tl.store(mutual + wide, relative_joint * -LN2, inside)
-    tl.store(total + wide, (relative_joint - relative) * LN2, inside)
+    tl.store(mutual + wide, (log_joint + over_columns(off)) * -LN2, inside)
+    tl.store(total + wide, (log_joint - over_columns(each)) * LN2, inside)
     tl.store(dimension + wide, against_prior, inside)
     tl.store(joint_sum + wide, tl.where(far, -joint, joint), inside)
     tl.store(marginal_sum + wide * columns + column, marginal, mask)
@@ -137,7 +133,7 @@ def fwd(z, mu, logvar, first, dataset_size, stratified):
     out = [torch.empty(rows, **empty) for _ in range(4)] + [torch.empty((rows, columns), **empty)]
     if rows and columns:
         prepared = prepare(mu, logvar, dtype)
-        block = tile(columns, rows, mu.shape[0], dtype, backward=False)
+        block = tile(columns, rows, mu.shape[0], dtype)
         launch(
             total_correlation_fwd_kernel, (cdiv(rows, block["OWN"] * block["GROUPS"]),),
             z, *prepared, *out, rows, mu.shape[0], columns, prepared[0].shape[0], first, dataset_size, z.stride(),

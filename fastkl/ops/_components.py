@@ -2,7 +2,7 @@
 
 Three ways, one interface: `Differences` and `Full` are here, `Expansion` has a file of its own. `prepare` a block of
 rows [S, B, D]; `joint` gives ln pi + ln N [S, B, k]; with weights [S, B, k] and a scale for each row [S, B, 1],
-`data_gradient` is (dz, dvariance), and `add` adds to the gradients of the parameters, from `start` with their buffers
+`data_gradient` is (dz, dlogvar), and `add` adds to the gradients of the parameters, from `start` with their buffers
 (of the parameters' shapes, in the compute dtype; that of logits which all rows share takes the sum of the weights) to
 `finish`. `add_moments` to `finish_moments`, with one mixture for all rows, add to its moments instead: the sum of the
 weights, and those of z - m and of its square, or of its outer product.
@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastkl import reference
 
 # Bytes of a block's temporaries, which want to stay in a cache.
 DIFFERENCES_BYTES = 4 << 20
@@ -49,6 +51,11 @@ class _ByDifferences:
     def part(self, tensor: Tensor, data: slice) -> Tensor:
         return self.mixture.part(tensor, data, self.components)
 
+    def finite(self, distance: Tensor) -> Tensor:
+        """What is infinitely far away has weight 0, and the product of both would be NaN."""
+        most = 0.25 * torch.finfo(self.dtype).max
+        return distance.clamp(-most, most)
+
     def start(self, dlogits=None, first=None, second=None) -> None:
         self.dlogits, self.first, self.second = dlogits, first, second
 
@@ -64,7 +71,7 @@ class _ByDifferences:
                 target += gradient.sum_to_size(target.shape)
 
     def gradients(self, prepared, weights: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """(dz, dvariance, dmeans, dlogvars or dscale_tril)."""
+        """(dz, dlogvar, dmeans, dlogvars or dscale_tril)."""
         scale = torch.ones_like(weights[..., :1])
         return *self.data_gradient(prepared, weights, scale), *self.parameter_gradients(prepared, weights, scale)
 
@@ -85,36 +92,32 @@ class _ByDifferences:
 class Differences(_ByDifferences):
     """Diagonal components of any kind, one difference z - m for each row, component and dimension."""
 
-    def prepare(self, z: Tensor, variance: Tensor | None, data: slice, for_gradient: bool = False):
-        z, variance = z.unsqueeze(-2), None if variance is None else variance.unsqueeze(-2)
+    def prepare(self, z: Tensor, logvar: Tensor | None, data: slice, for_gradient: bool = False):
+        """(z - m in standard deviations, 1 / sigma, 2 ln sigma, and the log-variances of q and of the component):
+        sigma^2 is that of both together in the convolved form."""
+        z, logvar = z.unsqueeze(-2), None if logvar is None else logvar.unsqueeze(-2)
         logvars = z.new_zeros((1, 1, 1))
         if self.mixture.logvars is not None:
             logvars = self.part(self.mixture.logvars, data).to(self.dtype)
+        spread = torch.logaddexp(logvars, logvar) if self.form == "convolved" else logvars
         # 1 / sigma stays finite: a difference of 0, or a weight of 0, times infinity would be NaN.
         most = 709.0 if self.dtype == torch.float64 else 88.0
-        root = (-0.5 * logvars).clamp(max=most).exp()
-        root = (logvars.exp() + variance).rsqrt() if self.form == "convolved" else root
+        root = (-0.5 * spread).clamp(max=most).exp()
         standard = (z - self.part(self.mixture.means, data).to(self.dtype)) * root
-        return standard, root, logvars, variance, data
-
-    def _finite(self, prepared) -> Tensor:
-        """z - m in standard deviations, whose square is finite: what is infinitely far away has weight 0, and the
-        product of both would be NaN."""
-        farthest = math.sqrt(torch.finfo(self.dtype).max)
-        return prepared[0].clamp(-farthest, farthest)
+        return standard, root, spread, logvar, logvars, data
 
     def joint(self, prepared, log_weights: Tensor) -> Tensor:
-        standard, root, logvars, variance, _ = prepared
-        terms = standard.square() + (-2 * root.log() if self.form == "convolved" else logvars)
+        standard, _, spread, logvar, _, _ = prepared
+        terms = standard.square() + spread
         if self.form == "expected":
-            terms = terms + variance * root.square()
+            terms = terms + (logvar - spread).exp()
         return -0.5 * (terms.sum(-1) + LN_2_PI * terms.shape[-1]) + log_weights
 
     def gradients(self, prepared, weights: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         if self.form != "point":
             return super().gradients(prepared, weights)
         # The same formulas as below, sharing their products: small tensors are all calls.
-        standard, root = self._finite(prepared), prepared[1]
+        standard, root = self.finite(prepared[0]), prepared[1]
         weights = weights.unsqueeze(-1)
         weighted = weights * standard
         pull = weighted * root
@@ -122,29 +125,31 @@ class Differences(_ByDifferences):
         return -pull.sum(-2), None, pull.sum(0), dlogvars
 
     def data_gradient(self, prepared, weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
-        standard, root = self._finite(prepared), prepared[1]
+        standard, (root, spread, logvar) = self.finite(prepared[0]), prepared[1:4]
         weights = (weights * scale).unsqueeze(-1)
         dz = -(weights * standard * root).sum(-2)
         if self.form == "point":
             return dz, None
-        terms = root.square() * (standard.square() - 1 if self.form == "convolved" else -1)
-        return dz, 0.5 * (weights * terms).sum(-2)
+        of_q = (logvar - spread).exp()
+        terms = of_q * (standard.square() - 1) if self.form == "convolved" else -of_q
+        return dz, 0.5 * reference.weighted(weights, terms).sum(-2)
 
     def parameter_gradients(self, prepared, weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """(dmeans, dlogvars) [B, k, D], to be summed over what the parameters share."""
-        standard, (root, logvars, variance) = self._finite(prepared), prepared[1:4]
+        standard, (root, spread, logvar, logvars) = self.finite(prepared[0]), prepared[1:5]
         weights = (weights * scale).unsqueeze(-1)
         terms = standard.square() - 1
         if self.form == "expected":
-            terms = terms + variance * root.square()
+            terms = terms + (logvar - spread).exp()
         if self.form == "convolved":
-            terms = terms * logvars.exp() * root.square()
-        return (weights * standard * root).sum(0), (0.5 * weights * terms).sum(0)
+            terms = terms * (logvars - spread).exp()
+        return (weights * standard * root).sum(0), (0.5 * reference.weighted(weights, terms)).sum(0)
 
     def central_moments(self, prepared, weights: Tensor) -> tuple[Tensor, Tensor]:
         """sum w (z - m) and sum w (z - m)^2 [k, D]."""
-        difference, weights = self._finite(prepared) / prepared[1], weights.unsqueeze(-1)
-        return (weights * difference).sum((0, 1)), (weights * difference.square()).sum((0, 1))
+        difference = self.finite(prepared[0] / prepared[1])
+        weighted = weights.unsqueeze(-1) * difference
+        return weighted.sum((0, 1)), (weighted * difference).sum((0, 1))
 
 
 class Full(_ByDifferences):
@@ -161,12 +166,12 @@ class Full(_ByDifferences):
         """[M, n, x] -> [S, B, x]."""
         return tensor.reshape(*shape, tensor.shape[-1]) if self.mixture.means.shape[0] == 1 else tensor.transpose(0, 1)
 
-    def prepare(self, z: Tensor, variance: Tensor | None, data: slice, for_gradient: bool = False):
+    def prepare(self, z: Tensor, logvar: Tensor | None, data: slice, for_gradient: bool = False):
         shape = z.shape[:2]
         scale = self.part(self.mixture.scale_tril, data).to(self.dtype).tril()
         means = self.part(self.mixture.means, data).to(self.dtype).unsqueeze(-2)
         difference = self._inward(z).unsqueeze(1) - means
-        variance = None if variance is None else self._inward(variance).unsqueeze(1)
+        variance = None if logvar is None else self._inward(logvar.exp()).unsqueeze(1)
         eye = torch.eye(z.shape[-1], dtype=self.dtype, device=z.device)
         if self.form == "convolved":
             root = torch.linalg.cholesky((scale @ scale.mT).unsqueeze(2) + torch.diag_embed(variance))
@@ -195,18 +200,19 @@ class Full(_ByDifferences):
         return self._inward(weights * scale).transpose(1, 2).unsqueeze(-1)
 
     def data_gradient(self, prepared, weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
-        _, solved, _, inverse, _, _, shape, _ = prepared
+        _, solved, _, inverse, _, variance, shape, _ = prepared
         weights = self._weights(weights, scale)
-        dz = self._outward(-(weights * solved).sum(1), shape)
+        dz = self._outward(-(weights * self.finite(solved)).sum(1), shape)
         if self.form == "point":
             return dz, None
         precision = inverse.square().sum(-2)  # the diagonal of P^T P
         terms = solved.square() - precision if self.form == "convolved" else -precision.unsqueeze(-2)
-        return dz, self._outward(0.5 * (weights * terms).sum(1), shape)
+        return dz, self._outward(0.5 * reference.weighted(weights * variance, terms).sum(1), shape)
 
     def parameter_gradients(self, prepared, weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """(dmeans [M, k, D], dscale_tril [M, k, D, D])."""
         whitened, solved, _, inverse, tril, variance, _, _ = prepared
+        whitened, solved = self.finite(whitened), self.finite(solved)
         weights = self._weights(weights, scale)
         if self.form == "convolved":
             dcovariance = (weights * solved).mT @ solved - (weights.unsqueeze(-1) * (inverse.mT @ inverse)).sum(2)

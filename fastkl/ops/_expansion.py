@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastkl import reference
 from fastkl.ops._components import LN_2_PI, Mixture
 
 # Bytes of a block's temporaries: matrix products want many rows.
@@ -53,8 +54,8 @@ class Expansion:
             self.buffers[key] = torch.empty(rows, columns, dtype=dtype, device=self.centre.device)
         return self.buffers[key]
 
-    def prepare(self, z: Tensor, variance: Tensor | None, data: slice, for_gradient: bool = False):
-        """(features, shape), valid until the next block."""
+    def prepare(self, z: Tensor, logvar: Tensor | None, data: slice, for_gradient: bool = False):
+        """(features, shape, variance), valid until the next block."""
         dtype = self.gradient_dtype if for_gradient else self.dtype
         (rows, size), shape = z.flatten(0, 1).shape, z.shape[:2]
         features = self._buffer("features", rows, 2 * size + 1, dtype)
@@ -62,20 +63,21 @@ class Expansion:
         square = torch.mul(x, x, out=features[:, :size])
         if self.infinite_rows:  # the square alone then says so: -inf, where 2 x m - x^2 is NaN
             x.masked_fill_(x.isinf(), 0.0)
+        variance = None if logvar is None else logvar.flatten(0, 1).to(dtype).exp()
         if variance is not None:
-            square += variance.flatten(0, 1)
+            square += variance
         features[:, -1] = 1
-        return features, shape
+        return features, shape, variance
 
     def for_gradient(self, prepared):
         """What `prepare` gives for a gradient."""
-        features, shape = prepared
+        features, *others = prepared
         if features.dtype == self.gradient_dtype:
             return prepared
-        return self._buffer("features", *features.shape, self.gradient_dtype).copy_(features), shape
+        return self._buffer("features", *features.shape, self.gradient_dtype).copy_(features), *others
 
     def joint(self, prepared, log_weights: Tensor) -> Tensor:
-        features, shape = prepared
+        features, shape, _ = prepared
         shared = len(log_weights) == 1
         self.coefficients[:, -1] = self.constant + log_weights[0] if shared else self.constant
         joint = self._buffer("joint", len(features), len(self.coefficients), self.dtype)
@@ -89,17 +91,21 @@ class Expansion:
         self.gradient_coefficients = self.coefficients[:, :-1].to(self.gradient_dtype)
 
     def data_gradient(self, prepared, weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """(dz, dvariance), valid until the next block."""
-        features, shape = prepared
+        """(dz, dlogvar), valid until the next block."""
+        features, shape, variance = prepared
         size = features.shape[1] // 2
         gradient = self._buffer("gradient", len(features), 2 * size, self.gradient_dtype)
         torch.mm(weights.flatten(0, 1), self.gradient_coefficients, out=gradient).mul_(scale.reshape(-1, 1))
         dsquare, dx = gradient.chunk(2, 1)
-        return dx.addcmul_(dsquare, features[:, size:-1], value=2).view(*shape, -1), dsquare.view(*shape, -1)
+        dx.addcmul_(dsquare, features[:, size:-1], value=2)
+        if variance is not None:
+            dsquare.copy_(reference.weighted(dsquare, variance.to(dsquare.dtype)))
+        return dx.view(*shape, -1), dsquare.view(*shape, -1)
 
     def add(self, prepared, weights: Tensor, scale: Tensor) -> None:
         """The sums over rows of weights times scale times [(z - centre)^2, z - centre, 1]."""
-        features = prepared[0].mul_(scale.reshape(-1, 1))
+        scale = scale.reshape(-1, 1)
+        features = prepared[0].mul_(scale).masked_fill_(scale == 0, 0.0)  # of a row infinitely far away they are NaN
         # A product of narrow matrices adds its rows up one after the other: not too many of them in float32.
         for some, of_them in zip(weights.flatten(0, 1).split(ROWS_IN_FLOAT32), features.split(ROWS_IN_FLOAT32)):
             self.moments += some.T @ of_them

@@ -22,13 +22,14 @@ class Pairs:
         self.z, mu, logvar = (tensor.to(dtype).t().contiguous() for tensor in (z, mu, logvar))
         rows, batch, self.first, self.own = z.shape[0], mu.shape[1], first, slice(first, first + z.shape[0])
         self.scale, self.log_scale = pairwise.scales(logvar)
-        constants = self.log_scale.sum(0)
         self.wide_scale = self.scale.unsqueeze(1)
         self.t = torch.sub(self.z.unsqueeze(2), mu.unsqueeze(1)).mul_(self.wide_scale)
         self.own_squares = self.t.diagonal(first, 1, 2).square()
-        exponent = torch.addcmul(self.own_squares.unsqueeze(2), self.t, self.t, value=-1)
-        self.joint = pairwise.exp_((constants - constants[self.own].unsqueeze(1)).add_(exponent.sum(0)))
-        self.marginal = pairwise.exp_(exponent).mul_(self.wide_scale)
+        apart = self.log_scale.unsqueeze(1) - self.log_scale[:, self.own].unsqueeze(2)
+        exponent = apart.add_(self.own_squares.unsqueeze(2)).addcmul_(self.t, self.t, value=-1)
+        pairwise.finite_(self.t)
+        self.joint = pairwise.exp_(exponent.sum(0))
+        self.marginal = pairwise.exp_(exponent)
         self.weights = pairwise.sample_weights(batch, dataset_size, stratified)
         if stratified:
             matrix = torch.ones_like(self.joint)
@@ -43,8 +44,8 @@ class Pairs:
 def forward(pairs: Pairs) -> list[Tensor] | None:
     """As `_pairwise_normal.forward`; None where a row is far from its own posterior."""
     marginal, joint = pairs.marginal.sum(2), pairs.joint.sum(1)
-    log_scale = pairs.log_scale[:, pairs.own]
-    three = pairwise.parts(pairs.weights, pairs.z, pairs.own_squares, log_scale, marginal.log(), joint.log())
+    origins = pairs.own_squares - pairs.log_scale[:, pairs.own]
+    three = pairwise.parts(pairs.weights, pairs.z, origins, marginal.log(), joint.log(), torch.zeros_like(origins))
     return [*three, joint, marginal.t().contiguous()] if three[1].sum().isfinite() else None
 
 

@@ -38,8 +38,8 @@ def prepare(z, logvar, logits, means, logvars, scale_tril, form):
     data = max(logits.shape[0], means.shape[0])
     kind, mixture = Differences if scale_tril is None else Full, Mixture(logits, means, logvars, scale_tril)
     part = kind(mixture, arguments.EVERYTHING, form, dtype)
-    variance = None if logvar is None else sweeps.by_datum(logvar.to(dtype).exp(), data)
-    return part, part.prepare(sweeps.by_datum(z.to(dtype), data), variance, arguments.EVERYTHING)
+    logvar = None if logvar is None else sweeps.by_datum(logvar.to(dtype), data)
+    return part, part.prepare(sweeps.by_datum(z.to(dtype), data), logvar, arguments.EVERYTHING)
 
 
 def joint_of(part, prepared) -> Tensor:
@@ -161,8 +161,8 @@ def at_once(weights_of, z, logvar, logits, means, logvars, scale_tril, form) -> 
     """
     part, prepared = prepare(z, logvar, logits, means, logvars, scale_tril, form)
     weights = weights_of(part, prepared)
-    dz, dvariance, dmeans, dspread = part.gradients(prepared, weights)
-    dlogvar = None if logvar is None else joined(dvariance) * logvar.to(part.dtype).exp()
+    dz, dlogvar, dmeans, dspread = part.gradients(prepared, weights)
+    dlogvar = None if logvar is None else joined(dlogvar)
     dlogvars, dscale_tril = (dspread, None) if scale_tril is None else (None, dspread)
     dlogits = joined(weights).sum(0, keepdim=True) if logits.shape[0] == 1 else weights.sum(0)
     return [joined(dz), dlogvar, dlogits, dmeans, None if logvars is None else dlogvars, dscale_tril]

@@ -103,8 +103,8 @@ class Sweep:
                 yield samples, data
 
     def prepare(self, part, samples: slice, data: slice, for_gradient: bool = False):
-        variance = None if self.logvar is None else self.logvar[samples, data].to(self.dtype).exp()
-        return part.prepare(self.z[samples, data].to(self.dtype), variance, data, for_gradient)
+        logvar = None if self.logvar is None else self.logvar[samples, data].to(self.dtype)
+        return part.prepare(self.z[samples, data].to(self.dtype), logvar, data, for_gradient)
 
     def joint(self, part, prepared, data: slice) -> Tensor:
         """ln pi_k + ln N [S, B, k] of a block, in float64 where the part needs it."""
@@ -181,12 +181,15 @@ class Weights:
 
     def block(self, part, samples: slice, data: slice) -> tuple:
         """(prepared, weights [S, B, k], scale [S, B, 1]), for the gradients."""
+        scale = self.scale[samples, data]
         if self.kept is not None:
             prepared = self.sweep.prepare(part, samples, data, for_gradient=True)
-            return prepared, self.kept[samples, data, part.components], self.scale[samples, data]
-        prepared = self.sweep.prepare(part, samples, data)
-        weights = self.sweep.weights(self.sweep.joint(part, prepared, data), self.lp[samples, data])
-        return part.for_gradient(prepared), weights, self.scale[samples, data]
+            weights = self.kept[samples, data, part.components]
+        else:
+            prepared = self.sweep.prepare(part, samples, data)
+            weights = self.sweep.weights(self.sweep.joint(part, prepared, data), self.lp[samples, data])
+            prepared = part.for_gradient(prepared)
+        return prepared, weights.masked_fill(scale == 0, 0.0), scale  # of a row of no density they are NaN
 
 
 class ResponsibilityWeights:
@@ -196,11 +199,13 @@ class ResponsibilityWeights:
         self.sweep = sweep
         self.gradient, self.log_r = sweep.by_datum(dlog_r).to(sweep.dtype), sweep.by_datum(log_r)
         self.total = self.gradient.sum(-1, keepdim=True)
+        self.scale = (self.gradient != 0).any(-1, keepdim=True).to(sweep.dtype)
 
     def block(self, part, samples: slice, data: slice) -> tuple:
         prepared = self.sweep.prepare(part, samples, data, for_gradient=True)
         at, total = (samples, data, part.components), self.total[samples, data]
-        return prepared, self.gradient[at] - self.log_r[at].exp() * total, torch.ones_like(total)
+        weights = self.gradient[at] - (self.log_r[at].exp() * total).masked_fill_(total == 0, 0.0)
+        return prepared, weights, self.scale[samples, data]
 
 
 def gradient_buffers(mixture, dtype: torch.dtype) -> list[Tensor]:
@@ -217,7 +222,7 @@ def gradients(
     weights [I, K], dmeans, and dlogvars or dscale_tril if there."""
     dlogits, *others = buffers or [None]
     parameters, shared = bool(buffers), sweep.mixture.logits.shape[0] == 1
-    dz, dvariance = (
+    dz, dlogvar = (
         torch.zeros_like(sweep.z, dtype=sweep.dtype) if wanted else None
         for wanted in (data, data and sweep.logvar is not None)
     )
@@ -229,8 +234,8 @@ def gradients(
             if data:
                 found = part.data_gradient(prepared, block, scale)
                 dz[samples, rows] += found[0]
-                if dvariance is not None:
-                    dvariance[samples, rows] += found[1]
+                if dlogvar is not None:
+                    dlogvar[samples, rows] += found[1]
             if parameters:
                 part.add(prepared, block, scale)
                 if not shared:
@@ -238,8 +243,8 @@ def gradients(
         if parameters:
             part.finish()
     results = [dz.flatten(0, 1)] if data else []
-    if dvariance is not None:
-        results.append(dvariance.mul_(sweep.logvar.to(sweep.dtype).exp()).flatten(0, 1))
+    if dlogvar is not None:
+        results.append(dlogvar.flatten(0, 1))
     return results
 
 

@@ -2,9 +2,9 @@
 
 A block is [D, rows, columns] of (d, i, j), so that the joint is a sum over the first dimension and what one of the
 others is summed over lies next to it. With s = exp(-logvar / 2) / sqrt 2 and t = (z - mu) s a density is
-s exp(-t^2) / sqrt pi: only z - mu, t and one exponential are taken for each (i, j, d). Exponents are relative to row
-i's own posterior, from which z_i is drawn: its term is 1, and sums need no running maximum. Where z_i lies so far from
-its own posterior that this overflows, the nearest at each d takes its place.
+exp(ln s - t^2) / sqrt pi: only z - mu, t and one exponential are taken for each (i, j, d). Exponents are relative to
+row i's own posterior, from which z_i is drawn: its term is 1, and sums need no running maximum. Where z_i lies so far
+from its own posterior that this overflows, the densest at each d takes its place.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ BLOCK = 65536  # elements: what is done once a block costs little beside them, a
 MOST_COLUMNS = 256
 # Exponents below have exponentials that change nothing, and might be subnormal, which would take 50 times as long.
 NEGLIGIBLE = {torch.float32: -60.0, torch.float64: -300.0}
+MOST_LOG_SCALE = {torch.float32: 88.0, torch.float64: 709.0}  # s stays finite: infinity times 0 would be NaN
 
 
 class Weights(NamedTuple):
@@ -40,9 +41,16 @@ def sample_weights(batch: int, dataset_size: int, stratified: bool) -> Weights:
 
 
 def scales(logvar: Tensor) -> tuple[Tensor, Tensor]:
-    """(s, ln s), the latter exact also where s underflows."""
+    """(s, ln s), the latter exact also where s underflows or is bounded."""
     half = logvar * -0.5
-    return half.exp().mul_(math.sqrt(0.5)), half.sub_(0.5 * math.log(2.0))
+    scale = half.clamp(max=MOST_LOG_SCALE[half.dtype]).exp_().mul_(math.sqrt(0.5))
+    return scale, half.sub_(0.5 * math.log(2.0))
+
+
+def finite_(t: Tensor) -> Tensor:
+    """What is infinitely far away has weight 0, and the product of both would be NaN."""
+    most = torch.finfo(t.dtype).max
+    return t.clamp_(-most, most)
 
 
 def exp_(exponent: Tensor) -> Tensor:
@@ -59,7 +67,6 @@ class Sweep:
         self.weights = sample_weights(self.batch, dataset_size, stratified)
         self.z, self.mu = z.t().contiguous(), mu.t().contiguous()
         self.scale, self.log_scale = scales(logvar.t().contiguous())
-        self.constants = self.log_scale.sum(0)
         self.first, self.own = first, slice(first, first + self.rows)
         self.own_squares = (self.z - self.mu[:, self.own]).mul_(self.scale[:, self.own]).square_()
         dims = max(1, self.z.shape[0])
@@ -83,6 +90,12 @@ class Sweep:
         torch.sub(self.z[:, rows, None], self.mu[:, None, columns], out=out)
         return out.mul_(self.scale[:, None, columns])
 
+    def exponent(self, t: Tensor, columns: slice, origins: Tensor) -> Tensor:
+        """ln s - t^2 + origin of a block; origins [D, rows] are minus the exponents that a row's are relative to."""
+        out = self.buffers[1][: t.numel()].view(t.shape)
+        torch.add(origins.unsqueeze(2), self.log_scale[:, None, columns], out=out)
+        return out.addcmul_(t, t, value=-1)
+
     def special(self, rows: slice, columns: slice) -> list[tuple[tuple[slice, slice], bool]]:
         """The parts of a block whose diagonals are some rows' own posteriors (True) or the next ones."""
         parts = []
@@ -96,21 +109,16 @@ class Sweep:
                 parts.append(((of_rows, of_columns), is_own))
         return parts
 
-    def joint_term(self, exponent: Tensor, columns: slice, shift: Tensor) -> Tensor:
-        """[rows, columns] prod_d s exp(exponent_d), divided by exp(shift)."""
-        return exp_((self.constants[columns] - shift.unsqueeze(1)).add_(exponent.sum(0)))
-
-    def sums(self, rows: slice, squares: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """(sum_j w s exp(squares - t^2) [D, rows], sum_j w exp(sum_d (squares - t^2) + constant_j - shift) [rows]), the
-        weights in multiples of the base."""
+    def sums(self, rows: slice, origins: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """(sum_j w exp(exponent) [D, rows], sum_j w exp(sum_d exponent - shift) [rows]), the weights in multiples of
+        the base."""
         weights = self.weights
         marginal = self.z.new_zeros(self.z.shape[0], rows.stop - rows.start)
         joint = self.z.new_zeros(rows.stop - rows.start)
         for columns in self.column_blocks():
-            t = self.scaled(rows, columns)
-            exponent = torch.addcmul(squares[:, :, None], t, t, value=-1, out=t)
-            total = self.joint_term(exponent, columns, shift)
-            exp_(exponent).mul_(self.scale[:, None, columns])
+            exponent = self.exponent(self.scaled(rows, columns), columns, origins)
+            total = exp_(exponent.sum(0).sub_(shift.unsqueeze(1)))
+            exp_(exponent)
             if weights.stratified:
                 for at, is_own in self.special(rows, columns):
                     weight = weights.own if is_own else weights.following
@@ -121,52 +129,51 @@ class Sweep:
         return marginal, joint
 
     def references(self, far: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(squares [D, n], shift [n]) for `sums`: those of the own posterior, or for rows that are `far` from it the
-        least square at each d and the most joint, so that no exponential overflows."""
-        squares, shift = self.own_squares.clone(), self.constants[self.own].clone()
+        """(origins [D, n], shift [n]) for `sums`: those of the own posterior, or for rows that are `far` from it those
+        of the densest at each d and jointly, so that no exponential overflows."""
+        most = torch.finfo(self.dtype).max
+        origins = self.own_squares.clamp(max=most) - self.log_scale[:, self.own]
+        shift = torch.zeros_like(origins[0])
         for rows in self.row_blocks():
             if far is None or not far[rows].any():
                 continue
-            least = [self.scaled(rows, columns).square_().amin(2) for columns in self.column_blocks()]
-            squares[:, rows] = torch.where(far[rows], torch.stack(least).amin(0), squares[:, rows])
-            joint = []
+            densest, joint = [], []
             for columns in self.column_blocks():
                 t = self.scaled(rows, columns)
-                exponent = torch.addcmul(squares[:, rows, None], t, t, value=-1, out=t).sum(0)
-                joint.append(exponent.add_(self.constants[columns]).amax(1))
+                densest.append(self.exponent(t, columns, torch.zeros_like(origins[:, rows])).amax(2))
+            origins[:, rows] = torch.where(far[rows], -torch.stack(densest).amax(0), origins[:, rows])
+            for columns in self.column_blocks():
+                joint.append(self.exponent(self.scaled(rows, columns), columns, origins[:, rows]).sum(0).amax(1))
             shift[rows] = torch.where(far[rows], torch.stack(joint).amax(0), shift[rows])
-        return squares, shift
+        return origins, shift
 
 
 def forward(sweep: Sweep) -> list[Tensor]:
     """[mutual information, total correlation, dimension-wise KL [n], and for `gradients` the sums: the joint's [n],
     with the sign turned where rows are far from their own posterior, and the marginals' [n, D]]."""
-    squares, shift = sweep.references()
-    marginal, joint = torch.empty_like(squares), torch.empty_like(shift)
+    origins, shift = sweep.references()
+    marginal, joint = torch.empty_like(origins), torch.empty_like(shift)
     for rows in sweep.row_blocks():
-        marginal[:, rows], joint[rows] = sweep.sums(rows, squares[:, rows], shift[rows])
+        marginal[:, rows], joint[rows] = sweep.sums(rows, origins[:, rows], shift[rows])
     most = torch.finfo(sweep.dtype).max
     far = ~((marginal > 0).all(0) & (marginal <= most).all(0) & (joint > 0) & (joint <= most))
     if far.any():
-        squares, shift = sweep.references(far)
+        origins, shift = sweep.references(far)
         for rows in sweep.row_blocks():
             if far[rows].any():
-                marginal[:, rows], joint[rows] = sweep.sums(rows, squares[:, rows], shift[rows])
-    off = sweep.own_squares - squares  # 0 but where rows are far
-    log_joint = joint.log().add_(shift - sweep.constants[sweep.own]).add_(off.sum(0))
-    log_scale = sweep.log_scale[:, sweep.own]
-    three = parts(sweep.weights, sweep.z, sweep.own_squares, log_scale, marginal.log().add_(off), log_joint)
+                marginal[:, rows], joint[rows] = sweep.sums(rows, origins[:, rows], shift[rows])
+    off = sweep.own_squares - (origins + sweep.log_scale[:, sweep.own])  # rounding, but where rows are far
+    three = parts(sweep.weights, sweep.z, origins, marginal.log(), joint.log().add_(shift), off)
     return [*three, torch.where(far, -joint, joint), marginal.t().contiguous()]
 
 
-def parts(weights: Weights, z: Tensor, own_squares: Tensor, log_scale: Tensor, log_marginal: Tensor, log_joint: Tensor):
-    """The three, of logarithms of sums relative to the own posterior's density, which is what the differences are
-    about: nothing large cancels. All but log_joint [n] are [D, n]."""
-    relative = (log_marginal - log_scale).add_(weights.log_base).sum(0)
-    relative_joint = log_joint + weights.log_base
-    prior = (0.5 * z.square()).sub_(own_squares).add_(log_scale).sum(0)
-    dimension_wise = (relative + prior).add_(z.shape[0] * 0.5 * math.log(2.0))
-    return [-relative_joint, relative_joint - relative, dimension_wise]
+def parts(weights: Weights, z: Tensor, origins: Tensor, log_marginal: Tensor, log_joint: Tensor, off: Tensor):
+    """The three, of logarithms of sums relative to the same origins, so that nothing large cancels; `off` is how far
+    these are from the own posterior's. All but log_joint [n] are [D, n]."""
+    joint, marginal = log_joint + weights.log_base, log_marginal + weights.log_base
+    against_prior = (0.5 * z.square()).sub_(origins).add_(marginal).sum(0)
+    dimension_wise = against_prior.add_(z.shape[0] * 0.5 * math.log(2.0))
+    return [-joint - off.sum(0), joint - marginal.sum(0), dimension_wise]
 
 
 def gradients(sweep: Sweep, coefficients: list[Tensor], joint_sum: Tensor, marginal_sum: Tensor):
@@ -174,9 +181,10 @@ def gradients(sweep: Sweep, coefficients: list[Tensor], joint_sum: Tensor, margi
 
     The exponents are those of the forward pass to the last bit, so that a posterior alone has a share of exactly 1."""
     own, joint, marginal, prior = coefficients
-    squares, shift = sweep.references(joint_sum < 0)
-    joint = (joint / joint_sum.abs()).unsqueeze(1)
-    marginal = (marginal / marginal_sum.t()).unsqueeze(2)
+    origins, shift = sweep.references(joint_sum < 0)
+    # A row of weight 0 has no gradient, though it lies infinitely far from all posteriors.
+    marginal = (marginal / marginal_sum.t()).masked_fill_(marginal == 0, 0.0).unsqueeze(2)
+    joint = (joint / joint_sum.abs()).masked_fill_(joint == 0, 0.0).unsqueeze(1)
     weights = sweep.weights
     dz = torch.zeros_like(sweep.z)
     count, first, second = (torch.empty_like(sweep.mu) for _ in range(3))
@@ -185,12 +193,10 @@ def gradients(sweep: Sweep, coefficients: list[Tensor], joint_sum: Tensor, margi
         blocks = sweep.row_blocks()
         totals = [sweep.buffer(i, blocks[0], columns).zero_() for i in (2, 3, 4)]
         for rows in blocks:
-            t = sweep.scaled(rows, columns)
-            weight = sweep.buffer(1, rows, columns)
-            torch.addcmul(squares[:, rows, None], t, t, value=-1, out=weight)
-            of_joint = sweep.joint_term(weight, columns, shift[rows]).mul_(joint[rows])
-            exp_(weight).mul_(sweep.scale[:, None, columns])
-            torch.addcmul(of_joint, weight, marginal[:, rows], out=weight)
+            t = finite_(sweep.scaled(rows, columns))
+            weight = sweep.exponent(t, columns, origins[:, rows])
+            of_joint = exp_(weight.sum(0).sub_(shift[rows].unsqueeze(1))).mul_(joint[rows])
+            torch.addcmul(of_joint, exp_(weight), marginal[:, rows], out=weight)
             for at, is_own in sweep.special(rows, columns):
                 diagonal = (
                     weight[(slice(None), *at)].diagonal(0, 1, 2).mul_(weights.own if is_own else weights.following)

@@ -47,8 +47,8 @@ def _backward(
     if z.shape[0] == 0:
         return [torch.zeros_like(tensor) for tensor in (z, mu, logvar)]
     coefficients = [tensor.to(joint_sum.dtype) for tensor in coefficients_of(dmutual, dtotal, ddimension)]
-    # A sum with its sign turned, of a row far from its own posterior, takes the sweep.
-    few = z.numel() * mu.shape[0] <= few_pairs.MOST and not (joint_sum < 0).any()
+    # A sum with its sign turned, of a row far from its own posterior, takes the sweep, and so does one that is NaN.
+    few = z.numel() * mu.shape[0] <= few_pairs.MOST and (joint_sum > 0).all()
     way, pairs = (few_pairs, few_pairs.Pairs) if few else (pairwise, pairwise.Sweep)
     prepared = pairs(z, mu, logvar, first, dataset_size, stratified)
     found = way.gradients(prepared, coefficients, joint_sum, marginal_sum)
@@ -79,7 +79,8 @@ def _gradients(z, mu, logvar, first, dataset_size, stratified, dmutual, dtotal, 
     is_own = torch.arange(mu.shape[0], device=z.device) == torch.arange(z.shape[0], device=z.device)[:, None] + first
     share = (share + is_own * own.unsqueeze(1)).unsqueeze(-1)
     share = share + torch.softmax(log_weights.unsqueeze(-1) + terms, 1) * marginal[:, None, None]
-    dmean, dlogvar = (share * term for term in reference.normal_terms_gradient(z.unsqueeze(1), mu, logvar))
+    terms = reference.normal_terms_gradient(z.unsqueeze(1), mu, logvar)
+    dmean, dlogvar = (reference.weighted(share, term) for term in terms)
     dz = prior.unsqueeze(1) * z - dmean.sum(1)
     return [g.to(tensor.dtype) for g, tensor in zip((dz, dmean.sum(0), dlogvar.sum(0)), inputs)]
 

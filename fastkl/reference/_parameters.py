@@ -129,8 +129,8 @@ def standardise(difference: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
 
 def weighted(weight: Tensor, values: Tensor) -> Tensor:
     """weight * values, where the values that have overflowed are 0 under a weight of 0. Differentiable in both."""
-    largest = torch.full_like(weight, float("inf")).masked_fill(weight == 0, torch.finfo(values.dtype).max)
-    return weight * torch.maximum(torch.minimum(values, largest), -largest)
+    most = torch.finfo(values.dtype).max
+    return weight * torch.where(weight == 0, values.clamp(-most, most), values)
 
 
 def sum_event(values: Tensor, event_ndim: int) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkl.reference._parameters import compute_dtype
+from fastkl.reference._parameters import compute_dtype, standardise
 from fastkl.reference.likelihoods import normal_log_prob
 
 
@@ -47,8 +48,10 @@ def total_correlation(z, mu, logvar, dataset_size, *, weights="mss", first=0) ->
         return Decomposition(*[(z + mu[:0] + logvar[:0]).sum(1)] * 3)
     like = {"dtype": dtype, "device": z.device}
     log_weights = sample_weights(z.shape[0], mu.shape[0], dataset_size, weights, first=first, **like).log()
-    each = (tensor.unsqueeze(-1) for tensor in (z.unsqueeze(1), mu, logvar))
-    terms = normal_log_prob(*each, event_ndim=1)  # [n, B, D]
+    # Finite distances: infinity times a share of 0 would be NaN.
+    most = 0.25 * torch.finfo(dtype).max
+    distance = standardise(z.unsqueeze(1) - mu, logvar)[0].clamp(-most, most)
+    terms = -0.5 * (math.log(2 * math.pi) + logvar + distance.square())  # [n, B, D]
     joint = torch.logsumexp(log_weights + terms.sum(-1), 1)
     marginals = torch.logsumexp(log_weights.unsqueeze(-1) + terms, 1).sum(-1)
     own = slice(first, first + z.shape[0])
