@@ -85,15 +85,19 @@ def test_a_prior_begins_though_the_last_step_of_the_warm_up_is_skipped(tmp_path,
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build has no torch.distributed")
 def test_two_processes_do_what_one_with_their_batch_does(tmp_path):
     same = (*SMALL, *WARM, *BARE, "--schedule", "constant", "--log-every", "1", "--noise", "datum")
-    names = [name for name in PRIORS if name != "flow" or find_spec("zuko")]
-    done = torchrun_each(tmp_path / "two", {name: (*same, *PRIORS[name], "--batch-size", "32") for name in names})
+    # Two components: after five steps the centres of more lie so close together that rounding decides which of them is
+    # the nearest to a datum, and the fit begins with another share of the data.
+    few = {name: ("--components", "2") if name in FITTED else () for name in PRIORS}
+    options = {
+        name: (*same, *given, *few[name]) for name, given in PRIORS.items() if name != "flow" or find_spec("zuko")
+    }
+    done = torchrun_each(tmp_path / "two", {name: (*given, "--batch-size", "32") for name, given in options.items()})
     assert done.returncode == 0, done.stderr
-    for name in names:
-        assert train(tmp_path / "one" / name, *same, *PRIORS[name], "--batch-size", "64") == 0
+    for name, given in options.items():
+        assert train(tmp_path / "one" / name, *given, "--batch-size", "64") == 0
         two, one = (checkpoint.load(tmp_path / folder / name) for folder in ("two", "one"))
         losses = [torch.tensor(state["history"]["train"], dtype=torch.float64) for state in (two, one)]
-        # The fit, by squares of differences of nearly equal means, turns rounding of 1e-7 into a little more.
-        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-5)
         assert set(two["model"]) == set(one["model"])
 
 
