@@ -25,7 +25,8 @@ class DiagonalNormal:
     """q = N(mu, diag sigma^2): what an encoder puts out, with the ops as methods.
 
     Args:
-        mu, logvar: mean and log-variance (or what `scale` says); they broadcast.
+        mu, logvar: mean and log-variance (or what `scale` says); they broadcast. logvar may be a number, which is taken
+            in mu's dtype, as torch.full_like takes it.
         event_ndim: how many of the last dimensions are one datum; default every dimension after the first, whatever the
             rank, so that there is one KL per datum for [N, D], [N, T, D], [N, C, H, W] and [N, C, T, H, W] alike.
         scale: "logvar", "log_std", "std" or "softplus".
@@ -53,12 +54,14 @@ class DiagonalNormal:
     packed_dim: int | None  # of a head, counted from the end
 
     def __init__(
-        self, mu: Tensor | None = None, logvar: Tensor | None = None, *, event_ndim: int | None = None,
+        self, mu: Tensor | None = None, logvar: Tensor | float | None = None, *, event_ndim: int | None = None,
         scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
         tensors: tuple[Tensor, ...] | None = None, packed_dim: int | None = None,
     ) -> None:  # fmt: skip
         if tensors is None:  # else the fields of another one are handed back, as by dataclasses.replace
-            _check_given(mu=mu, logvar=logvar)
+            (parameter,) = arguments.as_tensors(mu, logvar)
+            _check_given(mu=mu, logvar=parameter)
+            logvar = parameter if parameter is logvar else parameter.to(mu.dtype)
             shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
             tensors = tuple(t if t.dim() == len(shape) else t[(None,) * (len(shape) - t.dim())] for t in (mu, logvar))
             event_ndim = _check(shape, event_ndim, scale, bounds)

@@ -102,10 +102,11 @@ differentiable(
 
 
 def kl_normal_packed(
-    head: Tensor, dim: int, prior_mu: Tensor | None = None, prior_logvar: Tensor | None = None, *,
+    head: Tensor, dim: int, prior_mu: Tensor | float | None = None, prior_logvar: Tensor | float | None = None, *,
     event_ndim: int, scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """kl_normal(*head.chunk(2, dim), ...) whose gradient is one packed tensor, written by the kernel itself."""
+    prior_mu, prior_logvar = arguments.as_tensors(head, prior_mu, prior_logvar)
     arguments.check_tensors(head=head, prior_mu=prior_mu, prior_logvar=prior_logvar)
     dim = arguments.check_packed(head, dim)
     half = head.chunk(2, dim)[0]

@@ -99,8 +99,9 @@ differentiable(
 
 
 def kl_normal_per_dim(
-    mu: Tensor, logvar: Tensor, prior_mu: Tensor | None = None, prior_logvar: Tensor | None = None, *,
-    event_ndim: int = 1, scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
+    mu: Tensor, logvar: Tensor | float, prior_mu: Tensor | float | None = None,
+    prior_logvar: Tensor | float | None = None, *, event_ndim: int = 1, scale: str = "logvar",
+    bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """KL divergence from a diagonal Gaussian to N(0, I) or to another one, in nats, one batch mean per dimension.
 
@@ -111,10 +112,10 @@ def kl_normal_per_dim(
 
     Args:
         mu: mean of q, [*batch, *event].
-        logvar: ln sigma^2 of q, or what `scale` says; broadcasts with mu.
+        logvar: ln sigma^2 of q, or what `scale` says; broadcasts with mu; or a number.
         prior_mu, prior_logvar: mean and log-variance of p (always the log-variance, whatever `scale` is); absent
-            (N(0, I)), of the full shape, or shared by the batch ([*event], [1, *event]), whose gradient is then summed
-            over the batch inside the kernel.
+            (N(0, I)), of the full shape, a number, or shared by the batch ([*event], [1, *event]), whose gradient is
+            then summed over the batch inside the kernel.
         event_ndim: how many of the last dimensions are kept; the mean is over all dimensions before them.
         scale: what the second argument is: "logvar", "log_std", "std" or "softplus" (sigma = softplus of it).
         bounds: (low, high) clamps the log-variance in the same pass, with no gradient outside;

@@ -35,7 +35,7 @@ def _terms(mu: Tensor, logvar: Tensor | None, scales: tuple[float, ...]) -> Tens
 
 
 def mmd_normal(
-    mu: Tensor, logvar: Tensor | None = None, *,
+    mu: Tensor, logvar: Tensor | float | None = None, *,
     scales: Sequence[float] = reference.MMD_SCALES, estimator: str = "unbiased", group: ProcessGroup | None = None,
 ) -> Tensor:  # fmt: skip
     """Squared maximum mean discrepancy (MMD) to N(0, I) under the RBF kernel, without samples of N(0, I): one number.
@@ -50,7 +50,7 @@ def mmd_normal(
 
     Args:
         mu: points, or means of posteriors, [N, D] or [N, *event].
-        logvar: ln sigma^2 of the posteriors, broadcasts with mu; None: mu are points.
+        logvar: ln sigma^2 of the posteriors, broadcasts with mu, or a number; None: mu are points.
         scales: the s, each above 0.
         estimator: "unbiased" leaves the pairs of a point with itself out: an estimate for the distribution that the
             data come from, which can be below 0. "biased" keeps them: the squared MMD of the points' empirical
@@ -79,6 +79,7 @@ def mmd_normal(
     >>> fastkl.mmd_normal(mu, scales=[1.0])  # 1 - 2 (2/3) + 2/4
     tensor(0.1667)
     """
+    (logvar,) = arguments.as_tensors(mu, logvar)
     arguments.check_tensors(mu=mu, logvar=logvar)
     scales = _mmd.check_scales(scales)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar)

@@ -134,7 +134,7 @@ differentiable("total_correlation_fwd", _TotalCorrelation, same)
 
 
 def total_correlation(
-    z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, *, weights: str = "mss",
+    z: Tensor, mu: Tensor | float, logvar: Tensor | float, dataset_size: int, *, weights: str = "mss",
     group: ProcessGroup | None = None,
 ) -> Decomposition:  # fmt: skip
     """Estimates of the three parts of the KL to N(0, I): mutual information, total correlation, dimension-wise KL.
@@ -146,7 +146,7 @@ def total_correlation(
 
     Args:
         z: [N, D], row i drawn from posterior i; differentiable, as from `fastkl.rsample_normal`.
-        mu, logvar: mean and ln sigma^2 of the batch's posteriors; broadcast to z's shape.
+        mu, logvar: mean and ln sigma^2 of the batch's posteriors; broadcast to z's shape, or numbers.
         dataset_size: how many samples the data set has that the batch was drawn from.
         weights: "mss", minibatch stratified sampling: with M = N - 1 the own posterior weighs 1 / dataset_size, the
             next one (dataset_size - M) / (dataset_size M), the others 1 / M. "mws", minibatch weighted sampling:
@@ -172,6 +172,7 @@ def total_correlation(
     >>> fastkl.total_correlation(mu, mu, logvar, 2).mutual_information  # ln 2: z tells which of two it belongs to
     tensor([0.6931, 0.6931])
     """
+    mu, logvar = arguments.as_tensors(z, mu, logvar)
     arguments.check_tensors(z=z, mu=mu, logvar=logvar)
     if z.dim() != 2:
         raise ValueError(f"z must be [N, D], got shape {tuple(z.shape)}")

@@ -110,8 +110,9 @@ differentiable(
 
 
 def wasserstein2_normal(
-    mu: Tensor, logvar: Tensor, prior_mu: Tensor | None = None, prior_logvar: Tensor | None = None, *,
-    event_ndim: int = 1, scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
+    mu: Tensor, logvar: Tensor | float, prior_mu: Tensor | float | None = None,
+    prior_logvar: Tensor | float | None = None, *, event_ndim: int = 1, scale: str = "logvar",
+    bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """Squared 2-Wasserstein distance from a diagonal Gaussian to N(0, I) or to another one, one value per sample.
 
