@@ -60,7 +60,7 @@ class DiagonalNormal:
     ) -> None:  # fmt: skip
         if tensors is None:  # else the fields of another one are handed back, as by dataclasses.replace
             (parameter,) = arguments.as_tensors(mu, logvar)
-            _check_given(mu=mu, logvar=parameter)
+            arguments.check_tensors(mu=mu, logvar=parameter)
             logvar = parameter if parameter is logvar else parameter.to(mu.dtype)
             shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
             tensors = tuple(t if t.dim() == len(shape) else t[(None,) * (len(shape) - t.dim())] for t in (mu, logvar))
@@ -78,7 +78,7 @@ class DiagonalNormal:
         `kl`, `rsample` and `rsample_kl` read the halves where they lie, and their gradient is one packed tensor that
         the kernel writes itself: no copy, no concatenation.
         """
-        _check_given(head=head)
+        arguments.check_tensors(head=head)
         dim = arguments.check_packed(head, dim)
         event_ndim = _check(head.chunk(2, dim)[0].shape, event_ndim, scale, bounds)
         settings = {"event_ndim": event_ndim, "scale": scale, "bounds": bounds}
@@ -179,13 +179,6 @@ class DiagonalNormal:
 
     def __repr__(self) -> str:
         return f"DiagonalNormal(shape={tuple(self.shape)}, event_ndim={self.event_ndim})"
-
-
-def _check_given(**tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is None:
-            raise TypeError(f"{name} must be a torch.Tensor, got NoneType")
-    arguments.check_tensors(**tensors)
 
 
 def _check(shape: torch.Size, event_ndim: int | None, scale: str, bounds: Any) -> int:

@@ -242,3 +242,23 @@ def test_shapes_broadcast_as_torch_has_it():
                 arguments.broadcast_shape(**tensors)
         else:
             assert arguments.broadcast_shape(**tensors) == expected
+
+
+REQUIRED = {  # the tensors that an op cannot do without
+    "kl_normal": "mu logvar", "kl_normal_per_dim": "mu logvar", "wasserstein2_normal": "mu logvar",
+    "rsample_normal": "mu logvar", "rsample_kl": "mu logvar", "DiagonalNormal": "mu logvar",
+    "normal_log_prob": "x mean logvar", "bernoulli_log_prob": "logits x", "gumbel_softmax": "logits",
+    "gmm_log_prob": "z logits means", "gmm_responsibilities": "z logits means", "gmm_moments": "z logits means",
+    "kl_gmm": "mu logvar logits means", "kl_gmm_bounds": "mu logvar logits means", "rsample_gmm": "logits means",
+    "mmd": "x y", "mmd_normal": "mu", "sinkhorn_divergence": "x y", "iwae": "log_w", "weight_entropy": "log_w",
+    "kl_multivariate_normal": "loc_q scale_tril_q loc_p scale_tril_p",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", REQUIRED)
+def test_none_is_no_tensor(op):
+    names = REQUIRED[op].split()
+    given = {name: torch.ones(3) if name == "logits" and "means" in names else torch.ones(3, 3) for name in names}
+    for name in names:
+        with pytest.raises(TypeError, match=f"^{name} must be a torch.Tensor, got NoneType"):
+            getattr(fastkl, op)(**{**given, name: None})

@@ -26,11 +26,15 @@ def check_dense(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, got {found}")
 
 
+# Arguments that may be left out, wherever they are.
+OPTIONAL = frozenset({"prior_mu", "prior_logvar", "eps", "logvars", "scale_tril", "weights_x", "weights_y"})
+
+
 def check_tensors(**tensors: Tensor | None) -> None:
-    """Every argument is a dense floating-point tensor, and all are on one device."""
+    """Every argument is a dense floating-point tensor, or None if it is optional, and all are on one device."""
     first_name, first_device = "", None
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None and name in OPTIONAL:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")

@@ -80,7 +80,7 @@ def mmd_normal(
     tensor(0.1667)
     """
     (logvar,) = arguments.as_tensors(mu, logvar)
-    arguments.check_tensors(mu=mu, logvar=logvar)
+    arguments.check_tensors(mu=mu, **({} if logvar is None else {"logvar": logvar}))
     scales = _mmd.check_scales(scales)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
     arguments.check_choice("estimator", estimator, reference.MMD_ESTIMATORS)
