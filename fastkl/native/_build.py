@@ -124,17 +124,8 @@ def _sweep(cache: Path) -> None:
 def _compile(source: Path, options: tuple[str, ...], path: Path) -> None:
     with _scratch(dir=path.parent, prefix=".build-") as scratch:
         made = Path(scratch) / "library.so"
-        command = [
-            *_compiler(),
-            *FLAGS,
-            *options,
-            "-shared",
-            str(source),
-            str(SOURCES / BOUNDS),
-            "-o",
-            str(made),
-            "-lm",
-        ]
+        sources = [str(source), str(SOURCES / BOUNDS)]
+        command = [*_compiler(), *FLAGS, *options, "-shared", *sources, "-o", str(made), "-lm"]
         done = _run(command, env={**os.environ, "TMPDIR": scratch})  # its own files go with the others
         if done.returncode:
             raise OSError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")

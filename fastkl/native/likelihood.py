@@ -21,7 +21,7 @@ def _make(key: tuple, name: str, density: int, spread: int, event_ndim: int, lik
 
 
 def _rows(like: Tensor, event_ndim: int):
-    """What takes a value for each row, which is allocated when it is known that there is a plan."""
+    """As `_by_rows`, of the values that a call allocates once it has a plan: they lie side by side."""
     return None, like.new_empty((*like.shape[: like.dim() - event_ndim], *[1] * event_ndim)).stride()
 
 

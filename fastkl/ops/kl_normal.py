@@ -84,14 +84,14 @@ class _KLNormal(torch.autograd.Function):
         prior = [] if prior_mu is None else [prior_mu, prior_logvar]
         gradients = _differentiate(dkl, q, prior, ctx.settings, any(ctx.needs_input_grad[2:4]))
         dq, dprior = gradients[: len(q)], gradients[len(q) :]
-        return (*dq, *[None] * (2 - len(dq)), *dprior, *[None] * (2 - len(dprior)), *[None] * len(ctx.settings))
+        return (*arguments.padded(dq), *arguments.padded(dprior), *[None] * len(ctx.settings))
 
     @staticmethod
     def vmap(info, in_dims, mu, parameter, prior_mu, prior_logvar, packed_dim, event_ndim, *settings):
         q = arguments.batch_first_all((mu, parameter), in_dims, info.batch_size)
         shape = unpack(q, packed_dim + 1)[0].shape
         prior = arguments.batch_first_prior((prior_mu, prior_logvar), in_dims[2:4], shape, event_ndim)
-        return apply(_KLNormal, *q, *[None] * (2 - len(q)), *prior, packed_dim + 1, event_ndim, *settings), 0
+        return apply(_KLNormal, *arguments.padded(q), *prior, packed_dim + 1, event_ndim, *settings), 0
 
 
 differentiable(

@@ -128,7 +128,7 @@ class _RsampleKL(torch.autograd.Function):
         if ctx.needs_input_grad[4] and dz is not None:
             deps = sampling.noise_gradient(dz, q, packed_dim, eps, scale, arguments.as_bounds(*bounds))
         padding = [None] * (1 + len(ctx.settings))
-        return (*dq, *[None] * (2 - len(dq)), *dprior, *[None] * (2 - len(dprior)), deps, *padding)
+        return (*arguments.padded(dq), *arguments.padded(dprior), deps, *padding)
 
     @staticmethod
     def vmap(

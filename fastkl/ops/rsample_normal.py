@@ -87,7 +87,7 @@ class _RsampleNormal(torch.autograd.Function):
         deps = None
         if ctx.needs_input_grad[2]:
             deps = sampling.noise_gradient(dz, q, packed_dim, eps, scale, arguments.as_bounds(*bounds))
-        return (*dq, *[None] * (2 - len(dq)), deps, *[None] * (1 + len(ctx.settings)))
+        return (*arguments.padded(dq), deps, *[None] * (1 + len(ctx.settings)))
 
     @staticmethod
     def vmap(info, in_dims, mu, parameter, eps, seed, num_samples, packed_dim, *settings):
