@@ -20,7 +20,7 @@ import torch
 
 from bench.timing import Contender
 
-WARM = 3  # steps before a capture: compiled, recorded and replayed
+WARM = 2  # steps before a capture: compiled
 FLUSHED = 256 << 20  # bytes, at least four times the L2 cache
 FEWEST = 3  # rounds, where a step is long
 

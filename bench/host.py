@@ -2,8 +2,8 @@
 
     python -m bench.host --out host.csv
 
-Each op's smallest case: the formula that people write, fastkl, and fastkl without its shortcuts (the repeated launch of
-a kernel, the short way of a usual call). Contenders take turns; medians of the rounds.
+Each op's smallest case: the formula that people write, fastkl, and fastkl without its shortcuts (the short way of a
+usual call). Contenders take turns; medians of the rounds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ DEVICE = "cuda" if CUDA else "cpu"
 OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
 # (module, name, what to put there): shortcuts that a version of fastkl may have.
 SHORTCUTS = [
-    ("fastkl.kernels._launch", "REPLAYABLE", False),
     ("fastkl.ops._short", "find", lambda *args, **settings: None),
 ]
 COLUMNS = ["card", "op", "case", "contender", "host_us", "times_eager", "note"]
@@ -66,7 +65,7 @@ def measure(steps: dict[str, Callable[[], object]], rounds: int, calls: int) -> 
     for number in range(rounds + 1):
         for name, step in steps.items():
             with long_way() if "long way" in name else contextlib.nullcontext():
-                spent = microseconds(step, calls if number else 4)  # first: compiled, recorded and replayed
+                spent = microseconds(step, calls if number else 4)  # first: compiled
             if number:
                 found[name].append(spent)
     return {name: statistics.median(values) for name, values in found.items()}

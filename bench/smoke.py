@@ -3,7 +3,7 @@
     python -m bench.smoke --out smoke.jsonl --jobs 16 --seconds 100
     python -m bench.smoke --only rsample_kl           # the calls whose name contains it, in this process
 
-Each call is made in float32 and bfloat16, four times (alike to the last bit: the later ones may be replayed). On a GPU
+Each call is made in float32 and bfloat16, four times (alike to the last bit). On a GPU
 no call may wait for the device, and a step is captured in a CUDA graph whose replays follow new inputs; with a second
 GPU, tensors on it give the same. Several processes take the calls in turn; one that a fault of the device has spoilt is
 started anew. A line for each call says ok or FAIL; the exit status is 1 where one has failed.

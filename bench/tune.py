@@ -84,6 +84,8 @@ def table_of(op: str) -> dict[Any, tuple[int, ...]]:
 
 def rank(op: str, dtype: torch.dtype, tiles: list[tuple[int, int]], target: str) -> list[tuple]:
     """(spills, seconds for each element both ways, tile, {direction: Code}), the best first: an estimate."""
+    from fastkl.kernels._launch import forget
+
     table, results = table_of(op), []
     before = table[dtype.itemsize]
     for tile in tiles:
@@ -98,14 +100,6 @@ def rank(op: str, dtype: torch.dtype, tiles: list[tuple[int, int]], target: str)
     forget()
     # Of equals the one that is there already.
     return sorted(results, key=lambda result: (result[0] > 0, round(result[1] * 1e15), result[2] != before))
-
-
-def forget() -> None:
-    """What launchers have recorded of launches with another tile."""
-    for module in [module for name, module in sys.modules.items() if name.startswith("fastkl.kernels.")]:
-        for launcher in vars(module).values():
-            if hasattr(launcher, "plans"):
-                launcher.plans.clear()
 
 
 def written(source: str, best: Best) -> str:

@@ -14,6 +14,7 @@ from bench import device, tune, workers
 from bench.bench_gmm_log_prob import inputs
 from bench.gpu import card, release
 from bench.timing import Contender
+from fastkl.kernels import _launch
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -87,7 +88,7 @@ class Tuning:
             times = device.measure(turns, self.flush, 3 if self.small else 15, 3.0)
         finally:
             table[key] = before
-            tune.forget()
+            _launch.forget()
             release()
         rows, sums = [], {}
         for tile in dict.fromkeys(tile for tile, _ in times):
@@ -122,7 +123,7 @@ def with_tile(table: dict, key: Any, tile: tuple[int, ...], call: tuple[Callable
 
     def run(which: Callable) -> Any:
         table[key] = tile
-        tune.forget()
+        _launch.forget()
         return which()
 
     return Contender(lambda: run(call[0]), lambda _: run(call[1]))

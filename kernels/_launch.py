@@ -1,162 +1,76 @@
-"""Launches that repeat: what a launcher does for tensors of known shapes is recorded once and then replayed.
-
-A launcher works out its grid, tiles and strides in Python, and Triton looks at every argument of a kernel to find its
-code: a hundred microseconds together, for the same answer at every step of a training loop. With `replayed`, the second
-call with the same key (shapes, strides, dtypes, alignments, device, settings) is recorded as a Plan, and the later ones
-allocate, take addresses and launch. No tensor's contents are kept or looked at. A number that is only a kernel's
-run-time argument (a temperature that changes at every step) is a Parameter: not part of the key.
-
-A call is replayed only if every argument is accounted for; otherwise the launcher runs as it is written. So it does in
-the interpreter, under an emulator, with launch hooks (profilers), on ROCm, and with a Triton that this was not tried
-with or that is built differently, which is logged once.
-"""
+"""How a kernel is launched: at once, or by a plan that is made once for tensors of the same shapes."""
 
 from __future__ import annotations
 
 import functools
-import logging
-import threading
-from collections.abc import Callable
-from types import NoneType
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from triton import JITFunction
+from triton.compiler import CompiledKernel
 
-from fastkl.kernels._plan import ALIGNMENT, Plan
-from fastkl.kernels._record import Launched, Parameter, Recorder, Unfamiliar, Unknown
-
-KEYS = 512  # new ones after which a launcher forgets what it has not used since as many came before
-RUN = getattr(JITFunction, "run", None)  # an emulator puts its own in its place
-TRIED = ("3.4", "3.5", "3.6", "3.7", "3.8", "3.9")  # versions of Triton
-SEEN, NEVER = object(), object()  # a key met once, worth recording when it comes again; one that cannot be replayed
-
-_log = logging.getLogger("fastkl")
+ALIGNMENT = 16  # bytes: what Triton asks about an address
 
 
-@functools.cache
-def say_once(why: str) -> None:
-    _log.warning("launches are not replayed, which costs host time: Triton %s %s", triton.__version__, why)
-
-
-def replayable() -> bool:
-    """Whether launches can be replayed with this Triton."""
-    interpreted = getattr(getattr(getattr(triton, "knobs", None), "runtime", None), "interpret", False)
-    if torch.version.hip or interpreted:
-        return False
-    if ".".join(triton.__version__.split(".")[:2]) not in TRIED:
-        say_once("is a version that this was not tried with")
-        return False
-    return getattr(RUN, "__module__", None) == "triton.runtime.jit"
-
-
-REPLAYABLE = replayable()
-
-
-class _Local(threading.local):
-    recorder: Recorder | None = None
-
-
-_local = _Local()
-TENSORS = frozenset((Tensor, torch.nn.Parameter))
-SETTINGS = frozenset((int, float, bool, str, NoneType))
-
-
-def launch(kernel, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+def launch(kernel, grid: tuple[int, ...], *args: Any, **options: Any) -> Any:
     """kernel[grid](*args, **options) on the device of its tensors, which need not be the current one."""
     device = device_of(args)
-    values = [arg.value if type(arg) is Parameter else arg for arg in args]
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            compiled = kernel[grid](*values, **options)
-    else:
-        compiled = kernel[grid](*values, **options)
-    if _local.recorder is not None:
-        _local.recorder.steps.append(Launched(kernel, compiled, grid, args, options, device))
+            return kernel[grid](*args, **options)
+    return kernel[grid](*args, **options)
 
 
 def device_of(args: tuple) -> torch.device:
     return next(arg.device for arg in args if isinstance(arg, Tensor))
 
 
-def replayed(function: Callable) -> Callable:
-    """For a launcher: a function of tensors, lists, settings and Parameters that does on the host what their shapes,
-    strides, dtypes and values (of the settings) decide, and nothing else. Its kernels go through `launch`."""
-    plans: dict[tuple, Any] = {}
-    older: dict[tuple, Any] = {}  # which come back into `plans` when they are used
-
-    @functools.wraps(function)
-    def call(*args: Any) -> Any:
-        if not REPLAYABLE or JITFunction.run is not RUN or _local.recorder is not None:
-            return function(*args)
-        key, items = [], []
-        for arg in args:
-            if type(arg) is list:
-                key.append(len(arg))
-                items += arg
-            else:
-                items.append(arg)
-        tensors, addresses = [], []
-        for item in items:
-            kind = type(item)
-            if kind in SETTINGS:
-                key.append(item)
-            elif kind in TENSORS:
-                address = item.data_ptr()
-                tensors.append(item)
-                addresses.append(address)
-                key += (item.shape, item.stride(), item.dtype, address % ALIGNMENT, item.get_device())
-            elif kind is Parameter:
-                tensors.append(None)
-                addresses.append(item.value)
-                key.append(Parameter)
-            else:
-                return function(*args)
-        key = tuple(key)
-        plan = plans.get(key)
-        if plan is None:
-            if len(plans) >= KEYS:
-                older.clear()
-                older.update(plans)
-                plans.clear()
-            plan = older.pop(key, None)
-            plans[key] = plan or SEEN
-        if type(plan) is Plan:
-            result = plan.replay(tensors, addresses)
-            return function(*args) if result is NotImplemented else result
-        if plan is SEEN:
-            result, plans[key] = record(function, args)
-            return result
-        return function(*args)
-
-    call.plans, call.older = plans, older
-    return call
+def choice(arg: Any) -> Any:
+    """What Triton's choice of code depends on of an argument: a float's value is none of it."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % ALIGNMENT
+    return float if type(arg) is float else arg
 
 
-def record(function: Callable, args: tuple) -> tuple[Any, Any]:
-    """(function(*args), its Plan or NEVER)."""
-    inputs: list[Tensor | Parameter] = []
+_PLANNERS: list[Any] = []
 
-    def alias(arg: Any) -> Any:
-        """An object of its own for each argument: two that are one now need not be at the next call."""
-        if isinstance(arg, (Tensor, Parameter)):
-            inputs.append(Parameter(arg.value) if type(arg) is Parameter else arg.detach())
-            return inputs[-1]
-        return [alias(item) for item in arg] if type(arg) is list else arg
 
-    aliases = [alias(arg) for arg in args]
-    recorder = _local.recorder = Recorder()
-    try:
-        with recorder:
-            result = function(*aliases)
-    finally:
-        _local.recorder = None
-    try:
-        return result, Plan(inputs, recorder.steps, result)
-    except Unknown:
-        return result, NEVER
-    except (Unfamiliar, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
-        say_once(f"is built differently ({type(error).__name__}: {error})")
-        return result, NEVER
+def planned(function):
+    """For a function from the views of tensors (kernels._layout) and settings to a Plan: its last results are kept."""
+    kept = functools.lru_cache(maxsize=512)(function)
+    _PLANNERS.append(kept)
+    return kept
+
+
+def forget() -> None:
+    """Every plan is made anew: the tiles have changed."""
+    for planner in _PLANNERS:
+        planner.cache_clear()
+
+
+class Plan:
+    """A launch but for its first arguments, the tensors and numbers of a call.
+
+    `rest` are the kernel's other arguments up to its constants, which are among the options. What
+    Triton has compiled for arguments of the same kinds is launched again without looking at each of them anew.
+    """
+
+    def __init__(self, kernel, grid: tuple[int, ...], *rest: Any, **options: Any) -> None:
+        self.kernel, self.grid, self.rest, self.options = kernel, grid, rest, options
+        constants = [options[name] for name in kernel.arg_names if name in options]
+        self.all_of_rest, self.whole_grid = (*rest, *constants), (*grid, 1, 1)[:3]
+        self.compiled: dict[tuple, Any] = {}
+
+    def launch(self, *first: Any) -> None:
+        """Nothing where the grid is empty. By the compiled code where it is known, on the current device."""
+        if 0 in self.grid:
+            return
+        device = device_of(first)
+        key = (device, *map(choice, first))
+        compiled = self.compiled.get(key)
+        if compiled is None or (device.type == "cuda" and device.index != torch.cuda.current_device()):
+            compiled = launch(self.kernel, self.grid, *first, *self.rest, **self.options)
+            if isinstance(compiled, CompiledKernel):  # not so in the interpreter
+                self.compiled[key] = compiled
+        else:
+            compiled[self.whole_grid](*first, *self.all_of_rest)

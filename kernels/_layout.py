@@ -6,7 +6,7 @@ Runs on the host, before a launch; plain Python on shapes and strides.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,6 +19,37 @@ TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
 OLD_COMPILER = TRITON < (3, 7)  # it spends more registers: the few tiles that would spill are smaller
 SPILLS_A_FEW = TRITON in ((3, 7), (3, 8))  # 8 to 32 bytes in some dozen launches, unless more registers are given
 DOT_TAKES_FLOAT64 = TRITON >= (3, 5)
+
+
+class View(NamedTuple):
+    """What a launch depends on of a tensor, beside its address."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def stride(self, dim: int | None = None) -> Any:
+        return self.strides if dim is None else self.strides[dim]
+
+    def expand(self, shape: torch.Size) -> View:
+        """The view of tensor.expand(shape)."""
+        own = [step * (size > 1) for size, step in zip(self.shape, self.strides)]
+        return View(shape, (*[0] * (len(shape) - len(own)), *own), self.dtype)
+
+    def of_rows(self, shape: torch.Size) -> View:
+        """The view of one value for each row, expanded to the whole shape."""
+        return View(shape, (*self.strides, *[0] * (len(shape) - len(self.shape))), self.dtype)
+
+
+def views(*tensors: Tensor | None) -> tuple[View | None, ...]:
+    return tuple([None if tensor is None else View(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors])
 
 
 class Layout(NamedTuple):
@@ -87,21 +118,8 @@ def layout(tensors: list[Tensor], event_ndim: int, *, reorder: bool = True) -> L
     return Layout((math.prod(row_sizes), row_sizes[1], math.prod(column_sizes), column_sizes[1]), strides)
 
 
-def fit(inputs: list[Tensor], outputs: list[Tensor], event_ndim: int, *, reorder: bool = True):
-    """(inputs, outputs, layout) to launch with: the tensors themselves, almost always.
-
-    Where a view needs more than two dimensions an axis, contiguous stand-ins take its place; the launcher then copies
-    the outputs back with `finish`. An output with a stride of 0 is the caller's buffer for partial sums and stays.
-    """
-    found = layout([*inputs, *outputs], event_ndim, reorder=reorder)
-    if found is None:
-        inputs = [tensor if 0 in tensor.stride() else tensor.contiguous() for tensor in inputs]
-        outputs = [t if 0 in t.stride() else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in outputs]
-        found = layout([*inputs, *outputs], event_ndim, reorder=False)
-    if found is None:  # what has a stride of 0 in the middle of an axis
-        inputs = [tensor.contiguous() for tensor in inputs]
-        found = layout([*inputs, *outputs], event_ndim, reorder=False)
-    return inputs, outputs, found
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def strides_of(tensor: Tensor | None) -> tuple[int, ...]:

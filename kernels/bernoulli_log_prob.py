@@ -7,8 +7,18 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import log1p, offsets, tile, weighted
-from fastkl.kernels._launch import launch, replayed
-from fastkl.kernels._layout import NO_STRIDES, PROGRAMS, cdiv, compute_dtype, finish, fit, next_power_of_2, share
+from fastkl.kernels._launch import Plan, planned
+from fastkl.kernels._layout import (
+    NO_STRIDES,
+    PROGRAMS,
+    cdiv,
+    compute_dtype,
+    finish,
+    layout,
+    next_power_of_2,
+    share,
+    views,
+)
 from fastkl.kernels._tuned import TILES
 
 # Where rows cannot be read 16 bytes at a time, every element has an address and a mask.
@@ -86,41 +96,62 @@ def bernoulli_log_prob_bwd_kernel(
         tl.store(dx + tile(row, column, shape, dx_strides, NESTED), weighted(d, logit), mask)
 
 
-@replayed
-def fwd(logits: torch.Tensor, x: torch.Tensor, event_ndim: int) -> torch.Tensor:
-    batch = logits.shape[: logits.dim() - event_ndim]
-    dtype = compute_dtype([logits, x])
-    if logits.numel() == 0:
-        return logits.new_zeros(batch, dtype=dtype)
-    inputs, _, layout = fit([logits, x], [], event_ndim)
-    block = blocks(layout.rows, layout.columns, max(logits.itemsize, x.itemsize))
-    row_blocks = cdiv(layout.rows, block["ROWS"])
-    columns_per_program, splits = share(layout.columns, block["COLUMNS"], PROGRAMS // row_blocks)
-    log_prob = torch.empty(batch if splits == 1 else (splits, *batch), dtype=dtype, device=logits.device)
-    launch(
+@planned
+def plan_fwd(inputs, event_ndim):
+    """(the launch, the shape of the splits' sums, their dtype); None for views that no two dimensions describe."""
+    shape, found = inputs[0].shape, layout(inputs, event_ndim)
+    if found is None:
+        return None
+    block = blocks(found.rows, found.columns, max(view.itemsize for view in inputs))
+    row_blocks = cdiv(found.rows, block["ROWS"])
+    columns_per_program, splits = share(found.columns, block["COLUMNS"], PROGRAMS // row_blocks)
+    plan = Plan(
         bernoulli_log_prob_fwd_kernel, (row_blocks * splits,),
-        *inputs, log_prob, layout.shape, *layout.strides, columns_per_program, splits,
-        NESTED=layout.nested, enable_fp_fusion=True, **block,
+        found.shape, *found.strides, columns_per_program, splits, NESTED=found.nested, enable_fp_fusion=True, **block,
     )  # fmt: skip
-    return log_prob if splits == 1 else log_prob.sum(0)
+    return plan, (splits, *shape[: len(shape) - event_ndim]), compute_dtype(inputs)
 
 
-@replayed
+def fwd(logits: torch.Tensor, x: torch.Tensor, event_ndim: int) -> torch.Tensor:
+    if logits.numel() == 0:
+        return logits.new_zeros(logits.shape[: logits.dim() - event_ndim], dtype=compute_dtype([logits, x]))
+    found = plan_fwd(views(logits, x), event_ndim)
+    if found is None:
+        return fwd(logits.contiguous(), x.contiguous(), event_ndim)
+    plan, shape, dtype = found
+    log_prob = torch.empty(shape[shape[0] == 1 :], dtype=dtype, device=logits.device)
+    plan.launch(logits, x, log_prob)
+    return log_prob if shape[0] == 1 else log_prob.sum(0)
+
+
+@planned
+def plan_bwd(dlog_prob, inputs, outputs, event_ndim):
+    """The launch; None for views that no two dimensions describe. An output that nobody wants is None."""
+    written = [view for view in outputs if view is not None]
+    found = layout([dlog_prob.of_rows(inputs[0].shape), *inputs, *written], event_ndim)
+    if found is None:
+        return None
+    strides = iter(found.strides[3:])
+    block = blocks(found.rows, found.columns, max(view.itemsize for view in inputs))
+    column_blocks = cdiv(found.columns, block["COLUMNS"])
+    return Plan(
+        bernoulli_log_prob_bwd_kernel, (cdiv(found.rows, block["ROWS"]) * column_blocks,), found.shape,
+        *found.strides[:3], *(NO_STRIDES if view is None else next(strides) for view in outputs), column_blocks,
+        NESTED=found.nested, enable_fp_fusion=True, **block,
+    )  # fmt: skip
+
+
 def bwd(dlog_prob, logits, x, event_ndim: int, wanted: list[bool]) -> list[torch.Tensor]:
     """The wanted ones of (dlogits, dx)."""
-    gradients = [torch.empty_like(tensor) for tensor, want in zip((logits, x), wanted) if want]
+    outputs = [torch.empty_like(tensor) if want else None for tensor, want in zip((logits, x), wanted)]
+    gradients = [output for output in outputs if output is not None]
     if logits.numel() == 0:
         return [gradient.zero_() for gradient in gradients]
-    d = dlog_prob.to(compute_dtype([logits, x])).reshape(*dlog_prob.shape, *[1] * event_ndim).expand(logits.shape)
-    inputs, launched, layout = fit([d, logits, x], gradients, event_ndim)
-    outputs, strides = iter(launched), iter(layout.strides[3:])
-    block = blocks(layout.rows, layout.columns, max(logits.itemsize, x.itemsize))
-    column_blocks = cdiv(layout.columns, block["COLUMNS"])
-    launch(
-        bernoulli_log_prob_bwd_kernel, (cdiv(layout.rows, block["ROWS"]) * column_blocks,),
-        *inputs, *(next(outputs) if want else None for want in wanted),
-        layout.shape, *layout.strides[:3], *(next(strides) if want else NO_STRIDES for want in wanted), column_blocks,
-        NESTED=layout.nested, enable_fp_fusion=True, **block,
-    )  # fmt: skip
-    finish(gradients, launched)
+    dlog_prob = dlog_prob.to(compute_dtype([logits, x]))
+    plan = plan_bwd(views(dlog_prob)[0], views(logits, x), views(*outputs), event_ndim)
+    if plan is None:
+        contiguous = (tensor.contiguous() for tensor in (dlog_prob, logits, x))
+        finish(gradients, bwd(*contiguous, event_ndim, wanted))
+    else:
+        plan.launch(dlog_prob, logits, x, *outputs)
     return gradients

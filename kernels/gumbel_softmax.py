@@ -7,13 +7,14 @@ fit one tile are swept twice, which reads them once more: first their statistics
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels import _launch
 from fastkl.kernels._device import LN2, TRITON_DTYPE, finite
 from fastkl.kernels._gumbel_softmax import (
     NOT_A_CLASS,
@@ -24,7 +25,18 @@ from fastkl.kernels._gumbel_softmax import (
     temperature,
     tile,
 )
-from fastkl.kernels._layout import PROGRAMS, SPILLS_A_FEW, cdiv, compute_dtype, next_power_of_2, registers, share
+from fastkl.kernels._launch import Plan, planned
+from fastkl.kernels._layout import (
+    PROGRAMS,
+    SPILLS_A_FEW,
+    View,
+    cdiv,
+    compute_dtype,
+    next_power_of_2,
+    registers,
+    share,
+    views,
+)
 
 # Elements of a tile that holds all classes, of one that does not, and of a tile of short rows.
 WHOLE, PART, SHORT = 8192, 2048, 512
@@ -204,106 +216,120 @@ def gumbel_softmax_bwd_kernel(
         tl.store(dtau + tl.program_id(0), -inverse * tl.sum(tau_sum))
 
 
-class Launch:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Work:
     """What both directions share: the three dimensions, the tile, who does what."""
 
-    def __init__(self, tensor, dim, tau, noisy=True):
-        self.dtype = compute_dtype([tensor])
-        self.shape = (tensor.shape[:dim].numel(), tensor.shape[dim], tensor.shape[dim + 1 :].numel())
-        outer, classes, inner = self.shape
-        wide = self.dtype == torch.float64
-        self.axis, self.count = int(inner == 1), outer * inner
-        odd = noisy and (classes if self.axis else inner) % 4 != 0  # lines begin anywhere in a Philox call
-        block, self.whole = blocks(classes, inner, wide, odd)
-        self.column_blocks = 1 if self.axis else cdiv(inner, block["COLUMNS"])
-        units = cdiv(outer, block["ROWS"]) if self.axis else outer * self.column_blocks
-        step, self.splits = block["COLUMNS" if self.axis else "ROWS"], 1
-        self.classes_per_program = step
-        if not self.whole:
-            # What the splits found is read by each of them: a tenth of the logits at most.
-            programs = min(SPLITS, math.isqrt(classes // 24), PROGRAMS // max(1, units))
-            self.classes_per_program, self.splits = share(classes + 3 * (odd and self.axis), step, programs)
-        self.grid = (units * self.splits,)
-        self.tau = tau
-        self.options = {
-            "TENSOR": isinstance(tau, torch.Tensor), "AXIS": self.axis, "ODD": odd, "DTYPE": TRITON_DTYPE[self.dtype],
-            "enable_fp_fusion": True, **block,
-        }  # fmt: skip
+    shape: tuple[int, int, int]
+    whole: bool  # one tile holds all classes
+    splits: int
+    grid: tuple[int]
+    numbers: tuple[int, ...]
+    options: dict[str, Any]
+
+    @property
+    def count(self) -> int:
+        return self.numbers[-1]
 
     def view(self, tensor):
         """[outer, classes, inner]; a copy where a view needs more than one stride for the dimensions on either side."""
         return tensor.reshape(self.shape)
 
-    def finish(self, tensor, written):
-        """`tensor`, of which `written` is the view or the copy."""
-        return tensor if written.data_ptr() == tensor.data_ptr() else tensor.copy_(written.view(tensor.shape))
 
-    def numbers(self):
-        return self.column_blocks, self.classes_per_program, self.splits, self.count
+@planned
+def work_of(tensor: View, dim: int, tensor_tau: bool, noisy: bool = True) -> Work:
+    dtype = compute_dtype([tensor])
+    shape = (tensor.shape[:dim].numel(), tensor.shape[dim], tensor.shape[dim + 1 :].numel())
+    outer, classes, inner = shape
+    wide, axis = dtype == torch.float64, int(inner == 1)
+    odd = noisy and (classes if axis else inner) % 4 != 0  # lines begin anywhere in a Philox call
+    block, whole = blocks(classes, inner, wide, odd)
+    column_blocks = 1 if axis else cdiv(inner, block["COLUMNS"])
+    units = cdiv(outer, block["ROWS"]) if axis else outer * column_blocks
+    step, splits = block["COLUMNS" if axis else "ROWS"], 1
+    classes_per_program = step
+    if not whole:
+        # What the splits found is read by each of them: a tenth of the logits at most.
+        programs = min(SPLITS, math.isqrt(classes // 24), PROGRAMS // max(1, units))
+        classes_per_program, splits = share(classes + 3 * (odd and axis), step, programs)
+    numbers = (column_blocks, classes_per_program, splits, outer * inner)
+    options = {"TENSOR": tensor_tau, "AXIS": axis, "ODD": odd, "DTYPE": TRITON_DTYPE[dtype], "enable_fp_fusion": True}
+    return Work(shape, whole, splits, (units * splits,), numbers, options | block)
 
-    def statistics(self, tensor, dy, seed, stream, soft):
-        """(maxima and sums, third) of each split, or None where one tile holds all classes."""
-        if self.whole:
-            return None, None
-        found = torch.empty((2, self.splits, self.count), dtype=self.dtype, device=tensor.device)
-        third = torch.empty(found.shape[1:], dtype=torch.int32 if dy is None else self.dtype, device=tensor.device)
-        _launch.launch(
-            statistics_kernel, self.grid,
-            tensor, dy, self.tau, seed, stream, found, third, self.shape, tensor.stride(),
-            tensor.stride() if dy is None else dy.stride(), *self.numbers(), SOFT=soft, **self.options,
-        )  # fmt: skip
-        return found, third
+
+@planned
+def plan_statistics(work, strides, dy_strides, soft):
+    return Plan(statistics_kernel, work.grid, work.shape, strides, dy_strides, *work.numbers, SOFT=soft, **work.options)
 
 
-def temperature_of(tau, constant, tensor) -> torch.Tensor | _launch.Parameter:
+def statistics(work, x, dy, tau, seed, stream, soft):
+    """(maxima and sums, third) of each split, or None where one tile holds all classes."""
+    if work.whole:
+        return None, None
+    dtype = compute_dtype([x])
+    found = torch.empty((2, work.splits, work.count), dtype=dtype, device=x.device)
+    third = torch.empty(found.shape[1:], dtype=torch.int32 if dy is None else dtype, device=x.device)
+    plan = plan_statistics(work, x.stride(), x.stride() if dy is None else dy.stride(), soft)
+    plan.launch(x, dy, tau, seed, stream, found, third)
+    return found, third
+
+
+def finish(tensor, written):
+    """`tensor`, of which `written` is the view or the copy."""
+    return tensor if written.data_ptr() == tensor.data_ptr() else tensor.copy_(written.view(tensor.shape))
+
+
+def temperature_of(tau, constant, tensor) -> torch.Tensor | float:
     """tau, or of a number 1 / tau, which may change at every call."""
     if tau is not None:
         return tau
     dtype = compute_dtype([tensor])
     if dtype == torch.float64:  # a number would be passed in float32
         return torch.full((), constant, dtype=dtype, device=tensor.device)
-    return _launch.Parameter(1 / max(constant, torch.finfo(torch.float32).tiny))
+    return 1 / max(constant, torch.finfo(torch.float32).tiny)
 
 
 def fwd(logits, tau, seed, constant, hard, dim, stream):
     hard = hard or (tau is None and constant == 0)
-    return launch_fwd(logits, temperature_of(tau, constant, logits), seed, hard, dim, stream)
-
-
-@_launch.replayed
-def launch_fwd(logits, tau, seed, hard, dim, stream):
     y = torch.empty_like(logits)
     if y.numel() == 0:
         return y
-    launch = Launch(logits, dim, tau)
-    x, out = launch.view(logits), launch.view(y)
-    _launch.launch(
-        gumbel_softmax_fwd_kernel, launch.grid,
-        x, out, tau, seed, stream, *launch.statistics(x, None, seed, stream, False), launch.shape, x.stride(),
-        out.stride(), *launch.numbers(), HARD=hard, SPLITS=next_power_of_2(launch.splits), **launch.options,
+    tau = temperature_of(tau, constant, logits)
+    work = work_of(*views(logits), dim, isinstance(tau, torch.Tensor))
+    x, out = work.view(logits), work.view(y)
+    plan = plan_fwd(work, x.stride(), out.stride(), hard)
+    plan.launch(x, out, tau, seed, stream, *statistics(work, x, None, tau, seed, stream, False))
+    return finish(y, out)
+
+
+@planned
+def plan_fwd(work, strides, y_strides, hard):
+    return Plan(
+        gumbel_softmax_fwd_kernel, work.grid, work.shape, strides, y_strides, *work.numbers,
+        HARD=hard, SPLITS=next_power_of_2(work.splits), **work.options,
     )  # fmt: skip
-    return launch.finish(y, out)
 
 
 def bwd(dy, y, logits, tau, seed, constant, hard, dim, stream, tau_gradient):
-    like = y if logits is None else logits
+    like, soft = (y, True) if logits is None else (logits, False)
     if tau is None and constant == 0:
         return [torch.zeros_like(like)]
-    return launch_bwd(dy, y, logits, temperature_of(tau, constant, like), seed, dim, stream, tau_gradient)
-
-
-@_launch.replayed
-def launch_bwd(dy, y, logits, tau, seed, dim, stream, tau_gradient):
-    like = y if logits is None else logits
     gradient = torch.empty_like(like)
     if gradient.numel() == 0:
         return [gradient.zero_(), *([torch.zeros_like(tau)] if tau_gradient else [])]
-    launch = Launch(like, dim, tau, noisy=logits is not None)
-    x, d, out, soft = launch.view(like), launch.view(dy), launch.view(gradient), logits is None
-    dtau = torch.empty(launch.grid, dtype=launch.dtype, device=like.device) if tau_gradient else None
-    _launch.launch(
-        gumbel_softmax_bwd_kernel, launch.grid,
-        d, x, out, dtau, tau, seed, stream, *launch.statistics(x, d, seed, stream, soft), launch.shape, d.stride(),
-        x.stride(), out.stride(), *launch.numbers(), SOFT=soft, SPLITS=next_power_of_2(launch.splits), **launch.options,
+    temperature = temperature_of(tau, constant, like)
+    work = work_of(*views(like), dim, isinstance(temperature, torch.Tensor), not soft)
+    x, d, out = work.view(like), work.view(dy), work.view(gradient)
+    dtau = torch.empty(work.grid, dtype=compute_dtype([like]), device=like.device) if tau_gradient else None
+    plan = plan_bwd(work, d.stride(), x.stride(), out.stride(), soft)
+    found = statistics(work, x, d, temperature, seed, stream, soft)
+    plan.launch(d, x, out, dtau, temperature, seed, stream, *found)
+    return [finish(gradient, out), *([dtau.sum().to(tau.dtype)] if tau_gradient else [])]
+
+
+@planned
+def plan_bwd(work, dy_strides, strides, dlogits_strides, soft):
+    return Plan(
+        gumbel_softmax_bwd_kernel, work.grid, work.shape, dy_strides, strides, dlogits_strides, *work.numbers,
+        SOFT=soft, SPLITS=next_power_of_2(work.splits), **work.options,
     )  # fmt: skip
-    return [launch.finish(gradient, out), *([dtau.sum().to(tau.dtype)] if tau_gradient else [])]

@@ -20,20 +20,23 @@ from fastkl.kernels._device import (
     to_logvar_gradient,
     weighted,
 )
-from fastkl.kernels._launch import launch, replayed
+from fastkl.kernels._launch import Plan, planned
 from fastkl.kernels._layout import (
     NO_STRIDES,
     PROGRAMS,
     SPILLS_A_FEW,
+    View,
     cdiv,
     compute_dtype,
+    contiguous_strides,
     finish,
-    fit,
     is_bounded,
+    layout,
     next_power_of_2,
     registers,
     share,
     unpack,
+    views,
 )
 from fastkl.kernels._tuned import TILES
 from fastkl.kernels._wasserstein2 import (
@@ -185,76 +188,101 @@ def kl_normal_bwd_kernel(
         tl.store(dprior_logvar + at, tl.sum(total_logvar, axis=0), mask=column < columns)
 
 
-@replayed
+@planned
+def plan_fwd(inputs, event_ndim, scale, low, high, distance):
+    """(the launch, kl's shape with the splits in front, its dtype); None for views that no two dimensions describe."""
+    shape = inputs[0].shape
+    inputs = [view.expand(shape) for view in inputs]
+    dtype, found = compute_dtype(inputs), layout(inputs, event_ndim)
+    if found is None:
+        return None
+    block = blocks(found.rows, found.columns, inputs)
+    row_blocks = cdiv(found.rows, block["ROWS"])
+    columns_per_program, splits = share(found.columns, block["COLUMNS"], PROGRAMS // max(1, row_blocks))
+    plan = Plan(
+        kl_normal_fwd_kernel, (row_blocks * splits,),
+        found.shape, *found.strides, *[NO_STRIDES] * (4 - len(inputs)), columns_per_program, splits, low, high,
+        DISTANCE=distance, SCALE=scale, BOUNDED=is_bounded(low, high), NESTED=found.nested, enable_fp_fusion=True,
+        **block,
+    )  # fmt: skip
+    return plan, (splits, *shape[: len(shape) - event_ndim]), dtype
+
+
 def fwd(q, packed_dim, prior, event_ndim, scale, low, high, live, distance="kl") -> torch.Tensor:
-    mu = unpack(q, packed_dim)[0]
-    inputs = [*unpack(q, packed_dim), *(p.expand(mu.shape) for p in prior)]
-    dtype = compute_dtype(inputs)
-    inputs, _, layout = fit(inputs, [], event_ndim)
-    block = blocks(layout.rows, layout.columns, inputs)
-    row_blocks = cdiv(layout.rows, block["ROWS"])
-    columns_per_program, splits = share(layout.columns, block["COLUMNS"], PROGRAMS // max(1, row_blocks))
-    batch = mu.shape[: mu.dim() - event_ndim]
-    kl = torch.empty(batch if splits == 1 else (splits, *batch), dtype=dtype, device=mu.device)
-    missing = 4 - len(inputs)
-    if layout.rows:
-        launch(
-            kl_normal_fwd_kernel, (row_blocks * splits,), *inputs, *[None] * missing, kl,
-            layout.shape, *layout.strides, *[NO_STRIDES] * missing, columns_per_program, splits,
-            low, high, DISTANCE=distance, SCALE=scale, BOUNDED=is_bounded(low, high), NESTED=layout.nested,
-            enable_fp_fusion=True, **block,
-        )  # fmt: skip
-    return kl if splits == 1 else kl.sum(0)
+    inputs = [*unpack(q, packed_dim), *prior]
+    found = plan_fwd(views(*inputs), event_ndim, scale, low, high, distance)
+    if found is None:
+        mu, parameter, *prior = (tensor.contiguous() for tensor in inputs)
+        return fwd([mu, parameter], -1, prior, event_ndim, scale, low, high, live, distance)
+    plan, shape, dtype = found
+    kl = torch.empty(shape[shape[0] == 1 :], dtype=dtype, device=inputs[0].device)
+    plan.launch(*inputs, *[None] * (4 - len(inputs)), kl)
+    return kl if shape[0] == 1 else kl.sum(0)
 
 
-@replayed
 def bwd(
     dkl, q, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient, distance="kl"
 ) -> list[torch.Tensor]:
-    rows = dkl.reshape(*dkl.shape, *[1] * event_ndim)
-    settings = (scale, low, high, live)
-    return launch_bwd(
-        rows, 1.0, q, packed_dim, prior, event_ndim, settings, prior_gradient, per_column=False, distance=distance
-    )
+    settings = (scale, low, high, live, distance)
+    return launch_bwd(dkl, 1.0, q, packed_dim, prior, event_ndim, settings, prior_gradient)
 
 
-def launch_bwd(dkl, weight, q, packed_dim, prior, event_ndim, settings, prior_gradient, *, per_column, distance="kl"):
-    """The gradients of q, and of the prior where wanted. dkl broadcasts with mu: one value per row, or per column."""
-    scale, low, high, live = settings
-    mu, parameter = unpack(q, packed_dim)
-    inputs = [dkl.expand(mu.shape), mu, parameter, *(p.expand(mu.shape) for p in prior)]
-    if dkl.dtype != compute_dtype(inputs[1:]):
-        inputs[0] = dkl.to(compute_dtype(inputs[1:])).expand(mu.shape)
-    gradients = [torch.empty_like(tensor) for tensor in (*q, *(prior if prior_gradient else ()))]
-    outputs = [*unpack(gradients[: len(q)], packed_dim), *gradients[len(q) :]]
-
-    rows, columns = mu.shape[: mu.dim() - event_ndim].numel(), mu.shape[mu.dim() - event_ndim :].numel()
-    if rows == 0 or columns == 0:
-        return [gradient.zero_() for gradient in gradients]
-    shared = bool(prior_gradient and prior and prior[0].dim() < mu.dim())
+@planned
+def plan_bwd(dkl, inputs, outputs, weight, event_ndim, scale, low, high, live, distance, per_column, shared):
+    """(the launch, how many partial sums there are of a shared prior's gradient), or None as plan_fwd."""
+    shape = inputs[0].shape
+    event = shape[len(shape) - event_ndim :]
+    rows, columns = shape[: len(shape) - event_ndim].numel(), event.numel()
+    inputs = [view.expand(shape) for view in inputs]
     # Where both dkl and the prior vary along columns, their registers halve the tile.
-    crowd = inputs[1:] * 2 if shared and per_column else inputs[1:]
-    block = blocks(rows, columns, crowd, tall=shared or per_column)
+    block = blocks(rows, columns, inputs * 2 if shared and per_column else inputs, tall=shared or per_column)
     column_blocks = cdiv(columns, block["COLUMNS"])
     if shared:
         rows_per_program, groups = share(rows, block["ROWS"], min(PROGRAMS // column_blocks, cdiv(rows, SHARED_ROWS)))
-        partial = inputs[0].new_empty((groups, 2, *mu.shape[mu.dim() - event_ndim :]))
-        outputs[2:] = [partial[0, 0].expand(mu.shape), partial[0, 1].expand(mu.shape)]
+        total = View(event, contiguous_strides(event), dkl.dtype).expand(shape)
+        outputs = [*outputs, total, total]
     else:
         rows_per_program, groups = block["ROWS"], cdiv(rows, block["ROWS"])
-
-    inputs, launched, layout = fit(inputs, outputs, event_ndim)
-    strides, missing, unwanted = layout.strides, 5 - len(inputs), 4 - len(launched)
-    launch(
-        kl_normal_bwd_kernel, (groups * column_blocks,),
-        *inputs, *[None] * missing, *launched, *[None] * unwanted, layout.shape,
+    inputs = [dkl.expand(shape) if per_column else dkl.of_rows(shape), *inputs]
+    found = layout([*inputs, *outputs], event_ndim)
+    if found is None:
+        return None
+    strides, missing, unwanted = found.strides, 5 - len(inputs), 4 - len(outputs)
+    plan = Plan(
+        kl_normal_bwd_kernel, (groups * column_blocks,), found.shape,
         *strides[: len(inputs)], *[NO_STRIDES] * missing, *strides[len(inputs) :], *[NO_STRIDES] * unwanted,
         weight, rows_per_program, column_blocks, 2 * columns, low, high,
         DISTANCE=distance, SCALE=scale, BOUNDED=is_bounded(low, high), LIVE=live, SHARED=shared, PER_COLUMN=per_column,
-        NESTED=layout.nested, enable_fp_fusion=True, **block,
+        NESTED=found.nested, enable_fp_fusion=True, **block,
     )  # fmt: skip
-    finish(outputs, launched)
+    return plan, groups
+
+
+def launch_bwd(dkl, weight, q, packed_dim, prior, event_ndim, settings, prior_gradient, *, per_column=False):
+    """The gradients of q, and of the prior where wanted. dkl is one value per row, or per column."""
+    inputs = [*unpack(q, packed_dim), *prior]
+    mu, dtype = inputs[0], compute_dtype(inputs)
+    gradients = [torch.empty_like(tensor) for tensor in (*q, *(prior if prior_gradient else ()))]
+    if mu.numel() == 0:
+        return [gradient.zero_() for gradient in gradients]
+    outputs = [*unpack(gradients[: len(q)], packed_dim), *gradients[len(q) :]]
+    shared = bool(prior_gradient and prior and prior[0].dim() < mu.dim())
+    dkl = dkl if dkl.dtype == dtype else dkl.to(dtype)
+    written = views(*outputs[: 2 if shared else 4])
+    found = plan_bwd(views(dkl)[0], views(*inputs), written, weight, event_ndim, *settings, per_column, shared)
+    if found is None:
+        first, second, *prior = (tensor.contiguous() for tensor in inputs)
+        contiguous = launch_bwd(
+            dkl.contiguous(), weight, [first, second], -1, prior, event_ndim, settings, prior_gradient,
+            per_column=per_column,
+        )  # fmt: skip
+        finish(outputs, contiguous)
+        return gradients
+    plan, groups = found
     if shared:
-        for gradient, total in zip(gradients[len(q) :], partial.sum(0)):
-            gradient.copy_(total)
+        partial = dkl.new_empty((groups, 2, *mu.shape[mu.dim() - event_ndim :]))
+        outputs[2:] = partial[0]
+    plan.launch(dkl, *inputs, *[None] * (4 - len(inputs)), *outputs, *[None] * (4 - len(outputs)))
+    if shared:
+        finish(gradients[len(q) :], partial.sum(0))
     return gradients

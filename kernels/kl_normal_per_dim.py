@@ -11,8 +11,19 @@ import triton.language as tl
 
 from fastkl.kernels import kl_normal
 from fastkl.kernels._device import bound, exp, kl_terms, kl_terms_prior, offsets, tile, to_logvar
-from fastkl.kernels._launch import launch, replayed
-from fastkl.kernels._layout import NO_STRIDES, PROGRAMS, cdiv, compute_dtype, fit, is_bounded, share
+from fastkl.kernels._launch import Plan, planned
+from fastkl.kernels._layout import (
+    NO_STRIDES,
+    PROGRAMS,
+    View,
+    cdiv,
+    compute_dtype,
+    contiguous_strides,
+    is_bounded,
+    layout,
+    share,
+    views,
+)
 
 # Rows that one program sums at least, while there are more: its partial sums are written and read again once for them.
 MIN_ROWS = 64
@@ -54,37 +65,48 @@ def kl_normal_per_dim_fwd_kernel(
     tl.store(kl, tl.sum(total, axis=0) / rows, mask=column < columns)
 
 
-@replayed
-def fwd(mu, parameter, prior, event_ndim, scale, low, high, live) -> torch.Tensor:
-    inputs = [mu, parameter, *(p.expand(mu.shape) for p in prior)]
-    dtype = compute_dtype(inputs)
-    batch_ndim = mu.dim() - event_ndim
-    rows, columns = mu.shape[:batch_ndim].numel(), mu.shape[batch_ndim:].numel()
-    if rows == 0 or columns == 0:
-        return mu.new_full(mu.shape[batch_ndim:], float("nan"), dtype=dtype)  # the mean of nothing
-    block = kl_normal.blocks(rows, columns, inputs, tall=True)
+@planned
+def plan_fwd(inputs, event_ndim, scale, low, high):
+    """(the launch, the shape of the groups' sums, their dtype); None for views that no two dimensions describe."""
+    shape = inputs[0].shape
+    event = shape[len(shape) - event_ndim :]
+    rows, columns = shape[: len(shape) - event_ndim].numel(), event.numel()
+    inputs = [view.expand(shape) for view in inputs]
+    dtype, block = compute_dtype(inputs), kl_normal.blocks(rows, columns, inputs, tall=True)
     column_blocks = cdiv(columns, block["COLUMNS"])
     most = min(PROGRAMS // column_blocks, cdiv(rows, MIN_ROWS))
     rows_per_program, groups = share(rows, block["ROWS"], most)
-    # Two stages, no atomics: the same sum in every run.
-    event = mu.shape[batch_ndim:]
-    kl = torch.empty(event if groups == 1 else (groups, *event), dtype=dtype, device=mu.device)
-    inputs, _, layout = fit(inputs, [(kl if groups == 1 else kl[0]).expand(mu.shape)], event_ndim)
-    missing = 4 - len(inputs)
-    strides = (*layout.strides[:-1], *[NO_STRIDES] * missing, layout.strides[-1])
-    launch(
-        kl_normal_per_dim_fwd_kernel, (groups * column_blocks,),
-        *inputs, *[None] * missing, kl, layout.shape, *strides, rows_per_program, column_blocks, columns, low, high,
-        SCALE=scale, BOUNDED=is_bounded(low, high), NESTED=layout.nested, enable_fp_fusion=True, **block,
+    found = layout([*inputs, View(event, contiguous_strides(event), dtype).expand(shape)], event_ndim)
+    if found is None:
+        return None
+    plan = Plan(
+        kl_normal_per_dim_fwd_kernel, (groups * column_blocks,), found.shape,
+        *found.strides[:-1], *[NO_STRIDES] * (4 - len(inputs)), found.strides[-1], rows_per_program, column_blocks,
+        columns, low, high, SCALE=scale, BOUNDED=is_bounded(low, high), NESTED=found.nested, enable_fp_fusion=True,
+        **block,
     )  # fmt: skip
-    return kl if groups == 1 else kl.sum(0)
+    return plan, (groups, *event), dtype
 
 
-@replayed
+def fwd(mu, parameter, prior, event_ndim, scale, low, high, live) -> torch.Tensor:
+    inputs = [mu, parameter, *prior]
+    if mu.numel() == 0:  # the mean of nothing
+        return mu.new_full(mu.shape[mu.dim() - event_ndim :], float("nan"), dtype=compute_dtype(inputs))
+    found = plan_fwd(views(*inputs), event_ndim, scale, low, high)
+    if found is None:
+        mu, parameter, *prior = (tensor.contiguous() for tensor in inputs)
+        return fwd(mu, parameter, prior, event_ndim, scale, low, high, live)
+    plan, shape, dtype = found
+    # Two stages, no atomics: the same sum in every run.
+    kl = torch.empty(shape[shape[0] == 1 :], dtype=dtype, device=mu.device)
+    plan.launch(*inputs, *[None] * (4 - len(inputs)), kl)
+    return kl if shape[0] == 1 else kl.sum(0)
+
+
 def bwd(dkl, mu, parameter, prior, event_ndim, scale, low, high, live, prior_gradient) -> list[torch.Tensor]:
     weight = 1.0 / max(1, mu.shape[: mu.dim() - event_ndim].numel())
     if dkl.dtype == torch.float64:  # a kernel's float argument is a float32
         dkl, weight = dkl * weight, 1.0
-    settings = (scale, low, high, live)
+    settings = (scale, low, high, live, "kl")
     q = [mu, parameter]
     return kl_normal.launch_bwd(dkl, weight, q, -1, prior, event_ndim, settings, prior_gradient, per_column=True)

@@ -11,8 +11,20 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import offsets, standardise, tile, weighted
-from fastkl.kernels._launch import launch, replayed
-from fastkl.kernels._layout import NO_STRIDES, PROGRAMS, cdiv, compute_dtype, finish, fit, next_power_of_2, share
+from fastkl.kernels._launch import Plan, planned
+from fastkl.kernels._layout import (
+    NO_STRIDES,
+    PROGRAMS,
+    View,
+    cdiv,
+    compute_dtype,
+    contiguous_strides,
+    finish,
+    layout,
+    next_power_of_2,
+    share,
+    views,
+)
 from fastkl.kernels._tuned import TILES
 
 # Rows that one program sums at least where the batch shares logvar: its partial sums stay a small part of the traffic.
@@ -172,60 +184,81 @@ def normal_log_prob_bwd_kernel(
             tl.store(dlogvar + at, 0.5 * tl.sum(total, axis=0), mask=column < columns)
 
 
-@replayed
-def fwd(x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor, event_ndim: int) -> torch.Tensor:
-    batch, spread = x.shape[: x.dim() - event_ndim], spread_of(logvar, x)
-    dtype = compute_dtype([x, mean, logvar])
-    if x.numel() == 0:
-        return x.new_zeros(batch, dtype=dtype)
-    inputs, _, layout = fit([x, mean, logvar.expand(x.shape)], [], event_ndim)
-    block = blocks(layout.rows, layout.columns, max(t.itemsize for t in inputs))
-    row_blocks = cdiv(layout.rows, block["ROWS"])
-    columns_per_program, splits = share(layout.columns, block["COLUMNS"], PROGRAMS // row_blocks)
-    log_prob = torch.empty(batch if splits == 1 else (splits, *batch), dtype=dtype, device=x.device)
-    launch(
+@planned
+def plan_fwd(x, mean, logvar, event_ndim):
+    """(the launch, the shape of the splits' sums, their dtype); None for views that no two dimensions describe."""
+    inputs, shape = [x, mean, logvar.expand(x.shape)], x.shape
+    found = layout(inputs, event_ndim)
+    if found is None:
+        return None
+    block = blocks(found.rows, found.columns, max(view.itemsize for view in inputs))
+    row_blocks = cdiv(found.rows, block["ROWS"])
+    columns_per_program, splits = share(found.columns, block["COLUMNS"], PROGRAMS // row_blocks)
+    plan = Plan(
         normal_log_prob_fwd_kernel, (row_blocks * splits,),
-        *inputs, log_prob, layout.shape, *layout.strides, columns_per_program, splits,
-        SPREAD=spread, NESTED=layout.nested, enable_fp_fusion=True, **block,
+        found.shape, *found.strides, columns_per_program, splits,
+        SPREAD=spread_of(logvar, x), NESTED=found.nested, enable_fp_fusion=True, **block,
     )  # fmt: skip
-    return log_prob if splits == 1 else log_prob.sum(0)
+    return plan, (splits, *shape[: len(shape) - event_ndim]), compute_dtype(inputs)
 
 
-@replayed
+def fwd(x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor, event_ndim: int) -> torch.Tensor:
+    if x.numel() == 0:
+        return x.new_zeros(x.shape[: x.dim() - event_ndim], dtype=compute_dtype([x, mean, logvar]))
+    found = plan_fwd(*views(x, mean, logvar), event_ndim)
+    if found is None:
+        return fwd(x.contiguous(), mean.contiguous(), logvar.contiguous(), event_ndim)
+    plan, shape, dtype = found
+    log_prob = torch.empty(shape[shape[0] == 1 :], dtype=dtype, device=x.device)
+    plan.launch(x, mean, logvar, log_prob)
+    return log_prob if shape[0] == 1 else log_prob.sum(0)
+
+
+@planned
+def plan_bwd(dlog_prob, x, mean, logvar, outputs, event_ndim):
+    """(the launch, the shape of the partial sums of logvar's gradient, or None); None as plan_fwd. An output that
+    nobody wants is None."""
+    shape, spread, wanted = x.shape, spread_of(logvar, x), outputs[2] is not None
+    event = shape[len(shape) - event_ndim :]
+    rows, columns = shape[: len(shape) - event_ndim].numel(), event.numel()
+    block = blocks(rows, columns, max(view.itemsize for view in (x, mean, logvar)))
+    rows_per_program, columns_per_program = block["ROWS"], block["COLUMNS"]
+    groups, splits, partial = cdiv(rows, rows_per_program), cdiv(columns, columns_per_program), None
+    if wanted and spread == "row":
+        columns_per_program, splits = share(columns, columns_per_program, PROGRAMS // groups)
+        partial, outputs = (splits, rows), (*outputs[:2], None)
+    elif wanted and spread == "shared":
+        rows_per_program, groups = share(rows, rows_per_program, min(PROGRAMS // splits, cdiv(rows, SHARED_ROWS)))
+        partial = (groups, *event)
+        outputs = (*outputs[:2], View(event, contiguous_strides(event), dlog_prob.dtype).expand(shape))
+    written = [view for view in outputs if view is not None]
+    found = layout([dlog_prob.of_rows(shape), x, mean, logvar.expand(shape), *written], event_ndim)
+    if found is None:
+        return None
+    strides = iter(found.strides[4:])
+    plan = Plan(
+        normal_log_prob_bwd_kernel, (groups * splits,), found.shape,
+        *found.strides[:4], *(NO_STRIDES if view is None else next(strides) for view in outputs), rows_per_program,
+        columns_per_program, splits, SPREAD=spread, NESTED=found.nested, enable_fp_fusion=True, **block,
+    )  # fmt: skip
+    return plan, partial
+
+
 def bwd(dlog_prob, x, mean, logvar, event_ndim: int, wanted: list[bool]) -> list[torch.Tensor]:
     """The wanted ones of (dx, dmean, dlogvar)."""
-    gradients = [torch.empty_like(tensor) if want else None for tensor, want in zip((x, mean, logvar), wanted)]
+    outputs = [torch.empty_like(tensor) if want else None for tensor, want in zip((x, mean, logvar), wanted)]
+    gradients = [output for output in outputs if output is not None]
     if x.numel() == 0:
-        return [gradient.zero_() for gradient in gradients if gradient is not None]
-    spread, batch_ndim = spread_of(logvar, x), x.dim() - event_ndim
-    rows, columns = x.shape[:batch_ndim].numel(), x.shape[batch_ndim:].numel()
-    block = blocks(rows, columns, max(tensor.itemsize for tensor in (x, mean, logvar)))
-    rows_per_program, columns_per_program = block["ROWS"], block["COLUMNS"]
-    groups, splits = cdiv(rows, rows_per_program), cdiv(columns, columns_per_program)
-    d = dlog_prob.to(compute_dtype([x, mean, logvar])).reshape(*dlog_prob.shape, *[1] * event_ndim).expand(x.shape)
-
-    outputs, partial = list(gradients), None
-    if wanted[2] and spread == "row":
-        columns_per_program, splits = share(columns, columns_per_program, PROGRAMS // groups)
-        outputs[2] = None
-        partial = d.new_empty((splits, rows))
-    elif wanted[2] and spread == "shared":
-        rows_per_program, groups = share(rows, rows_per_program, min(PROGRAMS // splits, cdiv(rows, SHARED_ROWS)))
-        partial = d.new_empty((groups, *x.shape[batch_ndim:]))
-        outputs[2] = partial[0].expand(x.shape)
-    present = [output for output in outputs if output is not None]
-
-    inputs, launched, layout = fit([d, x, mean, logvar.expand(x.shape)], present, event_ndim)
-    arguments, strides = iter(launched), iter(layout.strides[4:])
-    arguments = [None if output is None else next(arguments) for output in outputs]
-    strides = [NO_STRIDES if output is None else next(strides) for output in outputs]
-    launch(
-        normal_log_prob_bwd_kernel, (groups * splits,),
-        *inputs, *arguments[:2], partial if spread == "row" else arguments[2],
-        layout.shape, *layout.strides[:4], *strides, rows_per_program, columns_per_program, splits,
-        SPREAD=spread, NESTED=layout.nested, enable_fp_fusion=True, **block,
-    )  # fmt: skip
-    finish(present, launched)
+        return [gradient.zero_() for gradient in gradients]
+    dlog_prob = dlog_prob.to(compute_dtype([x, mean, logvar]))
+    found = plan_bwd(*views(dlog_prob, x, mean, logvar), views(*outputs), event_ndim)
+    if found is None:
+        contiguous = (tensor.contiguous() for tensor in (dlog_prob, x, mean, logvar))
+        finish(gradients, bwd(*contiguous, event_ndim, wanted))
+        return gradients
+    plan, shape = found
+    partial = None if shape is None else dlog_prob.new_empty(shape)
+    plan.launch(dlog_prob, x, mean, logvar, *outputs[:2], outputs[2] if partial is None else partial)
     if partial is not None:
-        gradients[2].copy_(partial.sum(0).view(logvar.shape))
-    return [gradient for gradient in gradients if gradient is not None]
+        outputs[2].copy_(partial.sum(0).view(logvar.shape))
+    return gradients

@@ -27,14 +27,16 @@ from fastkl.kernels._device import (
     to_logvar_gradient,
     weighted,
 )
-from fastkl.kernels._launch import launch, replayed
+from fastkl.kernels._launch import Plan, planned
 from fastkl.kernels._layout import (
     NO_STRIDES,
     OLD_COMPILER,
     PROGRAMS,
     SPILLS_A_FEW,
+    View,
     cdiv,
     compute_dtype,
+    contiguous_strides,
     finish,
     is_bounded,
     layout,
@@ -42,6 +44,7 @@ from fastkl.kernels._layout import (
     registers,
     share,
     unpack,
+    views,
 )
 from fastkl.kernels._tuned import TILES
 
@@ -228,140 +231,164 @@ def rsample_kl_bwd_kernel(
         tl.store(dprior_logvar + at_column, tl.sum(total_logvar, axis=0), mask=column < columns)
 
 
-def with_samples(tensor, num_samples):
-    """[samples, ...], whether or not there is a dimension of samples."""
-    return tensor if tensor is None or num_samples is not None else tensor.unsqueeze(0)
+def first_sample(view: View | None, num_samples: int | None, like: View) -> tuple[View, int]:
+    """(the first sample's view, the stride to the next): without strides where there is none."""
+    if view is None or num_samples == 0:
+        return View(like.shape, (0,) * like.dim(), like.dtype), 0
+    if num_samples is None:
+        return view, 0
+    return View(view.shape[1:], view.strides[1:], view.dtype), view.strides[0]
 
 
-def first(tensor, like):
-    """The first sample; a stand-in without strides where there is none."""
-    return like.new_empty(()).expand(like.shape) if tensor is None or tensor.shape[0] == 0 else tensor[0]
+def longest_event(views: list[View]) -> int:
+    """How many dimensions are columns where only samples are wanted, which have no event. The fewest rows whose columns
+    are one run of memory, so that Philox calls are not wasted on the ends of short rows; below 2^31 columns, which are
+    counted in 32 bits."""
+    ndim = views[0].dim()
+    for candidate in range(ndim, 0, -1):
+        found = layout(views, candidate, reorder=False)
+        if found is not None and found.nested < 2 and found.columns < 2**31:
+            return candidate
+    return min(1, ndim)
 
 
-def sample_strides(*tensors):
-    return tuple(0 if tensor is None else tensor.stride(0) for tensor in tensors)
-
-
-@replayed
 def fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live):
-    settings = (scale, low, high, live)
-    return launch_fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, settings, with_kl=True)
+    return launch_fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, (scale, low, high), with_kl=True)
 
 
-@replayed
 def bwd(dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient):
-    mu = unpack(q, packed_dim)[0]
     settings = (scale, low, high, live)
     if dkl is None:  # not a KL gradient of zero, which an infinite KL would turn into NaN
         dq = launch_bwd(dz, None, q, seed, eps, num_samples, packed_dim, [], event_ndim, settings)
         return dq + [torch.zeros_like(p) for p in prior if prior_gradient]
-    dkl = dkl.reshape(*dkl.shape, *[1] * event_ndim).expand(mu.shape)
     return launch_bwd(
         dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, settings, prior_gradient=prior_gradient
     )
 
 
-def launch_fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, settings, stream=POSTERIOR.value, *, with_kl):
-    """(z, kl), or (z, None)."""
-    scale, low, high, _ = settings
-    mu, parameter = unpack(q, packed_dim)
-    samples = 1 if num_samples is None else num_samples
-    out_dtype = torch.promote_types(mu.dtype, parameter.dtype)
-    if num_samples is None:
-        z = torch.empty_like(mu, dtype=out_dtype)
-    else:
-        z = torch.empty((samples, *mu.shape), dtype=out_dtype, device=mu.device)
-    noise, drawn = with_samples(eps, num_samples), with_samples(z, num_samples)
-    tensors = [mu, parameter, *(p.expand(mu.shape) for p in prior), first(noise, mu), first(drawn, mu)]
-    found = layout(tensors, event_ndim, reorder=False)
-    if found is None:  # a view that no two dimensions an axis describe
-        contiguous = [[mu.contiguous(), parameter.contiguous()], seed, None if eps is None else eps.contiguous()]
-        prior = [p.contiguous() for p in prior]
-        drawn, kl = launch_fwd(*contiguous, num_samples, -1, prior, event_ndim, settings, stream, with_kl=with_kl)
-        return z.copy_(drawn), kl
-
-    dtype = compute_dtype(tensors[:-2])
-    block = blocks(found.rows, found.columns, tensors[:-2])
+@planned
+def plan_fwd(inputs, eps, z, num_samples, event_ndim, stream, scale, low, high, with_kl):
+    """(the launch, kl's shape with the splits in front, its dtype); None for views that no two dimensions describe."""
+    shape = inputs[0].shape
+    inputs = [view.expand(shape) for view in inputs]
+    event_ndim = longest_event(inputs) if event_ndim is None else event_ndim
+    noise, noise_step = first_sample(eps, num_samples, inputs[0])
+    drawn, drawn_step = first_sample(z, num_samples, inputs[0])
+    found = layout([*inputs, noise, drawn], event_ndim, reorder=False)
+    if found is None:
+        return None
+    dtype, block = compute_dtype(inputs), blocks(found.rows, found.columns, inputs)
     row_blocks = cdiv(found.rows, block["ROWS"])
     shift = found.columns % 4 != 0
     programs = PROGRAMS // max(1, row_blocks) if with_kl else found.columns
     columns_per_program, splits = share(found.columns + 3 * shift, block["COLUMNS"], programs)
-    batch = mu.shape[: mu.dim() - event_ndim]
-    out = batch if splits == 1 else (splits, *batch)
-    kl = torch.empty(out, dtype=dtype, device=mu.device) if with_kl else None
-    if found.rows and (with_kl or found.columns):
-        missing = 2 - len(prior)
-        launch(
-            rsample_kl_fwd_kernel, (row_blocks * splits,),
-            *tensors[:-2], *[None] * missing, noise, drawn, kl, seed, found.shape,
-            *found.strides[:-2], *[NO_STRIDES] * missing, *found.strides[-2:], *sample_strides(noise, drawn), samples,
-            stream, columns_per_program, splits, low, high, SCALE=scale, BOUNDED=is_bounded(low, high), SHIFT=shift,
-            NESTED=found.nested, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
-        )  # fmt: skip
-    if with_kl:
-        kl = kl if splits == 1 else kl.sum(0)
-    return z, kl
+    if not (with_kl or found.columns):
+        row_blocks = 0
+    plan = Plan(
+        rsample_kl_fwd_kernel, (row_blocks * splits,), found.shape,
+        *found.strides[:-2], *[NO_STRIDES] * (4 - len(inputs)), *found.strides[-2:], noise_step, drawn_step,
+        1 if num_samples is None else num_samples, stream, columns_per_program, splits, low, high,
+        SCALE=scale, BOUNDED=is_bounded(low, high), SHIFT=shift, NESTED=found.nested, DTYPE=TRITON_DTYPE[dtype],
+        enable_fp_fusion=True, **block,
+    )  # fmt: skip
+    return plan, (splits, *shape[: len(shape) - event_ndim]), dtype
+
+
+def launch_fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, settings, stream=POSTERIOR.value, *, with_kl):
+    """(z, kl), or (z, None). Without a KL event_ndim may be None."""
+    mu, parameter = unpack(q, packed_dim)
+    inputs = [mu, parameter, *prior]
+    out_dtype = torch.promote_types(mu.dtype, parameter.dtype)
+    if num_samples is None:
+        z = torch.empty_like(mu, dtype=out_dtype)
+    else:
+        z = torch.empty((num_samples, *mu.shape), dtype=out_dtype, device=mu.device)
+    found = plan_fwd(views(*inputs), *views(eps, z), num_samples, event_ndim, stream, *settings, with_kl)
+    if found is None:
+        mu, parameter, *prior = (tensor.contiguous() for tensor in inputs)
+        eps = None if eps is None else eps.contiguous()
+        arguments = ([mu, parameter], seed, eps, num_samples, -1, prior, event_ndim, settings, stream)
+        drawn, kl = launch_fwd(*arguments, with_kl=with_kl)
+        return z.copy_(drawn), kl
+    plan, shape, dtype = found
+    kl = torch.empty(shape[shape[0] == 1 :], dtype=dtype, device=mu.device) if with_kl else None
+    plan.launch(*inputs, *[None] * (4 - len(inputs)), eps, z, kl, seed)
+    return z, kl.sum(0) if with_kl and shape[0] > 1 else kl
+
+
+@planned
+def plan_bwd(dz, dkl, inputs, eps, outputs, num_samples, event_ndim, stream, scale, low, high, live, shared):
+    """(the launch, the shape of what a shared prior's gradients are summed from, over which dimensions), or None."""
+    shape = inputs[0].shape
+    inputs = [view.expand(shape) for view in inputs]
+    incoming, incoming_step = first_sample(dz, num_samples, inputs[0])
+    noise, noise_step = first_sample(eps, num_samples, inputs[0])
+    event_ndim = longest_event([*inputs, incoming]) if event_ndim is None else event_ndim
+    event = shape[len(shape) - event_ndim :]
+    rows, columns = shape[: len(shape) - event_ndim].numel(), event.numel()
+    dtype, block = compute_dtype(inputs), blocks(rows, columns, inputs)
+    shift = columns % 4 != 0
+    if dtype == torch.float32 and ((num_samples or 1) > 1 or OLD_COMPILER):  # fewer would spill in bfloat16
+        block |= registers(168)
+    column_blocks = cdiv(columns + 3 * shift, block["COLUMNS"])
+    partial, over, rows_per_program, groups = None, None, block["ROWS"], cdiv(rows, block["ROWS"])
+    if shared and shift:  # shifted rows do not line up in columns, so this gradient is written whole first
+        partial, over = (2, *shape), tuple(range(1, 1 + len(shape) - event_ndim))
+        total = View(shape, contiguous_strides(shape), dtype)
+    elif shared:
+        rows_per_program, groups = share(rows, block["ROWS"], min(PROGRAMS // column_blocks, cdiv(rows, SHARED_ROWS)))
+        partial, over = (2, groups, *event), (1,)
+        total = View(event, contiguous_strides(event), dtype).expand(shape)
+    outputs = [*outputs, total, total] if shared else outputs
+    of_kl = first_sample(None, None, inputs[0])[0] if dkl is None else dkl.of_rows(shape)
+    found = layout([incoming, of_kl, *inputs, noise, *outputs], event_ndim, reorder=False)
+    if found is None:
+        return None
+    strides, read = found.strides, 2 + len(inputs)
+    plan = Plan(
+        rsample_kl_bwd_kernel, (groups * column_blocks,), found.shape,
+        *strides[:read], *[NO_STRIDES] * (6 - read), *strides[read:], *[NO_STRIDES] * (4 - len(outputs)),
+        noise_step, incoming_step, 1 if num_samples is None else num_samples, stream, rows_per_program, column_blocks,
+        columns, low, high, SCALE=scale, BOUNDED=is_bounded(low, high), LIVE=live, SHARED=shared and not shift,
+        SHIFT=shift, NESTED=found.nested, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
+    )  # fmt: skip
+    return plan, partial, over
 
 
 def launch_bwd(
     dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, settings, stream=POSTERIOR.value, *,
     prior_gradient=False,
 ):  # fmt: skip
-    """The gradients of q, and of the prior where wanted. dkl is expanded to mu's shape, or None without a KL."""
-    scale, low, high, live = settings
-    mu, parameter = unpack(q, packed_dim)
-    rows, columns = mu.shape[: mu.dim() - event_ndim].numel(), mu.shape[mu.dim() - event_ndim :].numel()
-    samples = 1 if num_samples is None else num_samples
+    """The gradients of q, and of the prior where wanted. dkl is one value per row, or None without a KL."""
+    inputs = [*unpack(q, packed_dim), *prior]
+    mu, dtype = inputs[0], compute_dtype(inputs)
     gradients = [torch.empty_like(tensor) for tensor in (*q, *(prior if prior_gradient else ()))]
-    if rows == 0 or columns == 0:
+    if mu.numel() == 0:
         return [gradient.zero_() for gradient in gradients]
     outputs = [*unpack(gradients[: len(q)], packed_dim), *gradients[len(q) :]]
-    noise = with_samples(eps, num_samples)
-    incoming = with_samples(dz, num_samples) if dz is not None else mu.new_zeros(()).expand(samples, *mu.shape)
-    dtype = compute_dtype([mu, parameter, *prior])
+    shared = bool(prior_gradient and prior and prior[0].dim() < mu.dim())
     if dkl is not None and dkl.dtype != dtype:
         dkl = dkl.to(dtype)
-
-    shift = columns % 4 != 0
-    block = blocks(rows, columns, [mu, parameter, *prior])
-    if dtype == torch.float32 and (samples > 1 or OLD_COMPILER):  # fewer would spill in bfloat16
-        block |= registers(168)
-    column_blocks = cdiv(columns + 3 * shift, block["COLUMNS"])
-    shared = bool(prior_gradient and prior and prior[0].dim() < mu.dim())
-    summed = shared and shift  # shifted rows do not line up in columns, so this gradient is written whole first
-    if summed:
-        outputs[2:] = [torch.empty(mu.shape, dtype=dtype, device=mu.device) for _ in range(2)]
-    elif shared:
-        rows_per_program, groups = share(rows, block["ROWS"], min(PROGRAMS // column_blocks, cdiv(rows, SHARED_ROWS)))
-        partial = torch.empty((groups, 2, *mu.shape[mu.dim() - event_ndim :]), dtype=dtype, device=mu.device)
-        outputs[2:] = [partial[0, 0].expand(mu.shape), partial[0, 1].expand(mu.shape)]
-    if summed or not shared:
-        rows_per_program, groups = block["ROWS"], cdiv(rows, block["ROWS"])
-
-    full_prior = [p.expand(mu.shape) for p in prior]
-    read = [first(incoming, mu), first(None, mu) if dkl is None else dkl, mu, parameter]
-    found = layout([*read, *full_prior, first(noise, mu), *outputs], event_ndim, reorder=False)
+    written = views(*outputs[: 2 if shared else 4])
+    found = plan_bwd(
+        *views(dz, dkl), views(*inputs), *views(eps), written, num_samples, event_ndim, stream, *settings, shared
+    )
     if found is None:
+        dz, dkl, eps, *inputs = (None if t is None else t.contiguous() for t in (dz, dkl, eps, *inputs))
         contiguous = launch_bwd(
-            incoming.contiguous() if num_samples is not None else incoming[0].contiguous(),
-            None if dkl is None else dkl.contiguous(),
-            [mu.contiguous(), parameter.contiguous()], seed, None if eps is None else eps.contiguous(), num_samples,
-            -1, [p.contiguous() for p in prior], event_ndim, settings, stream,
+            dz, dkl, inputs[:2], seed, eps, num_samples, -1, inputs[2:], event_ndim, settings, stream,
             prior_gradient=prior_gradient,
         )  # fmt: skip
-        finish([*unpack(gradients[: len(q)], packed_dim), *gradients[len(q) :]], contiguous)
+        finish(outputs, contiguous)
         return gradients
-    strides, missing, unwanted = found.strides, 2 - len(prior), 4 - len(outputs)
-    launch(
-        rsample_kl_bwd_kernel, (groups * column_blocks,),
-        incoming, dkl, mu if dkl is not None else None, parameter, *full_prior, *[None] * missing, noise, *outputs,
-        *[None] * unwanted, seed, found.shape,
-        *strides[: 4 + len(prior)], *[NO_STRIDES] * missing, *strides[4 + len(prior) :], *[NO_STRIDES] * unwanted,
-        *sample_strides(noise, incoming), samples, stream, rows_per_program, column_blocks, 2 * columns, low, high,
-        SCALE=scale, BOUNDED=is_bounded(low, high), LIVE=live, SHARED=shared and not summed, SHIFT=shift,
-        NESTED=found.nested, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
+    plan, shape, over = found
+    if shared:
+        totals = torch.empty(shape, dtype=dtype, device=mu.device)
+        outputs[2:] = totals
+    plan.launch(
+        mu.new_zeros(()) if dz is None else dz, dkl, mu if dkl is not None else None, *inputs[1:],
+        *[None] * (4 - len(inputs)), eps, *outputs, *[None] * (4 - len(outputs)), seed,
     )  # fmt: skip
     if shared:
-        totals = [full.reshape(-1, *prior[0].shape).sum(0) for full in outputs[2:]] if summed else partial.sum(0)
-        finish(gradients[len(q) :], list(totals))
+        finish(gradients[len(q) :], totals.sum(over))
     return gradients

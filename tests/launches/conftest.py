@@ -10,46 +10,11 @@ collect_ignore_glob = [] if fake_driver.DRIVER else ["test_*.py"]
 
 @pytest.fixture(autouse=True)
 def kernels_for_cpu_tensors(monkeypatch):
-    from fastkl.kernels import kl_normal
     from fastkl.ops import _register
 
     for op, launcher in _register.TRITON.items():
         monkeypatch.setitem(_register.CPU, op, launcher)
     fake_driver.LAUNCHES.clear()
-    for launcher in (kl_normal.fwd, kl_normal.bwd):
-        launcher.plans.clear()
-        launcher.older.clear()
-
-
-@pytest.fixture
-def kept(monkeypatch):
-    """No memory is used twice, so that an address says which tensor it is."""
-    tensors = []
-
-    def keep(allocate):
-        def allocate_and_keep(*args, **kwargs):
-            tensors.append(allocate(*args, **kwargs))
-            return tensors[-1]
-
-        return allocate_and_keep
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, keep(getattr(owner, name)))
-
-
-@pytest.fixture
-def replays(monkeypatch):
-    """The results of all replays."""
-    from fastkl.kernels import _plan
-
-    results, replay = [], _plan.Plan.replay
-
-    def noted(self, *args):
-        results.append(replay(self, *args))
-        return results[-1]
-
-    monkeypatch.setattr(_plan.Plan, "replay", noted)
-    return results
 
 
 @pytest.fixture
