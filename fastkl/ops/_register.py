@@ -31,6 +31,8 @@ CLOSED_FORM: dict[str, Callable[..., Any]] = {}
 NATIVE: dict[str, Callable[..., Any]] = {}
 TRITON: dict[str, Callable[..., Any]] = {}
 CPU: dict[str, Callable[..., Any]] = {}
+# And where they are: "module.function" in fastkl.kernels, in fastkl.native or "".
+PLACES: dict[str, tuple[str, str]] = {}
 
 
 def register(
@@ -44,6 +46,7 @@ def register(
     name = schema[: schema.index("(")]
     qualified = f"{NAMESPACE}::{name}"
     CLOSED_FORM[name] = CPU[name] = closed_form
+    PLACES[name] = kernel, native
     TRITON[name] = triton = _lazily("kernels", kernel, closed_form)
     if native:
         NATIVE[name] = CPU[name] = _lazily("native", native, closed_form)

@@ -1,0 +1,50 @@
+"""docs/architecture.md: its table of ops is that of the registry, and what it names is there.
+
+`python tests/test_architecture.py` writes the table.
+"""
+
+import re
+from pathlib import Path
+
+import fastkl
+from fastkl.ops import _register
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "architecture.md"
+BEGIN, END = "<!-- written by: python tests/test_architecture.py -->\n", "<!-- end -->\n"
+
+
+def table() -> str:
+    lines = ["| op | closed form | C | Triton |", "|---|---|---|---|"]
+    for name, (kernel, native) in sorted(_register.PLACES.items()):
+        module = _register.CLOSED_FORM[name].__module__.rpartition(".")[2]
+        loop = f"`{native.partition('.')[0]}.c`" if native else ""
+        lines.append(f"| `{name}` | `{module}.py` | {loop} | `{kernel.partition('.')[0]}.py` |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_is_that_of_the_registry():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page[page.index(BEGIN) + len(BEGIN) : page.index(END)] == table()
+
+
+def test_every_file_of_the_table_is_there():
+    folders = [ROOT / "fastkl" / "ops", ROOT / "fastkl" / "native", ROOT / "kernels"]
+    for row in table().splitlines()[2:]:
+        for folder, cell in zip(folders, re.findall(r"\| ([^|]*) (?=\|)", row)[1:], strict=True):
+            assert not cell or (folder / cell.strip("`")).is_file(), row
+
+
+def test_every_name_of_the_page_is_in_the_code():
+    """Of a function in backquotes, which a rename would leave behind."""
+    page = PAGE.read_text(encoding="utf-8")
+    code = "\n".join(path.read_text() for path in [*ROOT.glob("fastkl/**/*.[pch]*"), *ROOT.glob("kernels/*.py")])
+    names = {name for name in re.findall(r"`(\w+)`", page) if not hasattr(fastkl, name)}
+    assert "kl_terms_gradient" in names
+    assert {name for name in names if not re.search(rf"\b{name}\b", code)} == set()
+
+
+if __name__ == "__main__":
+    text = PAGE.read_text(encoding="utf-8")
+    start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
+    PAGE.write_text(text[:start] + table() + text[stop:], encoding="utf-8")
