@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from fuzz_posteriors import posterior
+
 import fastkl
 
 import fuzz_oracle as oracle
@@ -26,7 +28,6 @@ from fuzz_normal import (
     bernoulli_log_prob,
     gumbel_softmax,
     normal_log_prob,
-    posterior,
     rsample_kl,
     rsample_normal,
     value_of,

@@ -30,8 +30,10 @@ class Draw:
     def chance(self, p: float) -> bool:
         return self.random.random() < p
 
-    def seed(self) -> int:
-        return self.pick((0, self.random.getrandbits(31), self.random.getrandbits(62), -self.random.getrandbits(40)))
+    def seed(self) -> int | torch.Tensor:
+        bits = self.random.getrandbits
+        seed = self.pick((0, bits(31), bits(62), -bits(40)))
+        return torch.tensor(seed, device=DEVICE) if self.chance(0.3) else seed
 
     def size(self, largest: int) -> int:
         return min(largest, self.pick((1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 33, 64, 130)))
