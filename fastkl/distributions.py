@@ -106,7 +106,7 @@ class DiagonalNormal:
         return self._exp(1.0)
 
     def _exp(self, factor: float) -> Tensor:
-        """exp(factor logvar), rounded at the end: the gradient multiplies by it, and float16 may have no room for it."""
+        """exp(factor logvar), rounded at the end: the gradient multiplies by it, which float16 may not hold."""
         logvar = self._logvar()
         return torch.exp(factor * logvar.to(reference.compute_dtype(logvar))).to(self._halves()[1].dtype)
 

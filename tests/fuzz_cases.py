@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from fuzz_posteriors import posterior
+from fuzz_priors import prior_kl, prior_log_prob, prior_rsample
 
 import fastkl
 
@@ -49,6 +50,9 @@ CASES = {
     "kl_gmm": kl_gmm,
     "kl_gmm_bounds": kl_gmm_bounds,
     "rsample_gmm": rsample_gmm,
+    "prior_log_prob": prior_log_prob,
+    "prior_kl": prior_kl,
+    "prior_rsample": prior_rsample,
     "iwae": importance(fastkl.iwae, lambda log_w, dim: log_w.logsumexp(dim) - math.log(log_w.shape[dim])),
     "effective_sample_size": importance(fastkl.effective_sample_size, oracle.effective_sample_size),
     "weight_entropy": importance(fastkl.weight_entropy, oracle.weight_entropy),
