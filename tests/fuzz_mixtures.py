@@ -67,7 +67,8 @@ def gmm_precision(d: Draw) -> Case:
             spread = torch.zeros_like(means) if logvars is None else logvars.expand(means.shape)
             x, m, s = z - centre, means - centre, torch.exp(-spread)
             squares = x.square() @ s.mT - 2 * x @ (m * s).mT + (m.square() * s).sum(-1)
-            joint = logits.log_softmax(-1) - 0.5 * (squares + (spread + oracle.LOG_2PI).sum(-1))
+            log_weights = logits - logits.logsumexp(-1, keepdim=True)  # of which the gradient is a difference
+            joint = log_weights - 0.5 * (squares + (spread + oracle.LOG_2PI).sum(-1))
         total = joint.logsumexp(-1, keepdim=True)
         return total.squeeze(-1) if op is fastkl.gmm_log_prob else joint - total
 
