@@ -99,25 +99,29 @@ class DiagonalNormal:
 
     @property
     def std(self) -> Tensor:
-        return torch.exp(0.5 * self._logvar()).to(self._halves()[1].dtype)
+        return self._exp(0.5)
 
     @property
     def var(self) -> Tensor:
-        return torch.exp(self._logvar()).to(self._halves()[1].dtype)
+        return self._exp(1.0)
 
-    def _given(self) -> tuple[Tensor, Tensor]:
-        """mu and ln sigma^2 before they are broadcast; the latter in the dtype that the ops compute in, where there is
-        something to compute: rounded to bfloat16, a logarithm would bias every density by tenths of a nat per
-        dimension."""
+    def _exp(self, factor: float) -> Tensor:
+        """exp(factor logvar), rounded at the end: the gradient multiplies by it, which float16 may not hold."""
+        logvar = self._logvar()
+        return torch.exp(factor * logvar.to(reference.compute_dtype(logvar))).to(self._halves()[1].dtype)
+
+    def _given(self, *others: Tensor) -> tuple[Tensor, Tensor]:
+        """mu and ln sigma^2 before they are broadcast. A logarithm is in the dtype that an op of these and `others`
+        computes in: rounded to bfloat16, it would bias every density by tenths of a nat per dimension."""
         mu, parameter = self._halves()
         if self.scale == "logvar" and self.bounds is None:
             return mu, parameter
-        parameter = parameter.to(reference.compute_dtype(parameter))
+        parameter = parameter.to(reference.compute_dtype(mu, parameter, *others))
         return mu, reference.bound(reference.to_logvar(parameter, self.scale), self.bounds)
 
-    def _broadcast(self) -> tuple[Tensor, Tensor]:
+    def _broadcast(self, *others: Tensor) -> tuple[Tensor, Tensor]:
         """_given of the full shape: what is smaller is in float32, in which its gradient is summed."""
-        mu, logvar = self._given()
+        mu, logvar = self._given(*others)
         return arguments.expand(mu, self.shape), arguments.expand(logvar, self.shape)
 
     def _logvar(self) -> Tensor:
@@ -133,6 +137,14 @@ class DiagonalNormal:
         return mu.shape if mu.shape == parameter.shape else torch.broadcast_shapes(mu.shape, parameter.shape)
 
     # ---- the ops ----
+
+    def _of(self, prior: DiagonalNormal | None) -> tuple[Tensor, ...]:
+        """The prior's parameters, for an op on these ones."""
+        if prior is None:
+            return ()
+        if not isinstance(prior, DiagonalNormal):
+            raise TypeError(f"prior must be a fastkl.DiagonalNormal or None, got {type(prior).__name__}")
+        return prior._given(*self.tensors)
 
     def _settings(self) -> dict[str, Any]:
         return {"scale": self.scale, "bounds": self.bounds}
@@ -150,13 +162,13 @@ class DiagonalNormal:
         """KL(q || prior) in nats, one per datum; the prior is N(0, I) or another DiagonalNormal."""
         settings = {"event_ndim": self.event_ndim, **self._settings()}
         if self.packed_dim is not None:
-            return kl_normal_packed(*self.tensors, self.packed_dim, *_parameters(prior), **settings)
-        return kl_normal(*self.tensors, *_parameters(prior), **settings)
+            return kl_normal_packed(*self.tensors, self.packed_dim, *self._of(prior), **settings)
+        return kl_normal(*self.tensors, *self._of(prior), **settings)
 
     def kl_per_dim(self, prior: DiagonalNormal | None = None) -> Tensor:
         """KL(q || prior) of each latent dimension, averaged over the batch: [*event]."""
         settings = {"event_ndim": self.event_ndim, **self._settings()}
-        return kl_normal_per_dim(*self._halves(), *_parameters(prior), **settings)
+        return kl_normal_per_dim(*self._halves(), *self._of(prior), **settings)
 
     def rsample_kl(
         self, prior: DiagonalNormal | None = None, *, num_samples: int | None = None,
@@ -166,12 +178,13 @@ class DiagonalNormal:
         drawn = {"num_samples": num_samples, "seed": seed, "eps": eps}
         settings = {"event_ndim": self.event_ndim, **drawn, **self._settings()}
         if self.packed_dim is not None:
-            return rsample_kl_packed(*self.tensors, self.packed_dim, *_parameters(prior), **settings)
-        return rsample_kl(*self.tensors, *_parameters(prior), **settings)
+            return rsample_kl_packed(*self.tensors, self.packed_dim, *self._of(prior), **settings)
+        return rsample_kl(*self.tensors, *self._of(prior), **settings)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """ln q(z) in nats, one per datum; z may have leading dimensions of samples."""
-        return normal_log_prob(z, *self._broadcast(), event_ndim=self.event_ndim)
+        arguments.check_tensors(z=z)
+        return normal_log_prob(z, *self._broadcast(z), event_ndim=self.event_ndim)
 
     def entropy(self) -> Tensor:
         """1/2 sum_d [ln(2 pi e) + logvar_d] in nats, one per datum."""
@@ -200,11 +213,3 @@ def _unflatten(tensors: Iterable[Tensor], settings: tuple) -> DiagonalNormal:
 
 
 register_container(DiagonalNormal, _flatten, _unflatten)
-
-
-def _parameters(prior: DiagonalNormal | None) -> tuple[Tensor, ...]:
-    if prior is None:
-        return ()
-    if not isinstance(prior, DiagonalNormal):
-        raise TypeError(f"prior must be a fastkl.DiagonalNormal or None, got {type(prior).__name__}")
-    return prior._given()

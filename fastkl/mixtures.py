@@ -218,18 +218,20 @@ def sample_gmm(
     logits, means, logvars, scale_tril = (t if t is None else t.detach() for t in (logits, means, logvars, scale_tril))
     seed = sampling.check_seed(seed, logits.device, "logits")
     component = _choose(logits, num_samples, batch, seed)
-    mean = _take(means.to(dtype), component, 1).expand(*component.shape, means.shape[-1])
-    zero = torch.zeros((), dtype=dtype, device=mean.device)
+    # 16-bit parameters are taken to float32 where there is a sum to be made, and it is rounded at its end.
+    wide = dtype if scale_tril is None else torch.promote_types(dtype, torch.float32)
+    mean = _take(means.to(wide), component, 1).expand(*component.shape, means.shape[-1])
+    zero = torch.zeros((), dtype=wide, device=mean.device)
     if scale_tril is None:
         logvars = zero.expand(1, 1) if logvars is None else parameters.by_component(logvars)
         logvar = _take(logvars.to(dtype), component, 1)
         return draw_normal(Stream.CHOICE_NOISE, mean.shape, mean, logvar, seed), component
     eps = draw_normal(Stream.CHOICE_NOISE, mean.shape, zero, zero, seed)
-    scale_tril, matrix = scale_tril.to(dtype), means.shape[-1] ** 2 * dtype.itemsize
+    scale_tril, matrix = scale_tril.to(wide), means.shape[-1] ** 2 * wide.itemsize
     rows = max(1, CHUNK // max(1, matrix * component[0].numel()))
     if torch.compiler.is_compiling():
         rows = component.shape[0]
     parts = []
     for k, m, e in zip(component.split(rows), mean.split(rows), eps.split(rows)):
-        parts.append(m + (_take(scale_tril, k, 2).tril() @ e.unsqueeze(-1)).squeeze(-1))
+        parts.append((m + (_take(scale_tril, k, 2).tril() @ e.unsqueeze(-1)).squeeze(-1)).to(dtype))
     return torch.cat(parts), component

@@ -93,8 +93,8 @@ def sliced_wasserstein(d: Draw) -> Case:
     zero = torch.zeros((), dtype=compute_dtype(tensors), device=DEVICE)
 
     def noise():
-        seed_ = torch.tensor(seed, device=DEVICE)
-        return draw_normal(Stream.DIRECTIONS, (count, first[1]), zero, zero, seed_).double(), 0.0
+        tensor = torch.as_tensor(seed, device=DEVICE)
+        return draw_normal(Stream.DIRECTIONS, (count, first[1]), zero, zero, tensor).double(), 0.0
 
     def truth(x, y, noise):
         return oracle.sliced(x, y, noise / noise.norm(dim=1, keepdim=True), p)

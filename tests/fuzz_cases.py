@@ -1,8 +1,13 @@
-"""Every op by name, and what a call of it is made of."""
+"""Every op by name, and what is composed of ops; what a call of it is made of."""
 
 from __future__ import annotations
 
 import math
+
+import fuzz_objectives as objectives
+from fuzz_monitors import monitor, remedy
+from fuzz_posteriors import posterior
+from fuzz_priors import prior_kl, prior_log_prob, prior_rsample
 
 import fastkl
 
@@ -18,21 +23,22 @@ from fuzz_batches import (
 from fuzz_mixtures import (
     gmm,
     gmm_moments,
+    gmm_precision,
     kl_gmm,
     kl_gmm_bounds,
     rsample_gmm,
+    sample_gmm,
 )
 from fuzz_normal import (
     bernoulli_log_prob,
     gumbel_softmax,
     normal_log_prob,
-    posterior,
     rsample_kl,
     rsample_normal,
     value_of,
 )
 
-CASES = {
+OPS = {
     "kl_normal": value_of(fastkl.kl_normal, oracle.kl_elements),
     "kl_normal_per_dim": value_of(fastkl.kl_normal_per_dim, oracle.kl_elements),
     "wasserstein2_normal": value_of(fastkl.wasserstein2_normal, oracle.wasserstein2_elements),
@@ -47,6 +53,8 @@ CASES = {
     "gmm_moments": gmm_moments,
     "kl_gmm": kl_gmm,
     "kl_gmm_bounds": kl_gmm_bounds,
+    "gmm_precision": gmm_precision,
+    "sample_gmm": sample_gmm,
     "rsample_gmm": rsample_gmm,
     "iwae": importance(fastkl.iwae, lambda log_w, dim: log_w.logsumexp(dim) - math.log(log_w.shape[dim])),
     "effective_sample_size": importance(fastkl.effective_sample_size, oracle.effective_sample_size),
@@ -60,3 +68,18 @@ CASES = {
         fastkl.wasserstein2_multivariate_normal, oracle.wasserstein2_multivariate
     ),
 }
+
+# Priors, objectives, monitors and remedies.
+COMPOSED = {
+    "prior_log_prob": prior_log_prob,
+    "prior_kl": prior_kl,
+    "prior_rsample": prior_rsample,
+    "monitor": monitor,
+    "remedy": remedy,
+    "elbo": objectives.elbo,
+    "importance": objectives.importance,
+    "clusters": objectives.clusters,
+    "matching": objectives.matching,
+}
+
+CASES = OPS | COMPOSED

@@ -20,6 +20,7 @@ class Draw:
     def __init__(self, seed: str):
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(self.random.getrandbits(62))
+        self.dtypes = DTYPES
         self.dtype = self.pick(DTYPES)
         self.mixed = self.chance(0.2)
         self.level = self.pick(("ordinary", "ordinary", "tiny", "large", "zero", "every"))
@@ -30,8 +31,15 @@ class Draw:
     def chance(self, p: float) -> bool:
         return self.random.random() < p
 
-    def seed(self) -> int:
-        return self.pick((0, self.random.getrandbits(31), self.random.getrandbits(62), -self.random.getrandbits(40)))
+    def computed_alike(self) -> None:
+        """From here on no tensor of float64 is drawn beside narrower ones."""
+        wide = self.dtype == torch.float64
+        self.dtypes = [dtype for dtype in DTYPES if (dtype == torch.float64) == wide]
+
+    def seed(self) -> int | torch.Tensor:
+        bits = self.random.getrandbits
+        seed = self.pick((0, bits(31), bits(62), -bits(40)))
+        return torch.tensor(seed, device=DEVICE) if self.chance(0.3) else seed
 
     def size(self, largest: int) -> int:
         return min(largest, self.pick((1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 33, 64, 130)))
@@ -75,7 +83,7 @@ class Draw:
 
     def tensor(self, values: torch.Tensor, dtype: torch.dtype | None = None, *, expand: bool = True) -> torch.Tensor:
         """A leaf with these values, in some layout, with or without a gradient."""
-        dtype = dtype or (self.pick(DTYPES) if self.mixed else self.dtype)
+        dtype = dtype or (self.pick(self.dtypes) if self.mixed else self.dtype)
         if dtype == torch.float16:
             values = values.clamp(-3e4, 3e4)
         laid = self.lay(values.to(dtype), expand=expand)

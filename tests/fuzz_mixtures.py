@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from fuzz_noise import uniform
 
 import fastkl
 
@@ -46,6 +48,33 @@ def mixture_of(t):
 
 def near_rows(d: Draw) -> tuple[tuple[int, ...], int]:
     return d.batch(33), min(40, d.size(33))
+
+
+def gmm_precision(d: Draw) -> Case:
+    """A square expanded around the mean of the means: as exact as the expansion is, each product rounded to tf32."""
+    d.dtype, d.mixed = d.pick((torch.float32, torch.bfloat16, torch.float16)), False
+    batch, size = near_rows(d)
+    tensors = {"z": d.tensor(spread_rows(d, (*batch, size))), **mixture(d, batch, size, own=False)}
+    precision = d.pick(("tf32x3", "tf32"))
+    op = d.pick((fastkl.gmm_log_prob, fastkl.gmm_responsibilities))
+
+    def truth(z, **t):
+        logits, means, logvars, scale_tril = mixture_of(t)
+        if scale_tril is not None:  # by differences in any case
+            joint = oracle.joint(z, logits, means, logvars, scale_tril)
+        else:
+            centre = means.detach().mean(0)
+            spread = torch.zeros_like(means) if logvars is None else logvars.expand(means.shape)
+            x, m, s = z - centre, means - centre, torch.exp(-spread)
+            squares = x.square() @ s.mT - 2 * x @ (m * s).mT + (m.square() * s).sum(-1)
+            log_weights = logits - logits.logsumexp(-1, keepdim=True)  # of which the gradient is a difference
+            joint = log_weights - 0.5 * (squares + (spread + oracle.LOG_2PI).sum(-1))
+        total = joint.logsumexp(-1, keepdim=True)
+        return total.squeeze(-1) if op is fastkl.gmm_log_prob else joint - total
+
+    rounded = torch.float16 if precision == "tf32" else None  # which has as many digits
+    call = lambda **t: op(**t, precision=precision)  # noqa: E731
+    return Case(call, tensors, truth, settings={"precision": precision}, rounded=rounded, together=True)
 
 
 def gmm(op, ending):
@@ -104,12 +133,47 @@ def kl_gmm_bounds(d: Draw) -> Case:
     return Case(fastkl.kl_gmm_bounds, tensors, truth)
 
 
+def batch_of(tensors) -> torch.Size:
+    events = {"logits": 1, "means": 2, "logvars": 2, "scale_tril": 3}
+    return torch.broadcast_shapes(*(t.shape[: max(0, t.dim() - events[name])] for name, t in tensors.items()))
+
+
+def sample_gmm(d: Draw) -> Case:
+    """The component by inversion of the distribution function; the noise is found in the sample of N(0, I)."""
+    size = min(17, d.size(17))
+    tensors = {name: t.detach() for name, t in mixture(d, d.pick(((), (3,), (d.size(9),))), size).items()}
+    how, batch = {"num_samples": d.pick((1, 4, 30)), "seed": d.seed()}, batch_of(tensors)
+    shape = (how["num_samples"], *batch)
+    computed = compute_dtype({name: t for name, t in tensors.items() if name != "logits"})
+
+    def noise():
+        one = torch.zeros((*batch, 1, size), dtype=computed, device=DEVICE)
+        return fastkl.sample_gmm(one[..., 0], one, **how)[0].double(), 1e-6
+
+    def truth(noise, **t):
+        logits, means, logvars, scale_tril = mixture_of(t)
+        weights = tensors["logits"].double().cpu().softmax(-1).expand(*batch, -1).numpy()
+        u = uniform(int(how["seed"]), shape)
+        chosen = np.empty(shape, dtype=np.int64)
+        for at in np.ndindex(shape):
+            running = np.cumsum(weights[at[1:]])
+            chosen[at] = np.searchsorted(running, u[at] * running[-1], side="right")
+        one_hot = torch.nn.functional.one_hot(torch.from_numpy(chosen), logits.shape[-1]).to(means.dtype)
+        z = (one_hot.unsqueeze(-1) * means).sum(-2)
+        if scale_tril is not None:
+            z = z + torch.einsum("...k,...kij,...j->...i", one_hot, scale_tril.tril(), noise)
+        else:
+            spread = torch.zeros_like(means) if logvars is None else logvars
+            z = z + torch.exp(0.5 * (one_hot.unsqueeze(-1) * spread).sum(-2)) * noise
+        return z, torch.from_numpy(chosen)
+
+    return Case(lambda **t: fastkl.sample_gmm(**t, **how), tensors, truth, noise, how, computed)
+
+
 def rsample_gmm(d: Draw) -> Case:
     batch, size = d.pick(((), (3,), (d.size(9),))), min(17, d.size(17))
     tensors = mixture(d, batch, size)
-    batch = torch.broadcast_shapes(
-        tensors["logits"].shape[:-1], tensors["means"].shape[:-2], *[tensors[n].shape[:-e] for n, e in
-        (("logvars", 2), ("scale_tril", 3)) if n in tensors and tensors[n].dim() >= e])  # fmt: skip
+    batch = batch_of(tensors)
     k, count, seed, tau = tensors["logits"].shape[-1], d.pick((None, 1, 4)), d.seed(), d.pick((0.5, 1.0, 2.0))
     dtype = compute_dtype({n: t for n, t in tensors.items() if n != "logits"})
     how = {"num_samples": count, "seed": seed}

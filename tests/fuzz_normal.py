@@ -76,18 +76,6 @@ def positive(std: torch.Tensor) -> torch.Tensor:
     return std
 
 
-def packed_head(d: Draw):
-    shape = (d.size(9), *d.pick(((2 * d.size(40),), (4, 3, 5), (2, 6), (6, 1, 2))))
-    dim = d.random.randrange(1, len(shape)) if len(shape) > 1 else 0
-    dim = dim if shape[dim] % 2 == 0 else 1
-    scale = d.pick(("logvar", "log_std", "softplus"))
-    half = list(shape)
-    half[dim] //= 2
-    values = torch.cat([d.location(half), parameter_of(d.logvar(half), scale)], dim)
-    tensor = d.tensor(values, expand=False)
-    return tensor, dim, half, {"scale": scale, "bounds": bounds_of(d), "event_ndim": d.random.randint(1, len(shape))}
-
-
 def value_of(op, elements):
     def case(d: Draw) -> Case:
         tensors, settings, shape = gaussian(d)
@@ -151,34 +139,6 @@ def rsample_kl(d: Draw) -> Case:
     return Case(lambda **t: fastkl.rsample_kl(**t, **settings_), tensors, truth, noise, settings_)
 
 
-def posterior(d: Draw) -> Case:
-    """The methods of a packed posterior."""
-    head, dim, half, settings = packed_head(d)
-    ndim, plain = settings["event_ndim"], {k: settings[k] for k in ("scale", "bounds")}
-    tensors, seed, method = {"head": head}, d.seed(), d.pick(("kl", "rsample", "rsample_kl", "entropy", "kl_per_dim"))
-    dtype, exact = compute_dtype(tensors), head.itemsize >= 4
-    zero = torch.zeros(half, dtype=dtype, device=DEVICE)
-
-    def call(head):
-        q = fastkl.DiagonalNormal.from_packed(head, dim, **settings)
-        return getattr(q, method)(**({"seed": seed} if "rsample" in method else {}))
-
-    def truth(head, noise=None):
-        mu, parameter = head.chunk(2, dim)
-        logvar, kl = oracle.to_logvar(parameter, **plain), oracle.kl_elements(mu, parameter, **plain)
-        if method == "entropy":
-            return oracle.entropy(logvar.flatten(-ndim))
-        if method == "kl_per_dim":
-            return kl if kl.dim() == ndim else kl.flatten(0, -ndim - 1).mean(0)
-        z = None if noise is None else mu + torch.exp(0.5 * logvar) * noise
-        return {"kl": (oracle.last(kl, ndim),), "rsample": (z,), "rsample_kl": (z, oracle.last(kl, ndim))}[method]
-
-    def noise():
-        return fastkl.rsample_normal(zero, zero, seed=seed).double(), 1e-6 if not exact else 3e-7
-
-    return Case(call, tensors, truth, noise if "rsample" in method else None, settings | {"method": method, "dim": dim})
-
-
 def normal_log_prob(d: Draw) -> Case:
     shape, event_ndim = event(d)
     tensors = {
@@ -223,6 +183,7 @@ def gumbel_softmax(d: Draw) -> Case:
     if d.chance(0.3):
         tensors["tau"] = d.tensor(torch.tensor(tau, dtype=F64), expand=False)
         number = None
+    hard = d.chance(0.3)
     zero = torch.zeros(shape, dtype=compute_dtype({"logits": tensors["logits"]}), device=DEVICE)
 
     def noise():
@@ -233,8 +194,13 @@ def gumbel_softmax(d: Draw) -> Case:
     def truth(logits, tau=number, noise=None):
         noise, rounding = noise
         logits = logits.masked_fill(logits.isinf(), -1e30) if logits.isinf().any() else logits
-        soft = oracle.relaxed(logits + noise, tau, dim, rounding, kept.tiny)
-        return soft.masked_fill((logits < -1e29).all(dim, keepdim=True), 0.0)
+        # A hard sample draws the soft one again for its gradient, without rounding it.
+        soft = oracle.relaxed(logits + noise, tau, dim, 0.0 if hard else rounding, kept.tiny)
+        soft = soft.masked_fill((logits < -1e29).all(dim, keepdim=True), 0.0)
+        if not hard:
+            return soft
+        most = torch.zeros_like(soft).scatter(dim, (logits + noise).argmax(dim, keepdim=True), 1.0)
+        return most.masked_fill((logits < -1e29).all(dim, keepdim=True), 0.0) + (soft - soft.detach())
 
-    settings = {"dim": dim, "seed": seed} | ({} if number is None else {"tau": number})
+    settings = {"dim": dim, "seed": seed, "hard": hard} | ({} if number is None else {"tau": number})
     return Case(lambda **t: fastkl.gumbel_softmax(**t, **settings), tensors, truth, noise, settings)

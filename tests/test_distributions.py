@@ -171,3 +171,34 @@ def test_goes_in_and_out_of_exported_programs(make, tmp_path):
     assert isinstance(q, fastkl.DiagonalNormal)
     kl = torch.export.export(_Kl(), (q,)).module()(q)
     torch.testing.assert_close(kl, make(2 * head).kl())
+
+
+@pytest.mark.parametrize("name", ["std", "var"])
+def test_gradients_of_moments_that_float16_has_no_room_for_are_finite(name):
+    factor = 0.5 if name == "std" else 1.0
+    parameter = torch.tensor([[15.0 / factor, 1.0]], dtype=torch.float16, device=DEVICE, requires_grad=True)
+    q = fastkl.DiagonalNormal(torch.zeros_like(parameter), parameter)
+    (gradient,) = torch.autograd.grad(getattr(q, name), parameter, torch.full_like(parameter, 2.0**-20))
+    exact = 2.0**-20 * factor * torch.exp(factor * parameter.detach().double())
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-3, atol=2.0**-24)
+
+
+@pytest.mark.parametrize("method", ["kl", "kl_per_dim", "rsample_kl", "log_prob", "free_bits", "mixture"])
+def test_a_narrower_posterior_is_exact_beside_float64(method):
+    """Its logarithm is taken in the dtype of the whole call."""
+    wide = torch.tensor([[0.3, 1.7]], dtype=torch.float64, device=DEVICE)
+    narrow = [torch.tensor([[0.7, 0.1]], dtype=torch.float32, device=DEVICE) for _ in range(2)]
+    q, other = fastkl.DiagonalNormal(wide, wide), fastkl.DiagonalNormal(*narrow, scale="std")
+    truth = Independent(Normal(*(t.double() for t in narrow)), 1)
+    one = fastkl.priors.GaussianMixture(1, 2).double().to(DEVICE)  # the bound is the KL itself
+    of_mixture = kl_divergence(truth.base_dist, Normal(one.means, (one.logvars / 2).exp())).sum(-1)
+    kl = kl_divergence(Normal(wide, (wide / 2).exp()), truth.base_dist)
+    found, exact = {
+        "kl": lambda: (q.kl(other), kl.sum(-1)),
+        "kl_per_dim": lambda: (q.kl_per_dim(other), kl.mean(0)),
+        "rsample_kl": lambda: (q.rsample_kl(other)[1], kl.sum(-1)),
+        "log_prob": lambda: (other.log_prob(wide), truth.log_prob(wide)),
+        "mixture": lambda: (one.kl(other, method="upper"), of_mixture),
+        "free_bits": lambda: (fastkl.remedies.free_bits(q, 0.0, per="dimension", prior=other), kl.sum(-1)),
+    }[method]()
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import fastkl
 from fastkl import reference
 
 from gmm_helpers import check_launch, check_parts
@@ -144,3 +145,15 @@ def aot_calls():
         add("float64", (128, 3, 64), dtype=torch.float64)
         add("odd float64", (70, 3, 37), dtype=torch.float64)
     return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_samples_of_full_covariances_are_rounded_once(dtype):
+    torch.manual_seed(0)
+    means, scale_tril = torch.randn(3, 8), 0.3 * torch.randn(3, 8, 8).tril(-1) + torch.eye(8)
+    given = [tensor.to(dtype).to(DEVICE) for tensor in (torch.zeros(3), means, scale_tril)]
+    z, component = fastkl.sample_gmm(*given[:2], scale_tril=given[2], num_samples=200, seed=1)
+    wide = [tensor.double() for tensor in given]
+    eps = fastkl.sample_gmm(wide[0], 0 * wide[1], num_samples=200, seed=1)[0]
+    exact = wide[1][component] + (wide[2][component] @ eps.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(z.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-5)

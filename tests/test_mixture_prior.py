@@ -135,3 +135,21 @@ def test_samples_have_the_moments_of_the_mixture(covariance):
     torch.testing.assert_close(one.T.cov(), covariance.detach(), rtol=0.05, atol=0.05 * covariance.abs().max().item())
     mixed = prior.sample(n, component=torch.arange(n, device=DEVICE) % K, seed=3)
     assert (mixed[1::K].mean(0) - prior.means[1]).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_full_covariances_in_16_bits_are_not_rounded_between(dtype):
+    torch.manual_seed(0)
+    prior = fastkl.priors.GaussianMixture(2, 8, "full").to(DEVICE)
+    with torch.no_grad():
+        prior.log_diagonal.normal_().mul_(0.5)
+        prior.lower.normal_().mul_(0.1)
+    prior.to(dtype)
+    z = torch.randn(5, 8, device=DEVICE).to(dtype)
+    exact = torch.diag_embed(prior.log_diagonal.double().exp())
+    rows, columns = torch.tril_indices(8, 8, -1)
+    exact[:, rows, columns] = prior.lower.double()
+    components = MultivariateNormal(prior.means.double(), scale_tril=exact, validate_args=False)
+    truth = MixtureSameFamily(Categorical(logits=prior.logits.double()), components).log_prob(z.double())
+    torch.testing.assert_close(prior.log_prob(z).double(), truth, rtol=1e-5, atol=1e-5)
+    assert prior.sample(3).dtype == prior.sample(3, component=1).dtype == prior.rsample((2, 2)).dtype == dtype

@@ -77,11 +77,11 @@ class Prior(nn.Module):
         if dim not in (None, math.prod(event)):
             raise ValueError(f"q has events of shape {tuple(event)}, but the prior has {dim} dimensions")
 
-    def _parameters_of(self, q: distributions.DiagonalNormal, dim: int | None) -> tuple[Tensor, Tensor]:
-        """mu and ln sigma^2 [*batch, dim]."""
+    def _parameters_of(self, q: distributions.DiagonalNormal, dim: int | None, *others) -> tuple[Tensor, Tensor]:
+        """mu and ln sigma^2 [*batch, dim], for an op on them and `others`."""
         self._check_posterior(q, dim)
         batch_ndim = len(q.shape) - q.event_ndim
-        mu, logvar = q._broadcast()
+        mu, logvar = q._broadcast(*others)
         return mu.flatten(batch_ndim), logvar.flatten(batch_ndim)
 
     def _check_latent(self, z: Tensor) -> Tensor:

@@ -76,12 +76,14 @@ class GaussianMixture(MixturePrior):
 
     @property
     def scale_tril(self) -> Tensor:
-        """L_k [K, D, D] of any covariance."""
+        """L_k [K, D, D] of any covariance, in float32 for 16-bit parameters: rounded to bfloat16, an exponential would
+        bias every density by tenths of a nat per dimension."""
+        dtype = reference.compute_dtype(self.means)
         if self.covariance != "full":
-            return torch.diag_embed(torch.exp(0.5 * self.logvars).expand(self.means.shape))
+            return torch.diag_embed(torch.exp(0.5 * self.logvars.to(dtype)).expand(self.means.shape))
         rows, columns = torch.tril_indices(self.dim, self.dim, -1, device=self.lower.device)
-        scale = torch.diag_embed(self.log_diagonal.exp())
-        scale[:, rows, columns] = self.lower
+        scale = torch.diag_embed(self.log_diagonal.to(dtype).exp())
+        scale[:, rows, columns] = self.lower.to(dtype)
         return scale
 
     def mixture(self) -> Mixture:

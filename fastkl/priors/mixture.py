@@ -118,7 +118,7 @@ class MixturePrior(Prior):
     def _both(self, q: distributions.DiagonalNormal) -> tuple[Tensor, Tensor, Mixture]:
         """mu, ln sigma^2 [*batch, D] and the mixture, which fit each other."""
         mixture = self.mixture()
-        return *self._parameters_of(q, mixture.means.shape[-1]), mixture
+        return *self._parameters_of(q, mixture.means.shape[-1], mixture.means), mixture
 
     def kl_bounds(self, q: distributions.DiagonalNormal) -> tuple[Tensor, Tensor]:
         """(lower, upper), as `fastkl.kl_gmm_bounds`."""
@@ -146,7 +146,8 @@ class MixturePrior(Prior):
         size, count = mixture.means.shape[-1], math.prod(shape)
         if count == 0:
             return mixture.means[:0].view(*shape, size)
-        return rsample_gmm(**mixture.named(), tau=tau, hard=True, num_samples=count, seed=seed).view(*shape, size)
+        z = rsample_gmm(**mixture.named(), tau=tau, hard=True, num_samples=count, seed=seed)
+        return z.to(mixture.means.dtype).view(*shape, size)
 
     @torch.no_grad()
     def sample(
@@ -164,7 +165,8 @@ class MixturePrior(Prior):
         if count == 0:
             return mixture.means.new_empty(*shape, size)
         if component is None:
-            return sample_gmm(**mixture.named(), num_samples=count, seed=seed)[0].view(*shape, size)
+            z, _ = sample_gmm(**mixture.named(), num_samples=count, seed=seed)
+            return z.to(mixture.means.dtype).view(*shape, size)
         components = mixture.means.shape[0]
         chosen = torch.as_tensor(component, device=mixture.means.device)
         kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -180,4 +182,5 @@ class MixturePrior(Prior):
         one = [t if t is None or len(t) == 1 else t[chosen].unsqueeze(chosen.dim()) for t in mixture[1:]]
         logits = mixture.logits.new_zeros(*chosen.shape, 1)
         each = count if chosen.dim() == 0 else 1
-        return sample_gmm(logits, *one[:2], scale_tril=one[2], num_samples=each, seed=seed)[0].view(*shape, size)
+        z, _ = sample_gmm(logits, *one[:2], scale_tril=one[2], num_samples=each, seed=seed)
+        return z.to(mixture.means.dtype).view(*shape, size)

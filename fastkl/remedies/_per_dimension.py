@@ -27,7 +27,7 @@ def sum_of_parts(q: DiagonalNormal, prior: DiagonalNormal | None, threshold: flo
         return at_least(_flat(terms, batch_ndim), threshold)
     parameters = [arguments.expand(tensor, q.shape) for tensor in q._halves()]
     if prior is not None:
-        parameters += [arguments.expand(tensor, q.shape) for tensor in prior._given()]
+        parameters += [arguments.expand(tensor, q.shape) for tensor in prior._given(*q.tensors)]
     bounds = arguments.check_bounds(q.bounds)
     if not isinstance(threshold, Tensor):
         threshold = torch.full((), threshold, dtype=torch.float64, device=q.mean.device)
