@@ -1,6 +1,13 @@
 """fastkl: drop-in losses for variational autoencoders."""
 
-from fastkl import monitors, objectives, priors, remedies, schedules
+from fastkl import (
+    _kl_divergence,  # noqa: F401 (torch.distributions.kl_divergence knows DiagonalNormal then)
+    monitors,
+    objectives,
+    priors,
+    remedies,
+    schedules,
+)
 from fastkl.distributions import DiagonalNormal
 from fastkl.mixtures import rsample_gmm, sample_gmm
 from fastkl.ops.bernoulli_log_prob import bernoulli_log_prob

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,19 +46,24 @@ class DiagonalNormal:
     >>> kl.mean().backward()
     >>> head.grad.shape
     torch.Size([8, 32, 16, 16])
+
+    It has the names of torch.distributions: `loc`, `scale` and `stddev` (sigma), `variance`, `mode`, `sample`,
+    `rsample`, `log_prob`, `entropy`, `batch_shape`, `event_shape`, `expand`. `torch.distributions.kl_divergence` knows
+    it beside another one, `Normal`, `Independent(Normal)`, `MultivariateNormal`, `MixtureSameFamily` and the priors of
+    `fastkl.priors`: one KL per datum.
     """
 
     # Fields, for whatever looks for the tensors in a model's output: just those that the ops are given.
     tensors: tuple[Tensor, ...]  # (mu, logvar or what scale says), of as many dimensions; or (head,) that packs both
     event_ndim: int
-    scale: str
+    kind: str  # what `scale` said of the second tensor
     bounds: SoftBounds | tuple[float, float] | None
     packed_dim: int | None  # of a head, counted from the end
 
     def __init__(
         self, mu: Tensor | None = None, logvar: Tensor | float | None = None, *, event_ndim: int | None = None,
         scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
-        tensors: tuple[Tensor, ...] | None = None, packed_dim: int | None = None,
+        tensors: tuple[Tensor, ...] | None = None, kind: str | None = None, packed_dim: int | None = None,
     ) -> None:  # fmt: skip
         if tensors is None:  # else the fields of another one are handed back, as by dataclasses.replace
             (parameter,) = arguments.as_tensors(mu, logvar)
@@ -66,7 +73,7 @@ class DiagonalNormal:
             tensors = tuple(t if t.dim() == len(shape) else t[(None,) * (len(shape) - t.dim())] for t in (mu, logvar))
             event_ndim = _check(shape, event_ndim, scale, bounds)
         self.tensors, self.packed_dim = tensors, packed_dim
-        self.event_ndim, self.scale, self.bounds = event_ndim, scale, bounds
+        self.event_ndim, self.kind, self.bounds = event_ndim, kind or scale, bounds
 
     @classmethod
     def from_packed(
@@ -90,7 +97,7 @@ class DiagonalNormal:
     def mean(self) -> Tensor:
         return self._halves()[0].expand(self.shape)
 
-    mode = mean
+    loc = mode = mean
 
     @property
     def logvar(self) -> Tensor:
@@ -101,9 +108,13 @@ class DiagonalNormal:
     def std(self) -> Tensor:
         return self._exp(0.5)
 
+    scale = stddev = std
+
     @property
     def var(self) -> Tensor:
         return self._exp(1.0)
+
+    variance = var
 
     def _exp(self, factor: float) -> Tensor:
         """exp(factor logvar), rounded at the end: the gradient multiplies by it, which float16 may not hold."""
@@ -114,10 +125,10 @@ class DiagonalNormal:
         """mu and ln sigma^2 before they are broadcast. A logarithm is in the dtype that an op of these and `others`
         computes in: rounded to bfloat16, it would bias every density by tenths of a nat per dimension."""
         mu, parameter = self._halves()
-        if self.scale == "logvar" and self.bounds is None:
+        if self.kind == "logvar" and self.bounds is None:
             return mu, parameter
         parameter = parameter.to(reference.compute_dtype(mu, parameter, *others))
-        return mu, reference.bound(reference.to_logvar(parameter, self.scale), self.bounds)
+        return mu, reference.bound(reference.to_logvar(parameter, self.kind), self.bounds)
 
     def _broadcast(self, *others: Tensor) -> tuple[Tensor, Tensor]:
         """_given of the full shape: what is smaller is in float32, in which its gradient is summed."""
@@ -136,6 +147,32 @@ class DiagonalNormal:
         mu, parameter = self._halves()
         return mu.shape if mu.shape == parameter.shape else torch.broadcast_shapes(mu.shape, parameter.shape)
 
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self.shape[: len(self.shape) - self.event_ndim]
+
+    @property
+    def event_shape(self) -> torch.Size:
+        return self.shape[len(self.shape) - self.event_ndim :]
+
+    # ---- the same posterior, elsewhere ----
+
+    def _with(self, tensors: Iterable[Tensor]) -> DiagonalNormal:
+        return dataclasses.replace(self, tensors=tuple(tensors))
+
+    def to(self, *args: Any, **kwargs: Any) -> DiagonalNormal:
+        """Of its tensors: another dtype or device, as torch.Tensor.to."""
+        return self._with(tensor.to(*args, **kwargs) for tensor in self.tensors)
+
+    def detach(self) -> DiagonalNormal:
+        return self._with(tensor.detach() for tensor in self.tensors)
+
+    def expand(self, batch_shape: Sequence[int]) -> DiagonalNormal:
+        """For a larger batch, without copies; each posterior keeps its event."""
+        shape = (*batch_shape, *self.event_shape)
+        tensors = (half.expand(shape) for half in self._halves())
+        return dataclasses.replace(self, tensors=tuple(tensors), packed_dim=None)
+
     # ---- the ops ----
 
     def _of(self, prior: DiagonalNormal | None) -> tuple[Tensor, ...]:
@@ -147,16 +184,27 @@ class DiagonalNormal:
         return prior._given(*self.tensors)
 
     def _settings(self) -> dict[str, Any]:
-        return {"scale": self.scale, "bounds": self.bounds}
+        return {"scale": self.kind, "bounds": self.bounds}
 
     def rsample(
-        self, *, num_samples: int | None = None, seed: int | Tensor | None = None, eps: Tensor | None = None
-    ) -> Tensor:
-        """As `fastkl.rsample_normal`."""
+        self, sample_shape: Sequence[int] = (), *, num_samples: int | None = None, seed: int | Tensor | None = None,
+        eps: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As `fastkl.rsample_normal`: [*shape], [num_samples, *shape], or [*sample_shape, *shape]."""
+        if len(sample_shape):
+            if num_samples is not None or eps is not None:
+                raise ValueError("sample_shape excludes num_samples and eps, which have a shape of their own")
+            drawn = self.rsample(num_samples=math.prod(sample_shape), seed=seed)
+            return drawn.unflatten(0, tuple(sample_shape))
         settings = {"num_samples": num_samples, "seed": seed, "eps": eps, **self._settings()}
         if self.packed_dim is not None:
             return rsample_normal_packed(*self.tensors, self.packed_dim, **settings)
         return rsample_normal(*self.tensors, **settings)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = (), *, seed: int | Tensor | None = None) -> Tensor:
+        """As `rsample`, without gradient."""
+        return self.rsample(sample_shape, seed=seed)
 
     def kl(self, prior: DiagonalNormal | None = None) -> Tensor:
         """KL(q || prior) in nats, one per datum; the prior is N(0, I) or another DiagonalNormal."""
@@ -203,12 +251,12 @@ def _check(shape: torch.Size, event_ndim: int | None, scale: str, bounds: Any) -
 
 
 def _flatten(q: DiagonalNormal) -> tuple[list[Tensor], tuple]:
-    return list(q.tensors), (q.event_ndim, q.scale, q.packed_dim, *arguments.check_bounds(q.bounds))
+    return list(q.tensors), (q.event_ndim, q.kind, q.packed_dim, *arguments.check_bounds(q.bounds))
 
 
 def _unflatten(tensors: Iterable[Tensor], settings: tuple) -> DiagonalNormal:
-    event_ndim, scale, packed_dim, *bounds = settings
-    named = {"event_ndim": event_ndim, "scale": scale, "bounds": arguments.as_bounds(*bounds)}
+    event_ndim, kind, packed_dim, *bounds = settings
+    named = {"event_ndim": event_ndim, "kind": kind, "bounds": arguments.as_bounds(*bounds)}
     return DiagonalNormal(tensors=tuple(tensors), packed_dim=packed_dim, **named)
 
 

@@ -140,7 +140,7 @@ def test_torch_sees_its_tensors_and_makes_it_again(make):
     ]
     for other in again:
         assert (other.shape, other.event_ndim) == (q.shape, 1)
-        assert (other.scale, other.bounds, other.packed_dim) == (q.scale, q.bounds, q.packed_dim)
+        assert (other.kind, other.bounds, other.packed_dim) == (q.kind, q.bounds, q.packed_dim)
         (gradient,) = torch.autograd.grad(other.kl().sum(), head)
         torch.testing.assert_close(gradient, expected)
     torch.testing.assert_close(torch.func.vmap(lambda q: q.kl())(q), q.kl())

@@ -31,7 +31,7 @@ def sum_of_parts(q: DiagonalNormal, prior: DiagonalNormal | None, threshold: flo
     bounds = arguments.check_bounds(q.bounds)
     if not isinstance(threshold, Tensor):
         threshold = torch.full((), threshold, dtype=torch.float64, device=q.mean.device)
-    settings = (threshold, joint_ndim, batch_ndim, q.scale, *bounds)
+    settings = (threshold, joint_ndim, batch_ndim, q.kind, *bounds)
     return apply(_SumOfParts, *parameters, *[None] * (4 - len(parameters)), *settings)[0]
 
 
