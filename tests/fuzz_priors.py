@@ -61,7 +61,7 @@ def prior_of(d: Draw, size: int, kinds=KINDS) -> Prior:
 
     def make(**t):
         if kind in ("standard", "normal"):
-            prior = (priors.StandardNormal if kind == "standard" else priors.DiagonalNormal)(size)
+            prior = (priors.StandardNormal if kind == "standard" else priors.LearnedNormal)(size)
         elif kind == "vamp":
             prior = priors.VampPrior(torch.zeros(k, 2 * size), lambda u: u)
         else:
@@ -183,7 +183,7 @@ def prior_rsample(d: Draw) -> Case:
     def noise():
         zeros = torch.zeros(size, dtype=dtype, device=DEVICE)
         if not prior.is_mixture:
-            plain = priors.DiagonalNormal(size)
+            plain = priors.LearnedNormal(size)
             del plain.mu, plain.logvar
             plain.mu = plain.logvar = zeros
             return plain.rsample(shape, seed=seed).double().detach(), 4e-6

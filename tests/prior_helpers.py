@@ -43,7 +43,7 @@ def flow() -> priors.FlowPrior:
 
 MAKE = {
     "standard": lambda: priors.StandardNormal(D),
-    "normal": lambda: priors.DiagonalNormal(D),
+    "normal": lambda: priors.LearnedNormal(D),
     **{name: lambda name=name: GaussianMixture(K, D, name) for name in COVARIANCES},
     "vamp": lambda: priors.VampPrior(torch.rand(K, 5), torch.nn.Linear(5, 2 * D), transform=torch.sigmoid),
     "flow": flow,

@@ -93,7 +93,7 @@ def test_one_component_is_a_gaussian(covariance):
         q.mean, torch.diag_embed(q.std), prior.means.expand(6, D), prior.scale_tril.expand(6, D, D)
     )
     torch.testing.assert_close(prior.kl(q, method="upper"), expected, rtol=1e-10, atol=1e-10)
-    normal = priors.DiagonalNormal(D).double().to(DEVICE)
+    normal = priors.LearnedNormal(D).double().to(DEVICE)
     if covariance == "diag":
         with torch.no_grad():
             normal.mu.copy_(prior.means[0])

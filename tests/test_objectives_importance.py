@@ -37,7 +37,7 @@ class Toy(nn.Module):
         super().__init__()
         torch.manual_seed(3)
         self.encoder, self.decoder = nn.Linear(3, 2 * D), nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, 3))
-        self.prior = fastkl.priors.DiagonalNormal(D)
+        self.prior = fastkl.priors.LearnedNormal(D)
         nn.init.normal_(self.prior.mu), nn.init.normal_(self.prior.logvar)
         self.double().to(DEVICE)
 

@@ -186,7 +186,7 @@ def test_likelihoods(backend, dtype, logvar):
 @both
 @in_16_bits
 def test_samples_of_a_learned_prior(backend, dtype):
-    prior = fastkl.priors.DiagonalNormal(D).to(DEVICE)
+    prior = fastkl.priors.LearnedNormal(D).to(DEVICE)
 
     def fused(mu, logvar):
         prior._parameters.update(mu=mu, logvar=logvar)

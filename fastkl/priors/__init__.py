@@ -7,17 +7,17 @@ of `dim` numbers; a posterior whose event has more dimensions (q.event_ndim > 1)
 from fastkl.priors._fit import FitRecord
 from fastkl.priors._prior import Prior
 from fastkl.priors.flow import FlowPrior
-from fastkl.priors.gaussian import DiagonalNormal, StandardNormal
+from fastkl.priors.gaussian import LearnedNormal, StandardNormal
 from fastkl.priors.gaussian_mixture import GaussianMixture
 from fastkl.priors.mixture import Mixture, MixturePrior, Usage
 from fastkl.priors.per_position import PerPosition
 from fastkl.priors.vamp import VampPrior
 
 __all__ = [
-    "DiagonalNormal",
     "FitRecord",
     "FlowPrior",
     "GaussianMixture",
+    "LearnedNormal",
     "Mixture",
     "MixturePrior",
     "PerPosition",

@@ -65,11 +65,11 @@ class StandardNormal(_Gaussian):
         return q.kl()
 
 
-class DiagonalNormal(_Gaussian):
+class LearnedNormal(_Gaussian):
     """N(mu, diag exp(logvar)) with learned parameters mu, logvar [D]; at first N(0, I).
 
     >>> import torch, fastkl
-    >>> prior = fastkl.priors.DiagonalNormal(3)
+    >>> prior = fastkl.priors.LearnedNormal(3)
     >>> prior.kl(fastkl.DiagonalNormal(torch.ones(2, 3), torch.zeros(2, 3))).mean().backward()
     >>> prior.mu.grad
     tensor([-1., -1., -1.])
