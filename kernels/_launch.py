@@ -51,8 +51,8 @@ def forget() -> None:
 class Plan:
     """A launch but for its first arguments, the tensors and numbers of a call.
 
-    `rest` are the kernel's other arguments up to its constants, which are among the options. What
-    Triton has compiled for arguments of the same kinds is launched again without looking at each of them anew.
+    `rest` are the kernel's other arguments up to its constants, which are among the options. kernel[grid] would look at
+    every argument to find its code; what it found for first arguments of the same kinds is launched again directly.
     """
 
     def __init__(self, kernel, grid: tuple[int, ...], *rest: Any, **options: Any) -> None:
