@@ -86,6 +86,12 @@ def finite(maximum):
 
 
 @triton.jit
+def not_infinite(variance):
+    """NaN where a variance has overflowed: a logarithm of it would be finite, and wrong."""
+    return tl.where(variance == float("inf"), float("nan"), variance)
+
+
+@triton.jit
 def two_parts(value, DTYPE: tl.constexpr):
     """A float64 value as a sum of two in DTYPE."""
     high = value.to(DTYPE)
