@@ -33,7 +33,8 @@ def blocks(data: int, components: int, columns: int, dtype: torch.dtype, form: s
 def element(difference, logvars, variance, FORM: tl.constexpr):
     """(pull, precision, -2 ln density + constant) of one dimension of one component; pull = precision difference."""
     if FORM == "convolved":
-        spread = not_infinite(exp(logvars) + variance)
+        least = -700.0 if logvars.dtype == tl.float64 else -87.0  # no subnormal number, whose logarithm has lost digits
+        spread = not_infinite(exp(tl.maximum(logvars, least, tl.PropagateNan.ALL)) + variance)
         precision = 1.0 / spread
         pull = difference * precision
         return pull, precision, difference * pull + tl.log(spread)

@@ -49,9 +49,13 @@ def add_exponentials(top, total, value, AXIS: tl.constexpr):
 
 @triton.jit
 def spread(logvars, FORM: tl.constexpr):
-    """A component's log-variances. To a q none is below -120, in float64 -600: it blurs what is narrower."""
-    if FORM == "bounds" or FORM == "expected":
-        return tl.maximum(logvars, -600.0 if logvars.dtype == tl.float64 else -120.0, tl.PropagateNan.ALL)
+    """A component's log-variances. To a q none is below -120, in float64 -600: it blurs what is narrower. Where the
+    variances are added, none is a subnormal number."""
+    wide = logvars.dtype == tl.float64
+    if FORM == "convolved":
+        return tl.maximum(logvars, -700.0 if wide else -87.0, tl.PropagateNan.ALL)
+    if FORM != "point":
+        return tl.maximum(logvars, -600.0 if wide else -120.0, tl.PropagateNan.ALL)
     return logvars
 
 

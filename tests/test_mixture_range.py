@@ -176,3 +176,16 @@ def test_a_lower_bound_that_overflows_is_not_a_number(spreads, per_datum):
         assert fastkl.kl_gmm(*tensors, method="lower").isnan().all()
         if spreads[0] == 200 and not per_datum:
             assert fastkl.kl_gmm_bounds(*tensors)[0].isnan().all()
+
+
+@pytest.mark.parametrize("per_datum", [False, True])
+@pytest.mark.parametrize("narrow", [-95.0, -300.0])
+def test_a_component_narrower_than_a_normal_number_counts_as_the_narrowest(narrow, per_datum):
+    """In the lower bound, next to a q as narrow: a subnormal sum of variances loses digits of its logarithm, or all."""
+    (mu, logvar, logits, means, logvars), _ = inputs_of("")
+    mu[:], means[2], logvar[:], logvars[2] = 0.0, 0.0, -90.0, narrow
+    exact = [t.double() for t in (mu, logvar, logits, means, logvars.clamp(min=-87.0))]
+    means, logvars = (t.expand(4, 3, 2) if per_datum else t for t in (means, logvars))
+    with implementation("triton"):
+        found = fastkl.kl_gmm(*(t.to(DEVICE) for t in (mu, logvar, logits, means, logvars)), method="lower")
+    torch.testing.assert_close(found.cpu(), truth("convolved", *exact).float(), rtol=1e-5, atol=1e-5)
