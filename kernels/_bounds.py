@@ -7,6 +7,9 @@ In units of a component's sigma, t = (mu - m) / sigma_k and w = exp(logvar) / si
 
 with the same terms that depend on the component alone: one prepared mixture, one t and one w serve both. 1 + w is never
 small, so that its inverse is the square of one reciprocal root.
+
+t and the root of w are taken 2^40 times smaller: in float32 w may then be e^144 before 1 + w overflows, and what is
+lost of it below 2^-46 is nothing beside that 1. Where it does overflow the lower bound is NaN.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import LN2, exp, two_parts, weighted
-from fastkl.kernels._layout import PROGRAMS, SPILLS_A_FEW, cdiv, next_power_of_2, registers
+from fastkl.kernels._layout import OLD_COMPILER, PROGRAMS, SPILLS_A_FEW, cdiv, next_power_of_2, registers
 from fastkl.kernels._mixture import four, fraction_and_exponent, load_centred, load_rows
+from fastkl.kernels._mixture_prepare import SHRUNK
 
 
 def blocks(dtype: torch.dtype, kind: str, rows: int, components: int, *, scattered: str) -> dict[str, int]:
@@ -31,7 +35,9 @@ def blocks(dtype: torch.dtype, kind: str, rows: int, components: int, *, scatter
         return {"ROWS": (1 if half else 8) * warps, "COMPONENTS": 32, "num_warps": warps, **registers(255)}
     few = kind == "rows" and cdiv(rows, 64) < PROGRAMS // 2  # programs: the warps of one share a sum over components
     warps = min(4, next_power_of_2(cdiv(components, 32))) if few else 1
-    halvings = max(bool(scattered), 2 * half) if kind == "forward" else max(1 + bool(scattered), 3 * half)
+    halvings = max(bool(scattered), 2 * half)
+    if kind == "rows":
+        halvings = max(1 + bool(scattered), (3 + OLD_COMPILER) * half)
     held = registers(255) if SPILLS_A_FEW or (few and (scattered or half)) else {}
     return {"ROWS": 32, "COMPONENTS": (16 >> halvings) * warps, "num_warps": warps, **held}
 
@@ -48,17 +54,17 @@ def by_component(x, BY_ROWS: tl.constexpr):
 
 @triton.jit
 def load_four(mu_at, logvar_at, centre, start, columns, TAIL: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr):
-    """Four columns of mu, centred, and of the variance."""
+    """Four columns of mu, centred, and of sigma."""
     zs = four(load_centred(mu_at, centre, start, columns, "expected", TAIL, DTYPE), ROWS)
-    return zs, four(exp(load_rows(logvar_at, start, columns, TAIL, DTYPE)), ROWS)
+    return zs, four(exp(load_rows(logvar_at, start, columns, TAIL, DTYPE), 0.5), ROWS)
 
 
 @triton.jit
-def element(z, variance, s, scaled_mean):
-    """(t, w, 1 / sqrt(1 + w)) of one dimension; z and scaled_mean are centred."""
+def element(z, sigma, s, scaled_mean):
+    """(t, sqrt w, 1 + w) of one dimension, shrunk as s and scaled_mean are; z and scaled_mean are centred."""
     t = z * s - scaled_mean
-    w = variance * (s * s)
-    return t, w, tl.rsqrt(1.0 + w)
+    u = sigma * s
+    return t, u, u * u + SHRUNK * SHRUNK
 
 
 @triton.jit
@@ -74,7 +80,7 @@ def joint_tiles(
     upper = tl.zeros(lower.shape, dtype=DTYPE)
     # The product of all 1 + w as product 2^exponent, 1 <= product < 2: one logarithm in the end.
     product = tl.full(lower.shape, 1.0, dtype=DTYPE)
-    exponent = tl.zeros(lower.shape, dtype=tl.int32)
+    exponent = tl.zeros(lower.shape, dtype=tl.int32) + tl.cdiv(shape[0], 4) * 320  # each 1 + w lacks a factor of 2^80
     lanes = tl.arange(0, COMPONENTS)  # constants, so that they become part of the load instructions
     roots += start
     scaled_means += start
@@ -87,16 +93,18 @@ def joint_tiles(
             scaled_mean = by_component(tl.load(scaled_means + lanes), BY_ROWS)
             roots += shape[2]
             scaled_means += shape[2]
-            t, w, root = element(by_row(zs[i], BY_ROWS), by_row(vs[i], BY_ROWS), s, scaled_mean)
+            t, u, one_plus_w = element(by_row(zs[i], BY_ROWS), by_row(vs[i], BY_ROWS), s, scaled_mean)
             upper += t * t
-            upper += w
-            product, power = fraction_and_exponent(product * (1.0 + w))
+            upper += u * u
+            product, power = fraction_and_exponent(product * one_plus_w)
             exponent += power
-            t *= root
+            t *= tl.rsqrt(one_plus_w)
             lower += t * t
+    # w has overflowed where the upper bound has, and no distance: t would be a large number of sqrt(1 + w), too.
+    lower = tl.where((upper == float("inf")) & (lower < 1e15), float("nan"), lower)
     lower += tl.log(product) + exponent.to(DTYPE) * LN2
     constant = by_component(tl.load(constants + start + lanes) - tl.load(normaliser), BY_ROWS)
-    return constant - 0.5 * lower, constant - 0.5 * upper
+    return constant - 0.5 * lower, constant - 0.5 / (SHRUNK * SHRUNK) * upper
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv
 from fastkl.kernels._mixture import quads, scattered, split
 from fastkl.kernels._mixture_gradient import FINISH, gmm_finish_kernel
+from fastkl.kernels._mixture_prepare import SHRUNK
 
 
 @triton.jit
@@ -45,7 +46,7 @@ def kl_gmm_bounds_rows_kernel(
             TAIL, True, ROWS, COMPONENTS, DTYPE,
         )  # fmt: skip
         low = weights(low, lower, to_lower, row, True, DTYPE)
-        high = weights(high, upper, to_upper, row, True, DTYPE)
+        high = weights(high, upper, to_upper, row, True, DTYPE) / (SHRUNK * SHRUNK)
         mu_at, logvar_at, dmu_at, dlogvar_at = mu_start, logvar_start, dmu, dlogvar
         roots_at, means_at = roots + start, scaled_means + start
         for d in range(0, shape[0], 4):
@@ -56,11 +57,12 @@ def kl_gmm_bounds_rows_kernel(
                 scaled_mean = tl.load(means_at + tl.arange(0, COMPONENTS))[:, None]
                 roots_at += shape[2]
                 means_at += shape[2]
-                t, _, root = element(zs[i][None, :], vs[i][None, :], s, scaled_mean)
+                t, u, one_plus_w = element(zs[i][None, :], vs[i][None, :], s, scaled_mean)
+                root = tl.rsqrt(one_plus_w)
                 narrowed = low * (root * root)
                 sums += (tl.sum((high + narrowed) * t * s, axis=0),)
                 t *= root
-                others += (tl.sum((narrowed * (t * t - 1.0) - high) * (s * s), axis=0) * vs[i] * 0.5,)
+                others += (tl.sum((narrowed * t * t - narrowed - high) * u * s, axis=0) * vs[i] * 0.5,)
             mask = (index < rows)[:, None]
             if TAIL:
                 mask = mask & (d + tl.arange(0, 4) < shape[0])[None, :]
@@ -83,7 +85,7 @@ def kl_gmm_bounds_components_kernel(
     TAIL: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Per share of the rows, what gmm_finish_kernel takes: counts [K], the sum of both weights; sums [D, K], that of
-    the gradients in t; squared [D, K] (or None), that of twice the gradients in ln S_k plus the weights."""
+    the gradients in the mean over s; squared [D, K] (or None), that of twice the gradients in ln S_k plus weights."""
     part = tl.program_id(0) // component_blocks
     start_component = tl.program_id(0) % component_blocks * COMPONENTS
     lanes = tl.arange(0, COMPONENTS)
@@ -106,6 +108,7 @@ def kl_gmm_bounds_components_kernel(
         gradient = tl.load(dupper + row * dupper_stride, mask=index < rows, other=0.0).to(DTYPE)
         high = weights(high, upper, gradient, row, False, DTYPE)
         count += tl.sum(low + high, axis=0)
+        high /= SHRUNK * SHRUNK
         roots_at, means_at, sums_at = roots + start_component, scaled_means + start_component, sums_start
         if squared is not None:
             squared_at = squared_start
@@ -116,14 +119,15 @@ def kl_gmm_bounds_components_kernel(
             logvar_at += steps[1]
             for i in tl.static_range(4):
                 s = tl.load(roots_at + lanes)[None, :]
-                t, w, root = element(zs[i][:, None], vs[i][:, None], s, tl.load(means_at + lanes)[None, :])
+                t, u, one_plus_w = element(zs[i][:, None], vs[i][:, None], s, tl.load(means_at + lanes)[None, :])
+                root = tl.rsqrt(one_plus_w)
                 narrowed = low * (root * root)
                 moment = tl.sum((high + narrowed) * t, axis=0)
                 tl.store(sums_at + lanes, tl.load(sums_at + lanes, again, other=0.0) + moment)
                 sums_at += shape[2]
                 if squared is not None:
-                    scaled = t * root
-                    moment = tl.sum(high * (t * t + w) + (narrowed * (scaled * scaled - 1.0) + low), axis=0)
+                    w, scaled = u * u, t * root * SHRUNK
+                    moment = tl.sum(high * (t * t + w) + narrowed * (scaled * scaled + w), axis=0)
                     tl.store(squared_at + lanes, tl.load(squared_at + lanes, again, other=0.0) + moment)
                     squared_at += shape[2]
                 roots_at += shape[2]

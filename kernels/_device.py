@@ -86,6 +86,12 @@ def finite(maximum):
 
 
 @triton.jit
+def not_infinite(variance):
+    """NaN where a variance has overflowed: a logarithm of it would be finite, and wrong."""
+    return tl.where(variance == float("inf"), float("nan"), variance)
+
+
+@triton.jit
 def two_parts(value, DTYPE: tl.constexpr):
     """A float64 value as a sum of two in DTYPE."""
     high = value.to(DTYPE)
@@ -162,17 +168,18 @@ def to_logvar(parameter, SCALE: tl.constexpr):
 
 
 @triton.jit
-def to_logvar_gradient(parameter, SCALE: tl.constexpr):
-    """d logvar / d parameter."""
+def to_parameter_gradient(dlogvar, parameter, SCALE: tl.constexpr):
+    """dlogvar d logvar / d parameter; the latter stays above 0, for dlogvar is infinite where sigma is."""
     if SCALE == "logvar":
-        return tl.zeros_like(parameter) + 1.0  # parameter * 0 would be NaN at infinity
+        return dlogvar
     if SCALE == "log_std":
-        return tl.zeros_like(parameter) + 2.0
+        return 2.0 * dlogvar
+    most = 8.9e307 if parameter.dtype == tl.float64 else 1.7e38
     if SCALE == "std":
-        return 2.0 / parameter
+        return weighted(dlogvar, 2.0 / tl.minimum(parameter, most, tl.PropagateNan.ALL))
     u, value = softplus_parts(parameter)
-    sigmoid = tl.where(parameter < 0.0, u, 1.0) / (1.0 + u)
-    return 2.0 * tl.where(parameter < -15.0, 1.0 - 0.5 * u, sigmoid / value)
+    twice_sigmoid = tl.where(parameter < 0.0, 2.0 * u, 2.0) / (1.0 + u)
+    return dlogvar * tl.where(parameter < -15.0, 2.0 - u, twice_sigmoid / tl.minimum(value, most))
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import exp
+from fastkl.kernels._device import exp, not_infinite
 from fastkl.kernels._layout import next_power_of_2, registers
 
 LN_2PI = tl.constexpr(1.8378770664093453)
@@ -33,7 +33,8 @@ def blocks(data: int, components: int, columns: int, dtype: torch.dtype, form: s
 def element(difference, logvars, variance, FORM: tl.constexpr):
     """(pull, precision, -2 ln density + constant) of one dimension of one component; pull = precision difference."""
     if FORM == "convolved":
-        spread = exp(logvars) + variance
+        least = -700.0 if logvars.dtype == tl.float64 else -87.0  # no subnormal number, whose logarithm has lost digits
+        spread = not_infinite(exp(tl.maximum(logvars, least, tl.PropagateNan.ALL)) + variance)
         precision = 1.0 / spread
         pull = difference * precision
         return pull, precision, difference * pull + tl.log(spread)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import LN2, exp
+from fastkl.kernels._device import LN2, exp, not_infinite
 from fastkl.kernels._layout import OLD_COMPILER, PROGRAMS, SPILLS_A_FEW, cdiv, next_power_of_2, registers, share
 from fastkl.kernels._mixture_prepare import STEP
 
@@ -136,6 +136,22 @@ def load_centred(at, centre, start, columns, FORM: tl.constexpr, TAIL: tl.conste
 
 
 @triton.jit
+def load_spread(at, start, columns, FORM: tl.constexpr, TAIL: tl.constexpr, DTYPE: tl.constexpr):
+    """Four columns of q's variance where that of components is added, else of its sigma, which is divided by theirs."""
+    value = load_rows(at, start, columns, TAIL, DTYPE)
+    if FORM == "convolved":
+        return not_infinite(exp(value))
+    return exp(value, 0.5)
+
+
+@triton.jit
+def finite_spread(at, start, columns, FORM: tl.constexpr, TAIL: tl.constexpr, DTYPE: tl.constexpr):
+    """Infinity times a weight of 0 would be NaN."""
+    value = load_spread(at, start, columns, FORM, TAIL, DTYPE)
+    return tl.minimum(value, 1e308 if value.dtype == tl.float64 else 3e38, tl.PropagateNan.ALL)
+
+
+@triton.jit
 def own_index(COUNT: tl.constexpr, LANES: tl.constexpr):
     lane = tl.arange(0, LANES) * (COUNT // LANES)
     return tl.arange(0, COUNT // LANES)[:, None, None, None] + lane[None, None, None, :]
@@ -181,7 +197,7 @@ def squares(
         zs = four(load_centred(z_at, centre, start, columns, FORM, TAIL, DTYPE), ROWS)
         z_at += steps[0]
         if FORM != "point":
-            vs = four(exp(load_rows(logvar_at, start, columns, TAIL, DTYPE)), ROWS)
+            vs = four(load_spread(logvar_at, start, columns, FORM, TAIL, DTYPE), ROWS)
             logvar_at += steps[1]
         if FORM == "convolved":
             product = tl.full(total.shape, 1.0, dtype=DTYPE)
@@ -202,7 +218,8 @@ def squares(
                 t = of_rows(zs[i], BY_ROWS, TERMS, LANES) * s - ms
                 total += t * t
                 if FORM == "expected":
-                    total += of_rows(vs[i], BY_ROWS, TERMS, LANES) * (s * s)
+                    u = of_rows(vs[i], BY_ROWS, TERMS, LANES) * s
+                    total += u * u
         if FORM == "convolved":  # one logarithm for four variances
             total += tl.log(product) + exponent.to(DTYPE) * LN2
     return total

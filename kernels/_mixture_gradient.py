@@ -20,10 +20,10 @@ from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import OLD_COMPILER, cdiv, compute_dtype, registers
 from fastkl.kernels._mixture import (
     blocks,
+    finite_spread,
     four,
     joint_tile,
     load_centred,
-    load_rows,
     of_rows,
     own_index,
     quads,
@@ -110,10 +110,7 @@ def gmm_components_kernel(
             zs = four(load_centred(z_at, centre, d, shape[0], FORM, TAIL, DTYPE), ROWS)
             z_at += steps[0]
             if FORM != "point":
-                variance = exp(load_rows(logvar_at, d, shape[0], TAIL, DTYPE))
-                # Finite: infinity times a weight of 0 would be NaN.
-                most: tl.constexpr = 1e308 if variance.dtype == tl.float64 else 3e38
-                vs = four(tl.minimum(variance, most, tl.PropagateNan.ALL), ROWS)
+                vs = four(finite_spread(logvar_at, d, shape[0], FORM, TAIL, DTYPE), ROWS)
                 logvar_at += steps[1]
             firsts, seconds = (), ()
             for i in tl.static_range(4):
@@ -131,7 +128,8 @@ def gmm_components_kernel(
                     if FORM == "convolved":
                         moment -= weight * u
                     if FORM == "expected":
-                        moment += weight * s * s * of_rows(vs[i], False, TERMS, LANES)
+                        sigma = of_rows(vs[i], False, TERMS, LANES)
+                        moment += weight * s * sigma * s * sigma  # in this order 0 where the weight is
                     seconds += (tl.sum(moment, axis=1),)
                 roots_at += shape[2]
                 means_at += shape[2]

@@ -13,12 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import TRITON_DTYPE, exp, finite
+from fastkl.kernels._device import TRITON_DTYPE, exp, finite, not_infinite
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, next_power_of_2, registers
 
 PAD = 128  # components are padded to whole tiles, of 128 at most, dimensions to whole steps of the inner loop
 STEP = 4
+# The bounds take components in units of 2^40 of their sigma: the square of 1 / sigma in these has that much more room.
+SHRUNK = tl.constexpr(2.0**-40)
 PREPARE = {"COMPONENTS": 32, "COLUMNS": 32, "ROWS": 8, "LOGITS": 128}
 
 
@@ -28,7 +30,7 @@ class Mixture(NamedTuple):
     normaliser: torch.Tensor  # [I] ln sum exp logits
     centre: torch.Tensor  # [D padded], taken off z before anything else
     constants: torch.Tensor  # [K padded] logits (where shared), determinant, 2 pi; -inf in the padding
-    roots: torch.Tensor  # [D padded, K padded] exp(-logvars / 2); convolved: exp(logvars)
+    roots: torch.Tensor  # [D padded, K padded] exp(-logvars / 2), for "bounds" shrunk; convolved: exp(logvars)
     means: torch.Tensor  # [D padded, K padded] (means - centre) roots; convolved: means
 
     @property
@@ -46,10 +48,22 @@ def add_exponentials(top, total, value, AXIS: tl.constexpr):
 
 
 @triton.jit
+def spread(logvars, FORM: tl.constexpr):
+    """A component's log-variances. To a q none is below -120, in float64 -600: it blurs what is narrower. Where the
+    variances are added, none is a subnormal number."""
+    wide = logvars.dtype == tl.float64
+    if FORM == "convolved":
+        return tl.maximum(logvars, -700.0 if wide else -87.0, tl.PropagateNan.ALL)
+    if FORM != "point":
+        return tl.maximum(logvars, -600.0 if wide else -120.0, tl.PropagateNan.ALL)
+    return logvars
+
+
+@triton.jit
 def prepare_kernel(
     logits, means, logvars, normaliser, centre, constants, roots, scaled_means, shape, logits_strides, means_strides,
     logvars_strides,
-    CONVOLVED: tl.constexpr, SHARED: tl.constexpr, DTYPE: tl.constexpr,
+    FORM: tl.constexpr, SHARED: tl.constexpr, DTYPE: tl.constexpr,
     COMPONENTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of parameters, then one per block of rows of logits."""
@@ -77,12 +91,12 @@ def prepare_kernel(
         v = tl.zeros([COMPONENTS, COLUMNS], dtype=DTYPE)
         if logvars is not None:
             at = wide * logvars_strides[0] + narrow * logvars_strides[1]
-            v += tl.load(logvars + at, mask, other=0.0).to(DTYPE)  # a variance of 1
+            v += spread(tl.load(logvars + at, mask, other=0.0).to(DTYPE), FORM)  # a variance of 1
         at = column.to(tl.int64)[None, :] * padded_components + component[:, None]
         inside = (component < padded_components)[:, None] & (column < padded_columns)[None, :]
-        if CONVOLVED:
+        if FORM == "convolved":
             # Padding: a dimension has a difference of 0, and a variance of 0 beside which q's is 1; ln 1 = 0.
-            tl.store(roots + at, tl.where((column < columns)[None, :], exp(v), 0.0), inside)
+            tl.store(roots + at, tl.where((column < columns)[None, :], not_infinite(exp(v)), 0.0), inside)
             tl.store(scaled_means + at, m, inside)
         else:
             # The average of the first components where it dwarfs their distances, so that shifting z and means together
@@ -95,7 +109,10 @@ def prepare_kernel(
             distance = tl.max(tl.where(inside_some, tl.abs(first - average[None, :]), 0.0), axis=0)
             c = tl.where(tl.abs(average) > 2.0 * distance, average, 0.0)
             # What is so narrow has a density at its mean alone: bounded, or 0 times infinity would be NaN.
-            s = tl.minimum(exp(-0.5 * v), 1e30 / tl.maximum(tl.abs(m - c[None, :]), 1.0), tl.PropagateNan.ALL)
+            most = 1e150 if v.dtype == tl.float64 else 1e30
+            s = tl.minimum(exp(-0.5 * v), most / tl.maximum(tl.abs(m - c[None, :]), 1.0), tl.PropagateNan.ALL)
+            if FORM == "bounds":
+                s *= SHRUNK
             # Components of the padding have a root of 1: far from an infinite z, as from any, where 0 would make NaN.
             tl.store(roots + at, tl.where((column < columns)[None, :], s, 0.0), inside)
             tl.store(scaled_means + at, tl.where(mask, (m - c[None, :]) * s, 0.0), inside)
@@ -103,11 +120,12 @@ def prepare_kernel(
                 tl.store(centre + column, c, mask=column < padded_columns)
         if program % column_blocks == 0:
             log_scale = tl.zeros([COMPONENTS, COLUMNS], dtype=DTYPE)
-            if logvars is not None and not CONVOLVED:
+            if logvars is not None and FORM != "convolved":
                 for start in range(0, columns, COLUMNS):
                     each = start + tl.arange(0, COLUMNS)
                     at = wide * logvars_strides[0] + each.to(tl.int64)[None, :] * logvars_strides[1]
-                    log_scale += tl.load(logvars + at, real[:, None] & (each < columns)[None, :], other=0.0).to(DTYPE)
+                    value = tl.load(logvars + at, real[:, None] & (each < columns)[None, :], other=0.0).to(DTYPE)
+                    log_scale += spread(value, FORM)
             half_log = tl.full([COMPONENTS], 0.9189385332046727, dtype=DTYPE)  # 1/2 ln 2 pi
             constant = -0.5 * tl.sum(log_scale, axis=1) - half_log * columns
             if SHARED:
@@ -134,7 +152,7 @@ def prepare(logits, means, logvars, form: str, dtype: torch.dtype) -> Mixture:
         prepare_kernel, (tiles + cdiv(rows, PREPARE["ROWS"]),), logits, means, full, *mixture,
         (rows, components, columns, padded_components, padded_columns, column_blocks, tiles),
         logits.stride(), means.stride()[1:], (0, 0) if full is None else full.stride()[1:],
-        CONVOLVED=form == "convolved", SHARED=rows == 1, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **PREPARE,
+        FORM=form, SHARED=rows == 1, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **PREPARE,
         **registers(168),
     )  # fmt: skip
     return mixture

@@ -11,10 +11,10 @@ from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, strides_of
 from fastkl.kernels._mixture import (
     blocks,
+    finite_spread,
     four,
     joint_tile,
     load_centred,
-    load_rows,
     of_rows,
     quads,
     scattered,
@@ -124,8 +124,8 @@ def gmm_rows_kernel(
                 for d in range(0, shape[0], 4):
                     zs = four(load_centred(z_here, centre, d, shape[0], FORM, TAIL, DTYPE), ROWS)
                     if FORM != "point":
-                        variance = exp(load_rows(logvar_here, d, shape[0], TAIL, DTYPE))
-                        vs = four(variance, ROWS)
+                        spread = finite_spread(logvar_here, d, shape[0], FORM, TAIL, DTYPE)
+                        vs = four(spread, ROWS)
                     sums, others = (), ()
                     for i in tl.static_range(4):
                         s = tl.load(roots_at + lanes)
@@ -143,7 +143,7 @@ def gmm_rows_kernel(
                             scaled = weight * s
                             sums += (tl.sum(scaled * t, axis=1),)
                             if FORM == "expected":
-                                others += (tl.sum(scaled * s, axis=1),)
+                                others += (tl.sum(scaled * (s * of_rows(vs[i], True, TERMS, LANES)), axis=1),)
                     mask = valid[:, None]
                     if TAIL:
                         mask = mask & (d + tl.arange(0, 4) < shape[0])[None, :]
@@ -155,7 +155,7 @@ def gmm_rows_kernel(
                     if dlogvar is not None:
                         half = 0.5 if FORM == "convolved" else -0.5
                         before = tl.load(dlogvar_at, old, other=0.0).to(DTYPE)
-                        tl.store(dlogvar_at, before + weighted(summed(others), variance) * half, mask)
+                        tl.store(dlogvar_at, before + weighted(summed(others), spread) * half, mask)
                         dlogvar_at += dlogvar_strides[1] * 4
                         logvar_here += steps[1]
 

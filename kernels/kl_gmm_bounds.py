@@ -62,7 +62,7 @@ def fwd(mu, logvar, logits, means, logvars, scale_tril, precision, keep):
         return NotImplemented
     dtype = compute_dtype([t for t in (mu, logvar, logits, means, logvars) if t is not None])
     (rows, columns), components, device = mu.shape, means.shape[1], mu.device
-    mixture = prepare(logits, means, logvars, "expected", dtype)
+    mixture = prepare(logits, means, logvars, "bounds", dtype)
     odd = scattered(mu, logvar)
     block = blocks(dtype, "forward", rows, components, scattered=odd)
     row_blocks = cdiv(rows, block["ROWS"])
@@ -81,12 +81,17 @@ def fwd(mu, logvar, logits, means, logvars, scale_tril, precision, keep):
 
 
 def bwd(dlower, dupper, kept, mu, logvar, logits, means, logvars, scale_tril, precision, data, parameters):
-    """Gradients of (mu, logvar) if `data`, of the mixture's tensors if `parameters`."""
-    if dlower is None or dupper is None or not fused(mu, logits, means, scale_tril, precision):
+    """Gradients of (mu, logvar) if `data`, of the mixture's tensors if `parameters`.
+
+    Those of the upper bound alone are cheaper by the mixture's kernels, which agree with these; those of the lower
+    bound have a smaller range there.
+    """
+    if dlower is None or not fused(mu, logits, means, scale_tril, precision):
         return NotImplemented
     dtype = compute_dtype([t for t in (mu, logvar, logits, means, logvars) if t is not None])
+    dupper = torch.zeros_like(dlower) if dupper is None else dupper
     kept = [lp.contiguous() for lp in kept]  # a hook on saved tensors may lay them out anew
-    mixture, given = prepare(logits, means, logvars, "expected", dtype), (dlower, dupper, *kept)
+    mixture, given = prepare(logits, means, logvars, "bounds", dtype), (dlower, dupper, *kept)
     out = by_rows(given, mu, logvar, means.shape[1], mixture) if data else []
     if parameters:
         out += by_components(given, mu, logvar, logits, means, logvars, mixture)

@@ -17,7 +17,7 @@ from fastkl.kernels._device import (
     offsets,
     tile,
     to_logvar,
-    to_logvar_gradient,
+    to_parameter_gradient,
     weighted,
 )
 from fastkl.kernels._launch import Plan, planned
@@ -177,7 +177,7 @@ def kl_normal_bwd_kernel(
                 tl.store(dprior_mu + at, -weighted(d, gradient_mu), mask)
                 at = tile(row, column, shape, dprior_logvar_strides, NESTED)
                 tl.store(dprior_logvar + at, weighted(d, gradient_pv), mask)
-        gradient = weighted(d, gradient_logvar) * to_logvar_gradient(v, SCALE)
+        gradient = to_parameter_gradient(weighted(d, gradient_logvar), v, SCALE)
         gradient = bound_gradient(gradient, raw, low, high, BOUNDED, LIVE)
         tl.store(dmu + tile(row, column, shape, dmu_strides, NESTED), weighted(d, gradient_mu), mask)
         tl.store(dparameter + tile(row, column, shape, dparameter_strides, NESTED), gradient, mask)

@@ -24,7 +24,7 @@ from fastkl.kernels._device import (
     normals,
     offsets,
     to_logvar,
-    to_logvar_gradient,
+    to_parameter_gradient,
     weighted,
 )
 from fastkl.kernels._launch import Plan, planned
@@ -219,7 +219,7 @@ def rsample_kl_bwd_kernel(
                     tl.store(dprior_logvar + out, kl_pv, mask)
             gradient_mu += kl_mu
             gradient_logvar += kl_logvar
-        gradient = gradient_logvar * to_logvar_gradient(v, SCALE)
+        gradient = to_parameter_gradient(gradient_logvar, v, SCALE)
         gradient = bound_gradient(gradient, raw, low, high, BOUNDED, LIVE)
         tl.store(dmu + elements(at, column, shape, dmu_strides, NESTED), gradient_mu, mask)
         tl.store(dparameter + elements(at, column, shape, dparameter_strides, NESTED), gradient, mask)

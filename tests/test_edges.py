@@ -56,6 +56,15 @@ def test_bounds_take_in_a_standard_deviation_of_zero(backend):
 
 
 @both
+def test_a_weight_of_zero_leaves_no_gradient_in_a_standard_deviation_of_zero(backend):
+    mu, std, weight = leaf(torch.zeros(2, 1)), leaf(torch.zeros(2, 1)), torch.tensor([0.0, 1.0], device=DEVICE)
+    with implementation(backend):
+        per_dim = fastkl.kl_normal_per_dim(mu.T, std.T, scale="std")
+        for kl in (fastkl.kl_normal(mu, std, scale="std"), fastkl.rsample_kl(mu, std, scale="std", seed=1)[1], per_dim):
+            assert grad(weight * kl, std)[0].tolist() == [[0.0], [-math.inf]]
+
+
+@both
 @pytest.mark.parametrize("prior", [False, True])
 def test_a_sample_whose_kl_is_not_used_and_overflows(backend, prior):
     tensors = [leaf(torch.full((2, 3), value)) for value in (0.0, 100.0, 0.0, 0.0)[: 4 if prior else 2]]

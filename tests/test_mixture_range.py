@@ -118,3 +118,74 @@ def test_a_far_component_pulls_as_its_distance_says():
     with implementation("torch"):
         value = fastkl.gmm_responsibilities(z, logits.to(DEVICE), means.to(DEVICE))[0, 1]
         assert torch.autograd.grad(value, z)[0].item() == pytest.approx(1e25)
+
+
+# Log-variances of q and of the last component, more than 88 apart or beyond: 1 / sigma^2 or their ratio overflows.
+APART = [
+    (0.0, -90.0),
+    (0.0, -120.0),
+    (0.0, -300.0),
+    (60.0, -60.0),
+    (90.0, 0.0),
+    (120.0, 0.0),
+    (95.0, 95.0),
+    (-100.0, -100.0),
+]
+
+
+def bounds_of(way, spreads, wanted):
+    """Both bounds and the gradients of those that are wanted, and the same by the formula in float64."""
+    (mu, logvar, logits, means, logvars), _ = inputs_of("")
+    logvar[:], logvars[2] = spreads
+    tensors = [mu, logvar, logits, means, logvars]
+    exact, tensors = [leaf(t.double()) for t in tensors], [leaf(t.clone()) for t in tensors]
+    results = []
+    for inputs in (tensors, exact):
+        if inputs is exact:
+            both = [truth(form, *inputs) for form in ("convolved", "expected")]
+        else:
+            both = fastkl.kl_gmm_bounds(*inputs)
+        total = sum(bound.sum() for bound, want in zip(both, wanted) if want)
+        results.append([*both, *torch.autograd.grad(total, inputs)])
+    return results
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)], ids=["both", "lower", "upper"])
+@pytest.mark.parametrize("spreads", APART, ids=str)
+@pytest.mark.parametrize("way", ["torch", "triton"])
+def test_bounds_of_log_variances_far_apart(way, spreads, wanted):
+    if spreads[0] - spreads[1] > 88 and wanted[1] and spreads[0] > 0:
+        wanted = (wanted[0], False)  # the upper bound overflows there, or is so large that no digit of ln K is left
+    if not any(wanted):
+        return
+    with implementation(way):
+        found, expected = bounds_of(way, spreads, wanted)
+    for actual, right in zip(found, expected):
+        torch.testing.assert_close(actual, right.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("per_datum", [False, True])
+@pytest.mark.parametrize("spreads", [(90.0, 0.0), (200.0, 0.0), (95.0, 95.0), (0.0, 95.0)], ids=str)
+def test_a_lower_bound_that_overflows_is_not_a_number(spreads, per_datum):
+    """Never a finite number: ln inf was 89."""
+    (mu, logvar, logits, means, logvars), _ = inputs_of("")
+    logvar[:], logvars[:] = spreads
+    means, logvars = (t.expand(4, 3, 2) if per_datum else t for t in (means, logvars))
+    tensors = [leaf(t) for t in (mu, logvar, logits, means, logvars)]
+    with implementation("triton"):
+        assert fastkl.kl_gmm(*tensors, method="lower").isnan().all()
+        if spreads[0] == 200 and not per_datum:
+            assert fastkl.kl_gmm_bounds(*tensors)[0].isnan().all()
+
+
+@pytest.mark.parametrize("per_datum", [False, True])
+@pytest.mark.parametrize("narrow", [-95.0, -300.0])
+def test_a_component_narrower_than_a_normal_number_counts_as_the_narrowest(narrow, per_datum):
+    """In the lower bound, next to a q as narrow: a subnormal sum of variances loses digits of its logarithm, or all."""
+    (mu, logvar, logits, means, logvars), _ = inputs_of("")
+    mu[:], means[2], logvar[:], logvars[2] = 0.0, 0.0, -90.0, narrow
+    exact = [t.double() for t in (mu, logvar, logits, means, logvars.clamp(min=-87.0))]
+    means, logvars = (t.expand(4, 3, 2) if per_datum else t for t in (means, logvars))
+    with implementation("triton"):
+        found = fastkl.kl_gmm(*(t.to(DEVICE) for t in (mu, logvar, logits, means, logvars)), method="lower")
+    torch.testing.assert_close(found.cpu(), truth("convolved", *exact).float(), rtol=1e-5, atol=1e-5)

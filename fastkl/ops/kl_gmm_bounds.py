@@ -128,7 +128,8 @@ def kl_gmm_bounds(
     """(lower, upper) bounds on KL(q || mixture), in nats, one pair per sample.
 
     Arguments, errors and sources as for `fastkl.kl_gmm`, methods "lower" and "upper". On a GPU both come from one pass
-    if components are diagonal, all rows share them and their weights, and precision is "exact".
+    if components are diagonal, all rows share them and their weights, and precision is "exact". In float32 the lower
+    one is then NaN where q's log-variance is more than 144 above a component's, or above 177.
 
     >>> import torch, fastkl
     >>> lower, upper = fastkl.kl_gmm_bounds(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(3), torch.randn(3, 2))

@@ -53,24 +53,30 @@ def to_logvar(parameter: Tensor, scale: str = "logvar") -> Tensor:
     if scale == "log_std":
         return 2 * parameter
     if scale == "std":
-        return 2 * parameter.log()
+        return 2 * _log(parameter)
     tail = parameter < -15
-    log_softplus = F.softplus(parameter.masked_fill(tail, 0.0), threshold=SOFTPLUS_THRESHOLD).log()
-    return 2 * torch.where(tail, parameter - 0.5 * parameter.clamp(max=-15).exp(), log_softplus)
+    value = F.softplus(parameter.masked_fill(tail, 0.0), threshold=SOFTPLUS_THRESHOLD)
+    return 2 * torch.where(tail, parameter - 0.5 * parameter.clamp(max=-15).exp(), _log(value))
 
 
-def to_logvar_gradient(parameter: Tensor, scale: str) -> Tensor | float:
-    """d logvar / d parameter."""
+def _log(std: Tensor) -> Tensor:
+    """ln, whose derivative stays above 0 at infinity: the gradient that it is multiplied by is infinite there."""
+    return torch.where(std == torch.inf, std * torch.finfo(std.dtype).tiny, std.log())
+
+
+def to_logvar_gradient(parameter: Tensor, scale: str) -> Tensor:
+    """d logvar / d parameter. 2 / sigma stays above 0, for what it is multiplied by is infinite where sigma is."""
     if scale == "logvar":
-        return 1.0
+        return torch.ones_like(parameter)
     if scale == "log_std":
-        return 2.0
+        return torch.full_like(parameter, 2.0)
+    most = 0.5 * torch.finfo(parameter.dtype).max
     if scale == "std":
-        return 2 / parameter
+        return 2 / parameter.clamp(max=most)
     tail = parameter < -15
     body = parameter.masked_fill(tail, 0.0)
-    ratio = torch.sigmoid(body) / F.softplus(body, threshold=SOFTPLUS_THRESHOLD)
-    return 2 * torch.where(tail, 1 - 0.5 * parameter.clamp(max=-15).exp(), ratio)
+    ratio = 2 * torch.sigmoid(body) / F.softplus(body, threshold=SOFTPLUS_THRESHOLD).clamp(max=most)
+    return torch.where(tail, 2 - parameter.clamp(max=-15).exp(), ratio)
 
 
 def bound(logvar: Tensor, bounds: SoftBounds | tuple[float, float] | None) -> Tensor:
