@@ -130,9 +130,9 @@ tune() {
 }
 
 # On a GPU `torch` and `native` variants only repeat; two processes of a group cannot share one GPU through NCCL.
-KERNELS="kl_normal kl_normal_per_dim wasserstein2_normal rsample_kl distributions edges gumbel_softmax normal_log_prob
-  bernoulli_log_prob gmm_log_prob gmm_log_prob_shapes gmm_log_prob_accuracy gmm_kernels gmm_dot gmm_full gmm_per_datum
-  gmm_moments kl_gmm kl_gmm_bounds mixtures mmd mmd_normal total_correlation sinkhorn_divergence sliced_wasserstein
+KERNELS="kl_normal kl_normal_per_dim wasserstein2_normal rsample_kl distributions edges gumbel_softmax gumbel_softmax_noise
+  normal_log_prob bernoulli_log_prob gmm_log_prob gmm_log_prob_shapes gmm_log_prob_accuracy gmm_kernels gmm_dot gmm_full
+  gmm_per_datum gmm_moments kl_gmm kl_gmm_bounds mixtures mmd mmd_normal total_correlation sinkhorn_divergence sliced_wasserstein
   contract"
 export KERNELS
 tests() {

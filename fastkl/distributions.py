@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
+from fastkl.ops._closed_form import samples_dtype
 from fastkl.ops._torch import register_container
 from fastkl.ops.kl_normal import kl_normal, kl_normal_packed
 from fastkl.ops.kl_normal_per_dim import kl_normal_per_dim
@@ -27,8 +28,8 @@ class DiagonalNormal:
     """q = N(mu, diag sigma^2): what an encoder puts out, with the ops as methods.
 
     Args:
-        mu, logvar: mean and log-variance (or what `scale` says); they broadcast. logvar may be a number, which is taken
-            in mu's dtype, as torch.full_like takes it.
+        mu, logvar: mean and log-variance (or what `scale` says); they broadcast. One of them may be a number, which is
+            taken in the other's dtype, as torch.full_like takes it.
         event_ndim: how many of the last dimensions are one datum; default every dimension after the first, whatever the
             rank, so that there is one KL per datum for [N, D], [N, T, D], [N, C, H, W] and [N, C, T, H, W] alike.
         scale: "logvar", "log_std", "std" or "softplus".
@@ -61,14 +62,16 @@ class DiagonalNormal:
     packed_dim: int | None  # of a head, counted from the end
 
     def __init__(
-        self, mu: Tensor | None = None, logvar: Tensor | float | None = None, *, event_ndim: int | None = None,
+        self, mu: Tensor | float | None = None, logvar: Tensor | float | None = None, *, event_ndim: int | None = None,
         scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
         tensors: tuple[Tensor, ...] | None = None, kind: str | None = None, packed_dim: int | None = None,
     ) -> None:  # fmt: skip
         if tensors is None:  # else the fields of another one are handed back, as by dataclasses.replace
-            (parameter,) = arguments.as_tensors(mu, logvar)
-            arguments.check_tensors(mu=mu, logvar=parameter)
-            logvar = parameter if parameter is logvar else parameter.to(mu.dtype)
+            given = (mu, logvar)
+            mu, logvar = arguments.as_parameters(*given)
+            arguments.check_tensors(mu=mu, logvar=logvar)
+            dtype = samples_dtype(*given)  # that of the tensor beside a number
+            mu, logvar = (new if new is old else new.to(dtype) for new, old in zip((mu, logvar), given))
             shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
             tensors = tuple(t if t.dim() == len(shape) else t[(None,) * (len(shape) - t.dim())] for t in (mu, logvar))
             event_ndim = _check(shape, event_ndim, scale, bounds)

@@ -70,7 +70,7 @@ def _by_chunks(function, bytes_per_row: int, *rows: Tensor) -> Tensor:
 
 
 def rsample_gmm(
-    logits: Tensor, means: Tensor, logvars: Tensor | None = None, *, scale_tril: Tensor | None = None,
+    logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *, scale_tril: Tensor | None = None,
     tau: float | Tensor = 1.0, hard: bool = False, num_samples: int | None = None, seed: int | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """A relaxed sample of a Gaussian mixture, differentiable in all its parameters.
@@ -85,7 +85,8 @@ def rsample_gmm(
     Args:
         logits: unnormalised log-weights, [K] or [*batch, K]; -inf excludes a component.
         means: [K, D], or [*batch, K, D] for a mixture of each datum's own.
-        logvars: log-variances [K, D], [K, 1] (spherical), [1, D] or [D] (tied), or with batch dimensions; absent, 0.
+        logvars: log-variances [K, D], [K, 1] (spherical), [1, D] or [D] (tied), a number (for all), or
+            with batch dimensions; absent, 0.
         scale_tril: instead of them, Cholesky factors [K, D, D] or [*batch, K, D, D], lower triangles of which are read.
         tau, hard: as for `fastkl.gumbel_softmax`; tau may be a tensor that wants a gradient.
         num_samples: draws so many for each datum, in a new first dimension.
@@ -109,6 +110,7 @@ def rsample_gmm(
     >>> means.grad.isfinite().all().item()
     True
     """
+    logvars = parameters.as_logvars(means, logvars)
     batch, dtype = _check(logits, means, logvars, scale_tril, num_samples)
     components, size = means.shape[-2:]
     seed = sampling.check_seed(seed, logits.device, "logits")
@@ -185,7 +187,7 @@ def _take(values: Tensor, component: Tensor, event_ndim: int) -> Tensor:
 
 @torch.no_grad()
 def sample_gmm(
-    logits: Tensor, means: Tensor, logvars: Tensor | None = None, *, scale_tril: Tensor | None = None,
+    logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *, scale_tril: Tensor | None = None,
     num_samples: int, seed: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Samples of a Gaussian mixture, and the component each came from; without gradient.
@@ -214,6 +216,7 @@ def sample_gmm(
     """
     if num_samples is None:
         raise TypeError("num_samples must be an int, got None")
+    logvars = parameters.as_logvars(means, logvars)
     batch, dtype = _check(logits, means, logvars, scale_tril, num_samples)
     logits, means, logvars, scale_tril = (t if t is None else t.detach() for t in (logits, means, logvars, scale_tril))
     seed = sampling.check_seed(seed, logits.device, "logits")

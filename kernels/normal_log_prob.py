@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import offsets, standardise, tile, weighted
+from fastkl.kernels._device import offsets, standardise, tile
 from fastkl.kernels._launch import Plan, planned
 from fastkl.kernels._layout import (
     NO_STRIDES,
@@ -65,10 +65,13 @@ def load_tile(pointer, row, column, shape, strides, NESTED: tl.constexpr):
 
 
 @triton.jit
-def standardise_gradient(z, root):
-    """Of the term -1/2 (ln 2 pi + logvar + z^2) in mean and, times 2, in logvar; in x it is the one in mean with the
-    sign turned."""
-    return z * root * root, z * z - 1.0
+def standardise_gradient(d, z, root):
+    """d times that of the term -1/2 (ln 2 pi + logvar + z^2) in mean and, times 2, in logvar; in x it is its opposite.
+    The weight d comes first: a square may overflow that a small weight makes finite, and z itself may
+    have overflowed under a weight of 0."""
+    z = tl.where(d == 0.0, 0.0, z)
+    dz = d * z
+    return dz * root * root, dz * z - d
 
 
 @triton.jit
@@ -119,15 +122,15 @@ def bwd_tile(
     x, mean, v, d, dx, dmean, row, column, shape, x_strides, mean_strides, dx_strides, dmean_strides,
     NESTED: tl.constexpr,
 ):  # fmt: skip
-    """Stores those of dx and dmean that are wanted; returns twice the gradient in logvar, without d."""
+    """Stores those of dx and dmean that are wanted; returns twice the gradient in logvar."""
     value = load_tile(x, row, column, shape, x_strides, NESTED).to(d.dtype)
     m = load_tile(mean, row, column, shape, mean_strides, NESTED).to(d.dtype)
     z, root = standardise(value - m, v)
-    gradient, twice = standardise_gradient(z, root)
+    gradient, twice = standardise_gradient(d, z, root)
     if dx is not None:
-        store_tile(dx, row, column, shape, dx_strides, -weighted(d, gradient), NESTED)
+        store_tile(dx, row, column, shape, dx_strides, -gradient, NESTED)
     if dmean is not None:
-        store_tile(dmean, row, column, shape, dmean_strides, weighted(d, gradient), NESTED)
+        store_tile(dmean, row, column, shape, dmean_strides, gradient, NESTED)
     return twice
 
 
@@ -151,7 +154,7 @@ def normal_log_prob_bwd_kernel(
             x, mean, v, d, dx, dmean, row, column, shape, x_strides, mean_strides, dx_strides, dmean_strides, NESTED
         )  # fmt: skip
         if dlogvar is not None:
-            store_tile(dlogvar, row, column, shape, dlogvar_strides, 0.5 * weighted(d, twice), NESTED)
+            store_tile(dlogvar, row, column, shape, dlogvar_strides, 0.5 * twice, NESTED)
     elif SPREAD == "row":
         d = load_rows(dlog_prob, row, shape, dlog_prob_strides, NESTED)
         v = load_rows(logvar, row, shape, logvar_strides, NESTED).to(dtype)
@@ -164,8 +167,7 @@ def normal_log_prob_bwd_kernel(
             )  # fmt: skip
             total += tl.where((at < columns)[None, :], twice, 0.0)
         if dlogvar is not None:
-            value = 0.5 * weighted(tl.sum(d, axis=1), tl.sum(total, axis=1))
-            tl.store(dlogvar + split.to(tl.int64) * rows + row, value, mask=row < rows)
+            tl.store(dlogvar + split.to(tl.int64) * rows + row, 0.5 * tl.sum(total, axis=1), mask=row < rows)
     else:
         # A tile with a row stride of 0, for [1, COLUMNS] in bfloat16 crashes Triton 3.9 on sm_90.
         v = load_tile(logvar, row, column, shape, logvar_strides, NESTED).to(dtype)
@@ -177,7 +179,7 @@ def normal_log_prob_bwd_kernel(
             twice = bwd_tile(
                 x, mean, v, d, dx, dmean, at, column, shape, x_strides, mean_strides, dx_strides, dmean_strides, NESTED
             )  # fmt: skip
-            total += weighted(d, twice)
+            total += twice
         if dlogvar is not None:
             at = offsets(column, shape[3], dlogvar_strides[2], dlogvar_strides[3], NESTED >= 2)
             at += group.to(tl.int64) * columns

@@ -7,7 +7,7 @@ import torch
 import fastkl
 
 import fuzz_oracle as oracle
-from fuzz_check import Case, compute_dtype
+from fuzz_check import Case, Rounding, compute_dtype
 from fuzz_inputs import Draw, parameter_of
 from helpers import DEVICE
 
@@ -103,12 +103,12 @@ def drawn(d: Draw, tensors, shape, num_samples, seed):
         return {"num_samples": num_samples}, None
     dtype = compute_dtype(tensors)
     zero = torch.zeros(shape, dtype=dtype, device=DEVICE)
-    exact = all(t.itemsize >= 4 for t in tensors.values())
+    uncertain = 3e-7 if all(t.itemsize >= 4 for t in tensors.values()) else 1e-6
+    if dtype == torch.float64 and compute_dtype({n: t for n, t in tensors.items() if "prior" not in n}) != dtype:
+        uncertain *= Rounding(torch.float64).times  # the prior's alone, and the noise is float32's
 
     def noise():
-        return fastkl.rsample_normal(
-            zero, zero, num_samples=num_samples, seed=seed
-        ).double(), 1e-6 if not exact else 3e-7
+        return fastkl.rsample_normal(zero, zero, num_samples=num_samples, seed=seed).double(), uncertain
 
     return {"num_samples": num_samples, "seed": seed}, noise
 

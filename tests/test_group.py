@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from fastkl.ops import _group
 
@@ -38,3 +39,15 @@ def test_several_processes_find_what_one_finds(found, name):
 def test_what_is_no_group_is_refused():
     with pytest.raises(TypeError, match=r"group must be .* got str"):
         _group.gather("world", torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("name", ["gather", "total"])
+def test_forward_mode_with_a_group_is_refused(monkeypatch, name):
+    """Before anything is exchanged: no other process is there."""
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 0)
+    monkeypatch.setattr(_group, "row_counts", lambda *_: [2, 2])
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones(2, 3), torch.ones(2, 3))
+        with pytest.raises(NotImplementedError, match="group of processes there is no forward-mode derivative"):
+            getattr(_group, name)(object(), dual)

@@ -152,6 +152,22 @@ def test_extreme_and_non_finite_values(backend):
             assert (leaves[1].grad[::2] == -0.5 * 3 / spread.shape[1]).all()
 
 
+@both
+@pytest.mark.parametrize("spread", ["full", "row", "shared"])
+def test_a_square_that_overflows_is_finite_under_a_small_weight(backend, spread):
+    """The row of weight 0 beside it adds nothing, also where z itself has overflowed."""
+    x = torch.tensor([[3e12, -2e12], [1e30, 1e38]], device=DEVICE)
+    logvar = torch.full({"full": (2, 2), "row": (2, 1), "shared": (2,)}[spread], -40.0, device=DEVICE)
+    weight = torch.tensor([1e-12, 0.0], device=DEVICE)
+    leaves = [leaf(tensor) for tensor in (x, torch.zeros_like(x), logvar)]
+    with implementation(backend):
+        actual = torch.autograd.grad(normal_log_prob(*leaves), leaves, weight)
+    dmean = weight.double()[:, None] * x.double() * math.exp(40.0)
+    dlogvar = 0.5 * weight.double()[:, None] * (x.double().square() * math.exp(40.0) - 1)
+    for got, exact in zip(actual, (-dmean, dmean, dlogvar.sum_to_size(logvar.shape))):
+        torch.testing.assert_close(got.double(), exact, rtol=2e-6, atol=1e-20)
+
+
 def test_bad_arguments_are_named():
     zeros = torch.zeros(2, 3)
     for arguments, event_ndim, message in [

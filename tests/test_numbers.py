@@ -64,6 +64,28 @@ def test_samplers_take_a_number_and_keep_the_dtype(op, number, dtype):
     torch.testing.assert_close(z, (mu.double() + float(number) * eps.double()).to(dtype))
 
 
+OF_A_NUMBER = {
+    **{name: op for name, op in KL.items() if "packed" not in name and name != "DiagonalNormal"},
+    **{name: lambda mu, v, *_, op=op: op(mu, v, seed=1, scale="logvar") for name, op in SAMPLERS.items()},
+    "kl_normal_per_dim": fastkl.kl_normal_per_dim,
+    "wasserstein2_normal": fastkl.wasserstein2_normal,
+}
+
+
+@every_dtype
+@pytest.mark.parametrize("op", OF_A_NUMBER.values(), ids=OF_A_NUMBER)
+def test_the_mean_may_be_the_number(op, dtype):
+    logvar = points(dtype).requires_grad_()
+    for prior in ((), PRIOR):
+        found, expected = op(0.25, logvar, *prior), op(torch.full_like(logvar, 0.25), logvar, *prior)
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected)
+        (gradient,), (wanted,) = (torch.autograd.grad(out.sum(), logvar) for out in (found, expected))
+        torch.testing.assert_close(gradient, wanted)
+    with pytest.raises(TypeError, match=r"mu must be a torch\.Tensor"):
+        op(0.25, 1.0)
+
+
 def test_a_posterior_with_a_number_is_one_of_tensors():
     mu = points(torch.bfloat16)
     q, full = fastkl.DiagonalNormal(mu, -0.4), fastkl.DiagonalNormal(mu, torch.full_like(mu, -0.4))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from fractions import Fraction
 
 import pytest
@@ -104,3 +106,9 @@ def test_bad_shapes_are_refused(schedule, options):
 def test_exponential_needs_positive_ends(start, end):
     with pytest.raises(ValueError, match="above 0"):
         schedules.exponential(0, start, end, steps=3)
+
+
+def test_a_fresh_process_has_them_as_an_attribute():
+    command = "import fastkl; print(fastkl.schedules.linear(1, 0.0, 1.0, steps=2))"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0.5"

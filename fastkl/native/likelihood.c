@@ -135,9 +135,10 @@ static void normal_gradient(const problem *p, tile at, const REAL *w, REAL *rest
     read_logvar(p, at, v_own, root);
     REAL *dm = p->dsecond.data ? target_tile(&p->dsecond, at, dm_own) : dm_own;
     for (int i = 0; i < n; i++) {
-        REAL z = (x[i] - m[i]) * root[i] * root[i];
-        dm[i] = weighted(w[i], z * root[i] * root[i]);
-        dv[i] = weighted(w[i], (REAL)0.5 * (z * z - 1));
+        /* The weight comes first: a square may overflow that a small weight makes finite. */
+        REAL z = w[i] == 0 ? 0 : (x[i] - m[i]) * root[i] * root[i], weighed = w[i] * z;
+        dm[i] = weighed * root[i] * root[i];
+        dv[i] = (REAL)0.5 * (weighed * z - w[i]);
     }
     if (p->dsecond.data) write_tile(&p->dsecond, at, dm, dm_own);
     if (p->dfirst.data) {

@@ -62,6 +62,11 @@ def as_tensors(like: Tensor, *values: Any) -> tuple[Any, ...]:
     )
 
 
+def as_parameters(mu: Tensor | float, parameter: Tensor | float, *others: Any) -> tuple[Any, ...]:
+    """as_tensors of a Gaussian's parameters, one of which at least is a tensor, and of its prior's."""
+    return as_tensors(mu if isinstance(mu, Tensor) else parameter, mu, parameter, *others)
+
+
 def usual(mu: Tensor, logvar: Tensor, event_ndim: int, scale: str, *rest) -> bool:
     """Whether the call is the ordinary one, two tensors that are alike and nothing else given: then no check can fail.
 

@@ -64,6 +64,12 @@ def _without_leading_ones(tensor: Tensor, batch: int) -> Tensor:
     return tensor.reshape(tensor.shape[ndim:]) if ndim > 0 else tensor
 
 
+def as_logvars(means: Tensor, logvars: Tensor | float | None) -> Tensor | None:
+    """A number is the log-variance of all components, [1], in their means' dtype, as torch.full_like takes it."""
+    (found,) = arguments.as_tensors(means, logvars)
+    return logvars if found is logvars else found.to(means.dtype).reshape(1)
+
+
 def by_component(logvars: Tensor) -> Tensor:
     """logvars [D], which all components share, as [1, D]."""
     return logvars if logvars.dim() > 1 else logvars.unsqueeze(0)
@@ -114,8 +120,10 @@ def arranged(
 
 def _collapsed(z: dict[str, Tensor], *parameters: Tensor | None) -> tuple[torch.Size, list[Tensor | None]]:
     """(the whole batch, the mixture's tensors with no more dimensions than they vary along, or of size 1), checked."""
-    check_shapes(z, *parameters)
     logits, means, logvars, scale_tril = parameters
+    logvars = as_logvars(means, logvars)
+    parameters = (logits, means, logvars, scale_tril)
+    check_shapes(z, *parameters)
     if scale_tril is not None:
         check_triangles(scale_tril)
     logvars = None if logvars is None else by_component(logvars)

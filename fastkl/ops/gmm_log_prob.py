@@ -8,8 +8,8 @@ from fastkl.ops import _gmm
 
 
 def gmm_log_prob(
-    z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | None = None, *, scale_tril: Tensor | None = None,
-    precision: str = "exact",
+    z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
+    scale_tril: Tensor | None = None, precision: str = "exact",
 ) -> Tensor:  # fmt: skip
     """Log-density of a Gaussian mixture, in nats, one value per sample.
 
@@ -21,8 +21,8 @@ def gmm_log_prob(
         means: [K, D], or one mixture for each datum, [*batch, K, D], of size 1 where data share it. Dimensions that are
             only expanded (stride 0, as in a plate) are one mixture, and are treated as such: the gradient reaches
             what was expanded, while every entry of an expanded tensor's own gradient (retain_grad) is its mean.
-        logvars: ln of the components' variances: [*batch, K, D] diagonal, [K, 1] spherical, [1, D] or [D] tied;
-            absent, with scale_tril absent too, every variance is 1.
+        logvars: ln of the components' variances: [*batch, K, D] diagonal, [K, 1] spherical, [1, D] or [D] tied, a
+            number for all; absent, with scale_tril absent too, every variance is 1.
         scale_tril: [*batch, K, D, D], lower triangles L_k with a positive diagonal, S_k = L_k L_k^T; what is above
             the diagonal is not read. Excludes logvars.
         precision: "exact" goes by differences (z - m) / sigma, which narrow and distant components survive (on a CPU

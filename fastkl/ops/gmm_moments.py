@@ -67,7 +67,7 @@ class _GMMMoments(torch.autograd.Function):
 
 
 def gmm_moments(
-    z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | None = None, *, scale_tril: Tensor | None = None
+    z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *, scale_tril: Tensor | None = None
 ) -> GMMMoments:
     """Log-density and responsibility-weighted moments of data under a Gaussian mixture; not differentiable.
 

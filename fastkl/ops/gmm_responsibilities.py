@@ -118,8 +118,8 @@ differentiable("gmm_responsibilities_fwd", _GMMResponsibilities, same)
 
 
 def gmm_responsibilities(
-    z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | None = None, *, scale_tril: Tensor | None = None,
-    precision: str = "exact",
+    z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
+    scale_tril: Tensor | None = None, precision: str = "exact",
 ) -> Tensor:  # fmt: skip
     """Log-responsibilities of a Gaussian mixture's components, in nats.
 

@@ -23,7 +23,7 @@ def _bound(mu, logvar, logits, means, logvars, scale_tril, form: str, precision:
 
 
 def kl_gmm(
-    mu: Tensor, logvar: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | None = None, *,
+    mu: Tensor, logvar: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
     scale_tril: Tensor | None = None, method: str = "mc", num_samples: int = 1, entropy: str = "closed",
     gradient: str = "plain", seed: int | Tensor | None = None, precision: str = "exact",
 ) -> Tensor:  # fmt: skip

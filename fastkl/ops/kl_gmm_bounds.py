@@ -122,7 +122,7 @@ differentiable("kl_gmm_bounds_fwd", _Bounds, same)
 
 
 def kl_gmm_bounds(
-    mu: Tensor, logvar: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | None = None, *,
+    mu: Tensor, logvar: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
     scale_tril: Tensor | None = None, precision: str = "exact",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(lower, upper) bounds on KL(q || mixture), in nats, one pair per sample.

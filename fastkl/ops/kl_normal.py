@@ -113,7 +113,7 @@ def kl_normal_packed(
 
 
 def kl_normal(
-    mu: Tensor, logvar: Tensor | float, prior_mu: Tensor | float | None = None,
+    mu: Tensor | float, logvar: Tensor | float, prior_mu: Tensor | float | None = None,
     prior_logvar: Tensor | float | None = None, *, event_ndim: int = 1, scale: str = "logvar",
     bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> Tensor:  # fmt: skip
@@ -123,7 +123,7 @@ def kl_normal(
 
     Args:
         mu: mean of q, [*batch, *event].
-        logvar: ln sigma^2 of q, or what `scale` says; broadcasts with mu; or a number.
+        logvar: ln sigma^2 of q, or what `scale` says; broadcasts with mu. One of the two may be a number.
         prior_mu, prior_logvar: mean and log-variance of p (always the log-variance, whatever `scale` is); absent
             (N(0, I)), of the full shape, a number, or shared by the batch ([*event], [1, *event]), whose gradient is
             then summed over the batch inside the kernel.
@@ -150,7 +150,7 @@ def kl_normal(
     """
     if arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
         return apply(_KLNormal, mu, logvar, None, None, -1, event_ndim, scale, *arguments.NO_BOUNDS)
-    logvar, prior_mu, prior_logvar = arguments.as_tensors(mu, logvar, prior_mu, prior_logvar)
+    mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
     arguments.check_event_ndim(event_ndim, shape)

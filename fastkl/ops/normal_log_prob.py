@@ -35,11 +35,9 @@ def _gradients(dlog_prob, x, mean, logvar, event_ndim, wanted) -> list[Tensor]:
     """Closed form in differentiable torch ops, one gradient for each of (x, mean, logvar) that is wanted."""
     dtype = reference.compute_dtype(x, mean, logvar)
     dlog_prob = dlog_prob.to(dtype).reshape(*dlog_prob.shape, *[1] * event_ndim)
-    dmean, dlogvar = reference.normal_terms_gradient(x.to(dtype), mean.to(dtype), logvar.to(dtype))
-    gradients = zip((-dlog_prob, dlog_prob, dlog_prob), (dmean, dmean, dlogvar), (x, mean, logvar), wanted)
-    return [
-        reference.weighted(d, gradient).sum_to_size(t.shape).to(t.dtype) for d, gradient, t, want in gradients if want
-    ]
+    dmean, dlogvar = reference.normal_terms_gradient(dlog_prob, x.to(dtype), mean.to(dtype), logvar.to(dtype))
+    gradients = zip((-dmean, dmean, dlogvar), (x, mean, logvar), wanted)
+    return [gradient.sum_to_size(t.shape).to(t.dtype) for gradient, t, want in gradients if want]
 
 
 def _backward(dlog_prob, x, mean, logvar, event_ndim, wanted) -> list[Tensor]:

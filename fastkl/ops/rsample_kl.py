@@ -165,7 +165,7 @@ def rsample_kl_packed(
 
 
 def rsample_kl(
-    mu: Tensor, logvar: Tensor | float, prior_mu: Tensor | float | None = None,
+    mu: Tensor | float, logvar: Tensor | float, prior_mu: Tensor | float | None = None,
     prior_logvar: Tensor | float | None = None, *, event_ndim: int = 1, num_samples: int | None = None,
     seed: int | Tensor | None = None, eps: Tensor | None = None, scale: str = "logvar",
     bounds: SoftBounds | tuple[float, float] | None = None,
@@ -202,8 +202,8 @@ def rsample_kl(
         seed = sampling.check_seed(seed, mu.device, "mu")
         settings = (None, -1, event_ndim, scale, *arguments.NO_BOUNDS)
         return apply(_RsampleKL, mu, logvar, None, None, None, seed, *settings)
-    given = logvar
-    logvar, prior_mu, prior_logvar = arguments.as_tensors(mu, given, prior_mu, prior_logvar)
+    given = (mu, logvar)
+    mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(*given, prior_mu, prior_logvar)
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar, eps=eps)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
     arguments.check_prior_fits(shape, prior_mu=prior_mu, prior_logvar=prior_logvar)
@@ -213,4 +213,4 @@ def rsample_kl(
     seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
     q = arguments.expand(mu, shape), arguments.expand(logvar, shape)
     z, kl = apply(_RsampleKL, *q, *prior, eps, seed, num_samples, *settings)
-    return z.to(samples_dtype(mu, given)), kl
+    return z.to(samples_dtype(*given)), kl

@@ -112,7 +112,7 @@ def rsample_normal_packed(
 
 
 def rsample_normal(
-    mu: Tensor, logvar: Tensor | float, *, num_samples: int | None = None, seed: int | Tensor | None = None,
+    mu: Tensor | float, logvar: Tensor | float, *, num_samples: int | None = None, seed: int | Tensor | None = None,
     eps: Tensor | None = None, scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """A reparameterised sample of a diagonal Gaussian.
@@ -120,7 +120,7 @@ def rsample_normal(
     z = mu + exp(logvar / 2) eps, eps ~ N(0, I)
 
     Args:
-        mu, logvar: mean and log-variance (or what `scale` says), of any shapes that broadcast; logvar may be a number.
+        mu, logvar: mean and log-variance (or what `scale` says), of any shapes that broadcast; one may be a number.
         num_samples, seed, eps, scale, bounds: as for `fastkl.rsample_kl`, which with the same seed draws the same z.
 
     Returns:
@@ -140,14 +140,14 @@ def rsample_normal(
     if isinstance(mu, Tensor) and arguments.usual(mu, logvar, mu.dim(), scale, num_samples, eps, bounds):
         seed = sampling.check_seed(seed, mu.device, "mu")
         return apply(_RsampleNormal, mu, logvar, None, seed, None, -1, scale, *arguments.NO_BOUNDS, Stream.POSTERIOR)
-    given = logvar
-    (logvar,) = arguments.as_tensors(mu, given)
+    given = (mu, logvar)
+    mu, logvar = arguments.as_parameters(*given)
     arguments.check_tensors(mu=mu, logvar=logvar, eps=eps)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
     settings = (-1, arguments.check_scale(scale), *arguments.check_bounds(bounds))
     seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
     inputs = (arguments.expand(mu, shape), arguments.expand(logvar, shape), eps, seed, num_samples)
-    return apply(_RsampleNormal, *inputs, *settings, Stream.POSTERIOR).to(samples_dtype(mu, given))
+    return apply(_RsampleNormal, *inputs, *settings, Stream.POSTERIOR).to(samples_dtype(*given))
 
 
 def draw_normal(

@@ -79,8 +79,7 @@ def _gradients(z, mu, logvar, first, dataset_size, stratified, dmutual, dtotal, 
     is_own = torch.arange(mu.shape[0], device=z.device) == torch.arange(z.shape[0], device=z.device)[:, None] + first
     share = (share + is_own * own.unsqueeze(1)).unsqueeze(-1)
     share = share + torch.softmax(log_weights.unsqueeze(-1) + terms, 1) * marginal[:, None, None]
-    terms = reference.normal_terms_gradient(z.unsqueeze(1), mu, logvar)
-    dmean, dlogvar = (reference.weighted(share, term) for term in terms)
+    dmean, dlogvar = reference.normal_terms_gradient(share, z.unsqueeze(1), mu, logvar)
     dz = prior.unsqueeze(1) * z - dmean.sum(1)
     return [g.to(tensor.dtype) for g, tensor in zip((dz, dmean.sum(0), dlogvar.sum(0)), inputs)]
 

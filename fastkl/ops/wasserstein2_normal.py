@@ -105,7 +105,7 @@ differentiable(
 
 
 def wasserstein2_normal(
-    mu: Tensor, logvar: Tensor | float, prior_mu: Tensor | float | None = None,
+    mu: Tensor | float, logvar: Tensor | float, prior_mu: Tensor | float | None = None,
     prior_logvar: Tensor | float | None = None, *, event_ndim: int = 1, scale: str = "logvar",
     bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> Tensor:  # fmt: skip
@@ -136,7 +136,7 @@ def wasserstein2_normal(
     """
     if arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
         return apply(_Wasserstein2Normal, mu, logvar, None, None, event_ndim, scale, *arguments.NO_BOUNDS)
-    logvar, prior_mu, prior_logvar = arguments.as_tensors(mu, logvar, prior_mu, prior_logvar)
+    mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
     arguments.check_event_ndim(event_ndim, shape)

@@ -39,7 +39,14 @@ def normal_log_prob(x, mean, logvar, *, event_ndim=None) -> Tensor:
     return sum_event(-0.5 * (math.log(2 * math.pi) + logvar + z * z), x.dim() - 1 if event_ndim is None else event_ndim)
 
 
-def normal_terms_gradient(x: Tensor, mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-    """d ln N(x; mean, exp(logvar)) / d (mean, logvar); d / d x = -d / d mean."""
+def normal_terms_gradient(weight: Tensor, x: Tensor, mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+    """weight d ln N(x; mean, exp(logvar)) / d (mean, logvar); d / d x = -d / d mean.
+
+    The weight comes first: a square may overflow that a small weight makes finite. Under a weight of 0 what has
+    overflowed is 0.
+    """
     z, root = standardise(x - mean, logvar)
-    return z * root * root, 0.5 * (z * z - 1)
+    most = torch.finfo(z.dtype).max
+    z = torch.where(weight == 0, z.clamp(-most, most), z)
+    weighed = weight * z
+    return weighed * root * root, 0.5 * (weighed * z - weight)

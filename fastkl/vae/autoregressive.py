@@ -54,8 +54,10 @@ class MaskedDecoder(nn.Module):
                 f"--model autoregressive draws a datum value by value, {LARGEST:,} at most; this one has {features:,}"
             )
         self.shape = tuple(shape)
-        predicted = torch.arange(features)
-        unit = torch.arange(hidden) * features // hidden  # spread evenly over 0 .. features - 1
+        predicted = torch.arange(features, dtype=torch.int64, device="cpu")
+        unit = (
+            torch.arange(hidden, dtype=torch.int64, device="cpu") * features // hidden
+        )  # spread evenly over 0 .. features - 1
         degrees = [predicted + 1, *[unit] * layers, predicted]
         self.layers = nn.ModuleList(Masked(before, after) for before, after in pairwise(degrees))
         self.from_latent = nn.ModuleList(nn.Linear(latent, len(after), bias=False) for after in degrees[1:])

@@ -145,7 +145,7 @@ def split(parts: dict[str, Part], settings: Settings) -> dict[str, tuple[str, np
 
     def order(part: str) -> np.ndarray:
         generator = streams.generator(settings.split_seed, "split" if part == "train" else part)
-        return torch.randperm(len(parts[part].values), generator=generator).numpy()
+        return torch.randperm(len(parts[part].values), generator=generator, dtype=torch.int64, device="cpu").numpy()
 
     rest, rows = order("train"), {}
     if "test" in parts:

@@ -74,7 +74,7 @@ def quick_elbo(
 ) -> tuple[float, float, float]:
     """(ELBO, KL, reconstruction) with one sample per datum: quick, for the curve."""
     torch.manual_seed(streams.seed_for(seed, "test"))  # the next training step seeds itself
-    totals = torch.zeros(2, dtype=torch.float64)
+    totals = torch.zeros(2, dtype=torch.float64, device="cpu")
     x = x[:at_most]
     for part in x.split(max(1, ENCODED // x[0].numel())):
         part = part.to(device)
@@ -90,7 +90,7 @@ def quick_mixture(
 ) -> list[float]:
     """[lower bound, estimate, upper bound of the KL, used components]: for the curve of the bracket."""
     torch.manual_seed(streams.seed_for(seed, "bracket"))
-    x, totals, found = x[:at_most], torch.zeros(3, dtype=torch.float64), []
+    x, totals, found = x[:at_most], torch.zeros(3, dtype=torch.float64, device="cpu"), []
     for part in x.split(max(1, ENCODED // x[0].numel())):
         posterior = vae.posterior(part.to(device))
         lower, upper = prior.kl_bounds(posterior)
@@ -109,7 +109,7 @@ def evaluate(
     prior; to N(0, I) it is exact."""
     torch.manual_seed(streams.seed_for(seed, "evaluation"))
     parts: list[tuple[Tensor, ...]] = []
-    per_dim = torch.zeros(vae.latent_shape, dtype=torch.float64)
+    per_dim = torch.zeros(vae.latent_shape, dtype=torch.float64, device="cpu")
     for part in x.split(max(1, ENCODED // x[0].numel())):
         part = part.to(device)
         posterior = vae.posterior(part)
@@ -143,8 +143,8 @@ def importance_weighted(
     """(E_q log p(x | z), log 1/L sum_l p(x, z_l) / q(z_l | x), E_q log p(z)) with L samples, a few of them in memory at
     a time."""
     at_once = max(1, DECODED // x.numel())
-    total = torch.full((len(x),), float("-inf"), device=x.device)
-    reconstruction, cross = (torch.zeros(len(x), device=x.device) for _ in range(2))
+    total = torch.full((len(x),), float("-inf"), dtype=torch.float32, device=x.device)
+    reconstruction, cross = (torch.zeros(len(x), dtype=torch.float32, device=x.device) for _ in range(2))
     for first in range(0, samples, at_once):
         z = posterior.rsample(num_samples=min(at_once, samples - first))
         log_likelihood = vae.log_likelihood(z, x)

@@ -87,5 +87,5 @@ def norm(parameters: list[Tensor], kind: float, like: Tensor) -> Tensor:
     """Of all gradients together, on the device of `like`."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None and parameter.numel()]
     if not gradients:
-        return torch.zeros((), device=like.device)
+        return torch.zeros((), dtype=torch.float32, device=like.device)
     return nn.utils.get_total_norm(gradients, norm_type=kind).to(like.device)

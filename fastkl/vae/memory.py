@@ -34,7 +34,8 @@ def fused(head: Tensor) -> tuple[Tensor, Tensor]:
 
 def compare(latent_shape: tuple[int, ...], batch: int = 32) -> dict[str, Any]:
     """Both losses on one packed head [batch, 2 * latent, ...] in float32, on the CPU."""
-    head = torch.randn(batch, 2 * latent_shape[0], *latent_shape[1:], requires_grad=True)
+    shape = (batch, 2 * latent_shape[0], *latent_shape[1:])
+    head = torch.randn(shape, dtype=torch.float32, device="cpu", requires_grad=True)
     shape = " x ".join(map(str, latent_shape))
     what = (
         f"Sample and KL of {batch} latents of {shape}, float32, on the CPU; one latent tensor is "

@@ -46,9 +46,9 @@ def build(settings: Settings, vae: VAE, data: Data) -> nn.Module | None:
 def pseudo_inputs(settings: Settings, data: Data) -> Tensor:
     """Training data, no two the same unless more are wanted than there are."""
     generator = streams.generator(settings.seed, "pseudo-inputs")
-    order = [
-        torch.randperm(len(data.train), generator=generator) for _ in range(1 + settings.components // len(data.train))
-    ]
+    count = len(data.train)
+    on_cpu = {"generator": generator, "dtype": torch.int64, "device": "cpu"}
+    order = [torch.randperm(count, **on_cpu) for _ in range(1 + settings.components // count)]
     return data.train[torch.cat(order)[: settings.components]]
 
 
@@ -103,7 +103,9 @@ def draw(
 ) -> Tensor:
     """Latents [count, *latent_shape] from the prior, or from one of its components, on the CPU."""
     if prior is None:
-        return torch.randn((count, *vae.latent_shape), generator=streams.generator(seed, purpose))
+        return torch.randn(
+            (count, *vae.latent_shape), generator=streams.generator(seed, purpose), dtype=torch.float32, device="cpu"
+        )
     which = {} if component is None else {"component": component}
     seed = streams.seed_for(seed, purpose, *which.values())
     return prior.sample(count, seed=seed, **which).view(count, *vae.latent_shape).cpu()

@@ -29,5 +29,5 @@ def batch_indices(seed: int, step: int, count: int, batch: int) -> Tensor:
     """The data of one step: a fresh shuffle each epoch, the rest that does not fill a batch left for another epoch."""
     steps_per_epoch = count // batch
     epoch, position = divmod(step, steps_per_epoch)
-    order = torch.randperm(count, generator=generator(seed, "order", epoch))
+    order = torch.randperm(count, generator=generator(seed, "order", epoch), dtype=torch.int64, device="cpu")
     return order[position * batch : (position + 1) * batch]

@@ -25,7 +25,7 @@ def train(run: Run, display: Display) -> bool:
     began = time.perf_counter() - run.seconds
     settings = run.settings
     # Filled anew each step, so that a compiled objective stays compiled.
-    weights = Weights(*(torch.ones((), device=run.device) for _ in Weights._fields))
+    weights = Weights(*(torch.ones((), dtype=torch.float32, device=run.device) for _ in Weights._fields))
     with Stop() as stop:
         while run.step < run.total_steps:
             for optimizer in run.optimizers.values():
@@ -81,15 +81,16 @@ def batch(run: Run) -> tuple[Tensor, Noise]:
     if settings.noise == "datum":
         shape = (run.batch_size, draws_of(settings, run.prior is not None))
         generator = streams.generator(settings.seed, "noise", run.step)
-        eps = ranks.share(torch.randn((*shape, *run.vae.latent_shape), generator=generator)).to(run.device)
+        drawn_on = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+        eps = ranks.share(torch.randn((*shape, *run.vae.latent_shape), **drawn_on)).to(run.device)
         if settings.kl == "relaxed":
-            seed = torch.tensor(streams.seed_for(settings.seed, "choice", run.step))
+            seed = torch.tensor(streams.seed_for(settings.seed, "choice", run.step), dtype=torch.int64, device="cpu")
             gumbel = ranks.share(reference.gumbel_noise(seed, (*shape, settings.components))).to(run.device)
         if settings.objective in MATCHING:
             drawn = prior.rsample(run.prior, run.vae, run.batch_size, settings.seed, run.step)
             drawn = ranks.share(drawn).to(run.device)
         if run.vae.draws_data:
-            uniform = torch.rand((run.batch_size, *run.vae.shape), generator=generator)
+            uniform = torch.rand((run.batch_size, *run.vae.shape), **drawn_on)
             uniform = ranks.share(uniform).to(run.device)
     torch.manual_seed(streams.seed_for(settings.seed, "step", run.step, ranks.rank))
     return x, Noise(eps, gumbel, drawn, uniform)
@@ -100,7 +101,7 @@ def log(run: Run, display: Display, terms: dict[str, Tensor], asked: bool) -> bo
 
     A step that was skipped has no terms.
     """
-    told = torch.stack([*terms.values(), torch.full((), float(asked), device=run.device)]).double()
+    told = torch.stack([*terms.values(), torch.full((), float(asked), dtype=torch.float32, device=run.device)]).double()
     *values, stopping = run.ranks.mean(told).tolist()
     if terms and run.window.get("steps") and run.window.keys() - {"steps"} != terms.keys():
         run.window.clear()  # a learned prior has begun, and with it an objective of other terms
