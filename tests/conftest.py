@@ -1,5 +1,6 @@
 """Runs before anything imports Triton: without a GPU the kernels run in Triton's interpreter, on CPU tensors."""
 
+import gc
 import importlib.util
 import os
 
@@ -10,6 +11,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+gc.set_threshold(
+    200_000, 20, 100
+)  # torch.compile makes so many objects that looking for cycles takes a sixth of its time
 
 
 def patch_once_a_launch() -> None:
