@@ -11,9 +11,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
-gc.set_threshold(
-    200_000, 20, 100
-)  # torch.compile makes so many objects that looking for cycles takes a sixth of its time
+# torch.compile makes so many objects that to look for cycles takes a sixth of its time.
+gc.set_threshold(200_000, 20, 100)
 
 
 def patch_once_a_launch() -> None:
