@@ -46,8 +46,26 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def test_tables_pictures_and_page(quick, capsys):
-    assert quick(*OPS) == 0
+def test_an_interrupted_run_goes_on_to_tables_pictures_and_page(quick, monkeypatch, capsys):
+    own, calls = command.measure.rows_of, []
+
+    def interrupted(op, case, *others, **settings):
+        calls.append((op, case.name))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return own(op, case, *others, **settings)
+
+    monkeypatch.setattr(command.measure, "rows_of", interrupted)
+    assert quick(*OPS) == 130
+    assert "--resume" in capsys.readouterr().err
+    kept = (quick.folder / "ops.csv").read_text()
+    assert {(row["op"], row["case"]) for row in read(quick.folder / "ops.csv")} == {calls[0]}
+    assert quick(*OPS, "--resume") == 0
+    assert calls.count(calls[0]) == 1
+    assert len(calls) == len(set(calls)) + 1  # the one that was interrupted is measured again
+    # The first lines are as they were, number for number; new columns may have come.
+    before, after = list(csv.DictReader(kept.splitlines())), read(quick.folder / "ops.csv")
+    assert [{name: row[name] for name in before[0]} for row in after[: len(before)]] == before
     rows = read(quick.folder / "ops.csv")
     assert {row["op"] for row in rows} == set(OPS)
     by_name = {row["provider"]: row for row in rows if (row["op"], row["case"]) == ("wasserstein2_normal", "128 x 32")}
@@ -68,28 +86,6 @@ def test_tables_pictures_and_page(quick, capsys):
         assert "<svg" in (quick.folder / f"{name}.svg").read_text()
     assert json.loads((quick.folder / "machine.json").read_text())["threads"] == [1]
     assert "wasserstein2_normal" in capsys.readouterr().out
-
-
-def test_interrupted_run_keeps_what_it_has_and_goes_on(quick, monkeypatch, capsys):
-    own, calls = command.measure.rows_of, []
-
-    def interrupted(op, case, *others, **settings):
-        calls.append((op, case.name))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return own(op, case, *others, **settings)
-
-    monkeypatch.setattr(command.measure, "rows_of", interrupted)
-    assert quick(*OPS) == 130
-    assert "--resume" in capsys.readouterr().err
-    kept = (quick.folder / "ops.csv").read_text()
-    assert {(row["op"], row["case"]) for row in read(quick.folder / "ops.csv")} == {calls[0]}
-    assert quick(*OPS, "--resume") == 0
-    assert calls.count(calls[0]) == 1
-    assert len(calls) == len(set(calls)) + 1  # the one that was interrupted is measured again
-    # The first lines are as they were, number for number; new columns may have come.
-    before, after = list(csv.DictReader(kept.splitlines())), read(quick.folder / "ops.csv")
-    assert [{name: row[name] for name in before[0]} for row in after[: len(before)]] == before
 
 
 def test_what_does_not_match_is_not_timed(quick, monkeypatch, capsys):
