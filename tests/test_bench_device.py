@@ -1,7 +1,9 @@
 """bench/device.py and what is built on it, with a stand-in for torch.cuda whose work takes as long as it says."""
 
 import contextlib
+import importlib
 import multiprocessing
+import sys
 import time
 import types
 
@@ -173,11 +175,22 @@ def test_another_tile_must_be_faster_and_give_the_same(cuda, monkeypatch, forwar
     assert "differs" in rows[-1]["note"]
 
 
-def test_host_times_by_turns():
+def test_host_times_the_long_way_without_shortcuts(monkeypatch):
+    module = types.ModuleType("a_shortcut")
+    module.KNOWN = True
+    monkeypatch.setitem(sys.modules, "a_shortcut", module)
+    monkeypatch.setattr(host, "SHORTCUTS", [("a_shortcut", "KNOWN", False), ("of_another_version", "KNOWN", False)])
     seen = []
-    found = host.measure({name: lambda name=name: seen.append(name) for name in ("eager", "fastkl")}, rounds=2, calls=3)
-    assert set(found) == {"eager", "fastkl"}
-    assert seen == ["eager"] * 4 + ["fastkl"] * 4 + (["eager"] * 3 + ["fastkl"] * 3) * 2
+    note = lambda: seen.append(module.KNOWN)  # noqa: E731
+    found = host.measure({"fastkl": note, "fastkl, the long way": note}, rounds=2, calls=3)
+    assert set(found) == {"fastkl", "fastkl, the long way"}
+    assert seen == [True] * 4 + [False] * 4 + ([True] * 3 + [False] * 3) * 2
+    assert module.KNOWN
+
+
+def test_shortcuts_of_this_version_are_found():
+    for path, name, _ in host.SHORTCUTS:
+        assert hasattr(importlib.import_module(path), name)
 
 
 def half(number):

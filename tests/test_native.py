@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastkl
 from fastkl import reference
 from fastkl.native import _build, _pack
-from fastkl.ops import _register
+from fastkl.ops import _register, _short
 
 from helpers import DEVICE, implementation
 
@@ -94,6 +95,38 @@ def test_every_scale_shows_what_is_not_finite(scale):
             results.append([value, *torch.autograd.grad(kl.sum(), [mu, parameter])])
     for actual, expected in zip(*results):
         torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+def test_the_short_way_is_the_same_loop():
+    """To the last bit, forward and backward, whether or not the other output's gradient is there; it is taken for
+    plain tensors alone, and gives way to the differentiable form."""
+    mu, logvar = (torch.randn(6, 5, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in (0, 1))
+
+    def run(function, outputs=None):
+        out = function(mu, logvar)
+        out = [out] if isinstance(out, torch.Tensor) else list(out)
+        out = out if outputs is None else [out[i] for i in outputs]
+        weights = [torch.linspace(0.5, 1, o.numel()).view(o.shape) for o in out]
+        return [*out, *torch.autograd.grad(out, [mu, logvar], weights)]
+
+    cases = [(fastkl.kl_normal, None), (fastkl.wasserstein2_normal, None)]
+    cases += [(lambda m, v: fastkl.rsample_normal(m, v, seed=2), None)]
+    cases += [(lambda m, v: fastkl.rsample_kl(m, v, seed=2), outputs) for outputs in (None, [0], [1])]
+    for function, outputs in cases:
+        short = run(function, outputs)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_short, "find", lambda *args: None)
+            long = run(function, outputs)
+        assert all(torch.equal(a, b) for a, b in zip(short, long))
+    value = fastkl.kl_normal(mu, logvar)
+    assert type(value.grad_fn).__name__ == "_ValueBackward"
+    (first,) = torch.autograd.grad(value.sum(), logvar, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), logvar)
+    torch.testing.assert_close(second, 0.5 * logvar.exp())
+    with torch.no_grad():
+        assert torch.equal(fastkl.kl_normal(mu, logvar), value)
+    with FlopCounterMode(display=False):  # a dispatch mode listens
+        assert type(fastkl.kl_normal(mu, logvar).grad_fn).__name__ == "_KLNormalBackward"
 
 
 @pytest.mark.parametrize("columns", [300, 1000, 5000, 50_000])

@@ -46,12 +46,11 @@ class Plan(NamedTuple):
 
     def run(self, *addresses: int) -> None:
         """With as many addresses as the C function takes, 0 for what is not there."""
-        if self.function(self.numbers, self.pack(torch.get_num_threads(), *addresses), self.low, self.high):
-            raise MemoryError("fastkl's native code could not allocate its partial sums")
+        self.run_at(self.low, self.high, *addresses)
 
     def run_at(self, low: float, high: float, *addresses: int) -> None:
-        """`run` with other numbers in place of the bounds."""
-        self._replace(low=low, high=high).run(*addresses)
+        if self.function(self.numbers, self.pack(torch.get_num_threads(), *addresses), low, high):
+            raise MemoryError("fastkl's native code could not allocate its partial sums")
 
 
 # How a tensor's elements lie in memory, as halves.h has it; float64 is a library of its own, and by itself.
@@ -102,7 +101,3 @@ def known(tensors) -> tuple:
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def addresses(*tensors: Tensor | None) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

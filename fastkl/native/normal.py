@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastkl.native._pack import Plan, address, addresses, keep, known, plans, prepare
+from fastkl.native._pack import Plan, address, keep, known, plans, prepare
 
 KL, WASSERSTEIN2 = 0, 1
 POSTERIOR = 1  # reference.Stream.POSTERIOR
@@ -93,7 +93,7 @@ def _forward(settings: tuple, q, seed, eps, prior, with_z=False, with_value=True
         return z, value.zero_() if with_value else None
     first = mu.data_ptr()
     second = q[1].data_ptr() if len(q) == 2 else first + plan.halves[0]
-    plan.run(address(seed), first, second, *addresses(pm, px, eps, z, value))
+    plan.run(address(seed), first, second, address(pm), address(px), address(eps), address(z), address(value))
     return z, value
 
 
@@ -125,7 +125,10 @@ def _backward(settings: tuple, dz, dvalue, q, seed, eps, prior, prior_gradient=F
     first, dfirst = mu.data_ptr(), gradients[0].data_ptr()
     second = first + plan.halves[0] if packed else q[1].data_ptr()
     dsecond = dfirst + plan.halves[1] if packed else gradients[1].data_ptr()
-    plan.run(address(seed), first, second, *addresses(pm, px, eps, dvalue, dz), dfirst, dsecond, *addresses(dpm, dpx))
+    plan.run(
+        address(seed), first, second, address(pm), address(px), address(eps), address(dvalue), address(dz),
+        dfirst, dsecond, address(dpm), address(dpx),
+    )  # fmt: skip
     return gradients if dpm is None else [*gradients, dpm, dpx]
 
 

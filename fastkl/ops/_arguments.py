@@ -294,14 +294,13 @@ def alike(event_ndim: int | None, first: Tensor, *others: Tensor) -> int:
     and then no other check can fail."""
     if torch.compiler.is_compiling() or not isinstance(first, Tensor) or first.dtype not in DTYPES:
         return 0
-    device = memory_device(first)
-    if device is None:
+    if memory_device(first) is None:
         return 0
     shape = first.shape
     for other in others:
-        if not isinstance(other, Tensor) or other.dtype is not first.dtype or memory_device(other) != device:
+        if not isinstance(other, Tensor) or other.dtype is not first.dtype or memory_device(other) is None:
             return 0
-        if other.shape != shape or (device != "cpu" and other.device != first.device):
+        if other.shape != shape or other.device != first.device:
             return 0
     if event_ndim is None:
         return max(0, len(shape) - 1)

@@ -120,8 +120,7 @@ def _lazily(package: str, path: str, closed_form: Callable[..., Any]) -> Callabl
     return implementation
 
 
-_TENSORS = frozenset((Tensor, torch.nn.Parameter))
-_NUMBERS = frozenset((int, float, bool, str, NoneType))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, int, float, bool, str, NoneType))
 
 
 def _plain_device(args: tuple) -> str | None:
@@ -131,15 +130,14 @@ def _plain_device(args: tuple) -> str | None:
         return None
     device = None
     for arg in args:
-        if type(arg) in _NUMBERS:
-            continue
         for item in arg if type(arg) is list else (arg,):
-            if type(item) in _TENSORS:
+            kind = type(item)
+            if kind not in _PLAIN:
+                return None
+            if kind is Tensor or kind is torch.nn.Parameter:
                 device = _torch.memory_device(item)
                 if device is None:
                     return None
-            elif type(item) not in _NUMBERS:
-                return None
     return device
 
 
@@ -191,6 +189,11 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
         return function.forward(*args) if torch.compiler.is_exporting() else function.apply(*args)
     if _torch.transforms_active():
         return function.apply(*args)
+    return apply_directly(function, *args)
+
+
+def apply_directly(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`apply` where neither a compiler nor torch.func is at work."""
     if not torch.is_grad_enabled():
         return function.forward(*args)
     try:

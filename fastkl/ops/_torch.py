@@ -55,18 +55,13 @@ def outer_tangents() -> Any:
     return _set_forward_mode(True)
 
 
-_profiles = _private("autograd.profiler._is_profiler_enabled")
-_everything_known = _has_level and None not in (_modes, _transforms, _tracing, _profiles)
+_everything_known = None not in (_modes, _transforms, _tracing, _private("autograd.profiler._is_profiler_enabled"))
 
 
 def unheard() -> bool:
     """Whether nothing listens to a call: no mode, no transform, no profiler, no tracing, no tangents."""
     return _everything_known and not (
-        _modes()
-        or _transforms()
-        or _profiler._is_profiler_enabled
-        or _tracing() is not None
-        or _forward_ad._current_level >= 0
+        _modes() or _transforms() or _profiler._is_profiler_enabled or _tracing() is not None or forward_mode()
     )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
+from fastkl.ops import _short as short
 from fastkl.ops._closed_form import fill_normal_gradients, kl_per_sample, normal_gradients, unpack
 from fastkl.ops._register import apply, differentiable, needs_closed_form, register
 from fastkl.reference import SoftBounds
@@ -58,6 +59,10 @@ kl_normal_bwd = register(
 def _differentiate(dkl, q, prior, settings, prior_gradient) -> list[Tensor]:
     arguments_ = (dkl, q, settings[0], prior, *settings[1:])
     return _gradients(*arguments_) if needs_closed_form(dkl) else kl_normal_bwd(*arguments_, prior_gradient)
+
+
+def _differentiate_without_prior(dkl, mu, logvar, settings) -> list[Tensor]:
+    return _differentiate(dkl, [mu, logvar], [], settings, False)
 
 
 class _KLNormal(torch.autograd.Function):
@@ -149,6 +154,8 @@ def kl_normal(
     ['7.5e-09', '7.5e-09']
     """
     if arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
+        if way := short.find("kl_normal", mu, logvar, event_ndim, scale, _differentiate_without_prior):
+            return short.value(way, mu, logvar)
         return apply(_KLNormal, mu, logvar, None, None, -1, event_ndim, scale, *arguments.NO_BOUNDS)
     mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
+from fastkl.ops import _short as short
 from fastkl.ops._closed_form import (
     empty_samples,
     fill_normal_gradients,
@@ -89,6 +90,12 @@ def _differentiate(dz, dkl, q, noise, prior, settings, prior_gradient) -> list[T
     if needs_closed_form(*(d for d in (dz, dkl) if d is not None)):
         return _gradients(*values)
     return rsample_kl_bwd(*values, prior_gradient)
+
+
+def _differentiate_without_prior(dz, dkl, mu, logvar, seed, settings) -> list[Tensor | None]:
+    if dz is None and dkl is None:
+        return [None, None]
+    return _differentiate(dz, dkl, [mu, logvar], (seed, None), [], settings, False)
 
 
 class _RsampleKL(torch.autograd.Function):
@@ -200,6 +207,8 @@ def rsample_kl(
     """
     if arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds, eps, num_samples):
         seed = sampling.check_seed(seed, mu.device, "mu")
+        if way := short.find("rsample_kl", mu, logvar, event_ndim, scale, _differentiate_without_prior, seed):
+            return short.sample_and_value(way, mu, logvar, seed)
         settings = (None, -1, event_ndim, scale, *arguments.NO_BOUNDS)
         return apply(_RsampleKL, mu, logvar, None, None, None, seed, *settings)
     given = (mu, logvar)

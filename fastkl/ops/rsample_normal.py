@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
+from fastkl.ops import _short as short
 from fastkl.ops._closed_form import empty_samples, fill_normal_gradients, normal_gradients, sample, samples_dtype
 from fastkl.ops._register import apply, differentiable, needs_closed_form, register
 from fastkl.reference import SoftBounds, Stream
@@ -59,6 +60,11 @@ rsample_normal_bwd = register(
 
 def _differentiate(dz, q, seed, eps, settings) -> list[Tensor]:
     return (_gradients if needs_closed_form(dz) else rsample_normal_bwd)(dz, q, seed, eps, *settings)
+
+
+def _differentiate_drawn(dz, mu, logvar, seed, settings) -> list[Tensor]:
+    num_samples, packed_dim, _, *rest = settings
+    return _differentiate(dz, [mu, logvar], seed, None, (num_samples, packed_dim, *rest, Stream.POSTERIOR))
 
 
 class _RsampleNormal(torch.autograd.Function):
@@ -139,6 +145,8 @@ def rsample_normal(
     """
     if isinstance(mu, Tensor) and arguments.usual(mu, logvar, mu.dim(), scale, num_samples, eps, bounds):
         seed = sampling.check_seed(seed, mu.device, "mu")
+        if way := short.find("rsample_normal", mu, logvar, mu.dim(), scale, _differentiate_drawn, seed):
+            return short.sample(way, mu, logvar, seed)
         return apply(_RsampleNormal, mu, logvar, None, seed, None, -1, scale, *arguments.NO_BOUNDS, Stream.POSTERIOR)
     given = (mu, logvar)
     mu, logvar = arguments.as_parameters(*given)
