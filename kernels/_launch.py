@@ -74,3 +74,9 @@ class Plan:
                 self.compiled[key] = compiled
         else:
             compiled[self.whole_grid](*first, *self.all_of_rest)
+
+    def sums(self, shape: tuple[int, ...], dtype: torch.dtype, *first: Any) -> Tensor:
+        """What its splits find, [splits, ...] of this shape, added up; the kernel's output follows `first`."""
+        found = first[0].new_empty(shape[shape[0] == 1 :], dtype=dtype)
+        self.launch(*first, found)
+        return found if shape[0] == 1 else found.sum(0)

@@ -119,9 +119,7 @@ def fwd(logits: torch.Tensor, x: torch.Tensor, event_ndim: int) -> torch.Tensor:
     if found is None:
         return fwd(logits.contiguous(), x.contiguous(), event_ndim)
     plan, shape, dtype = found
-    log_prob = torch.empty(shape[shape[0] == 1 :], dtype=dtype, device=logits.device)
-    plan.launch(logits, x, log_prob)
-    return log_prob if shape[0] == 1 else log_prob.sum(0)
+    return plan.sums(shape, dtype, logits, x)
 
 
 @planned

@@ -215,9 +215,7 @@ def fwd(q, packed_dim, prior, event_ndim, scale, low, high, live, distance="kl")
         mu, parameter, *prior = (tensor.contiguous() for tensor in inputs)
         return fwd([mu, parameter], -1, prior, event_ndim, scale, low, high, live, distance)
     plan, shape, dtype = found
-    kl = torch.empty(shape[shape[0] == 1 :], dtype=dtype, device=inputs[0].device)
-    plan.launch(*inputs, *[None] * (4 - len(inputs)), kl)
-    return kl if shape[0] == 1 else kl.sum(0)
+    return plan.sums(shape, dtype, *inputs, *[None] * (4 - len(inputs)))
 
 
 def bwd(

@@ -98,9 +98,7 @@ def fwd(mu, parameter, prior, event_ndim, scale, low, high, live) -> torch.Tenso
         return fwd(mu, parameter, prior, event_ndim, scale, low, high, live)
     plan, shape, dtype = found
     # Two stages, no atomics: the same sum in every run.
-    kl = torch.empty(shape[shape[0] == 1 :], dtype=dtype, device=mu.device)
-    plan.launch(*inputs, *[None] * (4 - len(inputs)), kl)
-    return kl if shape[0] == 1 else kl.sum(0)
+    return plan.sums(shape, dtype, *inputs, *[None] * (4 - len(inputs)))
 
 
 def bwd(dkl, mu, parameter, prior, event_ndim, scale, low, high, live, prior_gradient) -> list[torch.Tensor]:

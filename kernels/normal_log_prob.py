@@ -211,9 +211,7 @@ def fwd(x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor, event_ndim: i
     if found is None:
         return fwd(x.contiguous(), mean.contiguous(), logvar.contiguous(), event_ndim)
     plan, shape, dtype = found
-    log_prob = torch.empty(shape[shape[0] == 1 :], dtype=dtype, device=x.device)
-    plan.launch(x, mean, logvar, log_prob)
-    return log_prob if shape[0] == 1 else log_prob.sum(0)
+    return plan.sums(shape, dtype, x, mean, logvar)
 
 
 @planned
