@@ -17,7 +17,7 @@ PROGRAMS = 1024
 NO_STRIDES = (0, 0, 0, 0)  # of a tensor that is not there
 TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
 OLD_COMPILER = TRITON < (3, 7)  # it spends more registers: the few tiles that would spill are smaller
-SPILLS_A_FEW = TRITON in ((3, 7), (3, 8))  # 8 to 32 bytes in some dozen launches, unless more registers are given
+SPILLS_A_FEW = (3, 6) <= TRITON <= (3, 8)  # 8 to 32 bytes in some dozen launches, unless more registers are given
 DOT_TAKES_FLOAT64 = TRITON >= (3, 5)
 
 
