@@ -150,7 +150,7 @@ def test_non_finite_rows_stay_by_themselves(backend):
 def test_bad_arguments_are_named():
     for arguments, settings, message in [
         ((torch.zeros(2, 3), torch.zeros(2, 4)), {}, r"logits \(2, 3\), x \(2, 4\)"),
-        ((torch.zeros(3), torch.zeros(3)), {}, "event_ndim must be given"),
+        ((torch.zeros(()), torch.zeros(())), {}, "event_ndim=1 needs at least 1 dimensions"),
         ((torch.zeros(2, 3), torch.zeros(2, 3, device="meta")), {}, "x is on meta"),
     ]:
         with pytest.raises(ValueError, match=message):

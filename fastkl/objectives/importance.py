@@ -69,7 +69,7 @@ def _log_q(posterior: distributions.DiagonalNormal, z: Tensor, gradient: str) ->
     """ln q(z); its parameters stand still, but for the plain gradient."""
     if gradient == "plain":
         return posterior.log_prob(z)
-    fixed = (posterior.mean.detach(), posterior._logvar().detach())
+    fixed = (posterior.mean.detach(), posterior.exact_logvar.detach())
     return normal_log_prob(z, *fixed, event_ndim=posterior.event_ndim)
 
 

@@ -97,8 +97,9 @@ def bernoulli_log_prob(logits: Tensor, x: Tensor, *, event_ndim: int | None = No
         x: data, broadcasts with logits (for importance samples [L, N, *event] it is read where it lies, L times).
             Grey values between 0 and 1 and values outside are taken as they are; the normalising constant of the
             continuous Bernoulli is not included. Its dtype may differ from that of logits.
-        event_ndim: how many of the last dimensions are summed; None: every dimension after the first (with a dimension
-            of importance samples in front it has to be given).
+        event_ndim: how many of the last dimensions are summed. None: every dimension after the first; one dimension
+            alone is that of one datum. 0: none, each element has a value. With a dimension of importance samples in
+            front it has to be given.
 
     Returns:
         [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients come in each
@@ -107,8 +108,7 @@ def bernoulli_log_prob(logits: Tensor, x: Tensor, *, event_ndim: int | None = No
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or event_ndim is not an int.
-        ValueError: shapes that do not broadcast, mixed devices, event_ndim out of range, or not given for fewer than
-            two dimensions.
+        ValueError: shapes that do not broadcast, mixed devices, event_ndim out of range.
 
     Source: Kingma and Welling 2014, "Auto-Encoding Variational Bayes", arXiv:1312.6114, appendix C.1.
 
@@ -121,4 +121,6 @@ def bernoulli_log_prob(logits: Tensor, x: Tensor, *, event_ndim: int | None = No
     arguments.check_tensors(logits=logits, x=x)
     shape = arguments.broadcast_shape(logits=logits, x=x)
     event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
-    return apply(_BernoulliLogProb, arguments.expand(logits, shape), arguments.expand(x, shape), event_ndim)
+    tensors = arguments.expand(logits, shape), arguments.expand(x, shape)
+    event_ndim, logits, x = arguments.as_events(event_ndim, *tensors)
+    return apply(_BernoulliLogProb, logits, x, event_ndim)

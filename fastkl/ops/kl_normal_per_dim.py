@@ -100,7 +100,7 @@ differentiable(
 
 def kl_normal_per_dim(
     mu: Tensor | float, logvar: Tensor | float, prior_mu: Tensor | float | None = None,
-    prior_logvar: Tensor | float | None = None, *, event_ndim: int = 1, scale: str = "logvar",
+    prior_logvar: Tensor | float | None = None, *, event_ndim: int | None = None, scale: str = "logvar",
     bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """KL divergence from a diagonal Gaussian to N(0, I) or to another one, in nats, one batch mean per dimension.
@@ -116,7 +116,8 @@ def kl_normal_per_dim(
         prior_mu, prior_logvar: mean and log-variance of p (always the log-variance, whatever `scale` is); absent
             (N(0, I)), of the full shape, a number, or shared by the batch ([*event], [1, *event]), whose gradient is
             then summed over the batch inside the kernel.
-        event_ndim: how many of the last dimensions are kept; the mean is over all dimensions before them.
+        event_ndim: how many of the last dimensions are kept, one at least; the mean is over all dimensions before
+            them. None: every dimension after the first; one dimension alone is that of one datum.
         scale: what the second argument is: "logvar", "log_std", "std" or "softplus" (sigma = softplus of it).
         bounds: (low, high) clamps the log-variance in the same pass, with no gradient outside;
             `fastkl.SoftBounds(low, high)` keeps the gradient alive there.
@@ -138,12 +139,14 @@ def kl_normal_per_dim(
     >>> fastkl.kl_normal_per_dim(mu, logvar)
     tensor([0.0000, 2.5000])
     """
-    if arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
-        return apply(_KLNormalPerDim, mu, logvar, None, None, event_ndim, scale, *arguments.NO_BOUNDS)
+    if known := arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
+        return apply(_KLNormalPerDim, mu, logvar, None, None, known, scale, *arguments.NO_BOUNDS)
     mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
-    arguments.check_event_ndim(event_ndim, shape)
+    event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
+    if event_ndim == 0:
+        raise ValueError("event_ndim must be at least 1, got 0: without a latent dimension none has a value of its own")
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
     settings = (event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
     return apply(_KLNormalPerDim, arguments.expand(mu, shape), arguments.expand(logvar, shape), *prior, *settings)

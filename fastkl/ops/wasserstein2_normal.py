@@ -111,7 +111,7 @@ differentiable(
 
 def wasserstein2_normal(
     mu: Tensor | float, logvar: Tensor | float, prior_mu: Tensor | float | None = None,
-    prior_logvar: Tensor | float | None = None, *, event_ndim: int = 1, scale: str = "logvar",
+    prior_logvar: Tensor | float | None = None, *, event_ndim: int | None = None, scale: str = "logvar",
     bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """Squared 2-Wasserstein distance from a diagonal Gaussian to N(0, I) or to another one, one value per sample.
@@ -139,14 +139,16 @@ def wasserstein2_normal(
     >>> [f"{distance:.2g}" for distance in fastkl.wasserstein2_normal(mu, logvar)]
     ['9', '2e-08']
     """
-    if arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
-        if way := short.find("wasserstein2_normal", mu, logvar, event_ndim, scale, _differentiate_without_prior):
+    if known := arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
+        if way := short.find("wasserstein2_normal", mu, logvar, known, scale, _differentiate_without_prior):
             return short.value(way, mu, logvar)
-        return apply(_Wasserstein2Normal, mu, logvar, None, None, event_ndim, scale, *arguments.NO_BOUNDS)
+        return apply(_Wasserstein2Normal, mu, logvar, None, None, known, scale, *arguments.NO_BOUNDS)
     mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
-    arguments.check_event_ndim(event_ndim, shape)
+    event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
+    tensors = arguments.expand(mu, shape), arguments.expand(logvar, shape), *prior
+    event_ndim, *tensors = arguments.as_events(event_ndim, *tensors)
     settings = (event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
-    return apply(_Wasserstein2Normal, arguments.expand(mu, shape), arguments.expand(logvar, shape), *prior, *settings)
+    return apply(_Wasserstein2Normal, *tensors, *settings)

@@ -54,7 +54,7 @@ class Prior(nn.Module):
         dtype = reference.compute_dtype(mu, logvar)  # in which the gradients of the parts are added up
         mu, logvar = mu.to(dtype), logvar.to(dtype)
         z = rsample_normal(mu, logvar, num_samples=arguments.check_int("num_samples", num_samples, 1), seed=seed)
-        z = z.to(samples_dtype(*q._given()))
+        z = z.to(samples_dtype(*q.given))
         cross = self.log_prob(z).mean(0)
         dtype = reference.compute_dtype(logvar, cross)
         if entropy == "closed" and gradient == "plain":
@@ -80,9 +80,7 @@ class Prior(nn.Module):
     def _parameters_of(self, q: distributions.DiagonalNormal, dim: int | None, *others) -> tuple[Tensor, Tensor]:
         """mu and ln sigma^2 [*batch, dim], for an op on them and `others`."""
         self._check_posterior(q, dim)
-        batch_ndim = len(q.shape) - q.event_ndim
-        mu, logvar = q._broadcast(*others)
-        return mu.flatten(batch_ndim), logvar.flatten(batch_ndim)
+        return q.vectors(*others)
 
     def _check_latent(self, z: Tensor) -> Tensor:
         arguments.check_tensors(z=z)

@@ -46,16 +46,17 @@ def _kl_elements(mu, logvar, prior_mu, prior_logvar, scale, bounds) -> Tensor:
     return kl_terms(mu, logvar, prior_mu, prior_logvar)
 
 
-def kl_normal(mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=1, scale="logvar", bounds=None) -> Tensor:
+def kl_normal(mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=None, scale="logvar", bounds=None) -> Tensor:
     """KL(q || p), summed over the last `event_ndim` dimensions."""
     return 0.5 * sum_event(_kl_elements(mu, logvar, prior_mu, prior_logvar, scale, bounds), event_ndim)
 
 
 def kl_normal_per_dim(
-    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=1, scale="logvar", bounds=None
+    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=None, scale="logvar", bounds=None
 ) -> Tensor:
     """KL(q || p) of each latent dimension, averaged over the batch."""
     values = 0.5 * _kl_elements(mu, logvar, prior_mu, prior_logvar, scale, bounds)
+    event_ndim = max(1, values.dim() - 1) if event_ndim is None else event_ndim
     return values.flatten(0, -event_ndim - 1).mean(0) if values.dim() > event_ndim else values
 
 

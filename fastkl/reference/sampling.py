@@ -91,7 +91,7 @@ def rsample_normal(mu, logvar, *, num_samples=None, seed=None, eps=None, scale="
 
 
 def rsample_kl(
-    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=1, num_samples=None, seed=None, eps=None,
+    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=None, num_samples=None, seed=None, eps=None,
     scale="logvar", bounds=None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(rsample_normal, kl_normal)."""

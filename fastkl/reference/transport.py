@@ -44,7 +44,7 @@ def above_zero(parameter: Tensor, scale: str) -> Tensor:
 
 
 def wasserstein2_normal(
-    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=1, scale="logvar", bounds=None
+    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=None, scale="logvar", bounds=None
 ) -> Tensor:
     """The squared 2-Wasserstein distance, summed over the last `event_ndim` dimensions."""
     dtype = compute_dtype(mu, logvar, prior_mu, prior_logvar)
