@@ -71,7 +71,7 @@ def normal_terms(x, mean, logvar):
     return -0.5 * (LOG_2PI + logvar + ((x - mean) * torch.exp(-0.5 * logvar)).square())
 
 
-def bernoulli_terms(logits, x):
+def bernoulli_terms(x, logits):
     return x * logits - F.softplus(logits, threshold=40)
 
 

@@ -28,7 +28,7 @@ def _wasserstein2(mu, logvar):
     return mu.square() + ((0.5 * logvar).exp() - 1).square()
 
 
-def _bernoulli(logits, x):
+def _bernoulli(x, logits):
     return Bernoulli(logits=logits, validate_args=False).log_prob(x)
 
 
@@ -118,7 +118,8 @@ def test_samples_and_noise_are_the_same_for_every_event_ndim():
     eps = torch.randn(2, 3, 4, device=DEVICE)
     for noise in ({"seed": 3}, {"eps": eps}):
         draws = [fastkl.rsample_kl(mu, logvar, num_samples=2, event_ndim=n, **noise)[0] for n in (None, 1, 0)]
-        assert all(torch.equal(draw, draws[0]) for draw in draws) and draws[0].shape == eps.shape
+        assert all(torch.equal(draw, draws[0]) for draw in draws)
+        assert draws[0].shape == eps.shape
     with pytest.raises(ValueError, match=r"eps must have the shape"):
         fastkl.rsample_kl(mu, logvar, num_samples=2, event_ndim=0, eps=eps[..., :3])
 

@@ -68,7 +68,7 @@ def as_parameters(mu: Tensor | float, parameter: Tensor | float, *others: Any) -
 
 
 def usual(mu: Tensor, logvar: Tensor, event_ndim: int | None, scale: str, *rest) -> int:
-    """event_ndim of the ordinary call, two tensors that are alike and nothing else given, else 0: no check can fail then.
+    """event_ndim of the ordinary call, two tensors that are alike and nothing else given: then no check can fail. Or 0.
 
     Small latents are bound by the host: the checks one by one cost as much as the eager formula's forward pass.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastkl.reference._parameters import compute_dtype, standardise, sum_event, weighted
 
 
-def bernoulli_log_prob(logits, x, *, event_ndim=None) -> Tensor:
+def bernoulli_log_prob(x, logits, *, event_ndim=None) -> Tensor:
     """x ln sigmoid(logits) + (1 - x) ln sigmoid(-logits) = x logits - softplus(logits), summed over the event."""
     dtype = compute_dtype(logits, x)
     logits, x = torch.broadcast_tensors(logits.to(dtype), x.to(dtype))
