@@ -60,17 +60,17 @@ def kl_normal_per_dim(
     return values.flatten(0, -event_ndim - 1).mean(0) if values.dim() > event_ndim else values
 
 
-def kl_multivariate_normal(loc_q, scale_tril_q, loc_p, scale_tril_p) -> Tensor:
+def kl_multivariate_normal(mu, scale_tril, prior_mu, prior_scale_tril) -> Tensor:
     """1/2 [tr(S_p^-1 S_q) + (m_p - m_q)^T S_p^-1 (m_p - m_q) - D + ln det S_p / det S_q], S = L L^T.
 
-    A scale with no more dimensions than its own loc is a diagonal.
+    A scale with no more dimensions than its own mean is a diagonal.
     """
-    dtype = compute_dtype(loc_q, scale_tril_q, loc_p, scale_tril_p)
+    dtype = compute_dtype(mu, scale_tril, prior_mu, prior_scale_tril)
     scales = [
-        (scale.tril() if scale.dim() > loc.dim() else torch.diag_embed(scale)).to(dtype)
-        for loc, scale in ((loc_q, scale_tril_q), (loc_p, scale_tril_p))
+        (scale.tril() if scale.dim() > mean.dim() else torch.diag_embed(scale)).to(dtype)
+        for mean, scale in ((mu, scale_tril), (prior_mu, prior_scale_tril))
     ]
-    difference = (loc_p.to(dtype) - loc_q.to(dtype)).unsqueeze(-1)
+    difference = (prior_mu.to(dtype) - mu.to(dtype)).unsqueeze(-1)
     # With M = L_p^-1 L_q: |M|^2 and the determinant of M M^T, element by element, so that nothing cancels.
     stds = [scale.diagonal(dim1=-2, dim2=-1) for scale in scales]
     rows = stds[1].unsqueeze(-1)  # divided by these first, nothing of ordinary size overflows on the way
