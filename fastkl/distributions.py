@@ -53,6 +53,9 @@ class DiagonalNormal:
     `rsample`, `log_prob`, `entropy`, `batch_shape`, `event_shape`, `expand`. `torch.distributions.kl_divergence` knows
     it beside another one, `Normal`, `Independent(Normal)`, `MultivariateNormal`, `MixtureSameFamily` and the priors of
     `fastkl.priors`: one KL per datum.
+
+    What computes with it in code of its own finds ln sigma^2 unrounded in `exact_logvar`, both parameters in
+    `mean_and_logvar` and, as priors take them, in `vectors`; `given` are those that it was made of.
     """
 
     # Fields, for whatever looks for the tensors in a model's output: just those that the ops are given.
