@@ -14,6 +14,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._closed_form import samples_dtype
+from fastkl.ops._scales import as_logvar
 from fastkl.ops._torch import register_container
 from fastkl.ops.kl_normal import kl_normal, kl_normal_packed
 from fastkl.ops.kl_normal_per_dim import kl_normal_per_dim
@@ -132,10 +133,7 @@ class DiagonalNormal:
         """mu and ln sigma^2 before they are broadcast. A logarithm is in the dtype that an op of these and `others`
         computes in: rounded to bfloat16, it would bias every density by tenths of a nat per dimension."""
         mu, parameter = self.given
-        if self.kind == "logvar" and self.bounds is None:
-            return mu, parameter
-        parameter = parameter.to(reference.compute_dtype(mu, parameter, *others))
-        return mu, reference.bound(reference.to_logvar(parameter, self.kind), self.bounds)
+        return mu, as_logvar("scale", parameter, self.kind, mu, *others, bounds=self.bounds)
 
     def mean_and_logvar(self, *others: Tensor) -> tuple[Tensor, Tensor]:
         """(mu, ln sigma^2 within the bounds), both of the full shape, for an op on them and `others`.

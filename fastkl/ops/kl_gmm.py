@@ -11,6 +11,7 @@ from fastkl.ops import _mixture_arguments as mixtures
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._gmm_samples import KLSamples
 from fastkl.ops._register import apply
+from fastkl.ops._scales import as_logvar
 
 METHODS = {"mc": "point", "upper": "expected", "lower": "convolved"}
 
@@ -24,8 +25,9 @@ def _bound(mu, logvar, logits, means, logvars, scale_tril, form: str, precision:
 
 def kl_gmm(
     mu: Tensor, logvar: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
-    scale_tril: Tensor | None = None, method: str = "mc", num_samples: int = 1, entropy: str = "closed",
-    gradient: str = "plain", seed: int | Tensor | None = None, precision: str = "exact",
+    scale_tril: Tensor | None = None, scale: str = "logvar", prior_scale: str = "logvar", method: str = "mc",
+    num_samples: int = 1, entropy: str = "closed", gradient: str = "plain", seed: int | Tensor | None = None,
+    precision: str = "exact",
 ) -> Tensor:  # fmt: skip
     """KL divergence from a diagonal Gaussian q to a Gaussian mixture p, in nats, one value per sample.
 
@@ -34,8 +36,10 @@ def kl_gmm(
     "lower": -H(q) - logsumexp_k [ln pi_k + ln N(mu; m_k, S_k + diag exp(logvar))], the product bound
 
     Args:
-        mu, logvar: mean and log-variance of q, [*batch, D].
+        mu, logvar: mean and log-variance of q (or what `scale` says), [*batch, D].
         logits, means, logvars, scale_tril, precision: the mixture, as for `fastkl.gmm_log_prob`.
+        scale, prior_scale: what logvar and logvars are: "logvar", "log_std", "std" or "softplus", as for
+            `fastkl.kl_normal`; the logarithm of another one is taken in float32.
         method: "mc" is unbiased; "upper" and "lower" are bounds without noise.
         num_samples: L of "mc". Memory does not depend on it: the noise is drawn again in the backward pass.
         entropy: E_q[ln q] of "mc" in "closed" form, or "sampled" at the same z_l, which is exact term by term where
@@ -52,8 +56,8 @@ def kl_gmm(
 
     Raises:
         TypeError: an argument is not a floating-point tensor, num_samples or seed not an int.
-        ValueError: shapes that do not fit, mixed devices, logvars beside scale_tril, an unknown method, entropy,
-            gradient or precision; num_samples below 1.
+        ValueError: shapes that do not fit, mixed devices, logvars beside scale_tril, an unknown method, scale,
+            entropy, gradient or precision; num_samples below 1.
 
     Source: Hershey and Olsen 2007, "Approximating the Kullback Leibler divergence between Gaussian mixture models",
     the variational bound (section 7, with one component on the left) and the product of Gaussians (section 5); Roeder
@@ -70,6 +74,9 @@ def kl_gmm(
     stl = arguments.check_choice("gradient", gradient, ("plain", "stl")) == "stl"
     num_samples = arguments.check_int("num_samples", num_samples, 1)
     mixtures.check_precision(precision)
+    arguments.check_tensors(mu=mu, logvar=logvar)
+    logvar = as_logvar("scale", logvar, scale, mu)
+    logvars = mixtures.as_logvars(means, logvars, prior_scale, "prior_scale")
     if method != "mc":
         return _bound(mu, logvar, logits, means, logvars, scale_tril, form, precision)
     rows, mixture, batch = mixtures.canonical({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril)
