@@ -141,8 +141,8 @@ class DiagonalNormal:
         What has to be computed is in float32, or float64 if any of them is: a logarithm, and what is broadcast from
         fewer elements, whose gradient is summed in it. All else is as it was given.
         """
-        mu, logvar = self._given(*others)
-        return arguments.expand(mu, self.shape), arguments.expand(logvar, self.shape)
+        (mu, logvar), shape = self._given(*others), self.shape
+        return arguments.expand(mu, shape), arguments.expand(logvar, shape)
 
     @property
     def exact_logvar(self) -> Tensor:
@@ -154,7 +154,7 @@ class DiagonalNormal:
         tensors = self.mean_and_logvar(*others)
         if self.event_ndim == 0:
             return tuple(tensor.unsqueeze(-1) for tensor in tensors)
-        return tuple(tensor.flatten(len(self.batch_shape)) for tensor in tensors)
+        return tuple(tensor.flatten(-self.event_ndim) for tensor in tensors)
 
     @property
     def given(self) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ def kl_elements(mu, parameter, prior_mu=None, prior_logvar=None, *, scale="logva
 
 
 def last(values, ndim):
-    return values.sum(tuple(range(-ndim, 0)))
+    return values.sum(tuple(range(-ndim, 0))) if ndim else values
 
 
 def wasserstein2_elements(mu, parameter, prior_mu=None, prior_logvar=None, *, scale="logvar", bounds=None):

@@ -157,6 +157,25 @@ def test_the_distance_to_a_point_has_a_gradient():
     torch.testing.assert_close(gradient, -2 * (logvar / 2).exp())
 
 
+def test_a_gradient_that_overflows_is_infinite_and_not_nan():
+    mu, prior = torch.full((1, 1), 10.0, device=DEVICE), leaf(torch.full((1, 1), -60.0))
+    for q in (fastkl.DiagonalNormal(prior, prior, scale="softplus"), None):
+        kl = fastkl.kl_normal(mu, mu, 0.0, prior, prior_scale="softplus") if q is None else -q.log_prob(mu)
+        (gradient,) = torch.autograd.grad(kl.sum(), prior)
+        assert gradient.item() == -float("inf")
+
+
+def test_the_gradient_of_a_scale_has_gradients():
+    mu, spread = _draw(2, D), _draw(2, D, positive=True)
+    for scale in LOGVAR:
+        op = lambda m, s: fastkl.kl_normal(m, 0.0, 0.0, s, prior_scale=scale)  # noqa: B023, E731
+        assert torch.autograd.gradgradcheck(op, [mu, spread])
+        tangents = torch.ones_like(mu), torch.ones_like(spread)
+        _, moved = torch.func.jvp(op, (mu.detach(), spread.detach()), tangents)
+        gradients = torch.autograd.grad(op(mu, spread).sum(), [mu, spread])
+        torch.testing.assert_close(moved.sum(), sum(g.sum() for g in gradients))
+
+
 def test_an_unknown_scale_is_named():
     mu, means = _draw(N, D), _draw(K, D)
     with pytest.raises(ValueError, match=r"prior_scale must be one of 'logvar'.*got 'sigma'"):

@@ -49,6 +49,26 @@ def distinct(tensor: Tensor, dims: Iterable[int]) -> Tensor:
     return tensor  # its own gradient is asked for, entry by entry; equal shares of one may be too small for float16
 
 
+class _ToLogvar(torch.autograd.Function):
+    """reference.to_logvar, whose own gradient is a difference: where the incoming one has overflowed, inf - inf."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(parameter, scale):
+        return reference.to_logvar(parameter, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+        ctx.scale = inputs[1]
+
+    @staticmethod
+    def backward(ctx, dlogvar):
+        (parameter,) = ctx.saved_tensors
+        return reference.weighted(dlogvar, reference.to_logvar_gradient(parameter, ctx.scale)), None
+
+
 def as_logvar(name: str, parameter: Any, scale: str, *others: Tensor | None, bounds: Any = None) -> Any:
     """ln sigma^2, within the bounds, of the tensor that `scale` describes; `name` is that of `scale`'s argument.
 
@@ -59,4 +79,5 @@ def as_logvar(name: str, parameter: Any, scale: str, *others: Tensor | None, bou
     if parameter is None or (scale == "logvar" and bounds is None):
         return parameter
     own = distinct(parameter, range(parameter.dim())).to(reference.compute_dtype(parameter, *others))
-    return reference.bound(reference.to_logvar(own, scale), bounds).expand(parameter.shape)
+    logvar = own if scale == "logvar" else apply(_ToLogvar, own, scale)
+    return reference.bound(logvar, bounds).expand(parameter.shape)
