@@ -27,8 +27,9 @@ def task_of(d: Draw) -> _Task:
 
 
 def schedule(diameter: float, blur: float, scaling: float, final_updates: int) -> list[float]:
-    """Temperatures from diameter^2 to blur^2, each scaling^2 of the one before."""
-    steps, eps = [], diameter * diameter
+    """Temperatures from diameter^2, twice, to blur^2, each scaling^2 of the one before, as geomloss has them."""
+    eps = diameter * diameter
+    steps = [eps] if eps > 0 else []
     while eps > blur * blur * (1 + 1e-9):
         steps.append(eps)
         eps *= scaling * scaling
@@ -69,7 +70,7 @@ def transport(d: Draw) -> Case:
     if name == "swae":
         settings = {"num_projections": d.pick((1, 7, 50)), "p": d.pick((1, 1.5, 2, 3)), "seed": seed}
     else:
-        settings = {"blur": d.pick((0.1, 0.5, 3.0)), "scaling": d.pick((0.5, 0.8)), "diameter": d.pick((None, 5.0))}
+        settings = {"blur": d.pick((0.5, 0.5, 3.0)), "scaling": d.pick((0.5, 0.3)), "diameter": d.pick((None, 5.0))}
         settings |= {"debias": d.chance(0.7), "final_updates": d.pick((0, 3))}
     of = compute_dtype({name: task.tensors[name] for name in ("eps", "prior_samples", *task.q.tensors)})
     size = task.q.shape[-1]
