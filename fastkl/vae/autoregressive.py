@@ -51,7 +51,7 @@ class MaskedDecoder(nn.Module):
         features = math.prod(shape)
         if features > LARGEST:
             raise UserError(
-                f"--model autoregressive draws value by value: a datum may have {LARGEST:,} values, got {features:,}"
+                f"--model autoregressive draws value by value: a datum has {LARGEST:,} at most, got {features:,}"
             )
         self.shape = tuple(shape)
         predicted = torch.arange(features, dtype=torch.int64, device="cpu")
