@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", required=True, metavar="train")
     about = "train the reference VAE and write a report"
     train = commands.add_parser(
-        "train", help=about, description=f"{about.capitalize()}.", epilog=EXAMPLES, add_help=False,
+        "train", help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=EXAMPLES, add_help=False,
         argument_default=argparse.SUPPRESS, usage="%(prog)s [options]",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30),
     )  # fmt: skip
