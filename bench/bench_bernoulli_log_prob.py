@@ -18,11 +18,11 @@ def by_distributions(logits, x):
 
 
 def fused(logits, x):
-    return fastkl.bernoulli_log_prob(logits, x, event_ndim=1)
+    return fastkl.bernoulli_log_prob(x, logits, event_ndim=1)
 
 
 def definition(logits, x):
-    return reference.bernoulli_log_prob(logits, x, event_ndim=1)
+    return reference.bernoulli_log_prob(x, logits, event_ndim=1)
 
 
 def cases(device, quick):

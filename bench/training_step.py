@@ -31,7 +31,7 @@ def eager_loss(head: Tensor, decode: Callable[[Tensor], Tensor], x: Tensor) -> T
 
 def fastkl_loss(head: Tensor, decode: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     q = fastkl.DiagonalNormal.from_packed(head, dim=1)
-    likelihood = lambda z: fastkl.bernoulli_log_prob(decode(z), x, event_ndim=x.dim() - 1)  # noqa: E731
+    likelihood = lambda z: fastkl.bernoulli_log_prob(x, decode(z), event_ndim=x.dim() - 1)  # noqa: E731
     return fastkl.objectives.elbo(q, None, likelihood).loss
 
 

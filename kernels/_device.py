@@ -168,18 +168,21 @@ def to_logvar(parameter, SCALE: tl.constexpr):
 
 @triton.jit
 def to_parameter_gradient(dlogvar, parameter, SCALE: tl.constexpr):
-    """dlogvar d logvar / d parameter. The derivative stays above 0, because at infinite sigma dlogvar is infinite and
-    inf * 0 would be NaN."""
+    """dlogvar d logvar / d parameter, by a division by sigma, because 1 / sigma is subnormal for large sigma. An
+    infinite sigma is clamped to the largest number, because dlogvar is infinite there."""
     if SCALE == "logvar":
         return dlogvar
     if SCALE == "log_std":
         return 2.0 * dlogvar
-    most = 8.9e307 if parameter.dtype == tl.float64 else 1.7e38
+    most = 1.7976931348623157e308 if parameter.dtype == tl.float64 else 3.4028234e38
     if SCALE == "std":
-        return weighted(dlogvar, 2.0 / tl.minimum(parameter, most, tl.PropagateNan.ALL))
+        nothing = (dlogvar == 0.0) & (parameter == 0.0)
+        divisor = tl.where(nothing, 1.0, tl.minimum(parameter, most, tl.PropagateNan.ALL))
+        return 2.0 * (dlogvar / divisor)
     u, value = softplus_parts(parameter)
     twice_sigmoid = tl.where(parameter < 0.0, 2.0 * u, 2.0) / (1.0 + u)
-    return dlogvar * tl.where(parameter < -15.0, 2.0 - u, twice_sigmoid / tl.minimum(value, most))
+    body = dlogvar * twice_sigmoid / tl.minimum(value, most)
+    return tl.where(parameter < -15.0, dlogvar * (2.0 - u), body)
 
 
 @triton.jit

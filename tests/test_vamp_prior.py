@@ -30,7 +30,7 @@ class Autoencoder(nn.Module):
 
     def forward(self, x, **settings):
         q = self.posterior(x)
-        reconstruction = fastkl.bernoulli_log_prob(self.decoder(q.rsample(seed=1)), x)
+        reconstruction = fastkl.bernoulli_log_prob(x, self.decoder(q.rsample(seed=1)))
         return self.prior.kl(q, seed=2, **settings) - reconstruction
 
 

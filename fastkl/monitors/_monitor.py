@@ -84,8 +84,7 @@ class Monitor:
 def posterior_rows(q: DiagonalNormal) -> tuple[Tensor, Tensor]:
     """mean and ln sigma^2 [N, D]."""
     check_posterior(q)
-    batch_ndim = len(q.shape) - q.event_ndim
-    return tuple(t.detach().flatten(batch_ndim).flatten(0, -2) for t in (q.mean, q._logvar()))
+    return tuple(tensor.detach().flatten(0, -2) for tensor in q.vectors())
 
 
 def check_posterior(q: DiagonalNormal) -> None:

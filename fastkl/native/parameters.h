@@ -39,17 +39,20 @@ static const REAL *bound(const posterior *q, const REAL *raw, int n, REAL *restr
 /* The gradient in the parameter from that in the bounded log-variance, in place. */
 static void to_parameter_gradient(const posterior *q, const REAL *v, const REAL *raw, int n, REAL *restrict gradient) {
     if (q->scale == LOG_STD) for (int i = 0; i < n; i++) gradient[i] *= 2;
-    REAL least = least_std(q), most = MOST / 2; /* keeps 2 / sigma above 0: at infinite sigma the gradient is infinite */
+    /* By divisions: 1 / sigma is denormal for large sigma. Clamped to MOST, because at infinite sigma the gradient is infinite. */
+    REAL least = least_std(q), most = MOST;
     if (q->scale == STD)
         for (int i = 0; i < n; i++) {
             REAL std = v[i] == 0 ? least : v[i];
-            gradient[i] = weighted(gradient[i], 2 / (std > most ? most : std));
+            REAL divisor = (gradient[i] == 0) & (std == 0) ? 1 : std > most ? most : std;
+            gradient[i] = 2 * (gradient[i] / divisor);
         }
     if (q->scale == SOFTPLUS)
         for (int i = 0; i < n; i++) {
             REAL u = exponential(-magnitude(v[i])), sigmoid = (v[i] < 0 ? u : 1) / (1 + u);
             REAL std = softplus(v[i], u);
-            gradient[i] *= v[i] < -15 ? 2 - u : 2 * sigmoid / (std > most ? most : std);
+            REAL body = 2 * (gradient[i] * sigmoid / (std > most ? most : std));
+            gradient[i] = v[i] < -15 ? gradient[i] * (2 - u) : body;
         }
     REAL low = q->low, high = q->high;
     if (q->bounded && !q->live) /* last, because outside the bounds 0 * inf must be 0 */

@@ -47,7 +47,7 @@ def check(posterior: distributions.DiagonalNormal, prior: Prior | None, log_like
 
 def flat(posterior: distributions.DiagonalNormal, z: Tensor) -> Tensor:
     """z with its event flattened [..., D], the form of priors and matching distances."""
-    return z.flatten(z.dim() - posterior.event_ndim)
+    return z.flatten(z.dim() - posterior.event_ndim) if posterior.event_ndim else z.unsqueeze(-1)
 
 
 def draws(posterior: distributions.DiagonalNormal, num_samples: int, eps: Tensor | None) -> Tensor:

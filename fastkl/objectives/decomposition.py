@@ -54,7 +54,7 @@ def beta_tc_vae(
     factors = [check_weight(name, value) for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma))]
     z = draws(posterior, 1, eps)
     reconstruction = reconstruction_of(posterior, log_likelihood, z)[0]
-    parameters = (flat(posterior, tensor).flatten(0, -2) for tensor in (z, *posterior._broadcast()))
+    parameters = (tensor.flatten(0, -2) for tensor in (flat(posterior, z), *posterior.vectors()))
     parts = total_correlation(*parameters, dataset_size, weights=weights, group=group)
     weighted = sum(factor * part.mean() for factor, part in zip(factors, parts))
     terms = {

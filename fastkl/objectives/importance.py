@@ -71,7 +71,7 @@ def _log_q(posterior: distributions.DiagonalNormal, z: Tensor, gradient: str) ->
     """ln q(z); its parameters are detached unless the gradient is "plain"."""
     if gradient == "plain":
         return posterior.log_prob(z)
-    fixed = (posterior.mean.detach(), posterior._logvar().detach())
+    fixed = (posterior.mean.detach(), posterior.exact_logvar.detach())
     return normal_log_prob(z, *fixed, event_ndim=posterior.event_ndim)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastkl import distributions, reference
 from fastkl.ops import _arguments as arguments
+from fastkl.ops import _sampling as sampling
 from fastkl.ops._closed_form import samples_dtype
 from fastkl.ops.normal_log_prob import normal_log_prob
 from fastkl.ops.rsample_normal import rsample_normal
@@ -56,14 +57,21 @@ class Prior(nn.Module):
         mu, logvar = self._parameters_of(q, self.dim)
         dtype = reference.compute_dtype(mu, logvar)  # cast first: the gradients of all parts are summed in this dtype
         mu, logvar = mu.to(dtype), logvar.to(dtype)
-        z = rsample_normal(mu, logvar, num_samples=arguments.check_int("num_samples", num_samples, 1), seed=seed)
-        z = z.to(samples_dtype(*q._given()))
-        cross = self.log_prob(z).mean(0)
+        num_samples = arguments.check_int("num_samples", num_samples, 1)
+        seed = sampling.check_seed(seed, mu.device, "q")
+        z = rsample_normal(mu, logvar, num_samples=num_samples, seed=seed)
+        cross = self.log_prob(z.to(samples_dtype(*q.given))).mean(0)
         dtype = reference.compute_dtype(logvar, cross)
         if entropy == "closed" and gradient == "plain":
             return -reference.normal_entropy(logvar, dtype) - cross
-        fixed = (mu.detach(), logvar.detach()) if gradient == "stl" else (mu, logvar)
-        log_q = normal_log_prob(z, *fixed, event_ndim=1).mean(0)
+        # (z - mu) / sigma is the noise, but for large mu the difference keeps few digits of it. For "stl" the noise
+        # moves with z, and the parameters are fixed.
+        zero = mu.new_zeros(())
+        noise = rsample_normal(zero.expand(mu.shape), zero, num_samples=num_samples, seed=seed)
+        if gradient == "stl":
+            logvar = logvar.detach()
+            noise = noise + (z - z.detach()) * (-0.5 * logvar).exp()
+        log_q = normal_log_prob(noise, zero, zero, event_ndim=1).mean(0) - 0.5 * logvar.to(dtype).sum(-1)
         if entropy == "closed":  # the closed form's value with the gradient through z_l only
             log_q = -reference.normal_entropy(logvar, dtype).detach() + (log_q - log_q.detach())
         return log_q - cross
@@ -83,9 +91,7 @@ class Prior(nn.Module):
     def _parameters_of(self, q: distributions.DiagonalNormal, dim: int | None, *others) -> tuple[Tensor, Tensor]:
         """mu and ln sigma^2 [*batch, dim], for an op on them and `others`."""
         self._check_posterior(q, dim)
-        batch_ndim = len(q.shape) - q.event_ndim
-        mu, logvar = q._broadcast(*others)
-        return mu.flatten(batch_ndim), logvar.flatten(batch_ndim)
+        return q.vectors(*others)
 
     def _check_latent(self, z: Tensor) -> Tensor:
         arguments.check_tensors(z=z)

@@ -39,7 +39,7 @@ def kl_relaxed(
             tensor, number = check_tau(tau, log_r)
             weights = reference.relaxed_one_hot(log_r + gumbel.to(dtype), number if tensor is None else tensor)
         component = relaxed_component(weights, means, logvars)
-        kl = kl_normal(mu, logvar, component[0], 2.0 * component[1].log())
+        kl = kl_normal(mu, logvar, component[0], 2.0 * component[1].log(), event_ndim=1)
         log_pi = torch.log_softmax(logits, -1)
         # A component of probability 0 adds 0. Unmasked, a weight of 0 gives -inf - -inf, and an underflow 0 * -inf.
         surprise = (log_r - log_pi).masked_fill(log_r == float("-inf"), 0.0)

@@ -80,5 +80,5 @@ class LearnedNormal(_Gaussian):
         self.mu, self.logvar = (nn.Parameter(torch.zeros(self.dim)) for _ in range(2))
 
     def _closed_form(self, q: distributions.DiagonalNormal) -> Tensor:
-        event = q.shape[len(q.shape) - q.event_ndim :]
-        return q.kl(distributions.DiagonalNormal(self.mu.view(event), self.logvar.view(event)))
+        parameters = (parameter.view(q.event_shape) for parameter in (self.mu, self.logvar))
+        return q.kl(distributions.DiagonalNormal(*parameters, event_ndim=q.event_ndim))

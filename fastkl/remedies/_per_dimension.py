@@ -25,9 +25,9 @@ def sum_of_parts(q: DiagonalNormal, prior: DiagonalNormal | None, threshold: flo
     if not plain(q.mean.device):
         terms = _parts(q, joint_ndim).kl(None if prior is None else _parts(prior, joint_ndim))
         return at_least(_flat(terms, batch_ndim), threshold)
-    parameters = [arguments.expand(tensor, q.shape) for tensor in q._halves()]
+    parameters = [arguments.expand(tensor, q.shape) for tensor in q.given]
     if prior is not None:
-        parameters += [arguments.expand(tensor, q.shape) for tensor in prior._given(*q.tensors)]
+        parameters += [arguments.expand(tensor, q.shape) for tensor in prior.mean_and_logvar(*q.tensors)]
     bounds = arguments.check_bounds(q.bounds)
     if not isinstance(threshold, Tensor):
         threshold = torch.full((), threshold, dtype=torch.float64, device=q.mean.device)

@@ -66,7 +66,7 @@ class VAE(nn.Module):
         output = self.decode(z, x)
         x = x.expand_as(output)
         if self.likelihood == "bernoulli":
-            return fastkl.bernoulli_log_prob(output, x, event_ndim=len(self.shape))
+            return fastkl.bernoulli_log_prob(x, output, event_ndim=len(self.shape))
         return fastkl.normal_log_prob(x, output, self.logvar.expand_as(output), event_ndim=len(self.shape))
 
     def pictured(self, z: Tensor) -> Tensor:
