@@ -32,7 +32,7 @@ from fastkl.ops.wasserstein2_normal import wasserstein2_normal
 from fastkl.reference import Decomposition, SoftBounds
 from fastkl.transport import sinkhorn_divergence, sliced_wasserstein
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Decomposition",

@@ -64,7 +64,7 @@ def _to_mixture(q: DiagonalNormal, p: MixtureSameFamily) -> Tensor:
         return kl_gmm(*q.vectors(), logits, components.loc, scale_tril=components.scale_tril)
     if isinstance(components, Independent) and isinstance(components.base_dist, Normal) and len(p.event_shape) == 1:
         normal = components.base_dist
-        return kl_gmm(*q.vectors(), logits, normal.loc, 2 * normal.scale.log())
+        return kl_gmm(*q.vectors(), logits, normal.loc, normal.scale, prior_scale="std")
     raise NotImplementedError(f"no KL from a DiagonalNormal to a mixture of {components}")
 
 

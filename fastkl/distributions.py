@@ -14,6 +14,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._closed_form import samples_dtype
+from fastkl.ops._scales import as_logvar
 from fastkl.ops._torch import register_container
 from fastkl.ops.kl_normal import kl_normal, kl_normal_packed
 from fastkl.ops.kl_normal_per_dim import kl_normal_per_dim
@@ -53,6 +54,9 @@ class DiagonalNormal:
     `rsample`, `log_prob`, `entropy`, `batch_shape`, `event_shape`, `expand`. `torch.distributions.kl_divergence` knows
     it beside another one, `Normal`, `Independent(Normal)`, `MultivariateNormal`, `MixtureSameFamily` and the priors of
     `fastkl.priors`: one KL per datum.
+
+    What computes with it in code of its own finds ln sigma^2 unrounded in `exact_logvar`, both parameters in
+    `mean_and_logvar` and, as priors take them, in `vectors`; `given` are those that it was made of.
     """
 
     # Fields, for whatever looks for the tensors in a model's output: just those that the ops are given.
@@ -129,10 +133,7 @@ class DiagonalNormal:
         """mu and ln sigma^2 before they are broadcast. A logarithm is in the dtype that an op of these and `others`
         computes in: rounded to bfloat16, it would bias every density by tenths of a nat per dimension."""
         mu, parameter = self.given
-        if self.kind == "logvar" and self.bounds is None:
-            return mu, parameter
-        parameter = parameter.to(reference.compute_dtype(mu, parameter, *others))
-        return mu, reference.bound(reference.to_logvar(parameter, self.kind), self.bounds)
+        return mu, as_logvar("scale", parameter, self.kind, mu, *others, bounds=self.bounds)
 
     def mean_and_logvar(self, *others: Tensor) -> tuple[Tensor, Tensor]:
         """(mu, ln sigma^2 within the bounds), both of the full shape, for an op on them and `others`.

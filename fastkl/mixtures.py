@@ -13,6 +13,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _mixture_arguments as parameters
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._register import no_autocast
+from fastkl.ops._scales import as_logvar
 from fastkl.ops._torch import transforms_active
 from fastkl.ops.gumbel_softmax import draw_choice
 from fastkl.ops.rsample_normal import draw_normal
@@ -71,7 +72,8 @@ def _by_chunks(function, bytes_per_row: int, *rows: Tensor) -> Tensor:
 
 def rsample_gmm(
     logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *, scale_tril: Tensor | None = None,
-    tau: float | Tensor = 1.0, hard: bool = False, num_samples: int | None = None, seed: int | Tensor | None = None,
+    scale: str = "logvar", tau: float | Tensor = 1.0, hard: bool = False, num_samples: int | None = None,
+    seed: int | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """A relaxed sample of a Gaussian mixture, differentiable in all its parameters.
 
@@ -88,6 +90,7 @@ def rsample_gmm(
         logvars: log-variances [K, D], [K, 1] (spherical), [1, D] or [D] (tied), a number (for all), or
             with batch dimensions; absent, 0.
         scale_tril: instead of them, Cholesky factors [K, D, D] or [*batch, K, D, D], lower triangles of which are read.
+        scale: what logvars are: "logvar", "log_std", "std" or "softplus", as for `fastkl.kl_normal`.
         tau, hard: as for `fastkl.gumbel_softmax`; tau may be a tensor that wants a gradient.
         num_samples: draws so many for each datum, in a new first dimension.
         seed: an int or an int64 tensor without dimensions, for the same sample again; absent, torch draws it.
@@ -112,6 +115,7 @@ def rsample_gmm(
     """
     logvars = parameters.as_logvars(means, logvars)
     batch, dtype = _check(logits, means, logvars, scale_tril, num_samples)
+    logvars = as_logvar("scale", logvars, scale, means)
     components, size = means.shape[-2:]
     seed = sampling.check_seed(seed, logits.device, "logits")
     shape = (1 if num_samples is None else num_samples, *batch)
@@ -188,14 +192,14 @@ def _take(values: Tensor, component: Tensor, event_ndim: int) -> Tensor:
 @torch.no_grad()
 def sample_gmm(
     logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *, scale_tril: Tensor | None = None,
-    num_samples: int, seed: int | Tensor | None = None,
+    scale: str = "logvar", num_samples: int, seed: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Samples of a Gaussian mixture, and the component each came from; without gradient.
 
     k ~ softmax(logits), z ~ N(m_k, S_k)
 
     Args:
-        logits, means, logvars, scale_tril, seed: as for `fastkl.rsample_gmm`.
+        logits, means, logvars, scale_tril, scale, seed: as for `fastkl.rsample_gmm`.
         num_samples: how many for each datum.
 
     Returns:
@@ -218,6 +222,7 @@ def sample_gmm(
         raise TypeError("num_samples must be an int, got None")
     logvars = parameters.as_logvars(means, logvars)
     batch, dtype = _check(logits, means, logvars, scale_tril, num_samples)
+    logvars = as_logvar("scale", logvars, scale, means)
     logits, means, logvars, scale_tril = (t if t is None else t.detach() for t in (logits, means, logvars, scale_tril))
     seed = sampling.check_seed(seed, logits.device, "logits")
     component = _choose(logits, num_samples, batch, seed)
@@ -227,8 +232,8 @@ def sample_gmm(
     zero = torch.zeros((), dtype=wide, device=mean.device)
     if scale_tril is None:
         logvars = zero.expand(1, 1) if logvars is None else parameters.by_component(logvars)
-        logvar = _take(logvars.to(dtype), component, 1)
-        return draw_normal(Stream.CHOICE_NOISE, mean.shape, mean, logvar, seed), component
+        logvar = _take(logvars.to(torch.promote_types(dtype, logvars.dtype)), component, 1)
+        return draw_normal(Stream.CHOICE_NOISE, mean.shape, mean, logvar, seed).to(dtype), component
     eps = draw_normal(Stream.CHOICE_NOISE, mean.shape, zero, zero, seed)
     scale_tril, matrix = scale_tril.to(wide), means.shape[-1] ** 2 * wide.itemsize
     rows = max(1, CHUNK // max(1, matrix * component[0].numel()))

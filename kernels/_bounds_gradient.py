@@ -15,9 +15,10 @@ from fastkl.kernels._bounds import blocks, element, joint_tiles, load_four, toge
 from fastkl.kernels._device import TRITON_DTYPE
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv
-from fastkl.kernels._mixture import quads, scattered, split
+from fastkl.kernels._mixture import quads
 from fastkl.kernels._mixture_gradient import FINISH, gmm_finish_kernel
 from fastkl.kernels._mixture_prepare import SHRUNK
+from fastkl.kernels._mixture_tiles import scattered, split
 
 
 @triton.jit

@@ -8,84 +8,10 @@ TERMS neighbours 16 bytes at a time, and keeps most of a sum to itself.
 
 from __future__ import annotations
 
-import math
-
-import torch
 import triton
 import triton.language as tl
 
 from fastkl.kernels._device import LN2, exp, not_infinite
-from fastkl.kernels._layout import OLD_COMPILER, PROGRAMS, SPILLS_A_FEW, cdiv, next_power_of_2, registers, share
-from fastkl.kernels._mixture_prepare import STEP
-
-# Bytes that partial sums may take, all splits together, unless a single one takes more.
-PARTIAL_BYTES = 32 << 20
-ENOUGH = 264  # programs: two for each multiprocessor of a large GPU
-
-
-def blocks(
-    dtype: torch.dtype, form: str, kind: str, rows: int, components: int, *, own: bool, scattered: str,
-    given: bool = False,
-) -> dict:  # fmt: skip
-    """A tile of rows x components for the forward kernel, that by "rows" or that by "components".
-
-    A thread has two of one and 16 of the other, over which sums are; fewer where an element takes more registers, down
-    to 1 by 2. Sums that few rows or components would leave to few programs are shared by the warps of one, which saves
-    partial sums in memory. `own`: each row has logits of its own; `given`: the gradient of an N x K tensor comes in;
-    for `scattered` see there.
-    """
-    half = dtype == torch.float64
-    halvings = half + (form == "convolved") * (1 + half) + own * (1 + (kind == "rows") * (1 + (form == "convolved")))
-    if form == "expected":
-        halvings += bool(scattered) + (kind != "forward" or own or half) + (own and kind == "forward")
-    few = cdiv(rows, 64) < PROGRAMS // 2
-    if form == "point" and scattered and kind != "forward":
-        halvings += 1 if kind == "components" else 2 if scattered == "tail" else not few
-    if (kind == "rows" and half) or (kind != "forward" and form == "convolved" and scattered):
-        halvings = max(2, halvings + (kind == "rows" and half and form == "convolved"))
-    owned = 2 if halvings < 2 else 1
-    halvings += kind == "rows" and form == "expected" and owned == 2 and not few
-    terms = max(2, (32 // owned) >> halvings)
-    if OLD_COMPILER and kind != "forward" and (own or given or (scattered and kind == "rows")):
-        # The load of an N x K tensor decides the layout of the tile there, and deals neighbours to many threads.
-        owned, terms = 1 if kind == "components" else owned, max(2, terms // 2)
-    if kind == "components":
-        # Programs of few components share out as many rows in fewer parts, and so write fewer partial sums, but every
-        # program reads these rows of z: only where there are few programs, and L2 has the time.
-        lanes = 4 if half or rows * components < 2 * ENOUGH * 512 * terms else 16
-        groups = min(256 // lanes, max(32 // lanes, next_power_of_2(cdiv(rows, terms))))
-        tile = {"ROWS": terms * groups, "COMPONENTS": owned * lanes}
-    else:
-        lanes = 32
-        groups = min(4 if own else 8, next_power_of_2(cdiv(components, terms))) if few else 1
-        tile = {"ROWS": owned * lanes, "COMPONENTS": terms * groups}
-    held = registers(255) if (OLD_COMPILER or SPILLS_A_FEW) and kind == "rows" else {}
-    if few or kind == "components":
-        held = registers(255)  # few have a multiprocessor to themselves, and so has a program of eight warps
-    elif scattered:
-        held = registers(168 if kind == "forward" and form != "convolved" else 255)
-    return {**tile, "TERMS": terms, "LANES": lanes, "num_warps": groups * lanes // 32, **held}
-
-
-def scattered(*tensors: torch.Tensor | None) -> str:
-    """Of rows: "tail" where the last step of four of each is masked, "rows" where rows may begin anywhere, else "".
-
-    A thread then keeps a pointer to each element, where it would one to 16 bytes, and a tile that is a full one
-    elsewhere spills.
-    """
-    given = [tensor for tensor in tensors if tensor is not None]
-    if given[0].shape[1] % STEP:
-        return "tail"
-    return "rows" if any(tensor.stride(0) % 16 or tensor.stride(1) != 1 for tensor in given) else ""
-
-
-def split(total: int, block: int, others: int, partial_bytes: int, read_bytes: float = math.inf) -> tuple[int, int]:
-    """(length, count): `total` cut so that, with `others` programs each, a GPU is full and the partial sums bounded;
-    also by what is read in any case, unless that leaves too few programs: time is worth more than such traffic."""
-    partial_bytes = max(1, partial_bytes)
-    enough = max(cdiv(ENOUGH, others), read_bytes / partial_bytes)
-    return share(total, block, int(min(cdiv(PROGRAMS, others), enough, max(1, PARTIAL_BYTES // partial_bytes))))
-
 
 # ---- Device functions ------------------------------------------------------------------------------------------------
 

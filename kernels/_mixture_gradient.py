@@ -19,7 +19,6 @@ from fastkl.kernels._device import TRITON_DTYPE, exp, two_parts, weighted
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import OLD_COMPILER, cdiv, compute_dtype, registers
 from fastkl.kernels._mixture import (
-    blocks,
     finite_spread,
     four,
     joint_tile,
@@ -27,11 +26,10 @@ from fastkl.kernels._mixture import (
     of_rows,
     own_index,
     quads,
-    scattered,
-    split,
 )
 from fastkl.kernels._mixture_prepare import prepare
 from fastkl.kernels._mixture_rows import by_rows, given_weights, row_launch_arguments, stacked, summed
+from fastkl.kernels._mixture_tiles import blocks, scattered, split
 
 FINISH = {"COMPONENTS": 32, "COLUMNS": 32, **(registers(255) if OLD_COMPILER else {})}
 

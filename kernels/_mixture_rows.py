@@ -10,17 +10,15 @@ from fastkl.kernels._device import TRITON_DTYPE, exp, two_parts, weighted
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, strides_of
 from fastkl.kernels._mixture import (
-    blocks,
     finite_spread,
     four,
     joint_tile,
     load_centred,
     of_rows,
     quads,
-    scattered,
-    split,
     term_index,
 )
+from fastkl.kernels._mixture_tiles import blocks, scattered, split
 
 
 @triton.jit

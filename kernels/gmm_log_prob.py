@@ -9,9 +9,10 @@ import triton.language as tl
 from fastkl.kernels._device import TRITON_DTYPE, exp, finite
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import DOT_TAKES_FLOAT64, cdiv, compute_dtype, strides_of
-from fastkl.kernels._mixture import blocks, joint_tile, of_rows, quads, scattered, split, term_index
+from fastkl.kernels._mixture import joint_tile, of_rows, quads, term_index
 from fastkl.kernels._mixture_gradient import gradients
 from fastkl.kernels._mixture_prepare import add_exponentials, prepare
+from fastkl.kernels._mixture_tiles import blocks, scattered, split
 
 
 def module(inputs, scale_tril, form, precision):
@@ -85,7 +86,7 @@ def launch_fwd(z, logvar, logits, means, logvars, form, *, joints=False):
         return torch.empty(0, dtype=torch.float64, device=device), joint
     mixture = prepare(logits, means, logvars, form, dtype)
     own, odd = logits.shape[0] > 1, scattered(z, logvar)
-    block = blocks(dtype, form, "forward", rows, components, own=own + joints, scattered=odd)
+    block = blocks(dtype, form, "forward", rows, components, own=own or joints, scattered=odd, given=own and joints)
     row_blocks = cdiv(rows, block["ROWS"])
     length, splits = split(components, block["COMPONENTS"], row_blocks, rows * 8)
     lp = torch.empty((splits, rows), dtype=torch.float64, device=device)

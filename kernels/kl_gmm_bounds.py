@@ -11,8 +11,9 @@ from fastkl.kernels._bounds_gradient import by_components, by_rows
 from fastkl.kernels._device import TRITON_DTYPE
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, compute_dtype
-from fastkl.kernels._mixture import load_rows, quads, scattered, split
+from fastkl.kernels._mixture import load_rows, quads
 from fastkl.kernels._mixture_prepare import add_exponentials, prepare
+from fastkl.kernels._mixture_tiles import scattered, split
 
 
 @triton.jit

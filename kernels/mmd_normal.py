@@ -14,8 +14,9 @@ import triton.language as tl
 from fastkl.kernels._device import proportion
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, compute_dtype, next_power_of_2, registers
-from fastkl.kernels._mixture import four, load_rows, of_rows, own_index, quads, scattered, split, term_index
+from fastkl.kernels._mixture import four, load_rows, of_rows, own_index, quads, term_index
 from fastkl.kernels._mixture_rows import summed
+from fastkl.kernels._mixture_tiles import scattered, split
 from fastkl.kernels.mmd import beside, chosen
 
 

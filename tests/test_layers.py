@@ -114,6 +114,19 @@ def test_imports_make_no_circle():
     graphlib.TopologicalSorter(arrows).prepare()  # raises CycleError, which names the circle
 
 
+def test_no_module_reads_a_private_attribute_of_a_posterior():
+    """It has public names for what priors, objectives, remedies and monitors need."""
+    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+    (posterior,) = (node for node in ast.walk(trees.pop("fastkl.distributions")) if isinstance(node, ast.ClassDef))
+    private = {node.name for node in posterior.body if isinstance(node, ast.FunctionDef) and node.name[:2] != "__"}
+    private = {name for name in private if name.startswith("_")}
+    assert private
+    read = [(name, ast.unparse(node)) for name, tree in trees.items() for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and node.attr in private
+            and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))]  # fmt: skip
+    assert read == []
+
+
 def test_nobody_imports_the_name_kernels():
     """It belongs to another project; ours is fastkl.kernels."""
     files = [path for folder in ("fastkl", "kernels", "tests", "bench") for path in (ROOT / folder).rglob("*.py")]

@@ -10,6 +10,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _short as short
 from fastkl.ops._closed_form import fill_normal_gradients, kl_per_sample, normal_gradients, unpack
 from fastkl.ops._register import apply, differentiable, needs_closed_form, register
+from fastkl.ops._scales import as_logvar
 from fastkl.reference import SoftBounds
 
 # q is [mu, parameter], or [head] that packs both along packed_dim; prior is [] or [prior_mu, prior_logvar], each of
@@ -121,7 +122,7 @@ def kl_normal_packed(
 def kl_normal(
     mu: Tensor | float, logvar: Tensor | float, prior_mu: Tensor | float | None = None,
     prior_logvar: Tensor | float | None = None, *, event_ndim: int | None = None, scale: str = "logvar",
-    bounds: SoftBounds | tuple[float, float] | None = None,
+    prior_scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """KL divergence from a diagonal Gaussian to N(0, I) or to another one, in nats, one value per sample.
 
@@ -130,13 +131,14 @@ def kl_normal(
     Args:
         mu: mean of q, [*batch, *event].
         logvar: ln sigma^2 of q, or what `scale` says; broadcasts with mu. One of the two may be a number.
-        prior_mu, prior_logvar: mean and log-variance of p (always the log-variance, whatever `scale` is); absent
+        prior_mu, prior_logvar: mean and log-variance of p (or what `prior_scale` says, whatever `scale` is); absent
             (N(0, I)), of the full shape, a number, or shared by the batch ([*event], [1, *event]), whose gradient is
             then summed over the batch inside the kernel.
         event_ndim: how many of the last dimensions are summed. None: every dimension after the first, one value per
             datum for [N, D] and [N, C, H, W] alike; one dimension alone is that of one datum. 1 gives each token of
             [B, T, D] a value, 0 each element.
         scale: what the second argument is: "logvar", "log_std", "std" or "softplus" (sigma = softplus of it).
+        prior_scale: what prior_logvar is, one of the same; its logarithm is taken in front of the kernel, in float32.
         bounds: (low, high) clamps the log-variance in the same pass, with no gradient outside;
             `fastkl.SoftBounds(low, high)` keeps the gradient alive there.
 
@@ -162,6 +164,7 @@ def kl_normal(
         return apply(_KLNormal, mu, logvar, None, None, -1, known, scale, *arguments.NO_BOUNDS)
     mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
+    prior_logvar = as_logvar("prior_scale", prior_logvar, prior_scale, mu, logvar, prior_mu)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
     event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)

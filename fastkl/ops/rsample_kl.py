@@ -19,6 +19,7 @@ from fastkl.ops._closed_form import (
     unpack,
 )
 from fastkl.ops._register import apply, differentiable, needs_closed_form, register
+from fastkl.ops._scales import as_logvar
 from fastkl.reference import SoftBounds
 
 # As in kl_normal; exactly one of seed (int64, no dimensions) and eps ([L, *shape], or [*shape] without num_samples).
@@ -177,15 +178,16 @@ def rsample_kl(
     mu: Tensor | float, logvar: Tensor | float, prior_mu: Tensor | float | None = None,
     prior_logvar: Tensor | float | None = None, *, event_ndim: int | None = None, num_samples: int | None = None,
     seed: int | Tensor | None = None, eps: Tensor | None = None, scale: str = "logvar",
-    bounds: SoftBounds | tuple[float, float] | None = None,
+    prior_scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A reparameterised sample and the KL divergence in one pass over the parameters.
 
     z = mu + exp(logvar / 2) eps, eps ~ N(0, I);  kl as `fastkl.kl_normal`, in nats
 
     Args:
-        mu, logvar, prior_mu, prior_logvar, event_ndim, scale, bounds: as for `fastkl.kl_normal`; bounds hold for the
-            sample's sigma too. The prior may not be larger than the posterior: there is one z for each posterior.
+        mu, logvar, prior_mu, prior_logvar, event_ndim, scale, prior_scale, bounds: as for `fastkl.kl_normal`; bounds
+            hold for the sample's sigma too. The prior may not be larger than the posterior: there is one z
+            for each posterior.
         num_samples: L samples of each posterior, [L, *batch, *event]; None for one without that dimension.
         seed: an int, or an int64 tensor without dimensions on mu's device: the same seed gives the same noise on every
             device and for every dtype (to rounding). Default: drawn from torch's generator of that device, so
@@ -216,6 +218,7 @@ def rsample_kl(
     given = (mu, logvar)
     mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(*given, prior_mu, prior_logvar)
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar, eps=eps)
+    prior_logvar = as_logvar("prior_scale", prior_logvar, prior_scale, mu, logvar, prior_mu)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
     arguments.check_prior_fits(shape, prior_mu=prior_mu, prior_logvar=prior_logvar)
     event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)

@@ -10,6 +10,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _short as short
 from fastkl.ops._closed_form import fill_normal_gradients, normal_gradients
 from fastkl.ops._register import apply, differentiable, needs_closed_form, register
+from fastkl.ops._scales import as_logvar
 from fastkl.reference import SoftBounds
 
 # prior is [] or [prior_mu, prior_logvar], each of the full shape or, shared by the batch, of the event's shape.
@@ -112,7 +113,7 @@ differentiable(
 def wasserstein2_normal(
     mu: Tensor | float, logvar: Tensor | float, prior_mu: Tensor | float | None = None,
     prior_logvar: Tensor | float | None = None, *, event_ndim: int | None = None, scale: str = "logvar",
-    bounds: SoftBounds | tuple[float, float] | None = None,
+    prior_scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """Squared 2-Wasserstein distance from a diagonal Gaussian to N(0, I) or to another one, one value per sample.
 
@@ -122,7 +123,7 @@ def wasserstein2_normal(
     digits. For full covariances there is `fastkl.wasserstein2_multivariate_normal`.
 
     Args:
-        mu, logvar, prior_mu, prior_logvar, event_ndim, scale, bounds: as for `fastkl.kl_normal`.
+        mu, logvar, prior_mu, prior_logvar, event_ndim, scale, prior_scale, bounds: as for `fastkl.kl_normal`.
 
     Returns:
         [*batch], in squared units of z, float32 for float16, bfloat16 and float32 input, float64 if any input is.
@@ -145,6 +146,9 @@ def wasserstein2_normal(
         return apply(_Wasserstein2Normal, mu, logvar, None, None, known, scale, *arguments.NO_BOUNDS)
     mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
+    if prior_logvar is not None and prior_scale == "std":  # of a point prior it is 0
+        prior_logvar = reference.above_zero(prior_logvar.to(reference.compute_dtype(prior_logvar)), prior_scale)
+    prior_logvar = as_logvar("prior_scale", prior_logvar, prior_scale, mu, logvar, prior_mu)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
     event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)

@@ -37,25 +37,27 @@ def kl_terms_gradient(mu, logvar, prior_mu=None, prior_logvar=None) -> tuple[Ten
     return dmu, dlogvar, -dmu, -dlogvar - 0.5 * standard * standard
 
 
-def _kl_elements(mu, logvar, prior_mu, prior_logvar, scale, bounds) -> Tensor:
+def _kl_elements(mu, logvar, prior_mu, prior_logvar, scale, prior_scale, bounds) -> Tensor:
     dtype = compute_dtype(mu, logvar, prior_mu, prior_logvar)
     prior_mu = None if prior_mu is None else prior_mu.to(dtype)
-    prior_logvar = None if prior_logvar is None else prior_logvar.to(dtype)
+    prior_logvar = None if prior_logvar is None else to_logvar(prior_logvar.to(dtype), prior_scale)
     logvar = bound(to_logvar(logvar.to(dtype), scale), bounds)
     mu, logvar = torch.broadcast_tensors(mu.to(dtype), logvar)
     return kl_terms(mu, logvar, prior_mu, prior_logvar)
 
 
-def kl_normal(mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=None, scale="logvar", bounds=None) -> Tensor:
+def kl_normal(
+    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=None, scale="logvar", prior_scale="logvar", bounds=None
+) -> Tensor:
     """KL(q || p), summed over the last `event_ndim` dimensions."""
-    return 0.5 * sum_event(_kl_elements(mu, logvar, prior_mu, prior_logvar, scale, bounds), event_ndim)
+    return 0.5 * sum_event(_kl_elements(mu, logvar, prior_mu, prior_logvar, scale, prior_scale, bounds), event_ndim)
 
 
 def kl_normal_per_dim(
-    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=None, scale="logvar", bounds=None
+    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=None, scale="logvar", prior_scale="logvar", bounds=None
 ) -> Tensor:
     """KL(q || p) of each latent dimension, averaged over the batch."""
-    values = 0.5 * _kl_elements(mu, logvar, prior_mu, prior_logvar, scale, bounds)
+    values = 0.5 * _kl_elements(mu, logvar, prior_mu, prior_logvar, scale, prior_scale, bounds)
     event_ndim = max(1, values.dim() - 1) if event_ndim is None else event_ndim
     return values.flatten(0, -event_ndim - 1).mean(0) if values.dim() > event_ndim else values
 

@@ -44,11 +44,13 @@ def above_zero(parameter: Tensor, scale: str) -> Tensor:
 
 
 def wasserstein2_normal(
-    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=None, scale="logvar", bounds=None
+    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=None, scale="logvar", prior_scale="logvar", bounds=None
 ) -> Tensor:
     """The squared 2-Wasserstein distance, summed over the last `event_ndim` dimensions."""
     dtype = compute_dtype(mu, logvar, prior_mu, prior_logvar)
     prior = [None if tensor is None else tensor.to(dtype) for tensor in (prior_mu, prior_logvar)]
+    if prior_logvar is not None:
+        prior[1] = to_logvar(above_zero(prior[1], prior_scale), prior_scale)
     logvar = bound(to_logvar(above_zero(logvar.to(dtype), scale), scale), bounds)
     mu, logvar = torch.broadcast_tensors(mu.to(dtype), logvar)
     return sum_event(wasserstein2_terms(mu, logvar, *prior), event_ndim)
