@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: train test test-integrations bench compat gpu lint clean
+.PHONY: train test test-integrations conformance bench compat gpu lint clean
 
 train: $(STAMP)
 	$(RUN) -m fastkl.vae train $(ARGS)
@@ -17,6 +17,13 @@ test: $(STAMP)
 # Against the libraries themselves, in an environment of their own: a gigabyte.
 test-integrations: $(VENV)-integrations/.installed
 	OMP_NUM_THREADS=1 $(VENV)-integrations/bin/python -m pytest tests/integrations $(ARGS)
+
+# The tables of docs/conformance.md. That other libraries fail cases is no error here.
+conformance: $(VENV)-integrations/.installed
+	sed '/<!-- written by/q' docs/conformance.md > docs/conformance.new
+	-$(VENV)-integrations/bin/python -W ignore -m fastkl.conformance --markdown >> docs/conformance.new
+	echo '<!-- end -->' >> docs/conformance.new
+	mv docs/conformance.new docs/conformance.md
 
 $(VENV)-integrations/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)-integrations/bin/python || $(PYTHON) -m venv $(VENV)-integrations

@@ -4,9 +4,9 @@
     python -m fastkl.conformance diffusers pyro
     python -m fastkl.conformance --markdown > conformance.md
 
-A case (cases.py) has inputs and the exact values for them, computed with 50 digits; a library (libraries.py) is what it
-answers to each question that it has a function for. Values are to agree to 1e-4 of themselves in float32, and in 16 bits
-to what rounding the inputs leaves.
+A case (cases.py) has inputs and the exact values for them, computed with 50 digits. A library (libraries.py) answers
+the questions that it has a function for. Its values must agree to 1e-4 of themselves, in 16 bits too: the exact values
+are those of the rounded inputs.
 """
 
 from fastkl.conformance.cases import CASES, Case
