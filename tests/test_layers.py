@@ -66,7 +66,12 @@ ARROWS = {
     "fastkl": (*PUBLIC, "fastkl.schedules", "fastkl._kl_divergence"),
 }
 # What a layer may import from outside, beside the standard library; integrations and vae choose for themselves.
-OUTSIDE = {"fastkl.kernels": {"torch", "triton"}, "fastkl.integrations": None, "fastkl.conformance": None, "fastkl.vae": None}
+OUTSIDE = {
+    "fastkl.kernels": {"torch", "triton"},
+    "fastkl.integrations": None,
+    "fastkl.conformance": None,
+    "fastkl.vae": None,
+}
 
 
 def module_name(path: Path) -> str:

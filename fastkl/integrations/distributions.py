@@ -15,6 +15,7 @@ Values in float16 and bfloat16 come in float32, in which they are right. What fa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -28,8 +29,8 @@ from fastkl.ops.kl_gmm import kl_gmm
 from fastkl.ops.kl_multivariate_normal import kl_multivariate_normal
 from fastkl.ops.kl_normal import kl_normal
 
-# Fewer terms than this, and the kernel's own set-up costs more than torch's formula does.
-SMALL_MIXTURE = 4096
+# Elements, and terms of a mixture, below which on a CPU plain torch takes less time than an op's own set-up.
+SMALL_NORMAL, SMALL_MIXTURE = 16_384, 131_072
 
 
 def _is_normal(distribution: Independent) -> bool:
@@ -40,28 +41,39 @@ def _is_vector(distribution: Independent) -> bool:
     return _is_normal(distribution) and distribution.reinterpreted_batch_ndims == 1
 
 
-def _log_variance(scale: Tensor) -> Tensor:
-    """2 ln sigma, of a tensor that may be expanded: only the entries that differ are computed."""
-    shape = scale.shape
-    narrow = scale[tuple(slice(0, 1) if step == 0 else slice(None) for step in scale.stride())]
-    return (2 * narrow.to(torch.promote_types(narrow.dtype, torch.float32)).log()).expand(shape)
+HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
+STANDARD = {"scale": "std", "prior_scale": "std"}  # what torch.distributions has
+
+
+def _is_small(tensor: Tensor, count: int, limit: int) -> bool:
+    return count < limit and tensor.device.type == "cpu" and tensor.itemsize > 2
+
+
+def _kl_by_torch(p: Normal, q: Normal) -> Tensor:
+    """As many operations as torch's own formula, without its squares, which overflow and underflow."""
+    log_ratio, standard = torch.log(p.scale / q.scale), (p.loc - q.loc) / q.scale
+    x = log_ratio + log_ratio
+    return 0.5 * (torch.expm1(x) - x + standard * standard)
 
 
 def kl_of_normals(p: Normal, q: Normal) -> Tensor:
-    return kl_normal(p.loc, p.scale, q.loc, _log_variance(q.scale), event_ndim=0, scale="std")
+    if _is_small(p.loc, max(p.loc.numel(), q.loc.numel()), SMALL_NORMAL):
+        return _kl_by_torch(p, q)
+    return kl_normal(p.loc, p.scale, q.loc, q.scale, event_ndim=0, **STANDARD)
 
 
 def kl_of_independents(stock: Callable[..., Tensor]) -> Callable[[Independent, Independent], Tensor]:
-    def kl(p: Independent, q: Independent) -> Tensor:
+    def kl_of_independent(p: Independent, q: Independent) -> Tensor:
         ndim = p.reinterpreted_batch_ndims
         if not (_is_normal(p) and _is_normal(q)) or ndim != q.reinterpreted_batch_ndims:
             return stock(p, q)
-        return kl_normal(
-            p.base_dist.loc, p.base_dist.scale, q.base_dist.loc, _log_variance(q.base_dist.scale), event_ndim=ndim,
-            scale="std",
-        )  # fmt: skip
+        p, q = p.base_dist, q.base_dist
+        if _is_small(p.loc, max(p.loc.numel(), q.loc.numel()), SMALL_NORMAL):
+            kl = _kl_by_torch(p, q)
+            return kl.sum(tuple(range(-ndim, 0))) if ndim else kl  # of no dimensions, torch sums all
+        return kl_normal(p.loc, p.scale, q.loc, q.scale, event_ndim=ndim, **STANDARD)
 
-    return kl
+    return kl_of_independent
 
 
 def _unknown(p: torch.distributions.Distribution, q: torch.distributions.Distribution) -> Tensor:
@@ -99,10 +111,8 @@ def kl_to_mixture(stock: Callable[..., Tensor] = _unknown) -> Callable[..., Tens
         components = q.component_distribution
         if not (_is_vector(p) and isinstance(components, Independent) and _is_vector(components)):
             return stock(p, q)
-        normal = components.base_dist
-        logvars = _log_variance(normal.scale)
-        mu, logvar = p.base_dist.loc, _log_variance(p.base_dist.scale)
-        return kl_gmm(mu, logvar, log_weights(q.mixture_distribution), normal.loc, logvars)
+        p, normal = p.base_dist, components.base_dist
+        return kl_gmm(p.loc, p.scale, log_weights(q.mixture_distribution), normal.loc, normal.scale, **STANDARD)
 
     return kl
 
@@ -113,18 +123,20 @@ def mixture_log_prob(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if not (isinstance(components, Independent) and _is_vector(components)):
             return stock(self, x)
         normal, count = components.base_dist, self._num_component
-        if x.numel() * count < SMALL_MIXTURE:
-            return stock(self, x)
         if self._validate_args:
             self._validate_sample(x)
         logits = log_weights(self.mixture_distribution)
-        means, logvars = normal.loc, _log_variance(normal.scale)
+        means, stds = normal.loc, normal.scale
+        if _is_small(x, x.numel() * count, SMALL_MIXTURE):
+            standard = (x.unsqueeze(-2) - means) / stds
+            log_density = -0.5 * (standard * standard).sum(-1) - (stds.log().sum(-1) + x.shape[-1] * HALF_LOG_2_PI)
+            return torch.logsumexp(log_density + logits.log_softmax(-1), -1)
         if self.batch_shape:  # a mixture for each datum: x has the batch's dimensions last
             batch = torch.broadcast_shapes(x.shape[:-1], self.batch_shape)
             x = x.expand(*batch, *x.shape[-1:])
-            means, logvars = (t.expand(*batch, *t.shape[-2:]) for t in (means, logvars))
+            means, stds = (t.expand(*batch, *t.shape[-2:]) for t in (means, stds))
             logits = logits.expand(*batch, count)
-        return gmm_log_prob(x, logits, means, logvars)
+        return gmm_log_prob(x, logits, means, stds, scale="std")
 
     return log_prob
 
