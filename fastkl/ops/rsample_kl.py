@@ -38,7 +38,7 @@ def _forward(q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, lo
 def _gradients(dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live):
     eps = None if dz is None else sampling.noise(q, packed_dim, seed, eps, num_samples)
     bounds = arguments.as_bounds(low, high, live)
-    if dkl is None:  # not a KL gradient of zero, which an infinite KL would turn into NaN
+    if dkl is None:  # a KL gradient of zero would turn an infinite KL into NaN
         dq = normal_gradients(q, packed_dim, [], scale, bounds, dz=dz, eps=eps)
         return dq + [torch.zeros_like(tensor) for tensor in prior]
     dkl = dkl.reshape(*dkl.shape, *[1] * event_ndim)
@@ -180,26 +180,26 @@ def rsample_kl(
     seed: int | Tensor | None = None, eps: Tensor | None = None, scale: str = "logvar",
     prior_scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A reparameterised sample and the KL divergence in one pass over the parameters.
+    """A reparameterised sample and its KL divergence, in one pass over the parameters.
 
     z = mu + exp(logvar / 2) eps, eps ~ N(0, I);  kl as `fastkl.kl_normal`, in nats
 
     Args:
         mu, logvar, prior_mu, prior_logvar, event_ndim, scale, prior_scale, bounds: as for `fastkl.kl_normal`; bounds
-            hold for the sample's sigma too. The prior may not be larger than the posterior: there is one z
-            for each posterior.
-        num_samples: L samples of each posterior, [L, *batch, *event]; None for one without that dimension.
-        seed: an int, or an int64 tensor without dimensions on mu's device: the same seed gives the same noise on every
-            device and for every dtype (to rounding). Default: drawn from torch's generator of that device, so
-            torch.manual_seed reproduces a run.
-        eps: the caller's own noise instead, of the samples' shape (quasi-Monte-Carlo, exact comparisons).
+            also apply to the sample's sigma. The prior must not be larger than the posterior, because each posterior
+            has one z.
+        num_samples: L samples of each posterior, [L, *batch, *event]; None for one sample without that dimension.
+        seed: an int, or a 0-d int64 tensor on mu's device: the same seed gives the same noise on every device and for
+            every dtype (up to rounding). None takes it from torch's generator of that device, so torch.manual_seed
+            reproduces a run.
+        eps: noise instead of a seed, of the samples' shape (quasi-Monte-Carlo, exact comparisons).
 
     Returns:
         (z, kl): z in the parameters' dtype, [*batch, *event] or [L, *batch, *event]; kl [*batch] as from kl_normal.
-        The noise is Philox, drawn in the kernel and again in its backward pass; only the 8-byte seed is kept.
+        The kernel draws the noise by Philox, again in its backward pass, so only the 8-byte seed is saved.
 
     Raises:
-        TypeError, ValueError: as kl_normal; seed and eps together, an eps or seed of another shape, num_samples < 1.
+        TypeError, ValueError: as kl_normal; seed and eps are both given, one has a wrong shape, or num_samples < 1.
 
     Source: Kingma and Welling 2014, arXiv:1312.6114, section 2.4; Salmon et al. 2011, "Parallel random numbers: as easy
         as 1, 2, 3" (Philox4x32-7).

@@ -126,11 +126,11 @@ def rsample_normal(
     z = mu + exp(logvar / 2) eps, eps ~ N(0, I)
 
     Args:
-        mu, logvar: mean and log-variance (or what `scale` says), of any shapes that broadcast; one may be a number.
+        mu, logvar: mean and log-variance (or another parameter, see `scale`), which broadcast; one may be a number.
         num_samples, seed, eps, scale, bounds: as for `fastkl.rsample_kl`, which with the same seed draws the same z.
 
     Returns:
-        z in the parameters' dtype, [*shape], or [num_samples, *shape]. Only the 8-byte seed is kept beyond the inputs.
+        z in the parameters' dtype, [*shape], or [num_samples, *shape]. Only the inputs and the 8-byte seed are saved.
 
     Raises:
         TypeError, ValueError: as rsample_kl.
@@ -161,6 +161,6 @@ def rsample_normal(
 def draw_normal(
     stream: int, shape: tuple[int, ...], mu: Tensor, logvar: Tensor, seed: Tensor, scale: str = "logvar"
 ) -> Tensor:
-    """rsample_normal of a Gaussian that is no posterior, for the ops that draw from one: `stream` says which."""
+    """rsample_normal with the noise of `stream`, for other ops that draw Gaussian noise."""
     inputs = (arguments.expand(mu, shape), arguments.expand(logvar, shape), None, seed, None, -1)
     return apply(_RsampleNormal, *inputs, scale, *arguments.NO_BOUNDS, stream).to(samples_dtype(mu, logvar))
