@@ -12,7 +12,7 @@ FULL, ROW, SHARED = 0, 1, 2
 
 
 def _make(key: tuple, name: str, density: int, spread: int, event_ndim: int, like: Tensor, tensors) -> Plan | None:
-    """The plan of tensors in the order of the C function, (tensor, its strides in like's dimensions) or None each."""
+    """The plan for tensors in the C function's order; each is (tensor, strides in like's dimensions) or None."""
     absent = (None, (0,) * like.dim())
     present, strides = zip(*(absent if each is None else each for each in tensors))
     rows = like.shape[: like.dim() - event_ndim]
@@ -21,7 +21,7 @@ def _make(key: tuple, name: str, density: int, spread: int, event_ndim: int, lik
 
 
 def _rows(like: Tensor, event_ndim: int):
-    """As `_by_rows`, of the values that a call allocates once it has a plan: they lie side by side."""
+    """Like `_by_rows`, for the values that the call itself allocates, contiguously."""
     return None, like.new_empty((*like.shape[: like.dim() - event_ndim], *[1] * event_ndim)).stride()
 
 
@@ -39,7 +39,7 @@ def _addresses(gradients: list[Tensor], wanted: list[bool]) -> list[int]:
 
 
 def _spread(logvar: Tensor, like: Tensor, event_ndim: int):
-    """(how it is spread, the log-variance with its strides in like's dimensions)."""
+    """(how the log-variance is broadcast, the log-variance with its strides in like's dimensions)."""
     missing, strides = like.dim() - logvar.dim(), logvar.stride()
     if missing:
         return SHARED, (logvar, (*[0] * missing, *strides))

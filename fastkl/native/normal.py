@@ -1,7 +1,7 @@
 """Arguments of normal.c: kl_normal, kl_normal_per_dim, wasserstein2_normal, rsample_normal and rsample_kl.
 
-Samples in float64 are drawn by the closed form, whose noise is the definition's to the last bit: the loop's is that to
-float32's rounding, which whoever computes in float64 would see.
+float64 samples are drawn by the closed form, whose noise is bit-identical to the definition. The loop's noise equals it
+up to float32 rounding, which would be visible in float64.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ KL, WASSERSTEIN2 = 0, 1
 POSTERIOR = 1  # reference.Stream.POSTERIOR
 SCALES = {"logvar": 0, "log_std": 1, "std": 2, "softplus": 3}
 INFINITY = float("inf")
-# Where eps, and z or its gradient, are among a function's tensors; what each of those after q has as its dimensions.
+# The positions of eps, and of z or its gradient, among a function's tensors; and the dimensions of each tensor after q.
 SAMPLES = {"forward": (4, 5), "backward": (4, 6)}
 KINDS = {
     "forward": ("event", "event", "samples", "samples", "none"),
@@ -38,7 +38,7 @@ class _Settings(NamedTuple):
 
 
 def make(name: str, settings: tuple, q, samples: int, others) -> Plan | None:
-    """The plan of a C function: tensors after mu and the parameter are `others`, None where one is not there."""
+    """The plan of a C function. `others` are the tensors after mu and the parameter; a missing one is None."""
     settings = _Settings(*settings)
     ndim, event_ndim = q[0].dim(), settings.event_ndim
     mu = q[0] if len(q) == 2 else q[0].chunk(2, settings.packed_dim)[0]
@@ -47,7 +47,7 @@ def make(name: str, settings: tuple, q, samples: int, others) -> Plan | None:
         own = (0,) * ndim if tensor is None or kind == "none" else tensor.stride()
         if tensor is not None and kind == "samples" and settings.num_samples is not None:
             steps[index], own = own[0], own[1:]
-        elif kind == "event" or (kind == "value" and settings.per_column):  # the batch may share it
+        elif kind == "event" or (kind == "value" and settings.per_column):  # may be shared by the batch
             shared |= kind == "event" and len(own) < ndim
             own = (*[0] * (ndim - len(own)), *own)
         elif kind == "value":
@@ -66,7 +66,7 @@ def make(name: str, settings: tuple, q, samples: int, others) -> Plan | None:
 
 
 def _forward(settings: tuple, q, seed, eps, prior, with_z=False, with_value=True):
-    """(z, value), None for what is not wanted; or NotImplemented. settings are _Settings, as a plain tuple."""
+    """(z, value), each None if not wanted; or NotImplemented. settings are _Settings, as a plain tuple."""
     per_column, num_samples, packed_dim = settings[1:4]
     mu = q[0]
     if (per_column and mu.numel() == 0) or (seed is not None and mu.dtype is torch.float64):

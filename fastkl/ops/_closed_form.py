@@ -1,6 +1,6 @@
-"""Sampling and KL in torch ops: for tensors without kernels, and for gradients that are differentiated again.
+"""Sampling and KL in torch ops: for tensors without a kernel, and for second derivatives.
 
-One formula for the four ops that share it; tests hold it against autograd of the definition.
+Four ops share these formulas; tests compare them with autograd of the definition.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastkl.ops import _arguments as arguments
 
 
 def unpack(q: list[Tensor], packed_dim: int) -> list[Tensor]:
-    """[mu, parameter] from [mu, parameter], or from [head] that packs both along packed_dim."""
+    """[mu, parameter], from itself or from [head], which packs both along packed_dim."""
     return q if len(q) == 2 else list(q[0].chunk(2, packed_dim))
 
 
@@ -28,7 +28,8 @@ def kl_per_sample(q, packed_dim, prior, event_ndim, scale, bounds) -> Tensor:
 
 
 def samples_dtype(mu: Tensor | float, parameter: Tensor | float | None) -> torch.dtype:
-    """That of z: the parameters' own, also where one that is broadcast goes to the op in float32. A number has none."""
+    """The dtype of z: that of the parameters as given, even if a broadcast one is passed to the op in float32. Numbers
+    do not count."""
     first, *second = (given.dtype for given in (mu, parameter) if isinstance(given, Tensor))
     return torch.promote_types(first, second[0]) if second else first
 
@@ -57,10 +58,11 @@ def normal_gradients(
     dkl: Tensor | None = None, dz: Tensor | None = None, eps: Tensor | None = None,
     terms_gradient: Callable[..., tuple[Tensor, ...]] = reference.kl_terms_gradient,
 ) -> list[Tensor]:  # fmt: skip
-    """One gradient for each tensor of q and prior, in its dtype.
+    """One gradient per tensor of q and prior, in its dtype.
 
-    dkl broadcasts with mu: the gradient of every element's KL, or of what has `terms_gradient` as its own. dz is the
-    gradient of mu + sigma eps, [L, *shape] where eps is, else [*shape]. At least one of the two is there.
+    dkl broadcasts with mu: the incoming gradient of every element's KL, or of another divergence whose gradient is
+    `terms_gradient`. dz is the incoming gradient of mu + sigma eps, of eps's shape ([L, *shape] or [*shape]). At least
+    one of the two is given.
     """
     inputs = [*unpack(q, packed_dim), *prior]
     incoming = {"dkl": dkl, "dz": dz, "eps": eps, "terms_gradient": terms_gradient}
@@ -71,7 +73,7 @@ def normal_gradients(
 
 
 def _element_gradients(*inputs: Tensor, scale: str, bounds, dkl, dz, eps, terms_gradient) -> list[Tensor]:
-    """In mu, the parameter and the prior's two tensors, each of mu's shape."""
+    """Gradients in mu, the parameter and the prior's two tensors, each of mu's shape."""
     dtype = reference.compute_dtype(*inputs)
     mu, parameter, *prior = (tensor.to(dtype) for tensor in inputs)
     raw = reference.to_logvar(parameter, scale)
@@ -89,7 +91,7 @@ def _element_gradients(*inputs: Tensor, scale: str, bounds, dkl, dz, eps, terms_
         dlogvar_z = reference.weighted(dsigma, 0.5 * torch.exp(0.5 * logvar))
         dmu, dlogvar = (dz, dlogvar_z) if dkl is None else (dmu + dz, dlogvar + dlogvar_z)
     dparameter = reference.to_parameter_gradient(dlogvar, parameter, scale)
-    dparameter = reference.bound_gradient(dparameter, raw, bounds)  # last: outside, 0 times infinity must be 0
+    dparameter = reference.bound_gradient(dparameter, raw, bounds)  # last: outside the bounds 0 * inf must be 0
     return [dmu, dparameter, *dprior]
 
 
@@ -98,9 +100,9 @@ def fill_normal_gradients(
     dkl: Tensor | None = None, dz: Tensor | None = None, eps: Tensor | None = None, prior_gradient: bool = False,
     terms_gradient: Callable[..., tuple[Tensor, ...]] = reference.kl_terms_gradient,
 ) -> list[Tensor]:  # fmt: skip
-    """normal_gradients for an op's own backward: nothing differentiable, written once, block of rows by block of rows.
+    """Like normal_gradients, but not differentiable: writes each block of rows straight into the outputs.
 
-    The temporaries of a block stay in the processor's cache, and no other memory of the tensors' size is touched.
+    A block's temporaries stay in the CPU cache, and nothing else of the tensors' size is allocated.
     """
     mu, parameter = unpack(q, packed_dim)
     gradients = [torch.empty_like(tensor) for tensor in (*q, *(prior if prior_gradient else ()))]

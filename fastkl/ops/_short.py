@@ -1,8 +1,9 @@
-"""The short way of a usual call on CPU tensors: mu and logvar alike, no prior, no bounds, nothing that listens.
+"""Fast path for the common CPU call: mu and logvar of one shape and dtype, no prior, no bounds, no active dispatch mode
+or transform.
 
-A small latent is bound by the host, and most of what an op does there is finding out that nothing unusual was asked.
-What was found out once for a shape is kept: a `Way` goes from the tensors to the native loop in a few steps, forward
-and backward. It is the same loop, so the results are the same to the last bit.
+For small latents the time goes into Python, mostly into checks of the arguments. Their outcome is cached per shape: a
+`Way` goes from the tensors to the native loop in a few steps, forward and backward. The loop is the same one, so the
+results are bit-identical.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkl.ops._register import CPU, NATIVE, apply_directly, needs_closed_form
-from fastkl.ops._torch import memory_device, unheard
+from fastkl.ops._torch import dispatcher_is_idle, memory_device
 
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _FREE = (float("-inf"), float("inf"), False)
@@ -23,8 +24,11 @@ MOST_WAYS = 1024
 
 
 class Way:
-    """op: "kl_normal", "wasserstein2_normal", "rsample_kl" or "rsample_normal". `general` is its backward pass by the
-    long way: the gradients of the outputs, mu and logvar (and the seed), and the settings as the op's Function has."""
+    """The cached plans for one op, shape, layout and dtype.
+
+    op is "kl_normal", "wasserstein2_normal", "rsample_kl" or "rsample_normal". `general` is the op's ordinary backward
+    pass; it takes the gradients of the outputs, mu, logvar, (the seed,) and the settings, as the op's Function does.
+    """
 
     def __init__(self, op: str, general: Callable[..., Any], event_ndim: int, scale: str, mu: Tensor, logvar: Tensor):
         self.op, self.general, self.layout = op, general, _layout(mu, logvar)
@@ -50,10 +54,10 @@ def find(
     op: str, mu: Tensor, logvar: Tensor, event_ndim: int, scale: str, general: Callable[..., Any],
     seed: Tensor | None = None,
 ) -> Way | None:  # fmt: skip
-    """The way for this call, for tensors that arguments.usual has seen; None where it has to go the long way."""
+    """The fast path for this call, or None if there is none. The tensors must have passed arguments.is_common_call."""
     if op.startswith("rsample") and mu.dtype is torch.float64:
-        return None  # drawn by the closed form
-    if not mu.is_cpu or type(mu) not in _TENSORS or type(logvar) not in _TENSORS or not unheard():
+        return None  # float64 noise is drawn by the closed form
+    if not mu.is_cpu or type(mu) not in _TENSORS or type(logvar) not in _TENSORS or not dispatcher_is_idle():
         return None
     if seed is not None and not _in_memory(seed):
         return None
@@ -97,13 +101,13 @@ def _gradients(way: Way, mu: Tensor, logvar: Tensor, seed: Tensor | None, dvalue
 
 
 def _in_memory(tensor: Tensor | None) -> bool:
-    """Whether a plain tensor on a CPU is all in its memory, where a loop may read it."""
+    """Whether this is a plain CPU tensor whose values a native loop can read from memory."""
     return type(tensor) in _TENSORS and memory_device(tensor) == "cpu"
 
 
-def _goes_on(way: Way, mu: Tensor, logvar: Tensor, seed: Tensor | None, *gradients: Tensor | None) -> bool:
-    """Whether the way goes on with what comes back. Hooks on saved tensors may return them in another layout."""
-    if not unheard() or _layout(mu, logvar) != way.layout:
+def _is_usable(way: Way, mu: Tensor, logvar: Tensor, seed: Tensor | None, *gradients: Tensor | None) -> bool:
+    """Whether backward can use the fast path too. Hooks on saved tensors may have changed their layout."""
+    if not dispatcher_is_idle() or _layout(mu, logvar) != way.layout:
         return False
     if not (_in_memory(mu) and _in_memory(logvar) and (seed is None or _in_memory(seed))):
         return False
@@ -131,7 +135,7 @@ class _Value(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dvalue):
         mu, logvar = ctx.saved_tensors
-        if not _goes_on(ctx.way, mu, logvar, None, dvalue):
+        if not _is_usable(ctx.way, mu, logvar, None, dvalue):
             return (*ctx.way.general(dvalue, mu, logvar, ctx.way.settings[1:]), None)
         return (*_gradients(ctx.way, mu, logvar, None, dvalue, None), None)
 
@@ -153,7 +157,7 @@ class _SampleAndValue(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dz, dvalue):
         mu, logvar, seed = ctx.saved_tensors
-        if not _goes_on(ctx.way, mu, logvar, seed, dvalue, dz):
+        if not _is_usable(ctx.way, mu, logvar, seed, dvalue, dz):
             return (*ctx.way.general(dz, dvalue, mu, logvar, seed, ctx.way.settings), None, None)
         return (*_gradients(ctx.way, mu, logvar, seed, dvalue, dz), None, None)
 
@@ -173,6 +177,6 @@ class _Sample(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dz):
         mu, logvar, seed = ctx.saved_tensors
-        if not _goes_on(ctx.way, mu, logvar, seed, dz):
+        if not _is_usable(ctx.way, mu, logvar, seed, dz):
             return (*ctx.way.general(dz, mu, logvar, seed, ctx.way.settings), None, None)
         return (*_gradients(ctx.way, mu, logvar, seed, None, dz), None, None)

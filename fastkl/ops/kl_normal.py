@@ -158,7 +158,7 @@ def kl_normal(
     >>> [f"{kl:.1e}" for kl in fastkl.kl_normal(mu, logvar)]
     ['7.5e-09', '7.5e-09']
     """
-    if known := arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
+    if known := arguments.is_common_call(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
         if way := short.find("kl_normal", mu, logvar, known, scale, _differentiate_without_prior):
             return short.value(way, mu, logvar)
         return apply(_KLNormal, mu, logvar, None, None, -1, known, scale, *arguments.NO_BOUNDS)

@@ -209,7 +209,9 @@ def rsample_kl(
     >>> z.shape, kl
     (torch.Size([5, 2, 3]), tensor([0., 0.]))
     """
-    if known := arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds, eps, num_samples):
+    if known := arguments.is_common_call(
+        mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds, eps, num_samples
+    ):
         seed = sampling.check_seed(seed, mu.device, "mu")
         if way := short.find("rsample_kl", mu, logvar, known, scale, _differentiate_without_prior, seed):
             return short.sample_and_value(way, mu, logvar, seed)

@@ -143,7 +143,7 @@ def rsample_normal(
     >>> f"{z.mean():.2f} {z.std():.2f}"
     '3.00 1.00'
     """
-    if isinstance(mu, Tensor) and arguments.usual(mu, logvar, mu.dim(), scale, num_samples, eps, bounds):
+    if isinstance(mu, Tensor) and arguments.is_common_call(mu, logvar, mu.dim(), scale, num_samples, eps, bounds):
         seed = sampling.check_seed(seed, mu.device, "mu")
         if way := short.find("rsample_normal", mu, logvar, mu.dim(), scale, _differentiate_drawn, seed):
             return short.sample(way, mu, logvar, seed)

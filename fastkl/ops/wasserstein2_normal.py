@@ -140,7 +140,7 @@ def wasserstein2_normal(
     >>> [f"{distance:.2g}" for distance in fastkl.wasserstein2_normal(mu, logvar)]
     ['9', '2e-08']
     """
-    if known := arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
+    if known := arguments.is_common_call(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
         if way := short.find("wasserstein2_normal", mu, logvar, known, scale, _differentiate_without_prior):
             return short.value(way, mu, logvar)
         return apply(_Wasserstein2Normal, mu, logvar, None, None, known, scale, *arguments.NO_BOUNDS)
