@@ -1,4 +1,4 @@
-"""The native CPU path: what it must not depend on, and what it has in common with the definition."""
+"""The native CPU path: it agrees with the definition, and does not depend on threads or layout."""
 
 import os
 import re
@@ -53,7 +53,7 @@ def test_results_do_not_depend_on_the_number_of_threads(shape):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_is_not_finite_stays_visible(dtype):
-    """As the definition has it, element by element; and underflow is no slower path nor a NaN."""
+    """As in the definition, element by element; underflow is neither slow nor NaN."""
     special = [float("nan"), float("inf"), float("-inf"), 200.0, 800.0, -90.0, -104.0, -200.0, -1e4, 1e-30, 0.0]
     logvar = torch.tensor(special, dtype=dtype)[:, None].requires_grad_()
     mu = torch.full_like(logvar, 0.5).requires_grad_()
@@ -69,7 +69,7 @@ def test_what_is_not_finite_stays_visible(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_small_sigma_keeps_its_digits(dtype):
-    """In a sample and its gradient, next to a mean of 0: sigma is not 1 + (sigma - 1)."""
+    """In a sample and its gradient with mean 0: sigma must not be computed as 1 + (sigma - 1)."""
     logvar = torch.linspace(-160, 160, 641, dtype=dtype)[:, None].requires_grad_()
     mu, ones = torch.zeros_like(logvar), torch.ones_like(logvar)
     z, kl = fastkl.rsample_kl(mu, logvar, eps=ones)
@@ -97,9 +97,9 @@ def test_every_scale_shows_what_is_not_finite(scale):
         torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
-def test_the_short_way_is_the_same_loop():
-    """To the last bit, forward and backward, whether or not the other output's gradient is there; it is taken for
-    plain tensors alone, and gives way to the differentiable form."""
+def test_the_fast_path_is_bit_identical():
+    """Forward and backward, with or without the other output's gradient. It is used for plain tensors only, and not
+    for second derivatives."""
     mu, logvar = (torch.randn(6, 5, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in (0, 1))
 
     def run(function, outputs=None):
@@ -125,13 +125,13 @@ def test_the_short_way_is_the_same_loop():
     torch.testing.assert_close(second, 0.5 * logvar.exp())
     with torch.no_grad():
         assert torch.equal(fastkl.kl_normal(mu, logvar), value)
-    with FlopCounterMode(display=False):  # a dispatch mode listens
+    with FlopCounterMode(display=False):  # with an active dispatch mode
         assert type(fastkl.kl_normal(mu, logvar).grad_fn).__name__ == "_KLNormalBackward"
 
 
 @pytest.mark.parametrize("columns", [300, 1000, 5000, 50_000])
 def test_equal_terms_add_up(columns):
-    """Added up one by one, each sum is rounded in the same direction."""
+    """In a sequential sum, every step would round in the same direction."""
     mu, logvar = torch.full((2, columns), -5.3), torch.full((2, columns), -6.2333)
     for function in (lambda m, v: fastkl.normal_log_prob(m, m, v), fastkl.kl_normal, fastkl.wasserstein2_normal):
         exact = function(mu.double(), logvar.double())
@@ -151,7 +151,7 @@ def test_a_plan_is_made_once_for_a_shape_and_kept_within_bounds(monkeypatch):
 
 
 def test_sources_have_no_warnings():
-    """With every warning that the compiler has by its two usual switches."""
+    """With -Wall and -Wextra."""
     for source in sorted(_build.SOURCES.glob("*.c")):
         for options in ((), ("-DFLOAT64",)):
             flags = [flag for flag in _build.FLAGS if flag not in ("-w", "-O3")]

@@ -1,4 +1,4 @@
-"""How an integration puts fastkl into another library, and takes it out again."""
+"""Patching fastkl into another library, and undoing it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MISSING = object()
 
 
 class UnsupportedVersion(RuntimeError):
-    """The other library is not what the integration was written for. Nothing has been replaced."""
+    """The integration does not support this version of the other library. Nothing has been replaced."""
 
 
 class Attribute:
@@ -25,7 +25,7 @@ class Attribute:
         self.old: Any = _MISSING
 
     def make(self) -> None:
-        self.old = vars(self.owner).get(self.name, _MISSING)  # as it lies there: a static method stays one
+        self.old = vars(self.owner).get(self.name, _MISSING)  # the raw entry, so that a static method stays one
         setattr(self.owner, self.name, self.new)
 
     def undo(self) -> None:
@@ -48,7 +48,7 @@ class Divergence:
 
     def undo(self) -> None:
         if torch_kl._KL_REGISTRY.get(self.classes) is not self.new:
-            return  # another library has registered its own since
+            return  # another library has registered its own in the meantime
         if self.old is _MISSING:
             del torch_kl._KL_REGISTRY[self.classes]
             torch_kl._KL_MEMOIZE.clear()
@@ -57,10 +57,10 @@ class Divergence:
 
 
 class Switch:
-    """An integration: `enable()`, `disable()`, and `with enable():`. Enabled twice, it has to be disabled twice.
+    """An integration: `enable()`, `disable()`, and `with enable():`. If enabled twice, it must be disabled twice.
 
-    `changes(**options)` imports the library, checks it and returns what is to be replaced. It may raise
-    UnsupportedVersion or ImportError: nothing has been replaced then.
+    `changes(**options)` imports the library, checks it and returns the replacements. If it raises UnsupportedVersion or
+    ImportError, nothing has been replaced.
     """
 
     def __init__(self, changes: Callable[..., list[Attribute | Divergence]]) -> None:
