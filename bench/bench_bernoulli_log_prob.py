@@ -13,7 +13,7 @@ def formula(logits, x):
 
 
 def by_distributions(logits, x):
-    # Grey values are outside its support.
+    # Not validated, because grey values are outside the support.
     return distributions.Bernoulli(logits=logits, validate_args=False).log_prob(x).sum(-1)
 
 

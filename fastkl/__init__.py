@@ -1,7 +1,7 @@
 """fastkl: drop-in losses for variational autoencoders."""
 
 from fastkl import (
-    _kl_divergence,  # noqa: F401 (torch.distributions.kl_divergence knows DiagonalNormal then)
+    _kl_divergence,  # noqa: F401 (registers DiagonalNormal with torch.distributions.kl_divergence)
     monitors,
     objectives,
     priors,

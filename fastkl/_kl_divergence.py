@@ -1,6 +1,6 @@
-"""torch.distributions.kl_divergence between a posterior and what it may be compared with: one KL per datum, in nats.
+"""torch.distributions.kl_divergence for a DiagonalNormal and other distributions: one KL per datum, in nats.
 
-A DiagonalNormal sums over its own event; a Normal or an Independent(Normal) beside it is broadcast to its shape.
+The KL sums over the DiagonalNormal's event; a Normal or an Independent(Normal) is broadcast to its shape.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _from_multivariate_normal(p: MultivariateNormal, q: DiagonalNormal) -> Tenso
 
 @register_kl(DiagonalNormal, MixtureSameFamily)
 def _to_mixture(q: DiagonalNormal, p: MixtureSameFamily) -> Tensor:
-    """An unbiased estimate by one draw, as fastkl.kl_gmm: there is no closed form."""
+    """An unbiased estimate with one draw, by fastkl.kl_gmm: the KL has no closed form."""
     components, logits = p.component_distribution, p.mixture_distribution.logits
     if isinstance(components, MultivariateNormal):
         return kl_gmm(*q.vectors(), logits, components.loc, scale_tril=components.scale_tril)

@@ -112,8 +112,12 @@ def kl_gmm(mu, logvar, *mixture, method="mc", eps=None, entropy_form="closed", g
     if method != "mc":
         form = {"upper": "expected", "lower": "convolved"}[method]
         return -entropy(logvar) - joint(mu, *mixture, variance=logvar.exp(), form=form).logsumexp(-1)
+    return sampled_kl(mu, logvar, lambda z: joint(z, *mixture).logsumexp(-1), eps, entropy_form, gradient)
+
+
+def sampled_kl(mu, logvar, log_prob, eps, entropy_form="closed", gradient="plain"):
     z = mu + torch.exp(0.5 * logvar) * eps
-    cross = joint(z, *mixture).logsumexp(-1).mean(0)
+    cross = log_prob(z).mean(0)
     fixed = (mu.detach(), logvar.detach()) if gradient == "stl" else (mu, logvar)
     if gradient == "stl":
         log_q = normal_terms(z, *fixed).sum(-1).mean(0)

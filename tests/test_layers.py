@@ -51,14 +51,27 @@ ARROWS = {
         "fastkl.transport",
         "fastkl.objectives",
     ),
-    "fastkl.integrations": ("fastkl.ops", "fastkl.reference", "fastkl.distributions", "fastkl.integrations"),
+    "fastkl.integrations": (
+        "fastkl.ops",
+        "fastkl.reference",
+        "fastkl.distributions",
+        "fastkl.monitors",
+        "fastkl.objectives",
+        "fastkl.integrations",
+    ),
+    "fastkl.conformance": ("fastkl",),
     "fastkl._kl_divergence": ("fastkl.ops", "fastkl.distributions", "fastkl.priors"),
     "fastkl.vae": ("fastkl",),
     "fastkl.__main__": ("fastkl.vae",),
     "fastkl": (*PUBLIC, "fastkl.schedules", "fastkl._kl_divergence"),
 }
 # What a layer may import from outside, beside the standard library; integrations and vae choose for themselves.
-OUTSIDE = {"fastkl.kernels": {"torch", "triton"}, "fastkl.integrations": None, "fastkl.vae": None}
+OUTSIDE = {
+    "fastkl.kernels": {"torch", "triton"},
+    "fastkl.integrations": None,
+    "fastkl.conformance": None,
+    "fastkl.vae": None,
+}
 
 
 def module_name(path: Path) -> str:

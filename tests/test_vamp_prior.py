@@ -280,5 +280,5 @@ GLOBAL = nn.Linear(PIXELS, 2 * D, device=DEVICE)
 
 def test_a_copy_that_cannot_have_its_own_encoder_says_so():
     prior = VampPrior(torch.rand(K, PIXELS), lambda x: GLOBAL(x)).to(DEVICE)
-    with pytest.warns(UserWarning, match="calls the same GLOBAL as before"):
+    with pytest.warns(UserWarning, match="shares the module GLOBAL"):
         copy.deepcopy(prior)

@@ -66,7 +66,7 @@ class _ToLogvar(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dlogvar):
         (parameter,) = ctx.saved_tensors
-        return reference.weighted(dlogvar, reference.to_logvar_gradient(parameter, ctx.scale)), None
+        return reference.to_parameter_gradient(dlogvar, parameter, ctx.scale), None
 
 
 def as_logvar(name: str, parameter: Any, scale: str, *others: Tensor | None, bounds: Any = None) -> Any:
