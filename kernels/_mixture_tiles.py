@@ -45,7 +45,9 @@ def thread(
     table = THREADS[form, "few rows" if few and kind == "rows" else kind].replace("|", "").split()
     place = 6 * (dtype == torch.float64) + 3 * own + SCATTERED.index(scattered)
     owned, terms = map(int, table[place].split("x"))
-    tensors = own + given  # of N x K; such a tensor decides the tile's layout, which gives neighbours to different threads
+    tensors = (
+        own + given
+    )  # of N x K; such a tensor decides the tile's layout, which gives neighbours to different threads
     if OLD_COMPILER and (tensors == 2 or (kind != "forward" and (tensors or (scattered and kind == "rows")))):
         return 1 if kind == "components" else owned, max(2, terms // 2)
     return owned, terms
@@ -81,7 +83,7 @@ def blocks(
 
 
 def scattered(*tensors: torch.Tensor | None) -> str:
-    """The alignment of rows: "tail" if each row's last step of four is masked, "rows" if rows may be unaligned, else "".
+    """The kind of rows: "tail" if each row's last step of four is masked, "rows" if rows may be unaligned, else "".
 
     Unless it is "", a thread keeps one pointer per element instead of one per 16 bytes, so full tiles would spill.
     """

@@ -125,13 +125,11 @@ def pythae_answers() -> Answers:
 
     def decomposition(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int) -> Tensor:
         nothing, parts = z.new_zeros(len(z), 1), []
-        for weights in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
-            model = SimpleNamespace(
-                model_config=mse, use_mss=True, **dict(zip(("alpha", "beta", "gamma"), weights)),
-                _compute_log_gauss_density=lambda *x: models.BetaTCVAE._compute_log_gauss_density(None, *x),
-                _log_importance_weight_matrix=lambda *x: models.BetaTCVAE._log_importance_weight_matrix(None, *x),
-            )  # fmt: skip
-            parts.append(models.BetaTCVAE.loss_function(model, nothing, nothing, mu, logvar, z, dataset_size)[2])
+        for weights in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)):
+            alpha, beta, gamma = weights
+            config = models.BetaTCVAEConfig((1,), z.shape[1], alpha=alpha, beta=beta, gamma=gamma, use_mss=True)
+            model = models.BetaTCVAE(config)
+            parts.append(model.loss_function(nothing, nothing, mu, logvar, z, dataset_size)[2])
         return torch.stack(parts)
 
     def mmd(x: Tensor, y: Tensor) -> Tensor:

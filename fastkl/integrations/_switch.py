@@ -7,7 +7,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from torch.distributions import kl as torch_kl
+from torch.distributions import register_kl
+
+from fastkl.ops import _torch
 
 _LOCK = threading.RLock()
 _MISSING = object()
@@ -43,17 +45,23 @@ class Divergence:
         self.old: Any = _MISSING
 
     def make(self) -> None:
-        self.old = torch_kl._KL_REGISTRY.get(self.classes, _MISSING)
-        torch_kl.register_kl(*self.classes)(self.new)
+        self.old = registered_kl(*self.classes, _MISSING)
+        register_kl(*self.classes)(self.new)
 
     def undo(self) -> None:
-        if torch_kl._KL_REGISTRY.get(self.classes) is not self.new:
+        if registered_kl(*self.classes, None) is not self.new:
             return  # another library has registered its own in the meantime
         if self.old is _MISSING:
-            del torch_kl._KL_REGISTRY[self.classes]
-            torch_kl._KL_MEMOIZE.clear()
+            _torch.forget_kl(self.classes)
         else:
-            torch_kl.register_kl(*self.classes)(self.old)
+            register_kl(*self.classes)(self.old)
+
+
+def registered_kl(p: type, q: type, default: Any) -> Any:
+    """The function registered by `register_kl(p, q)`."""
+    if _torch.kl_registry is None:
+        raise UnsupportedVersion("this torch does not say which divergences are registered; nothing was replaced")
+    return _torch.kl_registry.get((p, q), default)
 
 
 class Switch:

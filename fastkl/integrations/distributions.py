@@ -21,9 +21,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
-from torch.distributions import kl as torch_kl
 
-from fastkl.integrations._switch import Attribute, Divergence, Switch, check_method
+from fastkl.integrations._switch import Attribute, Divergence, Switch, check_method, registered_kl
+from fastkl.ops._torch import validate_sample
 from fastkl.ops.gmm_log_prob import gmm_log_prob
 from fastkl.ops.kl_gmm import kl_gmm
 from fastkl.ops.kl_multivariate_normal import kl_multivariate_normal
@@ -100,10 +100,12 @@ def kl_from_multivariate(stock: Callable[..., Tensor] = _unknown) -> Callable[..
 
 def log_weights(mixture: Categorical) -> Tensor:
     """ln pi up to a constant. torch's `logits`, computed from probabilities, replace a weight of 0 by about 1e-7."""
-    given = getattr(mixture, "_param", None)
-    if given is not None and given is vars(mixture).get("probs"):
-        return given.log()
-    return mixture.logits
+    known = vars(mixture)  # the given parameter, and the other once it has been accessed
+    if "logits" not in known:
+        return mixture.probs.log()
+    if "probs" not in known:
+        return mixture.logits
+    return mixture.logits.masked_fill((mixture.probs == 0) & (mixture.logits > -50), -math.inf)
 
 
 def kl_to_mixture(stock: Callable[..., Tensor] = _unknown) -> Callable[..., Tensor]:
@@ -122,9 +124,8 @@ def mixture_log_prob(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
         components = self.component_distribution
         if not (isinstance(components, Independent) and _is_vector(components)):
             return stock(self, x)
-        normal, count = components.base_dist, self._num_component
-        if self._validate_args:
-            self._validate_sample(x)
+        normal, count = components.base_dist, components.batch_shape[-1]
+        validate_sample(self, x)
         logits = log_weights(self.mixture_distribution)
         means, stds = normal.loc, normal.scale
         if _is_small(x, x.numel() * count, SMALL_MIXTURE):
@@ -144,10 +145,9 @@ def mixture_log_prob(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def changes(*, mixture_kl: bool = False) -> list[Attribute | Divergence]:
     version = f"torch {torch.__version__}"
     check_method(MixtureSameFamily, "log_prob", ("self", "x"), version)
-    registered = torch_kl._KL_REGISTRY
     found: list[Attribute | Divergence] = [
         Divergence(Normal, Normal, kl_of_normals),
-        Divergence(Independent, Independent, kl_of_independents(registered[Independent, Independent])),
+        Divergence(Independent, Independent, kl_of_independents(registered_kl(Independent, Independent, _unknown))),
         Attribute(MixtureSameFamily, "log_prob", mixture_log_prob(MixtureSameFamily.log_prob)),
     ]
     for p, q, new in (
@@ -155,7 +155,7 @@ def changes(*, mixture_kl: bool = False) -> list[Attribute | Divergence]:
         (MultivariateNormal, Independent, kl_from_multivariate),
         *([(Independent, MixtureSameFamily, kl_to_mixture)] if mixture_kl else []),
     ):
-        found.append(Divergence(p, q, new(registered.get((p, q), _unknown))))
+        found.append(Divergence(p, q, new(registered_kl(p, q, _unknown))))
     return found
 
 

@@ -31,12 +31,12 @@ def enable() -> Switch:
 
     Raises:
         ImportError: scvi-tools is not installed.
-        UnsupportedVersion: its priors or torch.distributions have other methods than fastkl knows. Nothing was
-            replaced.
+        UnsupportedVersion: its priors or torch.distributions have other methods than fastkl expects. Nothing
+            was replaced.
     """
     return _switch.enable()
 
 
 def disable() -> None:
-    """Undoes the last `enable()`: everything is as it was."""
+    """Undo the last `enable()` completely."""
     _switch.disable()

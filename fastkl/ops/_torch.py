@@ -55,6 +55,26 @@ def outer_tangents() -> Any:
     return _set_forward_mode(True)
 
 
+kl_registry = _private("distributions.kl._KL_REGISTRY")  # (class, class) -> function of register_kl
+_kl_memory = _private("distributions.kl._KL_MEMOIZE")
+
+
+def forget_kl(classes: tuple[type, type]) -> None:
+    """Remove the KL divergence registered for these two classes."""
+    del kl_registry[classes]
+    if _kl_memory is not None:
+        _kl_memory.clear()
+
+
+def validate_sample(distribution: torch.distributions.Distribution, value: Tensor) -> None:
+    """Raise ValueError if the distribution validates arguments and the value is outside its support."""
+    try:
+        if distribution._validate_args:
+            distribution._validate_sample(value)
+    except AttributeError:
+        _say("distributions.Distribution._validate_sample")
+
+
 _everything_known = None not in (_modes, _transforms, _tracing, _private("autograd.profiler._is_profiler_enabled"))
 
 
