@@ -167,7 +167,7 @@ def row_launch_arguments(given, z, logvar, logits, mixture):
 
 
 def by_rows(given, z, logvar, logits, components, mixture, form, *, data, own):
-    """(dz, dlogvar, dlogits), each None where it is not wanted: dlogits without its own row for each row of z."""
+    """(dz, dlogvar, dlogits): the first two if `data`, the last, for logits per row, if `own`; else None."""
     rows, columns = z.shape
     logit_rows, dtype = logits.shape[0], mixture.roots.dtype
     owners = logit_rows if logit_rows > 1 else rows

@@ -124,8 +124,8 @@ def pad(count: int) -> int:
 
 
 def tile(columns: int, own: int, others: int, dtype: torch.dtype) -> dict:
-    """Four warps, of a few of the program's own each; where there are not many programs, a few for all, which then
-    share out the others."""
+    """Launch options for four warps. With many programs each warp has its own few rows; with few programs all warps
+    share the rows and split the others among them."""
     half = dtype == torch.float64
     columns = next_power_of_2(columns)
     in_thread = min(4 if half else 8, columns)

@@ -124,7 +124,7 @@ def fwd(logits: torch.Tensor, x: torch.Tensor, event_ndim: int) -> torch.Tensor:
 
 @planned
 def plan_bwd(dlog_prob, inputs, outputs, event_ndim):
-    """The launch; None for views that no two dimensions describe. An output that nobody wants is None."""
+    """The launch; None if the views need more than two dimensions per axis. Unwanted outputs are None."""
     written = [view for view in outputs if view is not None]
     found = layout([dlog_prob.of_rows(inputs[0].shape), *inputs, *written], event_ndim)
     if found is None:

@@ -102,8 +102,8 @@ def launch_fwd(z, logvar, logits, means, logvars, form, *, joints=False):
 def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision, keep):
     """[ln p [R]], and with `keep` ln p in float64; see fastkl.reference.gmm_joint_log_prob for `form`.
 
-    A sum or difference of log-densities is rounded to the last place of the largest, and where they are large, as far
-    from every component, that is a factor of every responsibility exp(joint - ln p).
+    float64, because log-densities are large far from every component, and a rounding error of ln p scales every
+    responsibility exp(joint - ln p).
     """
     inputs = (z, logvar, logits, means, logvars)
     dtype = compute_dtype([tensor for tensor in (*inputs, scale_tril) if tensor is not None])
@@ -115,7 +115,7 @@ def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision, keep):
 
 
 def bwd(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, precision, data, parameters):
-    """[dz, dlogvar] of the data, then [dlogits, dmeans, dlogvars] of the parameters; what is not there is left out."""
+    """[dz, dlogvar] of the data, then [dlogits, dmeans, dlogvars] of the parameters; missing ones are left out."""
     inputs = (z, logvar, logits, means, logvars)
     dtype = compute_dtype([tensor for tensor in (*inputs, scale_tril) if tensor is not None])
     if not has_kernel(means, scale_tril, form, dtype):

@@ -217,8 +217,8 @@ def fwd(x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor, event_ndim: i
 
 @planned
 def plan_bwd(dlog_prob, x, mean, logvar, outputs, event_ndim):
-    """(the launch, the shape of the partial sums of logvar's gradient, or None); None as plan_fwd. An output that
-    nobody wants is None."""
+    """(the launch, the shape of the partial sums of logvar's gradient, or None); None as in plan_fwd. Unwanted
+    outputs are None."""
     shape, spread, wanted = x.shape, spread_of(logvar, x), outputs[2] is not None
     event = shape[len(shape) - event_ndim :]
     rows, columns = shape[: len(shape) - event_ndim].numel(), event.numel()

@@ -232,7 +232,7 @@ def rsample_kl_bwd_kernel(
 
 
 def first_sample(view: View | None, num_samples: int | None, like: View) -> tuple[View, int]:
-    """(the first sample's view, the stride to the next): without strides where there is none."""
+    """(the first sample's view, the stride to the next); no strides if the tensor is missing."""
     if view is None or num_samples == 0:
         return View(like.shape, (0,) * like.dim(), like.dtype), 0
     if num_samples is None:
@@ -241,9 +241,8 @@ def first_sample(view: View | None, num_samples: int | None, like: View) -> tupl
 
 
 def longest_event(views: list[View]) -> int:
-    """How many dimensions are columns where only samples are wanted, which have no event. The fewest rows whose columns
-    are one run of memory, so that Philox calls are not wasted on the ends of short rows; below 2^31 columns, which are
-    counted in 32 bits."""
+    """How many dimensions to treat as columns when only samples are wanted, which need no event: as many as are
+    contiguous, so that no Philox calls are wasted at the ends of short rows, but below 2^31 columns (32-bit counts)."""
     ndim = views[0].dim()
     for candidate in range(ndim, 0, -1):
         found = layout(views, candidate, reorder=False)

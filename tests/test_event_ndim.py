@@ -83,7 +83,7 @@ def test_kl_normal_per_dim_latent_shape():
         terms = _kl(mu, logvar)
         expected = terms.mean(0) if len(shape) > 1 else terms
         torch.testing.assert_close(fastkl.kl_normal_per_dim(mu, logvar), expected)
-    with pytest.raises(ValueError, match="event_ndim must be at least 1, got 0: without a latent dimension"):
+    with pytest.raises(ValueError, match="event_ndim must be at least 1, got 0: there would be no latent dimension"):
         fastkl.kl_normal_per_dim(mu, logvar, event_ndim=0)
 
 

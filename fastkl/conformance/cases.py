@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Case(NamedTuple):
-    question: str  # what is asked for: a key of a library's answers
+    question: str  # a key of a library's answers
     name: str
     shows: str  # the mistake
     inputs: tuple[Any, ...]

@@ -4,7 +4,7 @@
     module = fastkl.integrations.lightning.VAEModule(vae, prior=fastkl.priors.GaussianMixture(20, 16))
     lightning.Trainer(callbacks=[fastkl.integrations.lightning.CollapseMonitor()]).fit(module, loader)
 
-There is nothing to enable: Lightning has no losses of its own.
+There is nothing to enable, because Lightning itself has no losses.
 """
 
 from __future__ import annotations

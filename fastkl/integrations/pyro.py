@@ -27,7 +27,7 @@ def enable(*, mixture_kl: bool = False) -> Switch:
 
     Args:
         mixture_kl: as for `fastkl.integrations.distributions.enable`. `TraceMeanField_ELBO` then estimates the KL of a
-            diagonal Normal to a mixture by a draw of its own, where it takes the guide's otherwise.
+            diagonal Normal to a mixture by a separate draw instead of the guide's.
 
     Raises:
         ImportError: Pyro is not installed.

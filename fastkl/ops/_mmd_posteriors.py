@@ -44,7 +44,7 @@ def _sweep(mu, logvar, scales, unbiased, gradient) -> list[Tensor]:
                 torch.mul(u, u, out=square)
                 for own, q, k in zip(scaled, quadratic, kernels):
                     _ratio(own[d], a, b, r)
-                    k.mul_(r) if d else k.copy_(r)  # never below its true value's square: 0 only where that is nothing
+                    k.mul_(r) if d else k.copy_(r)  # underflows only if the true value is negligible
                     q.addcmul_(square, r) if d else torch.mul(square, r, out=q)
             for s, q, k in zip(scales, quadratic, kernels):
                 k.sqrt_().mul_(q.mul_(-0.5 / (size * s)).exp_())

@@ -149,7 +149,7 @@ def kl_normal_per_dim(
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
     event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
     if event_ndim == 0:
-        raise ValueError("event_ndim must be at least 1, got 0: without a latent dimension none has a value of its own")
+        raise ValueError("event_ndim must be at least 1, got 0: there would be no latent dimension")
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
     settings = (event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
     return apply(_KLNormalPerDim, arguments.expand(mu, shape), arguments.expand(logvar, shape), *prior, *settings)

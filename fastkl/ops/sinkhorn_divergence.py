@@ -181,7 +181,7 @@ def sinkhorn_divergence(
         raise ValueError(f"scaling must be below 1, got {scaling}")
     diameter = -1.0 if diameter is None else arguments.check_number("diameter", diameter, above=True)
     final_updates = arguments.check_int("final_updates", final_updates, 0)
-    for name, points in (("x", x), ("y", y)):  # looked at where it costs no wait for a device
+    for name, points in (("x", x), ("y", y)):  # checked if that needs no synchronisation
         if arguments.number_in(points.detach().isinf().any()):
             raise ValueError(f"{name} must have finite coordinates, got an infinite one")
     given = weights_x is not None or weights_y is not None

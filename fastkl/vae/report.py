@@ -44,7 +44,7 @@ ALTS = {
     "components": "For each component of the prior a row of images decoded from it, beside its share of the test data.",
     "component_usage": "Bars of the share of the test data that each component has, the largest first.",
     "kl_bracket": "The KL to the mixture over the epochs, between its lower and its upper bound.",
-    "latent_space": "Posterior means of the test data as points in a plane, coloured by label where there are labels.",
+    "latent_space": "Posterior means of the test data as points in a plane, coloured by label if there are labels.",
     "kl_per_dimension": "Bars of the KL of each latent dimension, the largest first; active ones are blue.",
 }
 STYLE = """
