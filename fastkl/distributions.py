@@ -61,20 +61,20 @@ class DiagonalNormal:
     # A dataclass, so that torch finds the tensors in a model's output; these are the ops' arguments.
     tensors: tuple[Tensor, ...]  # (mu, logvar or the parameter of scale), of equal rank; or (head,) that packs both
     event_ndim: int
-    kind: str  # what `scale` said of the second tensor
+    kind: str  # the kind of the second tensor: `scale`
     bounds: SoftBounds | tuple[float, float] | None
-    packed_dim: int | None  # of a head, counted from the end
+    packed_dim: int | None  # of a packed head, negative
 
     def __init__(
         self, mu: Tensor | float | None = None, logvar: Tensor | float | None = None, *, event_ndim: int | None = None,
         scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
         tensors: tuple[Tensor, ...] | None = None, kind: str | None = None, packed_dim: int | None = None,
     ) -> None:  # fmt: skip
-        if tensors is None:  # else the fields of another one are handed back, as by dataclasses.replace
+        if tensors is None:  # else rebuilt from another one's fields, as by dataclasses.replace
             given = (mu, logvar)
             mu, logvar = arguments.as_parameters(*given)
             arguments.check_tensors(mu=mu, logvar=logvar)
-            dtype = samples_dtype(*given)  # that of the tensor beside a number
+            dtype = samples_dtype(*given)  # a number takes the tensor's dtype
             mu, logvar = (new if new is old else new.to(dtype) for new, old in zip((mu, logvar), given))
             shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
             tensors = tuple(t if t.dim() == len(shape) else t[(None,) * (len(shape) - t.dim())] for t in (mu, logvar))

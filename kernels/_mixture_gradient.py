@@ -241,7 +241,7 @@ def by_components(given, z, logvar, logits, means, logvars, mixture, form, kind,
 
 
 def gradients(given, z, logvar, logits, means, logvars, form, data, parameters):
-    """What bwd returns; `given` is (dlp, lp, dlog_r, log_r), of which the first are also the sums of the third."""
+    """The result of bwd. `given` is (dlp, lp, dlog_r, log_r); dlp may also be the sums of dlog_r."""
     dtype = compute_dtype([t for t in (z, logvar, logits, means, logvars) if t is not None])
     if z.shape[0] == 0:
         out = ([z, logvar] if data else []) + ([logits, means, logvars] if parameters else [])

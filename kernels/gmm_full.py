@@ -120,7 +120,7 @@ def pieces(rows, components, elements):
 
 
 class Mixture:
-    """What the passes over the components share; P for a chunk of components at a time."""
+    """Shared by the passes over the components; computes P for a chunk of components at a time."""
 
     def __init__(self, z, logvar, logits, means, scale_tril, form, precision):
         self.dtype = compute_dtype([t for t in (z, logvar, logits, means, scale_tril) if t is not None])
@@ -198,7 +198,7 @@ def bwd(
     for rows in blocks_of_rows(len(z), len(logits), mixture.rows_per_block):
         incoming = dlp[rows, None].to(mixture.dtype)
         weight = mixture.joint(rows).softmax(1).mul_(incoming)
-        weight.masked_fill_(incoming == 0, 0.0)  # of a row of no density they are NaN
+        weight.masked_fill_(incoming == 0, 0.0)  # NaN in rows of density 0
         variance = mixture.variance(rows)
         dz = torch.zeros((len(weight), columns), **zeros)
         per_chunk = max(1, BUFFER_BYTES // mixture.dtype.itemsize // columns)

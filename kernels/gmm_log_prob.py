@@ -16,7 +16,7 @@ from fastkl.kernels._mixture_tiles import blocks, scattered, split
 
 
 def module(inputs, scale_tril, form, precision):
-    """Whose fwd and bwd to call, None for this file's."""
+    """The module whose fwd and bwd to call; None for this file."""
     if scale_tril is not None:
         from fastkl.kernels import gmm_full
 

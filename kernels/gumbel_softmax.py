@@ -218,7 +218,7 @@ def gumbel_softmax_bwd_kernel(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Work:
-    """What both directions share: the three dimensions, the tile, who does what."""
+    """Shared by both directions: the three dimensions, the tile, and the programs' shares."""
 
     shape: tuple[int, int, int]
     whole: bool  # one tile holds all classes

@@ -21,7 +21,7 @@ from fastkl.kernels.mmd import beside, chosen
 
 
 def blocks(dtype: torch.dtype, others: int, anywhere: bool, *, gradient: bool) -> dict[str, int]:
-    """As mmd's; a pair has more to keep here. `anywhere`: rows may begin so, and a thread keeps more pointers."""
+    """Like mmd's, but a pair needs more registers. `anywhere`: rows may be unaligned, which needs more pointers."""
     terms = 8 // (1 + (gradient or dtype == torch.float64))
     groups = min(4, next_power_of_2(cdiv(others, terms)))
     owned = 1 if anywhere or dtype == torch.float64 else 2

@@ -13,7 +13,7 @@ from fastkl.conformance.cases import Case
 class Outcome(NamedTuple):
     case: Case
     passed: bool
-    answer: str  # what came, in words or as a number
+    answer: str  # the answer, in words or as a number
 
 
 def check(case: Case, function: Callable[..., Any]) -> Outcome | None:

@@ -77,7 +77,7 @@ def diffusers_answers() -> Answers:
     oobleck = importlib.import_module("diffusers.models.autoencoders.autoencoder_oobleck")
 
     def of(mu: Tensor, logvar: Tensor) -> Any:
-        """Vectors as images of one pixel."""
+        """Treat vectors as images of one pixel."""
         head = torch.cat([mu, logvar], 1)
         return posterior(head if mu.dim() > 2 else head[..., None, None])
 
@@ -113,7 +113,7 @@ def pythae_answers() -> Answers:
         return torch.stack(losses)
 
     def iwae(log_w: Tensor) -> Tensor:
-        """By MIWAE, of a datum whose decoder gives these ln w: minus half the square of the difference, for z = 0."""
+        """The bound by MIWAE, for a decoder with these ln w: minus half the squared difference, at z = 0."""
         losses = []
         for repetitions in log_w[0]:
             shape, top = (1, 1, len(repetitions)), repetitions.max()

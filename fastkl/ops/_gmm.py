@@ -112,7 +112,7 @@ def summed_gradients(
 
 
 def wanted(tensors, data: bool, parameters: bool) -> list[Tensor]:
-    """Those of (z, logvar, logits, means, logvars, scale_tril) that are not None and belong to what is asked for."""
+    """Those of (z, logvar, logits, means, logvars, scale_tril) that are not None and are wanted."""
     return [tensor for tensor, ask in zip(tensors, _asked(data, parameters)) if ask and tensor is not None]
 
 

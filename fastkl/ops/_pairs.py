@@ -168,7 +168,7 @@ def blocks(count: int, most: int, first: int = 0) -> list[slice]:
 
 
 def mmd_gradients(dvalue, x: Tensor, y: Tensor, kernel: str, scales: list[float], unbiased: bool) -> list[Tensor]:
-    """In x and y, in differentiable torch ops that make what is [N + M, N + M]; in float64, for the expansion."""
+    """The gradients in x and y, in differentiable torch ops; allocates [N + M, N + M], in float64 for the expansion."""
     n, m = x.shape[0], y.shape[0]
     z = torch.cat([x.double(), y.double()])
     z = z - z.mean(0)

@@ -45,7 +45,7 @@ def _backward(dlog_r, log_r, z, logits, means, logvars, scale_tril, precision, d
     mixture = (logits, means, logvars, scale_tril)
     if is_small(z, means, scale_tril):
         total = dlog_r.sum(-1, keepdim=True)
-        weights = dlog_r - (log_r.exp() * total).masked_fill_(total == 0, 0.0)  # of a row of no density they are NaN
+        weights = dlog_r - (log_r.exp() * total).masked_fill_(total == 0, 0.0)  # NaN in rows of density 0
         found = at_once(lambda part, _: weights.view(-1, part.data, weights.shape[1]), z, None, *mixture, "point")
         return matched(wanted(found, data, parameters), z, None, mixture, data, parameters)
     sweep = sweeps.Sweep(z, None, *mixture, "point", precision)
