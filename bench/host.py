@@ -2,21 +2,18 @@
 
     python -m bench.host --out host.csv
 
-Each op's smallest case: the formula that people write, fastkl, and fastkl without its shortcuts (the short way of a
-usual call). Contenders take turns; medians of the rounds.
+Each op's smallest case: the formula that people write, and fastkl. They take turns; medians of the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import importlib
 import statistics
 import sys
 import time
-import unittest.mock
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,25 +25,7 @@ from bench.store import HERE, processor, rounded
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
-# (module, name, what to put there): shortcuts that a version of fastkl may have.
-SHORTCUTS = [
-    ("fastkl.ops._short", "find", lambda *args, **settings: None),
-]
 COLUMNS = ["card", "op", "case", "contender", "host_us", "times_eager", "note"]
-
-
-@contextlib.contextmanager
-def long_way() -> Iterator[list[str]]:
-    """fastkl without the shortcuts that this version has; their names."""
-    with contextlib.ExitStack() as stack:
-        found = []
-        for path, name, instead in SHORTCUTS:
-            with contextlib.suppress(ImportError):
-                module = importlib.import_module(path)
-                if hasattr(module, name):
-                    stack.enter_context(unittest.mock.patch.object(module, name, instead))
-                    found.append(f"{path.rpartition('.')[2]}.{name}")
-        yield found
 
 
 def microseconds(step: Callable[[], object], calls: int) -> float:
@@ -60,12 +39,11 @@ def microseconds(step: Callable[[], object], calls: int) -> float:
 
 
 def measure(steps: dict[str, Callable[[], object]], rounds: int, calls: int) -> dict[str, float]:
-    """Median microseconds of each, by turns; a name with "long way" is stepped without shortcuts."""
+    """Median microseconds of each, by turns."""
     found: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
-            with long_way() if "long way" in name else contextlib.nullcontext():
-                spent = microseconds(step, calls if number else 4)  # first: compiled
+            spent = microseconds(step, calls if number else 4)  # first: compiled
             if number:
                 found[name].append(spent)
     return {name: statistics.median(values) for name, values in found.items()}
@@ -74,7 +52,7 @@ def measure(steps: dict[str, Callable[[], object]], rounds: int, calls: int) -> 
 def rows_of(op: str, card: str, rounds: int, calls: int) -> list[dict]:
     """A row for each contender."""
     case = next(iter(importlib.import_module(f"bench.bench_{op}").cases(DEVICE, True)))
-    functions = {"eager": case.eager, "fastkl": case.fastkl, "fastkl, the long way": case.fastkl}
+    functions = {"eager": case.eager, "fastkl": case.fastkl}
     steps = {}
     for name, function in functions.items():
         cotangents = make_cotangents(as_list(function(*case.inputs)), case.inputs)
@@ -94,9 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     card = torch.cuda.get_device_name() if CUDA else processor()
     began, status = time.monotonic(), 0
-    with long_way() as shortcuts:
-        print(*["no GPU: the time of the whole step, not of the host alone"] * (not CUDA))
-        print(f"{card}; shortcuts of this version: {', '.join(shortcuts) or 'none'}")
+    print(*["no GPU: the time of the whole step, not of the host alone"] * (not CUDA))
+    print(card)
     with given.out.open("w", newline="") as file:
         out = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         out.writeheader()

@@ -116,7 +116,7 @@ def bernoulli_log_prob(logits: Tensor, x: Tensor, *, event_ndim: int | None = No
     >>> fastkl.bernoulli_log_prob(torch.tensor([[0.0, 0.0], [100.0, -100.0]]), torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
     tensor([  -1.3863, -100.0000])
     """
-    if known := arguments.alike(event_ndim, logits, x):
+    if known := arguments.usual(event_ndim, (logits, x)):
         return apply(_BernoulliLogProb, logits, x, known)
     arguments.check_tensors(logits=logits, x=x)
     shape = arguments.broadcast_shape(logits=logits, x=x)

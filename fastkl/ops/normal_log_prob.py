@@ -131,7 +131,7 @@ def normal_log_prob(
     >>> fastkl.normal_log_prob(torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2), torch.tensor(0.0))
     tensor([-3.8379])
     """
-    if known := arguments.alike(event_ndim, x, mean, logvar):
+    if known := arguments.usual(event_ndim, (x, mean, logvar)):
         return apply(_NormalLogProb, x, mean, logvar, known)
     mean, logvar = arguments.as_tensors(x, mean, logvar)
     arguments.check_tensors(x=x, mean=mean, logvar=logvar)
