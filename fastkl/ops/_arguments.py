@@ -260,11 +260,6 @@ def match(gradient: Tensor, like: Tensor) -> Tensor:
     return out.copy_(gradient)
 
 
-def padded(pair: list) -> list:
-    """A list of at most two, and None for each that is missing: Functions take tensors one by one."""
-    return [*pair, *[None] * (2 - len(pair))]
-
-
 def as_bounds(low: float, high: float, live: bool) -> SoftBounds | tuple[float, float] | None:
     """The user's `bounds` again, from the numbers that went through the dispatcher."""
     if (low, high) == NO_BOUNDS[:2]:

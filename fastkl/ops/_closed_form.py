@@ -14,10 +14,15 @@ from fastkl import reference
 from fastkl.ops import _arguments as arguments
 
 
+def bounds_of(settings) -> reference.SoftBounds | tuple[float, float] | None:
+    """The user's `bounds` again, from an op's settings (fastkl.ops._normal)."""
+    return arguments.as_bounds(settings.low, settings.high, settings.live)
+
+
 def by_rows(definition: Callable[..., Tensor], inputs: Sequence[Tensor | None], settings) -> Tensor:
     """One value for each row of a definition with these settings, block of rows by block of rows."""
     mu, *_ = inputs
-    named = {"event_ndim": settings.event_ndim, "scale": settings.scale, "bounds": settings.bounds}
+    named = {"event_ndim": settings.event_ndim, "scale": settings.scale, "bounds": bounds_of(settings)}
     return arguments.by_rows(lambda *rows: definition(*rows, **named), mu, settings.event_ndim, list(inputs))
 
 
@@ -38,7 +43,7 @@ def empty_samples(mu: Tensor, parameter: Tensor, num_samples: int | None) -> Ten
 def sample(mu: Tensor, parameter: Tensor, eps: Tensor, settings) -> Tensor:
     """mu + sigma eps, block of rows by block of rows."""
     z = empty_samples(mu, parameter, settings.num_samples)
-    named = {"num_samples": settings.num_samples, "scale": settings.scale, "bounds": settings.bounds}
+    named = {"num_samples": settings.num_samples, "scale": settings.scale, "bounds": bounds_of(settings)}
     for rows in arguments.row_blocks(mu):
         target, *block, noise = (arguments.rows_of(tensor, rows, mu) for tensor in (z, mu, parameter, eps))
         target.copy_(reference.rsample_normal(*block, eps=noise, **named))
@@ -87,8 +92,8 @@ def _element_gradients(inputs, scale, bounds, dvalue, dz, eps, terms_gradient) -
 
 
 def write_normal_gradients(
-    inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None], scale: str, bounds, *,
-    dvalue: Tensor | None = None, dz: Tensor | None = None, eps: Tensor | None = None,
+    inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None], settings, *, dvalue: Tensor | None = None,
+    dz: Tensor | None = None, eps: Tensor | None = None,
     terms_gradient: Callable[..., tuple[Tensor, ...]] = reference.kl_terms_gradient,
 ) -> None:  # fmt: skip
     """normal_gradients written into `outputs` by an op's backward pass, where nothing is differentiated again.
@@ -104,7 +109,7 @@ def write_normal_gradients(
     for rows in arguments.row_blocks(mu):
         block = [arguments.rows_of(tensor, rows, mu) for tensor in inputs]
         incoming = (arguments.rows_of(tensor, rows, mu) for tensor in (dvalue, dz, eps))
-        found = _element_gradients(block, scale, bounds, *incoming, terms_gradient)
+        found = _element_gradients(block, settings.scale, bounds_of(settings), *incoming, terms_gradient)
         for output, gradient in zip(outputs[: 2 if shared else 4], found):
             arguments.rows_of(output, rows, mu).copy_(gradient)
         for total, gradient in zip(totals, found[2:]):

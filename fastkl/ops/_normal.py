@@ -11,9 +11,9 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
-from fastkl.ops._closed_form import normal_gradients, samples_dtype
+from fastkl.ops._closed_form import bounds_of, normal_gradients, samples_dtype
 from fastkl.ops._register import apply, differentiable, needs_closed_form
-from fastkl.reference import SoftBounds, Stream
+from fastkl.reference import Stream
 
 # The parts of the ops' schemas. mu and the parameter are of one shape. The prior is None, of that shape, or of the
 # event's shape if the batch shares it. Exactly one of eps ([L, *shape], or [*shape] without num_samples) and seed
@@ -22,23 +22,29 @@ from fastkl.reference import SoftBounds, Stream
 Q, PRIOR, NOISE = "Tensor mu, Tensor parameter", "Tensor? prior_mu, Tensor? prior_logvar", "Tensor? eps, Tensor? seed"
 DQ, DPRIOR = "Tensor(a!) dmu, Tensor(b!) dparameter", "Tensor(c!)? dprior_mu, Tensor(d!)? dprior_logvar"
 SETTINGS = "int event_ndim, str scale, float low, float high, bool live"
-DRAWING = f"{SETTINGS}, SymInt? num_samples, int stream"
+DRAWING_SETTINGS = f"{SETTINGS}, SymInt? num_samples, int stream"
 
 
 class Settings(NamedTuple):
-    """The last arguments of an op: those of SETTINGS, and for samples those of DRAWING."""
+    """The last arguments of an op that draws nothing."""
 
     event_ndim: int
     scale: str
     low: float
     high: float
     live: bool
-    num_samples: int | None = None
-    stream: int = Stream.POSTERIOR
 
-    @property
-    def bounds(self) -> SoftBounds | tuple[float, float] | None:
-        return arguments.as_bounds(self.low, self.high, self.live)
+
+class Drawing(NamedTuple):
+    """The last arguments of an op that draws samples."""
+
+    event_ndim: int
+    scale: str
+    low: float
+    high: float
+    live: bool
+    num_samples: int | None
+    stream: int = Stream.POSTERIOR
 
 
 def of_rows(dvalue: Tensor, mu: Tensor, event_ndim: int) -> Tensor:
@@ -55,9 +61,9 @@ def fake_value(
 
 
 class NormalOp:
-    """A forward and a backward op, by the parts of their schemas: they have Q, PRIOR and SETTINGS; if they draw samples
-    Q, PRIOR, NOISE and DRAWING; if they only draw, Q, NOISE and DRAWING. The forward op returns (z, value), or one of
-    the two; the backward op takes their gradients first, and dmu, dparameter and (with PRIOR) DPRIOR after its inputs.
+    """A forward and a backward op. Their schemas have Q, PRIOR and SETTINGS; if they draw samples Q, PRIOR, NOISE and
+    DRAWING_SETTINGS, and if they only draw, no PRIOR. The forward op returns (z, value), or one of the two; the
+    backward op takes the gradients of these first, and after its inputs DQ and (with PRIOR) DPRIOR.
     """
 
     def __init__(
@@ -73,11 +79,10 @@ class NormalOp:
         """The Function's inputs, from the arguments of `fwd`."""
         prior, rest = (rest[:2], rest[2:]) if self.has_value else ((None, None), rest)
         noise, rest = (rest[:2], rest[2:]) if self.draws else ((None, None), rest)
-        return self, -1, Settings(*rest), mu, parameter, *prior, *noise
+        settings = Drawing(*rest) if self.draws else Settings(*rest)
+        return self, -1, settings, mu, parameter, *prior, *noise
 
-    def gradients(
-        self, dz, dvalue, mu, parameter, prior_mu, prior_logvar, eps, seed, settings: Settings
-    ) -> list[Tensor]:
+    def gradients(self, dz, dvalue, mu, parameter, prior_mu, prior_logvar, eps, seed, settings) -> list[Tensor]:
         """In differentiable torch ops, of mu, the parameter and, if dvalue is given, the prior's tensors."""
         inputs, incoming = [mu, parameter], {"dz": dz, "terms_gradient": self.terms_gradient}
         if dz is not None:
@@ -85,7 +90,7 @@ class NormalOp:
         if dvalue is not None:  # else not a KL gradient of zero, which would turn an infinite KL into NaN
             incoming["dvalue"] = self.spread(dvalue, mu, settings.event_ndim)
             inputs += (prior_mu, prior_logvar)
-        return normal_gradients(inputs, settings.scale, settings.bounds, **incoming)
+        return normal_gradients(inputs, settings.scale, bounds_of(settings), **incoming)
 
 
 class NormalFunction(torch.autograd.Function):
@@ -97,7 +102,7 @@ class NormalFunction(torch.autograd.Function):
         if parameter is None:
             mu, parameter = mu.chunk(2, packed_dim)
         if not op.draws:
-            return op.fwd(mu, parameter, prior_mu, prior_logvar, *settings[:5])
+            return op.fwd(mu, parameter, prior_mu, prior_logvar, *settings)
         if not op.has_value:
             return op.fwd(mu, parameter, eps, seed, *settings)
         return op.fwd(mu, parameter, prior_mu, prior_logvar, eps, seed, *settings)
@@ -134,13 +139,13 @@ class NormalFunction(torch.autograd.Function):
             dq = dmu.chunk(2, packed_dim) if packed else (dmu, dparameter)
             dprior = (dprior_mu, dprior_logvar) if dvalue is not None else (None, None)
             if not op.draws:
-                op.bwd(dvalue, mu, parameter, prior_mu, prior_logvar, *dq, *dprior, *settings[:5])
+                op.bwd(dvalue, mu, parameter, prior_mu, prior_logvar, *dq, *dprior, *settings)
             elif not op.has_value:
                 op.bwd(dz, mu, parameter, eps, seed, *dq, *settings)
             else:
                 op.bwd(dz, dvalue, mu, parameter, prior_mu, prior_logvar, eps, seed, *dq, *dprior, *settings)
         if ctx.needs_input_grad[7] and dz is not None:
-            deps = sampling.noise_gradient(dz, mu, parameter, eps, settings.scale, settings.bounds)
+            deps = sampling.noise_gradient(dz, mu, parameter, eps, settings.scale, bounds_of(settings))
         return None, None, None, dmu, dparameter, dprior_mu, dprior_logvar, deps, None
 
     @staticmethod

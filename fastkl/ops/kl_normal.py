@@ -7,7 +7,18 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._closed_form import by_rows, write_normal_gradients
-from fastkl.ops._normal import DPRIOR, DQ, PRIOR, SETTINGS, NormalFunction, NormalOp, Q, Settings, fake_value, of_rows
+from fastkl.ops._normal import (
+    DPRIOR,
+    DQ,
+    PRIOR,
+    SETTINGS,
+    NormalFunction,
+    NormalOp,
+    Q,
+    Settings,
+    fake_value,
+    of_rows,
+)
 from fastkl.ops._register import apply, register
 from fastkl.reference import SoftBounds
 
@@ -22,7 +33,7 @@ def _backward(
     inputs, outputs = (mu, parameter, prior_mu, prior_logvar), (dmu, dparameter, dprior_mu, dprior_logvar)
     settings = Settings(*settings)
     dvalue = of_rows(dkl, mu, settings.event_ndim)
-    write_normal_gradients(inputs, outputs, settings.scale, settings.bounds, dvalue=dvalue)
+    write_normal_gradients(inputs, outputs, settings, dvalue=dvalue)
 
 
 kl_normal_fwd = register(

@@ -21,7 +21,7 @@ def share_of_rows(dkl: Tensor, mu: Tensor, event_ndim: int) -> Tensor:
 
 def _forward(mu, parameter, prior_mu, prior_logvar, *settings) -> Tensor:
     settings = Settings(*settings)
-    named = {"event_ndim": settings.event_ndim, "scale": settings.scale, "bounds": settings.bounds}
+    named = {"event_ndim": settings.event_ndim, "scale": settings.scale, "bounds": arguments.as_bounds(*settings[2:])}
     return reference.kl_normal_per_dim(mu, parameter, prior_mu, prior_logvar, **named)
 
 
@@ -31,7 +31,7 @@ def _backward(
     inputs, outputs = (mu, parameter, prior_mu, prior_logvar), (dmu, dparameter, dprior_mu, dprior_logvar)
     settings = Settings(*settings)
     dvalue = share_of_rows(dkl, mu, settings.event_ndim)
-    write_normal_gradients(inputs, outputs, settings.scale, settings.bounds, dvalue=dvalue)
+    write_normal_gradients(inputs, outputs, settings, dvalue=dvalue)
 
 
 def _fake_forward(mu, parameter, prior_mu, prior_logvar, event_ndim, *settings) -> Tensor:

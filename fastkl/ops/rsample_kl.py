@@ -11,13 +11,13 @@ from fastkl.ops._closed_form import by_rows, empty_samples, sample, samples_dtyp
 from fastkl.ops._normal import (
     DPRIOR,
     DQ,
-    DRAWING,
+    DRAWING_SETTINGS,
     NOISE,
     PRIOR,
+    Drawing,
     NormalFunction,
     NormalOp,
     Q,
-    Settings,
     fake_value,
     of_rows,
 )
@@ -26,7 +26,7 @@ from fastkl.reference import SoftBounds
 
 
 def _forward(mu, parameter, prior_mu, prior_logvar, eps, seed, *settings) -> tuple[Tensor, Tensor]:
-    settings = Settings(*settings)
+    settings = Drawing(*settings)
     eps = sampling.draw(mu.shape, eps, seed, settings.num_samples, settings.stream)
     z = sample(mu, parameter, eps, settings)
     return z, by_rows(reference.kl_normal, (mu, parameter, prior_mu, prior_logvar), settings)
@@ -36,23 +36,23 @@ def _backward(
     dz, dkl, mu, parameter, prior_mu, prior_logvar, eps, seed, dmu, dparameter, dprior_mu, dprior_logvar, *settings
 ) -> None:  # fmt: skip
     inputs, outputs = (mu, parameter, prior_mu, prior_logvar), (dmu, dparameter, dprior_mu, dprior_logvar)
-    settings, incoming = Settings(*settings), {"dz": dz}
+    settings, incoming = Drawing(*settings), {"dz": dz}
     if dz is not None:
         incoming["eps"] = sampling.draw(mu.shape, eps, seed, settings.num_samples, settings.stream)
     if dkl is None:  # not a KL gradient of zero, which would turn an infinite KL into NaN
         inputs, outputs = inputs[:2], outputs[:2]
     else:
         incoming["dvalue"] = of_rows(dkl, mu, settings.event_ndim)
-    write_normal_gradients(inputs, outputs, settings.scale, settings.bounds, **incoming)
+    write_normal_gradients(inputs, outputs, settings, **incoming)
 
 
 def _fake_forward(mu, parameter, prior_mu, prior_logvar, eps, seed, *settings) -> tuple[Tensor, Tensor]:
-    z = empty_samples(mu, parameter, Settings(*settings).num_samples)
+    z = empty_samples(mu, parameter, Drawing(*settings).num_samples)
     return z, fake_value(mu, parameter, prior_mu, prior_logvar, *settings)
 
 
 rsample_kl_fwd = register(
-    f"rsample_kl_fwd({Q}, {PRIOR}, {NOISE}, {DRAWING}) -> (Tensor, Tensor)",
+    f"rsample_kl_fwd({Q}, {PRIOR}, {NOISE}, {DRAWING_SETTINGS}) -> (Tensor, Tensor)",
     closed_form=_forward,
     fake=_fake_forward,
     kernel="rsample_kl.fwd",
@@ -60,7 +60,7 @@ rsample_kl_fwd = register(
 )
 # Without dkl the prior has no part in the gradient, and dprior_mu and dprior_logvar are None.
 rsample_kl_bwd = register(
-    f"rsample_kl_bwd(Tensor? dz, Tensor? dkl, {Q}, {PRIOR}, {NOISE}, {DQ}, {DPRIOR}, {DRAWING}) -> ()",
+    f"rsample_kl_bwd(Tensor? dz, Tensor? dkl, {Q}, {PRIOR}, {NOISE}, {DQ}, {DPRIOR}, {DRAWING_SETTINGS}) -> ()",
     closed_form=_backward,
     kernel="rsample_kl.bwd",
     native="normal.rsample_kl_bwd",
@@ -81,7 +81,7 @@ def rsample_kl_packed(
     arguments.check_event_ndim(event_ndim, head.shape, "head")
     arguments.check_prior_fits(shape, prior_mu=prior_mu, prior_logvar=prior_logvar)
     prior = arguments.expand_prior(prior_mu, prior_logvar, head, shape, event_ndim)
-    settings = Settings(event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds), num_samples)
+    settings = Drawing(event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds), num_samples)
     seed, eps = sampling.check_noise(seed, eps, num_samples, shape, head.device)
     return apply(NormalFunction, RSAMPLE_KL, dim, settings, head, None, *prior, eps, seed)
 
@@ -122,7 +122,7 @@ def rsample_kl(
     """
     if known := arguments.usual(event_ndim, (mu, logvar), scale, prior_mu, prior_logvar, bounds, eps, num_samples):
         seed = sampling.check_seed(seed, mu.device, "mu")
-        settings = Settings(known, scale, *arguments.NO_BOUNDS)
+        settings = Drawing(known, scale, *arguments.NO_BOUNDS, None)
         return apply(NormalFunction, RSAMPLE_KL, -1, settings, mu, logvar, None, None, None, seed)
     given = (mu, logvar)
     mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(*given, prior_mu, prior_logvar)
@@ -131,7 +131,7 @@ def rsample_kl(
     arguments.check_prior_fits(shape, prior_mu=prior_mu, prior_logvar=prior_logvar)
     arguments.check_event_ndim(event_ndim, shape)
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
-    settings = Settings(event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds), num_samples)
+    settings = Drawing(event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds), num_samples)
     seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
     q = arguments.expand(mu, shape), arguments.expand(logvar, shape)
     z, kl = apply(NormalFunction, RSAMPLE_KL, -1, settings, *q, *prior, eps, seed)

@@ -7,7 +7,7 @@ from torch import Tensor
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._closed_form import empty_samples, sample, samples_dtype, write_normal_gradients
-from fastkl.ops._normal import DQ, DRAWING, NOISE, NormalFunction, NormalOp, Q, Settings
+from fastkl.ops._normal import DQ, DRAWING_SETTINGS, NOISE, Drawing, NormalFunction, NormalOp, Q
 from fastkl.ops._register import apply, register
 from fastkl.reference import SoftBounds
 
@@ -16,30 +16,30 @@ _NO_EVENT = 0
 
 
 def _forward(mu, parameter, eps, seed, *settings) -> Tensor:
-    settings = Settings(*settings)
+    settings = Drawing(*settings)
     eps = sampling.draw(mu.shape, eps, seed, settings.num_samples, settings.stream)
     return sample(mu, parameter, eps, settings)
 
 
 def _backward(dz, mu, parameter, eps, seed, dmu, dparameter, *settings) -> None:
-    settings = Settings(*settings)
+    settings = Drawing(*settings)
     eps = sampling.draw(mu.shape, eps, seed, settings.num_samples, settings.stream)
-    write_normal_gradients((mu, parameter), (dmu, dparameter), settings.scale, settings.bounds, dz=dz, eps=eps)
+    write_normal_gradients((mu, parameter), (dmu, dparameter), settings, dz=dz, eps=eps)
 
 
 def _fake_forward(mu, parameter, eps, seed, *settings) -> Tensor:
-    return empty_samples(mu, parameter, Settings(*settings).num_samples)
+    return empty_samples(mu, parameter, Drawing(*settings).num_samples)
 
 
 rsample_normal_fwd = register(
-    f"rsample_normal_fwd({Q}, {NOISE}, {DRAWING}) -> Tensor",
+    f"rsample_normal_fwd({Q}, {NOISE}, {DRAWING_SETTINGS}) -> Tensor",
     closed_form=_forward,
     fake=_fake_forward,
     kernel="rsample_normal.fwd",
     native="normal.rsample_normal_fwd",
 )
 rsample_normal_bwd = register(
-    f"rsample_normal_bwd(Tensor dz, {Q}, {NOISE}, {DQ}, {DRAWING}) -> ()",
+    f"rsample_normal_bwd(Tensor dz, {Q}, {NOISE}, {DQ}, {DRAWING_SETTINGS}) -> ()",
     closed_form=_backward,
     kernel="rsample_normal.bwd",
     native="normal.rsample_normal_bwd",
@@ -54,7 +54,7 @@ def rsample_normal_packed(
     """rsample_normal(*head.chunk(2, dim), ...) whose gradient is one packed tensor, written by the kernel itself."""
     arguments.check_tensors(head=head, eps=eps)
     dim = arguments.check_packed(head, dim)
-    settings = Settings(_NO_EVENT, arguments.check_scale(scale), *arguments.check_bounds(bounds), num_samples)
+    settings = Drawing(_NO_EVENT, arguments.check_scale(scale), *arguments.check_bounds(bounds), num_samples)
     seed, eps = sampling.check_noise(seed, eps, num_samples, head.chunk(2, dim)[0].shape, head.device)
     return apply(NormalFunction, RSAMPLE_NORMAL, dim, settings, head, None, None, None, eps, seed)
 
@@ -87,13 +87,13 @@ def rsample_normal(
     """
     if arguments.usual(None, (mu, logvar), scale, num_samples, eps, bounds):
         seed = sampling.check_seed(seed, mu.device, "mu")
-        settings = Settings(_NO_EVENT, scale, *arguments.NO_BOUNDS)
+        settings = Drawing(_NO_EVENT, scale, *arguments.NO_BOUNDS, None)
         return apply(NormalFunction, RSAMPLE_NORMAL, -1, settings, mu, logvar, None, None, None, seed)
     given = (mu, logvar)
     mu, logvar = arguments.as_parameters(*given)
     arguments.check_tensors(mu=mu, logvar=logvar, eps=eps)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
-    settings = Settings(_NO_EVENT, arguments.check_scale(scale), *arguments.check_bounds(bounds), num_samples)
+    settings = Drawing(_NO_EVENT, arguments.check_scale(scale), *arguments.check_bounds(bounds), num_samples)
     seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
     q = arguments.expand(mu, shape), arguments.expand(logvar, shape)
     z = apply(NormalFunction, RSAMPLE_NORMAL, -1, settings, *q, None, None, eps, seed)
@@ -104,7 +104,7 @@ def draw_normal(
     stream: int, shape: tuple[int, ...], mu: Tensor, logvar: Tensor, seed: Tensor, scale: str = "logvar"
 ) -> Tensor:
     """rsample_normal of a Gaussian that is no posterior, for the ops that draw from one: `stream` says which."""
-    settings = Settings(_NO_EVENT, scale, *arguments.NO_BOUNDS, None, stream)
+    settings = Drawing(_NO_EVENT, scale, *arguments.NO_BOUNDS, None, stream)
     q = arguments.expand(mu, shape), arguments.expand(logvar, shape)
     z = apply(NormalFunction, RSAMPLE_NORMAL, -1, settings, *q, None, None, None, seed)
     return z.to(samples_dtype(mu, logvar))

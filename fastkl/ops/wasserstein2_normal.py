@@ -7,7 +7,18 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._closed_form import by_rows, write_normal_gradients
-from fastkl.ops._normal import DPRIOR, DQ, PRIOR, SETTINGS, NormalFunction, NormalOp, Q, Settings, fake_value, of_rows
+from fastkl.ops._normal import (
+    DPRIOR,
+    DQ,
+    PRIOR,
+    SETTINGS,
+    NormalFunction,
+    NormalOp,
+    Q,
+    Settings,
+    fake_value,
+    of_rows,
+)
 from fastkl.ops._register import apply, register
 from fastkl.reference import SoftBounds
 
@@ -23,7 +34,7 @@ def _backward(
     settings = Settings(*settings)
     incoming = {"dvalue": of_rows(ddistance, mu, settings.event_ndim)}
     incoming["terms_gradient"] = reference.wasserstein2_terms_gradient
-    write_normal_gradients(inputs, outputs, settings.scale, settings.bounds, **incoming)
+    write_normal_gradients(inputs, outputs, settings, **incoming)
 
 
 wasserstein2_normal_fwd = register(
