@@ -46,15 +46,15 @@ def gmm_fwd_kernel(
     FORM: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, TERMS: tl.constexpr,
     LANES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """`splits` programs share a block of rows; lp is [splits, rows], float64. joints [rows, K] takes each term."""
+    """lp [splits, rows] in float64, and each term in joints [rows, K]; `splits` programs share a block of rows."""
     split = tl.program_id(0) % splits
     index = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
-    row = tl.minimum(index, rows - 1)  # beyond the last row it again: no mask in the inner loop
+    row = tl.minimum(index, rows - 1)  # past the end the last row, which saves a mask in the loop
     z_at, logvar_at = quads(z, row, z_strides), None
     steps = (z_strides[1] * 4, logvar_strides[1] * 4)
     if logvar is not None:
         logvar_at = quads(logvar, row, logvar_strides)
-    # Each group's own maximum and sum, put together at the end.
+    # Maximum and sum of each group, merged at the end.
     top = tl.full([ROWS // LANES, COMPONENTS // TERMS, LANES], float("-inf"), dtype=DTYPE)
     total = tl.zeros([ROWS // LANES, COMPONENTS // TERMS, LANES], dtype=DTYPE)
     first = split * components_per_program

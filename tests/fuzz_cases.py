@@ -7,7 +7,8 @@ import math
 import fuzz_objectives as objectives
 from fuzz_monitors import monitor, remedy
 from fuzz_posteriors import posterior
-from fuzz_priors import prior_kl, prior_log_prob, prior_rsample
+from fuzz_prior_calls import flow, kl_relaxed, per_position, prior_kl, prior_log_prob, prior_rsample
+from fuzz_transport import adversarial, transport
 
 import fastkl
 
@@ -74,12 +75,17 @@ COMPOSED = {
     "prior_log_prob": prior_log_prob,
     "prior_kl": prior_kl,
     "prior_rsample": prior_rsample,
+    "per_position": per_position,
+    "flow": flow,
+    "kl_relaxed": kl_relaxed,
     "monitor": monitor,
     "remedy": remedy,
     "elbo": objectives.elbo,
     "importance": objectives.importance,
     "clusters": objectives.clusters,
     "matching": objectives.matching,
+    "transport": transport,
+    "adversarial": adversarial,
 }
 
 CASES = OPS | COMPOSED

@@ -129,7 +129,7 @@ def check(case: Case, draw: Draw, way: str) -> None:
         deviation = torch.maximum(apart[::2].mean(0), apart[1::2].mean(0)) / mode.times
         if name.startswith("gradient") and wide == torch.float64 != dtype:  # summed over what shares it in float32
             deviation = deviation * 2.0**29
-        terms = max(t.numel() for t in case.tensors.values()) / max(1, actual.numel())
+        terms = max((t.numel() for t in case.tensors.values()), default=0) / max(1, actual.numel())
         deviation = spread(deviation, value, case.together)
         # A sum of n terms rounds log2 n times in a row at best, whatever way it goes.
         deviation = deviation + math.log2(max(1, terms)) * torch.finfo(wide).eps / DEVIATIONS * value.abs().nan_to_num()

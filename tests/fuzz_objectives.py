@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from fuzz_priors import Prior, kl_components, log_prob_of, prior_of, rows_of
+from fuzz_priors import GAUSSIANS, Prior, kl_components, log_prob_of, prior_of, rows_of
 
 from fastkl import objectives, remedies
 
@@ -48,7 +48,7 @@ class _Task:
 
     def kl(self, t, method="mc", tau=1.0):
         mu, logvar = self.q.parts(**t)
-        if self.prior is None or not self.prior.is_mixture:
+        if self.prior is None or self.prior.kind in GAUSSIANS:
             return self.closed(t)
         if method == "upper":
             return oracle.kl_gmm(mu, logvar, *self.prior.mixture(**t), method="upper")

@@ -54,7 +54,7 @@ def kl_elements(mu, parameter, prior_mu=None, prior_logvar=None, *, scale="logva
 
 
 def last(values, ndim):
-    return values.sum(tuple(range(-ndim, 0)))
+    return values.sum(tuple(range(-ndim, 0))) if ndim else values
 
 
 def wasserstein2_elements(mu, parameter, prior_mu=None, prior_logvar=None, *, scale="logvar", bounds=None):
@@ -71,7 +71,7 @@ def normal_terms(x, mean, logvar):
     return -0.5 * (LOG_2PI + logvar + ((x - mean) * torch.exp(-0.5 * logvar)).square())
 
 
-def bernoulli_terms(logits, x):
+def bernoulli_terms(x, logits):
     return x * logits - F.softplus(logits, threshold=40)
 
 
@@ -112,8 +112,12 @@ def kl_gmm(mu, logvar, *mixture, method="mc", eps=None, entropy_form="closed", g
     if method != "mc":
         form = {"upper": "expected", "lower": "convolved"}[method]
         return -entropy(logvar) - joint(mu, *mixture, variance=logvar.exp(), form=form).logsumexp(-1)
+    return sampled_kl(mu, logvar, lambda z: joint(z, *mixture).logsumexp(-1), eps, entropy_form, gradient)
+
+
+def sampled_kl(mu, logvar, log_prob, eps, entropy_form="closed", gradient="plain"):
     z = mu + torch.exp(0.5 * logvar) * eps
-    cross = joint(z, *mixture).logsumexp(-1).mean(0)
+    cross = log_prob(z).mean(0)
     fixed = (mu.detach(), logvar.detach()) if gradient == "stl" else (mu, logvar)
     if gradient == "stl":
         log_q = normal_terms(z, *fixed).sum(-1).mean(0)

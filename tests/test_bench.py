@@ -100,7 +100,7 @@ def test_what_does_not_match_is_not_timed(quick, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["kl_norma"], "there is no kl_norma to measure; there are"),
+        (["kl_norma"], "unknown op kl_norma; expected"),
         (["--threads", "0"], "--threads must be at least 1"),
     ],
 )

@@ -79,12 +79,12 @@ def check(way, case, form, per_datum, small=True):
             torch.testing.assert_close(actual, right.float(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("small", [True, False], ids=["at once", "sweep"])
+@pytest.mark.parametrize(("way", "small"), [("torch", True), ("torch", False), ("native", True)])
 @pytest.mark.parametrize("per_datum", [False, True])
 @pytest.mark.parametrize("form", ["point", "expected", "convolved"])
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_of_mixtures_are_right_or_infinite_but_numbers(case, form, per_datum, small):
-    check("torch", case, form, per_datum, small)
+def test_gradients_of_mixtures_are_right_or_infinite_but_numbers(case, form, per_datum, way, small):
+    check(way, case, form, per_datum, small)
 
 
 @pytest.mark.parametrize("per_datum", [False, True])

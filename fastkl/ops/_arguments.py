@@ -148,7 +148,7 @@ def check_weight(name: str, value: Any) -> Tensor | float:
 
 
 def check_event_ndim(event_ndim: int, shape: torch.Size, what: str = "the broadcast shape") -> int:
-    event_ndim = check_int("event_ndim", event_ndim, 1)
+    event_ndim = check_int("event_ndim", event_ndim, 0)
     if event_ndim > len(shape):
         has = f"{what} {tuple(shape)} has {len(shape)}"
         raise ValueError(f"event_ndim={event_ndim} needs at least {event_ndim} dimensions, but {has}")
@@ -288,15 +288,18 @@ def check_prior_fits(shape: torch.Size, **prior: Tensor | None) -> None:
             raise ValueError(f"{name} {tuple(tensor.shape)} does not broadcast to the posterior's shape {tuple(shape)}")
 
 
-def event_ndim_of_datum(event_ndim: int | None, shape: torch.Size) -> int:
-    """event_ndim, checked; None stands for every dimension after the first, which is the batch."""
-    if event_ndim is None and len(shape) < 2:
-        raise ValueError(
-            f"event_ndim must be given for the broadcast shape {tuple(shape)}: without it the first dimension is the "
-            "batch, and none is left to sum"
-        )
-    event_ndim = len(shape) - 1 if event_ndim is None else event_ndim
-    return check_event_ndim(event_ndim, shape)
+def event_ndim_of_datum(event_ndim: int | None, shape: torch.Size, what: str = "the broadcast shape") -> int:
+    """event_ndim, checked; None stands for every dimension after the first, which is the batch. One dimension alone is
+    that of one datum."""
+    return check_event_ndim(max(1, len(shape) - 1) if event_ndim is None else event_ndim, shape, what)
+
+
+def as_events(event_ndim: int, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """(event_ndim, *tensors) as ops take them. They sum at least one dimension: where none is summed, one of size 1 is
+    added."""
+    if event_ndim:
+        return (event_ndim, *tensors)
+    return (1, *(None if tensor is None else tensor.unsqueeze(-1) for tensor in tensors))
 
 
 # Elements of a block of rows whose temporaries fit a processor's cache.

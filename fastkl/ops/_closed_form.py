@@ -85,9 +85,8 @@ def _element_gradients(inputs, scale, bounds, dvalue, dz, eps, terms_gradient) -
             dz, dsigma = dz.sum(0), dsigma.sum(0)
         dlogvar_z = reference.weighted(dsigma, 0.5 * torch.exp(0.5 * logvar))
         dmu, dlogvar = (dz, dlogvar_z) if dvalue is None else (dmu + dz, dlogvar + dlogvar_z)
-    if scale != "logvar":
-        dlogvar = reference.weighted(dlogvar, reference.to_logvar_gradient(parameter, scale))
-    dparameter = reference.bound_gradient(dlogvar, raw, bounds)  # last: outside, 0 times infinity must be 0
+    dparameter = reference.to_parameter_gradient(dlogvar, parameter, scale)
+    dparameter = reference.bound_gradient(dparameter, raw, bounds)  # last: outside, 0 times infinity must be 0
     return [dmu, dparameter, *dprior]
 
 

@@ -20,6 +20,7 @@ from fastkl.ops._normal import (
     of_rows,
 )
 from fastkl.ops._register import apply, register
+from fastkl.ops._scales import as_logvar
 from fastkl.reference import SoftBounds
 
 
@@ -58,8 +59,8 @@ WASSERSTEIN2_NORMAL = NormalOp(
 
 def wasserstein2_normal(
     mu: Tensor | float, logvar: Tensor | float, prior_mu: Tensor | float | None = None,
-    prior_logvar: Tensor | float | None = None, *, event_ndim: int = 1, scale: str = "logvar",
-    bounds: SoftBounds | tuple[float, float] | None = None,
+    prior_logvar: Tensor | float | None = None, *, event_ndim: int | None = None, scale: str = "logvar",
+    prior_scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """Squared 2-Wasserstein distance from a diagonal Gaussian to N(0, I) or to another one, one value per sample.
 
@@ -69,7 +70,7 @@ def wasserstein2_normal(
     digits. For full covariances there is `fastkl.wasserstein2_multivariate_normal`.
 
     Args:
-        mu, logvar, prior_mu, prior_logvar, event_ndim, scale, bounds: as for `fastkl.kl_normal`.
+        mu, logvar, prior_mu, prior_logvar, event_ndim, scale, prior_scale, bounds: as for `fastkl.kl_normal`.
 
     Returns:
         [*batch], in squared units of z, float32 for float16, bfloat16 and float32 input, float64 if any input is.
@@ -91,9 +92,13 @@ def wasserstein2_normal(
         return apply(NormalFunction, WASSERSTEIN2_NORMAL, -1, settings, mu, logvar, None, None, None, None)
     mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
+    if prior_logvar is not None and prior_scale == "std":  # of a point prior it is 0
+        prior_logvar = reference.above_zero(prior_logvar.to(reference.compute_dtype(prior_logvar)), prior_scale)
+    prior_logvar = as_logvar("prior_scale", prior_logvar, prior_scale, mu, logvar, prior_mu)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
-    arguments.check_event_ndim(event_ndim, shape)
+    event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
+    tensors = arguments.expand(mu, shape), arguments.expand(logvar, shape), *prior
+    event_ndim, *tensors = arguments.as_events(event_ndim, *tensors)
     settings = Settings(event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
-    q = arguments.expand(mu, shape), arguments.expand(logvar, shape)
-    return apply(NormalFunction, WASSERSTEIN2_NORMAL, -1, settings, *q, *prior, None, None)
+    return apply(NormalFunction, WASSERSTEIN2_NORMAL, -1, settings, *tensors, None, None)

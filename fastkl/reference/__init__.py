@@ -16,7 +16,7 @@ from fastkl.reference._parameters import (
     standardise,
     sum_event,
     to_logvar,
-    to_logvar_gradient,
+    to_parameter_gradient,
     weighted,
 )
 from fastkl.reference.decomposition import Decomposition, sample_weights, total_correlation
@@ -126,7 +126,7 @@ __all__ = [
     "standardise",
     "sum_event",
     "to_logvar",
-    "to_logvar_gradient",
+    "to_parameter_gradient",
     "total_correlation",
     "wasserstein2_multivariate_normal",
     "wasserstein2_normal",

@@ -64,19 +64,23 @@ def _log(std: Tensor) -> Tensor:
     return torch.where(std == torch.inf, std * torch.finfo(std.dtype).tiny, std.log())
 
 
-def to_logvar_gradient(parameter: Tensor, scale: str) -> Tensor:
-    """d logvar / d parameter. 2 / sigma stays above 0, for what it is multiplied by is infinite where sigma is."""
+def to_parameter_gradient(dlogvar: Tensor, parameter: Tensor, scale: str) -> Tensor:
+    """The gradient in the parameter from that in the log-variance. It is divided by sigma: 1 / sigma is no normal
+    number where sigma is large. An infinite sigma counts as the largest number: dlogvar is infinite there, too."""
     if scale == "logvar":
-        return torch.ones_like(parameter)
+        return dlogvar
     if scale == "log_std":
-        return torch.full_like(parameter, 2.0)
-    most = 0.5 * torch.finfo(parameter.dtype).max
+        return 2 * dlogvar
+    most = torch.finfo(parameter.dtype).max
     if scale == "std":
-        return 2 / parameter.clamp(max=most)
+        nothing = (dlogvar == 0) & (parameter == 0)
+        return 2 * (dlogvar / torch.where(nothing, 1.0, parameter.clamp(max=most)))
     tail = parameter < -15
     body = parameter.masked_fill(tail, 0.0)
-    ratio = 2 * torch.sigmoid(body) / F.softplus(body, threshold=SOFTPLUS_THRESHOLD).clamp(max=most)
-    return torch.where(tail, 2 - parameter.clamp(max=-15).exp(), ratio)
+    sigma = F.softplus(body, threshold=SOFTPLUS_THRESHOLD).clamp(max=most)
+    return torch.where(
+        tail, dlogvar * (2 - parameter.clamp(max=-15).exp()), 2 * (dlogvar * torch.sigmoid(body) / sigma)
+    )
 
 
 def bound(logvar: Tensor, bounds: SoftBounds | tuple[float, float] | None) -> Tensor:
@@ -139,5 +143,8 @@ def weighted(weight: Tensor, values: Tensor) -> Tensor:
     return weight * torch.where(weight == 0, values.clamp(-most, most), values)
 
 
-def sum_event(values: Tensor, event_ndim: int) -> Tensor:
-    return values.flatten(values.dim() - event_ndim).sum(-1)
+def sum_event(values: Tensor, event_ndim: int | None) -> Tensor:
+    """The sum over the last `event_ndim` dimensions; None: over all after the first, or the only one."""
+    if event_ndim is None:
+        event_ndim = max(1, values.dim() - 1)
+    return values.flatten(values.dim() - event_ndim).sum(-1) if event_ndim else values
