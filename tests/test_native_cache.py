@@ -14,7 +14,6 @@ import torch
 
 import fastkl
 from fastkl.native import _build, _pack
-from fastkl.ops import _short
 
 from helpers import DEVICE, implementation
 
@@ -27,7 +26,7 @@ pytestmark = [
 @pytest.fixture
 def anew(monkeypatch, tmp_path):
     """A process that has loaded nothing yet, with a cache of its own."""
-    known = (_build._libraries, _pack._functions, _pack.plans, _short._WAYS)
+    known = (_build._libraries, _pack._functions, _pack.plans)
     monkeypatch.setenv("FASTKL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(_build, "FLAGS", tuple(flag.replace("-O3", "-O0") for flag in _build.FLAGS))  # sooner there
 

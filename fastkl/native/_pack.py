@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastkl.native._build import library
 
+NO_MEMORY = "fastkl's native code could not allocate its partial sums"
 MOST_DIMS = 8  # as tiles.h has it: a small struct stays in the first cache
 _functions: dict[tuple[str, str, torch.dtype], Callable | None] = {}
 
@@ -42,7 +43,6 @@ class Plan(NamedTuple):
     high: float = 0.0
     dtype: torch.dtype = torch.float32  # what is computed in, and that of a value for each row
     result: tuple[int, ...] = ()  # its shape
-    halves: tuple[int, int] = (0, 0)  # bytes from the first half of a packed tensor to the second, and in its gradient
 
     def run(self, *addresses: int) -> None:
         """With as many addresses as the C function takes, 0 for what is not there."""
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
 
     def run_at(self, low: float, high: float, *addresses: int) -> None:
         if self.function(self.numbers, self.pack(torch.get_num_threads(), *addresses), low, high):
-            raise MemoryError("fastkl's native code could not allocate its partial sums")
+            raise MemoryError(NO_MEMORY)
 
 
 # How a tensor's elements lie in memory, as halves.h has it; float64 is a library of its own, and by itself.
