@@ -1,4 +1,4 @@
-"""fastkl does without any private name of torch, and one file has them all."""
+"""fastkl works without any private name of torch, and uses them in one file only."""
 
 import ast
 import functools
