@@ -6,6 +6,7 @@ Plain Python on shapes and strides, run on the host before a launch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 
 # Enough programs to fill a large GPU several times. Fixed, so that the order of summation is the same on every GPU.
 PROGRAMS = 1024
-NO_STRIDES = (0, 0, 0, 0)  # of a missing tensor
+NO_STRIDES = (0, 0, 0, 0)  # of a tensor that is not there
+DENSE = torch.contiguous_format
 TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
 OLD_COMPILER = TRITON < (3, 7)  # uses more registers, so the few tiles that would spill are smaller
 SPILLS_A_FEW = (3, 6) <= TRITON <= (3, 8)  # 8 to 32 bytes in about a dozen launches, unless given more registers
@@ -89,16 +91,23 @@ def _coalesce(sizes: list[int], strides: list[list[int]]) -> tuple[list[int], li
     return out_sizes, out_strides
 
 
-def layout(tensors: list[Tensor], event_ndim: int, *, reorder: bool = True) -> Layout | None:
-    """Rows and columns of tensors of one shape, or None if an axis needs more than two dimensions.
+def layout(tensors: list[Tensor | None], event_ndim: int, *, reorder: bool = True) -> Layout | None:
+    """Rows and columns of tensors of one shape, or None where an axis needs more than two dimensions. A tensor that is
+    None has no strides.
 
     `reorder` sorts the columns by memory order (such as channels_last), for ops that may sum in any order.
     """
+    given = present(tensors)
+    if len(given) < len(tensors):
+        if (found := layout(given, event_ndim, reorder=reorder)) is None:
+            return None
+        strides = iter(found.strides)
+        return Layout(found.shape, tuple(NO_STRIDES if tensor is None else next(strides) for tensor in tensors))
     shape = tensors[0].shape
     if 0 in shape:
         rows, columns = shape[: len(shape) - event_ndim].numel(), shape[len(shape) - event_ndim :].numel()
-        return Layout((rows, rows, columns, columns), ((0, 0, 0, 0),) * len(tensors))
-    if len(shape) == 2 and event_ndim == 1:  # the same as below, eight times faster
+        return Layout((rows, rows, columns, columns), (NO_STRIDES,) * len(tensors))
+    if len(shape) == 2 and event_ndim == 1:  # the same as below, at an eighth of its time
         (rows, columns), strides = shape, [tensor.stride() for tensor in tensors]
         strides = tuple((0, row * (rows > 1), 0, column * (columns > 1)) for row, column in strides)
         return Layout((rows, rows, columns, columns), strides)
@@ -127,10 +136,30 @@ def strides_of(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if tensor is None else tensor.stride()
 
 
-def finish(outputs: list[Tensor], launched: list[Tensor]) -> None:
-    for output, written in zip(outputs, launched):
-        if output is not written:
-            output.copy_(written)
+def finish(outputs: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> None:
+    """What was found elsewhere goes to the outputs; one that is None is not wanted."""
+    for output, own in zip(outputs, found):
+        if output is not None and output is not own:
+            output.copy_(own)
+
+
+def clear(outputs: Sequence[Tensor | None]) -> None:
+    """Gradients of tensors without elements: those of a prior that an empty batch shares are 0."""
+    for output in outputs:
+        if output is not None:
+            output.zero_()
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Copies that two dimensions an axis describe."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def on_copies(write: Callable[[list, list], None], inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None]):
+    """write(inputs, outputs) for views that no two dimensions an axis describe, by way of contiguous copies."""
+    found = [None if tensor is None else torch.empty_like(tensor, memory_format=DENSE) for tensor in outputs]
+    write(contiguous(*inputs), found)
+    finish(outputs, found)
 
 
 def next_power_of_2(n: int) -> int:
@@ -141,12 +170,17 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def compute_dtype(tensors: list[Tensor]) -> torch.dtype:
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+def compute_dtype(tensors: Sequence[Tensor | None]) -> torch.dtype:
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
 
 
-def unpack(q: list[torch.Tensor], packed_dim: int) -> list[torch.Tensor]:
-    return q if len(q) == 2 else list(q[0].chunk(2, packed_dim))
+def expanded(views: Sequence[View | None], shape: torch.Size) -> list[View | None]:
+    return [None if view is None else view.expand(shape) for view in views]
+
+
+def present(views: Sequence[View | None]) -> list[View]:
+    return [view for view in views if view is not None]
 
 
 def is_bounded(low: float, high: float) -> bool:

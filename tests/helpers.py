@@ -130,5 +130,10 @@ def on_any_threads(function: Callable[[], list[torch.Tensor]]) -> list[torch.Ten
     return results[0]
 
 
+def empty_like(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Outputs for the gradients of these, None for one that is not there."""
+    return [None if tensor is None else torch.empty_like(tensor) for tensor in tensors]
+
+
 def leaf(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to(DEVICE).requires_grad_()

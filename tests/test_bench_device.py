@@ -1,9 +1,8 @@
 """bench/device.py and what is built on it, with a stand-in for torch.cuda whose work takes as long as it says."""
 
 import contextlib
-import importlib
+import functools
 import multiprocessing
-import sys
 import time
 import types
 
@@ -175,22 +174,11 @@ def test_another_tile_must_be_faster_and_give_the_same(cuda, monkeypatch, forwar
     assert "differs" in rows[-1]["note"]
 
 
-def test_host_times_the_long_way_without_shortcuts(monkeypatch):
-    module = types.ModuleType("a_shortcut")
-    module.KNOWN = True
-    monkeypatch.setitem(sys.modules, "a_shortcut", module)
-    monkeypatch.setattr(host, "SHORTCUTS", [("a_shortcut", "KNOWN", False), ("of_another_version", "KNOWN", False)])
+def test_host_times_contenders_by_turns():
     seen = []
-    note = lambda: seen.append(module.KNOWN)  # noqa: E731
-    found = host.measure({"fastkl": note, "fastkl, the long way": note}, rounds=2, calls=3)
-    assert set(found) == {"fastkl", "fastkl, the long way"}
-    assert seen == [True] * 4 + [False] * 4 + ([True] * 3 + [False] * 3) * 2
-    assert module.KNOWN
-
-
-def test_shortcuts_of_this_version_are_found():
-    for path, name, _ in host.SHORTCUTS:
-        assert hasattr(importlib.import_module(path), name)
+    steps = {name: functools.partial(seen.append, name) for name in ("eager", "fastkl")}
+    assert set(host.measure(steps, rounds=2, calls=3)) == set(steps)
+    assert seen == ["eager"] * 4 + ["fastkl"] * 4 + (["eager"] * 3 + ["fastkl"] * 3) * 2
 
 
 def half(number):

@@ -178,7 +178,8 @@ def aot_calls():
         inputs, event_ndim = (logits, x), len(shape) - 1 - samples
         calls[f"{name} fwd"] = lambda: fwd(*inputs, event_ndim)
         dlog_prob = torch.empty(shape[: 1 + samples], dtype=reference.compute_dtype(*inputs))
-        calls[f"{name} bwd"] = lambda: bwd(dlog_prob, *inputs, event_ndim, list(wanted))
+        outputs = [torch.empty_like(tensor) if want else None for tensor, want in zip(inputs, wanted)]
+        calls[f"{name} bwd"] = lambda: bwd(dlog_prob, *inputs, *outputs, event_ndim)
 
     add("core aligned float32", (4096, 512))
     add("core aligned bfloat16 float32 dx", (4096, 512), torch.bfloat16, torch.float32, (True, True))

@@ -50,7 +50,7 @@ run = JITFunction.run
 JITFunction.run = lambda self, *args, **options: run(self, *args, **{**options, "maxnreg": 24})
 mu = torch.zeros(64, 4096)
 with aot.compiling("sm_90", lambda kernel, function, options: print(aot.describe(kernel, "sm_90")["spills"])):
-    kl_normal.fwd([mu, mu], -1, [], 1, "logvar", float("-inf"), float("inf"), False)
+    kl_normal.fwd(mu, mu, None, None, 1, "logvar", float("-inf"), float("inf"), False)
 """
 
 

@@ -102,6 +102,7 @@ def test_no_launcher_does(name, monkeypatch):
     for op, args in run(function, shapes(6)):
         with Watch(), torch.no_grad():
             made = _register.TRITON[op._opname](*args)
+            made = _register.CLOSED_FORM[op._opname](*args) if made is NotImplemented else made
         for tensor, fake in zip(tree_leaves(made), tree_leaves(op(*args)), strict=True):
             assert (tensor is None) == (fake is None)
             assert tensor is None or (tensor.shape, tensor.stride(), tensor.dtype) == (

@@ -14,7 +14,6 @@ import torch
 
 import fastkl
 from fastkl.native import _build, _pack
-from fastkl.ops import _short
 
 from helpers import DEVICE, implementation
 
@@ -26,8 +25,8 @@ pytestmark = [
 
 @pytest.fixture
 def anew(monkeypatch, tmp_path):
-    """As in a new process, with an empty cache."""
-    known = (_build._libraries, _pack._functions, _pack.plans, _short._WAYS)
+    """A process that has loaded nothing yet, with a cache of its own."""
+    known = (_build._libraries, _pack._functions, _pack.plans)
     monkeypatch.setenv("FASTKL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(_build, "FLAGS", tuple(flag.replace("-O3", "-O0") for flag in _build.FLAGS))  # sooner there
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastkl.native._build import library
 
-MOST_DIMS = 8  # as in tiles.h: a small struct stays in the L1 cache
+NO_MEMORY = "fastkl's native code could not allocate its partial sums"
+MOST_DIMS = 8  # as tiles.h has it: a small struct stays in the first cache
 _functions: dict[tuple[str, str, torch.dtype], Callable | None] = {}
 
 
@@ -42,7 +43,6 @@ class Plan(NamedTuple):
     high: float = 0.0
     dtype: torch.dtype = torch.float32  # compute dtype, also of one value per row
     result: tuple[int, ...] = ()  # its shape
-    halves: tuple[int, int] = (0, 0)  # byte offset of the second half in a packed tensor, and in its gradient
 
     def run(self, *addresses: int) -> None:
         """Call with all addresses of the C function, 0 for a missing tensor."""
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
 
     def run_at(self, low: float, high: float, *addresses: int) -> None:
         if self.function(self.numbers, self.pack(torch.get_num_threads(), *addresses), low, high):
-            raise MemoryError("fastkl's native code could not allocate its partial sums")
+            raise MemoryError(NO_MEMORY)
 
 
 # A tensor's element type, as in halves.h. float64 has its own library, and is not mixed with other types.

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkl.ops._torch import memory_device
 from fastkl.reference import SCALES, SoftBounds
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -67,15 +66,33 @@ def as_parameters(mu: Tensor | float, parameter: Tensor | float, *others: Any) -
     return as_tensors(mu if isinstance(mu, Tensor) else parameter, mu, parameter, *others)
 
 
-def is_common_call(mu: Tensor, logvar: Tensor, event_ndim: int | None, scale: str, *rest) -> int:
-    """event_ndim, above 0, if the call has only two tensors of one shape, dtype and device: no other check can fail.
+def event_ndim_of_common_call(
+    event_ndim: int | None, tensors: tuple[Tensor, ...], scale: str = "logvar", *absent: Any
+) -> int:
+    """event_ndim of the ordinary call: tensors that are alike in everything, and nothing else given. Then no check can
+    fail. 0 for any other call.
 
     Else 0. For small latents the full checks take as long as the eager formula's forward pass.
     """
-    for other in rest:
-        if other is not None:
+    if torch.compiler.is_compiling() or scale not in SCALES:
+        return 0
+    for each in absent:
+        if each is not None:
             return 0
-    return alike(event_ndim, mu, logvar) if scale in SCALES else 0
+    first = tensors[0]
+    if not isinstance(first, Tensor) or first.is_nested:
+        return 0
+    shape, dtype, device = first.shape, first.dtype, first.device
+    if dtype not in DTYPES or first.layout is not torch.strided:
+        return 0
+    for other in tensors[1:]:
+        if not isinstance(other, Tensor) or other.is_nested or other.layout is not torch.strided:
+            return 0
+        if other.dtype is not dtype or other.shape != shape or other.device != device:
+            return 0
+    if event_ndim is None:
+        return len(shape) - 1 if len(shape) > 1 else len(shape)
+    return event_ndim if type(event_ndim) is int and 0 < event_ndim <= len(shape) else 0
 
 
 def number_in(tensor: Tensor) -> float | None:
@@ -245,11 +262,6 @@ def match(gradient: Tensor, like: Tensor) -> Tensor:
     return out.copy_(gradient)
 
 
-def padded(pair: list) -> list:
-    """The list filled up with None to two entries: Functions take tensors as separate arguments."""
-    return [*pair, *[None] * (2 - len(pair))]
-
-
 def as_bounds(low: float, high: float, live: bool) -> SoftBounds | tuple[float, float] | None:
     """The user's `bounds`, rebuilt from the numbers that the op's schema carries."""
     if (low, high) == NO_BOUNDS[:2]:
@@ -290,24 +302,7 @@ def as_events(event_ndim: int, *tensors: Tensor | None) -> tuple[Any, ...]:
     return (1, *(None if tensor is None else tensor.unsqueeze(-1) for tensor in tensors))
 
 
-def alike(event_ndim: int | None, first: Tensor, *others: Tensor) -> int:
-    """event_ndim, above 0, if the tensors have one shape, dtype and device: no other check can fail. Else 0."""
-    if torch.compiler.is_compiling() or not isinstance(first, Tensor) or first.dtype not in DTYPES:
-        return 0
-    if memory_device(first) is None:
-        return 0
-    shape = first.shape
-    for other in others:
-        if not isinstance(other, Tensor) or other.dtype is not first.dtype or memory_device(other) is None:
-            return 0
-        if other.shape != shape or other.device != first.device:
-            return 0
-    if event_ndim is None:
-        return len(shape) - 1 if len(shape) > 1 else len(shape)
-    return event_ndim if type(event_ndim) is int and 0 < event_ndim <= len(shape) else 0
-
-
-# Elements in a block of rows: its temporaries fit the CPU cache.
+# Elements of a block of rows whose temporaries fit a processor's cache.
 BLOCK = 32768
 EVERYTHING = slice(None)
 

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Callable
-from types import NoneType
 from typing import Any
 
 import torch
@@ -36,36 +35,48 @@ PLACES: dict[str, tuple[str, str]] = {}
 
 
 def register(
-    schema: str, *, closed_form: Callable[..., Any], fake: Callable[..., Any], kernel: str, native: str = ""
-) -> Callable:
+    schema: str, *, closed_form: Callable[..., Any], fake: Callable[..., Any] | None = None, kernel: str,
+    native: str = "",
+) -> Callable:  # fmt: skip
     """Define `fastkl::<schema>` and return the callable op.
 
     `kernel` names the Triton launcher as "module.function" inside fastkl.kernels, `native` the native loop inside
-    fastkl.native; each takes the op's arguments, and returns NotImplemented to fall back on the closed form.
+    fastkl.native; each takes the op's arguments, and returns NotImplemented for what is the closed form's. An op that
+    only writes into outputs it is given needs no fake.
     """
     name = schema[: schema.index("(")]
     qualified = f"{NAMESPACE}::{name}"
     CLOSED_FORM[name] = CPU[name] = closed_form
     PLACES[name] = kernel, native
-    TRITON[name] = triton = _lazily("kernels", kernel, closed_form)
+    TRITON[name] = _lazily(name, f"kernels.{kernel}")
     if native:
-        NATIVE[name] = CPU[name] = _lazily("native", native, closed_form)
+        NATIVE[name] = CPU[name] = _lazily(name, f"native.{native}")
+
+    def run(table: dict[str, Callable[..., Any]], args: tuple) -> Any:
+        result = table[name](*args)
+        return closed_form(*args) if result is NotImplemented else result
+
     torch.library.define(qualified, schema[len(name) :], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(qualified, "default", closed_form)
-    torch.library.impl(qualified, "CPU", lambda *args: CPU[name](*args))
-    torch.library.impl(qualified, "CUDA", triton)
-    torch.library.register_fake(qualified, fake)
+    torch.library.impl(qualified, "CPU", lambda *args: run(CPU, args))
+    torch.library.impl(qualified, "CUDA", lambda *args: run(TRITON, args))
+    torch.library.register_fake(qualified, fake or _nothing)
     dispatched = getattr(torch.ops.fastkl, name).default
 
     def op(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return dispatched(*args)
-        device = _plain_device(args)
+        device = _torch.plain_device(args)
         if device == "cpu":
-            return CPU[name](*args)
-        return triton(*args) if device == "cuda" else dispatched(*args)
+            result = CPU[name](*args)  # as `run`, which would be a step more
+            return closed_form(*args) if result is NotImplemented else result
+        return run(TRITON, args) if device == "cuda" else dispatched(*args)
 
     return op
+
+
+def _nothing(*args: Any) -> None:
+    """The fake of an op that returns nothing: shapes are those of the outputs it is given."""
 
 
 def differentiable(name: str, function: type[torch.autograd.Function], inputs_of: Callable[..., tuple]) -> None:
@@ -83,7 +94,8 @@ def differentiable(name: str, function: type[torch.autograd.Function], inputs_of
     def backward(ctx: Any, *gradients: Any) -> tuple:
         if isinstance(gradients[0], (list, tuple)):  # the op returns a list
             gradients = tuple(gradients[0])
-        places = inputs_of(*ctx.places)
+        # Settings, and whatever else is no argument of the op, have no place.
+        places = [place if type(place) is tuple else None for place in inputs_of(*ctx.places)]
         wanted = [place is not None and bool(_at(ctx.needs_input_grad, place)) for place in places]
         own = Context(**vars(ctx), saved_tensors=ctx.saved_tensors, needs_input_grad=tuple(wanted))
         found: list[Any] = [[None] * len(place) if isinstance(place, list) else None for place in ctx.places]
@@ -106,39 +118,18 @@ def same(*args: Any) -> tuple:
     return args
 
 
-def _lazily(package: str, path: str, closed_form: Callable[..., Any]) -> Callable[..., Any]:
+def _lazily(name: str, path: str) -> Callable[..., Any]:
+    """fastkl.<path>, imported by the first call, which puts it in its own place."""
     module, function = path.rsplit(".", 1)
-    found = None
 
-    def implementation(*args: Any) -> Any:
-        nonlocal found
-        if found is None:
-            found = getattr(importlib.import_module(f"fastkl.{package}.{module}"), function)
-        result = found(*args)
-        return closed_form(*args) if result is NotImplemented else result
+    def first(*args: Any) -> Any:
+        found = getattr(importlib.import_module(f"fastkl.{module}"), function)
+        for table in (NATIVE, TRITON, CPU):
+            if table.get(name) is first:
+                table[name] = found
+        return found(*args)
 
-    return implementation
-
-
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, int, float, bool, str, NoneType))
-
-
-def _plain_device(args: tuple) -> str | None:
-    """The device type if the op can be called without torch's dispatcher, else None. That needs an idle dispatcher, no
-    subclass of Tensor, and values in plain memory. Saves a third of a small loss's host time."""
-    if not _torch.dispatcher_is_idle():
-        return None
-    device = None
-    for arg in args:
-        for item in arg if type(arg) is list else (arg,):
-            kind = type(item)
-            if kind not in _PLAIN:
-                return None
-            if kind is Tensor or kind is torch.nn.Parameter:
-                device = _torch.memory_device(item)
-                if device is None:
-                    return None
-    return device
+    return first
 
 
 def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
@@ -163,36 +154,33 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def needs_closed_form(*cotangents: Tensor) -> bool:
-    """Whether a backward pass must use plain differentiable torch ops instead of the fused op.
+def needs_closed_form(*cotangents: Tensor | None) -> bool:
+    """Whether a backward pass must be plain differentiable torch ops instead of the fused op.
 
     That is the case if the gradient is differentiated again (create_graph, torch.func, forward over reverse mode) or
     batched (is_grads_batched). once_differentiable would not catch every silently wrong second derivative.
     """
-    if torch.is_grad_enabled() or _torch.forward_mode():
+    if torch.is_grad_enabled():
         return True
-    return not torch.compiler.is_compiling() and _torch.may_be_batched(cotangents)
+    if torch.compiler.is_compiling():
+        return _torch.forward_mode()
+    return _torch.forward_level() >= 0 or _torch.may_be_batched(cotangents)
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(*args), faster. In eager mode without torch.func it bypasses Function.apply, which binds the
     signature of a Function with setup_context at every call: a third of a small loss's host time.
 
-    forward must name each of its arguments: torch.compile without gradients treats *settings as one argument."""
-    if _torch.forward_mode():  # even with gradients disabled
-        if torch.compiler.is_compiling():  # without fullgraph, the frame then runs eagerly
-            raise NotImplementedError("fastkl has no forward-mode derivatives inside torch.compile")
-        return with_tangents(function)(*args)
+    forward names each of its arguments: torch.compile without gradients takes *settings for one."""
     if torch.compiler.is_compiling():
-        # torch.export drops Functions; with strict=True it would trace their no-gradient path.
+        if _torch.forward_mode():  # without fullgraph the frame is then run as it is written
+            raise NotImplementedError("fastkl has no forward-mode derivatives inside torch.compile")
+        # torch.export drops Functions. With strict=True it keeps what they run for a program without gradients.
         return function.forward(*args) if torch.compiler.is_exporting() else function.apply(*args)
+    if _torch.forward_level() >= 0:  # with gradients off, too
+        return with_tangents(function)(*args)
     if _torch.transforms_active():
         return function.apply(*args)
-    return apply_directly(function, *args)
-
-
-def apply_directly(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`apply` for when neither a compiler nor torch.func is active."""
     if not torch.is_grad_enabled():
         return function.forward(*args)
     try:

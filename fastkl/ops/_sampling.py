@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._closed_form import unpack
 from fastkl.reference import Stream
 
 
@@ -61,23 +60,18 @@ def running_sum(values: Tensor) -> Tensor:
 
 
 def noise(
-    q: list[Tensor], packed_dim: int, seed: Tensor | None, eps: Tensor | None, num_samples: int | None,
-    stream: int = Stream.POSTERIOR,
-) -> Tensor:  # fmt: skip
-    """The noise in torch ops, for any device and for second derivatives."""
-    if eps is not None:
-        return eps
-    return reference.normal_noise(seed, unpack(q, packed_dim)[0].shape, num_samples, stream=stream)
+    shape: torch.Size, eps: Tensor | None, seed: Tensor | None, num_samples: int | None, stream: int = Stream.POSTERIOR
+) -> Tensor:
+    """The noise in torch ops, for any device and for gradients that are differentiated again."""
+    return reference.normal_noise(seed, shape, num_samples, stream=stream) if eps is None else eps
 
 
 def draw(
-    q: list[Tensor], packed_dim: int, seed: Tensor | None, eps: Tensor | None, num_samples: int | None,
-    stream: int = Stream.POSTERIOR,
-) -> Tensor:  # fmt: skip
-    """The noise inside an op; on a CPU the same as reference.normal_noise, about ten times faster."""
-    shape = unpack(q, packed_dim)[0].shape
+    shape: torch.Size, eps: Tensor | None, seed: Tensor | None, num_samples: int | None, stream: int = Stream.POSTERIOR
+) -> Tensor:
+    """The noise inside an op: on a CPU the same as reference.normal_noise, some ten times faster."""
     if eps is not None or seed.device.type != "cpu":
-        return noise(q, packed_dim, seed, eps, num_samples, stream)
+        return noise(shape, eps, seed, num_samples, stream)
     samples = range(1 if num_samples is None else num_samples)
     out = normals(seed, samples, 0, shape.numel(), stream)
     return out.reshape(shape if num_samples is None else (num_samples, *shape))
@@ -152,22 +146,22 @@ def _philox(seed: int, group: np.ndarray, sample: int | np.ndarray, stream: int)
 HIGH = 1 if sys.byteorder == "little" else 0
 
 
-def noise_gradient(dz: Tensor, q: list[Tensor], packed_dim: int, eps: Tensor, scale: str, bounds) -> Tensor:
-    """Gradient in eps. Needed only when the noise itself is learned, so not fused."""
-    parameter = unpack(q, packed_dim)[1].to(reference.compute_dtype(*q))
+def noise_gradient(dz: Tensor, mu: Tensor, parameter: Tensor, eps: Tensor, scale: str, bounds) -> Tensor:
+    """d/d eps. It is not fused, because only learned noise needs it."""
+    parameter = parameter.to(reference.compute_dtype(mu, parameter))
     logvar = reference.bound(reference.to_logvar(parameter, scale), bounds)
     return (dz * torch.exp(0.5 * logvar)).to(eps.dtype)
 
 
 def batch_noise(
-    info, q, packed_dim: int, dims, seed, eps, num_samples, stream: int = Stream.POSTERIOR
-) -> tuple[Tensor | None, Tensor | None]:
-    """(seed, eps) under vmap, for one op call whose first dimension is the vmapped one."""
-    seed_dim, eps_dim = dims
-    if eps is None:  # one seed, hence the same noise, for all examples, or one each
-        shape = unpack(q, packed_dim)[0].shape[1:]
+    size: int, shape: torch.Size, eps: Tensor | None, seed: Tensor | None, dims, num_samples: int | None, stream: int
+) -> tuple[Tensor, None]:
+    """(eps, seed) under vmap, for the op over a batch whose first dimension is the vmapped one; `shape` is that of one
+    example."""
+    eps_dim, seed_dim = dims
+    if eps is None:  # one seed for all examples, hence the same noise, or a seed for each
         seeds = [seed] if seed_dim is None else seed.unbind(seed_dim)
         drawn = [reference.normal_noise(each, shape, num_samples, stream=stream) for each in seeds]
         eps, eps_dim = (drawn[0], None) if seed_dim is None else (torch.stack(drawn), 0)
-    eps = arguments.batch_first(eps, eps_dim, info.batch_size)
-    return None, eps if num_samples is None else eps.movedim(0, 1)
+    eps = arguments.batch_first(eps, eps_dim, size)
+    return (eps if num_samples is None else eps.movedim(0, 1)), None
