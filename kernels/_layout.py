@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Enough programs to fill a large GPU several times. Fixed, so that the order of summation is the same on every GPU.
 PROGRAMS = 1024
-NO_STRIDES = (0, 0, 0, 0)  # of a tensor that is not there
+NO_STRIDES = (0, 0, 0, 0)  # of a missing tensor
 DENSE = torch.contiguous_format
 TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
 OLD_COMPILER = TRITON < (3, 7)  # uses more registers, so the few tiles that would spill are smaller
@@ -92,8 +92,8 @@ def _coalesce(sizes: list[int], strides: list[list[int]]) -> tuple[list[int], li
 
 
 def layout(tensors: list[Tensor | None], event_ndim: int, *, reorder: bool = True) -> Layout | None:
-    """Rows and columns of tensors of one shape, or None where an axis needs more than two dimensions. A tensor that is
-    None has no strides.
+    """Rows and columns of tensors of one shape, or None if an axis needs more than two dimensions. The strides of a
+    missing tensor are 0.
 
     `reorder` sorts the columns by memory order (such as channels_last), for ops that may sum in any order.
     """
@@ -107,7 +107,7 @@ def layout(tensors: list[Tensor | None], event_ndim: int, *, reorder: bool = Tru
     if 0 in shape:
         rows, columns = shape[: len(shape) - event_ndim].numel(), shape[len(shape) - event_ndim :].numel()
         return Layout((rows, rows, columns, columns), (NO_STRIDES,) * len(tensors))
-    if len(shape) == 2 and event_ndim == 1:  # the same as below, at an eighth of its time
+    if len(shape) == 2 and event_ndim == 1:  # the same as below, eight times faster
         (rows, columns), strides = shape, [tensor.stride() for tensor in tensors]
         strides = tuple((0, row * (rows > 1), 0, column * (columns > 1)) for row, column in strides)
         return Layout((rows, rows, columns, columns), strides)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastkl.native._build import library
 
 NO_MEMORY = "fastkl's native code could not allocate its partial sums"
-MOST_DIMS = 8  # as tiles.h has it: a small struct stays in the first cache
+MOST_DIMS = 8  # as in tiles.h: a small struct stays in the L1 cache
 _functions: dict[tuple[str, str, torch.dtype], Callable | None] = {}
 
 

@@ -11,8 +11,8 @@ FULL, ROW, SHARED = 0, 1, 2
 
 
 def _plan(name: str, density: int, event_ndim: int, tensors: tuple):
-    """For first, second and logvar, then value or dvalue, dfirst, dsecond and dlogvar; None for one that is not there,
-    or that the call allocates once it has a plan: the value lies in one piece."""
+    """The plan for first, second and logvar, then value or dvalue, dfirst, dsecond and dlogvar. None for a missing one,
+    or for the value, which the call allocates later, contiguously."""
     key = ("likelihood", name, density, event_ndim, *known(tensors))
     try:
         return plans[key]
@@ -31,7 +31,7 @@ def _plan(name: str, density: int, event_ndim: int, tensors: tuple):
 
 
 def _strides(tensor, like, event_ndim: int) -> tuple[int, ...]:
-    """In like's dimensions, of a tensor of its shape, or with one value for each row or for each column."""
+    """Strides in like's dimensions of a tensor of its shape, or with one value per row or per column."""
     if tensor is None:
         return (0,) * like.dim()
     missing, own = like.dim() - tensor.dim(), tensor.stride()
@@ -53,7 +53,7 @@ def _forward(density: int, first, second, logvar, event_ndim: int):
 
 
 def _backward(density: int, inputs: tuple, dlog_prob, outputs: tuple, event_ndim: int):
-    """None, with the outputs written; or NotImplemented."""
+    """Write the outputs and return None, or return NotImplemented."""
     tensors = (*inputs, dlog_prob, *outputs)
     plan = _plan("backward", density, event_ndim, tensors)
     if plan is None:

@@ -17,7 +17,7 @@ KL, WASSERSTEIN2 = 0, 1
 POSTERIOR = 1  # reference.Stream.POSTERIOR
 SCALES = {"logvar": 0, "log_std": 1, "std": 2, "softplus": 3}
 INFINITY = float("inf")
-# What each tensor of a C function has as its dimensions; the value that forward allocates lies in one piece.
+# The dimensions of each tensor of a C function. The value that forward allocates is contiguous.
 KINDS = {
     "forward": ("full", "full", "event", "event", "samples", "samples", "none"),
     "backward": ("full", "full", "event", "event", "samples", "value", "samples", "full", "full", "event", "event"),
@@ -37,18 +37,18 @@ class _Settings(NamedTuple):
 
 
 def make(name: str, settings: tuple, tensors: tuple) -> Plan | None:
-    """The plan of a C function of these tensors, None where one is not there."""
+    """The plan of a C function for these tensors; a missing one is None."""
     settings, mu, kinds = _Settings(*settings), tensors[0], KINDS[name]
     ndim, event_ndim = mu.dim(), settings.event_ndim
     strides, steps, samples, shared = [], [], 0, False
     for tensor, kind in zip(tensors, kinds, strict=True):
         own = (0,) * ndim if tensor is None or kind == "none" else tensor.stride()
         if kind == "samples":
-            samples = 0 if tensor is None else settings.num_samples or 1  # in the end those of z, or of its gradient
+            samples = 0 if tensor is None else settings.num_samples or 1  # finally the number in z or in its gradient
             several = tensor is not None and settings.num_samples is not None
             step, own = (own[0], own[1:]) if several else (0, own)
             steps.append(step)
-        elif kind == "event" or (kind == "value" and settings.per_column):  # the batch may share it
+        elif kind == "event" or (kind == "value" and settings.per_column):  # may be shared by the batch
             shared |= kind == "event" and len(own) < ndim
             own = (*[0] * (ndim - len(own)), *own)
         elif kind == "value":
@@ -62,11 +62,11 @@ def make(name: str, settings: tuple, tensors: tuple) -> Plan | None:
     return prepare("normal", name, numbers, mu.shape, event_ndim, tensors, strides, 1, **more)
 
 
-# A small latent is bound by the host: these two go over their tensors once, and call C themselves.
+# For small latents the time goes into Python, so these two pass over their tensors once and call C directly.
 
 
 def _value(distance: int, per_column: bool, mu, parameter, prior_mu, prior_logvar, *settings):
-    """The value of each row or column, or NotImplemented."""
+    """One value per row or column, or NotImplemented."""
     key, addresses = [distance, per_column, settings], []
     for tensor in (mu, parameter, prior_mu, prior_logvar):
         key += (None,) if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
@@ -89,8 +89,8 @@ def _value(distance: int, per_column: bool, mu, parameter, prior_mu, prior_logva
 
 
 def _gradients(settings: tuple, seed, inputs: tuple, incoming: tuple, outputs: tuple):
-    """None, with the outputs written; or NotImplemented. inputs: mu, parameter, prior_mu, prior_logvar and eps;
-    incoming: the gradients of the value and of z."""
+    """Write the outputs and return None, or return NotImplemented. `inputs` are mu, parameter, prior_mu, prior_logvar
+    and eps; `incoming` are the gradients of the value and of z."""
     mu = inputs[0]
     if seed is not None and mu.dtype is torch.float64:
         return NotImplemented
@@ -117,7 +117,7 @@ def _gradients(settings: tuple, seed, inputs: tuple, incoming: tuple, outputs: t
 
 
 def _samples(settings: tuple, mu, parameter, prior_mu, prior_logvar, eps, seed, *, with_value: bool):
-    """(z, value), the latter None if it is not asked for; or NotImplemented."""
+    """(z, value), the value None if not wanted; or NotImplemented."""
     if seed is not None and mu.dtype is torch.float64:
         return NotImplemented
     inputs, num_samples = (mu, parameter, prior_mu, prior_logvar, eps), settings[7]
@@ -179,7 +179,7 @@ def rsample_kl_bwd(
 
 
 def rsample_normal_fwd(mu, parameter, eps, seed, event_ndim, *settings):
-    settings = (KL, False, mu.dim(), *settings)  # one row, for there is nothing to sum
+    settings = (KL, False, mu.dim(), *settings)  # one row, because nothing is summed
     found = _samples(settings, mu, parameter, None, None, eps, seed, with_value=False)
     return found if found is NotImplemented else found[0]
 

@@ -69,8 +69,8 @@ def as_parameters(mu: Tensor | float, parameter: Tensor | float, *others: Any) -
 def event_ndim_of_common_call(
     event_ndim: int | None, tensors: tuple[Tensor, ...], scale: str = "logvar", *absent: Any
 ) -> int:
-    """event_ndim of the ordinary call: tensors that are alike in everything, and nothing else given. Then no check can
-    fail. 0 for any other call.
+    """event_ndim, above 0, if the tensors have one shape, dtype and device, and nothing else is given: no check can
+    fail.
 
     Else 0. For small latents the full checks take as long as the eager formula's forward pass.
     """
@@ -302,7 +302,7 @@ def as_events(event_ndim: int, *tensors: Tensor | None) -> tuple[Any, ...]:
     return (1, *(None if tensor is None else tensor.unsqueeze(-1) for tensor in tensors))
 
 
-# Elements of a block of rows whose temporaries fit a processor's cache.
+# Elements in a block of rows: its temporaries fit the CPU cache.
 BLOCK = 32768
 EVERYTHING = slice(None)
 

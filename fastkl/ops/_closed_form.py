@@ -1,6 +1,6 @@
-"""Sampling, KL and their gradients in torch ops: for tensors without kernels, and gradients differentiated again.
+"""Sampling, KL and their gradients in torch ops: for tensors without a kernel, and for second derivatives.
 
-One formula for the five ops that share it; tests hold it against autograd of the definition.
+Five ops share these formulas; tests compare them with autograd of the definition.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from fastkl.ops import _arguments as arguments
 
 
 def bounds_of(settings) -> reference.SoftBounds | tuple[float, float] | None:
-    """The user's `bounds` again, from an op's settings (fastkl.ops._normal)."""
+    """The user's `bounds`, rebuilt from an op's settings (fastkl.ops._normal)."""
     return arguments.as_bounds(settings.low, settings.high, settings.live)
 
 
 def by_rows(definition: Callable[..., Tensor], inputs: Sequence[Tensor | None], settings) -> Tensor:
-    """One value for each row of a definition with these settings, block of rows by block of rows."""
+    """One value per row of a definition with these settings, computed in blocks of rows."""
     mu, *_ = inputs
     named = {"event_ndim": settings.event_ndim, "scale": settings.scale, "bounds": bounds_of(settings)}
     return arguments.by_rows(lambda *rows: definition(*rows, **named), mu, settings.event_ndim, list(inputs))
@@ -42,7 +42,7 @@ def empty_samples(mu: Tensor, parameter: Tensor, num_samples: int | None) -> Ten
 
 
 def sample(mu: Tensor, parameter: Tensor, eps: Tensor, settings) -> Tensor:
-    """mu + sigma eps, block of rows by block of rows."""
+    """mu + sigma eps, computed in blocks of rows."""
     z = empty_samples(mu, parameter, settings.num_samples)
     named = {"num_samples": settings.num_samples, "scale": settings.scale, "bounds": bounds_of(settings)}
     for rows in arguments.row_blocks(mu):
@@ -57,8 +57,8 @@ def normal_gradients(
 ) -> list[Tensor]:  # fmt: skip
     """One gradient for each of the inputs mu, parameter, prior_mu and prior_logvar that is not None, in its dtype.
 
-    dvalue broadcasts with mu: the gradient of every element's KL, or of the value whose gradient is `terms_gradient`.
-    dz is the gradient of mu + sigma eps, [L, *shape] as eps, or [*shape]. At least one of the two is given.
+    dvalue broadcasts with mu: the incoming gradient of every element's KL, or of another divergence whose gradient is
+    `terms_gradient`. dz is the incoming gradient of mu + sigma eps, of eps's shape. At least one of them is given.
     """
     inputs = [tensor for tensor in inputs if tensor is not None]
     found = _element_gradients(inputs, scale, bounds, dvalue, dz, eps, terms_gradient)
@@ -67,10 +67,10 @@ def normal_gradients(
 
 
 def _element_gradients(inputs, scale, bounds, dvalue, dz, eps, terms_gradient) -> list[Tensor]:
-    """In mu, the parameter and the prior's two tensors, each of mu's shape."""
+    """Gradients in mu, the parameter and the prior's two tensors, each of mu's shape."""
     dtype = reference.compute_dtype(*inputs)
     mu, parameter, *prior = (tensor.to(dtype) for tensor in inputs)
-    if terms_gradient is reference.wasserstein2_terms_gradient:  # finite for a point, too
+    if terms_gradient is reference.wasserstein2_terms_gradient:  # also finite for a point
         parameter = reference.above_zero(parameter, scale)
     raw = reference.to_logvar(parameter, scale)
     logvar = reference.bound(raw, bounds)
@@ -96,10 +96,10 @@ def write_normal_gradients(
     dz: Tensor | None = None, eps: Tensor | None = None,
     terms_gradient: Callable[..., tuple[Tensor, ...]] = reference.kl_terms_gradient,
 ) -> None:  # fmt: skip
-    """normal_gradients written into `outputs` by an op's backward pass, where nothing is differentiated again.
+    """Like normal_gradients, but not differentiable: writes each block of rows straight into `outputs`.
 
-    It works block of rows by block of rows: a block's temporaries stay in the processor's cache, and no other memory of
-    the tensors' size is touched. An output that is None is not wanted.
+    A block's temporaries stay in the CPU cache, and nothing else of the tensors' size is allocated. An unwanted output
+    is None.
     """
     inputs = [tensor for tensor in inputs if tensor is not None]
     outputs = [tensor for tensor in outputs if tensor is not None]

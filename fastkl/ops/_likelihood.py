@@ -1,4 +1,4 @@
-"""What the two likelihoods share: one autograd.Function of tensors with a value for each sample."""
+"""Shared by the two likelihoods: one autograd.Function of tensors, with one value per sample."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from fastkl.ops._register import apply, differentiable, needs_closed_form
 
 
 def write(outputs: tuple[Tensor | None, ...], gradients: list[Tensor | None]) -> None:
-    """The gradients that are wanted, into the outputs of a backward op."""
+    """Write the wanted gradients into the outputs of a backward op."""
     for output, gradient in zip(outputs, gradients, strict=True):
         if output is not None:
             output.copy_(gradient)
 
 
 class Likelihood:
-    """A forward and a backward op of two tensors of the full shape and, perhaps, a log-variance that may be smaller.
+    """A forward and a backward op of two tensors of the full shape and, optionally, a log-variance that may be smaller.
 
-    gradients(dlog_prob, *tensors, event_ndim, wanted) is the closed form in differentiable torch ops, None for what is
-    not wanted. fit(logvar, shape, event_ndim) gives the log-variance one of the shapes that the ops take.
+    gradients(dlog_prob, *tensors, event_ndim, wanted) is the closed form in differentiable torch ops, with None for
+    unwanted gradients. fit(logvar, shape, event_ndim) brings the log-variance to a shape that the ops accept.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What the five ops of a diagonal normal share: schemas, settings, and one autograd.Function."""
+"""Shared by the five ops of a diagonal normal: schemas, settings, and one autograd.Function."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from fastkl.ops._closed_form import bounds_of, normal_gradients, samples_dtype
 from fastkl.ops._register import apply, differentiable, needs_closed_form
 from fastkl.reference import Stream
 
-# The parts of the ops' schemas. mu and the parameter are of one shape. The prior is None, of that shape, or of the
-# event's shape if the batch shares it. Exactly one of eps ([L, *shape], or [*shape] without num_samples) and seed
-# (int64, no dimensions) is given. A backward op writes into outputs that it is given; those of the prior are both None
-# if they are not wanted.
+# Parts of the ops' schemas. mu and the parameter have one shape. The prior is None, of that shape, or of the event's
+# shape if the batch shares it. Exactly one of eps ([L, *shape], or [*shape] without num_samples) and seed (int64, no
+# dimensions) is given. A backward op writes into the given outputs; the prior's two are None if not wanted.
 Q, PRIOR, NOISE = "Tensor mu, Tensor parameter", "Tensor? prior_mu, Tensor? prior_logvar", "Tensor? eps, Tensor? seed"
 DQ, DPRIOR = "Tensor(a!) dmu, Tensor(b!) dparameter", "Tensor(c!)? dprior_mu, Tensor(d!)? dprior_logvar"
 SETTINGS = "int event_ndim, str scale, float low, float high, bool live"
@@ -26,7 +25,7 @@ DRAWING_SETTINGS = f"{SETTINGS}, SymInt? num_samples, int stream"
 
 
 class Settings(NamedTuple):
-    """The last arguments of an op that draws nothing."""
+    """The last arguments of an op that does not draw samples."""
 
     event_ndim: int
     scale: str
@@ -48,14 +47,14 @@ class Drawing(NamedTuple):
 
 
 def of_rows(dvalue: Tensor, mu: Tensor, event_ndim: int) -> Tensor:
-    """The gradient of one value for each row, which broadcasts with mu."""
+    """The gradient of one value per row, shaped to broadcast with mu."""
     return dvalue.reshape(*dvalue.shape, *[1] * event_ndim)
 
 
 def fake_value(
     mu: Tensor, parameter: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, *settings
 ) -> Tensor:
-    """One value for each row, without values."""
+    """The fake of one value per row."""
     dtype = reference.compute_dtype(mu, parameter, prior_mu, prior_logvar)
     return mu.new_empty(mu.shape[: mu.dim() - settings[0]], dtype=dtype)
 
@@ -83,19 +82,19 @@ class NormalOp:
         return self, -1, settings, mu, parameter, *prior, *noise
 
     def gradients(self, dz, dvalue, mu, parameter, prior_mu, prior_logvar, eps, seed, settings) -> list[Tensor]:
-        """In differentiable torch ops, of mu, the parameter and, if dvalue is given, the prior's tensors."""
+        """Gradients in mu, the parameter and, if dvalue is given, the prior's tensors, by differentiable torch ops."""
         inputs, incoming = [mu, parameter], {"dz": dz, "terms_gradient": self.terms_gradient}
         if dz is not None:
             incoming["eps"] = sampling.noise(mu.shape, eps, seed, settings.num_samples, settings.stream)
-        if dvalue is not None:  # else not a KL gradient of zero, which would turn an infinite KL into NaN
+        if dvalue is not None:  # skip the KL instead of using a zero gradient: an infinite KL would give NaN
             incoming["dvalue"] = self.spread(dvalue, mu, settings.event_ndim)
             inputs += (prior_mu, prior_logvar)
         return normal_gradients(inputs, settings.scale, bounds_of(settings), **incoming)
 
 
 class NormalFunction(torch.autograd.Function):
-    """mu and the parameter are given, or in mu's place a head that packs both along packed_dim. Its gradient is packed,
-    too: the backward op writes into the two halves of one tensor."""
+    """Takes mu and the parameter, or instead of mu a head that packs both along packed_dim. The head's gradient is
+    packed too: the backward op writes into the two halves of one tensor."""
 
     @staticmethod
     def forward(op, packed_dim, settings, mu, parameter, prior_mu, prior_logvar, eps, seed):
@@ -151,7 +150,7 @@ class NormalFunction(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, op, packed_dim, settings, mu, parameter, prior_mu, prior_logvar, eps, seed):
         size, dims = info.batch_size, in_dims[3:]
-        if op.spread is not of_rows:  # nothing is averaged over the new dimension, the first of the event
+        if op.spread is not of_rows:  # do not average over the new dimension, the event's first
             tensors = [
                 None
                 if tensor is None

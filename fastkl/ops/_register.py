@@ -41,8 +41,8 @@ def register(
     """Define `fastkl::<schema>` and return the callable op.
 
     `kernel` names the Triton launcher as "module.function" inside fastkl.kernels, `native` the native loop inside
-    fastkl.native; each takes the op's arguments, and returns NotImplemented for what is the closed form's. An op that
-    only writes into outputs it is given needs no fake.
+    fastkl.native; each takes the op's arguments, and returns NotImplemented to fall back on the closed form. An op
+    that only writes into given outputs needs no fake.
     """
     name = schema[: schema.index("(")]
     qualified = f"{NAMESPACE}::{name}"
@@ -68,7 +68,7 @@ def register(
             return dispatched(*args)
         device = _torch.plain_device(args)
         if device == "cpu":
-            result = CPU[name](*args)  # as `run`, which would be a step more
+            result = CPU[name](*args)  # inlines `run`, to save a call
             return closed_form(*args) if result is NotImplemented else result
         return run(TRITON, args) if device == "cuda" else dispatched(*args)
 
@@ -76,7 +76,7 @@ def register(
 
 
 def _nothing(*args: Any) -> None:
-    """The fake of an op that returns nothing: shapes are those of the outputs it is given."""
+    """The fake of an op that returns nothing and writes into given outputs."""
 
 
 def differentiable(name: str, function: type[torch.autograd.Function], inputs_of: Callable[..., tuple]) -> None:
@@ -94,7 +94,7 @@ def differentiable(name: str, function: type[torch.autograd.Function], inputs_of
     def backward(ctx: Any, *gradients: Any) -> tuple:
         if isinstance(gradients[0], (list, tuple)):  # the op returns a list
             gradients = tuple(gradients[0])
-        # Settings, and whatever else is no argument of the op, have no place.
+        # Inputs of the Function that are not arguments of the op, such as settings, have no place.
         places = [place if type(place) is tuple else None for place in inputs_of(*ctx.places)]
         wanted = [place is not None and bool(_at(ctx.needs_input_grad, place)) for place in places]
         own = Context(**vars(ctx), saved_tensors=ctx.saved_tensors, needs_input_grad=tuple(wanted))
@@ -119,7 +119,7 @@ def same(*args: Any) -> tuple:
 
 
 def _lazily(name: str, path: str) -> Callable[..., Any]:
-    """fastkl.<path>, imported by the first call, which puts it in its own place."""
+    """A stand-in for fastkl.<path>: its first call imports the function and replaces the stand-in by it."""
     module, function = path.rsplit(".", 1)
 
     def first(*args: Any) -> Any:
@@ -155,7 +155,7 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def needs_closed_form(*cotangents: Tensor | None) -> bool:
-    """Whether a backward pass must be plain differentiable torch ops instead of the fused op.
+    """Whether a backward pass must use plain differentiable torch ops instead of the fused op.
 
     That is the case if the gradient is differentiated again (create_graph, torch.func, forward over reverse mode) or
     batched (is_grads_batched). once_differentiable would not catch every silently wrong second derivative.
@@ -171,13 +171,13 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(*args), faster. In eager mode without torch.func it bypasses Function.apply, which binds the
     signature of a Function with setup_context at every call: a third of a small loss's host time.
 
-    forward names each of its arguments: torch.compile without gradients takes *settings for one."""
+    forward must name each of its arguments: torch.compile without gradients treats *settings as one argument."""
     if torch.compiler.is_compiling():
-        if _torch.forward_mode():  # without fullgraph the frame is then run as it is written
+        if _torch.forward_mode():  # without fullgraph, the frame then runs eagerly
             raise NotImplementedError("fastkl has no forward-mode derivatives inside torch.compile")
-        # torch.export drops Functions. With strict=True it keeps what they run for a program without gradients.
+        # torch.export drops Functions; with strict=True it would trace their no-gradient path.
         return function.forward(*args) if torch.compiler.is_exporting() else function.apply(*args)
-    if _torch.forward_level() >= 0:  # with gradients off, too
+    if _torch.forward_level() >= 0:  # even with gradients disabled
         return with_tangents(function)(*args)
     if _torch.transforms_active():
         return function.apply(*args)

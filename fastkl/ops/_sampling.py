@@ -62,14 +62,14 @@ def running_sum(values: Tensor) -> Tensor:
 def noise(
     shape: torch.Size, eps: Tensor | None, seed: Tensor | None, num_samples: int | None, stream: int = Stream.POSTERIOR
 ) -> Tensor:
-    """The noise in torch ops, for any device and for gradients that are differentiated again."""
+    """The noise in torch ops, for any device and for second derivatives."""
     return reference.normal_noise(seed, shape, num_samples, stream=stream) if eps is None else eps
 
 
 def draw(
     shape: torch.Size, eps: Tensor | None, seed: Tensor | None, num_samples: int | None, stream: int = Stream.POSTERIOR
 ) -> Tensor:
-    """The noise inside an op: on a CPU the same as reference.normal_noise, some ten times faster."""
+    """The noise inside an op; on a CPU the same as reference.normal_noise, about ten times faster."""
     if eps is not None or seed.device.type != "cpu":
         return noise(shape, eps, seed, num_samples, stream)
     samples = range(1 if num_samples is None else num_samples)
@@ -147,7 +147,7 @@ HIGH = 1 if sys.byteorder == "little" else 0
 
 
 def noise_gradient(dz: Tensor, mu: Tensor, parameter: Tensor, eps: Tensor, scale: str, bounds) -> Tensor:
-    """d/d eps. It is not fused, because only learned noise needs it."""
+    """The gradient in eps. Needed only when the noise itself is learned, so not fused."""
     parameter = parameter.to(reference.compute_dtype(mu, parameter))
     logvar = reference.bound(reference.to_logvar(parameter, scale), bounds)
     return (dz * torch.exp(0.5 * logvar)).to(eps.dtype)
@@ -156,10 +156,9 @@ def noise_gradient(dz: Tensor, mu: Tensor, parameter: Tensor, eps: Tensor, scale
 def batch_noise(
     size: int, shape: torch.Size, eps: Tensor | None, seed: Tensor | None, dims, num_samples: int | None, stream: int
 ) -> tuple[Tensor, None]:
-    """(eps, seed) under vmap, for the op over a batch whose first dimension is the vmapped one; `shape` is that of one
-    example."""
+    """(eps, seed) under vmap, for one op call whose first dimension is the vmapped one. `shape` is one example's."""
     eps_dim, seed_dim = dims
-    if eps is None:  # one seed for all examples, hence the same noise, or a seed for each
+    if eps is None:  # one seed, hence the same noise, for all examples, or one each
         seeds = [seed] if seed_dim is None else seed.unbind(seed_dim)
         drawn = [reference.normal_noise(each, shape, num_samples, stream=stream) for each in seeds]
         eps, eps_dim = (drawn[0], None) if seed_dim is None else (torch.stack(drawn), 0)

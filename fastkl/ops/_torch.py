@@ -35,13 +35,13 @@ def _always(*args: Any) -> bool:
     return True
 
 
-# Whether something listens to a call: a mode, one of torch.func's transforms, a profiler, a tracer.
+# Whether something intercepts a call: a dispatch mode, a transform of torch.func, a profiler, a tracer.
 _modes_active = _private("_C._len_torch_dispatch_stack") or _always
 transforms_active: Callable[[], bool] = _private("_C._are_functorch_transforms_active") or _always
 _profiling = _private("autograd._profiler_enabled") or _always
 _tracing = _private("_C._get_tracing_state") or _always
 
-# The number of the innermost level of tangents, -1 outside of all; 0 where it is not known.
+# The innermost level of tangents: -1 if there is none, 0 if torch does not tell.
 _forward_ad = torch.autograd.forward_ad
 _has_level = _private("autograd.forward_ad._current_level") is not None
 forward_level: Callable[[], int] = functools.partial(getattr, _forward_ad, "_current_level", 0)
@@ -117,8 +117,8 @@ _NUMBERS = frozenset((int, float, bool, str, NoneType))
 
 
 def plain_device(args: tuple) -> str | None:
-    """The device's type where an op may be called past torch's dispatcher: nothing listens there, no argument is of a
-    subclass of Tensor, and each has all of its state in its memory. A third of the host time of a small loss."""
+    """The device type if an op can be called without torch's dispatcher, else None. That needs an idle dispatcher, no
+    subclass of Tensor, and values in plain memory. Saves a third of a small loss's host time."""
     if _modes_active() or transforms_active() or _profiling() or _tracing() or _keys is None:
         return None
     if list in map(type, args):
@@ -140,7 +140,7 @@ _is_legacy_batched = _private("_C._functorch.is_legacy_batchedtensor") or _alway
 
 
 def may_be_batched(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether one of them may stand for a batch of tensors, by torch.func.vmap or by is_grads_batched."""
+    """Whether one of them may be batched, by torch.func.vmap or by is_grads_batched."""
     for tensor in tensors:  # noqa: SIM110 (a generator would cost more than the questions)
         if tensor is not None and (_is_batched(tensor) or _is_legacy_batched(tensor)):
             return True

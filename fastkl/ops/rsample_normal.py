@@ -103,7 +103,7 @@ def rsample_normal(
 def draw_normal(
     stream: int, shape: tuple[int, ...], mu: Tensor, logvar: Tensor, seed: Tensor, scale: str = "logvar"
 ) -> Tensor:
-    """rsample_normal of a Gaussian that is no posterior, for the ops that draw from one: `stream` says which."""
+    """rsample_normal with the noise of `stream`, for other ops that draw Gaussian noise."""
     settings = Drawing(_NO_EVENT, scale, *arguments.NO_BOUNDS, None, stream)
     q = arguments.expand(mu, shape), arguments.expand(logvar, shape)
     z = apply(NormalFunction, RSAMPLE_NORMAL, -1, settings, *q, None, None, None, seed)
