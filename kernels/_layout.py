@@ -1,6 +1,6 @@
-"""How the kernels see strided tensors: rows by columns, each at most two dimensions deep, nothing copied.
+"""The kernels' view of strided tensors: rows by columns, each made of at most two dimensions, without copies.
 
-Runs on the host, before a launch; plain Python on shapes and strides.
+Plain Python on shapes and strides, run on the host before a launch.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 import triton
 from torch import Tensor
 
-# Programs that fill a large GPU several times over; fixed, so that the order of summation does not depend on the chip.
+# Enough programs to fill a large GPU several times. Fixed, so that the order of summation is the same on every GPU.
 PROGRAMS = 1024
 NO_STRIDES = (0, 0, 0, 0)  # of a tensor that is not there
 DENSE = torch.contiguous_format
 TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
-OLD_COMPILER = TRITON < (3, 7)  # it spends more registers: the few tiles that would spill are smaller
-SPILLS_A_FEW = (3, 6) <= TRITON <= (3, 8)  # 8 to 32 bytes in some dozen launches, unless more registers are given
+OLD_COMPILER = TRITON < (3, 7)  # uses more registers, so the few tiles that would spill are smaller
+SPILLS_A_FEW = (3, 6) <= TRITON <= (3, 8)  # 8 to 32 bytes in about a dozen launches, unless given more registers
 DOT_TAKES_FLOAT64 = TRITON >= (3, 5)
 
 
 class View(NamedTuple):
-    """What a launch depends on of a tensor, beside its address."""
+    """The properties of a tensor that a launch depends on, except its address."""
 
     shape: torch.Size
     strides: tuple[int, ...]
@@ -46,7 +46,7 @@ class View(NamedTuple):
         return View(shape, (*[0] * (len(shape) - len(own)), *own), self.dtype)
 
     def of_rows(self, shape: torch.Size) -> View:
-        """The view of one value for each row, expanded to the whole shape."""
+        """The view of one value per row, expanded to the whole shape."""
         return View(shape, (*self.strides, *[0] * (len(shape) - len(self.shape))), self.dtype)
 
 
@@ -68,13 +68,13 @@ class Layout(NamedTuple):
 
     @property
     def nested(self) -> int:
-        """Which axes are two dimensions deep: 1 the rows, 2 the columns, 3 both."""
+        """Which axes consist of two dimensions: 1 the rows, 2 the columns, 3 both."""
         rows, row_inner, columns, column_inner = self.shape
         return (row_inner < rows) + 2 * (column_inner < columns)
 
 
 def _coalesce(sizes: list[int], strides: list[list[int]]) -> tuple[list[int], list[list[int]]]:
-    """Merge neighbouring dimensions wherever every tensor steps through both as through one."""
+    """Merge neighbouring dimensions that every tensor can traverse with one stride."""
     out_sizes: list[int] = []
     out_strides: list[list[int]] = [[] for _ in strides]
     for dim, size in enumerate(sizes):
@@ -95,7 +95,7 @@ def layout(tensors: list[Tensor | None], event_ndim: int, *, reorder: bool = Tru
     """Rows and columns of tensors of one shape, or None where an axis needs more than two dimensions. A tensor that is
     None has no strides.
 
-    `reorder` lets the columns follow memory (channels_last, say), for ops that do not care in which order they sum.
+    `reorder` sorts the columns by memory order (such as channels_last), for ops that may sum in any order.
     """
     given = present(tensors)
     if len(given) < len(tensors):
@@ -132,7 +132,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def strides_of(tensor: Tensor | None) -> tuple[int, ...]:
-    """The strides of a matrix that may be missing."""
+    """The strides of a matrix, or zeros if it is missing."""
     return (0, 0) if tensor is None else tensor.stride()
 
 
@@ -188,12 +188,12 @@ def is_bounded(low: float, high: float) -> bool:
 
 
 def registers(most: int) -> dict[str, int]:
-    """A launch option: how many registers a thread may have. By itself ptxas sometimes keeps to fewer, so that more
-    programs run at once, and spills two. AMD's compiler has no such option."""
+    """A launch option: the maximum number of registers per thread. Without it ptxas sometimes uses fewer, to run more
+    programs at once, and spills two registers. AMD's compiler has no such option."""
     return {} if torch.version.hip else {"maxnreg": most}
 
 
 def share(total: int, block: int, programs: int) -> tuple[int, int]:
-    """(length, count): `total` cut into at most `programs` equal lengths, each a multiple of `block`."""
+    """(length, count): `total` split into at most `programs` equal lengths, each a multiple of `block`."""
     length = max(1, cdiv(cdiv(total, max(1, programs)), block)) * block
     return length, max(1, cdiv(total, length))

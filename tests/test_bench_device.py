@@ -15,7 +15,7 @@ from bench.timing import Contender
 
 
 class Cuda:
-    """Notes what reaches the device, in order; its clock moves by what each piece of work takes."""
+    """Records what reaches the device, in order; its clock advances by the duration of each piece of work."""
 
     def __init__(self):
         self.log, self.now, self.capturing, self.reads, self.mode = [], 0.0, None, False, "default"
@@ -132,7 +132,7 @@ def test_what_waits_runs_behind_a_backlog_and_is_not_captured(cuda):
     assert cuda.log[:4] == ["flush 12", "event", "a forward", "event"]
 
 
-def test_long_steps_have_fewer_rounds_and_what_has_no_memory_is_left_out(cuda, monkeypatch):
+def test_long_steps_run_fewer_rounds_and_skip_out_of_memory(cuda, monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(device.time, "perf_counter", lambda: next(clock))
 
@@ -191,7 +191,7 @@ def half(number):
 
 
 class Unsendable(Exception):
-    """Cannot be made from its message alone, as the process that is sent one would."""
+    """An exception that cannot be rebuilt from its message alone, as unpickling does."""
 
     def __init__(self, what, more):
         super().__init__(what)
@@ -205,7 +205,7 @@ def test_work_ahead_is_done_in_other_processes_and_ends_in_time(capsys):
     assert capsys.readouterr().out.startswith("1 of 4 cases compiled ahead")
     work = workers.ahead(half, [-1, 3], jobs=2, seconds=600)
     assert next(work) == (3, "")
-    work.close()  # nobody waits for the one that sleeps, and it is not left behind
+    work.close()  # must not wait for the sleeping process, nor leave it running
     assert not multiprocessing.active_children()
     assert list(workers.ahead(half, [-1], jobs=1, seconds=1)) == []
     assert not multiprocessing.active_children()
@@ -213,8 +213,8 @@ def test_work_ahead_is_done_in_other_processes_and_ends_in_time(capsys):
 
 
 @pytest.mark.parametrize(("on", "rows"), [("cpu", 0), ("cuda", 4)])
-def test_host_time_of_a_step_is_without_data_only_where_the_host_would_wait(monkeypatch, on, rows):
-    """Without data a GPU has nothing to launch, which is what the host spends its time on."""
+def test_host_time_uses_empty_data_only_if_the_host_would_wait(monkeypatch, on, rows):
+    """With empty data nothing is launched on a GPU, and launching is most of the host's time."""
     seen = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("synchronized"))
 

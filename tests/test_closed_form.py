@@ -1,4 +1,4 @@
-"""The CPU's block-by-block closed forms give what the whole tensors give, and touch little memory beside them."""
+"""On a CPU, closed forms by blocks give the same results as on whole tensors, and allocate little memory."""
 
 import pytest
 import torch

@@ -28,7 +28,7 @@ def run(*arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def compiled(request):
-    """All that is asked for, from one run: its processes import torch once and stay busy to the end."""
+    """All requested kernels, compiled in one run, so that its processes import torch only once."""
     items = [item for item in request.session.items if item.path == Path(__file__) and "module" in item.fixturenames]
     chosen = {item.callspec.params["module"] for item in items}
     return [json.loads(line) for line in run(str(HERE / "aot.py"), *sorted(chosen), "--first", "2").splitlines()]

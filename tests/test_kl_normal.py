@@ -56,7 +56,7 @@ def check(tensors, event_ndim, units=8.0, **settings):
     eager = run(reference.kl_normal, tensors, weights, **settings)
     actual = run(fastkl.kl_normal, tensors, weights, **settings)
     for got, naive, truth in zip(actual, eager, exact):
-        # Terms of a sum cancel: its rounding is relative to its largest value, not to what is left.
+        # Terms of a sum cancel: rounding is relative to the largest term, not to the result.
         scale = truth.abs().max() if truth.numel() else None
         assert_as_good_as_eager(got, naive, truth, units=units, scale=scale)
         assert got.is_contiguous()

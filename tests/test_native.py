@@ -1,4 +1,4 @@
-"""The native CPU path: what it must not depend on, and what it has in common with the definition."""
+"""The native CPU path: it agrees with the definition, and does not depend on threads or layout."""
 
 import os
 import re
@@ -54,7 +54,7 @@ def test_results_do_not_depend_on_the_number_of_threads(shape):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_is_not_finite_stays_visible(dtype):
-    """As the definition has it, element by element; and underflow is no slower path nor a NaN."""
+    """As in the definition, element by element; underflow is neither slow nor NaN."""
     special = [float("nan"), float("inf"), float("-inf"), 200.0, 800.0, -90.0, -104.0, -200.0, -1e4, 1e-30, 0.0]
     logvar = torch.tensor(special, dtype=dtype)[:, None].requires_grad_()
     mu = torch.full_like(logvar, 0.5).requires_grad_()
@@ -70,7 +70,7 @@ def test_what_is_not_finite_stays_visible(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_small_sigma_keeps_its_digits(dtype):
-    """In a sample and its gradient, next to a mean of 0: sigma is not 1 + (sigma - 1)."""
+    """In a sample and its gradient with mean 0: sigma must not be computed as 1 + (sigma - 1)."""
     logvar = torch.linspace(-160, 160, 641, dtype=dtype)[:, None].requires_grad_()
     mu, ones = torch.zeros_like(logvar), torch.ones_like(logvar)
     z, kl = fastkl.rsample_kl(mu, logvar, eps=ones)
@@ -148,7 +148,7 @@ def test_a_small_call_takes_few_steps(op):
 
 @pytest.mark.parametrize("columns", [300, 1000, 5000, 50_000])
 def test_equal_terms_add_up(columns):
-    """Added up one by one, each sum is rounded in the same direction."""
+    """In a sequential sum, every step would round in the same direction."""
     mu, logvar = torch.full((2, columns), -5.3), torch.full((2, columns), -6.2333)
     for function in (lambda m, v: fastkl.normal_log_prob(m, m, v), fastkl.kl_normal, fastkl.wasserstein2_normal):
         exact = function(mu.double(), logvar.double())
@@ -168,7 +168,7 @@ def test_a_plan_is_made_once_for_a_shape_and_kept_within_bounds(monkeypatch):
 
 
 def test_sources_have_no_warnings():
-    """With every warning that the compiler has by its two usual switches."""
+    """With -Wall and -Wextra."""
     for source in sorted(_build.SOURCES.glob("*.c")):
         for options in ((), ("-DFLOAT64",)):
             flags = [flag for flag in _build.FLAGS if flag not in ("-w", "-O3")]

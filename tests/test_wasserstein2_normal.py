@@ -165,9 +165,9 @@ def test_diagonal_and_full_covariances_agree():
         torch.testing.assert_close(fastkl.wasserstein2_multivariate_normal(mu, q, prior_mu, p), expected)
 
 
-def test_equal_covariances_and_repeated_eigenvalues_have_a_finite_gradient():
-    """Where autograd of an eigendecomposition divides by 0: the gradient is 0 at the minimum, and so is the distance,
-    in float32 too. Also twice, where the second derivative is finite."""
+def test_repeated_eigenvalues_have_finite_gradients():
+    """Autograd of an eigendecomposition divides by 0 here. At the minimum gradient and distance must be 0, in float32
+    too; the second derivative must be finite if it exists."""
     loc, matrix = torch.zeros(1, 3, device=DEVICE), gaussian("full", 1, dtype=torch.float32)[1].detach().tril()
     for scale in (torch.eye(3, device=DEVICE)[None], matrix):
         scale = leaf(scale)

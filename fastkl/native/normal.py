@@ -1,7 +1,7 @@
 """Arguments of normal.c: kl_normal, kl_normal_per_dim, wasserstein2_normal, rsample_normal and rsample_kl.
 
-Samples in float64 are drawn by the closed form, whose noise is the definition's to the last bit: the loop's is that to
-float32's rounding, which whoever computes in float64 would see.
+float64 samples are drawn by the closed form, whose noise is bit-identical to the definition. The loop's noise equals it
+up to float32 rounding, which would be visible in float64.
 """
 
 from __future__ import annotations

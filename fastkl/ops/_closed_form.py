@@ -27,7 +27,8 @@ def by_rows(definition: Callable[..., Tensor], inputs: Sequence[Tensor | None], 
 
 
 def samples_dtype(mu: Tensor | float, parameter: Tensor | float | None) -> torch.dtype:
-    """That of z: the parameters' own, also where one that is broadcast goes to the op in float32. A number has none."""
+    """The dtype of z: that of the parameters as given, even if a broadcast one is passed to the op in float32. Numbers
+    do not count."""
     first, *second = (given.dtype for given in (mu, parameter) if isinstance(given, Tensor))
     return torch.promote_types(first, second[0]) if second else first
 
@@ -86,7 +87,7 @@ def _element_gradients(inputs, scale, bounds, dvalue, dz, eps, terms_gradient) -
         dlogvar_z = reference.weighted(dsigma, 0.5 * torch.exp(0.5 * logvar))
         dmu, dlogvar = (dz, dlogvar_z) if dvalue is None else (dmu + dz, dlogvar + dlogvar_z)
     dparameter = reference.to_parameter_gradient(dlogvar, parameter, scale)
-    dparameter = reference.bound_gradient(dparameter, raw, bounds)  # last: outside, 0 times infinity must be 0
+    dparameter = reference.bound_gradient(dparameter, raw, bounds)  # last: outside the bounds 0 * inf must be 0
     return [dmu, dparameter, *dprior]
 
 

@@ -1,11 +1,11 @@
-"""The one place that talks to torch.library.
+"""The only module that uses torch.library.
 
 `register` gives an op its schema, a closed form in torch ops that runs on any device, a fake for tracing, the Triton
-implementation for CUDA (and ROCm) tensors, and where there is one the native loop for CPU tensors. The last two are
-imported when the first such tensor arrives: a machine without Triton, or without a C compiler, never notices.
-Each op wraps itself in an autograd.Function, which costs about 60 us less per forward and backward than
-torch.library.register_autograd. `differentiable` registers the same gradient with torch as well: of an exported program
-only the op is left, which there has no Function around it.
+implementation for CUDA (and ROCm) tensors, and, if there is one, the native loop for CPU tensors. The last two are
+imported at the first such tensor, so a machine without Triton or a C compiler works too.
+Each op is called through an autograd.Function, which costs about 60 us less per forward and backward pass than
+torch.library.register_autograd. `differentiable` registers the same gradient with torch as well, because an exported
+program contains only the op, without the Function.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from fastkl.ops._forward_mode import Context, with_tangents
 
 NAMESPACE = "fastkl"
 
-# Public name of each op -> its implementations. What CPU holds is what CPU tensors get: tests put the kernels there, so
-# that one suite drives them through the interpreter.
+# Name of each op -> its implementation. `CPU` is the table in use for CPU tensors. Tests swap in `TRITON` to run the
+# kernels in the interpreter.
 CLOSED_FORM: dict[str, Callable[..., Any]] = {}
 NATIVE: dict[str, Callable[..., Any]] = {}
 TRITON: dict[str, Callable[..., Any]] = {}
 CPU: dict[str, Callable[..., Any]] = {}
-# And where they are: "module.function" in fastkl.kernels, in fastkl.native or "".
+# Name of each op -> "module.function" of its Triton launcher in fastkl.kernels and its loop in fastkl.native (or "").
 PLACES: dict[str, tuple[str, str]] = {}
 
 
@@ -85,14 +85,14 @@ def differentiable(name: str, function: type[torch.autograd.Function], inputs_of
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         function.setup_context(ctx, inputs_of(*inputs), tuple(output) if isinstance(output, list) else output)
         lists = [isinstance(arg, (list, tuple)) and all(isinstance(item, Tensor) for item in arg) for arg in inputs]
-        # Where the gradient of each argument goes: (number,), or a list of (number, place in the list).
+        # The path of each argument's gradient: (argument,), or for a list of tensors [(argument, index), ...].
         ctx.places = [
             [(number, place) for place in range(len(arg))] if is_list else (number,)
             for number, (arg, is_list) in enumerate(zip(inputs, lists))
         ]
 
     def backward(ctx: Any, *gradients: Any) -> tuple:
-        if isinstance(gradients[0], (list, tuple)):  # of an op that returns a list
+        if isinstance(gradients[0], (list, tuple)):  # the op returns a list
             gradients = tuple(gradients[0])
         # Settings, and whatever else is no argument of the op, have no place.
         places = [place if type(place) is tuple else None for place in inputs_of(*ctx.places)]
@@ -114,7 +114,7 @@ def _at(tree: Any, place: tuple[int, ...]) -> Any:
 
 
 def same(*args: Any) -> tuple:
-    """For `differentiable`: a Function whose inputs are the op's arguments."""
+    """`inputs_of` in `differentiable` for a Function whose inputs are the op's arguments."""
     return args
 
 
@@ -133,9 +133,8 @@ def _lazily(name: str, path: str) -> Callable[..., Any]:
 
 
 def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """A context in which matrices are multiplied in their own dtype. A device that has no autocast ("meta": shapes
-    without values) needs none."""
-    # Dynamo up to torch 2.11 cannot trace the question; what is compiled is for devices that have autocast, and meta.
+    """A context that disables autocast, so that matrix products keep their dtype. "meta" has no autocast."""
+    # Dynamo up to torch 2.11 cannot trace is_autocast_available. Every device except meta has it, so skip the question.
     compiling = torch.compiler.is_compiling()
     available = device != "meta" if compiling else torch.amp.is_autocast_available(device)
     if available and torch.is_autocast_enabled(device):
@@ -144,8 +143,8 @@ def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For a closed form that multiplies matrices, which autocast would do in 16 bits. The result is on its own tensors'
-    device, the first argument that is one."""
+    """Run a closed form with autocast disabled, which would do its matrix products in 16 bits. The device is that of
+    the first tensor among the arguments."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
@@ -158,8 +157,8 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 def needs_closed_form(*cotangents: Tensor | None) -> bool:
     """Whether a backward pass must be plain differentiable torch ops instead of the fused op.
 
-    That is so where the gradient is differentiated again (create_graph, torch.func, forward over reverse mode) or
-    batched (is_grads_batched): once_differentiable would not stop silently wrong second derivatives.
+    That is the case if the gradient is differentiated again (create_graph, torch.func, forward over reverse mode) or
+    batched (is_grads_batched). once_differentiable would not catch every silently wrong second derivative.
     """
     if torch.is_grad_enabled():
         return True
@@ -169,8 +168,8 @@ def needs_closed_form(*cotangents: Tensor | None) -> bool:
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """function.apply(*args). In eager mode without torch.func, past Function.apply itself, which binds the signature of
-    a Function with setup_context anew at every call: a third of the host time of a small loss.
+    """function.apply(*args), faster. In eager mode without torch.func it bypasses Function.apply, which binds the
+    signature of a Function with setup_context at every call: a third of a small loss's host time.
 
     forward names each of its arguments: torch.compile without gradients takes *settings for one."""
     if torch.compiler.is_compiling():

@@ -1,7 +1,7 @@
-"""Every private name of torch that fastkl uses, each with a default that is right without it.
+"""Every private name of torch that fastkl uses, each with a correct fallback.
 
-A release of torch may rename any of them. What they save is then lost: calls take the way through torch's dispatcher
-and gradients their differentiable formula, which are slower. The log "fastkl" says so, once for each name.
+A release of torch may rename any of them. Then fastkl still works, but slower: calls go through torch's dispatcher and
+gradients use their differentiable formula. The logger "fastkl" warns once per missing name.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ forward_level: Callable[[], int] = functools.partial(getattr, _forward_ad, "_cur
 def forward_mode() -> bool:
     """Whether tensors may carry tangents: within torch.autograd.forward_ad.dual_level or torch.func.jvp."""
     if not _has_level:
-        return not torch.compiler.is_compiling()  # a graph is for tensors without tangents
+        return not torch.compiler.is_compiling()  # compiled graphs never have tangents
     return _forward_ad._current_level >= 0
 
 
@@ -58,10 +58,30 @@ _set_forward_mode = _private("autograd.forward_ad._set_fwd_grad_enabled")
 
 
 def outer_tangents() -> Any:
-    """A context inside a Function's jvp in which torch's operations have forward-mode derivatives."""
+    """A context for use inside a Function's jvp: torch operations in it have forward-mode derivatives."""
     if _set_forward_mode is None:
         raise NotImplementedError(f"fastkl has no forward-mode derivatives with torch {torch.__version__}")
     return _set_forward_mode(True)
+
+
+kl_registry = _private("distributions.kl._KL_REGISTRY")  # (class, class) -> function of register_kl
+_kl_memory = _private("distributions.kl._KL_MEMOIZE")
+
+
+def forget_kl(classes: tuple[type, type]) -> None:
+    """Remove the KL divergence registered for these two classes."""
+    del kl_registry[classes]
+    if _kl_memory is not None:
+        _kl_memory.clear()
+
+
+def validate_sample(distribution: torch.distributions.Distribution, value: Tensor) -> None:
+    """Raise ValueError if the distribution validates arguments and the value is outside its support."""
+    try:
+        if distribution._validate_args:
+            distribution._validate_sample(value)
+    except AttributeError:
+        _say("distributions.Distribution._validate_sample")
 
 
 _keys = _private("_C._dispatch_keys")
@@ -69,10 +89,10 @@ _devices: dict[int, str | None] = {}
 
 
 def memory_device(tensor: Tensor) -> str | None:
-    """The type of the device where all of a tensor's state lies in memory, and nothing else has to be known to read it.
+    """The device type of a tensor whose values can be read directly from its memory.
 
-    None for any other tensor: one that is negated or conjugated lazily, zeros that were never written, a wrapper of a
-    transform's, a subclass with its own dispatch, a sparse one. Torch's dispatcher knows what to do with these.
+    None for any other tensor, which needs torch's dispatcher: lazily negated or conjugated, never-written zeros, the
+    wrapper of a transform, a subclass with its own dispatch, sparse.
     """
     if _keys is None:
         return None
@@ -133,7 +153,7 @@ if not _binds_only:
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """function.apply without the binding of its signature, where no transform is at work."""
+    """function.apply without binding its signature, for use when no transform is active."""
     return super(torch.autograd.Function, function).apply if _binds_only else function.apply
 
 
@@ -153,8 +173,8 @@ _key = _private("utils._pytree.SequenceKey")
 
 
 def register_container(cls: type, flatten: Callable[[Any], tuple], unflatten: Callable[[Any, Any], Any]) -> None:
-    """Let torch see the tensors in a class of our own: fully_shard and DistributedDataParallel in what a model returns,
-    torch.func in what it maps, torch.export in inputs and outputs.
+    """Let torch find the tensors inside a class of ours: fully_shard and DistributedDataParallel in a model's outputs,
+    torch.func in what it maps over, torch.export in inputs and outputs.
 
     flatten(object) is (its tensors, a tuple of plain values), unflatten(tensors, values) the object.
     """
@@ -170,10 +190,10 @@ def register_container(cls: type, flatten: Callable[[Any], tuple], unflatten: Ca
 
 
 def known_equal(first: int, second: int) -> bool:
-    """Whether two sizes are equal. Traced, that is whether they are so in every call: asking more would make a graph
-    for equal sizes alone."""
+    """Whether two sizes are equal; while tracing, whether they are known to be equal in every call. A plain comparison
+    would add a guard and specialise the graph."""
     if not torch.compiler.is_compiling():
         return first == second
-    from torch.fx.experimental import symbolic_shapes  # takes its time, and is there when something is traced
+    from torch.fx.experimental import symbolic_shapes  # slow to import, but already imported while tracing
 
     return symbolic_shapes.statically_known_true(first == second)

@@ -62,23 +62,20 @@ def bernoulli_log_prob(x: Tensor, logits: Tensor, *, event_ndim: int | None = No
     The negative of the binary cross-entropy with logits, summed over each sample.
 
     Args:
-        x: data, broadcasts with logits (for importance samples [L, N, *event] it is read where it lies, L times).
-            Grey values between 0 and 1 and values outside are taken as they are: logits in its place are not noticed.
-            The normalising constant of the continuous Bernoulli is not included. Its dtype may differ from that of
-            logits.
+        x: data, broadcasts with logits (for importance samples [L, N, *event] without a copy). Values are not checked:
+            grey values between 0 and 1 are allowed, and logits given by mistake are not noticed. The normalising
+            constant of the continuous Bernoulli is not included. The dtype may differ from that of logits.
         logits: ln p / (1 - p), [*batch, *event]; any finite value is safe.
-        event_ndim: how many of the last dimensions are summed. None: every dimension after the first; one dimension
-            alone is that of one datum. 0: none, each element has a value. With a dimension of importance samples in
-            front it has to be given.
+        event_ndim: number of last dimensions to sum. None: every dimension after the first; a 1-D tensor is one datum.
+            0: no sum, one value per element. With a leading dimension of importance samples it must be given.
 
     Returns:
-        [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients come in each
-        input's dtype, and the one in x only where it is wanted; nothing is saved for the backward pass beyond the
-        inputs.
+        [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients have each input's
+        dtype; that in x is computed only if x requires it. Only the inputs are saved for the backward pass.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or event_ndim is not an int.
-        ValueError: shapes that do not broadcast, mixed devices, event_ndim out of range.
+        ValueError: shapes do not broadcast, devices differ, or event_ndim is out of range.
 
     Source: Kingma and Welling 2014, "Auto-Encoding Variational Bayes", arXiv:1312.6114, appendix C.1.
 
@@ -86,7 +83,7 @@ def bernoulli_log_prob(x: Tensor, logits: Tensor, *, event_ndim: int | None = No
     >>> fastkl.bernoulli_log_prob(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [100.0, -100.0]]))
     tensor([  -1.3863, -100.0000])
     """
-    if known := arguments.usual(event_ndim, (logits, x)):
+    if known := arguments.event_ndim_of_common_call(event_ndim, (logits, x)):
         return apply(LikelihoodFunction, BERNOULLI, known, logits, x, None)
     arguments.check_tensors(x=x, logits=logits)
     shape = arguments.broadcast_shape(x=x, logits=logits)

@@ -81,26 +81,26 @@ def kl_normal(
 
     Args:
         mu: mean of q, [*batch, *event].
-        logvar: ln sigma^2 of q, or what `scale` says; broadcasts with mu. One of the two may be a number.
-        prior_mu, prior_logvar: mean and log-variance of p (or what `prior_scale` says, whatever `scale` is); absent
-            (N(0, I)), of the full shape, a number, or shared by the batch ([*event], [1, *event]), whose gradient is
-            then summed over the batch inside the kernel.
-        event_ndim: how many of the last dimensions are summed. None: every dimension after the first, one value per
-            datum for [N, D] and [N, C, H, W] alike; one dimension alone is that of one datum. 1 gives each token of
-            [B, T, D] a value, 0 each element.
-        scale: what the second argument is: "logvar", "log_std", "std" or "softplus" (sigma = softplus of it).
-        prior_scale: what prior_logvar is, one of the same; its logarithm is taken in front of the kernel, in float32.
-        bounds: (low, high) clamps the log-variance in the same pass, with no gradient outside;
-            `fastkl.SoftBounds(low, high)` keeps the gradient alive there.
+        logvar: ln sigma^2 of q, or another parameter, see `scale`; broadcasts with mu. One of the two may be a number.
+        prior_mu, prior_logvar: mean and log-variance of p (or another parameter, see `prior_scale`). None is N(0, I);
+            else numbers, or tensors of the full shape or shared by the batch ([*event], [1, *event]), whose gradient
+            the kernel sums over the batch.
+        event_ndim: number of last dimensions to sum. None: every dimension after the first, which gives one value per
+            datum for [N, D] and [N, C, H, W]; a 1-D tensor is one datum. 1 gives one value per token of [B, T, D], 0
+            one per element.
+        scale: the meaning of logvar: "logvar", "log_std", "std" or "softplus" (sigma = softplus of it).
+        prior_scale: the meaning of prior_logvar, one of the same; it is converted before the kernel, in float32.
+        bounds: (low, high) clamps the log-variance in the same pass, with gradient 0 outside;
+            `fastkl.SoftBounds(low, high)` keeps the gradient there.
 
     Returns:
-        [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients come in each
-        input's dtype; nothing is saved for the backward pass beyond the inputs.
+        [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients have each input's
+        dtype; only the inputs are saved for the backward pass.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or event_ndim is not an int.
-        ValueError: shapes that do not broadcast, mixed devices, event_ndim out of range, an unknown scale, bounds in
-            the wrong order.
+        ValueError: shapes do not broadcast, devices differ, event_ndim is out of range, scale is unknown, or bounds are
+            in the wrong order.
 
     Source: Kingma and Welling 2014, "Auto-Encoding Variational Bayes", arXiv:1312.6114, appendix B.
 
@@ -109,7 +109,7 @@ def kl_normal(
     >>> [f"{kl:.1e}" for kl in fastkl.kl_normal(mu, logvar)]
     ['7.5e-09', '7.5e-09']
     """
-    if known := arguments.usual(event_ndim, (mu, logvar), scale, prior_mu, prior_logvar, bounds):
+    if known := arguments.event_ndim_of_common_call(event_ndim, (mu, logvar), scale, prior_mu, prior_logvar, bounds):
         settings = Settings(known, scale, *arguments.NO_BOUNDS)
         return apply(NormalFunction, KL_NORMAL, -1, settings, mu, logvar, None, None, None, None)
     mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)

@@ -67,30 +67,30 @@ def kl_normal_per_dim(
 
     KL_d = 1/2 mean_n [exp(x_nd) - 1 - x_nd + (mu_nd - prior_mu_d)^2 / exp(prior_logvar_d)], x = logvar - prior_logvar
 
-    What free bits (`torch.clamp(kl, min=0.25).sum()`) and the count of active units need: nothing of the inputs' size
-    is written on the way.
+    It serves free bits (`torch.clamp(kl, min=0.25).sum()`) and the count of active units, without a temporary of the
+    inputs' size.
 
     Args:
         mu: mean of q, [*batch, *event].
-        logvar: ln sigma^2 of q, or what `scale` says; broadcasts with mu. One of the two may be a number.
-        prior_mu, prior_logvar: mean and log-variance of p (or what `prior_scale` says, whatever `scale` is); absent
-            (N(0, I)), of the full shape, a number, or shared by the batch ([*event], [1, *event]), whose gradient is
-            then summed over the batch inside the kernel.
-        event_ndim: how many of the last dimensions are kept, one at least; the mean is over all dimensions before
-            them. None: every dimension after the first; one dimension alone is that of one datum.
-        scale: what the second argument is: "logvar", "log_std", "std" or "softplus" (sigma = softplus of it).
-        prior_scale: what prior_logvar is, one of the same; its logarithm is taken in front of the kernel, in float32.
-        bounds: (low, high) clamps the log-variance in the same pass, with no gradient outside;
-            `fastkl.SoftBounds(low, high)` keeps the gradient alive there.
+        logvar: ln sigma^2 of q, or another parameter, see `scale`; broadcasts with mu. One of the two may be a number.
+        prior_mu, prior_logvar: mean and log-variance of p (or another parameter, see `prior_scale`). None is N(0, I);
+            else numbers, or tensors of the full shape or shared by the batch ([*event], [1, *event]), whose gradient
+            the kernel sums over the batch.
+        event_ndim: number of last dimensions to keep, at least one; the mean is over all dimensions before them. None:
+            every dimension after the first; a 1-D tensor is one datum.
+        scale: the meaning of logvar: "logvar", "log_std", "std" or "softplus" (sigma = softplus of it).
+        prior_scale: the meaning of prior_logvar, one of the same; it is converted before the kernel, in float32.
+        bounds: (low, high) clamps the log-variance in the same pass, with gradient 0 outside;
+            `fastkl.SoftBounds(low, high)` keeps the gradient there.
 
     Returns:
         [*event], float32 for float16, bfloat16 and float32 input, float64 if any input is; NaN for an empty batch, as
-        torch.mean. Gradients come in each input's dtype; nothing is saved for the backward pass beyond the inputs.
+        in torch.mean. Gradients have each input's dtype; only the inputs are saved for the backward pass.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or event_ndim is not an int.
-        ValueError: shapes that do not broadcast, mixed devices, event_ndim out of range, an unknown scale, bounds in
-            the wrong order.
+        ValueError: shapes do not broadcast, devices differ, event_ndim is out of range, scale is unknown, or bounds are
+            in the wrong order.
 
     Source: Kingma et al. 2016, "Improved Variational Inference with Inverse Autoregressive Flow", arXiv:1606.04934,
     equation 16 (free bits).
@@ -100,7 +100,7 @@ def kl_normal_per_dim(
     >>> fastkl.kl_normal_per_dim(mu, logvar)
     tensor([0.0000, 2.5000])
     """
-    if known := arguments.usual(event_ndim, (mu, logvar), scale, prior_mu, prior_logvar, bounds):
+    if known := arguments.event_ndim_of_common_call(event_ndim, (mu, logvar), scale, prior_mu, prior_logvar, bounds):
         settings = Settings(known, scale, *arguments.NO_BOUNDS)
         return apply(NormalFunction, KL_NORMAL_PER_DIM, -1, settings, mu, logvar, None, None, None, None)
     mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)

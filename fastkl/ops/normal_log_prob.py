@@ -76,22 +76,21 @@ def normal_log_prob(
     ln p(x) = -1/2 sum_d [ln 2 pi + logvar_d + (x_d - mean_d)^2 / exp(logvar_d)]
 
     Args:
-        x, mean: data and its reconstruction, [*batch, *event]; they broadcast (for importance samples [L, N, *event]
-            x is read where it lies, L times), and their dtypes may differ.
-        logvar: ln sigma^2, broadcasts with them; it and the mean may be numbers. Where it has one value per sample
-            ([N, 1, ..., 1]) or one in all (0-d: the learned variance of the sigma-VAE), or one per dimension of the
-            event that the batch shares, its gradient is summed inside the kernel.
-        event_ndim: how many of the last dimensions are summed. None: every dimension after the first; one dimension
-            alone is that of one datum. 0: none, each element has a value. With a dimension of importance samples in
-            front it has to be given.
+        x, mean: data and its reconstruction, [*batch, *event]; they broadcast (for importance samples [L, N, *event] x
+            is not copied), and their dtypes may differ.
+        logvar: ln sigma^2, broadcasts with them; it and the mean may be numbers. For one value per sample
+            ([N, 1, ..., 1]), a single value (0-d: the learned variance of the sigma-VAE), or one per dimension of the
+            event, shared by the batch, the kernel sums its gradient.
+        event_ndim: number of last dimensions to sum. None: every dimension after the first; a 1-D tensor is one datum.
+            0: no sum, one value per element. With a leading dimension of importance samples it must be given.
 
     Returns:
-        [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients come in each
-        input's dtype, those that are wanted; nothing is saved for the backward pass beyond the inputs.
+        [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients have each input's
+        dtype; only requested ones are computed. Only the inputs are saved for the backward pass.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or event_ndim is not an int.
-        ValueError: shapes that do not broadcast, mixed devices, event_ndim out of range.
+        ValueError: shapes do not broadcast, devices differ, or event_ndim is out of range.
 
     Source: Rybkin, Daniilidis and Levine 2021, "Simple and Effective VAE Training with Calibrated Decoders",
     arXiv:2006.13202, equation 2.
@@ -100,7 +99,7 @@ def normal_log_prob(
     >>> fastkl.normal_log_prob(torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2), torch.tensor(0.0))
     tensor([-3.8379])
     """
-    if known := arguments.usual(event_ndim, (x, mean, logvar)):
+    if known := arguments.event_ndim_of_common_call(event_ndim, (x, mean, logvar)):
         return apply(LikelihoodFunction, NORMAL, known, x, mean, logvar)
     mean, logvar = arguments.as_tensors(x, mean, logvar)
     arguments.check_tensors(x=x, mean=mean, logvar=logvar)

@@ -95,26 +95,26 @@ def rsample_kl(
     seed: int | Tensor | None = None, eps: Tensor | None = None, scale: str = "logvar",
     prior_scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A reparameterised sample and the KL divergence in one pass over the parameters.
+    """A reparameterised sample and its KL divergence, in one pass over the parameters.
 
     z = mu + exp(logvar / 2) eps, eps ~ N(0, I);  kl as `fastkl.kl_normal`, in nats
 
     Args:
         mu, logvar, prior_mu, prior_logvar, event_ndim, scale, prior_scale, bounds: as for `fastkl.kl_normal`; bounds
-            hold for the sample's sigma too. The prior may not be larger than the posterior: there is one z
-            for each posterior.
-        num_samples: L samples of each posterior, [L, *batch, *event]; None for one without that dimension.
-        seed: an int, or an int64 tensor without dimensions on mu's device: the same seed gives the same noise on every
-            device and for every dtype (to rounding). Default: drawn from torch's generator of that device, so
-            torch.manual_seed reproduces a run.
-        eps: the caller's own noise instead, of the samples' shape (quasi-Monte-Carlo, exact comparisons).
+            also apply to the sample's sigma. The prior must not be larger than the posterior, because each posterior
+            has one z.
+        num_samples: L samples of each posterior, [L, *batch, *event]; None for one sample without that dimension.
+        seed: an int, or a 0-d int64 tensor on mu's device: the same seed gives the same noise on every device and for
+            every dtype (up to rounding). None takes it from torch's generator of that device, so torch.manual_seed
+            reproduces a run.
+        eps: noise instead of a seed, of the samples' shape (quasi-Monte-Carlo, exact comparisons).
 
     Returns:
         (z, kl): z in the parameters' dtype, [*batch, *event] or [L, *batch, *event]; kl [*batch] as from kl_normal.
-        The noise is Philox, drawn in the kernel and again in its backward pass; only the 8-byte seed is kept.
+        The kernel draws the noise by Philox, again in its backward pass, so only the 8-byte seed is saved.
 
     Raises:
-        TypeError, ValueError: as kl_normal; seed and eps together, an eps or seed of another shape, num_samples < 1.
+        TypeError, ValueError: as kl_normal; seed and eps are both given, one has a wrong shape, or num_samples < 1.
 
     Source: Kingma and Welling 2014, arXiv:1312.6114, section 2.4; Salmon et al. 2011, "Parallel random numbers: as easy
         as 1, 2, 3" (Philox4x32-7).
@@ -124,7 +124,9 @@ def rsample_kl(
     >>> z.shape, kl
     (torch.Size([5, 2, 3]), tensor([0., 0.]))
     """
-    if known := arguments.usual(event_ndim, (mu, logvar), scale, prior_mu, prior_logvar, bounds, eps, num_samples):
+    if known := arguments.event_ndim_of_common_call(
+        event_ndim, (mu, logvar), scale, prior_mu, prior_logvar, bounds, eps, num_samples
+    ):
         seed = sampling.check_seed(seed, mu.device, "mu")
         settings = Drawing(known, scale, *arguments.NO_BOUNDS, None)
         return apply(NormalFunction, RSAMPLE_KL, -1, settings, mu, logvar, None, None, None, seed)

@@ -68,11 +68,11 @@ def rsample_normal(
     z = mu + exp(logvar / 2) eps, eps ~ N(0, I)
 
     Args:
-        mu, logvar: mean and log-variance (or what `scale` says), of any shapes that broadcast; one may be a number.
+        mu, logvar: mean and log-variance (or another parameter, see `scale`), which broadcast; one may be a number.
         num_samples, seed, eps, scale, bounds: as for `fastkl.rsample_kl`, which with the same seed draws the same z.
 
     Returns:
-        z in the parameters' dtype, [*shape], or [num_samples, *shape]. Only the 8-byte seed is kept beyond the inputs.
+        z in the parameters' dtype, [*shape], or [num_samples, *shape]. Only the inputs and the 8-byte seed are saved.
 
     Raises:
         TypeError, ValueError: as rsample_kl.
@@ -85,7 +85,7 @@ def rsample_normal(
     >>> f"{z.mean():.2f} {z.std():.2f}"
     '3.00 1.00'
     """
-    if arguments.usual(None, (mu, logvar), scale, num_samples, eps, bounds):
+    if arguments.event_ndim_of_common_call(None, (mu, logvar), scale, num_samples, eps, bounds):
         seed = sampling.check_seed(seed, mu.device, "mu")
         settings = Drawing(_NO_EVENT, scale, *arguments.NO_BOUNDS, None)
         return apply(NormalFunction, RSAMPLE_NORMAL, -1, settings, mu, logvar, None, None, None, seed)

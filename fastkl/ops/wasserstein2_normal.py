@@ -66,15 +66,15 @@ def wasserstein2_normal(
 
     W_2^2(q, p) = sum_d [(mu_d - prior_mu_d)^2 + (sigma_d - prior_sigma_d)^2], sigma = exp(logvar / 2)
 
-    Unlike the KL it stays finite as sigma -> 0. Near sigma = prior_sigma the difference is taken by expm1 and keeps its
-    digits. For full covariances there is `fastkl.wasserstein2_multivariate_normal`.
+    Unlike the KL it stays finite as sigma -> 0. Near sigma = prior_sigma the difference comes from expm1, without
+    cancellation. For full covariances use `fastkl.wasserstein2_multivariate_normal`.
 
     Args:
         mu, logvar, prior_mu, prior_logvar, event_ndim, scale, prior_scale, bounds: as for `fastkl.kl_normal`.
 
     Returns:
         [*batch], in squared units of z, float32 for float16, bfloat16 and float32 input, float64 if any input is.
-        Gradients come in each input's dtype; nothing is saved for the backward pass beyond the inputs.
+        Gradients have each input's dtype; only the inputs are saved for the backward pass.
 
     Raises:
         TypeError, ValueError: as kl_normal.
@@ -87,7 +87,7 @@ def wasserstein2_normal(
     >>> [f"{distance:.2g}" for distance in fastkl.wasserstein2_normal(mu, logvar)]
     ['9', '2e-08']
     """
-    if known := arguments.usual(event_ndim, (mu, logvar), scale, prior_mu, prior_logvar, bounds):
+    if known := arguments.event_ndim_of_common_call(event_ndim, (mu, logvar), scale, prior_mu, prior_logvar, bounds):
         settings = Settings(known, scale, *arguments.NO_BOUNDS)
         return apply(NormalFunction, WASSERSTEIN2_NORMAL, -1, settings, mu, logvar, None, None, None, None)
     mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)
