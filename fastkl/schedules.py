@@ -12,7 +12,9 @@ training step the value changes without a recompilation, as it does when the flo
 from __future__ import annotations
 
 import math
+from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,8 +29,7 @@ def linear(step: float | Tensor, start: float, end: float, *, steps: float) -> f
     [0.0, 0.25, 1.0, 1.0]
     """
     part = progress(step, steps)
-    # Both terms are exact at the ends, which start + part * (end - start) is not.
-    return start * (1 - part) + end * part
+    return _between(start, end, part)
 
 
 def cosine(step: float | Tensor, start: float, end: float, *, steps: float) -> float | Tensor:
@@ -40,7 +41,7 @@ def cosine(step: float | Tensor, start: float, end: float, *, steps: float) -> f
     """
     angle = math.pi * progress(step, steps)
     part = 0.5 - 0.5 * (torch.cos(angle) if isinstance(angle, Tensor) else math.cos(angle))
-    return start * (1 - part) + end * part
+    return _between(start, end, part)
 
 
 def exponential(step: float | Tensor, start: float, end: float, *, steps: float) -> float | Tensor:
@@ -57,6 +58,7 @@ def exponential(step: float | Tensor, start: float, end: float, *, steps: float)
     >>> [round(schedules.exponential(step, 1.0, 0.01, steps=2), 6) for step in (0, 1, 2, 3)]
     [1.0, 0.1, 0.01, 0.01]
     """
+    _check_single(start=start, end=end)
     if not (start > 0 and end > 0):
         raise ValueError(f"an exponential schedule runs between values above 0, got start {start} and end {end}")
     part = progress(step, steps)
@@ -80,13 +82,14 @@ def sigmoid(
     >>> [round(schedules.sigmoid(step, 0.0, 1.0, steps=4), 3) for step in (0, 1, 2, 3, 4)]
     [0.0, 0.07, 0.5, 0.93, 1.0]
     """
+    _check_single(steepness=steepness)
     if not 0 < steepness < math.inf:
         raise ValueError(f"steepness must be a finite number above 0, got {steepness}")
     # s is 1/2 + 1/2 tanh of half its argument. The middle's place is exactly halfway, so both ends are exactly reached.
     place = (progress(step, steps) - 0.5) * (0.5 * steepness)
     level = torch.tanh(place) if isinstance(place, Tensor) else math.tanh(place)
     part = 0.5 + 0.5 * (level / math.tanh(0.25 * steepness))
-    return start * (1 - part) + end * part
+    return _between(start, end, part)
 
 
 def cyclical(
@@ -109,8 +112,9 @@ def cyclical(
     >>> [schedules.cyclical(step, 0.0, 1.0, steps=8, cycles=2) for step in range(9)]
     [0.0, 0.5, 1.0, 1.0, 0.0, 0.5, 1.0, 1.0, 1.0]
     """
-    if isinstance(cycles, bool) or not isinstance(cycles, int) or cycles < 1:
+    if isinstance(cycles, bool) or not isinstance(cycles, (int, np.integer)) or cycles < 1:
         raise ValueError(f"cycles must be an int, 1 or more, got {cycles}")
+    _check_single(ratio=ratio)
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio must be within [0, 1], got {ratio}")
     over = progress(step, steps)  # checks steps; 0 before the first cycle, 1 after the last
@@ -122,13 +126,34 @@ def cyclical(
     else:
         part = min(1.0, within / ratio) if ratio else 1.0
         part = 1.0 if over >= 1 else part if over > 0 or not ratio else 0.0
-    return start * (1 - part) + end * part
+    return _between(start, end, part)
 
 
 def progress(step: float | Tensor, steps: float) -> float | Tensor:
     """step / steps within [0, 1]; with no steps at all the end is reached at once."""
+    _check(step=step)
+    _check_single(steps=steps)
     if not 0 <= steps < math.inf:
         raise ValueError(f"steps must be a finite number, 0 or more, got {steps}")
     if isinstance(step, Tensor):
         return torch.ones_like(step, dtype=torch.float32) if steps == 0 else (step / steps).clamp(0, 1)
     return 1.0 if steps == 0 else min(1.0, max(0.0, step / steps))
+
+
+def _between(start: float | Tensor, end: float | Tensor, part: float | Tensor) -> float | Tensor:
+    """Both terms are exact at the ends, which start + part (end - start) is not."""
+    _check(start=start, end=end)
+    return start * (1 - part) + end * part
+
+
+def _check(**values: float | Tensor) -> None:
+    for name, value in values.items():
+        if not isinstance(value, (Real, Tensor)):
+            raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+
+
+def _check_single(**values: float | Tensor) -> None:
+    _check(**values)
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{name} must have one value, got {tuple(value.shape)}")

@@ -99,12 +99,12 @@ class KLPerDimension(Monitor):
         if isinstance(q, Tensor):
             arguments.check_tensors(q=q)
             if prior is not None or count is None:
-                raise ValueError("means that are there already need their count, and no prior")
+                raise ValueError("q is means that are there already: they need their count, and no prior")
             means, count = q.detach(), arguments.check_int("count", count, 0)
         else:
             check_posterior(q)
             if count is not None:
-                raise ValueError("count is of means that are there already; posteriors are counted here")
+                raise ValueError("count is of means that are there already; posteriors q are counted here")
             means, count = q.kl_per_dim(prior), q.shape[: len(q.shape) - q.event_ndim].numel()
         if count:
             self.add(State(count, (means.double() * count,)))

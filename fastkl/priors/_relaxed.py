@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.mixtures import relaxed_component
+from fastkl.ops import _arguments as arguments
 from fastkl.ops._register import no_autocast
 from fastkl.ops.gmm_responsibilities import gmm_responsibilities
 from fastkl.ops.gumbel_softmax import check_tau, draw_choice
@@ -22,6 +23,7 @@ def kl_relaxed(
     if scale_tril is not None:
         raise ValueError("method='relaxed' interpolates standard deviations: the covariance must be 'diag', "
                          "'spherical' or 'tied', got 'full'")  # fmt: skip
+    arguments.check_tensors(z=z, **({} if gumbel is None else {"gumbel": gumbel}))
     if z.dim() != mu.dim() + 1 or z.shape[1:] != mu.shape:
         raise ValueError(f"z must be ({', '.join(['L', *map(str, mu.shape)])}), L draws from q, got {tuple(z.shape)}")
     choices = (*z.shape[:-1], logits.shape[-1])

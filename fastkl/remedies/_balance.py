@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -89,6 +89,8 @@ def balance_weights(
     """
     kl = _stacked(kl).detach()  # tangents, too
     groups = kl.shape[-1]
+    if not (sizes is None or isinstance(sizes, Iterable)) or (isinstance(sizes, Tensor) and sizes.dim() == 0):
+        raise TypeError(f"sizes must be a sequence of numbers, got {sizes!r}")
     sizes = [1] * groups if sizes is None else [arguments.check_number("sizes", size, above=True) for size in sizes]
     if len(sizes) != groups:
         raise ValueError(f"sizes must be one for each of the {groups} groups of kl, got {len(sizes)}")
