@@ -31,7 +31,8 @@ def _as_posterior(p: Normal | Independent, like: DiagonalNormal) -> DiagonalNorm
 
 def _vectors(q: DiagonalNormal) -> tuple[Tensor, Tensor]:
     """Mean and log-variance [*batch, D]; the latter in the dtype that it is computed in."""
-    return tuple(tensor.flatten(len(q.batch_shape)) for tensor in q._broadcast())
+    mu, logvar = (tensor.flatten(len(q.batch_shape)) for tensor in q._broadcast())
+    return mu, logvar
 
 
 register_kl(DiagonalNormal, DiagonalNormal)(DiagonalNormal.kl)

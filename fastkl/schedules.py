@@ -120,7 +120,8 @@ def cyclical(
     over = progress(step, steps)  # checks steps; 0 before the first cycle, 1 after the last
     # Of whole numbers the remainder is exact: no cycle begins a step late because of rounding.
     within = (step * cycles % steps) / steps if steps else over
-    if isinstance(over, Tensor):
+    part: float | Tensor
+    if isinstance(over, Tensor) and isinstance(within, Tensor):
         part = (within / ratio).clamp(0, 1) if ratio else torch.ones_like(over)
         part = torch.where(over >= 1, 1.0, torch.where(over <= 0, 0.0 if ratio else 1.0, part))
     else:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class State(NamedTuple):
     """Float64 sums, or what else `Monitor.combine` can put together, of `count` observations."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # which hides tuple.count
     values: tuple[Tensor, ...]
 
 
@@ -85,7 +85,8 @@ def posterior_rows(q: DiagonalNormal) -> tuple[Tensor, Tensor]:
     """mean and ln sigma^2 [N, D]."""
     check_posterior(q)
     batch_ndim = len(q.shape) - q.event_ndim
-    return tuple(t.detach().flatten(batch_ndim).flatten(0, -2) for t in (q.mean, q._logvar()))
+    mu, logvar = (t.detach().flatten(batch_ndim).flatten(0, -2) for t in (q.mean, q._logvar()))
+    return mu, logvar
 
 
 def check_posterior(q: DiagonalNormal) -> None:

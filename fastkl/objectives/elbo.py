@@ -96,8 +96,7 @@ def elbo(
     beta = check_weight("beta", beta)
     if not (remedy is None or callable(remedy)):
         raise TypeError(f"remedy must be callable, (posterior, kl) -> penalty, got {type(remedy).__name__}")
-    settings = {"method": method, "num_samples": num_samples, "tau": tau, "eps": eps, "gumbel": gumbel}
-    z, kl = sample_kl(posterior, prior, **settings)
+    z, kl = sample_kl(posterior, prior, method=method, num_samples=num_samples, tau=tau, eps=eps, gumbel=gumbel)
     reconstruction = reconstruction_of(posterior, log_likelihood, z)
     terms = {"elbo": reconstruction - kl, "reconstruction": reconstruction, "kl": kl}
     if remedy is None:

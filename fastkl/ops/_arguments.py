@@ -62,7 +62,7 @@ def as_tensors(like: Tensor, *values: Any) -> tuple[Any, ...]:
     )
 
 
-def as_parameters(mu: Tensor | float, parameter: Tensor | float, *others: Any) -> tuple[Any, ...]:
+def as_parameters(mu: Tensor | float | None, parameter: Tensor | float | None, *others: Any) -> tuple[Any, ...]:
     """as_tensors of a Gaussian's parameters, one of which at least is a tensor, and of its prior's."""
     return as_tensors(mu if isinstance(mu, Tensor) else parameter, mu, parameter, *others)
 

@@ -27,7 +27,7 @@ def kl_per_sample(q, packed_dim, prior, event_ndim, scale, bounds) -> Tensor:
     return arguments.by_rows(lambda *rows: reference.kl_normal(*rows, **settings), mu, event_ndim, tensors)
 
 
-def samples_dtype(mu: Tensor | float, parameter: Tensor | float | None) -> torch.dtype:
+def samples_dtype(mu: Tensor | float | None, parameter: Tensor | float | None) -> torch.dtype:
     """That of z: the parameters' own, also where one that is broadcast goes to the op in float32. A number has none."""
     first, *second = (given.dtype for given in (mu, parameter) if isinstance(given, Tensor))
     return torch.promote_types(first, second[0]) if second else first

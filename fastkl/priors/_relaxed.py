@@ -16,7 +16,7 @@ from fastkl.ops.kl_normal import kl_normal
 
 def kl_relaxed(
     mu: Tensor, logvar: Tensor, z: Tensor, mixture: tuple, tau: float | Tensor, precision: str,
-    seed: Tensor | None, gumbel: Tensor | None,
+    seed: int | Tensor | None, gumbel: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """As MixturePrior.kl_relaxed, for q = N(mu, exp(logvar)) and the mixture (logits, means, logvars, scale_tril)."""
     logits, means, logvars, scale_tril = mixture

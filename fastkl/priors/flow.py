@@ -47,10 +47,11 @@ class FlowPrior(Prior):
             return self.flow().rsample(shape)
         seed = arguments.check_int("seed", seed.item() if isinstance(seed, Tensor) else seed, -(2**63))
         # A list: torch.compile has no way to hand a set over.
-        devices = list(dict.fromkeys(p.device for p in self.flow.parameters() if p.device.type not in ("cpu", "meta")))
-        kind = devices[0].type if devices else "cuda"
-        if kind == "cuda" and torch.cuda.is_initialized():
-            devices = list(range(torch.cuda.device_count()))  # the seed reaches the generators of all of them
+        own = list(dict.fromkeys(p.device for p in self.flow.parameters() if p.device.type not in ("cpu", "meta")))
+        kind = own[0].type if own else "cuda"
+        devices: list[torch.device] | list[int] = own
+        if kind == "cuda" and torch.cuda.is_initialized():  # the seed reaches the generators of all of them
+            devices = list(range(torch.cuda.device_count()))
         with torch.random.fork_rng(devices, device_type=kind):
             torch.manual_seed(seed)
             return self.flow().rsample(shape)
