@@ -25,6 +25,8 @@ class Masked(nn.Linear):
     """A linear map that leaves out whatever leads from a greater degree to a smaller; `before` and `after` are those of
     its inputs and outputs, in ascending order."""
 
+    mask: Tensor
+
     def __init__(self, before: Tensor, after: Tensor, bias: bool = True):
         super().__init__(len(before), len(after), bias)
         # Made again from the sizes, so a checkpoint need not hold it.
@@ -81,13 +83,14 @@ class MaskedDecoder(nn.Module):
         Once the first m values are drawn, the units of degree m are what they will be, and each is computed only then:
         all steps together cost what one pass does.
         """
-        weights = [layer.weight * layer.mask for layer in self.layers]
+        layers = [layer for layer in self.layers if isinstance(layer, Masked)]
+        weights = [layer.weight * layer.mask for layer in layers]
         direct = self.direct.weight * self.direct.mask
         # What z and the biases give; the rest is added degree by degree. What is not known yet has no weight.
-        sums = [from_latent(z) + layer.bias for layer, from_latent in zip(self.layers, self.from_latent)]
+        sums = [from_latent(z) + layer.bias for layer, from_latent in zip(layers, self.from_latent)]
         known = [torch.zeros_like(each) for each in (sums[-1], *sums[:-1])]  # x, and the hidden units' activations
         for degree in range(sums[-1].shape[-1]):
-            for index, (layer, weight) in enumerate(zip(self.layers, weights)):
+            for index, (layer, weight) in enumerate(zip(layers, weights)):
                 units = layer.of_degree(degree)
                 sums[index][..., units] += F.linear(known[index], weight[units])
                 if index + 1 < len(weights):

@@ -35,7 +35,7 @@ PARTS = (
 )
 
 
-def write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes | memoryview) -> None:
     """Replace the file in one step: a temporary file beside it, synchronised to the disk, then renamed over it.
 
     Beside it, because a rename is atomic only within a file system; synchronised first, because after a power cut the

@@ -91,7 +91,7 @@ def load(settings: Settings) -> Data:
         if of.values.shape[1:] != shape:
             got = f"a datum of shape {list(of.values.shape[1:])}, the training data of {list(shape)}"
             raise UserError(f"{where(part, settings)}: the {part} data have {got}")
-    labels, names = arrange_labels(parts, held.names, settings, notes)
+    labels_of, names = arrange_labels(parts, held.names, settings, notes)
     rows = split(parts, settings)
     scaled, likelihood, what, meaning = scale(parts, rows["train"][1], settings.likelihood)
     if settings.image_size and len(shape) == 3 and shape[-2:] != (settings.image_size,) * 2:
@@ -102,7 +102,7 @@ def load(settings: Settings) -> Data:
         what += f", resized to {size[0]} x {size[1]}"
     found = {name: scaled[part][torch.from_numpy(index)] for name, (part, index) in rows.items()}
     kept = {
-        name: None if labels.get(part) is None else labels[part][torch.from_numpy(index)]
+        name: None if labels_of.get(part) is None else labels_of[part][torch.from_numpy(index)]
         for name, (part, index) in rows.items()
     }
     note = " ".join(filter(None, (note, *(f"{line[0].upper()}{line[1:]}." for line in notes), meaning)))

@@ -89,8 +89,9 @@ def read_image(path: Path, option: str) -> tuple[np.ndarray, bool]:
 
     try:
         with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # the second of a camera's is a preview
-                raise UserError(f"{option}: {path} holds {image.n_frames} pictures: save each in a file of its own")
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1 and image.format != "MPO":  # the second of a camera's is a preview
+                raise UserError(f"{option}: {path} holds {frames} pictures: save each in a file of its own")
             if cut(image):
                 raise UserError(
                     f"{option}: {path} is a colour picture of more than 8 bits per channel, of which Pillow reads 8: "

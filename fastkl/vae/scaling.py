@@ -65,13 +65,13 @@ def channels_last(shape: tuple[int, ...], where: str) -> bool:
     return False
 
 
-def whole_range(high: int) -> int:
+def whole_range(high: float) -> float:
     """What whole numbers are divided by: the range of 8, 10, 12, 14, 16 or 32 bits if the highest bit is used, else the
     largest of them."""
     return next((2**bits - 1 for bits in DEPTHS if 2 ** (bits - 1) <= high < 2**bits), max(1, high))
 
 
-def divisor(span: Span, vectors: bool, likelihood: str) -> int | None:
+def divisor(span: Span, vectors: bool, likelihood: str) -> float | None:
     """What makes pixels of the values, in [0, 1]; None where they are numbers of some unit."""
     if not span.integer:
         # As for whole numbers, the upper half must be used: 0 to 0.01 is some unit, not shades of black.
@@ -91,7 +91,7 @@ def scale(parts: dict[str, Part], train: np.ndarray, asked: str) -> tuple[dict[s
 
     `train` are the rows of the part of that name whose mean and deviation a normal likelihood takes.
     """
-    spans = {name: part.span for name, part in parts.items()}
+    spans = {name: part.span for name, part in parts.items() if part.span is not None}
     vectors = parts["train"].values.ndim == 2
     fit_together(spans, vectors, asked)
     span = Span.joined(spans.values())
@@ -132,7 +132,7 @@ def fit_together(spans: dict[str, Span], vectors: bool, likelihood: str) -> None
             raise UserError(f"--data: {name} data are {span}, training data {train}: they need one scale")
 
 
-def divided(values: np.ndarray, by: int) -> Tensor:
+def divided(values: np.ndarray, by: float) -> Tensor:
     values = np.array(values, dtype=np.float32, order="C")
     if by > 1:
         values /= np.float32(by)

@@ -32,7 +32,7 @@ class Stop:
                     stream is not None and stream.isatty()
                 ):  # gone: writing there would end the run before its checkpoint
                     mute(stream)
-        signal.signal(number, self.previous[number])  # the second one is not a wish any more
+        signal.signal(number, self.previous[signal.Signals(number)])  # the second one is not a wish any more
 
     def __exit__(self, *error: Any) -> None:
         for number, handler in self.previous.items():
