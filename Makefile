@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: train test bench compat gpu lint clean
+.PHONY: train test test-integrations conformance bench compat gpu lint clean
 
 train: $(STAMP)
 	$(RUN) -m fastkl.vae train $(ARGS)
@@ -13,6 +13,22 @@ train: $(STAMP)
 # the order in which tests/conftest.py puts them, not by the number of their tests.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Against the libraries themselves, in an environment of their own: a gigabyte.
+test-integrations: $(VENV)-integrations/.installed
+	OMP_NUM_THREADS=1 $(VENV)-integrations/bin/python -m pytest tests/integrations $(ARGS)
+
+# The tables of docs/conformance.md. That other libraries fail cases is no error here.
+conformance: $(VENV)-integrations/.installed
+	sed '/<!-- written by/q' docs/conformance.md > docs/conformance.new
+	-$(VENV)-integrations/bin/python -W ignore -m fastkl.conformance --markdown >> docs/conformance.new
+	echo '<!-- end -->' >> docs/conformance.new
+	mv docs/conformance.new docs/conformance.md
+
+$(VENV)-integrations/.installed: pyproject.toml constraints.txt
+	test -x $(VENV)-integrations/bin/python || $(PYTHON) -m venv $(VENV)-integrations
+	$(VENV)-integrations/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[integrations]"
+	touch $@
 
 bench: $(STAMP)
 	$(RUN) -m bench $(ARGS)
@@ -35,4 +51,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-integrations build dist *.egg-info

@@ -1,10 +1,10 @@
-"""Measure what fastkl saves on this machine.
+"""Measure the time, traffic and memory of fastkl on this machine.
 
     python -m bench [OP | sweeps | training_step ...] [--quick] [--resume] [--output DIR] [--threads N ...]
 
-Each bench_<op>.py beside this file defines `cases(device, quick)`, which yields `Case`s. Every contender is compared
-with the definition in float64 first: what does not match is not timed, and the exit status is 1. What was measured is
-on disk after every case; Ctrl-C ends a run, and --resume goes on with it.
+Each bench_<op>.py in this folder defines `cases(device, quick)`, which yields `Case`s. Every contender is first
+compared with the definition in float64: a contender that does not match is not timed, and the exit status is 1. Results
+are written to disk after every case; Ctrl-C ends a run, and --resume continues it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 except ImportError as error:
-    sys.exit(f'{error.name} is missing, which the benchmark draws with: pip install -e ".[bench]"')
+    sys.exit(f'the benchmark needs {error.name}, which is not installed: pip install -e ".[bench]"')
 
 from bench import measure, sweeps, tables, training_step
 from bench.precompile import Accounts, Formula, ahead
@@ -42,12 +42,12 @@ FIRST = ("kl_normal", "rsample_kl")  # the ops of the first table
 
 
 class Job(NamedTuple):
-    """Something to measure: its rows go to a part's file, under the key."""
+    """A measurement whose rows go to the file of `part`, under `key`."""
 
     part: str
     key: tuple[str, str]
     work: Callable[[], tuple[list[dict[str, Any]], list[str]]]
-    compiles: tuple[Formula, ...] = ()  # what torch.compile will be asked for
+    compiles: tuple[Formula, ...] = ()  # formulas that it compiles by torch.compile
 
 
 def options(arguments: list[str] | None) -> argparse.Namespace:
@@ -55,24 +55,24 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=about)
     parser.add_argument("what", nargs="*", help=f"ops, {' or '.join(PARTS)} (default: everything)")
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds, torch.compile of two ops only")
-    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run has ended")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where results go (bench/results/<device>)")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (bench/results/<device>)")
     every = torch.get_num_threads()
     parser.add_argument(
         "--threads", type=int, nargs="+", metavar="N", default=sorted({1, every}),
-        help=f"CPU threads; sizes are measured with each, the rest with the most (1 and {every})",
+        help=f"CPU threads; the table of sizes uses each number, all else the largest (1 and {every})",
     )  # fmt: skip
     given = parser.parse_args(arguments)
     if unknown := [name for name in given.what if name not in (*OPS, *PARTS)]:
-        parser.error(f"there is no {', '.join(unknown)} to measure; there are {', '.join((*OPS, *PARTS))}")
+        parser.error(f"unknown op {', '.join(unknown)}; expected {', '.join((*OPS, *PARTS))}")
     if min(given.threads) < 1:
         parser.error(f"--threads must be at least 1, got {min(given.threads)}")
     return given
 
 
 def jobs(given: argparse.Namespace, device: str, accounts: Accounts) -> list[Job]:
-    """Everything that was asked for, the first table first; `accounts` of formulas will be there when they are due."""
-    wanted, found = given.what or (*OPS, *PARTS), []
+    """All requested measurements, those of the first table first; `accounts` is filled before they run."""
+    wanted, result = given.what or (*OPS, *PARTS), []
     counts = sorted(set(given.threads)) if device == "cpu" else [torch.get_num_threads()]
     for op in sorted(set(wanted) & set(OPS), key=lambda op: (op not in FIRST, op)):
         cases = Cases(op, device, given.quick, accounts)
@@ -84,22 +84,22 @@ def jobs(given: argparse.Namespace, device: str, accounts: Accounts) -> list[Job
             }  # fmt: skip
             work = functools.partial(cases.rows_of, index, settings)
             compiles = [Formula(op, index, given.quick, threads, False) for threads in settings["thread_counts"]]
-            if settings["host"] and case.headline:  # the step without data
+            if settings["host"] and case.headline:  # for the host's time on empty data
                 compiles.append(Formula(op, index, given.quick, counts[-1], True))
-            found.append(Job("ops", (op, case.name), work, tuple(compiles) if settings["compile"] else ()))
+            result.append(Job("ops", (op, case.name), work, tuple(compiles) if settings["compile"] else ()))
     if "sweeps" in wanted:
         for sweep in sweeps.SWEEPS.values():
             for size in sweep.sizes(given.quick):
                 key = (sweep.name, f"{sweep.axis} = {size}")
-                found.append(Job("sweeps", key, lambda s=sweep, x=size: sweeps.rows_of(s, x, device, counts[-1])))
+                result.append(Job("sweeps", key, lambda s=sweep, x=size: sweeps.rows_of(s, x, device, counts[-1])))
     if "training_step" in wanted:
         key = (training_step.PRESET, training_step.WHOLE)
-        found.append(Job("training_step", key, lambda: training_step.rows_of(device, counts[-1])))
-    return found
+        result.append(Job("training_step", key, lambda: training_step.rows_of(device, counts[-1])))
+    return result
 
 
 class Cases:
-    """The cases of an op, each made when its turn comes: all of them at once would fill the memory."""
+    """The cases of an op, each constructed only when it is measured, to bound the memory."""
 
     def __init__(self, op: str, device: str, quick: bool, accounts: Accounts):
         self.op, self.quick, self.accounts = op, quick, accounts
@@ -113,15 +113,15 @@ class Cases:
 
 
 def work_off(work: list[Job], store: Store, console: Console, device: str, accounts: Accounts) -> list[str]:
-    """Measures and stores; returns what was not timed because it does not match."""
+    """Measure and store all jobs; returns a line for each contender that was not timed because it does not match."""
     wrong, formulas = [], [formula for job in work for formula in job.compiles]
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
-        # A bar that moves by itself takes turns with what is timed.
+        # No automatic refresh: its thread would disturb the timing.
         console=console, transient=True, disable=not console.is_terminal, auto_refresh=False,
     )  # fmt: skip
     with bar:
-        if device == "cpu" and len(formulas) > 1 and cores() > 1:  # on a GPU Inductor compiles side by side by itself
+        if device == "cpu" and len(formulas) > 1 and cores() > 1:  # on a GPU Inductor itself compiles in parallel
             task = bar.add_task("torch.compile of the eager formulas".ljust(60), total=len(formulas))
             for done in ahead(formulas, accounts):
                 bar.update(task, completed=done, refresh=True)
@@ -144,13 +144,13 @@ def work_off(work: list[Job], store: Store, console: Console, device: str, accou
 
 def main(arguments: list[str] | None = None) -> int:
     given = options(arguments)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notes to developers, and the compiler's
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # mutes the profiler's messages, as below the compiler's
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     about = machine(device, sorted(set(given.threads))) | {"quick": given.quick}
     folder = given.output or HERE / "results" / (slug(about, device) + ("-quick" if given.quick else ""))
-    # Naming some ops replaces their rows and keeps the rest.
+    # With named ops, their rows are replaced and all others are kept.
     store, console = Store(folder, keep=given.resume or bool(given.what)), Console(stderr=True)
     accounts: Accounts = {}
     work = [job for job in jobs(given, device, accounts) if not (given.resume and store.has(job.part, job.key))]
@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
         wrong = work_off(work, store, console, device, accounts)
     except KeyboardInterrupt:
         status = 130
-        print("Interrupted; what was measured is kept. The same command with --resume goes on.", file=sys.stderr)
+        print("Interrupted; results are kept. The same command with --resume continues.", file=sys.stderr)
     store.remember(about)
     screen = Console(width=None if sys.stdout.isatty() else 140)
     for table in tables.all_tables(store):

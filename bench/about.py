@@ -1,7 +1,7 @@
-"""The machine as it is found: card, driver, clocks, versions and commit, into a file beside the results.
+"""Facts about the machine for a file beside the results: card, driver, clocks, versions and commit.
 
 python -m bench.about --out about.json
-python -m bench.about --slug          # the card's name as a folder is called
+python -m bench.about --slug          # the card's name as the name of a folder
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PACKAGES = ("triton", "numpy", "scipy", "pytest", "pytest-xdist", "hypothesis", 
 
 
 def cards() -> list[dict[str, str]]:
-    """What the driver says of each card; nothing is changed."""
+    """The driver's facts about each card; no setting is changed."""
     command = ["nvidia-smi", f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5)
@@ -36,23 +36,23 @@ def cards() -> list[dict[str, str]]:
 
 
 def versions() -> dict[str, str]:
-    """Of packages that a stage may need; "missing" where there is none."""
-    found = {}
+    """The versions of packages that a stage may need, or "missing"."""
+    result = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            result[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
+            result[name] = "missing"
+    return result
 
 
 def properties() -> dict[str, Any]:
-    """What torch says of the card that it uses."""
+    """torch's facts about the card in use."""
     if not torch.cuda.is_available():
         return {}
-    found = torch.cuda.get_device_properties()
+    card = torch.cuda.get_device_properties()
     names = ("name", "major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
-    return {name: getattr(found, name, "") for name in names} | {"cuda": torch.version.cuda}
+    return {name: getattr(card, name, "") for name in names} | {"cuda": torch.version.cuda}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         given.out.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     for name, value in about.items():
         print(f"{name}: {json.dumps(value)}")
-    print("GPU:", about["used"].get("name", "none; what follows runs on the CPU"))
+    print("GPU:", about["used"].get("name", "none; all later stages run on the CPU"))
     return 0
 
 

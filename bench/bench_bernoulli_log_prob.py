@@ -13,16 +13,16 @@ def formula(logits, x):
 
 
 def by_distributions(logits, x):
-    # Grey values are outside its support.
+    # Not validated, because grey values are outside the support.
     return distributions.Bernoulli(logits=logits, validate_args=False).log_prob(x).sum(-1)
 
 
 def fused(logits, x):
-    return fastkl.bernoulli_log_prob(logits, x, event_ndim=1)
+    return fastkl.bernoulli_log_prob(x, logits, event_ndim=1)
 
 
 def definition(logits, x):
-    return reference.bernoulli_log_prob(logits, x, event_ndim=1)
+    return reference.bernoulli_log_prob(x, logits, event_ndim=1)
 
 
 def cases(device, quick):

@@ -30,8 +30,8 @@ def inputs(device, n, k, d):
 
 def cases(device, quick):
     functions = formula, fastkl.gmm_log_prob, reference.gmm_log_prob, {"torch.distributions": same_family}
-    # The eager mixture keeps a tensor of N x K x D numbers, 67 MB at the larger size; with many more
-    # dimensions float32 is too coarse for it.
+    # The eager mixture saves a tensor of N x K x D numbers, 67 MB at the larger size. With many more dimensions its
+    # float32 result would not match the definition.
     for size in [(128, 10, 8)] if quick else [(128, 10, 8), (4096, 256, 16)]:
         yield Case(" x ".join(map(str, size)), inputs(device, *size), *functions)
     n, k, d = (64, 10, 8) if quick else (512, 50, 32)

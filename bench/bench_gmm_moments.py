@@ -1,4 +1,4 @@
-"""gmm_moments: one step of expectation maximisation's sums, against broadcasting; there is no backward pass."""
+"""gmm_moments: the sums of one step of expectation maximisation, against broadcasting; forward only."""
 
 import torch
 
@@ -17,5 +17,5 @@ def broadcasting(z, logits, means, logvars):
 def cases(device, quick):
     for n, k, d in [(128, 10, 8)] if quick else [(16384, 512, 64) if device == "cuda" else (4096, 100, 32)]:
         inputs = [tensor.detach() for tensor in leaves(device, (n, d), (k,), (k, d), (k, d))]
-        # The definition is what users write.
+        # The eager formula is the definition itself.
         yield Case(f"{n} x {k} x {d}, forward", inputs, broadcasting, fastkl.gmm_moments, broadcasting)

@@ -29,7 +29,7 @@ def definition(logits, gumbel):
 
 
 def noise(inputs, outputs):
-    """What was added to the logits, up to a constant for each row, which the softmax takes away again."""
+    """The noise added to the logits, up to a constant per row, which the softmax cancels."""
     y = outputs[0].detach()
     if not ((y.sum(-1) - 1).abs().max() < 1e-2 and y.argmax(-1).unique().numel() > 1):
         raise ValueError("rows do not sum to 1, or all choose the same class")

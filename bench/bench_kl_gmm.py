@@ -1,4 +1,4 @@
-"""kl_gmm: by samples and its upper bound, against the formulas written out by broadcasting."""
+"""kl_gmm: by samples and by its upper bound, against the formulas by broadcasting."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""kl_gmm_bounds: both bounds at once, against the formulas written out by broadcasting, and one call for each."""
+"""kl_gmm_bounds: both bounds in one call, against the formulas by broadcasting."""
 
 import torch
 

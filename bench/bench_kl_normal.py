@@ -23,7 +23,7 @@ def definition(mu, logvar):
 
 
 def normal(mu, logvar):
-    """Without the checks of its arguments, which torch.compile switches off for the whole process."""
+    """A torch.distributions.Normal without argument checks: torch.compile disables them for the whole process."""
     return distributions.Normal(mu, (0.5 * logvar).exp(), validate_args=False)
 
 

@@ -13,7 +13,7 @@ except ImportError:
 
 
 def squares(a, b):
-    """Distances by a product of matrices, as torch.cdist takes them for many points."""
+    """Squared distances by a matrix product, as in torch.cdist for many points."""
     return (a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T).clamp_min(0)
 
 
@@ -33,7 +33,7 @@ def by_keops(x, y):
         k = sum(s / (s + t) for s in SCALES)
         return k.sum(1).sum()
 
-    def own(a):  # a point is at distance 0 from itself
+    def own(a):  # subtracts the pairs of a point with itself, at distance 0
         return (total(a, a) - len(a) * len(SCALES)) / (len(a) * (len(a) - 1))
 
     return own(x) + own(y) - 2 * total(x, y) / (len(x) * len(y))
@@ -42,9 +42,9 @@ def by_keops(x, y):
 def cases(device, quick):
     for n, d in [(128, 32)] if quick else [(128, 32), (2048, 64)]:
         x, y = leaves(device, (n, d), (n, d))
-        # Two samples that differ: of the same distribution the eager formula's gradient is mostly rounding.
+        # Two different distributions: for equal ones the eager formula's gradient is mostly rounding error.
         inputs = [x, (y.detach() + 1).requires_grad_()]
         others = {"pykeops": by_keops} if LazyTensor else {}
-        # The definition makes N x N x D differences: where they would fill the memory the formula in float64 is it.
+        # The definition needs N x N x D differences. If they would fill the memory, the formula in float64 replaces it.
         truth = reference.mmd if n < 1000 else formula
         yield Case(f"{n} x {d}, seven scales", inputs, formula, fastkl.mmd, truth, others)

@@ -14,7 +14,7 @@ TAU = 0.7
 
 
 def formula(logits, means, logvars, gumbel=None, eps=None):
-    """One sample of each component for each datum: what comes to mind first."""
+    """The naive formula: a sample of each component for each datum."""
     y = F.gumbel_softmax(logits, TAU) if gumbel is None else torch.softmax((logits + gumbel) / TAU, -1)
     eps = torch.randn(*logits.shape, means.shape[-1], device=means.device) if eps is None else eps
     return (y.unsqueeze(-1) * (means + (0.5 * logvars).exp() * eps)).sum(-2)
@@ -32,7 +32,7 @@ def definition(logits, means, logvars, seed):
 
 
 def one_noise(logits, means, logvars, seed):
-    """The formula with the noise of the definition, one for all components of a datum."""
+    """The formula with the definition's noise, shared by all components of a datum."""
     gumbel, eps = noise(logits, means, seed)
     return formula(logits, means, logvars, gumbel, eps.unsqueeze(-2))
 

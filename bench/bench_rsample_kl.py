@@ -1,4 +1,4 @@
-"""rsample_kl: the sample and its KL, both from one pass, at the sizes of kl_normal."""
+"""rsample_kl: sample and KL in one pass, at the sizes of kl_normal."""
 
 import torch
 from torch import distributions

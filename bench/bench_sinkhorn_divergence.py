@@ -1,4 +1,4 @@
-"""sinkhorn_divergence: against the dense definition, and GeomLoss where it is installed (its matrices of costs)."""
+"""sinkhorn_divergence: against the dense definition, and GeomLoss if installed (with its cost matrices)."""
 
 import functools
 
@@ -13,7 +13,7 @@ try:
 except ImportError:
     SamplesLoss = None
 
-BLUR = 1.0  # where float32 is still fine for GeomLoss's costs, expanded around the origin
+BLUR = 1.0  # large enough for GeomLoss's expanded squares, whose costs are inexact in float32
 
 
 def cases(device, quick):

@@ -1,4 +1,4 @@
-"""sliced_wasserstein: the usual two sorts of all projections, against blocks of projections sorted once."""
+"""sliced_wasserstein: two sorts of all projections (eager), against blocks of projections sorted once."""
 
 import functools
 
@@ -17,13 +17,13 @@ def formula(x, y, projections, unit=None):
 
 
 def definition(x, y, projections, seed):
-    """In float32: float64 would sort near ties another way, and match them with other points."""
+    """The definition in float32, because float64 would sort near ties differently and match other points."""
     return reference.sliced_wasserstein(x.float(), y.float(), projections, 2, seed)
 
 
 def cases(device, quick):
     seed = torch.zeros((), dtype=torch.int64, device=device)
-    sizes = [(256, 64, 50)]  # of more points float32 matches some near ties otherwise, whoever sorts
+    sizes = [(256, 64, 50)]  # with more points, some near ties are matched differently by any two float32 sorts
     for n, d, projections in sizes:
         eager = functools.partial(formula, projections=projections)
         ours = functools.partial(fastkl.sliced_wasserstein, num_projections=projections)
@@ -31,7 +31,7 @@ def cases(device, quick):
         unit = reference.projections(seed, projections, d)
         given = {"eager": functools.partial(eager, unit=unit), "fastkl": functools.partial(ours, seed=seed)}
         name = f"{n} x {d}, {projections} projections"
-        # Two samples that differ: of the same distribution the gradient is mostly the order of near ties.
+        # Two different distributions: for equal ones the gradient mostly depends on the order of near ties.
         x, y = leaves(device, (n, d), (n, d))
         inputs = [x, (y.detach() + 1).requires_grad_()]
         yield Case(name, inputs, eager, ours, truth, same_noise=given)

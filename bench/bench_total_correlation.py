@@ -1,4 +1,4 @@
-"""total_correlation: the decomposition of a batch, stratified weights, against the formula with all pairs at once."""
+"""total_correlation: with stratified weights, against the formula that holds all pairs in memory."""
 
 import math
 
@@ -12,7 +12,7 @@ DATASET_SIZE = 60000
 
 
 def formula(z, mu, logvar):
-    """As users write it: [N, N, D] densities, and a weight matrix with its entries where they belong."""
+    """The usual formula, with [N, N, D] densities and a weight matrix."""
     n = len(z)
     weights = torch.full((n, n), 1 / (n - 1), device=z.device)
     weights.fill_diagonal_(1 / DATASET_SIZE)

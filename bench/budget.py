@@ -1,7 +1,7 @@
-"""The traffic of fastkl's kernels as it is written down: what each reads and writes, once. tests/test_bench_budget.py
-counts the loads and stores of the kernels and compares.
+"""The memory traffic of fastkl's kernels: the tensors that each reads and writes, once. tests/test_bench_budget.py
+compares it with counted loads and stores.
 
-Ops that are not here read their inputs again for every tile of components or pairs, mostly from L2.
+Other ops read their inputs again for every tile of components or pairs, mostly from L2.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Budget(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """Beside what every op does: forward reads all inputs and writes all outputs, backward reads what comes back for
-    each output and writes the gradients that are wanted."""
+    """Traffic beyond that of every op: forward reads all inputs and writes all outputs, backward reads the cotangents
+    and writes the requested gradients."""
 
-    backward_reads: tuple[int, ...]  # which inputs, by number
-    draws: bool = False  # reads a seed
-    redraws: bool = False  # reads it again in the backward pass
-    rereads_output: bool = False  # keeps its output and reads it in the backward pass
+    backward_reads: tuple[int, ...]  # indices of the inputs that backward reads
+    draws: bool = False  # forward reads a seed
+    redraws: bool = False  # backward reads it again
+    rereads_output: bool = False  # the output is saved and read in the backward pass
 
 
 TABLE = {
@@ -39,7 +39,7 @@ TABLE = {
     "kl_normal, prior": Traffic((0, 1, 2, 3)),
     "packed": Traffic((0,)),
     "packed, drawn": Traffic((0,), draws=True, redraws=True),
-    "kl_normal_per_dim": Traffic((0, 1)),  # and sums of blocks of rows, hundredths of all that
+    "kl_normal_per_dim": Traffic((0, 1)),  # without the sums of blocks of rows, some hundredths of it
     "wasserstein2_normal": Traffic((0, 1)),
     "rsample_normal": Traffic((1,), draws=True, redraws=True),
     "rsample_kl": Traffic((0, 1), draws=True, redraws=True),
@@ -50,7 +50,7 @@ TABLE = {
 
 
 def touched(tensor: Tensor) -> int:
-    """Bytes of the elements of a tensor, each once: an expanded dimension is one element long."""
+    """Bytes of the distinct elements of a tensor: an expanded dimension counts as one element."""
     if tensor.numel() == 0:
         return 0
     count = 1
@@ -60,10 +60,10 @@ def touched(tensor: Tensor) -> int:
 
 
 def budget(op: str, inputs: list[Tensor], outputs: list[Tensor], cotangents: list[Tensor]) -> Budget:
-    """The table's line for tensors of these shapes."""
+    """The budget of an op for tensors of these shapes."""
     line = TABLE[op]
     forward = SEED * line.draws + sum(map(touched, (*inputs, *outputs)))
-    # A mean behind the op reads its one value per row once more.
+    # A mean after the op writes and reads one value per row.
     forward += sum(2 * out.element_size() * len(inputs[0]) for out in outputs if out.dim() == 0)
     read = [*(inputs[number] for number in line.backward_reads), *cotangents, *(outputs * line.rereads_output)]
     gradients = sum(x.numel() * x.element_size() for x in inputs if x.requires_grad)
@@ -71,7 +71,7 @@ def budget(op: str, inputs: list[Tensor], outputs: list[Tensor], cotangents: lis
 
 
 def launches(op: str, outputs: list[Tensor]) -> tuple[int, int]:
-    """One kernel each way; drawing the seed is another, and so is a mean behind the op, each way. (The second stage of
-    a sum over few long rows, which many programs share, is not counted.)"""
+    """(forward launches, backward launches): one kernel each; drawing the seed adds one to forward, a mean after the op
+    adds one to each. (The second stage of a sum over few long rows, split over programs, is not counted.)"""
     means = sum(out.dim() == 0 for out in outputs)
     return 1 + TABLE[op].draws + means, 1 + means

@@ -1,4 +1,4 @@
-"""What is compared: one op at one size, who computes it, and how each of them is checked before it is timed."""
+"""Cases of the benchmark: one op at one size, its contenders, and the check of each before it is timed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Results agree where they differ by at most this many units in the last place of the coarsest dtype involved, relative
-# to the largest value: the eager formulas are naive, and their rounding is not what is measured here.
+# Results agree if they differ by at most this many units in the last place of the coarsest dtype involved, relative to
+# the largest value. The bound is loose, because the eager formulas are naive and accuracy is not measured here.
 UNITS = 64
-PART = 1 << 20  # elements of an input that the definition is given at a time, where it can be
+PART = 1 << 20  # elements per block of an input for the definition, if it works by rows
 
 
 class Case(NamedTuple):
@@ -25,39 +25,39 @@ class Case(NamedTuple):
     reference: Callable
     # Further contenders, by name: torch.distributions, geomloss.
     others: dict[str, Callable] = {}  # noqa: RUF012  never written to
-    # Its line in the table of budget.py; none where inputs are read again for every tile.
+    # Its key in the table of budget.py; empty if inputs are read again for every tile.
     budget: str = ""
-    # For functions that draw noise: (inputs, outputs) -> what noise that was, as settings of the reference. Raises
-    # ValueError where no such noise could have been drawn.
+    # For functions that draw noise: (inputs, outputs) -> the noise drawn, as keyword arguments of the reference. Raises
+    # ValueError if the outputs imply implausible noise.
     noise: Callable[[list[Tensor], list[Tensor]], dict[str, Any]] | None = None
-    # Contenders whose noise the outputs do not tell -> the same function, given the reference's noise.
+    # Contenders whose outputs do not determine the noise -> the same function with the reference's noise.
     same_noise: dict[str, Callable] = {}  # noqa: RUF012
     # Whether this is a size of the first table, timed with one thread as well.
     headline: bool = False
-    # Whether each row of every tensor stands for itself, and a scalar output is a mean over rows.
+    # Whether the rows of every tensor are independent, and a scalar output is a mean over rows.
     by_rows: bool = False
 
     @property
     def functions(self) -> dict[str, Callable]:
-        """Contender -> function, all but torch.compile, which is made of the eager one."""
+        """Contender -> function, without torch.compile, which is derived from the eager one."""
         return {"eager": self.eager, **self.others, "fastkl": self.fastkl}
 
 
 def leaves(device: str, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Standard normal inputs that want a gradient, the same in every run."""
-    if device == "meta":  # where only the names of the cases are wanted
+    """Standard normal inputs that require a gradient, the same in every run."""
+    if device == "meta":  # only the names of the cases are needed
         return [torch.empty(s, dtype=dtype, device=device, requires_grad=True) for s in shapes]
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
 
 
 def uniform(device: str, *shape: int) -> Tensor:
-    """Data between 0 and 1, which want no gradient."""
+    """Data between 0 and 1, without gradient."""
     return torch.rand(*shape, generator=torch.Generator().manual_seed(2)).to(device)
 
 
 def empty(inputs: list[Tensor]) -> list[Tensor]:
-    """The same inputs with no data: what is as long as the first has no rows."""
+    """The same inputs with 0 rows, for those with as many rows as the first."""
     rows = len(inputs[0])
     cut = [x.detach()[:0] if x.dim() and len(x) == rows else x.detach() for x in inputs]
     return [y.clone().requires_grad_(x.requires_grad) for x, y in zip(inputs, cut)]
@@ -75,16 +75,17 @@ def backward(inputs: list[Tensor], outputs: Tensor | tuple[Tensor, ...], cotange
 def run(
     function: Callable, inputs: list[Tensor], cotangents: list[Tensor], **settings: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(outputs, gradients) of one forward and one backward pass; no gradients where no input wants one."""
+    """(outputs, gradients) of one forward and one backward pass; no gradients if no input requires one."""
     outputs = as_list(function(*inputs, **settings))
     return [tensor.detach() for tensor in outputs], backward(inputs, outputs, cotangents)
 
 
 def make_cotangents(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """A small output is a loss: its gradient comes from `.mean()`, with stride 0. A large one goes on to a decoder."""
+    """Cotangents. A small output is a loss, with the gradient of `.mean()`, of stride 0. A large output is the input of
+    a decoder, with a normal gradient."""
     generator, largest = torch.Generator().manual_seed(1), max(tensor.numel() for tensor in inputs)
     small = [out.new_tensor(1 / max(1, out.numel())).expand(out.shape) for out in outputs]
-    # Half an input is as large as a latent, where one head packs both parameters.
+    # A latent is half as large as a packed head.
     large = [x.dim() > 1 and 2 * x.numel() >= largest for x in outputs]
     return [torch.randn(x.shape, generator=generator).to(x) if big else s for x, big, s in zip(outputs, large, small)]
 
@@ -92,16 +93,16 @@ def make_cotangents(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]
 def problem(
     case: Case, name: str, function: Callable, cotangents: list[Tensor], known: dict[str, Any] | None = None
 ) -> str:
-    """Why a contender may not be timed; empty where it matches the definition.
+    """The reason why a contender may not be timed, or "" if it matches the definition.
 
-    `known` holds the definition's result from one contender to the next, where no noise sets them apart.
+    `known` caches the definition's result between contenders, unless it depends on their noise.
     """
     given = case.same_noise.get(name)
     if given is None and case.same_noise and name == "torch.compile":
-        return ""  # draws noise of its own; the formula that it is made of was compared
+        return ""  # its noise is unknown; its eager formula was compared
     try:
         actual = run(given or function, case.inputs, cotangents)
-    except Exception as error:  # of one contender; the others can be measured
+    except Exception as error:  # the other contenders can still be measured
         return f"failed: {type(error).__name__}: {error}".splitlines()[0]
     noisy = case.noise is not None and given is None
     expected = None if noisy or known is None else known.get("expected")
@@ -117,14 +118,19 @@ def problem(
 
 
 def definition(case: Case, cotangents: list[Tensor], drawn: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor]]:
-    """The reference's outputs and gradients in float64, given the noise of the outputs `drawn`; ValueError where it
-    is none. Where rows have nothing to do with one another, some at a time: what fits a cache is five times as fast."""
+    """The reference's outputs and gradients in float64, with the noise of the outputs `drawn`.
+
+    Independent rows are computed in blocks that fit the cache, which is five times as fast.
+
+    Raises:
+        ValueError: the noise of `drawn` is implausible.
+    """
     if not case.by_rows:
         return exactly(case, case.inputs, cotangents, drawn)
     rows, outputs, gradients = len(case.inputs[0]), [], []
     step = max(1, PART * rows // max(1, case.inputs[0].numel()))
     for start in range(0, rows, step):
-        share = min(step, rows - start) / rows  # of a scalar, which is a mean over rows
+        share = min(step, rows - start) / rows  # weight of this block in a mean over rows
 
         def cut(tensors: list[Tensor], at: slice = slice(start, start + step), share: float = share) -> list[Tensor]:
             return [tensor[at] if tensor.dim() else share * tensor.double() for tensor in tensors]
@@ -137,17 +143,17 @@ def definition(case: Case, cotangents: list[Tensor], drawn: list[Tensor] | None)
 
 
 def exactly(case: Case, inputs: list[Tensor], cotangents: list[Tensor], drawn: list[Tensor] | None) -> tuple:
-    """As `definition`, of all of these inputs at once."""
+    """`definition` without blocks."""
     exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs]
     settings = case.noise(exact, [out.double() for out in drawn]) if drawn is not None else {}
     return run(case.reference, exact, [tensor.double() for tensor in cotangents], **settings)
 
 
 def disagreement(actual: tuple, expected: tuple, rounding: float, together: bool = False) -> str:
-    """Empty where two results of `run` agree.
+    """The difference of two results of `run` in words, or "" if they agree.
 
-    `together` measures gradients by the largest value of all of them: noise that was taken from a rounded sample is off
-    by as much as the sample, however small the noise and its gradient are.
+    `together` compares gradients relative to the largest value of all of them: noise derived from a rounded sample has
+    the sample's absolute error, even if the noise and its gradient are small.
     """
     for kind, got, wanted in zip(("output", "gradient"), actual, expected):
         scales = [largest(b) for b in wanted]
@@ -157,26 +163,25 @@ def disagreement(actual: tuple, expected: tuple, rounding: float, together: bool
             if a.shape != b.shape:
                 return f"{kind} {index} has shape {tuple(a.shape)}, expected {tuple(b.shape)}"
             error = largest(a, b)
-            if not error <= UNITS * rounding * scale:  # NaN does not agree either
+            if not error <= UNITS * rounding * scale:  # also true for NaN
                 return f"{kind} {index} differs by {error:.2e}, largest value {scale:.2e}"
     return ""
 
 
 def largest(tensor: Tensor, other: Tensor | None = None) -> float:
-    """The largest absolute value of a tensor, or of its difference to another, NaN where there is one; by parts, as
-    `definition` goes."""
+    """The largest absolute value of a tensor, or of its difference to another, in blocks; NaN if it has one."""
     parts = tensor.reshape(-1).split(PART)
     others = [None] * len(parts) if other is None else other.reshape(-1).split(PART)
-    found = [(a if b is None else a.double() - b).abs().amax() for a, b in zip(parts, others) if a.numel()]
-    return torch.stack(found).amax().item() if found else 0.0
+    maxima = [(a if b is None else a.double() - b).abs().amax() for a, b in zip(parts, others) if a.numel()]
+    return torch.stack(maxima).amax().item() if maxima else 0.0
 
 
 def normal_noise(inputs: list[Tensor], outputs: list[Tensor]) -> dict[str, Tensor]:
-    """The noise of z = mu + sigma eps, which must look standard normal."""
+    """The noise of z = mu + sigma eps; ValueError if it does not look standard normal."""
     mu, logvar = inputs[:2] if len(inputs) > 1 else inputs[0].chunk(2, 1)
     eps = ((outputs[0] - mu) / torch.exp(0.5 * logvar)).detach()
     count = eps.numel()
-    # Six standard errors of mean and variance; the variance of few values says nothing.
+    # Within six standard errors of mean and variance; the variance of few values is not checked.
     if not abs(eps.mean()) <= 6 / count**0.5 or (count > 99 and not abs(eps.var() - 1) <= 6 * (2 / count) ** 0.5):
         raise ValueError(f"the noise has mean {eps.mean():.3f} and variance {eps.var():.3f}: not standard normal")
     return {"eps": eps}

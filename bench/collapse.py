@@ -1,8 +1,8 @@
-"""Posterior collapse and its remedies: a decoder that can do without the latent, with and without each of them.
+"""Posterior collapse and its remedies, compared on a decoder that can ignore the latent.
 
-How it is called and where results go: study.py. The figures say how much of the latent is used (mutual information, KL,
-active units) and what that costs (ELBO, log p(x)). Grey values are drawn as zeros and ones for a decoder that reads
-them, the same for all runs.
+study.py has the usage and the place of the results. The figures are the use of the latent (mutual information, KL,
+active units) and its cost (ELBO, log p(x)). Grey values are binarised at random, the same for all runs, because the
+decoder reads them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import statistics
 
 from study import HERE, Study
 
-# Name: options. Where a remedy says how much KL it leaves alone, that is 3 nats in all, of 16 dimensions.
+# Name: options. Thresholds and capacities are 3 nats in total, over 16 dimensions.
 VARIANTS = {
     "weak decoder": "--model mlp",
     "no remedy": "",
@@ -29,7 +29,7 @@ VARIANTS = {
 
 
 def draw(rows: list[dict], source: str) -> None:
-    """A line of each variant: how much it uses the latent beside what that costs; a dot for each seed."""
+    """One line per variant, with a dot for each seed: the use of the latent, and its cost."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -45,7 +45,7 @@ def draw(rows: list[dict], source: str) -> None:
         columns = (
             ("Information in the latent", "nats", (("mutual_information", BLUE, "o", "mutual information"),)),
             ("Active units", f"of {units}", (("active_units", BLUE, "o", "active units"),)),
-            ("What it costs", "nats, test mean", (("elbo", BLUE, "o", "ELBO"), ("log_prob", RED, "D", "log p(x)"))),
+            ("Cost", "nats, test mean", (("elbo", BLUE, "o", "ELBO"), ("log_prob", RED, "D", "log p(x)"))),
         )
         for panel, (title, unit, series) in zip(panels, columns):
             for key, colour, marker, label in series:
@@ -78,7 +78,7 @@ STUDY = Study(
         ("log p(x), nats", "log_prob", "{:.2f}"),
     ),
     common="--model autoregressive",
-    evaluation=0,  # lest what is drawn be taken for a difference between runs
+    evaluation=0,  # one seed for all runs, so that their binarised data are equal
     draw=draw,
 )  # fmt: skip
 

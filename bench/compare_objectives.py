@@ -1,7 +1,7 @@
-"""Objectives side by side: the same network, data and split, 3 seeds, N(0, I) for a prior but for VaDE.
+"""A comparison of objectives: the same network, data and split, 3 seeds, prior N(0, I) except for VaDE.
 
-How it is called and where results go: study.py. ELBO and log p(x) are those of every model, whatever it was trained
-for; where posteriors may become as narrow as they like (the Wasserstein autoencoders), both say little of it.
+study.py has the usage and the place of the results. ELBO and log p(x) are computed for every model, whatever its
+objective. They say little about the Wasserstein autoencoders, whose posteriors may become arbitrarily narrow.
 """
 
 from study import Study

@@ -1,11 +1,11 @@
-"""Priors side by side: the same network, data and split, 5 seeds; test log p(x) and what the clusters are worth.
+"""A comparison of priors: the same network, data and split, 5 seeds; test log p(x) and the quality of clusters.
 
-How it is called and where results go: study.py.
+study.py has the usage and the place of the results.
 """
 
 from study import Study
 
-# The learned priors begin after a KL warm-up; what that does by itself is measured too.
+# The learned priors start after a KL warm-up, so the effect of the warm-up alone is measured too.
 STUDY = Study(
     "priors",
     {

@@ -1,4 +1,4 @@
-"""What a step moves, keeps and launches, counted and not timed: the same on every machine."""
+"""Counts of a step, the same on every machine: bytes moved and saved, and kernel launches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.budget import touched
 
-# Ops that write their result without having read the tensor whose shape they take, and those that do not even write.
+# Ops that only write: they use the shape of their tensor argument. And ops that move no data.
 FILL = re.compile(r"(new_)?(ones|zeros|full|rand|randn|randint|normal|uniform|bernoulli|exponential|fill|zero|arange)")
 NOTHING = re.compile(r"(new_)?empty|detach|alias|lift_fresh|_local_scalar_dense|is_same_size|_has_")
 
@@ -34,9 +34,9 @@ class Traffic(NamedTuple):
 
 
 class Counter(TorchDispatchMode):
-    """Sums what each op that reaches the dispatcher reads and writes: each tensor's own elements once, views nothing.
+    """Sums the reads and writes of each dispatched op: each tensor's distinct elements once, and nothing for views.
 
-    What an op does inside, as logsumexp does, it does not see: a lower bound for those.
+    It does not see passes inside an op such as logsumexp; its counts are lower bounds for those.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Counter(TorchDispatchMode):
         self.written += sum(map(touched, written))
         if FILL.match(name):
             return
-        # An op that changes its argument reads it first, except a copy.
+        # An in-place op also reads its argument, except copy_.
         overwritten = changed if name == "copy_" else ()
         self.read += sum(touched(x) for key, group in inputs.items() if key not in overwritten for x in group)
 
@@ -72,7 +72,7 @@ class Counter(TorchDispatchMode):
 
 
 def count_eager(forward: Callable[[], Any], backward: Callable[[Any], Any]) -> tuple[Traffic, Traffic]:
-    """Of the forward and of the backward pass."""
+    """The traffic of the forward and of the backward pass."""
     with Counter() as counter:
         outputs = forward()
         before = counter.traffic
@@ -81,7 +81,7 @@ def count_eager(forward: Callable[[], Any], backward: Callable[[Any], Any]) -> t
 
 
 class Graphs(NamedTuple):
-    """What Inductor has compiled: bytes by its own account, and the loop nests (on a GPU, kernels) that it made."""
+    """Graphs compiled by Inductor: bytes by Inductor's account, and numbers of loop nests (on a GPU, kernels)."""
 
     bytes: list[int]
     launches: list[int]
@@ -92,10 +92,11 @@ class Graphs(NamedTuple):
 
 @contextlib.contextmanager
 def inductor_account(cached: bool = False) -> Iterator[Graphs]:
-    """Every graph that Inductor compiles within, in order: forward, then backward.
+    """Every graph that Inductor compiles in this context, in order: forward, then backward.
 
-    One that it finds in its cache is not accounted for. With `cached` it may look there; without, it compiles anew, and
-    only the C++ or Triton code that comes out may have been kept."""
+    Graphs from its cache are not recorded. With `cached` Inductor may use that cache; without, it compiles every graph,
+    and only the resulting C++ or Triton code may come from a cache.
+    """
     from torch._functorch import config as functorch
     from torch._inductor import config
     from torch._inductor.graph import GraphLowering
@@ -104,7 +105,7 @@ def inductor_account(cached: bool = False) -> Iterator[Graphs]:
 
     graphs, own = Graphs([], []), GraphLowering.save_output_code
 
-    def note(code: str) -> None:  # which Inductor calls when it has written a graph's code, or has found it
+    def note(code: str) -> None:  # Inductor calls it for the code of each graph, new or cached
         if not isinstance(V.graph, GraphLowering):
             return
         nodes = [node for node in V.graph.scheduler.nodes if not isinstance(node, NopKernelSchedulerNode)]
@@ -121,9 +122,9 @@ def inductor_account(cached: bool = False) -> Iterator[Graphs]:
 
 
 def saved_bytes(function: Callable, inputs: list[Tensor]) -> int:
-    """What the forward pass keeps for the backward pass, beyond its inputs; each storage once."""
+    """Bytes that the forward pass saves for the backward pass beyond its inputs; each storage counts once."""
     known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    kept: dict[int, tuple[int, Tensor]] = {}  # holds on to the tensors, so that no address is used twice
+    kept: dict[int, tuple[int, Tensor]] = {}  # keeps the tensors alive, so that no address is reused
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -138,7 +139,7 @@ def saved_bytes(function: Callable, inputs: list[Tensor]) -> int:
 
 
 def peak_bytes(step: Callable[[], object], device: str) -> int:
-    """Most bytes that a step has allocated at one time: inputs not counted, outputs and gradients counted."""
+    """Peak of the bytes that a step allocates, including outputs and gradients, without the inputs."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -150,7 +151,7 @@ def peak_bytes(step: Callable[[], object], device: str) -> int:
 
 
 def allocations(step: Callable[[], object]) -> list[int]:
-    """Bytes of each block of CPU memory that a step allocates, in order; negative where one is freed."""
+    """Bytes of each block of CPU memory that a step allocates, in order; negative for a freed block."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -158,10 +159,10 @@ def allocations(step: Callable[[], object]) -> list[int]:
 
 
 def gpu_launches(step: Callable[[], object]) -> int:
-    """Kernels that a step launches, as the profiler sees them."""
+    """The number of kernels that a step launches, by the profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         step()
         torch.cuda.synchronize()
     ours = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(not getattr(event, "is_user_annotation", False) for event in ours)  # a range with a name is no kernel
+    return sum(not getattr(event, "is_user_annotation", False) for event in ours)  # named ranges are not kernels

@@ -1,9 +1,9 @@
-"""The time that kernels take on the device, whatever the host does meanwhile.
+"""Time of kernels on the device, without the host's time.
 
-On a GPU a step is captured in a CUDA graph, and events around its replay are read. Where it cannot be captured the
-stream first gets as much other work as the host needs to launch the step. Before each turn a buffer larger than the L2
-cache is read (not written: dirty lines would be written back on the step's time). All contenders take turns. On a CPU
-the wall clock is read.
+On a GPU a step is captured in a CUDA graph, and events around its replay give the time. If it cannot be captured, the
+stream first gets other work for as long as the host needs to launch the step. Before each run a buffer larger than the
+L2 cache is read (not written: dirty lines would be written back during the step). Contenders are interleaved. On a CPU
+the wall clock gives the time.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ import torch
 
 from bench.timing import Contender
 
-WARM = 2  # steps before a capture: compiled
-FLUSHED = 256 << 20  # bytes, at least four times the L2 cache
-FEWEST = 3  # rounds, where a step is long
+WARM = 2  # steps before a capture, which compile the kernels
+FLUSHED = 256 << 20  # bytes; at least four times the L2 cache are read
+FEWEST = 3  # rounds of a long step
 
 
 class Turn(NamedTuple):
-    """Something to time. `before` runs each time and is not timed."""
+    """A function to time. `before` runs before each call and is not timed."""
 
     run: Callable[[], Any]
     how: str
     before: Callable[[], Any] | None = None
-    host_ms: float = 0.0  # that the host needs to launch it, where it is not one graph
+    host_ms: float = 0.0  # the host's time to launch it, if it is not a graph
 
 
 class Measured(NamedTuple):
-    """Milliseconds: quartiles over the rounds."""
+    """Quartiles over the rounds, in milliseconds."""
 
     low: float
     median: float
@@ -44,7 +44,7 @@ class Measured(NamedTuple):
 
 
 class Flush:
-    """Empties the L2 cache, and keeps the device busy meanwhile."""
+    """A read of a large buffer, which flushes the L2 cache and keeps the device busy."""
 
     def __init__(self, device: str) -> None:
         self.milliseconds, self.buffer = 0.05, None
@@ -69,14 +69,14 @@ class Flush:
 
 def event() -> torch.cuda.Event:
     """An event recorded now."""
-    found = torch.cuda.Event(enable_timing=True)
-    found.record()
-    return found
+    recorded = torch.cuda.Event(enable_timing=True)
+    recorded.record()
+    return recorded
 
 
 @contextlib.contextmanager
 def side_stream() -> Iterator[None]:
-    """A stream of its own, which a capture needs, with what came before done and waited for."""
+    """A side stream, which a capture needs, synchronised with the current stream at both ends."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -85,10 +85,10 @@ def side_stream() -> Iterator[None]:
 
 
 def capture(step: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """(the graph of a step, what the step returned), on the current stream; torch.cuda.graph would collect garbage and
-    empty the allocator's cache each time."""
+    """(the graph of a step, the step's result), captured on the current stream. torch.cuda.graph is not used, because
+    it collects garbage and empties the allocator's cache each time."""
     graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
-    gc.disable()  # another graph that is freed meanwhile would spoil this one
+    gc.disable()  # freeing another graph during a capture would invalidate it
     try:
         graph.capture_begin(*(() if pool is None else (pool,)))
         try:
@@ -102,9 +102,9 @@ def capture(step: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAG
 
 
 def waits(step: Callable[[], Any]) -> str:
-    """Why a step waits for the device, forward or backward; empty where it does not.
+    """The reason why a step synchronises with the device, forward or backward, or "" if it does not.
 
-    Asked before a capture: one that fails half-way leaves torch's generator and allocator unusable for what follows.
+    This is checked before a capture, because a failed capture leaves torch's generator and allocator unusable.
     """
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -119,12 +119,12 @@ def waits(step: Callable[[], Any]) -> str:
 
 
 def turns_of(step: Contender, device: str, differentiates: bool = True, graphs: bool = True) -> dict[str, Turn]:
-    """Direction -> turn: forward, and where something wants a gradient backward and both. Without `graphs`, whose
-    memory is theirs alone, as where a step cannot be captured."""
+    """Direction -> turn: forward, and for differentiable steps also backward and both. `graphs=False` saves the private
+    memory of CUDA graphs; the step is then timed like one that cannot be captured."""
     if device != "cuda":
         step.both()
         return plain(step, "wall", 0.0, differentiates)
-    # Where no graph is made the allocator's memory of the stream that is timed is warmed.
+    # Without a graph, the warm-up runs on the timed stream, because the allocator's memory belongs to a stream.
     with side_stream() if graphs else contextlib.nullcontext():
         for _ in range(WARM):
             step.both()
@@ -140,7 +140,7 @@ def turns_of(step: Contender, device: str, differentiates: bool = True, graphs: 
 
 
 def captured(step: Contender, differentiates: bool) -> dict[str, Turn]:
-    """A graph for each direction; that of the backward pass uses what a replay of the forward pass has left."""
+    """A graph for each direction; that of the backward pass reads the tensors of a replay of the forward pass."""
     with side_stream():
         forward, outputs = capture(step.forward)
         if not differentiates:
@@ -155,7 +155,7 @@ def captured(step: Contender, differentiates: bool) -> dict[str, Turn]:
 
 
 def plain(step: Contender, how: str, host_ms: float, differentiates: bool) -> dict[str, Turn]:
-    """The steps as they are."""
+    """Turns of the steps without graphs."""
     kept: list[Any] = []
     turns = {"forward": Turn(step.forward, how, None, host_ms)}
     if differentiates:
@@ -166,14 +166,14 @@ def plain(step: Contender, how: str, host_ms: float, differentiates: bool) -> di
 
 
 def milliseconds(turn: Turn, flush: Flush) -> float:
-    """Of one run."""
+    """The time of one run."""
     if turn.before:
         turn.before()
     if flush.buffer is None:
         began = time.perf_counter()
         turn.run()
         return 1e3 * (time.perf_counter() - began)
-    # Once more than it must: the host's time varies, and a launch is not free where the step is one graph either.
+    # More than the host's time requires, because it varies, and the launch of a graph takes time too.
     flush(2 + math.ceil(turn.host_ms / flush.milliseconds))
     start = event()
     turn.run()
@@ -183,19 +183,18 @@ def milliseconds(turn: Turn, flush: Flush) -> float:
 
 
 def measure(turns: dict[Hashable, Turn], flush: Flush, rounds: int, seconds: float) -> dict[Hashable, Measured]:
-    """All of them, round by round; fewer rounds where that would take more than so many seconds. What runs out of
-    memory is left out."""
-    found: dict[Hashable, list[float]] = {key: [] for key in turns}
+    """Times of all turns, interleaved by rounds, within about `seconds`. Turns that run out of memory are left out."""
+    times: dict[Hashable, list[float]] = {key: [] for key in turns}
     began = time.perf_counter()
     for number in range(rounds):
-        for key in list(found):
+        for key in list(times):
             try:
-                found[key].append(milliseconds(turns[key], flush))
+                times[key].append(milliseconds(turns[key], flush))
             except torch.cuda.OutOfMemoryError:
-                del found[key]
+                del times[key]
         if number + 1 >= FEWEST and time.perf_counter() - began > seconds * (number + 1) / (number + 2):
             break
-    return {key: Measured(*quartiles(values), turns[key].how) for key, values in found.items()}
+    return {key: Measured(*quartiles(values), turns[key].how) for key, values in times.items()}
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:

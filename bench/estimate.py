@@ -1,11 +1,11 @@
-"""What a compiled elementwise kernel costs, read from its code: for tuning without a GPU.
+"""An estimate of the time of a compiled elementwise kernel from its code, for tuning without a GPU.
 
 An ESTIMATE, for an H100, for each element:
 
     time = max(bytes / 3.35e12 * max(1, 32 KiB / in flight), instructions / 2.96e13) seconds
 
-bytes: what the op must move. instructions: of the compiled code, each counted once, over a tile's elements for each
-thread. in flight: the most bytes that a thread has asked for before it needs one of them, times the threads whose
+bytes: the traffic of the op. instructions: those of the compiled code, each counted once, divided by the elements of a
+thread. in flight: the most bytes that a thread has requested before it uses one of them, times the threads whose
 registers fit a multiprocessor.
 """
 
@@ -20,19 +20,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-BANDWIDTH, ISSUE = 3.35e12, 2.96e13  # bytes, and instructions of a thread, in a second: H100 SXM
-IN_FLIGHT = 32 * 1024  # bytes for each multiprocessor that hide the latency of its memory
-REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32  # of a multiprocessor; a register file hands out 8 for each thread
+BANDWIDTH, ISSUE = 3.35e12, 2.96e13  # bytes, and thread instructions, per second: H100 SXM
+IN_FLIGHT = 32 * 1024  # bytes in flight per multiprocessor that hide the memory's latency
+REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32  # limits of a multiprocessor; registers are allocated by 8 per thread
 
 
 class Code(NamedTuple):
     """A compiled kernel with one tile a program."""
 
-    instructions: float  # for each element
+    instructions: float  # per element
     registers: int
-    in_flight: int  # bytes for each multiprocessor
+    in_flight: int  # bytes per multiprocessor
     spills: int
-    wide: float = 0.0  # bytes for each element that move by 16 or more at once
+    wide: float = 0.0  # bytes per element in accesses of 16 bytes or more
 
 
 def disassembled(cubin: bytes) -> tuple[str, str]:
@@ -48,15 +48,15 @@ def disassembled(cubin: bytes) -> tuple[str, str]:
 
 
 def instructions(sass: str) -> list[tuple[str, str]]:
-    """(operation, operands), without the padding at the end."""
-    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", sass)
-    while found and found[-1][0] in ("NOP", "BRA"):
-        found.pop()
-    return found
+    """(operation, operands) of each instruction, without the padding at the end."""
+    listed = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", sass)
+    while listed and listed[-1][0] in ("NOP", "BRA"):
+        listed.pop()
+    return listed
 
 
-def asked_for(code: list[tuple[str, str]]) -> int:
-    """The most bytes of global loads that one thread waits for at a time, read from top to bottom; loads return in
+def bytes_in_flight(code: list[tuple[str, str]]) -> int:
+    """The most bytes of global loads that one thread waits for at a time, in the order of the code; loads return in
     order."""
     most, waiting = 0, []
     for operation, operands in code:
@@ -74,9 +74,9 @@ def asked_for(code: list[tuple[str, str]]) -> int:
 
 
 def moved_wide(code: list[tuple[str, str]]) -> int:
-    """Bytes that one thread loads from and stores to global memory in accesses of 16 or more."""
-    found = [re.search(r"^(?:LDG|STG)\b.*\.(128|256)\b", operation) for operation, _ in code]
-    return sum(int(match[1]) // 8 for match in found if match)
+    """Bytes of one thread's global loads and stores in accesses of 16 bytes or more."""
+    matches = [re.search(r"^(?:LDG|STG)\b.*\.(128|256)\b", operation) for operation, _ in code]
+    return sum(int(match[1]) // 8 for match in matches if match)
 
 
 def resident_threads(registers: int, threads: int) -> int:
@@ -86,30 +86,30 @@ def resident_threads(registers: int, threads: int) -> int:
 
 def code(cubin: bytes, elements: int, warps: int) -> Code:
     sass, usage = disassembled(cubin)
-    found = instructions(sass)
+    listed = instructions(sass)
     registers = int(re.search(r"REG:(\d+)", usage)[1])
-    in_flight = asked_for(found) * resident_threads(registers, 32 * warps)
+    in_flight = bytes_in_flight(listed) * resident_threads(registers, 32 * warps)
     spills = int(re.search(r"STACK:(\d+)", usage)[1])
-    each = 32 * warps / elements  # threads for each element
-    return Code(len(found) * each, registers, in_flight, spills, moved_wide(found) * each)
+    each = 32 * warps / elements  # threads per element
+    return Code(len(listed) * each, registers, in_flight, spills, moved_wide(listed) * each)
 
 
 def compiled(call: Callable[[], Any], target: str) -> Code:
-    """The kernel that `call` launches, compiled for `target` in place of run."""
+    """The kernel that `call` launches, compiled for `target` instead of run."""
     sys.path.append(str(ROOT / "tests"))
     import aot
 
-    found = []
+    kernels = []
 
     def receive(kernel, function, options):
-        found.append(code(kernel.asm["cubin"], options["ROWS"] * options["COLUMNS"], options["num_warps"]))
+        kernels.append(code(kernel.asm["cubin"], options["ROWS"] * options["COLUMNS"], options["num_warps"]))
 
     with aot.compiling(target, receive):
         call()
-    return found[0]
+    return kernels[0]
 
 
-def estimate(tensors: int, itemsize: int, found: Code) -> float:
-    """Seconds for each element, on an H100."""
-    memory = tensors * itemsize / BANDWIDTH * max(1.0, IN_FLIGHT / max(1, found.in_flight))
-    return max(memory, found.instructions / ISSUE)
+def estimate(tensors: int, itemsize: int, kernel: Code) -> float:
+    """Seconds per element, on an H100."""
+    memory = tensors * itemsize / BANDWIDTH * max(1.0, IN_FLIGHT / max(1, kernel.in_flight))
+    return max(memory, kernel.instructions / ISSUE)

@@ -3,11 +3,11 @@
     python -m bench.gpu --out timing.csv --seconds 150
     python -m bench.gpu --only mixture --no-compile
 
-`bytes` are those that the op must move in that direction (bench/budget.py), the same for all contenders; per cent of
-copy is the time of a `Tensor.copy_` that moves as many, measured in the same rounds, over theirs. `triples` are
-useful (row, component or row, dimension) a second. A contender that does not match the definition in float64 is not
-timed; where that is fastkl, or it fails, the exit status is 1. `how` says by what: a CUDA graph's replay, a step behind
-a backlog of other work, or the wall clock of a machine without a GPU.
+`bytes` are the op's traffic in that direction (bench/budget.py), the same for all contenders. Per cent of copy is the
+time of a `Tensor.copy_` of as many bytes, measured in the same rounds, over the contender's. `triples` are useful (row,
+component or row, dimension) per second. A contender that does not match the definition in float64 is not timed; if that
+is fastkl, or if it fails, the exit status is 1. `how` is the method: a CUDA graph's replay, a step behind a backlog of
+other work, or the wall clock on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from bench.timing import Contender, copy
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-DRAWN = 16  # times the usual error: two ways of making the same noise
+DRAWN = 16  # factor on the allowed error for noise, whose two implementations round differently
 COLUMNS = ["card", "op", "case", "dtype", "contender", "direction", "ms", "ms_low", "ms_high", "how", "bytes"]
 COLUMNS += ["gb_per_s", "percent_of_copy", "triples_per_s", "times_as_fast_as_eager", "peak_mib", "note"]
 LINE = "{op:<22} {case:<20} {dtype:<8} {contender:<14}"
 
 
 def truth(timed: Timed, cotangents: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """(outputs, gradients) of the definition in float64, some rows at a time."""
+    """(outputs, gradients) of the definition in float64, computed by blocks of rows."""
     split = len(timed.inputs) - timed.shared
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in timed.inputs[split:]]
     outputs: list[Any] = []
@@ -64,12 +64,12 @@ def truth(timed: Timed, cotangents: list[Tensor]) -> tuple[list[Tensor], list[Te
 
 
 def refusal(timed: Timed, name: str, cotangents: list[Tensor], function: Any, expected: Any) -> str:
-    """Why a contender may not be timed; empty where it matches the definition."""
+    """The reason why a contender may not be timed, or "" if it matches the definition."""
     if timed.case is not None:
         return problem(timed.case, name, function, cotangents)
     checked = timed.checked.get(name, None if timed.checked else function)
     if checked is None:
-        return ""  # torch.compile draws noise of its own; the formula that it is made of was compared
+        return ""  # torch.compile's noise is unknown; its eager formula was compared
     actual = run(checked, timed.inputs, cotangents)
     rounding = max(torch.finfo(x.dtype).eps for x in (*timed.inputs, *actual[0], *actual[1]))
     rounding *= DRAWN if timed.checked else 1
@@ -77,7 +77,7 @@ def refusal(timed: Timed, name: str, cotangents: list[Tensor], function: Any, ex
 
 
 def contenders(timed: Timed, compile: bool) -> dict[str, Any]:
-    """Contender -> function, torch.compile among them."""
+    """Contender -> function, with torch.compile if `compile`."""
     if not compile:
         return timed.functions
     torch._dynamo.reset()
@@ -85,7 +85,7 @@ def contenders(timed: Timed, compile: bool) -> dict[str, Any]:
 
 
 def rows_of(job: Job, given: argparse.Namespace, flush: device.Flush) -> list[dict[str, Any]]:
-    """A row for each contender and direction; a single one with a note where it may not be timed."""
+    """A row for each contender and direction; one row with a note for a contender that may not be timed."""
     name, timed = build(job, DEVICE, given.small)
     facts = {"card": card(), "op": job.op, "case": name, "dtype": str(job.dtype).removeprefix("torch.")}
     outputs = [out.detach() for out in as_list(timed.functions["fastkl"](*timed.inputs))]
@@ -143,20 +143,20 @@ def rows_of(job: Job, given: argparse.Namespace, flush: device.Flush) -> list[di
 
 
 def card() -> str:
-    """The device's name, which stands beside every number."""
+    """The device's name, part of every row."""
     return torch.cuda.get_device_name() if CUDA else processor()
 
 
 def release() -> None:
-    """Gives memory back, for the next case's graphs."""
+    """Free cached memory for the next case's graphs."""
     gc.collect()
     if CUDA:
         torch.cuda.empty_cache()
 
 
 def yardsticks(flush: device.Flush, small: bool) -> list[dict[str, Any]]:
-    """The copy's bandwidth, what a graph of one kernel takes that has nothing to do, and what one takes that draws a
-    number: torch then sets its seed and offset by two more kernels, in every graph that draws."""
+    """Times of a large copy, of a graph with one trivial kernel, and of a graph that draws one number: torch adds two
+    kernels, which set seed and offset, to every graph that draws."""
     size = MIB if small else 256 * MIB
     source, nothing = torch.ones(size // 8, device=DEVICE), torch.ones(1, device=DEVICE)
     target = torch.empty_like(source)
@@ -176,9 +176,9 @@ def yardsticks(flush: device.Flush, small: bool) -> list[dict[str, Any]]:
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:
     """A line for each contender."""
-    found: dict[str, list[str]] = {}
+    by_contender: dict[str, list[str]] = {}
     for row in rows:
-        parts = found.setdefault(LINE.format(**row), [])
+        parts = by_contender.setdefault(LINE.format(**row), [])
         if row.get("note"):
             parts.append(f"NOT TIMED: {row['note']}")
             continue
@@ -186,11 +186,11 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
         speed = f" {row['triples_per_s'] / 1e12:.3g}e12/s" if "triples_per_s" in row else ""
         mark = "" if row["how"] in ("graph", "wall") else f" ({row['how']})"
         parts.append(f"{row['direction']} {row['ms']:.4g} ms{share}{speed}{mark}")
-    return [f"{head}  {'  '.join(parts)}" for head, parts in found.items()]
+    return [f"{head}  {'  '.join(parts)}" for head, parts in by_contender.items()]
 
 
 def prepare(task: tuple[Job, bool, bool]) -> None:
-    """Compiles what a case needs, and leaves it in the caches of Triton and Inductor."""
+    """Compile the kernels of a case into the caches of Triton and Inductor."""
     job, small, compile = task
     _, timed = build(job, DEVICE, small)
     functions = contenders(timed, job.compile and compile)
@@ -205,12 +205,12 @@ def prepare(task: tuple[Job, bool, bool]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("timing.csv"))
-    parser.add_argument("--only", nargs="+", help="these ops")
+    parser.add_argument("--only", nargs="+", help="time only these ops")
     parser.add_argument("--small", action="store_true", help="small sizes, to try the script")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
-    parser.add_argument("--seconds", type=float, default=1e9, help="what has not been timed by then is left out")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no case after this many seconds")
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--case-seconds", type=float, default=2.0, help="for the rounds of one case")
+    parser.add_argument("--case-seconds", type=float, default=2.0, help="time limit for the rounds of one case")
     parser.add_argument("--jobs", type=int, default=cores(), help="processes that compile ahead; 1: none")
     given = parser.parse_args(arguments)
     began, status, done = time.monotonic(), 0, 0
@@ -234,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
                 break
             try:
                 rows = rows_of(job, given, flush)
-            except Exception as error:  # the other cases can be timed
+            except Exception as error:  # the other cases can still be timed
                 note = f"failed: {type(error).__name__}: {error}".splitlines()[0][:300]
                 rows = [{"card": card(), "op": job.op, "case": f"{job.mib} MiB", "dtype": str(job.dtype)}]
                 rows[0] |= {"contender": "fastkl", "note": note}

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One call that tests, times and tunes fastkl on a machine with one NVIDIA GPU: under nine minutes, no network.
+# Test, time and tune fastkl on a machine with one NVIDIA GPU, in under nine minutes and without network.
 #
 #   bash bench/gpu.sh              all stages; results go to $OUT (bench/results/<card>), at most eight files
-#   bash bench/gpu.sh --dry-run    the same stages at small sizes, on a CPU too: kernels in Triton's interpreter
+#   bash bench/gpu.sh --dry-run    the same stages at small sizes; without a GPU, in Triton's interpreter
 #   STAGES="smoke timing" bash bench/gpu.sh
 #
-# Each stage has a limit of its own, so that a hang loses that stage only; what is worth most comes first. The exit
-# status is 1 where a stage failed. The limits add up to more than TOTAL (530 seconds): where all are reached, the last
-# stages have less. PYTHON (python3), JOBS (cores), TOTAL, and COMMIT for a copy without git may be set.
+# Each stage has a time limit, so that a hang loses only that stage; the most valuable stages come first. The exit
+# status is 1 if a stage failed. The limits add up to more than TOTAL (530 seconds): if all are reached, the last stages
+# get less time. PYTHON (python3), JOBS (cores), TOTAL, and COMMIT for a copy without git may be set.
 [ -n "${OUT:-}" ] && { mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 1; }
 cd "$(dirname "$0")/.." || exit 1
 DRY=""
@@ -22,17 +22,17 @@ began=$SECONDS
 scratch=$(mktemp -d) linked=""
 cleanup() { rm -rf "$scratch"; if [ -n "$linked" ]; then rm -f fastkl/kernels; fi; }
 trap cleanup EXIT
-if [ ! -e fastkl/kernels ]; then  # the package as it lies here, without an install
+if [ ! -e fastkl/kernels ]; then  # runs the package from this folder, without an install
   ln -sfn ../kernels fastkl/kernels && linked=1
 fi
 export PYTHONPATH="$PWD:$PWD/tests" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONWARNINGS=ignore
 export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 KINETO_LOG_LEVEL=99
-kept=${TMPDIR:-/tmp}/fastkl-gpu-$(id -u)  # compiled code, which a second run finds
+kept=${TMPDIR:-/tmp}/fastkl-gpu-$(id -u)  # compiled code, reused by a second run
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$kept/triton}"
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$kept/inductor}"
 export PYTHON JOBS DRY
 if [ -z "$DRY" ] && ! timeout 60 $PYTHON -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "torch sees no GPU here; --dry-run tries the script without one" >&2
+  echo "torch finds no GPU; --dry-run runs the script without one" >&2
   exit 1
 fi
 if [ -z "${OUT:-}" ]; then
@@ -54,12 +54,12 @@ stage() {  # name, seconds, command
   [[ " $STAGES " == *" $name "* ]] || return 0
   echo "== $name" | tee -a "$log"
   if [ "$left" -lt 10 ]; then
-    result="NOT RUN: no time was left" failed=1
+    result="NOT RUN: no time left" failed=1
   else
-    [ -n "$DRY" ] && limit=$((3 * limit))  # without a GPU, on a machine that may have other work
+    [ -n "$DRY" ] && limit=$((3 * limit))  # a machine without a GPU may be slow
     [ "$limit" -gt "$left" ] && limit=$left
     export LIMIT=$limit
-    # An interrupt first: pytest then says what it has found so far, which takes it a while.
+    # SIGINT first: pytest then prints the failures so far, which takes some seconds.
     timeout --signal=INT --kill-after=12 "$limit" "$@" 2>&1 | tee -a "$log" | tail -n "${SHOW:-60}"
     code=${PIPESTATUS[0]}
     case $code in
@@ -92,12 +92,12 @@ smoke() {
   case $? in
     0) echo "ok   compute-sanitizer memcheck" ;;
     9) echo "FAIL compute-sanitizer memcheck"; grep -m 20 '=====' "$scratch/sanitizer"; code=1 ;;
-    *) echo "compute-sanitizer did not end, or does not work here:"; tail -n 3 "$scratch/sanitizer" ;;
+    *) echo "compute-sanitizer did not end, or does not work on this machine:"; tail -n 3 "$scratch/sanitizer" ;;
   esac
   return $code
 }
 
-run_tests() {  # pytest's arguments; over all cores where pytest-xdist is there
+run_tests() {  # pytest's arguments; uses all cores if pytest-xdist is installed
   local given=(-q -ra --tb=short -p no:cacheprovider -o addopts= --import-mode=importlib "$@")
   if ! $PYTHON -c 'import pytest' 2> /dev/null; then
     echo "pytest is missing: no tests"
@@ -106,12 +106,12 @@ run_tests() {  # pytest's arguments; over all cores where pytest-xdist is there
   if [ "$JOBS" -gt 1 ] && [ -z "$DRY" ] && $PYTHON -c 'import xdist' 2> /dev/null; then
     $PYTHON -m pytest "${given[@]}" -n "$JOBS" --dist worksteal --maxfail 60
   else
-    echo "one process: pytest-xdist is missing, or there is no need for it"
+    echo "one process: pytest-xdist is missing, or JOBS is 1, or this is a dry run"
     $PYTHON -m pytest "${given[@]}" --maxfail 60
   fi
 }
 
-host() {  # the figures first: tests that find no compiled kernels may take all of the time
+host() {  # the figures first, because tests without compiled kernels in the cache may take all the time
   local code=0
   $PYTHON -m bench.host --seconds $((LIMIT / 2)) --out "$OUT/host.csv" \
     ${DRY:+--only kl_normal rsample_kl --rounds 2 --calls 5} || code=1
@@ -129,7 +129,7 @@ tune() {
     ${DRY:+--small --op kl_normal gmm_dot --dtype float32 --tile 256x4}
 }
 
-# On a GPU `torch` and `native` variants only repeat; two processes of a group cannot share one GPU through NCCL.
+# `torch` and `native` variants do not depend on the GPU; two processes of a group cannot share one GPU through NCCL.
 KERNELS="kl_normal kl_normal_per_dim wasserstein2_normal rsample_kl distributions edges gumbel_softmax gumbel_softmax_noise
   normal_log_prob bernoulli_log_prob gmm_log_prob gmm_log_prob_shapes gmm_log_prob_accuracy gmm_kernels gmm_dot gmm_full
   gmm_per_datum gmm_moments kl_gmm kl_gmm_bounds mixtures mmd mmd_normal total_correlation sinkhorn_divergence sliced_wasserstein

@@ -1,4 +1,4 @@
-"""What bench/gpu.py times: ops by the bytes that their forward pass moves, and mixtures and pairs by their size."""
+"""The cases of bench/gpu.py: ops by the traffic of their forward pass, and mixtures and pairs by their size."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from fastkl import reference
 MIB = 1 << 20
 LATENT, PIXELS, CLASSES = 1024, 3072, 512  # columns: a 16 x 8 x 8 latent, a 32 x 32 image, a codebook
 SEED = 0
-SAFETY = 1 << 21  # elements that the definition is given at a time
+SAFETY = 1 << 21  # elements per block for the definition
 
 
 class Timed(NamedTuple):
     """One op at one size.
 
-    `part(at, rows, shared)` is the definition on the rows of a slice: of the first inputs those rows, of the last
-    `shared` inputs everything. Its outputs have a row for each row, or with `summed` add up. Where it is None, `case`
-    says what is right.
+    `part(at, rows, shared)` is the definition on the slice `at` of the rows: it gets these rows of the first inputs and
+    all of the last `shared` inputs. Its outputs are concatenated, or added with `summed`. If it is None, `case` has the
+    definition.
     """
 
     inputs: list[Tensor]
-    functions: dict[str, Callable]  # contender -> function; "eager" is also what torch.compile is given
+    functions: dict[str, Callable]  # contender -> function; torch.compile compiles "eager"
     part: Callable | None
     rows: int
     budget: str = ""
@@ -43,34 +43,34 @@ class Timed(NamedTuple):
     block: int = 1
     checked: dict[str, Callable] = {}  # noqa: RUF012  contender -> the same function with the definition's noise
     triples: int = 0  # useful (n, k, d) of a forward pass
-    # contender -> error, relative to the largest value, where the formula is expected to be coarser than its dtype
+    # contender -> allowed error, relative to the largest value, for formulas less accurate than their dtype
     allowed: dict[str, float] = {}  # noqa: RUF012
     case: Case | None = None
 
 
 class Job(NamedTuple):
-    """Names a case, so that another process can make it."""
+    """The name of a case, from which another process can construct it."""
 
     op: str
-    mib: int  # that the forward pass moves; 0 where the op has one size
+    mib: int  # traffic of the forward pass; 0 for an op with one size
     dtype: torch.dtype = torch.float32
     compile: bool = False
 
 
 def sums(function: Callable) -> Callable:
-    """A definition of rows that stand for themselves."""
+    """The `part` of a definition on independent rows."""
     return lambda at, rows, shared: function(*rows)
 
 
 def two(device: str, rows: int, dtype: torch.dtype, count: int = 2, columns: int = LATENT) -> list[Tensor]:
-    """Standard normal leaves, drawn on the device: the host would take seconds."""
+    """Standard normal leaves, drawn on the device, because the host would take seconds."""
     generator = torch.Generator(device).manual_seed(0)
     drawn = [torch.randn(rows, columns, generator=generator, device=device) for _ in range(count)]
     return [tensor.to(dtype).requires_grad_() for tensor in drawn]
 
 
 def data(device: str, rows: int, dtype: torch.dtype) -> Tensor:
-    """Pixels between 0 and 1, which want no gradient."""
+    """Pixels between 0 and 1, without gradient."""
     generator = torch.Generator(device).manual_seed(2)
     return torch.rand(rows, PIXELS, generator=generator, device=device).to(dtype)
 
@@ -111,8 +111,8 @@ def wasserstein2_normal(device, rows, dtype):
 
 def bernoulli_log_prob(device, rows, dtype):
     inputs = [*two(device, rows, dtype, 1, PIXELS), data(device, rows, dtype)]
-    fused = functools.partial(fastkl.bernoulli_log_prob, event_ndim=1)
-    definition = functools.partial(reference.bernoulli_log_prob, event_ndim=1)
+    fused = lambda y, x: fastkl.bernoulli_log_prob(x, y, event_ndim=1)  # noqa: E731
+    definition = lambda y, x: reference.bernoulli_log_prob(x, y, event_ndim=1)  # noqa: E731
     eager = lambda y, x: -F.binary_cross_entropy_with_logits(y, x, reduction="none").sum(-1)  # noqa: E731
     return inputs, {"fastkl": fused, "eager": eager}, sums(definition), {}
 
@@ -125,7 +125,7 @@ def normal_log_prob(device, rows, dtype):
 
 
 def drawn(fused: Callable, eager: Callable, definition: Callable, noise: Callable) -> tuple[dict, Callable, dict]:
-    """An op that draws noise. What it computes is compared for one seed, and timed as it draws by itself."""
+    """The functions of an op that draws noise. The check uses one seed, the timing the op's default."""
     checked = {"fastkl": lambda *t: fused(*t, seed=SEED), "eager": lambda *t: eager(*t, noise().to(t[0].dtype))}
     part = lambda at, rows, shared: definition(*rows, noise()[at].double())  # noqa: E731
     return {"fastkl": fused, "eager": eager}, part, {"checked": checked}
@@ -169,7 +169,7 @@ def gumbel_softmax(device, rows, dtype):
     return two(device, rows, dtype, 1, CLASSES), *drawn(fused, eager, gumbel.definition, noise)
 
 
-# op -> (how it is made, line of bench/budget.py, bytes of a row that forward moves, over those of an element)
+# op -> (its constructor, key of bench/budget.py, elements of a row that forward moves)
 STREAMS: dict[str, tuple[Callable, str, int]] = {
     "kl_normal": (kl_normal, "kl_normal", 2 * LATENT),
     "rsample_kl": (rsample_kl, "rsample_kl", 3 * LATENT),
@@ -183,7 +183,7 @@ STREAMS: dict[str, tuple[Callable, str, int]] = {
     "kl_normal_per_dim": (kl_normal_per_dim, "kl_normal_per_dim", 2 * LATENT),
     "wasserstein2_normal": (wasserstein2_normal, "wasserstein2_normal", 2 * LATENT),
 }
-FIRST = list(STREAMS)[:6]  # also in bfloat16, and against torch.compile at every size
+FIRST = list(STREAMS)[:6]  # ops that are timed in bfloat16 too
 
 
 COARSE = {"eager": 1e-3, "torch.compile": 1e-3}
@@ -211,14 +211,14 @@ def mmd(device: str, small: bool) -> Timed:
             t = (a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T).clamp_min(0) / (2 * d)
             return reference.mmd_kernel(t, "imq", reference.MMD_SCALES)
 
-        def own(a):  # without the pairs of a point with itself
+        def own(a):  # leaves out the pairs of a point with itself
             pairs = total(a[at], a)
             return (pairs.sum() - pairs[:, at].diagonal().sum()) / (n * (n - 1))
 
         x, y = shared
         return own(x) + own(y) - 2 * total(x[at], y).sum() / n**2
 
-    pairs = n * (n - 1) + n * n  # each pair within a sample once, all between them
+    pairs = n * (n - 1) + n * n  # each pair within a sample once, and all pairs between them
     functions = {"fastkl": fastkl.mmd, "eager": bench_mmd.formula}
     settings = {"shared": 2, "summed": True, "block": max(1, 8 * SAFETY // n), "triples": pairs * d}
     return Timed([x, y], functions, part, n, **settings, allowed=COARSE)
@@ -248,11 +248,11 @@ REST += ("sinkhorn_divergence", "sliced_wasserstein")
 
 
 def jobs(small: bool) -> list[Job]:
-    """Everything, the most telling first."""
+    """All jobs, the most important first."""
     low, middle, high = (1, 1, 1) if small else (8, 34, 256)
     found = [Job(op, high, compile=True) for op in FIRST[:2]]
     found += [Job(op, 0, compile=True) for op in PAIRS]
-    if small:  # one of each kind
+    if small:  # one op of each kind
         return [*found, Job("kl_normal, packed", high), Job("gumbel_softmax", high, torch.bfloat16), Job(REST[0], 0)]
     found += [Job(op, high, compile=True) for op in FIRST[2:]]
     found += [Job(op, high, torch.bfloat16, True) for op in FIRST]
@@ -263,7 +263,7 @@ def jobs(small: bool) -> list[Job]:
 
 
 def build(job: Job, device: str, small: bool) -> tuple[str, Timed]:
-    """(what the case is called, the case)."""
+    """(name of the case, the case)."""
     if job.op in PAIRS:
         timed = PAIRS[job.op](device, small)
         return " x ".join(map(str, size_of(timed))), timed

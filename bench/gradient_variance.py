@@ -1,9 +1,9 @@
-"""How noisy the gradient of KL(q || mixture) is: plain, closed-entropy and sticking-the-landing estimators against L.
+"""The variance of the gradient of KL(q || mixture): plain, closed-entropy and sticking-the-landing estimators by L.
 
     python bench/gradient_variance.py [--repeats 2000] [--out docs/pictures/gradient_variance.png]
 
-One mixture of four components in two dimensions, and three posteriors: wide, one component itself, and narrow. The
-variance is that of d KL / d (mu, logvar), summed over its four entries, over seeds. It falls as 1 / L for each.
+The mixture has four components in two dimensions; the three posteriors are wide, equal to one component, and narrow.
+The variance of d KL / d (mu, logvar) over seeds is summed over its four entries. It falls as 1 / L for each estimator.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SAMPLES = (1, 2, 4, 8, 16, 32, 64)
 
 
 def variance(posterior, options, num_samples: int, repeats: int) -> float:
-    """Rows of one batch have independent noise: each is a repetition."""
+    """The variance over the rows of one batch, which have independent noise."""
     mu, logvar = (torch.tensor(values, dtype=torch.float64).repeat(repeats, 1) for values in posterior)
     leaves = [mu.requires_grad_(), logvar.requires_grad_()]
     kl = fastkl.kl_gmm(*leaves, LOGITS, MEANS, LOGVARS, num_samples=num_samples, seed=0, **options)

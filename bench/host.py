@@ -1,9 +1,9 @@
-"""What the host spends on a call: microseconds to launch a small step, forward and backward, without waiting for it.
+"""The host's time per call: microseconds to launch a small step, forward and backward, without waiting for the device.
 
     python -m bench.host --out host.csv
 
-Each op's smallest case: the formula that people write, fastkl, and fastkl without its shortcuts (the short way of a
-usual call). Contenders take turns; medians of the rounds.
+The contenders on each op's smallest case are the eager formula, fastkl, and fastkl without its fast path for common
+calls. They are interleaved; the figures are medians over rounds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bench.store import HERE, processor, rounded
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
-# (module, name, what to put there): shortcuts that a version of fastkl may have.
+# (module, name, replacement): fast paths that a version of fastkl may have.
 SHORTCUTS = [
     ("fastkl.ops._short", "find", lambda *args, **settings: None),
 ]
@@ -37,20 +37,20 @@ COLUMNS = ["card", "op", "case", "contender", "host_us", "times_eager", "note"]
 
 @contextlib.contextmanager
 def long_way() -> Iterator[list[str]]:
-    """fastkl without the shortcuts that this version has; their names."""
+    """Disable the fast paths of this version of fastkl; yields their names."""
     with contextlib.ExitStack() as stack:
-        found = []
+        disabled = []
         for path, name, instead in SHORTCUTS:
             with contextlib.suppress(ImportError):
                 module = importlib.import_module(path)
                 if hasattr(module, name):
                     stack.enter_context(unittest.mock.patch.object(module, name, instead))
-                    found.append(f"{path.rpartition('.')[2]}.{name}")
-        yield found
+                    disabled.append(f"{path.rpartition('.')[2]}.{name}")
+        yield disabled
 
 
 def microseconds(step: Callable[[], object], calls: int) -> float:
-    """Of one call, by the host's clock. The device is idle before, and never so far behind that the host waits."""
+    """The time of one call by the host's clock. The device is idle before, and its queue never fills up."""
     if CUDA:
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -60,15 +60,15 @@ def microseconds(step: Callable[[], object], calls: int) -> float:
 
 
 def measure(steps: dict[str, Callable[[], object]], rounds: int, calls: int) -> dict[str, float]:
-    """Median microseconds of each, by turns; a name with "long way" is stepped without shortcuts."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    """Median microseconds of each step, interleaved; a name with "long way" runs without the fast paths."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
             with long_way() if "long way" in name else contextlib.nullcontext():
-                spent = microseconds(step, calls if number else 4)  # first: compiled
+                spent = microseconds(step, calls if number else 4)  # the first round compiles and is not counted
             if number:
-                found[name].append(spent)
-    return {name: statistics.median(values) for name, values in found.items()}
+                times[name].append(spent)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def rows_of(op: str, card: str, rounds: int, calls: int) -> list[dict]:
@@ -89,20 +89,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("host.csv"))
     parser.add_argument("--only", nargs="+", choices=OPS, default=OPS)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--calls", type=int, default=50, help="of a round")
-    parser.add_argument("--seconds", type=float, default=1e9, help="what has not been measured by then is left out")
+    parser.add_argument("--calls", type=int, default=50, help="calls per round")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no op after this many seconds")
     given = parser.parse_args(arguments)
     card = torch.cuda.get_device_name() if CUDA else processor()
     began, status = time.monotonic(), 0
     with long_way() as shortcuts:
-        print(*["no GPU: the time of the whole step, not of the host alone"] * (not CUDA))
-        print(f"{card}; shortcuts of this version: {', '.join(shortcuts) or 'none'}")
+        print(*["no GPU: the time includes the computation, not only the host's work"] * (not CUDA))
+        print(f"{card}; fast paths of this version: {', '.join(shortcuts) or 'none'}")
     with given.out.open("w", newline="") as file:
         out = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         out.writeheader()
         for op in given.only:
             if time.monotonic() - began > given.seconds:
-                print(f"no time was left from {op} on")
+                print(f"no time left for {op} and later ops")
                 break
             try:
                 rows = rows_of(op, card, given.rounds, given.calls)

@@ -1,9 +1,9 @@
-"""Signal and noise of the encoder's gradient under the importance-weighted bound: plain, stl and dreg against L.
+"""Signal-to-noise ratio of the encoder's gradient under the importance-weighted bound: plain, stl and dreg by L.
 
     python bench/iwae_snr.py [--repeats 400000] [--out docs/pictures/iwae_snr.png]
 
-p(z) = N(0, 1) and p(x | z) = N(z, 1), so that p(z | x) = N(x / 2, 1/2); q = N(x / 2 + 0.5, 0.6). The signal is the
-gradient's mean over independent draws, the noise its standard deviation.
+p(z) = N(0, 1) and p(x | z) = N(z, 1), so p(z | x) = N(x / 2, 1/2); q = N(x / 2 + 0.5, 0.6). The signal is the
+gradient's mean over independent draws, the noise is its standard deviation.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ X, MU, VARIANCE = 1.0, 1.0, 0.6  # the posterior is N(0.5, 0.5)
 ESTIMATORS = {"plain": "plain", "stl": "sticking the landing (biased)", "dreg": "doubly reparameterised"}
 PARAMETERS = ("mean", "log-variance")
 SAMPLES = (1, 3, 10, 30, 100, 300, 1000)
-NUMBERS = 2**16  # in a batch, whose temporaries then stay in the cache
+NUMBERS = 2**16  # numbers per batch, few enough for temporaries to fit the cache
 
 
 def gradients(estimator: str, num_samples: int, repeats: int, seed: int = 0) -> Tensor:
-    """d bound / d (mean, log-variance of q) [repeats, 2]: the rows of a batch are repetitions, with their own noise."""
+    """d bound / d (mean, log-variance of q) [repeats, 2], over rows of a batch with independent noise."""
     generator = torch.Generator().manual_seed(seed)
     x, zero = torch.tensor(X, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    found = []
+    blocks = []
     for rows in torch.arange(repeats).split(max(1, NUMBERS // num_samples)):
         leaves = [torch.full((len(rows), 1), value).double().requires_grad_() for value in (MU, math.log(VARIANCE))]
         q = fastkl.DiagonalNormal(*leaves)
@@ -42,12 +42,12 @@ def gradients(estimator: str, num_samples: int, repeats: int, seed: int = 0) -> 
 
         settings = {"num_samples": num_samples, "gradient": estimator, "eps": eps}
         loss = objectives.iwae(q, None, log_likelihood, **settings).loss
-        found.append(-len(rows) * torch.cat(torch.autograd.grad(loss, leaves), 1))
-    return torch.cat(found)
+        blocks.append(-len(rows) * torch.cat(torch.autograd.grad(loss, leaves), 1))
+    return torch.cat(blocks)
 
 
 def slope(samples, ratios) -> float:
-    """Of ln ratio against ln L, by least squares."""
+    """The slope of ln ratio against ln L, by least squares."""
     x, y = (torch.tensor(values, dtype=torch.float64).log() for values in (samples, ratios))
     return (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
 
@@ -55,7 +55,7 @@ def slope(samples, ratios) -> float:
 def measure(repeats: int) -> list[dict]:
     rows = []
     for estimator in ESTIMATORS:
-        # The plain gradient's mean has to be found in ever more noise; the others are clear at once.
+        # The plain gradient needs more repetitions, because its ratio of signal to noise falls with L.
         count = repeats if estimator == "plain" else max(1000, repeats // 10)
         for num_samples in SAMPLES:
             values = gradients(estimator, num_samples, count)
@@ -104,7 +104,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=400_000)
     parser.add_argument("--out", type=Path, default=Path("docs/pictures/iwae_snr.png"))
-    parser.add_argument("--draw", action="store_true", help="measure nothing, draw what was measured")
+    parser.add_argument("--draw", action="store_true", help="only draw the stored results")
     options = parser.parse_args()
     results = Path(__file__).parent / "results" / "iwae_snr.json"
     if options.draw:

@@ -1,4 +1,4 @@
-"""One case, from the check of every contender to the rows of the table."""
+"""The measurement of one case, from the check of every contender to the rows of the table."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from bench.case import Case, as_list, backward, empty, make_cotangents, problem
 from bench.timing import QUICK, Contender, Pace, Times, copy, heap_of, limit, measure, ratio, spread, threads
 
 COMPILE, COPY, LIMIT = "torch.compile", "copy", "limit"
-LARGE = 1 << 24  # elements of an input from which on further contenders are measured with the most threads only
+LARGE = 1 << 24  # from this many elements of an input on, further contenders run with the most threads only
 
 
 def rows_of(
     op: str, case: Case, device: str, thread_counts: list[int], pace: Pace, host: bool, compile: bool = True,
     accounts: dict[int, dict[str, int] | None] | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:  # fmt: skip
-    """(a row for each contender and number of threads, what does not match the definition).
+    """(a row for each contender and number of threads, a line for each contender that does not match the definition).
 
-    `host` also measures the step without data, `compile` what torch.compile makes of the formula; `accounts` has
-    what Inductor said of the graphs that it has in its cache for a number of threads.
+    `host` also measures the step on empty data, `compile` also torch.compile of the eager formula. `accounts` has
+    Inductor's account of its cached graphs by number of threads.
     """
     rows, wrong, counted, accounts = [], [], {}, accounts or {}
-    for count in sorted(thread_counts, reverse=True):  # counts are those of the most threads
+    for count in sorted(thread_counts, reverse=True):  # bytes and launches are counted with the most threads
         with threads(count):
             first = count == max(thread_counts)
             if first:
                 functions, notes, yardsticks, cotangents = prepare(case, device, counted, compile, accounts.get(count))
                 wrong = [f"{name}: {note}" for name, note in notes.items() if name != COMPILE or "differ" in note]
-            elif COMPILE in functions:  # its code is made for a number of threads
+            elif COMPILE in functions:  # its code depends on the number of threads
                 known = accounts.get(count)
                 functions[COMPILE], notes[COMPILE] = compiled(case, case.inputs, cotangents, {}, account=known)
                 functions = {name: function for name, function in functions.items() if function}
@@ -64,7 +64,7 @@ def rows_of(
 
 
 def prepare(case: Case, device: str, counted: dict[str, dict], compile: bool, account: dict[str, int] | None) -> tuple:
-    """Checks and counts each contender: (functions that may be timed, why others may not, yardsticks, cotangents)."""
+    """Check and count each contender: (functions to time, reasons against the others, yardsticks, cotangents)."""
     outputs = as_list(case.eager(*case.inputs))
     cotangents = make_cotangents(outputs, case.inputs)
     functions, notes, known = {}, {}, {}
@@ -89,7 +89,7 @@ def prepare(case: Case, device: str, counted: dict[str, dict], compile: bool, ac
         yardsticks[COPY] = copy(own, device)
         moved = {"bytes_forward": own.forward, "bytes_backward": own.backward}
         launches = dict(zip(("launches_forward", "launches_backward"), own_launches(case.budget, outputs)))
-        counted["fastkl"] = {**launches, **counted.get("fastkl", {}), **moved}  # a GPU has counted its launches itself
+        counted["fastkl"] = {**launches, **counted.get("fastkl", {}), **moved}  # on a GPU, launches were counted
         counted[COPY] = {**moved, "bytes_total": own.both}
     for moved in counted.values():
         moved["latent_bytes"] = max(x.numel() * x.element_size() for x in case.inputs)
@@ -97,30 +97,30 @@ def prepare(case: Case, device: str, counted: dict[str, dict], compile: bool, ac
 
 
 def contender(function: Callable, inputs: list[Tensor], cotangents: list[Tensor]) -> Contender:
-    """The step that is timed. What wants no gradient has no backward pass."""
+    """The step to time; without inputs that require a gradient its backward pass is empty."""
     return Contender(functools.partial(function, *inputs), lambda outputs: backward(inputs, outputs, cotangents))
 
 
 def count(name: str, function: Callable, inputs: list[Tensor], cotangents: list[Tensor], device: str) -> dict:
-    """Memory, and the traffic of formulas in torch ops; that of fastkl's kernels is in their budget."""
+    """Memory, and the traffic of formulas in torch ops; the traffic of fastkl's kernels comes from budget.py."""
     step = contender(function, inputs, cotangents)
     if name != "fastkl":
-        moved: list[counting.Traffic] = []  # counted in the step whose peak is: a large one takes seconds
-        found = kept(function, inputs, lambda: moved.extend(counting.count_eager(*step)), device)
-        found |= {"bytes_forward": moved[0].bytes, "bytes_backward": moved[1].bytes}
-        found |= {"launches_forward": moved[0].launches, "launches_backward": moved[1].launches}
-        return found
-    found = kept(function, inputs, step.both, device)
+        moved: list[counting.Traffic] = []  # one step gives traffic and peak, because a large step takes seconds
+        counts = kept(function, inputs, lambda: moved.extend(counting.count_eager(*step)), device)
+        counts |= {"bytes_forward": moved[0].bytes, "bytes_backward": moved[1].bytes}
+        counts |= {"launches_forward": moved[0].launches, "launches_backward": moved[1].launches}
+        return counts
+    counts = kept(function, inputs, step.both, device)
     if device == "cuda":
         step.both()
-        found["launches_forward"] = counting.gpu_launches(step.forward)
+        counts["launches_forward"] = counting.gpu_launches(step.forward)
         both = counting.gpu_launches(step.both)
-        found["launches_backward"] = both - found["launches_forward"]
-    return found
+        counts["launches_backward"] = both - counts["launches_forward"]
+    return counts
 
 
 def kept(function: Callable, inputs: list[Tensor], step: Callable[[], Any], device: str) -> dict[str, int]:
-    """Of a step that has run before: it was checked."""
+    """Peak and saved bytes of a step that has run before."""
     return {"peak_bytes": counting.peak_bytes(step, device), "saved_bytes": counting.saved_bytes(function, inputs)}
 
 
@@ -128,28 +128,28 @@ def compiled(
     case: Case, inputs: list[Tensor], cotangents: list[Tensor] | None, counted: dict[str, dict],
     cached: bool = False, account: dict[str, int] | None = None,
 ) -> tuple[Callable | None, str]:  # fmt: skip
-    """torch.compile of the eager formula, or None and why there is none; with what Inductor says that it moves.
+    """(torch.compile of the eager formula, ""), or (None, the reason); adds Inductor's account to `counted`.
 
-    The cotangents may be those of whatever comes out. `cached` keeps the graphs in Inductor's cache; `account` is what
-    was said of those that are there.
+    Cotangents of None are made for the outputs. `cached` lets Inductor use its cache; `account` is its account of
+    graphs that are already in the cache.
     """
     torch._dynamo.reset()
     function = torch.compile(case.eager, dynamic=False)
     try:
-        said = counting.inductor_account(cached) if account is None else nullcontext(counting.Graphs([], []))
-        with warnings.catch_warnings(), said as graphs:
+        recording = counting.inductor_account(cached) if account is None else nullcontext(counting.Graphs([], []))
+        with warnings.catch_warnings(), recording as graphs:
             warnings.simplefilter("ignore")
             outputs = function(*inputs)
             forward = counting.Graphs(list(graphs.bytes), list(graphs.launches)).total()
             backward(inputs, outputs, cotangents or make_cotangents(as_list(outputs), inputs))
             both = graphs.total()
-    except Exception as error:  # whatever goes wrong inside the compiler, the other columns stand
+    except Exception as error:  # a failure of the compiler leaves the other columns valid
         missing = re.search("InvalidCxxCompiler|Failed to find C compiler|No working C", str(error))
         return None, "no compiler" if missing else f"failed: {type(error).__name__}"
     if account is None:
         if not forward.launches:
-            return None, "nothing that it could compile"
-        # A forward pass in one graph makes its backward pass at the same time, in the account of which the rest is.
+            return None, "no graph was compiled"
+        # Backward: all graphs without those of forward. With one forward graph, its backward is compiled with it.
         account = {"bytes_forward": forward.bytes, "bytes_backward": both.bytes - forward.bytes}
         account |= {"launches_forward": forward.launches, "launches_backward": both.launches - forward.launches}
     counted[COMPILE] = dict(account)
@@ -157,8 +157,8 @@ def compiled(
 
 
 def host_times(case: Case, functions: dict[str, Callable], device: str, compile: bool) -> dict[str, float]:
-    """Seconds that the host spends on a step: without data, where torch.compile makes code of its own for that. On a
-    GPU with the data, since nothing is launched without: the host does not wait for what it has launched."""
+    """Seconds of the host's time per step. On a CPU the data are empty, and torch.compile compiles for them. On a GPU
+    the data are full, because empty data launch no kernels; the host does not wait for the launched kernels."""
     waits, steps = device != "cuda", {}
     inputs = empty(case.inputs) if waits else case.inputs
     for name, function in functions.items():
@@ -172,12 +172,12 @@ def host_times(case: Case, functions: dict[str, Callable], device: str, compile:
             step = contender(function, inputs, make_cotangents(outputs, inputs))
             step.both()
             steps[name] = step
-        except Exception:  # some distances want points; that is theirs to say
+        except Exception:  # some distances raise for empty samples
             continue
-    found = {name: spread(times.both).median for name, times in measure(steps, "cpu", QUICK).items()}
+    seconds = {name: spread(times.both).median for name, times in measure(steps, "cpu", QUICK).items()}
     if not waits:
         torch.cuda.synchronize()
-    return found
+    return seconds
 
 
 def named(name: str, values: tuple[float, float, float]) -> dict[str, float]:
@@ -185,7 +185,7 @@ def named(name: str, values: tuple[float, float, float]) -> dict[str, float]:
 
 
 def timed(times: Times) -> dict[str, Any]:
-    found: dict[str, Any] = {"rounds": len(times.forward)}
+    columns: dict[str, Any] = {"rounds": len(times.forward)}
     for part in ("forward", "backward", "both"):
-        found |= named(f"{part}_ms", spread([1e3 * value for value in getattr(times, part)]))
-    return found
+        columns |= named(f"{part}_ms", spread([1e3 * value for value in getattr(times, part)]))
+    return columns

@@ -1,4 +1,4 @@
-"""The pictures of the benchmark, as matplotlib figures; a contender has one colour and one marker throughout."""
+"""The figures of the benchmark, in matplotlib; a contender has the same colour and marker in all of them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from bench.sweeps import SWEEPS
 from bench.tables import DISTRIBUTIONS, TITLES, find, sizes_measured, thread_counts
 from fastkl.vae.pictures import BLUE, GREY, RED, STYLE, headline, new_figure
 
-# Colours apart for every eye (Okabe and Ito), markers apart without any.
+# Colours that colour-blind readers can tell apart (Okabe and Ito), and markers for readers without colours.
 LOOKS = {
     "eager": (GREY, "s"), DISTRIBUTIONS: ("#cc79a7", "v"), COMPILE: (RED, "^"), "fastkl": (BLUE, "o"),
     LIMIT: ("#999999", ""), "geomloss": ("#009e73", "D"), "pykeops": ("#e69f00", "P"),
 }  # fmt: skip
-# The operations of the picture of memory, and the largest case of each that everybody has.
+# The ops of the figure of memory, each with the largest case that all machines measure.
 COSTS = (("kl_normal", "4096 x 8192"), ("rsample_kl", "4096 x 8192"), ("rsample_normal", "4096 x 512"),
          ("bernoulli_log_prob", "4096 x 784"), ("normal_log_prob", "4096 x 784"))  # fmt: skip
 
 
 def draw(store: Store, about: dict[str, Any]) -> dict[str, Any]:
-    """name -> figure; only those that there are results for."""
+    """name -> figure, for the parts that have results."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -35,7 +35,7 @@ def draw(store: Store, about: dict[str, Any]) -> dict[str, Any]:
         }  # fmt: skip
         figures = {name: figure for name, figure in figures.items() if figure is not None}
         for figure in figures.values():
-            figure.canvas.draw()  # laid out under this style
+            figure.canvas.draw()  # computes the layout while this style is active
     return figures
 
 
@@ -44,7 +44,7 @@ def where(about: dict[str, Any]) -> str:
 
 
 def plain(axis: Any) -> None:
-    """1, 2, 5, 10, ... instead of powers of ten; over many decades the powers alone."""
+    """Set ticks at 1, 2, 5, 10, ..., or over many decades at powers of ten, in plain digits."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
@@ -123,20 +123,20 @@ def ops(store: Store, about: dict[str, Any]) -> Any:
 
 
 def costs(store: Store) -> Any:
-    """What does not depend on the machine: traffic, peak memory and what is kept, in units of one input."""
-    found = []
+    """Traffic, peak memory and saved memory in units of one input; they do not depend on the machine."""
+    measured = []
     for op, case in COSTS:
         rows = [r for r in store.rows("ops") if (r["op"], r["case"]) == (op, case) and not r.get("note")]
         if rows:
-            found.append((f"{op}\n{case}", {r["provider"]: r for r in rows}))
-    if not found:
+            measured.append((f"{op}\n{case}", {r["provider"]: r for r in rows}))
+    if not measured:
         return None
     kinds = (("bytes", "memory traffic"), ("peak_bytes", "peak memory"), ("saved_bytes", "kept for backward"))
-    figure, panels = new_figure(11.5, 0.85 * len(found) + 1.6, 1, 3)
-    headline(figure, "What a step moves, allocates and keeps, in units of one latent tensor")
+    figure, panels = new_figure(11.5, 0.85 * len(measured) + 1.6, 1, 3)
+    headline(figure, "Traffic, peak and saved memory of a step, in units of one latent tensor")
     providers = ("fastkl", COMPILE, "eager", DISTRIBUTIONS)
     for panel, (key, title) in zip(panels, kinds):
-        for place, (_, rows) in enumerate(reversed(found)):
+        for place, (_, rows) in enumerate(reversed(measured)):
             for index, name in enumerate(providers):
                 row = rows.get(name, {})
                 value = row.get(key, "")
@@ -146,11 +146,13 @@ def costs(store: Store) -> Any:
                     continue
                 units, height = value / row["latent_bytes"], place + 0.3 - 0.2 * index
                 panel.barh(height, units, 0.18, color=LOOKS[name][0], label=name if place == 0 else None)
-                label = f" {round(units, 2):.2g}" if units < 9.5 else f" {units:.0f}"  # a seed is nothing
+                label = (
+                    f" {round(units, 2):.2g}" if units < 9.5 else f" {units:.0f}"
+                )  # 8 bytes of a seed are rounded to 0
                 panel.annotate(label, (units, height), va="center", fontsize=8, color=GREY)
         panel.set(title=title, xlabel="units of one latent tensor")
         panel.grid(axis="y", visible=False)
-        panel.set_yticks(range(len(found)), [label for label, _ in reversed(found)] if key == "bytes" else [])
+        panel.set_yticks(range(len(measured)), [label for label, _ in reversed(measured)] if key == "bytes" else [])
         panel.tick_params(axis="y", length=0, labelsize=9)
         panel.margins(x=0.15)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)

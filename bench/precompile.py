@@ -1,7 +1,7 @@
-"""torch.compile of the eager formulas ahead of the measurements, on all cores: else half of a run is a C++ compiler's.
+"""torch.compile of the eager formulas ahead of the measurements, on all cores: the C++ compiler takes half of a run.
 
-Inductor keeps what it has compiled, and the process that measures finds it there. What it says of a graph it says only
-when it compiles it: this run's graphs have a name of their own in its cache, so that none is from an earlier one.
+The measuring process finds the graphs in Inductor's cache. Inductor gives its account of a graph only when it compiles
+it, so each run has its own key in the cache, and no graph is from an earlier run.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from bench.case import Case, empty
 from bench.measure import COMPILE, compiled
 from bench.store import cores
 
-MOST = 8  # processes: each has a torch of its own
+MOST = 8  # processes, each of which imports torch
 
 
 class Formula(NamedTuple):
-    """One case's, for a number of threads, which is part of the code; `without_data` for what the host costs alone."""
+    """A case's eager formula for a number of threads, on which the code depends; `without_data`: on empty data."""
 
     op: str
     index: int
@@ -40,14 +40,14 @@ Accounts = dict[Formula, dict[str, int] | None]
 
 
 def ahead(formulas: list[Formula], accounts: Accounts) -> Iterator[int]:
-    """Compiles all of them, and counts as they are done; what Inductor says of each goes to `accounts`. Interrupted, it
-    leaves no process behind."""
+    """Compile all formulas, yield the number done, and add Inductor's account of each to `accounts`. An interrupt ends
+    all processes."""
     tag = torch.compiler.config.cache_key_tag = f"bench {time.time_ns()}"
     pool = ProcessPoolExecutor(min(cores(), MOST), multiprocessing.get_context("spawn"), alone, (tag,))
     try:
         waiting = {pool.submit(compile_one, formula): formula for formula in formulas}
         for done, future in enumerate(as_completed(waiting), 1):
-            if not future.exception():  # what cannot be compiled is said where it is measured
+            if not future.exception():  # the measurement will report a failure to compile
                 accounts[waiting[future]] = future.result()
             yield done
     except BaseException:
@@ -59,7 +59,7 @@ def ahead(formulas: list[Formula], accounts: Accounts) -> Iterator[int]:
 
 
 def alone(tag: str) -> None:
-    """At the start of a process: Ctrl-C is for the one that waits for it, and so is what there is to say."""
+    """Initialise a worker process: only the parent handles Ctrl-C and prints messages."""
     torch.compiler.config.cache_key_tag = tag
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.disable(logging.CRITICAL)

@@ -2,9 +2,9 @@
 
     python -m bench.real_step --out step.csv
 
-The loss that people write by hand against fastkl's, as in bench/training_step.py: the whole step with AdamW, and the
-loss alone. Time by CUDA events; memory is the most that was allocated at a time (max_memory_allocated), beyond what
-was there before the step. The images are random.
+The eager loss against fastkl's, as in bench/training_step.py: the whole step with AdamW, and the loss alone. Time is
+measured by CUDA events; memory is the peak of the allocated bytes (max_memory_allocated) above those before the step.
+The images are random.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMAGE, BATCH = 256, 16
 MODELS = {PRESET: {}, f"{PRESET}, hidden 64, layers 3": {"hidden": 64, "layers": 3}}
 PARTS = {WHOLE: whole_step, LOSS: loss_alone}
-AGREE = 0.01  # relative: each draws noise of its own
+AGREE = 0.01  # relative tolerance: the two losses draw different noise
 COLUMNS = ["card", "model", "batch", "part", "loss", "both_ms", "both_ms_low", "both_ms_high", "forward_ms"]
 COLUMNS += ["backward_ms", "times_as_fast_as_eager", "peak_mib", "rounds", "note"]
 
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("step.csv"))
     parser.add_argument("--small", action="store_true", help="small images and one model, to try the script")
-    parser.add_argument("--seconds", type=float, default=1e9, help="a model that comes later is left out")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no model after this many seconds")
     given = parser.parse_args(arguments)
     began, status = time.monotonic(), 0
     image, batch, pace = (16, 2, Pace(3, 0.001, 0.2)) if given.small else (IMAGE, BATCH, Pace(9, 0.1, 8.0))
@@ -107,11 +107,11 @@ def main(arguments: list[str] | None = None) -> int:
             out.writerows({key: rounded(value) for key, value in row.items()} for row in rows)
             file.flush()
             for row in rows:
-                said = row.get("note") or (
+                result = row.get("note") or (
                     f"{row['part']:<11} {row['loss']:<7} {row['both_ms']:8.2f} ms  {row['peak_mib']:9.1f} MiB  "
                     f"{row['times_as_fast_as_eager']:.2f} times as fast as eager"
                 )
-                print(f"{row['card']}  {row['model']}  {row['batch']}  {said}", flush=True)
+                print(f"{row['card']}  {row['model']}  {row['batch']}  {result}", flush=True)
     return status
 
 

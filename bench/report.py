@@ -1,4 +1,4 @@
-"""The end of a run: pictures as PNG and SVG, and one self-contained page with them and every table."""
+"""The report of a run: figures as PNG and SVG, and a self-contained page with all figures and tables."""
 
 from __future__ import annotations
 
@@ -14,23 +14,21 @@ from bench.tables import Table, all_tables
 from fastkl.vae.report import STYLE
 
 CAPTIONS = {
-    "bench_sizes": "Every contender takes turns with the others, forward and backward, on the same inputs. Bands are "
-    "quartiles of the rounds. The limit allocates and fills the outputs and the gradients and computes nothing: what "
-    "no op that returns new tensors can beat.",
-    "bench_ops": "Right of the line at 1 is faster than the eager formula. torch.distributions runs without the checks "
-    "of its arguments.",
+    "bench_sizes": "Contenders are interleaved, forward and backward, on the same inputs. Bands are quartiles of the "
+    "rounds. The limit only allocates and fills the outputs and the gradients: no op that returns new tensors can be "
+    "faster.",
+    "bench_ops": "Points to the right of 1 are faster than the eager formula. torch.distributions runs without "
+    "argument checks.",
     "bench_costs": "Counted, not timed. Traffic: eager and torch.distributions by the reads and writes of each op, "
-    "torch.compile by Inductor's own account of the code it makes on this machine, fastkl by the written budget of its "
-    "GPU kernels, to which tests hold them. Peak: allocated at once beyond the inputs. Kept: between forward and "
-    "backward, beyond the inputs.",
-    "bench_sweeps": "A straight line of slope 1 is linear growth; to the left, where the curves are flat, a step costs "
-    "what the host spends on it.",
+    "torch.compile by Inductor's account of its code for this machine, fastkl by the budget of its GPU kernels, which "
+    "tests check. Peak: allocated at once beyond the inputs. Kept: between forward and backward, beyond the inputs.",
+    "bench_sweeps": "A line of slope 1 is linear growth; in the flat part to the left, the host's overhead dominates.",
 }
 WIDE = "body { max-width: 76rem } .scroll { overflow-x: auto } td, th { padding-right: 0.9rem; white-space: nowrap }"
 
 
 def write_report(store: Store, about: dict[str, Any]) -> Path:
-    """Everything into the results' folder; returns the page's path."""
+    """Write figures and page into the results' folder and return the page's path."""
     images = {}
     for name, figure in draw(store, about).items():
         buffer = io.BytesIO()
@@ -56,7 +54,7 @@ def facts(about: dict[str, Any]) -> str:
 
 
 def page(tables: list[Table], images: dict[str, bytes], about: dict[str, Any]) -> str:
-    """One file that needs no other; all text is escaped."""
+    """A self-contained HTML page; all text is escaped."""
     title = html.escape(f"fastkl on {about['device']}")
     figures = "".join(
         f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
@@ -65,8 +63,8 @@ def page(tables: list[Table], images: dict[str, bytes], about: dict[str, Any]) -
     )
     quick = " <b>A quick run: small sizes and few rounds.</b>" if about["quick"] else ""
     notes = (
-        "Medians of interleaved rounds; speed-ups are medians of the ratios within a round. What does not match the "
-        "definition in float64 is not timed."
+        "Medians of interleaved rounds; speed-ups are medians of the ratios within a round. A contender that does not "
+        "match the definition in float64 is not timed."
     )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'

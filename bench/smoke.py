@@ -3,10 +3,10 @@
     python -m bench.smoke --out smoke.jsonl --jobs 16 --seconds 100
     python -m bench.smoke --only rsample_kl           # the calls whose name contains it, in this process
 
-Each call is made in float32 and bfloat16, four times (alike to the last bit). On a GPU
-no call may wait for the device, and a step is captured in a CUDA graph whose replays follow new inputs; with a second
-GPU, tensors on it give the same. Several processes take the calls in turn; one that a fault of the device has spoilt is
-started anew. A line for each call says ok or FAIL; the exit status is 1 where one has failed.
+Each call runs in float32 and bfloat16, four times, with bitwise equal results. On a GPU no call may synchronise with
+the device, a step must be capturable in a CUDA graph whose replay follows new inputs, and a second GPU must give the
+same result. Several processes share the calls; a process is restarted after a device error. A line for each call says
+ok or FAIL; the exit status is 1 if one has failed.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from fastkl.ops import _register
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-# Relative to the largest value. Whether an op is as exact as it can be is what the tests ask.
+# Relative to the largest value. These bounds are loose; the tests check accuracy.
 ALLOWED = {torch.float32: 2e-4, torch.bfloat16: 3e-2}
-CLASSES = {"hard", "sample_gmm"}  # which choose by noise: a choice is another where rounding decides it
-STICKY = ("CUDA error", "device-side assert", "illegal memory access")  # after which a process can do no more
-CHECKED = ["kl_normal 37x37", "rsample_kl packed 37x37", "gumbel_softmax 37x37"]  # with compute-sanitizer
+CLASSES = {"hard", "sample_gmm"}  # discrete choices by noise, which rounding may change
+STICKY = ("CUDA error", "device-side assert", "illegal memory access")  # errors that make a process unusable
+CHECKED = ["kl_normal 37x37", "rsample_kl packed 37x37", "gumbel_softmax 37x37"]  # calls under compute-sanitizer
 CHECKED += ["gmm_log_prob 300x50x20", "total_correlation 300x50x20", "mmd 300x50x20"]
 
 
@@ -49,7 +49,7 @@ def draw(call: Call, dtype: torch.dtype, seed: int, device: str) -> list[Tensor]
 
 
 def step(call: Call, inputs: list[Tensor], weights: list[Tensor] | None = None) -> list[Tensor]:
-    """Outputs and gradients; `weights` of the outputs are those of a loss, by default their sum."""
+    """Outputs and gradients of a loss: the sum of the outputs, weighted by `weights` if given."""
     value = call.function(*inputs)
     outputs = [value] if isinstance(value, Tensor) else [out for out in value if out is not None]
     real = [number for number, out in enumerate(outputs) if out.requires_grad]
@@ -62,7 +62,7 @@ def step(call: Call, inputs: list[Tensor], weights: list[Tensor] | None = None) 
 
 @contextlib.contextmanager
 def cpu_by(implementations: dict[str, Callable]):
-    """CPU tensors go to these."""
+    """Use these implementations for CPU tensors."""
     before = dict(_register.CPU)
     _register.CPU.update(implementations)
     try:
@@ -71,8 +71,8 @@ def cpu_by(implementations: dict[str, Callable]):
         _register.CPU.update(before)
 
 
-def spoil_memory() -> None:
-    """Fills what the allocator will give out next with NaN, so that an output that is not written is seen."""
+def fill_free_memory() -> None:
+    """Fill the allocator's free blocks with NaN, so that an output that is not written is noticed."""
     for size in (1 << 12, 1 << 16, 1 << 22):
         kept = [torch.full((size,), float("nan"), device=DEVICE) for _ in range(8)]
         del kept
@@ -81,7 +81,9 @@ def spoil_memory() -> None:
 def disagreement(found: list[Tensor], expected: list[Tensor]) -> float:
     """The largest difference, relative to the largest value of its tensor."""
     if [x.shape for x in found] != [x.shape for x in expected]:
-        raise AssertionError(f"shapes {[tuple(x.shape) for x in found]}, not {[tuple(x.shape) for x in expected]}")
+        raise AssertionError(
+            f"shapes: expected {[tuple(x.shape) for x in expected]}, got {[tuple(x.shape) for x in found]}"
+        )
     worst = 0.0
     for a, b in zip(found, expected):
         a, b = a.double().cpu(), b.double().cpu()
@@ -93,7 +95,7 @@ def disagreement(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def check(name: str, call: Call, dtype: torch.dtype) -> dict[str, Any]:
-    """What one call gives; "wrong" lists what it should not."""
+    """The result of one call; "wrong" lists its faults."""
     with cpu_by(_register.CLOSED_FORM):
         exact = [tensor.detach().double().requires_grad_() for tensor in draw(call, dtype, 0, "cpu")]
         outputs = call.function(*exact)
@@ -102,7 +104,7 @@ def check(name: str, call: Call, dtype: torch.dtype) -> dict[str, Any]:
         weights = [torch.rand(out.shape, generator=generator, dtype=torch.float64) for out in outputs]
         truth = step(call, exact, weights)
     inputs = draw(call, dtype, 0, DEVICE)
-    spoil_memory()
+    fill_free_memory()
     began = time.perf_counter()
     found = step(call, inputs, weights)
     synchronize()
@@ -129,7 +131,7 @@ def synchronize() -> None:
 
 
 def not_captured(call: Call, dtype: torch.dtype) -> str:
-    """Why a step is not captured in a CUDA graph, or what its replay does not follow."""
+    """The reason why a step cannot be captured in a CUDA graph or its replay is wrong, or ""."""
     inputs, others = draw(call, dtype, 0, DEVICE), draw(call, dtype, 1, DEVICE)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -170,7 +172,7 @@ def attempt(name: str, call: Call, dtypes: list[torch.dtype]) -> tuple[dict[str,
 
 
 def line(row: dict[str, Any]) -> str:
-    """One line for a person."""
+    """The row as a line of text."""
     parts = [f"{'ok  ' if row['ok'] else 'FAIL'} {row['call']:<46}"]
     for label in ("float32", "bfloat16"):
         if found := row.get(label):
@@ -179,7 +181,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def work(names: list[str], folder: Path, small: bool) -> int:
-    """Takes calls that no other process has taken until none is left."""
+    """Run calls that no other process has taken, until all are taken."""
     every = calls(small)
     dtypes = [torch.float32] if small else [torch.float32, torch.bfloat16]
     for number, name in enumerate(names):
@@ -191,13 +193,13 @@ def work(names: list[str], folder: Path, small: bool) -> int:
         temporary = folder / f"{number}.part"
         temporary.write_text(json.dumps(row))
         temporary.rename(folder / f"{number}.json")
-        if not usable:  # the device is of no use to this process any more
+        if not usable:  # restart, because this process can no longer use the device
             os.execv(sys.executable, [sys.executable, "-m", "bench.smoke", *sys.argv[1:]])
     return 0
 
 
 def lead(names: list[str], given: argparse.Namespace) -> int:
-    """Starts the processes, prints a line for each call as it ends, and says which calls never did."""
+    """Start the processes, print a line for each finished call, and report calls that did not finish."""
     failed, began = 0, time.monotonic()
     with tempfile.TemporaryDirectory() as place, given.out.open("w") as out:
         folder, seen = Path(place), set()
@@ -224,7 +226,7 @@ def lead(names: list[str], given: argparse.Namespace) -> int:
         for number, name in enumerate(names):
             if not (folder / f"{number}.json").exists():
                 taken = (folder / f"{number}.taken").exists()
-                why = "it did not end, or its process died" if taken else "no time was left for it"
+                why = "it did not end, or its process died" if taken else "no time left"
                 print(f"FAIL {name:<46}  {why}", flush=True)
                 failed += 1
         print((folder / "errors").read_text()[-3000:], end="", file=sys.stderr)
@@ -234,14 +236,16 @@ def lead(names: list[str], given: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="a JSON line for each call goes there, from several processes")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
-    parser.add_argument("--seconds", type=float, default=1e9, help="what has not ended by then has failed")
-    parser.add_argument("--only", default="", help="the calls whose name contains this")
+    parser.add_argument("--out", type=Path, help="file with a JSON line for each call; runs several processes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="number of processes")
+    parser.add_argument("--seconds", type=float, default=1e9, help="calls that have not ended by then have failed")
+    parser.add_argument("--only", default="", help="run the calls whose name contains this text")
     parser.add_argument("--small", action="store_true", help="few and small sizes, float32 only")
-    parser.add_argument("--interpreted", action="store_true", help="CPU tensors go to the Triton kernels")
-    parser.add_argument("--sanitized", action="store_true", help="a few calls, plainly: for compute-sanitizer")
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of a process that another has started
+    parser.add_argument("--interpreted", action="store_true", help="run the Triton kernels on CPU tensors")
+    parser.add_argument(
+        "--sanitized", action="store_true", help="run a few calls without checks, for compute-sanitizer"
+    )
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # set by `lead` for its processes
     given = parser.parse_args(arguments)
     every = calls(given.small)
     names = [name for name in every if given.only in name]

@@ -1,4 +1,4 @@
-"""What the smoke test calls: every public op, in the variants that take another path through a kernel."""
+"""The calls of the smoke test: every public op, in variants that take different paths through a kernel."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 import fastkl
 
 SEED = 5
-FEW = ("gmm_log_prob", "kl_normal", "rsample_kl packed", "gumbel_softmax")  # in the interpreter: one of a kind
+FEW = ("gmm_log_prob", "kl_normal", "rsample_kl packed", "gumbel_softmax")  # for small runs: one call per kind
 
 
 class Call(NamedTuple):
-    """A function of tensors of these shapes, which hold standard normal values."""
+    """A function, and the shapes of its standard normal arguments."""
 
     function: Callable
     shapes: list[tuple[int, ...]]
-    waits: bool = False  # whether it reads a value on the host, as its documentation says
+    waits: bool = False  # whether it is documented to read a value on the host
 
 
 def elementwise(n: int, d: int) -> dict[str, Call]:
@@ -54,12 +54,12 @@ def elementwise(n: int, d: int) -> dict[str, Call]:
 
 
 def tau(t: Tensor) -> Tensor:
-    """A temperature that is learned."""
+    """A learned temperature."""
     return 0.5 + t.float().square().mean()
 
 
 def tril(a: Tensor) -> Tensor:
-    """Lower triangular, well conditioned."""
+    """A well-conditioned lower triangle of `a`."""
     return 0.3 * a.tril(-1) + torch.eye(a.shape[-1], device=a.device, dtype=a.dtype)
 
 
@@ -110,10 +110,10 @@ def pairs(n: int, k: int, d: int) -> dict[str, Call]:
 
 
 def calls(small: bool) -> dict[str, Call]:
-    """Every call by its name and size; those that compile longest come first."""
+    """Every call by its name and size, those with the longest compilation first."""
     n, k, d = (6, 3, 4) if small else (300, 50, 20)
     found = {f"{name} {n}x{k}x{d}": call for name, call in pairs(n, k, d).items()}
-    # Rows that are read 16 bytes at a time, odd rows, and long rows that several programs share.
+    # Rows that allow 16-byte loads, rows that do not, and long rows that are split over programs.
     for rows, columns in [(5, 7)] if small else [(257, 512), (37, 37), (3, 20000)]:
         found |= {f"{name} {rows}x{columns}": call for name, call in elementwise(rows, columns).items()}
     return {name: call for name, call in found.items() if not small or name.rpartition(" ")[0] in FEW}

@@ -1,4 +1,4 @@
-"""Where results lie: one folder for each machine, a CSV file for each part, written after every case."""
+"""The store of results: one folder per machine, with a CSV file per part, written after every case."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import torch
 from fastkl.vae.facts import processor
 
 HERE = Path(__file__).parent
-KEY = ("op", "case")  # what a resumed run has no need to measure again
+KEY = ("op", "case")  # identifies a case, so that a resumed run skips it
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?")
 
 
 class Store:
-    """part -> rows. What is there is kept with `keep`, and replaced by what is measured again."""
+    """part -> rows. With `keep`, stored rows stay until they are measured again."""
 
     def __init__(self, folder: Path, keep: bool):
         self.folder, self.parts = folder, {}
@@ -47,7 +47,7 @@ class Store:
             writer = csv.DictWriter(file, names, lineterminator="\n")
             writer.writeheader()
             writer.writerows({name: rounded(value) for name, value in row.items()} for row in self.parts[part])
-        temporary.replace(self.folder / f"{part}.csv")  # whole or not at all, also where the run ends here
+        temporary.replace(self.folder / f"{part}.csv")  # atomic, in case the run is killed
 
     def remember(self, machine: dict[str, Any]) -> None:
         (self.folder / "machine.json").write_text(json.dumps(machine, indent=2) + "\n", encoding="utf-8")
@@ -68,7 +68,7 @@ def parse(text: str) -> Any:
 
 
 def cache_bytes() -> int:
-    """Of the last level, a GPU's where there is one; 32 MiB where the system does not say."""
+    """Size of the last-level cache, of the GPU if torch has one; 32 MiB if unknown."""
     if torch.cuda.is_available():
         return getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0) or 32 << 20
     try:
@@ -78,12 +78,12 @@ def cache_bytes() -> int:
 
 
 def cores() -> int:
-    """That this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def commit() -> str:
-    """Of the working tree, or what COMMIT says; empty where there is no git, or no repository."""
+    """The commit of the working tree, or the variable COMMIT; "" without git or a repository."""
     if given := os.environ.get("COMMIT"):
         return given
     try:
@@ -94,7 +94,7 @@ def commit() -> str:
 
 
 def machine(device: str, thread_counts: list[int]) -> dict[str, Any]:
-    """What a reader must know of the machine and of the moment."""
+    """Facts about the machine and its state that readers of the results need."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "cpu": processor(),
@@ -105,7 +105,7 @@ def machine(device: str, thread_counts: list[int]) -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        # Of the minute before: on a machine with other work, two threads wait for one another.
+        # Load of the minute before: other processes make the threads of an op wait for one another.
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
 

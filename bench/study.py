@@ -1,10 +1,10 @@
-"""Variants of a training run side by side, over several seeds: what the compare_*.py and collapse.py share.
+"""Studies of variants of a training run over several seeds, for compare_*.py and collapse.py.
 
-    nice -n 19 python bench/collapse.py                       # goes on where it was stopped
+    nice -n 19 python bench/collapse.py                       # continues after an interrupt
     nice -n 19 python bench/collapse.py --seeds 1 2           # beside another process, on another core
     nice -n 19 python bench/collapse.py --data mnist5k        # further options are those of `fastkl train`
-    python bench/collapse.py --only "free bits"               # variants whose name begins so
-    python bench/collapse.py --table                          # what has been measured so far
+    python bench/collapse.py --only "free bits"               # variants whose name begins with this
+    python bench/collapse.py --table                          # only print the table of stored results
 
 Every run is one line of JSON in bench/results/NAME_DATA.jsonl; the figures are those of the test data.
 """
@@ -39,8 +39,11 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Study:
-    """variants: name -> options of `fastkl train`, which win over those given to the whole study. columns: of the
-    table, (heading, figure, format). evaluation: the seed of what is drawn for the figures; without one, the run's."""
+    """A study.
+
+    variants: name -> options of `fastkl train`, which take precedence over those of the whole study. columns of the
+    table: (heading, figure, format). evaluation: the seed of the evaluation; None takes the run's.
+    """
 
     name: str
     variants: dict[str, str]
@@ -52,15 +55,17 @@ class Study:
 
     def main(self, about: str) -> None:
         options = argparse.ArgumentParser(description=about.splitlines()[0])
-        options.add_argument("--table", action="store_true", help="measure nothing, print the table")
-        options.add_argument("--seeds", type=int, nargs="+", default=range(self.seeds), help="which; default: all")
-        options.add_argument("--only", default="", help="variants whose name begins so")
+        options.add_argument("--table", action="store_true", help="only print the table")
+        options.add_argument(
+            "--seeds", type=int, nargs="+", default=range(self.seeds), help="seeds to run; default: all"
+        )
+        options.add_argument("--only", default="", help="run the variants whose name begins with this")
         mine, rest = options.parse_known_args()
         given = parsed([*self.common.split(), *rest])
         source = Path(given.get("data", "digits")).stem
         path = HERE / "results" / f"{self.name}_{source}.jsonl"
         if not mine.table:
-            torch.set_num_threads(1)  # as many runs as there are cores are better served than one
+            torch.set_num_threads(1)  # several runs in parallel use the cores better than several threads
             self.measure(path, given, mine.seeds, [name for name in self.variants if name.startswith(mine.only)])
         rows = read(path)
         print(self.table(rows))
@@ -71,12 +76,12 @@ class Study:
         return resolve({**given, **parsed(self.variants[variant].split()), "seed": seed})
 
     def measure(self, path: Path, given: dict, seeds: list[int], variants: list[str]) -> None:
-        """Seed by seed, so that what is there at any time compares the variants over the same seeds."""
+        """Run all variants seed by seed, so that partial results compare the variants over the same seeds."""
         for variant in variants:
-            self.settings_of(variant, given, 0)  # a wrong option is found before hours are spent
+            self.settings_of(variant, given, 0)  # raises for a wrong option before hours are spent
         for seed in seeds:
             for variant in variants:
-                # Read anew each time: another process may be at other seeds.
+                # Read again each time, because another process may add rows of other seeds.
                 done = {(row["variant"], row["seed"]): row for row in read(path)}
                 about = {"options": self.variants[variant], "given": given}
                 if row := done.get((variant, seed)):
@@ -87,8 +92,8 @@ class Study:
                 row = {"variant": variant, "seed": seed, **about, **figures}
                 with path.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-                said = ", ".join(f"{name} {form.format(row[key])}" for name, key, form in self.columns if key in row)
-                print(f"{variant}, seed {seed}: {said}, {row['seconds']:.0f} s", flush=True)
+                shown = ", ".join(f"{name} {form.format(row[key])}" for name, key, form in self.columns if key in row)
+                print(f"{variant}, seed {seed}: {shown}, {row['seconds']:.0f} s", flush=True)
 
     def one(self, settings: Settings) -> dict:
         began = time.perf_counter()
@@ -96,7 +101,7 @@ class Study:
         with tempfile.TemporaryDirectory() as folder:
             run = start(settings, source, Ranks(), Path(folder))
             if not train.train(run, Display()):
-                sys.exit("stopped; what is measured is kept, and the same command goes on")
+                sys.exit("stopped; results are kept, and the same command continues")
         seconds = time.perf_counter() - began
         seed = settings.seed if self.evaluation is None else self.evaluation
         asked = (settings.importance_samples, seed, run.device, run.prior, source.test_labels)
@@ -105,7 +110,7 @@ class Study:
         return {**figures, "steps": run.step, "seconds": round(seconds, 1)}
 
     def table(self, rows: list[dict]) -> str:
-        """Mean and standard error over the seeds."""
+        """A Markdown table of means and standard errors over the seeds."""
         heads = ["variant", "options", "seeds", *(name for name, _, _ in self.columns)]
         lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         for variant, options in self.variants.items():

@@ -1,4 +1,4 @@
-"""The shape of the cost: time against one size while the others stay, from a single element to millions."""
+"""Sweeps: time as a function of one size, from a single element to millions."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from bench.measure import LIMIT, contender, named
 from bench.timing import Pace, heap_of, limit, measure, spread, threads
 
 STEP = 4
-CHECKED = 1 << 18  # elements of an input up to which every number is checked in float64
+CHECKED = 1 << 18  # the most elements of an input for a full check in float64
 PACE = Pace(5, 0.01, 1.5)
 
 
 class Sweep(NamedTuple):
-    """`make(device, x)` is the case at size x, of which `elements` are worked on for each unit of x."""
+    """A sweep: `make(device, x)` is the case at size x, which has `elements` elements per unit of x."""
 
     name: str
     axis: str
@@ -35,7 +35,7 @@ class Sweep(NamedTuple):
             size *= STEP if not quick else STEP * STEP
 
 
-# Rows of 16 are the usual latent of a small VAE; 32 data make the largest mixture's broadcast temporary 134 MB.
+# Rows of 16 are a usual latent of a small VAE. With 32 data the largest mixture's broadcast temporary has 134 MB.
 SWEEPS = {
     sweep.name: sweep
     for sweep in (
@@ -54,7 +54,7 @@ def mixture(device: str, components: int) -> Case:
 
 
 def rows_of(sweep: Sweep, size: int, device: str, count: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """(a row for eager, for fastkl and for the limit, what does not match the definition)."""
+    """(a row for eager, fastkl and the limit, a line for each contender that does not match the definition)."""
     case = sweep.make(device, size)
     with threads(count):
         outputs = as_list(case.eager(*case.inputs))
@@ -74,20 +74,20 @@ def rows_of(sweep: Sweep, size: int, device: str, count: int) -> tuple[list[dict
 
 
 def refused(case: Case, name: str, function: Callable, cotangents: list[Tensor]) -> str:
-    """Why a contender may not be timed. Large sizes are checked by their KL alone, against float32: the table of sizes
-    checks every number of the largest."""
+    """The reason why a contender may not be timed, or "". Large sizes are checked by their KL only, in float32, because
+    the table of sizes checks large sizes fully."""
     if max(x.numel() for x in case.inputs) <= CHECKED:
         return problem(case, name, function, cotangents)
     actual, expected = (as_list(f(*case.inputs))[-1].double() for f in (function, case.eager))
-    return "" if torch.allclose(actual, expected, rtol=1e-3) else f"{actual} in place of {expected}"
+    return "" if torch.allclose(actual, expected, rtol=1e-3) else f"expected {expected}, got {actual}"
 
 
 class Growth(NamedTuple):
-    """How time grows between neighbouring sizes, as time per element over that of the size before: 1 is linear."""
+    """Growth of time between neighbouring sizes: time per element over that of the size before; 1 is linear."""
 
-    worst: float  # of all that is not mere overhead; where a cache ends it is above 1 for everyone
+    worst: float  # the largest growth above the overhead; at the end of a cache it is above 1 for every op
     worst_at: int
-    beyond_cache: float  # of sizes both beyond the cache, where nothing excuses it
+    beyond_cache: float  # the largest growth with both sizes beyond the cache, where it should be 1
 
     @property
     def verdict(self) -> str:
@@ -95,7 +95,7 @@ class Growth(NamedTuple):
 
 
 def growth(points: list[tuple[int, float]], bytes_per_x: float, cache: int) -> Growth:
-    """Of (x, seconds), in the order of x. Overhead is what takes less than four times as long as the least."""
+    """The growth of (x, seconds), in the order of x. Points below four times the least time are overhead."""
     least = min(seconds for _, seconds in points)
     worst, at, beyond = 1.0, points[-1][0], 1.0
     for (x, seconds), (next_x, next_seconds) in itertools.pairwise(points):
@@ -110,13 +110,13 @@ def growth(points: list[tuple[int, float]], bytes_per_x: float, cache: int) -> G
 
 
 def growth_of(rows: list[dict[str, Any]], sweep: Sweep, provider: str, cache: int) -> Growth | None:
-    """Of the time beyond what it takes to allocate and fill outputs and gradients: beyond 32 MiB glibc maps each block
-    anew at every step, and the page faults of that are no op's own."""
+    """The growth of the time net of allocating and filling outputs and gradients: above 32 MiB glibc maps each block
+    again at every step, and the page faults of that do not depend on the op."""
     own, least = (
         {row["x"]: row["both_ms"] for row in rows if (row["op"], row["provider"]) == (sweep.name, name)}
         for name in (provider, LIMIT)
     )
     points = [(x, max(0.1 * own[x], own[x] - least.get(x, 0.0))) for x in sorted(own)]
-    # Two inputs and their gradients: what a step touches at least.
+    # Bytes that a step touches at least: two inputs and their gradients.
     width = 4 * torch.float32.itemsize * (16 if sweep.axis == "K" else sweep.elements)
     return growth(points, width, cache) if len(points) > 1 else None

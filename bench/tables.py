@@ -1,4 +1,4 @@
-"""What is shown of the results, as text: the same tables in the terminal and on the page."""
+"""The tables of the results, for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Table(NamedTuple):
     note: str
     header: list[str]
     rows: list[list[str]]
-    words: int = 2  # how many of the first columns are not numbers
-    page_only: tuple[str, ...] = ()  # columns that a terminal has no room for
+    words: int = 2  # number of leading text columns
+    page_only: tuple[str, ...] = ()  # columns too many for a terminal
 
     def rich(self) -> Any:
         from rich import box
@@ -45,7 +45,7 @@ def all_tables(store: Store) -> list[Table]:
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """Three significant digits, no exponent."""
+    """A number with three significant digits, without exponent unless it is tiny."""
     if not isinstance(value, int | float):
         return "-"
     if value and abs(value) < 1e-3:
@@ -59,7 +59,7 @@ def times(value: Any) -> str:
 
 
 def size(value: Any) -> str:
-    """Bytes, in the unit that leaves one to four digits before the point."""
+    """A number of bytes in a unit with one to four digits before the point."""
     if not isinstance(value, int | float):
         return "-"
     power = next((p for p in range(4) if value < 1000 * 1024**p), 3)
@@ -87,7 +87,7 @@ def sizes_measured(store: Store, op: str) -> list[str]:
 
 
 def sizes(store: Store) -> Table:
-    """The first question: is it faster, from one element to many?"""
+    """The speed-up from one element to many."""
     rows = []
     for op, title in TITLES.items():
         for count in thread_counts(store):
@@ -106,7 +106,7 @@ def sizes(store: Store) -> Table:
 
 
 def of_ops(store: Store) -> Iterator[Table]:
-    """Every column, a table for each number of threads."""
+    """A table with every column for each number of threads."""
     header = ["op", "case", "contender", "forward ms", "backward ms", "both ms", "quartiles", "speed-up", "moved"]
     header += ["GB/s", "% copy", "peak", "kept", "launches", "host us"]
     for count in reversed(thread_counts(store)):
@@ -150,8 +150,8 @@ def of_sweeps(store: Store) -> Table:
                 cells += [f"{times(found.worst)} at {found.worst_at:,}", times(found.beyond_cache), found.verdict]
                 rows.append([sweep.name, f"{sweep.axis} to {last['x']:,}", provider, *cells])
     note = (
-        "Steps: time per element over that of the size before, where it is not mere overhead, net of allocating and "
-        "filling the outputs and gradients; 1 is linear growth. Eager allocates temporaries besides."
+        "Steps: time per element over that of the size before, above the overhead and net of allocating and filling "
+        "the outputs and gradients; 1 is linear growth. Eager also allocates temporaries."
     )
     header = ["sweep", "", "contender", "ms at the end", "ns per element", "largest step", "beyond the cache", "growth"]
     return Table("Growth", note, header, rows, 3, ("ms at the end", "ns per element"))

@@ -1,4 +1,4 @@
-"""Contenders take turns, round by round, so that a machine that changes its speed changes it for all of them."""
+"""Interleaved timing: contenders alternate round by round, so a change of the machine's speed affects all of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bench.counting import allocations
 
 
 class Contender(NamedTuple):
-    """A step in two parts. The second frees what the first has made."""
+    """A step in two parts. The backward part frees the forward part's tensors."""
 
     forward: Callable[[], Any]
     backward: Callable[[Any], Any]
@@ -31,9 +31,9 @@ class Contender(NamedTuple):
         self.backward(self.forward())
 
     def turn(self, repeats: int, device: str) -> tuple[float, float]:
-        """Seconds per step, forward and backward: by CUDA events on a GPU, by the wall clock elsewhere. Where the host
-        takes longer to launch a step than the GPU to run it, events tell the host's time, as a training loop has it;
-        bench/gpu.py times the kernels alone."""
+        """Seconds per step, forward and backward: by CUDA events on a GPU, by the wall clock elsewhere. If the host
+        takes longer to launch a step than the GPU to run it, events measure the host's time, as in a training loop;
+        bench/gpu.py times only the kernels."""
         clock = recorded if device == "cuda" else time.perf_counter
         marks = []
         for _ in range(repeats):
@@ -50,22 +50,22 @@ class Contender(NamedTuple):
 
 
 class Pace(NamedTuple):
-    """How long to measure."""
+    """The duration of a measurement."""
 
     rounds: int = 7
-    round_seconds: float = 0.02  # of each contender
-    seconds: float = 5.0  # of all of them together, where a single step is long: then there are fewer rounds
-    warm_seconds: float = 0.003  # of each turn, at least a step, before it counts
+    round_seconds: float = 0.02  # per contender and round
+    seconds: float = 5.0  # for all contenders together; long steps get fewer rounds
+    warm_seconds: float = 0.003  # warm-up of each turn, at least one step, not counted
 
 
 BRISK = Pace(5, 0.01, 2.5)
 QUICK = Pace(5, 0.005, 2.0)
 FEWEST_ROUNDS = 3
 FEWEST_LONG_ROUNDS = 2
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-LEAST_KEPT, MOST_KEPT = 128 << 10, 32 << 20  # bytes: where its limit begins, and where it ends
-OVERHEAD = 128  # bytes of a block beyond the tensor's, for its alignment to 64 and malloc's own
-LONG = 0.25  # seconds of a step of which there are few: all count
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
+LEAST_KEPT, MOST_KEPT = 128 << 10, 32 << 20  # bytes: range of glibc's dynamic mmap threshold
+OVERHEAD = 128  # bytes of a block beyond the tensor's, for the alignment to 64 and malloc's header
+LONG = 0.25  # seconds: of a longer step few are timed, and all of them count
 
 
 class Spread(NamedTuple):
@@ -94,12 +94,12 @@ def spread(values: list[float]) -> Spread:
 
 
 def ratio(times: Times, over: Times) -> Spread:
-    """How many times `times` takes as long as `over`, of rounds that ran side by side."""
+    """The ratio of `times` to `over`, within the same rounds."""
     return spread([a / b for a, b in zip(times.both, over.both)])
 
 
 def repeats_of(seconds: float, pace: Pace) -> int:
-    """Steps of one turn; three at least, where that is not long."""
+    """Steps per turn: at least three, unless that takes long."""
     return min(10_000, max(1 if seconds > LONG / 3 else 3, math.ceil(pace.round_seconds / seconds)))
 
 
@@ -112,16 +112,16 @@ def recorded() -> torch.cuda.Event:
 def measure(contenders: dict[str, Contender], device: str, pace: Pace) -> dict[str, Times]:
     """Interleaved rounds of all contenders.
 
-    The first steps, which set things up, are not counted, nor are the first of every turn: they pay for the heap and
-    the caches as the contender before has left them, and for its threads, which go on waiting for work a while. Of a
-    long step all are counted, but of the first those that took twice as long as another.
+    The first steps do set-up work and are not counted. Nor are the first steps of every turn: they pay for the heap and
+    the caches that the previous contender has left, and for its threads, which spin for a while. Long steps are all
+    counted, except first steps that took twice as long as another.
     """
     if not contenders:
         return {}
     once, found = {}, {}
     for name, contender in contenders.items():
         steps = [contender.turn(1, device) for _ in "12"]
-        if LONG <= sum(steps[1]) < 4 * LONG:  # a second that still sets things up
+        if LONG <= sum(steps[1]) < 4 * LONG:  # the second step may still do set-up work
             steps.append(contender.turn(1, device))
         least = min(map(sum, steps))
         long = least >= LONG
@@ -149,7 +149,7 @@ def measure(contenders: dict[str, Contender], device: str, pace: Pace) -> dict[s
 
 @contextlib.contextmanager
 def without_collection() -> Iterator[None]:
-    """Garbage is collected before, not in the middle of a round."""
+    """Collect garbage before the rounds, and not during them."""
     gc.collect()
     gc.disable()
     try:
@@ -170,11 +170,11 @@ def threads(count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def heap_of(contender: Contender | None, device: str) -> Iterator[None]:
-    """malloc's limits as they are in a process that takes this contender's steps and has had nothing larger.
+    """Set malloc's thresholds to those of a process that only runs this contender's steps.
 
-    glibc maps a block above its limit anew each time, gives the end of the heap back above twice the limit, and raises
-    the limit to a mapped block that is freed, up to 32 MiB. It never lowers it: else whether a step pays for the pages
-    of its tensors would depend on what was measured before. Other allocators are left alone.
+    glibc maps a block above its threshold again each time, returns the end of the heap above twice the threshold, and
+    raises the threshold to the size of a freed mapped block, up to 32 MiB. It never lowers it. Without this function,
+    earlier measurements would decide whether a step pays for the pages of its tensors. Other allocators are unchanged.
     """
     if contender is None or device != "cpu" or platform.libc_ver()[0] != "glibc":
         yield
@@ -188,7 +188,7 @@ def heap_of(contender: Contender | None, device: str) -> Iterator[None]:
 
 
 def limit_heap(largest: int) -> None:
-    """As where a block of so many bytes was the largest."""
+    """Set malloc's thresholds to those after a largest block of so many bytes."""
     kept = max(LEAST_KEPT, -(-largest // mmap.PAGESIZE) * mmap.PAGESIZE)
     set_limit = ctypes.CDLL(None).mallopt
     set_limit(M_MMAP_THRESHOLD, kept)
@@ -196,7 +196,7 @@ def limit_heap(largest: int) -> None:
 
 
 def copy(budget: Budget, device: str) -> Contender:
-    """A copy that moves as many bytes as the op's kernels must, between tensors that exist already: the yardstick."""
+    """The yardstick: a copy with the traffic of the op's kernels, between existing tensors."""
     parts = []
     for size in budget:
         source = torch.ones(max(1, size // 8), device=device)  # half of the bytes are read, half are written
@@ -205,7 +205,7 @@ def copy(budget: Budget, device: str) -> Contender:
 
 
 def limit(outputs: list[Tensor], inputs: list[Tensor]) -> Contender:
-    """Allocates and fills the outputs and the gradients: what no op that returns new tensors can be faster than."""
+    """The lower limit of any op that returns new tensors: it only allocates and fills outputs and gradients."""
     wanted = [tensor.detach() for tensor in inputs if tensor.requires_grad]
     outputs = [tensor.detach() for tensor in outputs]
 

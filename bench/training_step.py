@@ -1,4 +1,4 @@
-"""One training step of the large-latent preset, with the loss that people write by hand and with fastkl's."""
+"""One training step of the large-latent preset, with the eager loss and with fastkl's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def eager_loss(head: Tensor, decode: Callable[[Tensor], Tensor], x: Tensor) -> T
 
 def fastkl_loss(head: Tensor, decode: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     q = fastkl.DiagonalNormal.from_packed(head, dim=1)
-    likelihood = lambda z: fastkl.bernoulli_log_prob(decode(z), x, event_ndim=x.dim() - 1)  # noqa: E731
+    likelihood = lambda z: fastkl.bernoulli_log_prob(x, decode(z), event_ndim=x.dim() - 1)  # noqa: E731
     return fastkl.objectives.elbo(q, None, likelihood).loss
 
 
@@ -50,7 +50,8 @@ def whole_step(vae: VAE, loss: Callable, x: Tensor) -> Contender:
 
 
 def loss_alone(vae: VAE, loss: Callable, x: Tensor) -> Contender:
-    """Encoder and decoder cost nothing: the head is there, and the logits are, which take up z by its sum."""
+    """A step without the cost of encoder and decoder: head and logits are given, and the sum of z is added to the
+    logits."""
     with torch.no_grad():
         head = vae.encoder(x)
         logits = vae.decode(head.chunk(2, 1)[0])
@@ -61,7 +62,7 @@ def loss_alone(vae: VAE, loss: Callable, x: Tensor) -> Contender:
 
 
 def rows_of(device: str, count: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """(a row for each loss and part, what does not agree)."""
+    """(a row for each loss and part, a line for each pair of losses that do not agree)."""
     settings = resolve({"preset": PRESET})
     data = load(settings)
     x = data.train[: settings.batch_size].to(device)
@@ -75,7 +76,7 @@ def rows_of(device: str, count: int) -> tuple[list[dict[str, Any]], list[str]]:
                 vae = build(settings, data.shape, data.likelihood).to(device)
                 steps[name] = make(vae, loss, x)
                 losses[name] = loss(vae.encoder(x), vae.decode, x).item()
-            # Each draws noise of its own: the losses agree as two draws do.
+            # The two losses draw different noise, hence the tolerance.
             if abs(losses["eager"] - losses["fastkl"]) > 0.01 * abs(losses["eager"]):
                 wrong.append(f"{PRESET}: losses of {losses['eager']:.2f} (eager) and {losses['fastkl']:.2f} (fastkl)")
                 continue

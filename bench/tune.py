@@ -2,13 +2,13 @@
 
     python -m bench.tune                              # every op, float32 and bfloat16
     python -m bench.tune --op rsample_kl --dtype bfloat16
-    python -m bench.tune --table tuned.py --out tune.csv      # where the table goes that --write would commit
-    python -m bench.tune --write                      # puts the best into kernels/_tuned.py
+    python -m bench.tune --table tuned.py --out tune.csv      # writes the table to another file than --write
+    python -m bench.tune --write                      # writes the best tiles to kernels/_tuned.py
 
-On a GPU candidates are compiled ahead, in several processes, and then timed by turns at sizes that no cache holds:
-CUDA graphs, the L2 cache flushed, medians. One whose results differ from those of the table is dropped, and the table
-stays as it is where nothing is 2 % faster. Without a GPU candidates of the elementwise kernels are compiled for
---target and ranked by the ESTIMATE of bench/estimate.py; what spills registers comes last.
+On a GPU candidates are compiled ahead, in several processes, and then timed interleaved at sizes larger than any cache:
+by CUDA graphs, with the L2 cache flushed, as medians. A candidate whose results differ from those of the table is
+dropped. An entry of the table changes only for a gain of 2 %. Without a GPU candidates of the elementwise kernels are
+compiled for --target and ranked by the ESTIMATE of bench/estimate.py; those that spill registers come last.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def calls(
             3, ([a, b], seed, None, None, -1, [], 1, *NO_BOUNDS),
             5, (c, rows, [a, b], seed, None, None, -1, [], 1, *NO_BOUNDS, False),
         ),
-        # Not in the table: tiles of their own, or those of the two before.
+        # Not in the table: these have fixed tiles, or those of another op.
         "gumbel_softmax": (2, (a, None, seed, 0.7, False, 1, 2), 3, (b, None, a, None, seed, 0.7, False, 1, 2, False)),
         "rsample_normal": (
             3, ([a, b], seed, None, None, -1, *NO_BOUNDS, 1), 4, (c, [a, b], seed, None, None, -1, *NO_BOUNDS, 1),
@@ -71,19 +71,19 @@ def calls(
 
 
 def candidates(itemsize: int) -> list[tuple[int, int]]:
-    """(elements of a tile, warps): one to four 16-byte accesses of each tensor for a thread."""
+    """(elements of a tile, warps), with one to four 16-byte accesses per thread and tensor."""
     return [(n * 16 // itemsize * 32 * warps, warps) for warps in (2, 4, 8) for n in (1, 2, 4)]
 
 
 def table_of(op: str) -> dict[Any, tuple[int, ...]]:
-    """The table's entries for an op, to be read and changed: by the bytes of an element, or by kernel for gmm_dot."""
+    """The table's mutable entries for an op: by the bytes of an element, or by kernel for gmm_dot."""
     from fastkl.kernels import _tuned
 
     return _tuned.GMM_DOT if op == GMM_DOT else _tuned.TILES[op]
 
 
 def rank(op: str, dtype: torch.dtype, tiles: list[tuple[int, int]], target: str) -> list[tuple]:
-    """(spills, seconds for each element both ways, tile, {direction: Code}), the best first: an estimate."""
+    """Estimates (spills, seconds per element both ways, tile, {direction: Code}), the best first."""
     from fastkl.kernels._launch import forget
 
     table, results = table_of(op), []
@@ -98,12 +98,12 @@ def rank(op: str, dtype: torch.dtype, tiles: list[tuple[int, int]], target: str)
         results.append((sum(c.spills for c in codes.values()), seconds, tile, codes))
     table[dtype.itemsize] = before
     forget()
-    # Of equals the one that is there already.
+    # Ties keep the present tile.
     return sorted(results, key=lambda result: (result[0] > 0, round(result[1] * 1e15), result[2] != before))
 
 
 def written(source: str, best: Best) -> str:
-    """The source of kernels/_tuned.py with other tiles."""
+    """The source of kernels/_tuned.py with the best tiles."""
     for node in reversed([node for node in ast.parse(source).body if isinstance(node, ast.Assign)]):
         name, table = node.targets[0].id, ast.literal_eval(node.value)
         if name == "GMM_DOT":
@@ -119,14 +119,14 @@ def written(source: str, best: Best) -> str:
 
 
 def estimated(given: argparse.Namespace) -> Best:
-    """Ranks candidates by what they compile to."""
+    """Rank candidates by the estimate from their compiled code."""
     print(f"ESTIMATE, not timed ({given.target})")
     print("time = max(bytes / 3.35e12 * max(1, 32 KiB / in flight), instructions / 2.96e13) seconds an element")
     best: Best = collections.defaultdict(dict)
     for op in given.op:
         for name in given.dtype:
             if op == GMM_DOT:
-                print(f"\n{op}: its tiles are timed, not estimated: on a GPU")
+                print(f"\n{op}: its tiles are not estimated; run on a GPU to time them")
                 break
             dtype = DTYPES[name]
             ranked = rank(op, dtype, given.tiles or candidates(dtype.itemsize), given.target)
@@ -146,7 +146,7 @@ def described(codes: dict[str, Code]) -> str:
 
 
 def timed(given: argparse.Namespace) -> Best:
-    """Times candidates, and writes all of them to --out."""
+    """Time candidates, and write all of them to --out."""
     from bench import tune_timed
 
     found = tune_timed.Tuning(given.op, given.dtype, given.tiles, given.small, given.jobs)
@@ -163,7 +163,7 @@ def timed(given: argparse.Namespace) -> Best:
                 continue
             try:
                 rows, best[op][key] = found.race(op, name, key)
-            except Exception as error:  # a device that is of no use any more, say; what was found is kept
+            except Exception as error:  # for instance a device error; earlier results are kept
                 print(f"{op}, {name or key}: FAILED {type(error).__name__}: {error}".splitlines()[0][:300], flush=True)
                 given.failed = True
                 continue
@@ -182,14 +182,14 @@ def main(arguments: list[str] | None = None) -> int:
     ops = [*_tuned.TILES, GMM_DOT]
     parser.add_argument("--op", choices=ops, nargs="+", default=ops)
     parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=list(DTYPES))
-    parser.add_argument("--target", default="sm_90", help="what to compile for without a GPU: sm_80, sm_90, sm_100, ..")
-    parser.add_argument("--tile", nargs="+", metavar="ELEMENTSxWARPS", help="these candidates only, as 2048x4")
-    parser.add_argument("--out", type=Path, default=Path(os.devnull), help="a CSV file of all that was timed")
-    parser.add_argument("--table", type=Path, help="where the table goes, as --write would write it")
-    parser.add_argument("--seconds", type=float, default=1e9, help="what has not been timed by then is left out")
+    parser.add_argument("--target", default="sm_90", help="target of compilation without a GPU: sm_80, sm_90, ...")
+    parser.add_argument("--tile", nargs="+", metavar="ELEMENTSxWARPS", help="only these candidates, such as 2048x4")
+    parser.add_argument("--out", type=Path, default=Path(os.devnull), help="a CSV file of all timings")
+    parser.add_argument("--table", type=Path, help="write the table to this file")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no entry after this many seconds")
     parser.add_argument("--jobs", type=int, default=cores(), help="processes that compile ahead; 1: none")
     parser.add_argument("--small", action="store_true", help="time small tensors, in the interpreter without a GPU")
-    parser.add_argument("--write", action="store_true", help="put the best into kernels/_tuned.py")
+    parser.add_argument("--write", action="store_true", help="write the best tiles to kernels/_tuned.py")
     given = parser.parse_args(arguments)
     given.failed = False
     given.tiles = [tuple(map(int, tile.split("x"))) for tile in given.tile or []]
@@ -202,5 +202,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if not torch.cuda.is_available() and "--small" not in sys.argv:
-        os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: candidates are compiled
+        os.environ["TRITON_INTERPRET"] = "0"  # set before Triton is imported, to compile candidates
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Candidates for the table of tiles, timed on a GPU by turns."""
+"""Interleaved timing, on a GPU, of candidates for the table of tiles."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fastkl.kernels import _launch
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-ROWS, COLUMNS = 32768, 1024  # 128 MiB of float32 for each tensor: more than any cache
+ROWS, COLUMNS = 32768, 1024  # 128 MiB of float32 per tensor, more than any cache
 MIXTURE = (65536, 1024, 64)
 SMALL, SMALL_MIXTURE = (16, 64), (64, 16, 16)
 PRECISION = "tf32x3"
-GAIN = 0.98  # of the time of the tile that is there: what is worth another
-ALLOWED = {"float32": 1e-4, "bfloat16": 3e-2, "": 1e-3}  # between two tiles' results, relative to the largest value
+GAIN = 0.98  # a new tile must take less than this share of the present tile's time
+ALLOWED = {"float32": 1e-4, "bfloat16": 3e-2, "": 1e-3}  # difference of two tiles' results, over the largest value
 
 
 def dot_candidates(kernel: str) -> list[tuple[int, ...]]:
@@ -36,14 +36,14 @@ def dot_candidates(kernel: str) -> list[tuple[int, ...]]:
 
 
 class Tuning:
-    """Which entries of the table are tuned, and their candidates; the first of each is the one that is there."""
+    """The entries of the table to tune, and their candidates, of which the first is the present tile."""
 
     def __init__(self, ops: list[str], dtypes: list[str], tiles: list[tuple], small: bool, jobs: int) -> None:
         self.ops, self.dtypes, self.tiles, self.small, self.jobs = ops, dtypes, tiles, small, jobs
         self.flush: device.Flush | None = None
 
     def entries(self) -> Iterator[tuple[str, str, Any]]:
-        """(op, dtype's name, key of the table's entry); gmm_dot has a key for each kernel, and no dtype."""
+        """(op, dtype's name, key of the table's entry); gmm_dot has a key for each kernel and an empty dtype."""
         for op in self.ops:
             if op == tune.GMM_DOT:
                 yield from ((op, "", kernel) for kernel in tune.table_of(op))
@@ -59,7 +59,7 @@ class Tuning:
         return list(dict.fromkeys([before, *found]))
 
     def compile_ahead(self, seconds: float) -> None:
-        """Leaves every candidate in Triton's cache. Small tensors do not do: their alignment is another."""
+        """Compile every candidate into Triton's cache, at full size, because the alignment of strides is part of it."""
         if not CUDA or self.jobs < 2:
             return
         tasks = [(*entry, tile) for entry in self.entries() for tile in self.candidates(entry[0], entry[2])]
@@ -83,7 +83,7 @@ class Tuning:
                         continue
                     made = device.turns_of(step, DEVICE)
                     turns |= {(tile, direction): made[direction] for direction in ("forward", "backward")}
-                except Exception as error:  # too much shared memory, say
+                except Exception as error:  # for instance too much shared memory
                     notes[tile] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
             times = device.measure(turns, self.flush, 3 if self.small else 15, 3.0)
         finally:
@@ -111,7 +111,7 @@ def launches(op: str, name: str, small: bool) -> tuple[Callable[[], Any], Callab
     from fastkl.kernels import gmm_dot
 
     z, logits, means, logvars = (t.detach() for t in inputs(DEVICE, *(SMALL_MIXTURE if small else MIXTURE)))
-    # As gmm_log_prob gives them to the launcher: a mixture that all rows share.
+    # The form in which gmm_log_prob calls the launcher, for a mixture shared by all rows.
     given = (z, None, logits[None], means[None], logvars[None], None, "point", PRECISION)
     lp = gmm_dot.fwd(*given)
     dlp = torch.ones(len(z), device=DEVICE)
@@ -119,7 +119,7 @@ def launches(op: str, name: str, small: bool) -> tuple[Callable[[], Any], Callab
 
 
 def with_tile(table: dict, key: Any, tile: tuple[int, ...], call: tuple[Callable, Callable]) -> Contender:
-    """The calls with this tile in the table."""
+    """The calls, with this tile in the table."""
 
     def run(which: Callable) -> Any:
         table[key] = tile
@@ -130,13 +130,13 @@ def with_tile(table: dict, key: Any, tile: tuple[int, ...], call: tuple[Callable
 
 
 def results(step: Contender) -> list[Tensor]:
-    """Everything that a step computes."""
+    """All tensors that a step computes."""
     forward = step.forward()
     return [x for x in tree_leaves((forward, step.backward(forward))) if isinstance(x, Tensor)]
 
 
 def differs(found: list[Tensor], expected: list[Tensor], allowed: float) -> str:
-    """Why a candidate is not timed: another tile sums in another order, and no more."""
+    """The reason why a candidate is not timed, or "": tiles may differ only by the order of sums."""
     for number, (a, b) in enumerate(zip(found, expected)):
         scale = b.double().abs().max()
         error = (a.double() - b.double()).abs().max()
@@ -156,7 +156,7 @@ def text(tile: tuple[int, ...]) -> str:
 
 
 def show(rows: list[dict[str, Any]], op: str, of: str, best: tuple[int, ...]) -> None:
-    """The fastest candidates, and what was dropped."""
+    """Print the fastest candidates and the dropped ones."""
     print(f"\n{op}, {of}: tile, ms forward and backward, on {rows[0]['card']}")
     for row in [row for row in rows if "note" not in row][:4]:
         chosen = "  <- the table" if row["tile"] == text(best) else ""

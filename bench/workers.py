@@ -1,4 +1,4 @@
-"""Work ahead of a measurement, in several processes: what compilers keep on disk is found there later."""
+"""Compilation ahead of a measurement, in several processes, into the compilers' caches on disk."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 
 from bench.store import cores
 
-MOST = 16  # processes: each has a torch of its own, and on a GPU a context
+MOST = 16  # processes, each of which imports torch and, on a GPU, has a context
 
 
 def ahead(function: Callable, items: list[Any], jobs: int, seconds: float) -> Iterator[tuple[Any, str]]:
-    """(item, what went wrong) as function(item) ends; stops after so many seconds, whatever is left."""
+    """(item, its error or "") as function(item) ends; stops after so many seconds."""
     began = time.monotonic()
     pool = ProcessPoolExecutor(min(jobs, cores(), MOST, len(items) or 1), multiprocessing.get_context("spawn"), quiet)
     try:
-        waiting = {pool.submit(said, function, item): item for item in items}
+        waiting = {pool.submit(error_of, function, item): item for item in items}
         for future in as_completed(waiting, max(1.0, seconds - (time.monotonic() - began))):
             died = future.exception()
             yield waiting[future], f"{type(died).__name__}: {died}" if died else future.result()
@@ -31,13 +31,13 @@ def ahead(function: Callable, items: list[Any], jobs: int, seconds: float) -> It
         processes = list((pool._processes or {}).values())
         for process in processes:
             process.kill()
-        for process in processes:  # a GPU's memory is given back, and its clock is for what follows
+        for process in processes:  # waits, so that the GPU is free for the measurement
             process.join(5)
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def said(function: Callable, item: Any) -> str:
-    """What went wrong, in words: some exceptions cannot be sent from one process to another."""
+def error_of(function: Callable, item: Any) -> str:
+    """The error of function(item) as text, or "": some exceptions cannot be pickled."""
     try:
         function(item)
     except Exception as error:
@@ -46,8 +46,7 @@ def said(function: Callable, item: Any) -> str:
 
 
 def report(what: str, done: Iterator[tuple[Any, str]], total: int) -> None:
-    """Waits for `ahead`, and prints how many have ended and why others could not. They are tried again when they are
-    due, where it counts."""
+    """Wait for `ahead`, and print the number of successes and the errors. The measurement compiles the others again."""
     began, ended, problems = time.monotonic(), 0, []
     for item, error in done:
         ended += 1
@@ -58,7 +57,7 @@ def report(what: str, done: Iterator[tuple[Any, str]], total: int) -> None:
 
 
 def quiet() -> None:
-    """At the start of a process: Ctrl-C is for the one that waits for it, and so is every message."""
+    """Initialise a worker process: only the parent handles Ctrl-C and prints messages."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")

@@ -1,7 +1,7 @@
 """fastkl: drop-in losses for variational autoencoders."""
 
 from fastkl import (
-    _kl_divergence,  # noqa: F401 (torch.distributions.kl_divergence knows DiagonalNormal then)
+    _kl_divergence,  # noqa: F401 (registers DiagonalNormal with torch.distributions.kl_divergence)
     monitors,
     objectives,
     priors,
@@ -32,7 +32,7 @@ from fastkl.ops.wasserstein2_normal import wasserstein2_normal
 from fastkl.reference import Decomposition, SoftBounds
 from fastkl.transport import sinkhorn_divergence, sliced_wasserstein
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Decomposition",

@@ -1,6 +1,6 @@
-"""torch.distributions.kl_divergence between a posterior and what it may be compared with: one KL per datum, in nats.
+"""torch.distributions.kl_divergence for a DiagonalNormal and other distributions: one KL per datum, in nats.
 
-A DiagonalNormal sums over its own event; a Normal or an Independent(Normal) beside it is broadcast to its shape.
+The KL sums over the DiagonalNormal's event; a Normal or an Independent(Normal) is broadcast to its shape.
 """
 
 from __future__ import annotations
@@ -29,12 +29,6 @@ def _as_posterior(p: Normal | Independent, like: DiagonalNormal) -> DiagonalNorm
     return DiagonalNormal(mu, std, scale="std", event_ndim=like.event_ndim)
 
 
-def _vectors(q: DiagonalNormal) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance [*batch, D]; the latter in the dtype that it is computed in."""
-    mu, logvar = (tensor.flatten(len(q.batch_shape)) for tensor in q._broadcast())
-    return mu, logvar
-
-
 register_kl(DiagonalNormal, DiagonalNormal)(DiagonalNormal.kl)
 
 
@@ -52,25 +46,25 @@ def _from_normal(p: Normal | Independent, q: DiagonalNormal) -> Tensor:
 
 @register_kl(DiagonalNormal, MultivariateNormal)
 def _to_multivariate_normal(q: DiagonalNormal, p: MultivariateNormal) -> Tensor:
-    mu, logvar = _vectors(q)
+    mu, logvar = q.vectors()
     return kl_multivariate_normal(mu, torch.exp(0.5 * logvar), p.loc, p.scale_tril)
 
 
 @register_kl(MultivariateNormal, DiagonalNormal)
 def _from_multivariate_normal(p: MultivariateNormal, q: DiagonalNormal) -> Tensor:
-    mu, logvar = _vectors(q)
+    mu, logvar = q.vectors()
     return kl_multivariate_normal(p.loc, p.scale_tril, mu, torch.exp(0.5 * logvar))
 
 
 @register_kl(DiagonalNormal, MixtureSameFamily)
 def _to_mixture(q: DiagonalNormal, p: MixtureSameFamily) -> Tensor:
-    """An unbiased estimate by one draw, as fastkl.kl_gmm: there is no closed form."""
+    """An unbiased estimate with one draw, by fastkl.kl_gmm: the KL has no closed form."""
     components, logits = p.component_distribution, p.mixture_distribution.logits
     if isinstance(components, MultivariateNormal):
-        return kl_gmm(*_vectors(q), logits, components.loc, scale_tril=components.scale_tril)
+        return kl_gmm(*q.vectors(), logits, components.loc, scale_tril=components.scale_tril)
     if isinstance(components, Independent) and isinstance(components.base_dist, Normal) and len(p.event_shape) == 1:
         normal = components.base_dist
-        return kl_gmm(*_vectors(q), logits, normal.loc, 2 * normal.scale.log())
+        return kl_gmm(*q.vectors(), logits, normal.loc, normal.scale, prior_scale="std")
     raise NotImplementedError(f"no KL from a DiagonalNormal to a mixture of {components}")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._closed_form import samples_dtype
+from fastkl.ops._scales import as_logvar
 from fastkl.ops._torch import register_container
 from fastkl.ops.kl_normal import kl_normal, kl_normal_packed
 from fastkl.ops.kl_normal_per_dim import kl_normal_per_dim
@@ -31,7 +32,8 @@ class DiagonalNormal:
         mu, logvar: mean and log-variance (or what `scale` says); they broadcast. One of them may be a number, which is
             taken in the other's dtype, as torch.full_like takes it.
         event_ndim: how many of the last dimensions are one datum; default every dimension after the first, whatever the
-            rank, so that there is one KL per datum for [N, D], [N, T, D], [N, C, H, W] and [N, C, T, H, W] alike.
+            rank, so that there is one KL per datum for [N, D], [N, T, D], [N, C, H, W] and [N, C, T, H, W] alike. 0:
+            each element is a datum.
         scale: "logvar", "log_std", "std" or "softplus".
         bounds: (low, high) or fastkl.SoftBounds on the log-variance, for everything below.
 
@@ -52,6 +54,9 @@ class DiagonalNormal:
     `rsample`, `log_prob`, `entropy`, `batch_shape`, `event_shape`, `expand`. `torch.distributions.kl_divergence` knows
     it beside another one, `Normal`, `Independent(Normal)`, `MultivariateNormal`, `MixtureSameFamily` and the priors of
     `fastkl.priors`: one KL per datum.
+
+    What computes with it in code of its own finds ln sigma^2 unrounded in `exact_logvar`, both parameters in
+    `mean_and_logvar` and, as priors take them, in `vectors`; `given` are those that it was made of.
     """
 
     # Fields, for whatever looks for the tensors in a model's output: just those that the ops are given.
@@ -100,14 +105,14 @@ class DiagonalNormal:
 
     @property
     def mean(self) -> Tensor:
-        return self._halves()[0].expand(self.shape)
+        return self.given[0].expand(self.shape)
 
     loc = mode = mean
 
     @property
     def logvar(self) -> Tensor:
         """ln sigma^2 within the bounds, differentiable."""
-        return self._logvar().to(self._halves()[1].dtype)
+        return self.exact_logvar.to(self.given[1].dtype)
 
     @property
     def std(self) -> Tensor:
@@ -123,34 +128,46 @@ class DiagonalNormal:
 
     def _exp(self, factor: float) -> Tensor:
         """exp(factor logvar), rounded at the end: the gradient multiplies by it, which float16 may not hold."""
-        logvar = self._logvar()
-        return torch.exp(factor * logvar.to(reference.compute_dtype(logvar))).to(self._halves()[1].dtype)
+        logvar = self.exact_logvar
+        return torch.exp(factor * logvar.to(reference.compute_dtype(logvar))).to(self.given[1].dtype)
 
     def _given(self, *others: Tensor) -> tuple[Tensor, Tensor]:
         """mu and ln sigma^2 before they are broadcast. A logarithm is in the dtype that an op of these and `others`
         computes in: rounded to bfloat16, it would bias every density by tenths of a nat per dimension."""
-        mu, parameter = self._halves()
-        if self.kind == "logvar" and self.bounds is None:
-            return mu, parameter
-        parameter = parameter.to(reference.compute_dtype(mu, parameter, *others))
-        return mu, reference.bound(reference.to_logvar(parameter, self.kind), self.bounds)
+        mu, parameter = self.given
+        return mu, as_logvar("scale", parameter, self.kind, mu, *others, bounds=self.bounds)
 
-    def _broadcast(self, *others: Tensor) -> tuple[Tensor, Tensor]:
-        """_given of the full shape: what is smaller is in float32, in which its gradient is summed."""
-        mu, logvar = self._given(*others)
-        return arguments.expand(mu, self.shape), arguments.expand(logvar, self.shape)
+    def mean_and_logvar(self, *others: Tensor) -> tuple[Tensor, Tensor]:
+        """(mu, ln sigma^2 within the bounds), both of the full shape, for an op on them and `others`.
 
-    def _logvar(self) -> Tensor:
-        return self._broadcast()[1]
+        What has to be computed is in float32, or float64 if any of them is: a logarithm, and what is broadcast from
+        fewer elements, whose gradient is summed in it. All else is as it was given.
+        """
+        (mu, logvar), shape = self._given(*others), self.shape
+        return arguments.expand(mu, shape), arguments.expand(logvar, shape)
 
-    def _halves(self) -> tuple[Tensor, Tensor]:
-        """mu and the second parameter, which the ops broadcast."""
+    @property
+    def exact_logvar(self) -> Tensor:
+        """ln sigma^2 of the full shape, as `logvar`, but not rounded to the parameters' 16 bits."""
+        return self.mean_and_logvar()[1]
+
+    def vectors(self, *others: Tensor) -> tuple[Tensor, Tensor]:
+        """`mean_and_logvar` with each event in one dimension: [*batch, D]."""
+        mu, logvar = self.mean_and_logvar(*others)
+        if self.event_ndim == 0:
+            return mu.unsqueeze(-1), logvar.unsqueeze(-1)
+        return mu.flatten(-self.event_ndim), logvar.flatten(-self.event_ndim)
+
+    @property
+    def given(self) -> tuple[Tensor, Tensor]:
+        """mu and the second parameter, which is what `kind` says, as they were given: halves of a head are views, and
+        they are not broadcast."""
         mu, parameter = self.tensors if self.packed_dim is None else self.tensors[0].chunk(2, self.packed_dim)
         return mu, parameter
 
     @property
     def shape(self) -> torch.Size:
-        mu, parameter = self._halves()
+        mu, parameter = self.given
         return mu.shape if mu.shape == parameter.shape else torch.broadcast_shapes(mu.shape, parameter.shape)
 
     @property
@@ -176,7 +193,7 @@ class DiagonalNormal:
     def expand(self, batch_shape: Sequence[int]) -> DiagonalNormal:
         """For a larger batch, without copies; each posterior keeps its event."""
         shape = (*batch_shape, *self.event_shape)
-        tensors = (half.expand(shape) for half in self._halves())
+        tensors = (half.expand(shape) for half in self.given)
         return dataclasses.replace(self, tensors=tuple(tensors), packed_dim=None)
 
     # ---- the ops ----
@@ -222,7 +239,7 @@ class DiagonalNormal:
     def kl_per_dim(self, prior: DiagonalNormal | None = None) -> Tensor:
         """KL(q || prior) of each latent dimension, averaged over the batch: [*event]."""
         settings = {"event_ndim": self.event_ndim, **self._settings()}
-        return kl_normal_per_dim(*self._halves(), *self._of(prior), **settings)
+        return kl_normal_per_dim(*self.given, *self._of(prior), **settings)
 
     def rsample_kl(
         self, prior: DiagonalNormal | None = None, *, num_samples: int | None = None,
@@ -238,11 +255,11 @@ class DiagonalNormal:
     def log_prob(self, z: Tensor) -> Tensor:
         """ln q(z) in nats, one per datum; z may have leading dimensions of samples."""
         arguments.check_tensors(z=z)
-        return normal_log_prob(z, *self._broadcast(z), event_ndim=self.event_ndim)
+        return normal_log_prob(z, *self.mean_and_logvar(z), event_ndim=self.event_ndim)
 
     def entropy(self) -> Tensor:
         """1/2 sum_d [ln(2 pi e) + logvar_d] in nats, one per datum."""
-        return reference.normal_entropy(self._logvar().flatten(len(self.shape) - self.event_ndim))
+        return reference.normal_entropy(self.vectors()[1])
 
     def __repr__(self) -> str:
         return f"DiagonalNormal(shape={tuple(self.shape)}, event_ndim={self.event_ndim})"
@@ -252,8 +269,7 @@ def _check(shape: torch.Size, event_ndim: int | None, scale: str, bounds: Any) -
     """The settings of a posterior of this shape; returns its event_ndim."""
     arguments.check_bounds(bounds)
     arguments.check_scale(scale)
-    event_ndim = max(1, len(shape) - 1) if event_ndim is None else event_ndim
-    return arguments.check_event_ndim(event_ndim, shape, "a posterior of shape")
+    return arguments.event_ndim_of_datum(event_ndim, shape, "a posterior of shape")
 
 
 def _flatten(q: DiagonalNormal) -> tuple[list[Tensor], tuple]:

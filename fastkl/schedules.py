@@ -1,8 +1,8 @@
-"""Weights that change over a run: of the KL term (beta), its target (a capacity), or a relaxation's temperature (tau).
+"""Schedules over a run: of the KL's weight (beta), its target (a capacity), or a relaxation's temperature (tau).
 
-Every schedule is a function of the step and of nothing else, so a resumed run needs no state of it. A step that is a
-number gives a float; a step that is a tensor gives a tensor on its device, made of torch ops: inside a compiled
-training step the value changes without a recompilation, as it does when the float is filled into a tensor outside.
+Every schedule is a function of the step only, so resuming needs no state. A step given as a number gives a float; a
+step given as a tensor gives a tensor on its device, by torch ops. A compiled training step is not recompiled for new
+values of a tensor step, nor of a tensor that is filled with the float outside.
 
     beta = torch.ones(())                                       # once
     beta.fill_(schedules.linear(step, 0.0, 1.0, steps=500))     # every step: KL warm-up
@@ -33,7 +33,7 @@ def linear(step: float | Tensor, start: float, end: float, *, steps: float) -> f
 
 
 def cosine(step: float | Tensor, start: float, end: float, *, steps: float) -> float | Tensor:
-    """As `linear`, along half a cosine: level at both ends.
+    """As `linear`, along half a cosine, with slope 0 at both ends.
 
     >>> from fastkl import schedules
     >>> schedules.cosine(5, 0.0, 1.0, steps=20) < schedules.linear(5, 0.0, 1.0, steps=20)
@@ -45,8 +45,8 @@ def cosine(step: float | Tensor, start: float, end: float, *, steps: float) -> f
 
 
 def exponential(step: float | Tensor, start: float, end: float, *, steps: float) -> float | Tensor:
-    """start^(1 - p) end^p with p = step / steps up to `steps`, then `end`: equal factors in equal times, as a
-    temperature is annealed.
+    """start^(1 - p) end^p with p = step / steps up to `steps`, then `end`: equal factors in equal times, the usual
+    annealing of a temperature.
 
     Raises:
         ValueError: start or end is not above 0.
@@ -60,7 +60,7 @@ def exponential(step: float | Tensor, start: float, end: float, *, steps: float)
     """
     _check_single(start=start, end=end)
     if not (start > 0 and end > 0):
-        raise ValueError(f"an exponential schedule runs between values above 0, got start {start} and end {end}")
+        raise ValueError(f"start and end must be above 0 for an exponential schedule, got {start} and {end}")
     part = progress(step, steps)
     return start ** (1 - part) * end**part
 
@@ -70,8 +70,8 @@ def sigmoid(
 ) -> float | Tensor:  # fmt: skip
     """As `linear`, along the logistic function: slow at both ends, steep in the middle.
 
-    With p = step / steps and s(p) = 1 / (1 + exp(-steepness (p - 1/2))), the part of the way is
-    (s(p) - s(0)) / (s(1) - s(0)), so that the ends are reached. Towards steepness 0 it becomes `linear`.
+    With p = step / steps and s(p) = 1 / (1 + exp(-steepness (p - 1/2))), the value is at the fraction
+    (s(p) - s(0)) / (s(1) - s(0)) between `start` and `end`. As steepness -> 0 it becomes `linear`.
 
     Raises:
         ValueError: steepness is not a finite number above 0.
@@ -85,7 +85,7 @@ def sigmoid(
     _check_single(steepness=steepness)
     if not 0 < steepness < math.inf:
         raise ValueError(f"steepness must be a finite number above 0, got {steepness}")
-    # s is 1/2 + 1/2 tanh of half its argument. The middle's place is exactly halfway, so both ends are exactly reached.
+    # s is 1/2 + 1/2 tanh of half its argument, which is symmetric about the middle, so both ends are exact.
     place = (progress(step, steps) - 0.5) * (0.5 * steepness)
     level = torch.tanh(place) if isinstance(place, Tensor) else math.tanh(place)
     part = 0.5 + 0.5 * (level / math.tanh(0.25 * steepness))
@@ -95,12 +95,13 @@ def sigmoid(
 def cyclical(
     step: float | Tensor, start: float, end: float, *, steps: float, cycles: int = 4, ratio: float = 0.5
 ) -> float | Tensor:  # fmt: skip
-    """`cycles` times over: from `start` to `end` within the first `ratio` of a cycle, then at `end` for the rest of it.
-    After `steps`, which all cycles take together, it stays at `end`.
+    """`cycles` repetitions of a linear change from `start` to `end` in the first `ratio` of a cycle, then `end`.
+
+    All cycles together take `steps`; after them the value stays at `end`.
 
     Args:
-        cycles: how many times the way begins anew; 1 or more.
-        ratio: the part of a cycle that rises, in [0, 1]; with 0 there is no way, only the end.
+        cycles: number of cycles, 1 or more.
+        ratio: the share of a cycle that rises, in [0, 1]; with 0 the value is always `end`.
 
     Raises:
         ValueError: cycles or ratio is out of range.
@@ -118,7 +119,7 @@ def cyclical(
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio must be within [0, 1], got {ratio}")
     over = progress(step, steps)  # checks steps; 0 before the first cycle, 1 after the last
-    # Of whole numbers the remainder is exact: no cycle begins a step late because of rounding.
+    # The remainder of whole numbers is exact: rounding cannot delay the start of a cycle by a step.
     within = (step * cycles % steps) / steps if steps else over
     part: float | Tensor
     if isinstance(over, Tensor) and isinstance(within, Tensor):
@@ -131,7 +132,7 @@ def cyclical(
 
 
 def progress(step: float | Tensor, steps: float) -> float | Tensor:
-    """step / steps within [0, 1]; with no steps at all the end is reached at once."""
+    """step / steps clamped to [0, 1]; 1 if steps is 0."""
     _check(step=step)
     _check_single(steps=steps)
     if not 0 <= steps < math.inf:

@@ -16,13 +16,13 @@ from fastkl.ops.sinkhorn_divergence import sinkhorn_divergence
 
 __all__ = ["sinkhorn_divergence", "sliced_wasserstein"]
 
-# Bytes of a block of projections' temporaries, and how many each of their points takes.
+# Bytes of the temporaries of a block of projections, and bytes per point and projection.
 CHUNK = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 POINT_BYTES = 48
 
 
 def _sort(values: Tensor) -> tuple[Tensor, Tensor]:
-    """values.sort(-1); on a CPU float32 numbers and their places are sorted as one integer, in a sixth of the time."""
+    """values.sort(-1). On a CPU, value and index of a float32 are packed in one int64, which sorts six times faster."""
     differentiable = torch.is_grad_enabled() or forward_mode()
     plain = torch.compiler.is_compiling() or differentiable or values.device.type != "cpu"
     if plain or values.dtype != torch.float32:
@@ -36,11 +36,11 @@ def _sort(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sums_of_pieces(values: Tensor, pieces: Tensor, n: int) -> Tensor:
-    """[L, n + m] -> [L, n]: the sums over the pieces of each of n quantiles, which reference.quantile_segments has cut
-    at those of m. Each is of its own pieces in their order."""
+    """[L, n + m] -> [L, n]: for each of n quantiles the sum over its pieces, in their order. The pieces come from
+    reference.quantile_segments, which cuts the quantiles of one sample at those of the other."""
     if values.device.type == "cpu" and not torch.compiler.is_compiling():
         return values.new_zeros(values.shape[0], n).index_add(1, pieces, values)
-    # index_add would add by atomics, in any order. m / n pieces at most, rounded up, and one.
+    # index_add uses atomics, whose order varies. A quantile has at most ceil(m / n) + 1 pieces.
     m = values.shape[1] - n
     rank = torch.arange(n + 1, device=values.device)
     begin = rank + rank * m // n
@@ -52,7 +52,7 @@ def _sums_of_pieces(values: Tensor, pieces: Tensor, n: int) -> Tensor:
 def _block(
     x: Tensor, y: Tensor, unit: Tensor, p: float, wants: tuple[bool, bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """(sum over projections of W_p^p, its gradient in x and in y where wanted), differentiable."""
+    """(sum over projections of W_p^p, its requested gradients in x and y), differentiable."""
     n, m = x.shape[0], y.shape[0]
     (first, first_order), (second, second_order) = (_sort(unit @ points.T) for points in (x, y))
     if known_equal(n, m):
@@ -81,9 +81,9 @@ def _block(
 
 
 def _blocks(x: Tensor, y: Tensor, unit: Tensor, p: float, wants: tuple[bool, bool]) -> list[Tensor]:
-    """[mean over projections of W_p^p, its gradients that are wanted], a block of projections at a time."""
+    """[mean over projections of W_p^p, its requested gradients], computed by blocks of projections."""
     x, y = x.to(unit.dtype), y.to(unit.dtype)
-    if torch.compiler.is_compiling():  # a graph is one for any number of rows
+    if torch.compiler.is_compiling():  # no split by size in a graph, whose N may vary
         blocks = [unit]
     else:
         blocks = unit.split(
@@ -91,15 +91,15 @@ def _blocks(x: Tensor, y: Tensor, unit: Tensor, p: float, wants: tuple[bool, boo
         )
     value, totals = 0.0, [None, None]
     for block in blocks:
-        found, gradients = _block(x, y, block, p, wants)
-        value = value + found.double()
+        part, gradients = _block(x, y, block, p, wants)
+        value = value + part.double()
         totals = [g if total is None else total + g for total, g in zip(totals, gradients)]
     count = unit.shape[0]
     return [(value / count).to(unit.dtype), *(total / count for total in totals if total is not None)]
 
 
 class _SlicedWasserstein(torch.autograd.Function):
-    """The gradient is made on the way forward, where the order is known: sorting takes most of the time."""
+    """The gradient is computed in the forward pass, which has the sorted order: sorting takes most of the time."""
 
     @staticmethod
     def forward(x, y, unit, p, wants_x, wants_y):
@@ -123,10 +123,10 @@ class _SlicedWasserstein(torch.autograd.Function):
             gradients = [None if g is None else g / unit.shape[0] for g in gradients]
         else:
             kept = ctx.kept
-            if any(want and not have for want, have in zip(wants, kept)):  # it was not known that they would be wanted
+            if any(want and not have for want, have in zip(wants, kept)):  # not requested at the time of the forward
                 gradients, kept = _blocks(x, y, unit, ctx.p, wants)[1:], wants
-            found = iter(gradients)
-            gradients = [next(found) if have else None for have in kept]
+            remaining = iter(gradients)
+            gradients = [next(remaining) if have else None for have in kept]
         scaled = [
             (dvalue * gradient).to(points.dtype) if want else None
             for gradient, points, want in zip(gradients, (x, y), wants)
@@ -147,28 +147,27 @@ class _SlicedWasserstein(torch.autograd.Function):
 def sliced_wasserstein(
     x: Tensor, y: Tensor, num_projections: int, p: float = 2, seed: int | Tensor | None = None
 ) -> Tensor:
-    """Sliced p-Wasserstein distance of two samples to the p-th power, by random projections.
+    """The p-th power of the sliced p-Wasserstein distance of two samples, by random projections.
 
     SW_p^p = mean over unit vectors t of W_p^p(t^T x, t^T y), W_p^p(u, v) = int_0^1 |F_u^-1(s) - F_v^-1(s)|^p ds
 
-    The mean of the p-th powers, which the sliced-Wasserstein autoencoder minimises; POT's sliced_wasserstein_distance
-    is its p-th root. In one dimension W_p^p is found by sorting, for unequal sizes by merging the quantiles.
+    The sliced-Wasserstein autoencoder minimises this mean of p-th powers; POT's sliced_wasserstein_distance is its p-th
+    root. In one dimension W_p^p comes from sorting, and for unequal sizes from merging the quantiles.
 
     Args:
         x, y: points [N, D] and [M, D], all of the same mass.
-        num_projections: how many directions; they are normal noise from the seed over its length, the same on every
-            device.
+        num_projections: number of directions: normalised normal noise from the seed, the same on every device.
         p: the power, at least 1.
-        seed: an int or an int64 tensor without dimensions, for the same directions again; absent, torch draws it.
+        seed: an int or a 0-d int64 tensor that repeats the same directions; None takes it from torch's generator.
 
     Returns:
-        One number, float32 for float16, bfloat16 and float32 input, float64 if any input is. Nothing of size N x M is
-        made; a block of projections at a time takes 32 MiB on a CPU, 256 MiB on a GPU (under torch.compile there is one
-        block). The gradient is found with the value, where the order is known, and kept: [N, D] and [M, D].
+        One number, float32 for float16, bfloat16 and float32 input, float64 for float64 input. It needs no tensor of
+        size N x M; temporaries take 32 MiB on a CPU, 256 MiB on a GPU (under torch.compile, all projections at once).
+        The forward pass computes the gradient and saves it: [N, D] and [M, D].
 
     Raises:
         TypeError: x or y is not a floating-point tensor, num_projections is not an int, p is not a number.
-        ValueError: x and y are not [N, D] and [M, D], no projections, p < 1.
+        ValueError: x and y are not [N, D] and [M, D], num_projections < 1, p < 1.
 
     Source: Kolouri et al. 2018, "Sliced-Wasserstein Autoencoder", arXiv:1804.01947, equation 15; Bonneel et al. 2015,
     "Sliced and Radon Wasserstein Barycenters of Measures".

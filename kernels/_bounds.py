@@ -1,15 +1,15 @@
-"""What the two bounds on KL(q || mixture) have in common, where components are diagonal and all rows share the mixture.
+"""Shared device code of both bounds on KL(q || mixture), for diagonal components and a mixture that all rows share.
 
-In units of a component's sigma, t = (mu - m) / sigma_k and w = exp(logvar) / sigma_k^2, the two bounds take of it
+In units of a component's sigma, t = (mu - m) / sigma_k and w = exp(logvar) / sigma_k^2, its terms in the bounds are
 
     upper  -1/2 [t^2 + w + ...]                        E_q[ln N_k]
     lower  -1/2 [t^2 / (1 + w) + ln(1 + w) + ...]      ln E_q[N_k]
 
-with the same terms that depend on the component alone: one prepared mixture, one t and one w serve both. 1 + w is never
-small, so that its inverse is the square of one reciprocal root.
+The rest depends only on the component and is the same, so one prepared mixture, one t and one w serve both. 1 + w is at
+least 1, so its inverse can be the square of a reciprocal root.
 
-t and the root of w are taken 2^40 times smaller: in float32 w may then be e^144 before 1 + w overflows, and what is
-lost of it below 2^-46 is nothing beside that 1. Where it does overflow the lower bound is NaN.
+t and the root of w are scaled by 2^-40. In float32, w may then be e^144 before 1 + w overflows, and the digits of w
+lost below 2^-46 do not matter beside the 1. If 1 + w overflows, the lower bound is NaN.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def load_four(mu_at, logvar_at, centre, start, columns, TAIL: tl.constexpr, ROWS
 
 @triton.jit
 def element(z, sigma, s, scaled_mean):
-    """(t, sqrt w, 1 + w) of one dimension, shrunk as s and scaled_mean are; z and scaled_mean are centred."""
+    """(t, sqrt w, 1 + w) of one dimension, scaled by 2^-40 like s and scaled_mean; z and scaled_mean are centred."""
     t = z * s - scaled_mean
     u = sigma * s
     return t, u, u * u + SHRUNK * SHRUNK
@@ -72,16 +72,16 @@ def joint_tiles(
     mu_at, logvar_at, normaliser, centre, constants, roots, scaled_means, start, shape, steps,
     TAIL: tl.constexpr, BY_ROWS: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """ln pi_k + what the lower, and the upper, bound takes of component k: [COMPONENTS, ROWS] by rows, else transposed.
+    """ln pi_k + the terms of component k in the lower and the upper bound: [COMPONENTS, ROWS] by rows, else transposed.
 
-    Always by the same operations in the same order: backward subtracts the saved log-densities from these very values.
+    Forward and backward must use the same operations in the same order: backward subtracts the saved log-densities.
     """
     lower = tl.zeros([COMPONENTS, ROWS] if BY_ROWS else [ROWS, COMPONENTS], dtype=DTYPE)
     upper = tl.zeros(lower.shape, dtype=DTYPE)
-    # The product of all 1 + w as product 2^exponent, 1 <= product < 2: one logarithm in the end.
+    # The product of all 1 + w as product 2^exponent, 1 <= product < 2, which needs only one logarithm.
     product = tl.full(lower.shape, 1.0, dtype=DTYPE)
     exponent = tl.zeros(lower.shape, dtype=tl.int32) + tl.cdiv(shape[0], 4) * 320  # each 1 + w lacks a factor of 2^80
-    lanes = tl.arange(0, COMPONENTS)  # constants, so that they become part of the load instructions
+    lanes = tl.arange(0, COMPONENTS)  # constants, which become immediate offsets of the loads
     roots += start
     scaled_means += start
     for d in range(0, shape[0], 4):
@@ -100,7 +100,7 @@ def joint_tiles(
             exponent += power
             t *= tl.rsqrt(one_plus_w)
             lower += t * t
-    # w has overflowed where the upper bound has, and no distance: t would be a large number of sqrt(1 + w), too.
+    # An infinite upper bound with a small distance in the lower one means that w, not t, has overflowed.
     lower = tl.where((upper == float("inf")) & (lower < 1e15), float("nan"), lower)
     lower += tl.log(product) + exponent.to(DTYPE) * LN2
     constant = by_component(tl.load(constants + start + lanes) - tl.load(normaliser), BY_ROWS)
@@ -109,7 +109,7 @@ def joint_tiles(
 
 @triton.jit
 def weights(joint, lp, gradient, row, BY_ROWS: tl.constexpr, DTYPE: tl.constexpr):
-    """Gradient in the joint log-densities: bounds fall as log-densities rise."""
+    """Gradients in the joint log-densities, with a minus sign, because the bounds fall as log-densities rise."""
     value, rest = two_parts(tl.load(lp + row), DTYPE)
     return weighted(-by_row(gradient, BY_ROWS), exp(joint - by_row(value, BY_ROWS) - by_row(rest, BY_ROWS)))
 

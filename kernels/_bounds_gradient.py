@@ -1,8 +1,8 @@
 """Gradients of both bounds on KL(q || mixture) at once: by rows, for q, and by components, for the mixture.
 
-Each row and component has two weights, the incoming gradients times the responsibilities of the two sums. As in
-kernels._mixture_gradient, a tile's distances are taken anew, then the dimensions a second time, and where many programs
-share a sum they write partial ones, which are added in a fixed order.
+Each row and component has two weights, the cotangents times the responsibilities of the two sums. As in
+kernels._mixture_gradient, a tile's distances are recomputed, a second loop runs over the dimensions, and sums split
+over programs have partial sums, which are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from fastkl.kernels._bounds import blocks, element, joint_tiles, load_four, toge
 from fastkl.kernels._device import TRITON_DTYPE
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv
-from fastkl.kernels._mixture import quads, scattered, split
+from fastkl.kernels._mixture import quads
 from fastkl.kernels._mixture_gradient import FINISH, gmm_finish_kernel
 from fastkl.kernels._mixture_prepare import SHRUNK
+from fastkl.kernels._mixture_tiles import scattered, split
 
 
 @triton.jit
@@ -27,11 +28,11 @@ def kl_gmm_bounds_rows_kernel(
     dmu_split_stride, dlogvar_split_stride, components_per_program, splits,
     TAIL: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of mu and logvar (per split), kept in the outputs from tile to tile. lower and upper are log-densities,
+    """Gradients of mu and logvar (per split), accumulated in the outputs. lower and upper are log-densities in
     float64."""
     split = tl.program_id(0) % splits
     index = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
-    row = tl.minimum(index, rows - 1).to(tl.int64)  # beyond the last row it again, not stored
+    row = tl.minimum(index, rows - 1).to(tl.int64)  # past the end the last row, not stored
     steps = (mu_strides[1] * 4, logvar_strides[1] * 4)
     mu_start, logvar_start = quads(mu, row, mu_strides), quads(logvar, row, logvar_strides)
     dmu = quads(dmu + split.to(tl.int64) * dmu_split_stride, row, dmu_strides)
@@ -66,7 +67,7 @@ def kl_gmm_bounds_rows_kernel(
             mask = (index < rows)[:, None]
             if TAIL:
                 mask = mask & (d + tl.arange(0, 4) < shape[0])[None, :]
-            old = mask & (start + tl.arange(0, 1) > first)[:, None]  # else nothing but the entropy's yet
+            old = mask & (start + tl.arange(0, 1) > first)[:, None]  # the first tile starts from the entropy's gradient
             before = tl.load(dmu_at, old, other=0.0).to(DTYPE)
             tl.store(dmu_at, before - together(sums[0], sums[1], sums[2], sums[3], ROWS), mask)
             before = tl.where(old, tl.load(dlogvar_at, old, other=0.0).to(DTYPE), of_entropy)
@@ -84,8 +85,8 @@ def kl_gmm_bounds_components_kernel(
     component_blocks,
     TAIL: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Per share of the rows, what gmm_finish_kernel takes: counts [K], the sum of both weights; sums [D, K], that of
-    the gradients in the mean over s; squared [D, K] (or None), that of twice the gradients in ln S_k plus weights."""
+    """Per part of the rows, the inputs of gmm_finish_kernel: counts [K], sums of both weights; sums [D, K], sums of the
+    gradients in the mean over s; squared [D, K] (or None), sums of twice the gradients in ln S_k plus the weights."""
     part = tl.program_id(0) // component_blocks
     start_component = tl.program_id(0) % component_blocks * COMPONENTS
     lanes = tl.arange(0, COMPONENTS)
@@ -97,7 +98,7 @@ def kl_gmm_bounds_components_kernel(
     count = tl.zeros([COMPONENTS], dtype=DTYPE)
     for start in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
         index = start + tl.arange(0, ROWS)
-        row = tl.minimum(index, rows - 1).to(tl.int64)  # beyond the last row it again, with no weight
+        row = tl.minimum(index, rows - 1).to(tl.int64)  # past the end the last row, with weight 0
         mu_at, logvar_at = quads(mu, row, mu_strides), quads(logvar, row, logvar_strides)
         low, high = joint_tiles(
             mu_at, logvar_at, normaliser, centre, constants, roots, scaled_means, start_component, shape, steps,
@@ -112,7 +113,7 @@ def kl_gmm_bounds_components_kernel(
         roots_at, means_at, sums_at = roots + start_component, scaled_means + start_component, sums_start
         if squared is not None:
             squared_at = squared_start
-        again = start + tl.arange(0, 1) > first  # else 0: nothing yet
+        again = start + tl.arange(0, 1) > first  # the first block starts from 0
         for d in range(0, shape[0], 4):
             zs, vs = load_four(mu_at, logvar_at, centre, d, shape[0], TAIL, ROWS, DTYPE)
             mu_at += steps[0]

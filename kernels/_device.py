@@ -1,24 +1,24 @@
 """Device functions that two or more kernels share: addressing, the scale's parametrisation, the KL and its gradient.
 
-Everything takes and returns the compute dtype: float32, or float64 where an input is. In the interpreter a Python
-float argument stays one, so nothing here calls `.to` on a scalar argument.
+All take and return the compute dtype: float64 if an input is, else float32. They do not call `.to` on a scalar
+argument, because in the interpreter it may be a Python float.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}  # what things are computed in
+TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}  # compute dtypes
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_TAIL = tl.constexpr(1.925963033500702e-08)  # log2(e) - float32(log2(e))
 LN2 = tl.constexpr(0.6931471805599453)
-PHILOX_ROUNDS = tl.constexpr(7)  # those of reference.philox
+PHILOX_ROUNDS = tl.constexpr(7)  # as in reference.philox
 POSTERIOR = tl.constexpr(1)  # reference.Stream.POSTERIOR
 
 
 @triton.jit
 def offsets(index, inner, outer_stride, inner_stride, NESTED: tl.constexpr):
-    """int64: tensors may pass 2^31 elements. A nested axis is two dimensions in one index."""
+    """Offsets in int64, for tensors of more than 2^31 elements. A nested axis is two dimensions in one index."""
     if NESTED:
         outer = index // inner
         return outer.to(tl.int64) * outer_stride + (index - outer * inner).to(tl.int64) * inner_stride
@@ -30,37 +30,37 @@ def tile(row, column, shape, strides, NESTED: tl.constexpr):
     """Element offsets of a tile of rows by columns.
 
     shape is (rows, inner rows, columns, inner columns), strides (outer row, inner row, outer column, inner column);
-    NESTED says which axes have an outer dimension: 1 the rows, 2 the columns, 3 both.
+    NESTED gives the axes with an outer dimension: 1 the rows, 2 the columns, 3 both.
     """
     return elements(row[:, None], column[None, :], shape, strides, NESTED)
 
 
 @triton.jit
 def elements(row, column, shape, strides, NESTED: tl.constexpr):
-    """As `tile`, for indices that already have both dimensions (each row may have columns of its own)."""
+    """As `tile`, for indices that already have both dimensions (the columns may differ by row)."""
     rows = offsets(row, shape[1], strides[0], strides[1], NESTED % 2 == 1)
     return rows + offsets(column, shape[3], strides[2], strides[3], NESTED >= 2)
 
 
 @triton.jit
 def exp(x, SCALE: tl.constexpr = 1.0):
-    """exp(SCALE x), SCALE a power of 2. tl.exp is 2^(x log2 e) with the product rounded, |x| / 2 last places off; what
-    the rounding left out of x mends that."""
+    """exp(SCALE x), SCALE a power of 2. tl.exp is 2^(x log2 e), whose rounded product makes it |x| / 2 last places
+    wrong; here the product's rounding error corrects the power."""
     if x.dtype == tl.float64:
         return tl.exp(SCALE * x)
     product = x * (SCALE * LOG2E)
     if SCALE == 1.0:
         remainder = tl.fma(x, LOG2E, -product) + x * LOG2E_TAIL
         value = tl.exp2(product)
-        return tl.where(tl.abs(remainder) < 1.0, value * (1.0 + remainder * LN2), value)  # not at infinity
-    # About 1. Where x is huge it is anything, and NaN at infinity, which the maximum drops: there the power is all.
-    mend = tl.maximum(1.0 + SCALE * tl.fma(product, -LN2 / SCALE, x), 0.5)
-    return tl.exp2(product) * mend
+        return tl.where(tl.abs(remainder) < 1.0, value * (1.0 + remainder * LN2), value)  # no correction at infinity
+    # About 1. For huge x it is meaningless, at infinity NaN, which the maximum drops; then the power alone is right.
+    correction = tl.maximum(1.0 + SCALE * tl.fma(product, -LN2 / SCALE, x), 0.5)
+    return tl.exp2(product) * correction
 
 
 @triton.jit
 def exp_to_half(x, SCALE: tl.constexpr = 1.0):
-    """exp(SCALE x) for results that are rounded to 16 bits: as good without the mending."""
+    """exp(SCALE x) for results that are rounded to 16 bits, which need no correction."""
     if x.dtype == tl.float64:
         return tl.exp(SCALE * x)
     return tl.exp2(x * (SCALE * LOG2E))
@@ -68,10 +68,9 @@ def exp_to_half(x, SCALE: tl.constexpr = 1.0):
 
 @triton.jit
 def proportion(x):
-    """exp(x) of a log-probability, -inf for what is not there.
+    """exp(x) of a log-probability; masked entries are -inf and give 0.
 
-    In float64 that would send these lanes, and with them their warp, down the slow branch that exp has below -708:
-    zero in its place.
+    In float64 a value below -708 sends its whole warp to the slow branch of exp, so values below -700 become 0 here.
     """
     if x.dtype == tl.float64:
         tiny = x < -700.0
@@ -81,19 +80,19 @@ def proportion(x):
 
 @triton.jit
 def finite(maximum):
-    """0 in place of -inf: exponentials of differences to it are 0, not NaN."""
+    """The maximum with -inf replaced by 0: exponentials of differences to it are then 0, not NaN."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit
 def not_infinite(variance):
-    """NaN where a variance has overflowed: a logarithm of it would be finite, and wrong."""
+    """The variance with NaN for an overflow: its logarithm would be finite, and wrong."""
     return tl.where(variance == float("inf"), float("nan"), variance)
 
 
 @triton.jit
 def two_parts(value, DTYPE: tl.constexpr):
-    """A float64 value as a sum of two in DTYPE."""
+    """A float64 value as a sum of two values in DTYPE."""
     high = value.to(DTYPE)
     return high, (value - high.to(tl.float64)).to(DTYPE)
 
@@ -115,7 +114,7 @@ def exp_minus_one_minus_series(x):
 
 @triton.jit
 def exp_minus_one_minus(x, exp_x):
-    """exp(x) - 1 - x without cancellation; infinity where exp(x) is: an x without end is not subtracted from that."""
+    """exp(x) - 1 - x without cancellation. The minimum keeps it infinite at x = inf, where inf - inf would be NaN."""
     return tl.where(tl.abs(x) < 0.5, exp_minus_one_minus_series(x), exp_x - 1.0 - tl.minimum(x, 1000.0))
 
 
@@ -149,7 +148,7 @@ def log1p(x):
 
 @triton.jit
 def softplus_parts(x):
-    """(exp(-|x|), softplus(x)); the exponential's |x| units in the last place are rounding to its logarithm."""
+    """(exp(-|x|), softplus(x)); tl.exp's error of |x| last places is negligible after the logarithm."""
     u = tl.exp(-tl.abs(x))
     return u, tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p(u)
 
@@ -162,15 +161,15 @@ def to_logvar(parameter, SCALE: tl.constexpr):
         return 2.0 * parameter
     if SCALE == "std":
         return 2.0 * tl.log(parameter)
-    # Below -15 softplus is u (1 - u / 2), u = exp(p), to rounding; its logarithm does not underflow.
+    # Below -15 softplus is u (1 - u / 2), u = exp(p), up to rounding; its logarithm does not underflow.
     u, value = softplus_parts(parameter)
     return 2.0 * tl.where(parameter < -15.0, parameter - 0.5 * u, tl.log(value))
 
 
 @triton.jit
 def to_parameter_gradient(dlogvar, parameter, SCALE: tl.constexpr):
-    """dlogvar d logvar / d parameter: divided by sigma, for 1 / sigma is no normal number where sigma is large. An
-    infinite sigma counts as the largest number: dlogvar is infinite there, too."""
+    """dlogvar d logvar / d parameter, by a division by sigma, because 1 / sigma is subnormal for large sigma. An
+    infinite sigma is clamped to the largest number, because dlogvar is infinite there."""
     if SCALE == "logvar":
         return dlogvar
     if SCALE == "log_std":
@@ -188,7 +187,7 @@ def to_parameter_gradient(dlogvar, parameter, SCALE: tl.constexpr):
 
 @triton.jit
 def bound(logvar, low, high, BOUNDED: tl.constexpr):
-    """The clamp; comparisons with NaN are false, so NaN stays."""
+    """logvar clamped to the bounds. Comparisons with NaN are false, so NaN stays."""
     if BOUNDED:
         return tl.where(logvar < low, low, tl.where(logvar > high, high, logvar))
     return logvar
@@ -205,8 +204,8 @@ def bound_gradient(dlogvar, logvar, low, high, BOUNDED: tl.constexpr, LIVE: tl.c
 def standardise(difference, logvar):
     """(difference / sigma, the square root of 1 / sigma), sigma = exp(logvar / 2).
 
-    What is divided by sigma is multiplied by that root twice: it overflows at twice the log-variance where 1 / sigma
-    does, and beyond that it stays finite, so that a difference of 0 is 0 however small sigma is.
+    The division by sigma is two multiplications by the root. The root overflows only at twice the log-variance at which
+    1 / sigma does, and it is clamped there, so that a difference of 0 gives 0 for any sigma.
     """
     root = tl.minimum(exp(logvar, -0.25), 1e300 if logvar.dtype == tl.float64 else 1e38, tl.PropagateNan.ALL)
     return difference * root * root, root
@@ -214,7 +213,7 @@ def standardise(difference, logvar):
 
 @triton.jit
 def weighted(weight, value):
-    """weight * value, 0 where the weight is 0: there the value may have overflowed."""
+    """weight * value, but 0 for a weight of 0, even if the value has overflowed."""
     return tl.where(weight == 0.0, 0.0, weight * value)
 
 
@@ -238,7 +237,7 @@ def kl_terms_prior(mu, logvar, prior_mu, prior_logvar):
 
 @triton.jit
 def kl_terms_prior_gradient(mu, logvar, prior_mu, prior_logvar):
-    """In mu, logvar and prior_logvar; in prior_mu it is that in mu with the sign turned."""
+    """Gradients in mu, logvar and prior_logvar. The gradient in prior_mu is minus that in mu."""
     x = logvar - prior_logvar
     standard, root = standardise(mu - prior_mu, prior_logvar)
     dlogvar = 0.5 * expm1(x, exp(x))
@@ -247,17 +246,19 @@ def kl_terms_prior_gradient(mu, logvar, prior_mu, prior_logvar):
 
 @triton.jit
 def _wide_product(word, FACTOR: tl.constexpr):
-    """(high, low) 32 bits of a product, from one multiplication."""
+    """The (high, low) 32 bits of a product, by one multiplication."""
     product = word.to(tl.uint64) * FACTOR
     return (product >> 32).to(tl.uint32), product.to(tl.uint32)
 
 
 @triton.jit
 def philox(seed, group, index, sample, stream):
-    """The four words of reference.philox, uint32, of the counters `group + index` and of the numbers of a sample and a
-    stream: int64, and int32 from 0 on, which broadcast."""
+    """The four words (uint32) of reference.philox for the counters `group + index`, sample and stream.
+
+    group is int64; index, sample and stream are int32, not negative, and broadcast.
+    """
     index = index.to(tl.uint32)
-    # In 32 bits with a carry: of 64-bit words the compiler would multiply both halves.
+    # 32-bit words with a carry: the compiler would multiply both halves of 64-bit words.
     word_0 = group.to(tl.uint32) + index
     word_1 = (group >> 32).to(tl.uint32) + (word_0 < index).to(tl.uint32)
     zero = tl.zeros_like(word_0)
@@ -267,7 +268,7 @@ def philox(seed, group, index, sample, stream):
         high_0, low_0 = _wide_product(word_0, 0xD2511F53)
         high_2, low_2 = _wide_product(word_2, 0xCD9E8D57)
         word_0, word_1, word_2, word_3 = high_2 ^ word_1 ^ key_0, low_2, high_0 ^ word_3 ^ key_1, low_0
-        key_0 = tl.add(key_0, 0x9E3779B9, sanitize_overflow=False)  # the same for all: computed once for each thread
+        key_0 = tl.add(key_0, 0x9E3779B9, sanitize_overflow=False)  # scalars: computed once per thread
         key_1 = tl.add(key_1, 0xBB67AE85, sanitize_overflow=False)
     return word_0, word_1, word_2, word_3
 
@@ -276,8 +277,8 @@ def philox(seed, group, index, sample, stream):
 def _radius(word, HALF: tl.constexpr):
     """sqrt(-2 ln u), u = (word + 1/2) / 2^32, within 3e-7, with HALF within 1.4e-5.
 
-    u = 2^n (1 + f), 1 + f from sqrt(1/2) to sqrt(2): -2 ln u is -2 n ln 2 + f q(f), q a polynomial for the least error
-    of the root. Half the instructions of tl.log.
+    u = 2^n (1 + f), 1 + f from sqrt(1/2) to sqrt(2). -2 ln u is -2 n ln 2 + f q(f), with a polynomial q that minimises
+    the error of the root. It takes half the instructions of tl.log.
     """
     bits = (word.to(tl.float32) * 2.0**-32 + 2.0**-33).to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) & -8388608  # n 2^23
@@ -294,7 +295,7 @@ def _radius(word, HALF: tl.constexpr):
 
 @triton.jit
 def _box_muller(word_0, word_1, HALF: tl.constexpr):
-    """Two 32-bit words -> two standard normals: radius sqrt(-2 ln u), angle 2 pi word_1 / 2^32.
+    """Two standard normals from two 32-bit words: radius sqrt(-2 ln u), angle 2 pi word_1 / 2^32.
 
     Half the angle h lies in [-pi/2, pi/2), where minimax polynomials of s = sqrt(2) sin h and c = sqrt(2) cos h
     (within 6e-8, with HALF 9e-6) replace the range reduction of tl.cos; cos 2h = 1 - s^2, sin 2h = s c.
@@ -316,9 +317,9 @@ def _box_muller(word_0, word_1, HALF: tl.constexpr):
 
 @triton.jit
 def four_normals(seed, group, index, sample, stream, HALF: tl.constexpr = False):
-    """Standard normals in float32 of one Philox call; with HALF for results of 16 bits, whose rounding hides an error
-    of 6e-5. Element i of a sample takes normal i % 4 of the counter (i // 4, sample, stream), as reference.normal_noise
-    says.
+    """Four standard normals in float32 from one Philox call; HALF is for 16-bit results, whose rounding hides an error
+    of 6e-5. As in reference.normal_noise, element i of a sample takes normal i % 4 of the counter (i // 4, sample,
+    stream).
     """
     word_0, word_1, word_2, word_3 = philox(seed, group, index, sample, stream)
     normal_0, normal_1 = _box_muller(word_0, word_1, HALF)
@@ -330,10 +331,10 @@ def four_normals(seed, group, index, sample, stream, HALF: tl.constexpr = False)
 def normals(
     seed, group, sample, stream, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Standard normals [ROWS, COLUMNS]; each row's first is that of Philox call `group`, int64 [ROWS, 1] or one number.
+    """Standard normals [ROWS, COLUMNS]; each row starts at Philox call `group`, int64 [ROWS, 1] or one number.
 
-    join adds a last dimension: what is joined last are neighbours, and four of them, with WIDE eight, stay in the
-    thread that has as many of the tensors that are read 16 bytes at a time.
+    join adds a last dimension, so values joined last are neighbours. Four of them, with WIDE eight, stay in one thread,
+    which matches the layout of 16-byte loads.
     """
     if WIDE and COLUMNS >= 8:
         even = 2 * tl.arange(0, COLUMNS // 8)[None, :]

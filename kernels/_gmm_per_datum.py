@@ -1,4 +1,4 @@
-"""What both directions of one mixture per datum share: the tile, a component's density, and how tensors are read."""
+"""Shared code of both directions of one mixture per datum: the tile, a component's density, and loads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastkl.kernels._device import exp, not_infinite
 from fastkl.kernels._layout import next_power_of_2, registers
 
 LN_2PI = tl.constexpr(1.8378770664093453)
-# Elements of a tile for each thread of a warp of 32, and the longest row that one program holds.
+# Elements of a tile per thread, and the longest row that one program holds.
 THREAD_TILE = {torch.float32: 8, torch.float64: 4}
 LONGEST = {torch.float32: 2048, torch.float64: 1024}
 
@@ -18,7 +18,7 @@ LONGEST = {torch.float32: 2048, torch.float64: 1024}
 def blocks(data: int, components: int, columns: int, dtype: torch.dtype, form: str) -> dict[str, int]:
     """A tile of (DATA x COMPONENTS) pairs by columns."""
     tile = 128 * THREAD_TILE[dtype]
-    if columns % 16:  # many addresses take registers, too
+    if columns % 16:  # unaligned rows need registers for more addresses
         tile //= 2
     block_columns = next_power_of_2(columns) if columns <= LONGEST[dtype] else tile
     warps = max(4, 4 * block_columns // tile)
@@ -33,12 +33,12 @@ def blocks(data: int, components: int, columns: int, dtype: torch.dtype, form: s
 def element(difference, logvars, variance, FORM: tl.constexpr):
     """(pull, precision, -2 ln density + constant) of one dimension of one component; pull = precision difference."""
     if FORM == "convolved":
-        least = -700.0 if logvars.dtype == tl.float64 else -87.0  # no subnormal number, whose logarithm has lost digits
+        least = -700.0 if logvars.dtype == tl.float64 else -87.0  # a subnormal variance would have an inexact logarithm
         spread = not_infinite(exp(tl.maximum(logvars, least, tl.PropagateNan.ALL)) + variance)
         precision = 1.0 / spread
         pull = difference * precision
         return pull, precision, difference * pull + tl.log(spread)
-    # Bounded: infinity times a difference of 0 would be NaN.
+    # Clamped, because infinity times a difference of 0 would be NaN.
     root = tl.minimum(exp(-0.5 * logvars), 1e300 if logvars.dtype == tl.float64 else 1e38, tl.PropagateNan.ALL)
     standard = difference * root
     precision = root * root
@@ -50,7 +50,7 @@ def element(difference, logvars, variance, FORM: tl.constexpr):
 
 @triton.jit
 def element_gradient(difference, logvars, variance, pull, precision, FORM: tl.constexpr):
-    """In ln S of the component and in logvar of q."""
+    """Gradients in ln S of the component and in logvar of q."""
     if FORM == "convolved":
         half = 0.5 * (pull * pull - precision)
         of_component, of_row = exp(logvars) * half, variance * half
@@ -69,7 +69,7 @@ def log_density(log_weight, terms, columns):
 
 @triton.jit
 def place(first, second, column, strides):
-    """Element offsets [pairs, columns] of tensor[first, second, column]; int64, as it may pass 2^31 elements."""
+    """Element offsets [pairs, columns] of tensor[first, second, column], in int64 for more than 2^31 elements."""
     at = first.to(tl.int64) * strides[0] + second.to(tl.int64) * strides[1]
     return at[:, None] + column.to(tl.int64)[None, :] * strides[2]
 
@@ -90,7 +90,7 @@ def load_components(
 
 @triton.jit
 def load_rows(z, logvar, sample, datum, column, shape, z_strides, logvar_strides, DTYPE: tl.constexpr):
-    """The row once for each of its datum's pairs, z and sigma^2; 0 where masked, see above."""
+    """z and sigma^2 of the row, repeated for each of its datum's pairs; 0 if masked, see above."""
     mask = (sample >= 0)[:, None] & (column < shape[3])[None, :]
     x = tl.load(z + place(sample, datum, column, z_strides), mask, other=0.0).to(DTYPE)
     if logvar is None:
@@ -103,7 +103,7 @@ def load_rows(z, logvar, sample, datum, column, shape, z_strides, logvar_strides
 
 @triton.jit
 def load_log_weights(log_weights, sample, datum, component, shape, log_weights_strides):
-    """A weight of zero where masked."""
+    """Log-weights; -inf, a weight of zero, if masked."""
     at = (sample % shape[4]).to(tl.int64) * log_weights_strides[0] + datum.to(tl.int64) * log_weights_strides[1]
     at += component.to(tl.int64) * log_weights_strides[2]
     return tl.load(log_weights + at, component < shape[2], float("-inf"))

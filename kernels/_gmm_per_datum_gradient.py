@@ -1,4 +1,4 @@
-"""Gradients of the log-density of one mixture per datum, of rows and of parameters in one pass over both."""
+"""Gradients of the log-density of one mixture per datum, for rows and parameters in one pass."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def store_parameters(
 ):  # fmt: skip
     stored = (row < shape[1]) & (component < shape[2])
     mask = stored[:, None] & (column < shape[3])[None, :]
-    if not EACH_SAMPLE:  # the same from every block of columns
+    if not EACH_SAMPLE:  # every block of columns stores the same value
         at = row.to(tl.int64) * dlogits_strides[1] + component.to(tl.int64) * dlogits_strides[2]
         tl.store(dlogits + at, to_logits, stored)
     tl.store(dmeans + place(row, component, column, dmeans_strides), to_mean, mask)
@@ -57,10 +57,10 @@ def gmm_per_datum_bwd_kernel(
 ):  # fmt: skip
     """DATA mixtures by some samples, components and columns; dz (and dlogvar) or dmeans (and others) may be None.
 
-    dz needs all components in this program; the parameters' gradients need all samples here, unless there is one only,
-    and one tile of components (ONE_TILE). WHOLE: that tile is all of the mixture, and responsibilities are normalised
-    in it instead of by lp, whose own rounding they then escape. With `joint` a row has several blocks of columns.
-    dlogits is one row per datum, or per sample (EACH_SAMPLE).
+    dz needs all components in one program. The parameters' gradients need all samples in one program and, unless there
+    is only one sample, one tile of components (ONE_TILE). WHOLE: the tile holds the whole mixture, so responsibilities
+    are normalised in it, which avoids the rounding of lp. With `joint` a row has several blocks of columns. dlogits has
+    one row per datum, or per sample (EACH_SAMPLE).
     """
     samples, data, components, columns = shape[0], shape[1], shape[2], shape[3]
     row_blocks, column_blocks = tl.cdiv(data, DATA), tl.cdiv(columns, COLUMNS)

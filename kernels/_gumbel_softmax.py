@@ -1,4 +1,4 @@
-"""What the kernels of Gumbel-Softmax share: the noise, where a tile lies, and the temperature."""
+"""Shared device code of Gumbel-Softmax: the noise, the position of a tile, and the temperature."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ NOT_A_CLASS = tl.constexpr(2147483647)
 
 @triton.jit
 def log(x):
-    """ln x of a positive normal float32, within 1e-7 of itself: half the instructions of tl.log. With x = 2^n (1 + f),
-    1 + f from sqrt(1/2) to sqrt(2), it is n ln 2 + f + f^2 q(f), q a minimax polynomial."""
+    """ln x of a positive normal float32, within a relative error of 1e-7, in half the instructions of tl.log. With
+    x = 2^n (1 + f), 1 + f from sqrt(1/2) to sqrt(2), it is n ln 2 + f + f^2 q(f), q a minimax polynomial."""
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) & -8388608  # n 2^23
     f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
@@ -27,12 +27,12 @@ def log(x):
 
 @triton.jit
 def gumbel(word):
-    """-ln(-ln u), u = (word + 1/2) / 2^32, in float32; next to 1 by the distance to 1, so that both tails are fine."""
+    """-ln(-ln u), u = (word + 1/2) / 2^32, in float32; near 1 from 1 - u, so that both tails are accurate."""
     signed = word.to(tl.int32, bitcast=True)
     low = signed >= 0
     tail = (signed ^ (signed >> 31)).to(tl.float32) * 2.0**-32 + 2.0**-33  # u or 1 - u, at most 1/2
     u = tl.where(low, tail, 1.0 - tail)
-    rounding = tl.where(low, 0.0, (u - 1.0) + tail)  # of 1 - tail: all there is of ln u next to 1
+    rounding = tl.where(low, 0.0, (u - 1.0) + tail)  # the rounding error of 1 - tail, which dominates ln u near 1
     return -log(rounding - log(u))
 
 
@@ -45,15 +45,15 @@ def four(seed, group, index, stream):
 @triton.jit
 def noise(seed, stream, line, first, column, length, AXIS: tl.constexpr, ODD: tl.constexpr, ROWS: tl.constexpr,
           COLUMNS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
-    """Of the elements line * length + column: reference.gumbel_noise. `first`, the first column, is a multiple of 4."""
+    """reference.gumbel_noise of the elements line * length + column; `first`, the first column, is a multiple of 4."""
     begin = line.to(tl.int64)[:, None] * length
-    if AXIS == 0 and ODD:  # the lines do not begin alike in a Philox call: one for each element, three words unused
+    if AXIS == 0 and ODD:  # lines start at different words of a Philox call, so each element needs its own call
         index = begin + column
         word_0, word_1, word_2, word_3 = philox(seed, index >> 2, tl.arange(0, 1)[None, :], 0, stream)
         pair_0, pair_1 = tl.where((index & 2) == 0, word_0, word_2), tl.where((index & 2) == 0, word_1, word_3)
         return gumbel(tl.where((index & 1) == 0, pair_0, pair_1))
-    # join adds a last dimension: what is joined last are neighbours, and four of them, of 16-bit logits eight, stay in
-    # the thread that has as many logits.
+    # join adds a last dimension, so values joined last are neighbours. Four of them, for 16-bit logits eight, stay in
+    # one thread, which matches the layout of the logits.
     group = (begin + first) >> 2
     if HALF and COLUMNS >= 8:
         even = 2 * tl.arange(0, COLUMNS // 8)[None, :]
@@ -69,7 +69,7 @@ def noise(seed, stream, line, first, column, length, AXIS: tl.constexpr, ODD: tl
 @triton.jit
 def tile(block, start, shape, column_blocks, AXIS: tl.constexpr, ODD: tl.constexpr, ROWS: tl.constexpr,
          COLUMNS: tl.constexpr):  # fmt: skip
-    """(line, first column, column, class, distribution, mask) of the classes from `start` on."""
+    """(line, first column, column, class, distribution, mask) of a tile whose classes begin at `start`."""
     if AXIS == 1:
         line = block * ROWS + tl.arange(0, ROWS)
         column = shifted_columns(line, start, shape[1], ODD, COLUMNS)
@@ -97,7 +97,7 @@ def offsets(block, line, column, index, strides, column_blocks, AXIS: tl.constex
 def perturbed(at, mask, seed, stream, line, first, column, shape, AXIS: tl.constexpr, ODD: tl.constexpr,
               ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """A tile of logits with the noise added."""
-    values = tl.load(at, mask, other=float("-inf")).to(DTYPE)  # weighs nothing
+    values = tl.load(at, mask, other=float("-inf")).to(DTYPE)  # a weight of 0
     HALF: tl.constexpr = at.dtype.element_ty.primitive_bitwidth == 16
     length = shape[AXIS * -1 + 2]
     return values + noise(seed, stream, line, first, column, length, AXIS, ODD, ROWS, COLUMNS, HALF).to(DTYPE)
@@ -105,11 +105,11 @@ def perturbed(at, mask, seed, stream, line, first, column, shape, AXIS: tl.const
 
 @triton.jit
 def temperature(tau, TENSOR: tl.constexpr, DTYPE: tl.constexpr):
-    """(log2(e) / tau, 1 / tau for the gradient, whether tau is 0) of a number 1 / tau or a pointer to tau."""
+    """(log2(e) / tau, 1 / tau for the gradient, whether tau is 0), from a number 1 / tau or a pointer to tau."""
     if TENSOR:
         value = tl.load(tau).to(DTYPE)
-        # The smallest normal number: its inverse is finite, and separates all but ties.
-        # The one in float32 is written to full precision: rounded down, Triton 3.6 would take it for a float64.
+        # The smallest normal number: its inverse is finite, and separates all classes but ties. It has all digits in
+        # float32, because Triton 3.6 would take a value rounded below it for a float64.
         smallest: tl.constexpr = 1.1754943508222875e-38 if value.dtype == tl.float32 else 2.2250738585072014e-308
         inverse = 1.0 / tl.maximum(value, smallest)
         inverse = tl.where(value >= 0.0, inverse, float("nan"))

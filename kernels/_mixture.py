@@ -1,98 +1,24 @@
-"""What the kernels of the shared-mixture ops have in common: the tile, and the loop over dimensions, four at once.
+"""Shared device code of the shared-mixture ops: the tile, and the loop over dimensions, four at a time.
 
 A tile of rows x components is [own, TERMS, groups, LANES]. By rows, own * LANES are its rows and groups * TERMS its
-components, over which sums are taken; else the other way round. Triton deals the last dimensions out to the threads and
-warps first: a thread has own * TERMS elements, loads what belongs to one row or component once for many of the other,
-TERMS neighbours 16 bytes at a time, and keeps most of a sum to itself.
+components, over which sums are taken; by components, the other way round. Triton assigns the last dimensions to threads
+and warps first. A thread has own * TERMS elements: it loads the data of one row or component once for many of the
+other, TERMS neighbours by 16-byte loads, and computes most of a sum without communication.
 """
 
 from __future__ import annotations
 
-import math
-
-import torch
 import triton
 import triton.language as tl
 
 from fastkl.kernels._device import LN2, exp, not_infinite
-from fastkl.kernels._layout import OLD_COMPILER, PROGRAMS, SPILLS_A_FEW, cdiv, next_power_of_2, registers, share
-from fastkl.kernels._mixture_prepare import STEP
-
-# Bytes that partial sums may take, all splits together, unless a single one takes more.
-PARTIAL_BYTES = 32 << 20
-ENOUGH = 264  # programs: two for each multiprocessor of a large GPU
-
-
-def blocks(
-    dtype: torch.dtype, form: str, kind: str, rows: int, components: int, *, own: bool, scattered: str,
-    given: bool = False,
-) -> dict:  # fmt: skip
-    """A tile of rows x components for the forward kernel, that by "rows" or that by "components".
-
-    A thread has two of one and 16 of the other, over which sums are; fewer where an element takes more registers, down
-    to 1 by 2. Sums that few rows or components would leave to few programs are shared by the warps of one, which saves
-    partial sums in memory. `own`: each row has logits of its own; `given`: the gradient of an N x K tensor comes in;
-    for `scattered` see there.
-    """
-    half = dtype == torch.float64
-    halvings = half + (form == "convolved") * (1 + half) + own * (1 + (kind == "rows") * (1 + (form == "convolved")))
-    if form == "expected":
-        halvings += bool(scattered) + (kind != "forward" or own or half) + (own and kind == "forward")
-    few = cdiv(rows, 64) < PROGRAMS // 2
-    if form == "point" and scattered and kind != "forward":
-        halvings += 1 if kind == "components" else 2 if scattered == "tail" else not few
-    if (kind == "rows" and half) or (kind != "forward" and form == "convolved" and scattered):
-        halvings = max(2, halvings + (kind == "rows" and half and form == "convolved"))
-    owned = 2 if halvings < 2 else 1
-    halvings += kind == "rows" and form == "expected" and owned == 2 and not few
-    terms = max(2, (32 // owned) >> halvings)
-    if OLD_COMPILER and kind != "forward" and (own or given or (scattered and kind == "rows")):
-        # The load of an N x K tensor decides the layout of the tile there, and deals neighbours to many threads.
-        owned, terms = 1 if kind == "components" else owned, max(2, terms // 2)
-    if kind == "components":
-        # Programs of few components share out as many rows in fewer parts, and so write fewer partial sums, but every
-        # program reads these rows of z: only where there are few programs, and L2 has the time.
-        lanes = 4 if half or rows * components < 2 * ENOUGH * 512 * terms else 16
-        groups = min(256 // lanes, max(32 // lanes, next_power_of_2(cdiv(rows, terms))))
-        tile = {"ROWS": terms * groups, "COMPONENTS": owned * lanes}
-    else:
-        lanes = 32
-        groups = min(4 if own else 8, next_power_of_2(cdiv(components, terms))) if few else 1
-        tile = {"ROWS": owned * lanes, "COMPONENTS": terms * groups}
-    held = registers(255) if (OLD_COMPILER or SPILLS_A_FEW) and kind == "rows" else {}
-    if few or kind == "components":
-        held = registers(255)  # few have a multiprocessor to themselves, and so has a program of eight warps
-    elif scattered:
-        held = registers(168 if kind == "forward" and form != "convolved" else 255)
-    return {**tile, "TERMS": terms, "LANES": lanes, "num_warps": groups * lanes // 32, **held}
-
-
-def scattered(*tensors: torch.Tensor | None) -> str:
-    """Of rows: "tail" where the last step of four of each is masked, "rows" where rows may begin anywhere, else "".
-
-    A thread then keeps a pointer to each element, where it would one to 16 bytes, and a tile that is a full one
-    elsewhere spills.
-    """
-    given = [tensor for tensor in tensors if tensor is not None]
-    if given[0].shape[1] % STEP:
-        return "tail"
-    return "rows" if any(tensor.stride(0) % 16 or tensor.stride(1) != 1 for tensor in given) else ""
-
-
-def split(total: int, block: int, others: int, partial_bytes: int, read_bytes: float = math.inf) -> tuple[int, int]:
-    """(length, count): `total` cut so that, with `others` programs each, a GPU is full and the partial sums bounded;
-    also by what is read in any case, unless that leaves too few programs: time is worth more than such traffic."""
-    partial_bytes = max(1, partial_bytes)
-    enough = max(cdiv(ENOUGH, others), read_bytes / partial_bytes)
-    return share(total, block, int(min(cdiv(PROGRAMS, others), enough, max(1, PARTIAL_BYTES // partial_bytes))))
-
 
 # ---- Device functions ------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def fraction_and_exponent(x):
-    """(f, e): x = f 2^e, 1 <= f < 2, for positive finite x that are no subnormals; of infinity 1 and a large e."""
+    """(f, e): x = f 2^e, 1 <= f < 2, for positive normal x; infinity gives 1 and a large e."""
     if x.dtype == tl.float64:
         bits = x.to(tl.int64, bitcast=True)
         exponent = (bits >> 52).to(tl.int32) - 1023
@@ -106,7 +32,7 @@ def fraction_and_exponent(x):
 
 @triton.jit
 def four(x, COUNT: tl.constexpr):
-    """[COUNT, 4] as its four columns."""
+    """The four columns of [COUNT, 4]."""
     even, odd = tl.split(tl.reshape(x, [COUNT, 2, 2]))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
@@ -115,13 +41,13 @@ def four(x, COUNT: tl.constexpr):
 
 @triton.jit
 def quads(at, row, strides):
-    """[rows, 4] pointers to the first four columns."""
+    """Pointers [rows, 4] to the first four columns."""
     return at + row.to(tl.int64)[:, None] * strides[0] + tl.arange(0, 4).to(tl.int64)[None, :] * strides[1]
 
 
 @triton.jit
 def load_rows(at, start, columns, TAIL: tl.constexpr, DTYPE: tl.constexpr):
-    """Four columns; beyond the last one 0, which the padding of the parameters makes irrelevant."""
+    """Four columns, 0 beyond the last one; the padding of the parameters gives these no effect."""
     if TAIL:
         return tl.load(at, (start + tl.arange(0, 4) < columns)[None, :], other=0.0).to(DTYPE)
     return tl.load(at).to(DTYPE)
@@ -130,14 +56,14 @@ def load_rows(at, start, columns, TAIL: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def load_centred(at, centre, start, columns, FORM: tl.constexpr, TAIL: tl.constexpr, DTYPE: tl.constexpr):
     value = load_rows(at, start, columns, TAIL, DTYPE)
-    if FORM != "convolved":  # whose differences are taken first
+    if FORM != "convolved":  # which subtracts the means directly
         value -= tl.load(centre + start + tl.arange(0, 4))[None, :]
     return value
 
 
 @triton.jit
 def load_spread(at, start, columns, FORM: tl.constexpr, TAIL: tl.constexpr, DTYPE: tl.constexpr):
-    """Four columns of q's variance where that of components is added, else of its sigma, which is divided by theirs."""
+    """Four columns of q's variance (convolved: it is added to the components'), else of q's sigma."""
     value = load_rows(at, start, columns, TAIL, DTYPE)
     if FORM == "convolved":
         return not_infinite(exp(value))
@@ -146,7 +72,7 @@ def load_spread(at, start, columns, FORM: tl.constexpr, TAIL: tl.constexpr, DTYP
 
 @triton.jit
 def finite_spread(at, start, columns, FORM: tl.constexpr, TAIL: tl.constexpr, DTYPE: tl.constexpr):
-    """Infinity times a weight of 0 would be NaN."""
+    """load_spread, clamped to finite values: infinity times a weight of 0 would be NaN."""
     value = load_spread(at, start, columns, FORM, TAIL, DTYPE)
     return tl.minimum(value, 1e308 if value.dtype == tl.float64 else 3e38, tl.PropagateNan.ALL)
 
@@ -164,14 +90,14 @@ def term_index(COUNT: tl.constexpr, TERMS: tl.constexpr):
 
 @triton.jit
 def component_index(COMPONENTS: tl.constexpr, BY_ROWS: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr):
-    """A tile's components, with dimensions of size 1 for its rows."""
+    """Indices of a tile's components, with dimensions of size 1 for its rows."""
     return term_index(COMPONENTS, TERMS) if BY_ROWS else own_index(COMPONENTS, LANES)
 
 
 @triton.jit
 def of_rows(x, BY_ROWS: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr):
     """[ROWS] with dimensions of size 1 for a tile's components."""
-    # Not by one reshape: indexing with None also keeps the layout in which x was loaded from becoming the tile's.
+    # Not one reshape: indexing with None also prevents the layout of x's load from becoming the tile's.
     if BY_ROWS:
         return tl.permute(tl.reshape(x, [LANES, x.shape[0] // LANES]), [1, 0])[:, None, None, :]
     else:
@@ -186,13 +112,13 @@ def squares(
 ):  # fmt: skip
     """-2 (ln N_k(z) - constant_k) for a tile.
 
-    z_at and logvar_at are [ROWS, 4] pointers to the first columns, steps their distance to the next four; roots and
-    scaled_means point at the first component, in rows of `padded` elements.
+    z_at and logvar_at are pointers [ROWS, 4] to the first four columns, and steps their distance to the next four.
+    roots and scaled_means point to the first component, in rows of `padded` elements.
     """
     OWN: tl.constexpr = (ROWS if BY_ROWS else COMPONENTS) // LANES
     GROUPS: tl.constexpr = (COMPONENTS if BY_ROWS else ROWS) // TERMS
     total = tl.zeros([OWN, TERMS, GROUPS, LANES], dtype=DTYPE)
-    lanes = component_index(COMPONENTS, BY_ROWS, TERMS, LANES)  # the same in every step
+    lanes = component_index(COMPONENTS, BY_ROWS, TERMS, LANES)  # outside the loop: constant over its steps
     for start in range(0, columns, 4):
         zs = four(load_centred(z_at, centre, start, columns, FORM, TAIL, DTYPE), ROWS)
         z_at += steps[0]
@@ -231,9 +157,9 @@ def joint_tile(
     logits_strides, FORM: tl.constexpr, TAIL: tl.constexpr, BY_ROWS: tl.constexpr, ROWS: tl.constexpr,
     COMPONENTS: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """ln pi_k + ln N_k(z) for a tile; logits is None where they are shared, and part of the constants.
+    """ln pi_k + ln N_k(z) for a tile; logits is None if all rows share them, as part of the constants.
 
-    Always by the same operations in the same order: backward subtracts the saved log-density from these very values.
+    Forward and backward must use the same operations in the same order: backward subtracts the saved log-density.
     """
     columns, components, padded = shape
     total = squares(
@@ -245,7 +171,7 @@ def joint_tile(
     if logits is None:
         joint = (constant - tl.load(normaliser)) - 0.5 * total
     else:
-        column = tl.minimum(component, components - 1).to(tl.int64)  # the padding's constants are -inf already
+        column = tl.minimum(component, components - 1).to(tl.int64)  # in range; the padding's constants are -inf
         at = of_rows(row.to(tl.int64) * logits_strides[0], BY_ROWS, TERMS, LANES) + column * logits_strides[1]
         weight = tl.load(logits + at).to(DTYPE)
         weight -= of_rows(tl.load(normaliser + row), BY_ROWS, TERMS, LANES)

@@ -1,12 +1,12 @@
 """Gradients of the ops on a mixture that all rows share, as moments weighted by responsibilities.
 
-Two deterministic kernels: by rows, for z, its log-variance and logits of its own; by components, for the parameters.
-Each takes the distances of a tile anew, then goes through the dimensions a second time; where many programs share a
-sum they write partial ones, of at most PARTIAL_BYTES all together, which are added in a fixed order.
+Two deterministic kernels: by rows, for z, its log-variance and per-row logits; by components, for the parameters. Each
+recomputes the distances of a tile, then loops over the dimensions a second time. A sum that is split over programs has
+partial sums, of at most PARTIAL_BYTES in all, which are added in a fixed order.
 
-At N = 1024, K = 128, D = 64 forward and backward move 6.15 units of z, of which 4 are z three times and dz. The others
-do not grow with N: parameters prepared for each direction (2 x 0.5, nothing is saved for backward but ln p), read by
-three kernels (0.75), their gradients (0.25), and numbers for each row (0.15).
+At N = 1024, K = 128, D = 64 forward and backward move 6.15 units of z, of which 4 are z three times and dz. The rest
+does not grow with N: parameters prepared for each direction (2 x 0.5; only ln p is saved for backward), read by three
+kernels (0.75), their gradients (0.25), and per-row numbers (0.15).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from fastkl.kernels._device import TRITON_DTYPE, exp, two_parts, weighted
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import OLD_COMPILER, cdiv, compute_dtype, registers
 from fastkl.kernels._mixture import (
-    blocks,
     finite_spread,
     four,
     joint_tile,
@@ -27,18 +26,17 @@ from fastkl.kernels._mixture import (
     of_rows,
     own_index,
     quads,
-    scattered,
-    split,
 )
 from fastkl.kernels._mixture_prepare import prepare
 from fastkl.kernels._mixture_rows import by_rows, given_weights, row_launch_arguments, stacked, summed
+from fastkl.kernels._mixture_tiles import blocks, scattered, split
 
 FINISH = {"COMPONENTS": 32, "COLUMNS": 32, **(registers(255) if OLD_COMPILER else {})}
 
 
 @triton.jit
 def summed_both(x, y):
-    """Two such sums at once."""
+    """`summed` of both at once."""
     x = stacked(stacked(x[0], x[1]), stacked(x[2], x[3]))
     y = stacked(stacked(y[0], y[1]), stacked(y[2], y[3]))
     both = tl.sum(stacked(x, y), axis=4)
@@ -47,7 +45,7 @@ def summed_both(x, y):
 
 @triton.jit
 def finished(first, second, count, s, KIND: tl.constexpr):
-    """Sums over all rows as KIND wants them: "gradient", "convolved" (gradient), or "moments" of the differences."""
+    """Sums over all rows in the form of KIND: "gradient", "convolved" (gradient), or "moments" of the differences."""
     if KIND == "gradient":
         return first * s, 0.5 * (second - count)
     elif KIND == "convolved":
@@ -64,9 +62,9 @@ def gmm_components_kernel(
     FORM: tl.constexpr, GIVEN: tl.constexpr, TAIL: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr,
     COMPONENTS: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Per share of the rows: counts [K] = sum w, sums [K, D] = sum w t and squared [K, D] = sum w t^2 (or None), t the
-    scaled difference. Convolved: sum w t u and sum w (t^2 u^2 - u), u the precision; expected: sum w (t^2 + q's). With
-    a KIND there is but one share, and the last two come out `finished`."""
+    """Per part of the rows: counts [K] = sum w, sums [K, D] = sum w t and squared [K, D] = sum w t^2 (or None), t the
+    scaled difference. Convolved: sum w t u and sum w (t^2 u^2 - u), u the precision; expected: sum w (t^2 + scaled
+    variance of q). With a KIND the rows have one part, and the last two are `finished`."""
     part = tl.program_id(0) // component_blocks
     start_component = tl.program_id(0) % component_blocks * COMPONENTS
     lanes = own_index(COMPONENTS, LANES)
@@ -83,7 +81,7 @@ def gmm_components_kernel(
     count = tl.zeros([COMPONENTS], dtype=DTYPE)
     for start in range(first_row, end, ROWS):
         index = start + tl.arange(0, ROWS)
-        row = tl.minimum(index, rows - 1).to(tl.int64)  # beyond the last row it again, with no weight
+        row = tl.minimum(index, rows - 1).to(tl.int64)  # past the end the last row, with weight 0
         z_at, logvar_at = quads(z, row, z_strides), None
         if logvar is not None:
             logvar_at = quads(logvar, row, logvar_strides)
@@ -129,12 +127,12 @@ def gmm_components_kernel(
                         moment -= weight * u
                     if FORM == "expected":
                         sigma = of_rows(vs[i], False, TERMS, LANES)
-                        moment += weight * s * sigma * s * sigma  # in this order 0 where the weight is
+                        moment += weight * s * sigma * s * sigma  # this order gives 0 for a weight of 0
                     seconds += (tl.sum(moment, axis=1),)
                 roots_at += shape[2]
                 means_at += shape[2]
             mask = (component < shape[1])[:, None] & (d + quad < shape[0])[None, :]
-            again = mask & (start + tl.arange(0, 1) > first_row)[:, None]  # else 0: nothing yet
+            again = mask & (start + tl.arange(0, 1) > first_row)[:, None]  # the first block starts from 0
             if squared is None:
                 first = summed(firsts)
                 second = first
@@ -142,7 +140,7 @@ def gmm_components_kernel(
                 first, second = summed_both(firsts, seconds)
                 second += tl.load(squared_at, again, other=0.0)
             first += tl.load(sums_at, again, other=0.0)
-            if KIND is not None:  # noqa: SIM102 (known when compiled, the other not)
+            if KIND is not None:  # noqa: SIM102 (a compile-time condition; the next is not)
                 if start + ROWS >= end:
                     factor = tl.load(roots + (d + quad).to(tl.int64)[None, :] * shape[2] + component[:, None])
                     first, second = finished(first, second, count[:, None], factor, KIND)
@@ -177,7 +175,7 @@ def gmm_finish_kernel(
         if squared is not None:
             second += tl.load(squared + at, mask, other=0.0)
             squared += part_stride
-    s = tl.load(roots + at, mask, other=1.0)  # only to divide by
+    s = tl.load(roots + at, mask, other=1.0)  # neutral as a divisor
     first, second = finished(first, second, count[None, :], s, KIND)
     component, column = component.to(tl.int64), column.to(tl.int64)
     tl.store(first_out + component[None, :] * first_strides[0] + column[:, None] * first_strides[1], first, mask)

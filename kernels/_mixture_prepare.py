@@ -1,8 +1,8 @@
-"""A mixture as the kernels of the shared-mixture ops want it, written once before them.
+"""Preparation of a mixture for the kernels of the shared-mixture ops, by one kernel before them.
 
-[D, K], components side by side, padded so that the inner loops need no mask: a root of the precision s and (m - c) s,
-or for the convolved form the variance and the mean. It reads and writes the parameters' size once more in each
-direction, which saves an exponential, or two subtractions, for each row in the inner loops.
+The layout is [D, K] with contiguous components, padded so that the inner loops need no mask. It holds a root of the
+precision s and (m - c) s, or for the convolved form the variance and the mean. This costs one more read and write of
+the parameters in each direction, and saves an exponential, or two subtractions, per row in the inner loops.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from fastkl.kernels._device import TRITON_DTYPE, exp, finite, not_infinite
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, next_power_of_2, registers
 
-PAD = 128  # components are padded to whole tiles, of 128 at most, dimensions to whole steps of the inner loop
+PAD = 128  # components are padded to tiles, of at most 128; dimensions to steps of the inner loop
 STEP = 4
-# The bounds take components in units of 2^40 of their sigma: the square of 1 / sigma in these has that much more room.
+# The bounds use units of 2^40 sigma of a component, so that the square of 1 / sigma overflows later.
 SHRUNK = tl.constexpr(2.0**-40)
 PREPARE = {"COMPONENTS": 32, "COLUMNS": 32, "ROWS": 8, "LOGITS": 128}
 
 
 class Mixture(NamedTuple):
-    """What the prepare kernel wrote; `pointers` and `shape` go to the kernels."""
+    """The output of the prepare kernel."""
 
     normaliser: torch.Tensor  # [I] ln sum exp logits
-    centre: torch.Tensor  # [D padded], taken off z before anything else
-    constants: torch.Tensor  # [K padded] logits (where shared), determinant, 2 pi; -inf in the padding
+    centre: torch.Tensor  # [D padded], subtracted from z first
+    constants: torch.Tensor  # [K padded] logits (if shared), determinant, 2 pi; -inf in the padding
     roots: torch.Tensor  # [D padded, K padded] exp(-logvars / 2), for "bounds" shrunk; convolved: exp(logvars)
     means: torch.Tensor  # [D padded, K padded] (means - centre) roots; convolved: means
 
@@ -40,7 +40,7 @@ class Mixture(NamedTuple):
 
 @triton.jit
 def add_exponentials(top, total, value, AXIS: tl.constexpr):
-    """(top, total) with total exp(top) = a sum of exponentials, after `value`'s are added; -inf everywhere is legal."""
+    """(top, total) with total exp(top) = a sum of exponentials, after adding those of `value`; all may be -inf."""
     new = tl.maximum(top, tl.max(value, axis=AXIS))
     reference = finite(new)
     total = total * exp(top - reference) + tl.sum(exp(value - tl.expand_dims(reference, AXIS)), axis=AXIS)
@@ -49,8 +49,8 @@ def add_exponentials(top, total, value, AXIS: tl.constexpr):
 
 @triton.jit
 def spread(logvars, FORM: tl.constexpr):
-    """A component's log-variances. To a q none is below -120, in float64 -600: it blurs what is narrower. Where the
-    variances are added, none is a subnormal number."""
+    """A component's log-variances. For a q they are at least -120, in float64 -600, because q's own width dominates
+    narrower components. In the convolved form no variance is subnormal."""
     wide = logvars.dtype == tl.float64
     if FORM == "convolved":
         return tl.maximum(logvars, -700.0 if wide else -87.0, tl.PropagateNan.ALL)
@@ -95,12 +95,12 @@ def prepare_kernel(
         at = column.to(tl.int64)[None, :] * padded_components + component[:, None]
         inside = (component < padded_components)[:, None] & (column < padded_columns)[None, :]
         if FORM == "convolved":
-            # Padding: a dimension has a difference of 0, and a variance of 0 beside which q's is 1; ln 1 = 0.
+            # Padded dimensions have a difference of 0 and a variance of 0; q's variance is 1 there, and ln 1 = 0.
             tl.store(roots + at, tl.where((column < columns)[None, :], not_infinite(exp(v)), 0.0), inside)
             tl.store(scaled_means + at, m, inside)
         else:
-            # The average of the first components where it dwarfs their distances, so that shifting z and means together
-            # changes next to nothing; z - c is then exact. Elsewhere 0: z - c would only be rounded.
+            # The centre is the average of the first components if it is much larger than their distances: then z - c
+            # is exact, and shifting z and means together hardly changes the result. Else 0, because z - c would round.
             some = tl.arange(0, COMPONENTS)
             at_some = some.to(tl.int64)[:, None] * means_strides[0] + narrow * means_strides[1]
             inside_some = (some < components)[:, None] & (column < columns)[None, :]
@@ -108,12 +108,12 @@ def prepare_kernel(
             average = tl.sum(first, axis=0) / tl.minimum(components, COMPONENTS)
             distance = tl.max(tl.where(inside_some, tl.abs(first - average[None, :]), 0.0), axis=0)
             c = tl.where(tl.abs(average) > 2.0 * distance, average, 0.0)
-            # What is so narrow has a density at its mean alone: bounded, or 0 times infinity would be NaN.
+            # A component this narrow has density only at its mean. Bounded, because 0 * inf would be NaN.
             most = 1e150 if v.dtype == tl.float64 else 1e30
             s = tl.minimum(exp(-0.5 * v), most / tl.maximum(tl.abs(m - c[None, :]), 1.0), tl.PropagateNan.ALL)
             if FORM == "bounds":
                 s *= SHRUNK
-            # Components of the padding have a root of 1: far from an infinite z, as from any, where 0 would make NaN.
+            # Padding components get root 1; with 0, an infinite z would give inf * 0 = NaN.
             tl.store(roots + at, tl.where((column < columns)[None, :], s, 0.0), inside)
             tl.store(scaled_means + at, tl.where(mask, (m - c[None, :]) * s, 0.0), inside)
             if program < column_blocks:

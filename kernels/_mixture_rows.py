@@ -1,4 +1,4 @@
-"""Gradients by rows of the ops on a mixture that all rows share: of z, its log-variance, and logits of its own."""
+"""Gradients by rows of the ops on a mixture that all rows share: of z, its log-variance, and per-row logits."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from fastkl.kernels._device import TRITON_DTYPE, exp, two_parts, weighted
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, strides_of
 from fastkl.kernels._mixture import (
-    blocks,
     finite_spread,
     four,
     joint_tile,
     load_centred,
     of_rows,
     quads,
-    scattered,
-    split,
     term_index,
 )
+from fastkl.kernels._mixture_tiles import blocks, scattered, split
 
 
 @triton.jit
@@ -39,7 +37,7 @@ def given_weights(
 
 @triton.jit
 def stacked(x, y):
-    """Along a new first dimension, which threads keep to themselves; a last one they would share."""
+    """x and y along a new first dimension, which stays within a thread; a new last one would be split over threads."""
     if len(x.shape) == 3:
         return tl.permute(tl.join(x, y), [3, 0, 1, 2])
     elif len(x.shape) == 4:
@@ -50,7 +48,7 @@ def stacked(x, y):
 
 @triton.jit
 def summed(x):
-    """[rows or components, 4] of four tiles summed over each group's terms, [own, groups, LANES]."""
+    """Four tiles, summed over the terms of each group [own, groups, LANES], as [rows or components, 4]."""
     x = tl.sum(stacked(stacked(x[0], x[1]), stacked(x[2], x[3])), axis=3)
     return tl.reshape(tl.permute(x, [3, 2, 0, 1]), [x.shape[3] * x.shape[2], 4])
 
@@ -63,15 +61,15 @@ def gmm_rows_kernel(
     FORM: tl.constexpr, GIVEN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr,
     TERMS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of z and logvar (per split), and of logits where each row has its own.
+    """Gradients of z and logvar (per split), and of per-row logits.
 
-    `rows` rows of logits, each for `copies` rows of z, `rows` apart. The sums over components and copies are kept in
-    the outputs, whose elements belong to one program. With GIVEN the weights are dlog_r - exp(log_r) dlp.
+    Each of the `rows` rows of logits serves `copies` rows of z, `rows` apart. The outputs accumulate the sums over
+    components and copies; one program owns each element. With GIVEN the weights are dlog_r - exp(log_r) dlp.
     """
     split = tl.program_id(0) % splits
     index = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
     valid = index < rows
-    index = tl.minimum(index, rows - 1)  # beyond the last row it again, not stored
+    index = tl.minimum(index, rows - 1)  # past the end the last row, not stored
     steps = (z_strides[1] * 4, logvar_strides[1] * 4)
     lanes = term_index(COMPONENTS, TERMS)
     first = split * components_per_program
@@ -104,15 +102,15 @@ def gmm_rows_kernel(
                 weight = weighted(of_rows(gradient, True, TERMS, LANES), exp(joint - value - rest))
             if dlogits is not None:
                 inside = (component < shape[1]) & of_rows(valid, True, TERMS, LANES)
-                column = tl.minimum(component, shape[1] - 1).to(tl.int64)  # the last one again, not stored
+                column = tl.minimum(component, shape[1] - 1).to(tl.int64)  # past the end the last one, not stored
                 out = of_rows(index.to(tl.int64) * dlogits_strides[0], True, TERMS, LANES) + column * dlogits_strides[1]
                 change = weight
                 if not GIVEN:
-                    # As joint_tile takes it, so that the two loads become one.
+                    # The same address expression as in joint_tile, so that the compiler merges the two loads.
                     row_at = of_rows(index.to(tl.int64) * logits_strides[0], True, TERMS, LANES)
                     share = tl.load(logits + (row_at + column * logits_strides[1])).to(DTYPE) - normal
                     change -= of_rows(gradient, True, TERMS, LANES) * exp(share)
-                change += tl.load(dlogits + out, copy + lanes * 0 > 0, other=0.0).to(DTYPE)  # else 0: nothing yet
+                change += tl.load(dlogits + out, copy + lanes * 0 > 0, other=0.0).to(DTYPE)  # the first starts from 0
                 tl.store(dlogits + out, change, inside)
             if dz is not None:
                 dz_at = quads(dz, row, dz_strides)
@@ -147,7 +145,7 @@ def gmm_rows_kernel(
                     mask = valid[:, None]
                     if TAIL:
                         mask = mask & (d + tl.arange(0, 4) < shape[0])[None, :]
-                    old = mask & (start + tl.arange(0, 1) > first)[:, None]  # else 0: nothing yet
+                    old = mask & (start + tl.arange(0, 1) > first)[:, None]  # the first tile starts from 0
                     before = tl.load(dz_at, old, other=0.0).to(DTYPE)
                     tl.store(dz_at, before - summed(sums), mask)
                     dz_at += dz_strides[1] * 4

@@ -1,13 +1,13 @@
-"""What the kernels of total_correlation share: posteriors prepared for the pair loop, its tile and its exponents.
+"""Shared code of total_correlation's kernels: posteriors prepared for the pair loop, its tile and its exponents.
 
-With s = exp(-logvar / 2) sqrt(log2(e) / 2) and t = (z - mu) s a density is 2^(log2 s - t^2) sqrt(ln 2 / pi): for each
-(i, j, d) there are a difference, two products, one exponential and the sums. Exponents are relative to row i's own
-posterior, from which z_i was drawn: sums need no running maximum. Rows so far from their own that this overflows are
-done again relative to the densest posterior at each d.
+With s = exp(-logvar / 2) sqrt(log2(e) / 2) and t = (z - mu) s, a density is 2^(log2 s - t^2) sqrt(ln 2 / pi): each
+(i, j, d) takes a difference, two products, one exponential and the sums. Exponents are relative to row i's own
+posterior, from which z_i was drawn, so the sums need no running maximum. Rows so far from their own posterior that this
+overflows are recomputed relative to the densest posterior at each d.
 
 A tile is [REGISTERS, OWN, GROUPS, LANES, STEPS]: d = step * REGISTERS + register, the program's own rows (or
-posteriors) group * OWN + own, and the others, LANES at once. Triton deals the last dimensions out to the threads and
-warps first: a thread keeps REGISTERS x OWN sums, and loads REGISTERS neighbours at a time for OWN of its own.
+posteriors) group * OWN + own, and LANES of the others. Triton assigns the last dimensions to threads and warps first. A
+thread holds REGISTERS x OWN sums, and uses each load of REGISTERS neighbours for OWN of its rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastkl.kernels._device import TRITON_DTYPE, exp
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, next_power_of_2, registers
 
-MOST_COLUMNS = 512  # more would spill; the closed form takes them
+MOST_COLUMNS = 512  # more would spill; the closed form serves larger inputs
 SCALE = tl.constexpr(0.8493218002880191)  # sqrt(log2(e) / 2)
 LOG2_SCALE = tl.constexpr(-0.23561681352755115)
 HALF_LOG2E = tl.constexpr(0.7213475204444817)
@@ -31,7 +31,7 @@ def prepare_kernel(
     mu, logvar, means, roots, logs, batch, columns, mu_strides, logvar_strides,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """means, s and log2 s [batch padded, COLUMNS]; the last is exact also where s underflows or is bounded."""
+    """means, s and log2 s [batch padded, COLUMNS]; log2 s is exact even if s underflows or is clamped."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     real = (column < columns)[None, :]
@@ -39,10 +39,10 @@ def prepare_kernel(
     wide, narrow = row.to(tl.int64)[:, None], column.to(tl.int64)[None, :]
     m = tl.load(mu + wide * mu_strides[0] + narrow * mu_strides[1], mask, other=0.0).to(DTYPE)
     v = tl.load(logvar + wide * logvar_strides[0] + narrow * logvar_strides[1], mask, other=0.0).to(DTYPE)
-    # Padding: all have t = 0; dimensions a density of 1, the same for all posteriors, and posteriors one of 0.
+    # Padding has t = 0. A padded dimension has density 1 for all posteriors; a padded posterior has density 0.
     at = wide * COLUMNS + narrow
     tl.store(means + at, m)
-    # Bounded: infinity times a difference of 0 would be NaN.
+    # Clamped, because infinity times a difference of 0 would be NaN.
     root = tl.minimum(exp(v, -0.5) * SCALE, 1e308 if tl.float64 == DTYPE else 1e38, tl.PropagateNan.ALL)
     tl.store(roots + at, tl.where(mask, root, 0.0))
     tl.store(logs + at, tl.where(mask, LOG2_SCALE - v * HALF_LOG2E, tl.where(real, float("-inf"), 0.0)))
@@ -68,7 +68,7 @@ def other_index(LANES: tl.constexpr):
 
 @triton.jit
 def over_columns(x):
-    """Sum over d, [1, OWN, GROUPS, LANES, 1]."""
+    """The sum over d, [1, OWN, GROUPS, LANES, 1]."""
     return tl.expand_dims(tl.expand_dims(tl.sum(tl.sum(x, axis=0), axis=3), 0), 4)
 
 
@@ -84,14 +84,14 @@ def most_over_others(x):
 
 @triton.jit
 def bounded(t):
-    """What is infinitely far away has weight 0, and the product of both would be NaN."""
+    """t clamped to finite values: an infinite distance has weight 0, and 0 * inf would be NaN."""
     most: tl.constexpr = 1e308 if t.dtype == tl.float64 else 3.4e38
     return tl.minimum(tl.maximum(t, -most), most)
 
 
 @triton.jit
 def pair_weight(own, other, batch, own_weight, next_weight):
-    """w_ij in multiples of the others': `own` and `other` are posteriors, broadcastable."""
+    """w_ij relative to the weight of an unrelated pair; `own` and `other` are indices of posteriors and broadcast."""
     following = tl.where(own + 1 == batch, 0, own + 1)
     return tl.where(other == own, own_weight, tl.where(other == following, next_weight, 1.0))
 
@@ -101,7 +101,7 @@ def references(
     z, origins, shift, far, means, roots, logs, padded,
     REGISTERS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """(origins, shift) for rows that are `far` from their own posterior: those of the densest at each d and jointly."""
+    """(origins, shift) with values of the densest posterior, at each d and jointly, for rows `far` from their own."""
     COLUMNS: tl.constexpr = REGISTERS * STEPS
     at = other_index(LANES) * COLUMNS + column_index(REGISTERS, STEPS)
     densest = (z + at) * 0.0 + float("-inf")

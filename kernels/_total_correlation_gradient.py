@@ -1,7 +1,7 @@
-"""Gradients of total_correlation: one kernel by rows for z, one by posteriors for mu and logvar; no atomics.
+"""Gradients of total_correlation: one kernel by rows for z, one by posteriors for mu and logvar, without atomics.
 
-Both take exponents relative to the reference that the forward pass had, so that a posterior alone has a share of
-exactly 1. The first writes for the second what depends on (i, d) only: z, the references, the marginals' coefficients.
+Both take exponents relative to the forward pass's references, so that a single dominant posterior has a share of
+exactly 1. The first kernel writes the values per (i, d) for the second: z, the references, the marginals' coefficients.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def total_correlation_rows_kernel(
     column = column_index(REGISTERS, STEPS)
     inside, real = index < rows, column < columns
     mask = inside & real
-    # Rows beyond the last do its work again; dimensions beyond the last have no weight.
+    # Rows past the end repeat the last one, and dimensions past the end have weight 0.
     row = tl.minimum(index, rows - 1)
     wide = row.to(tl.int64)
     x = tl.load(z + wide * z_strides[0] + column.to(tl.int64) * z_strides[1], real, other=0.0).to(dtype)
@@ -66,12 +66,12 @@ def total_correlation_rows_kernel(
     of_own = tl.load(dmutual + wide * dmutual_stride).to(dtype)
     of_total = tl.load(dtotal + wide * dtotal_stride).to(dtype)
     of_dimension = tl.load(ddimension + wide * ddimension_stride).to(dtype)
-    # A row of weight 0 has no gradient, though it lies infinitely far from all posteriors.
+    # A row of weight 0 has gradient 0, even if it is infinitely far from all posteriors.
     of_joint, marginal = of_total - of_own, of_dimension - of_total
     of_joint = tl.where(of_joint == 0.0, 0.0, of_joint / tl.abs(joint))
     marginal_total = tl.load(marginal_sum + wide * columns + column, real, other=1.0)
     marginal = tl.where(real & (marginal != 0.0), marginal / marginal_total, 0.0)
-    # What the other kernel reads.
+    # Inputs of the other kernel.
     at = wide * COLUMNS + column
     kept = inside & (column < COLUMNS)
     tl.store(points + at, x, kept)

@@ -36,15 +36,15 @@ def blocks(rows: int, columns: int, itemsize: int) -> dict[str, int]:
 
 @triton.jit
 def bernoulli_terms(logits, x):
-    """x l - softplus(l) without overflow; above 0 it is (x - 1) l - softplus(-l), for x l - l cancels."""
+    """x l - softplus(l) without overflow; above 0 it is (x - 1) l - softplus(-l), because x l - l cancels."""
     return weighted(tl.where(logits > 0.0, x - 1.0, x), logits) - log1p(tl.exp(-tl.abs(logits)))
 
 
 @triton.jit
 def bernoulli_terms_gradient(logits, x):
-    """In logits x - sigmoid(l), in the same two parts; in x it is the logit."""
+    """Gradients: in logits x - sigmoid(l), with the same two cases; in x the logit."""
     u = tl.exp(-tl.abs(logits))
-    opposite = u / (1.0 + u)  # the probability of what the logit's sign speaks against
+    opposite = u / (1.0 + u)  # the probability of the less likely outcome
     return tl.where(logits > 0.0, x - 1.0 + opposite, x - opposite)
 
 
@@ -53,7 +53,7 @@ def bernoulli_log_prob_fwd_kernel(
     logits, x, log_prob, shape, logits_strides, x_strides, columns_per_program, splits,
     NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`splits` programs share each block of rows; log_prob is [splits, rows]."""
+    """log_prob [splits, rows]; `splits` programs share a block of rows."""
     rows, columns = shape[0], shape[2]
     split = tl.program_id(0) % splits
     row = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
@@ -78,11 +78,11 @@ def bernoulli_log_prob_bwd_kernel(
     column_blocks,
     NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One tile. A gradient that nobody wants is None, and x is not read for the one in x."""
+    """Gradients of one tile. One that is not requested is None; the gradient in x does not need x."""
     rows, columns = shape[0], shape[2]
     row = tl.program_id(0) // column_blocks * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
-    # What is masked is not stored; any fill will do.
+    # Masked elements are not stored, so any fill is valid.
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     dtype: tl.constexpr = dlog_prob.dtype.element_ty
     at = offsets(row, shape[1], dlog_prob_strides[0], dlog_prob_strides[1], NESTED % 2 == 1)

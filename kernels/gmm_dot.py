@@ -1,9 +1,9 @@
 """Log-density of a diagonal mixture on tensor cores: the square expanded around a centre c, the mean of the means.
 
 a_k = constant_k - 1/2 [(x^2 + sigma^2) . s^2 - 2 x . (m - c) s^2], x = z - c, s^2 = exp(-logvars): two products by
-tl.dot in tf32x3 or tf32. Backward keeps the weights w = dlp r of a block of rows (32 MiB), and multiplies them by rows,
-dz = w ((m - c) s^2) - x (w s^2), and by components, w^T x and w^T (x^2 + sigma^2), in at most 32 MiB of partial sums.
-The convolved form, whose variances differ from row to row, and float64 are the exact kernels'.
+tl.dot in tf32x3 or tf32. Backward stores the weights w = dlp r of a block of rows (32 MiB), and multiplies them by
+rows, dz = w ((m - c) s^2) - x (w s^2), and by components, w^T x and w^T (x^2 + sigma^2), with at most 32 MiB of partial
+sums. The exact kernels serve float64 and the convolved form, whose variances differ by row.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def blocks(kernel: str, columns: int) -> dict[str, int]:
 
 @triton.jit
 def load(pointer, row, column, rows, columns, strides, OTHER: tl.constexpr = 0.0):
-    """[row, column] in float32; outside by default 0, neutral in a product."""
+    """Elements [row, column] in float32; outside the tensor OTHER, by default 0, which is neutral in a product."""
     at = row.to(tl.int64)[:, None] * strides[0] + column.to(tl.int64)[None, :] * strides[1]
     return tl.load(pointer + at, (row < rows)[:, None] & (column < columns)[None, :], other=OTHER).to(tl.float32)
 
 
 @triton.jit
 def load_rows(z, logvar, centre, row, column, rows, columns, z_strides, logvar_strides):
-    """x = z - c and x^2 + sigma^2. Columns outside are 0; rows outside are finite, not stored and of weight 0."""
+    """x = z - c and x^2 + sigma^2. Columns outside are 0; rows outside are finite, have weight 0 and are not stored."""
     x = load(z, row, column, rows, columns, z_strides)
     x -= tl.load(centre + column, column < columns, other=0.0)[None, :]
     square = x * x
@@ -55,9 +55,9 @@ def gmm_dot_kernel(
     z_strides, logvar_strides, log_weights_strides, dlp_stride, components_per_program,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows by some components: their log-sum-exp into lp, or with `weight` dlp exp(a - lp) into that.
+    """ROWS rows by some components. Writes their log-sum-exp to lp or, if `weight` is given, dlp exp(a - lp) to weight.
 
-    shape is (rows, components, columns, rows of log_weights, first row); lp without weight is [splits, rows].
+    shape is (rows, components, columns, rows of log_weights, first row); without weight, lp is [splits, rows].
     """
     rows, components, columns = shape[0], shape[1], shape[2]
     row_blocks = tl.cdiv(rows, ROWS)
@@ -74,7 +74,7 @@ def gmm_dot_kernel(
             x, square = load_rows(z, logvar, centre, row, inner, rows, columns, z_strides, logvar_strides)
             at = component.to(tl.int64)[None, :] * columns + inner[:, None]
             inside = (inner < columns)[:, None] & (component < components)[None, :]
-            # Zeros are neutral in a product.
+            # other=0.0 is neutral in a product.
             scaled_mean = tl.load(scaled_means + at, inside, other=0.0)
             a = tl.dot(x, scaled_mean, a, input_precision=supported(PRECISION))
             precision = tl.load(precisions + at, inside, other=0.0)
@@ -107,7 +107,7 @@ def gmm_dot_by_rows_kernel(
     z_strides, logvar_strides, dz_strides, dlogvar_strides,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dz (and dlogvar): the weights times the components' precisions and scaled means."""
+    """A tile of dz (and dlogvar): the weights times the components' precisions and scaled means."""
     rows, components, columns = shape[0], shape[1], shape[2]
     row_blocks = tl.cdiv(rows, ROWS)
     row = tl.program_id(0) % row_blocks * ROWS + tl.arange(0, ROWS)
@@ -135,7 +135,7 @@ def gmm_dot_by_components_kernel(
     z, logvar, centre, weight, partial, shape, z_strides, logvar_strides, rows_per_program,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """A tile of w^T x and w^T (x^2 + sigma^2), ROWS of components here; partial is [splits, 2, components, columns]."""
+    """A tile of w^T x and w^T (x^2 + sigma^2), with ROWS components; partial is [splits, 2, components, columns]."""
     rows, components, columns = shape[0], shape[1], shape[2]
     component_blocks, column_blocks = tl.cdiv(components, ROWS), tl.cdiv(columns, COLUMNS)
     component = tl.program_id(0) % component_blocks * ROWS + tl.arange(0, ROWS)

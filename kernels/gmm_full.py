@@ -1,9 +1,10 @@
 """Log-density of a mixture with full covariances, S_k = L_k L_k^T: y = P_k (z - m_k), P_k = L_k^-1, tiled.
 
-An N x K block of joint log-densities costs little beside N K D^2 / 2 products, so rows come in blocks whose joint is at
-most 32 MiB: every (block of rows, component) is a program of its own, and responsibilities are normalised exactly. P is
-made for at most 32 MiB of components at a time, and backward keeps y in a third such buffer, whose products
-(y^T w y, w y P) are torch's: "exact" there as torch.backends.cuda.matmul says (float32 unless asked otherwise).
+An N x K block of joint log-densities costs little beside N K D^2 / 2 products. Rows therefore come in blocks whose
+joint log-density takes at most 32 MiB, each (block of rows, component) is one program, and responsibilities are
+normalised exactly. P is computed for at most 32 MiB of components at a time. Backward stores y in a third such buffer,
+and torch computes its products (y^T w y, w y P), for which "exact" follows torch.backends.cuda.matmul (float32 by
+default).
 
 Gradients, with w = dlp r, g = sum_n w y, A = sum_n w y y^T [+ P diag(sum_n w sigma^2) P^T if "expected"]:
 dz = -sum_k w P^T y, dm = P^T g, dL = tril(P^T A) - sum_n w diag(1 / L_ii).
@@ -26,7 +27,7 @@ BUFFER_BYTES = 32 << 20
 
 
 def supported(precision, _semantic=None):
-    """In a kernel: `precision`, or "ieee" where the target's tl.dot has no such (tf32x3 on AMD)."""
+    """In a kernel: `precision`, or "ieee" if the target's tl.dot does not support it (tf32x3 on AMD)."""
     name = getattr(precision, "value", precision)
     options = getattr(getattr(_semantic, "builder", None), "options", None)
     if name not in getattr(options, "allowed_dot_input_precisions", (name,)):
@@ -34,7 +35,7 @@ def supported(precision, _semantic=None):
     return tl.constexpr(name)
 
 
-supported.__triton_builtin__ = True  # so that a kernel may call it, while it is compiled
+supported.__triton_builtin__ = True  # lets a kernel call it at compile time
 
 
 def blocks(columns: int, dtype: torch.dtype, precision: str) -> dict[str, int]:
@@ -53,7 +54,7 @@ def gmm_full_joint_kernel(
     z_strides, means_strides, roots_strides, log_weights_strides, joint_strides,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One component at ROWS rows: ln pi + ln N(z; m, S) into joint, or y into whitened.
+    """One component at ROWS rows. Writes ln pi + ln N(z; m, S) to joint, or y to whitened.
 
     shape is (rows, components, columns, rows of log_weights, first row).
     """
@@ -73,7 +74,7 @@ def gmm_full_joint_kernel(
         for start_inner in range(0, tl.minimum(start + COLUMNS, columns), INNER):  # P is 0 above the diagonal
             inner = start_inner + tl.arange(0, INNER)
             inside = inner < columns
-            # A difference of 0 and a row of zeros are neutral in a product.
+            # other=0.0: a difference of 0 and a row of zeros are neutral in a product.
             mask = row_inside[:, None] & inside[None, :]
             x = tl.load(z + inner[None, :] * z_strides[1], mask, other=0.0).to(DTYPE)
             m = tl.load(means + inner * means_strides[1], inside, other=0.0).to(DTYPE)

@@ -9,9 +9,10 @@ import triton.language as tl
 from fastkl.kernels._device import TRITON_DTYPE, exp, finite
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import DOT_TAKES_FLOAT64, cdiv, compute_dtype, strides_of
-from fastkl.kernels._mixture import blocks, joint_tile, of_rows, quads, scattered, split, term_index
+from fastkl.kernels._mixture import joint_tile, of_rows, quads, term_index
 from fastkl.kernels._mixture_gradient import gradients
 from fastkl.kernels._mixture_prepare import add_exponentials, prepare
+from fastkl.kernels._mixture_tiles import blocks, scattered, split
 
 
 def module(inputs, scale_tril, form, precision):
@@ -45,15 +46,15 @@ def gmm_fwd_kernel(
     FORM: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, TERMS: tl.constexpr,
     LANES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """`splits` programs share a block of rows; lp is [splits, rows], float64. joints [rows, K] takes each term."""
+    """lp [splits, rows] in float64, and each term in joints [rows, K]; `splits` programs share a block of rows."""
     split = tl.program_id(0) % splits
     index = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
-    row = tl.minimum(index, rows - 1)  # beyond the last row it again: no mask in the inner loop
+    row = tl.minimum(index, rows - 1)  # past the end the last row, which saves a mask in the loop
     z_at, logvar_at = quads(z, row, z_strides), None
     steps = (z_strides[1] * 4, logvar_strides[1] * 4)
     if logvar is not None:
         logvar_at = quads(logvar, row, logvar_strides)
-    # Each group's own maximum and sum, put together at the end.
+    # Maximum and sum of each group, merged at the end.
     top = tl.full([ROWS // LANES, COMPONENTS // TERMS, LANES], float("-inf"), dtype=DTYPE)
     total = tl.zeros([ROWS // LANES, COMPONENTS // TERMS, LANES], dtype=DTYPE)
     first = split * components_per_program
@@ -85,7 +86,7 @@ def launch_fwd(z, logvar, logits, means, logvars, form, *, joints=False):
         return torch.empty(0, dtype=torch.float64, device=device), joint
     mixture = prepare(logits, means, logvars, form, dtype)
     own, odd = logits.shape[0] > 1, scattered(z, logvar)
-    block = blocks(dtype, form, "forward", rows, components, own=own + joints, scattered=odd)
+    block = blocks(dtype, form, "forward", rows, components, own=own or joints, scattered=odd, given=own and joints)
     row_blocks = cdiv(rows, block["ROWS"])
     length, splits = split(components, block["COMPONENTS"], row_blocks, rows * 8)
     lp = torch.empty((splits, rows), dtype=torch.float64, device=device)

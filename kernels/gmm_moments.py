@@ -1,4 +1,4 @@
-"""The statistics that EM needs, [lp [R], counts [K], first [K, D], second [K, D]], from the component kernel."""
+"""The statistics of expectation maximisation, [lp [R], counts [K], first [K, D], second [K, D]], by components."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Log-density of one mixture per datum: every parameter serves its datum's few samples only, so memory is the bound.
+"""Log-density of one mixture per datum: each parameter serves only its datum's samples, so memory is the bottleneck.
 
-Row r of z is sample r // M of datum r % M. Forward reads the parameters once (2R of [M, K, D]) and backward once, too,
-writing their gradients on the way (2R + 2W), if a row fits a tile (D <= 2048; 1024 in float64) and the K components
-fit one, or there is one sample; else parameters are read again, for several samples mostly from cache.
+Row r of z is sample r // M of datum r % M. Forward reads the parameters once (2R of [M, K, D]), and backward reads them
+once and writes their gradients (2R + 2W), if a row fits a tile (D <= 2048; 1024 in float64) and either the K components
+fit one or each datum has one sample. Else parameters are read again, for several samples mostly from cache.
 
-Beyond inputs and outputs: log-weights [I, K], one sum [M, K] for logits that all rows share, at most 32 MiB for the
-gradient of logvars that broadcast, and for longer rows the joint log-density [R, K] in backward.
+Memory beyond inputs and outputs: log-weights [I, K], one sum [M, K] for logits that all rows share, at most 32 MiB for
+the gradient of broadcast logvars, and for longer rows the joint log-density [R, K] in backward.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from fastkl.kernels._gmm_per_datum_gradient import launch_bwd
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import PROGRAMS, cdiv, compute_dtype, share
 
-BUFFER_BYTES = 32 << 20  # for the gradient of logvars that broadcast
+BUFFER_BYTES = 32 << 20  # for the gradient of broadcast logvars
 
 
 @triton.jit
 def log_sum_exp(peak, total, DATA: tl.constexpr, COMPONENTS: tl.constexpr):
-    """[DATA] in float64: each pair's maximum and sum put together."""
+    """The log-sum-exp [DATA] in float64, from each pair's maximum and sum."""
     peaks = tl.reshape(peak, [DATA, COMPONENTS])
     top = finite(tl.max(peaks, axis=1))
     together = tl.sum(tl.reshape(total, [DATA, COMPONENTS]) * tl.exp(peaks - top[:, None]), axis=1)
@@ -49,7 +49,7 @@ def gmm_per_datum_fwd_kernel(
     FORM: tl.constexpr, RESIDENT: tl.constexpr, DATA: tl.constexpr, COMPONENTS: tl.constexpr, COLUMNS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """DATA mixtures by `samples_per_program` samples of each; RESIDENT: a mixture is one tile, read before the samples.
+    """DATA mixtures by `samples_per_program` samples of each; RESIDENT: a mixture is one tile, loaded once.
 
     shape is (samples, data, components, columns, samples of the log-weights). Data past the end repeat the last one
     and are not stored.

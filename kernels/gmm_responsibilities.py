@@ -1,5 +1,5 @@
-"""Log responsibilities ln p(k | z) [R, K] of a mixture that all rows share, exact whatever the precision asked for;
-backward needs no distances."""
+"""Log responsibilities ln p(k | z) [R, K] of a mixture that all rows share; exact for every precision. Backward needs
+no distances."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Gumbel-Softmax: 1R + 1W forward, 2R + 1W backward. The noise is Philox in registers, drawn again where it is needed.
+"""Gumbel-Softmax: 1R + 1W forward, 2R + 1W backward. The noise comes from Philox in registers and is never stored.
 
 Logits are [outer, classes, inner]. With AXIS 1 (inner is 1) a tile is ROWS distributions by COLUMNS classes, with AXIS
-0 ROWS classes by COLUMNS distributions: columns are neighbours in the noise, and mostly in memory. Classes that do not
-fit one tile are swept twice, which reads them once more: first their statistics, by several programs each.
+0 ROWS classes by COLUMNS distributions; columns are contiguous in the noise, and mostly in memory. Classes that do not
+fit one tile take two passes, which read the logits twice: first statistics, split over programs, then the result.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def blocks(classes: int, inner: int, wide: bool, odd: bool) -> tuple[dict[str, i
 @triton.jit
 def combine(found, found_third, distribution, count, scale, splits, AXIS: tl.constexpr, SPLITS: tl.constexpr,
             INTEGER: tl.constexpr):  # fmt: skip
-    """(maximum, sum, class of the maximum or weighted gradient) of what the splits found."""
+    """(maximum, sum, class of the maximum or weighted gradient), merged over the splits."""
     split = tl.arange(0, SPLITS)[:, None]
     mask = (split < splits) & (distribution < count)[None, :]
     at = split.to(tl.int64) * count + distribution[None, :]
-    tops = tl.load(found + at, mask, other=float("-inf"))  # of no class
+    tops = tl.load(found + at, mask, other=float("-inf"))  # the maximum of an empty split
     top = finite(tl.max(tops, axis=0))
     weight = tl.exp2((tops - top[None, :]) * scale)
     total = tl.sum(weight * tl.load(found + at + splits * count, mask, other=0.0), axis=0)
@@ -89,8 +89,8 @@ def statistics_kernel(
     splits, count, SOFT: tl.constexpr, TENSOR: tl.constexpr, AXIS: tl.constexpr, ODD: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sum of exponentials of each split of the classes, and its first class with the maximum or, given dy,
-    the sum weighted by dy. With SOFT `logits` are weights already."""
+    """Maximum and sum of exponentials of each split of the classes, and the first class with the maximum or, given dy,
+    the sum weighted by dy. With SOFT, `logits` holds the weights."""
     block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     scale = temperature(tau, TENSOR, DTYPE)[0]
     key = tl.load(seed)
@@ -104,7 +104,7 @@ def statistics_kernel(
         line, first, column, index, _own, mask = tile(block, start, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)
         at = offsets(block, line, column, index, strides, column_blocks, AXIS)
         if SOFT:
-            weight = tl.load(logits + at, mask, other=0.0).to(DTYPE)  # weighs nothing
+            weight = tl.load(logits + at, mask, other=0.0).to(DTYPE)  # a weight of 0
         else:
             values = perturbed(
                 logits + at, mask, key, stream, line, first, column, shape, AXIS, ODD, ROWS, COLUMNS, DTYPE
@@ -121,10 +121,10 @@ def statistics_kernel(
         total += weight
         if dy is not None:
             at = offsets(block, line, column, index, dy_strides, column_blocks, AXIS)
-            dot += weight * tl.load(dy + at, mask, other=0.0).to(DTYPE)  # of no weight
+            dot += weight * tl.load(dy + at, mask, other=0.0).to(DTYPE)  # masked entries have weight 0
     distribution = tile(block, begin, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)[4]
     at = tl.expand_dims(split.to(tl.int64) * count + distribution, AXIS)
-    # The columns of an inner block beyond the last belong to the next outer index.
+    # Columns past the end of an inner block would belong to the next outer index.
     inside = distribution < count if AXIS == 1 else tl.arange(0, COLUMNS) + block % column_blocks * COLUMNS < shape[2]
     inside = tl.expand_dims(inside, AXIS)
     tl.store(found + at, top, inside)
@@ -139,7 +139,7 @@ def gumbel_softmax_fwd_kernel(
     splits, count, HARD: tl.constexpr, TENSOR: tl.constexpr, AXIS: tl.constexpr, ODD: tl.constexpr,
     SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Without `found` one tile holds all classes."""
+    """y; without `found` one tile holds all classes."""
     block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     scale, _inverse, limit = temperature(tau, TENSOR, DTYPE)
     key = tl.load(seed)
@@ -161,7 +161,7 @@ def gumbel_softmax_fwd_kernel(
         if HARD or TENSOR:
             if found is None:
                 best = first_maximum(values, index, top, AXIS)
-            one_hot = tl.where(index == best, 1.0, 0.0) + total * 0.0  # NaN where a logit or tau is
+            one_hot = tl.where(index == best, 1.0, 0.0) + total * 0.0  # keeps NaN of a logit or tau
             result = one_hot if HARD else tl.where(limit, one_hot, result)
         tl.store(y + offsets(block, line, column, index, y_strides, column_blocks, AXIS), result, mask)
 
@@ -172,8 +172,8 @@ def gumbel_softmax_bwd_kernel(
     column_blocks, classes_per_program, splits, count, SOFT: tl.constexpr, TENSOR: tl.constexpr, AXIS: tl.constexpr,
     ODD: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """dx = y (dy - sum y dy), dlogits = dx / tau, dtau = -sum dx ln y / tau; with SOFT `logits` is y, whose rounding
-    its sum takes out."""
+    """dx = y (dy - sum y dy), dlogits = dx / tau, dtau = -sum dx ln y / tau; with SOFT, `logits` is y, and the division
+    by its sum removes its rounding error."""
     block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     scale, inverse, _limit = temperature(tau, TENSOR, DTYPE)
     key = tl.load(seed)
@@ -188,9 +188,9 @@ def gumbel_softmax_bwd_kernel(
         line, first, column, index, _own, mask = tile(block, start, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)
         at = offsets(block, line, column, index, strides, column_blocks, AXIS)
         dy_at = offsets(block, line, column, index, dy_strides, column_blocks, AXIS)
-        d = tl.load(dy + dy_at, mask, other=0.0).to(DTYPE)  # of no weight
+        d = tl.load(dy + dy_at, mask, other=0.0).to(DTYPE)  # masked entries have weight 0
         if SOFT:
-            weight = tl.load(logits + at, mask, other=0.0).to(DTYPE)  # weighs nothing
+            weight = tl.load(logits + at, mask, other=0.0).to(DTYPE)  # a weight of 0
         else:
             values = perturbed(
                 logits + at, mask, key, stream, line, first, column, shape, AXIS, ODD, ROWS, COLUMNS, DTYPE

@@ -1,7 +1,7 @@
-"""KL(q || mixture) by samples: z drawn by one kernel into a bounded buffer, the mixture's own kernels on it as rows.
+"""KL(q || mixture) by samples: one kernel draws z into a bounded buffer, on whose rows the mixture's kernels run.
 
-Nothing is kept for backward: it draws the noise again, once for z and once for what its gradient does to (mu, logvar).
-The buffers, z and its gradient, hold as many samples as fit SAMPLES_BYTES, and one at least, however many there are.
+Backward draws the noise again, once for z and once for the gradients of (mu, logvar), so no noise is saved. The
+buffers, z and its gradient, hold as many samples as fit SAMPLES_BYTES, and at least one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SAMPLES_BYTES = 32 << 20
 
 
 def blocks(dtype: torch.dtype) -> dict[str, int]:
-    """Elements of mu that one program takes through all samples."""
+    """The block of elements of mu that one program processes for all samples."""
     return {"BLOCK": 1024 if dtype == torch.float32 else 512, "num_warps": 4}
 
 
@@ -35,13 +35,13 @@ def draw(seed, start, sample, BLOCK: tl.constexpr):
 def kl_gmm_samples_kernel(
     mu, logvar, seed, z, eps, shape, mu_strides, logvar_strides, first, last, BLOCK: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
-    """z, and eps if wanted, [last - first, rows, columns], of the samples first to last."""
+    """z, and eps if not None, [last - first, rows, columns], of the samples first to last."""
     rows, columns = shape
     start = tl.program_id(0).to(tl.int64) * BLOCK
     index = start + tl.arange(0, BLOCK)
     mask = index < rows.to(tl.int64) * columns
     row, column = index // columns, index % columns
-    # What is masked is not stored.
+    # Masked elements are not stored, so any fill is valid.
     m = tl.load(mu + row * mu_strides[0] + column * mu_strides[1], mask, other=0.0).to(DTYPE)
     v = tl.load(logvar + row * logvar_strides[0] + column * logvar_strides[1], mask, other=0.0).to(DTYPE)
     sigma = exp(0.5 * v)
@@ -63,14 +63,14 @@ def kl_gmm_samples_bwd_kernel(
     dkl, dz, logvar, seed, dmu, dlogvar, shape, dkl_stride, logvar_strides, first, last, num_samples,
     STL: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """What the gradients dz of the samples first to last do to (mu, logvar), added to what earlier ones did; the
-    entropy's gradient comes with the first. STL takes d ln q(z) / dz along, in place of that."""
+    """The gradients in (mu, logvar) from the gradients dz of the samples first to last, added to those of earlier
+    samples. The first sample adds the entropy's gradient; with STL, d ln q(z) / dz of each sample replaces it."""
     rows, columns = shape
     start = tl.program_id(0).to(tl.int64) * BLOCK
     index = start + tl.arange(0, BLOCK)
     mask = index < rows.to(tl.int64) * columns
     row, column = index // columns, index % columns
-    # What is masked is not stored.
+    # Masked elements are not stored, so any fill is valid.
     gradient = tl.load(dkl + row * dkl_stride, mask, other=0.0).to(DTYPE)
     v = tl.load(logvar + row * logvar_strides[0] + column * logvar_strides[1], mask, other=0.0).to(DTYPE)
     sigma = exp(0.5 * v)
@@ -87,7 +87,7 @@ def kl_gmm_samples_bwd_kernel(
         total_noise += d * noise
         dz += rows.to(tl.int64) * columns
     total_noise *= 0.5 * sigma
-    again = mask & (index * 0 + first > 0)  # else 0: nothing yet
+    again = mask & (index * 0 + first > 0)  # the first sample starts from 0
     if not STL:
         total_noise -= tl.where(again, 0.0, 0.5 * gradient)
     tl.store(dmu + index, tl.load(dmu + index, again, other=0.0) + total, mask)
@@ -95,7 +95,7 @@ def kl_gmm_samples_bwd_kernel(
 
 
 def _chunks(mu, num_samples: int, dtype: torch.dtype):
-    """(first, last) sample of each buffer."""
+    """The (first, last) sample of each buffer."""
     step = max(1, SAMPLES_BYTES // max(1, mu.numel() * dtype.itemsize))
     return [(first, min(first + step, num_samples)) for first in range(0, num_samples, step)]
 

@@ -11,8 +11,9 @@ from fastkl.kernels._bounds_gradient import by_components, by_rows
 from fastkl.kernels._device import TRITON_DTYPE
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, compute_dtype
-from fastkl.kernels._mixture import load_rows, quads, scattered, split
+from fastkl.kernels._mixture import load_rows, quads
 from fastkl.kernels._mixture_prepare import add_exponentials, prepare
+from fastkl.kernels._mixture_tiles import scattered, split
 
 
 @triton.jit
@@ -21,10 +22,10 @@ def kl_gmm_bounds_fwd_kernel(
     mu_strides, logvar_strides, components_per_program, splits, TAIL: tl.constexpr, ROWS: tl.constexpr,
     COMPONENTS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """`splits` programs share a block of rows; lower and upper, log-densities, are [splits, rows], float64."""
+    """Log-densities lower and upper [splits, rows] in float64; `splits` programs share a block of rows."""
     split = tl.program_id(0) % splits
     index = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
-    row = tl.minimum(index, rows - 1).to(tl.int64)  # beyond the last row it again: no mask in the inner loop
+    row = tl.minimum(index, rows - 1).to(tl.int64)  # past the end the last row, which saves a mask in the loop
     mu_at, logvar_at = quads(mu, row, mu_strides), quads(logvar, row, logvar_strides)
     steps = (mu_strides[1] * 4, logvar_strides[1] * 4)
     low_top = tl.full([ROWS], float("-inf"), dtype=DTYPE)

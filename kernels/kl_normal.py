@@ -47,7 +47,7 @@ from fastkl.kernels._wasserstein2 import (
     wasserstein2_terms_prior_gradient,
 )
 
-# Rows that one program sums at least, for a prior that the batch shares: partial sums stay a small part of the traffic.
+# Minimum rows per program for a prior shared by the batch, so that partial sums stay a small part of the traffic.
 SHARED_ROWS = 32
 # Bytes of a row of a tall tile: whole cache lines, and narrow, so that many programs share the columns, few the rows.
 TALL_ROW_BYTES = 256
@@ -82,7 +82,7 @@ def kl_normal_fwd_kernel(
     DISTANCE: tl.constexpr, SCALE: tl.constexpr, BOUNDED: tl.constexpr, NESTED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`splits` programs share each block of rows; kl is [splits, rows], or with DISTANCE "wasserstein2" its square."""
+    """kl [splits, rows], with DISTANCE "wasserstein2" the squared distance; `splits` programs share a block of rows."""
     rows, columns = shape[0], shape[2]
     split = tl.program_id(0) % splits
     row = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
@@ -93,8 +93,8 @@ def kl_normal_fwd_kernel(
     total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
     for start in range(first, last, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        # A masked element has mean 0 and log-variance 0 on both sides: its term is 0 exactly, unless a clamp or
-        # softplus makes another log-variance of it.
+        # A masked element has mean 0 and log-variance 0 on both sides, so its term is exactly 0, unless a clamp or
+        # softplus changes the log-variance.
         mask = (row < rows)[:, None] & (column < last)[None, :]
         m = tl.load(mu + tile(row, column, shape, mu_strides, NESTED), mask, other=0.0).to(dtype)
         fill: tl.constexpr = 1.0 if SCALE == "std" else 0.0
@@ -129,8 +129,8 @@ def kl_normal_bwd_kernel(
     DISTANCE: tl.constexpr, SCALE: tl.constexpr, BOUNDED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr,
     PER_COLUMN: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One block of columns by `rows_per_program` rows. dkl is one value per row, with PER_COLUMN one per column. With
-    SHARED the prior is one row, and dprior this program's partial sum over its rows, `partial_stride` apart."""
+    """Gradients of a block of columns by `rows_per_program` rows. dkl has one value per row, with PER_COLUMN one per
+    column. With SHARED the prior is one row, and dprior the program's partial sum, `partial_stride` apart."""
     rows, columns = shape[0], shape[2]
     group = tl.program_id(0) // column_blocks
     column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
@@ -170,7 +170,7 @@ def kl_normal_bwd_kernel(
             else:
                 gradient_mu, gradient_logvar, gradient_pv = wasserstein2_terms_prior_gradient(m, logvar, pm, pv)
             if SHARED:
-                total_mu -= weighted(d, gradient_mu)  # 0 in masked rows, where d is
+                total_mu -= weighted(d, gradient_mu)  # 0 in masked rows, because d is 0
                 total_logvar += weighted(d, gradient_pv)
             elif dprior_mu is not None:
                 at = tile(row, column, shape, dprior_mu_strides, NESTED)

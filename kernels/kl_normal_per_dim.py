@@ -36,8 +36,8 @@ def kl_normal_per_dim_fwd_kernel(
     low: tl.constexpr, high: tl.constexpr,
     SCALE: tl.constexpr, BOUNDED: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One block of columns by `rows_per_program` rows; kl takes this program's share of the mean, `partial_stride`
-    apart for each group of rows."""
+    """The share of the mean of a block of columns by `rows_per_program` rows, in kl, `partial_stride` apart for each
+    group of rows."""
     rows, columns = shape[0], shape[2]
     group = tl.program_id(0) // column_blocks
     column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
@@ -48,7 +48,7 @@ def kl_normal_per_dim_fwd_kernel(
     total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
     for start in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
         row = start + tl.arange(0, ROWS)
-        # Masked elements are left out of the sum below, so any finite fill will do; 1 is a standard deviation too.
+        # The sum below leaves out masked elements, so any finite fill is valid; 1 is also a valid standard deviation.
         mask = (row < rows)[:, None] & (column < columns)[None, :]
         m = tl.load(mu + tile(row, column, shape, mu_strides, NESTED), mask, other=1.0).to(dtype)
         v = tl.load(parameter + tile(row, column, shape, parameter_strides, NESTED), mask, other=1.0).to(dtype)

@@ -1,8 +1,8 @@
-"""Squared MMD and its gradient by direct differences: tiles of rows x others, as the mixture kernels' by rows.
+"""Squared MMD and its gradient by direct differences: tiles of rows x others, as in the mixture kernels by rows.
 
-One launch for each pair of samples: (x, x), (x, y), (y, y), and (y, x) where y wants a gradient. A program has some
-rows and a share of the others, takes distances by one pass over the dimensions, all scales from them, and adds up the
-gradient by a second pass; partial sums are added in a fixed order. Without a gradient x with itself is half the pairs.
+Each pair of samples is one launch: (x, x), (x, y), (y, y), and (y, x) if y requires a gradient. A program has some rows
+and a share of the others. One pass over the dimensions gives the distances, for all scales, and a second pass the
+gradient; partial sums are added in a fixed order. Without a gradient, x with itself takes half the pairs.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import triton.language as tl
 from fastkl.kernels import _launch
 from fastkl.kernels._device import proportion
 from fastkl.kernels._layout import cdiv, compute_dtype, next_power_of_2, registers
-from fastkl.kernels._mixture import four, load_rows, of_rows, own_index, quads, scattered, split, term_index
+from fastkl.kernels._mixture import four, load_rows, of_rows, own_index, quads, term_index
 from fastkl.kernels._mixture_prepare import PAD, STEP
 from fastkl.kernels._mixture_rows import summed
+from fastkl.kernels._mixture_tiles import scattered, split
 
 
 def blocks(dtype: torch.dtype, others: int, *, gradient: bool) -> dict[str, int]:
@@ -45,7 +46,7 @@ def beside(points: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @triton.jit
 def chosen(index, NUMBERS: tl.constexpr, DTYPE: tl.constexpr):
-    """NUMBERS[index] of a loop that is not unrolled: all numbers at once would take their temporaries' registers."""
+    """NUMBERS[index] in a rolled loop: an unrolled one would need registers for the temporaries of all numbers."""
     number = tl.full([1, 1, 1, 1], NUMBERS[0], dtype=DTYPE)
     for i in tl.static_range(1, len(NUMBERS)):
         number = tl.where(index == i, tl.full([1, 1, 1, 1], NUMBERS[i], dtype=DTYPE), number)
@@ -54,7 +55,7 @@ def chosen(index, NUMBERS: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def kernel_terms(t, KERNEL: tl.constexpr, SCALES: tl.constexpr, INVERSES: tl.constexpr):
-    """The kernel and its derivative, of t = d^2 / (2 D)."""
+    """The kernel and its derivative at t = d^2 / (2 D)."""
     value, slope = tl.zeros_like(t), tl.zeros_like(t)
     for index in range(len(SCALES)):
         if KERNEL == "imq":
@@ -80,8 +81,8 @@ def mmd_kernel(
 ):  # fmt: skip
     """A program's sum of k(z_i, z_j) over its pairs, and per split dz_i = sum_j k'(z_i, z_j) (z_i - z_j).
 
-    shape is (dimensions, padded others). SAME: z with itself, of which SELF also counts a point with itself; without
-    dz pairs i < j then, twice.
+    shape is (dimensions, padded others). SAME: the others are z itself; SELF then includes the pairs of a point with
+    itself, and without dz pairs i < j count twice.
     """
     columns, padded = shape
     dtype: tl.constexpr = others.dtype.element_ty
@@ -89,7 +90,7 @@ def mmd_kernel(
     first_row = tl.program_id(0) // splits * ROWS
     index = first_row + tl.arange(0, ROWS)
     valid = index < rows
-    row = tl.minimum(index, rows - 1).to(tl.int64)  # beyond the last row it again, neither counted nor stored
+    row = tl.minimum(index, rows - 1).to(tl.int64)  # past the end the last row, neither counted nor stored
     z_start = quads(z, row, z_strides)
     step = z_strides[1] * 4
     own = first_row + own_index(ROWS, LANES)
@@ -133,7 +134,7 @@ def mmd_kernel(
                     others_at += padded
                     parts += (tl.sum(slope * u, axis=1),)
                 mask = valid[:, None] & (d + tl.arange(0, 4) < columns)[None, :]
-                old = mask & (start + tl.arange(0, 1) > first)[:, None]  # else 0: nothing yet
+                old = mask & (start + tl.arange(0, 1) > first)[:, None]  # the first tile starts from 0
                 tl.store(dz_at, tl.load(dz_at, old, other=0.0) + summed(parts), mask)
                 dz_at += 4
     tl.store(sums + tl.program_id(0), tl.sum(tl.sum(tl.sum(total, axis=2), axis=1), axis=0))

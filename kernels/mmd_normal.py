@@ -1,8 +1,8 @@
-"""The RBF kernel between Gaussian posteriors, summed over all pairs, and its gradient: tiles as those of mmd.
+"""The RBF kernel between Gaussian posteriors, summed over all pairs, and its gradient, with the tiles of mmd.
 
-A program has some posteriors and a share of the others. For each scale it goes through the dimensions once for the
-exponents and determinants of a tile of pairs, and once more for the gradient; what depends on one posterior and a
-dimension alone is prepared (variances), and what depends on a pair alone lives in registers.
+A program has some posteriors and a share of the others. For each scale one pass over the dimensions gives exponents and
+determinants of a tile of pairs, and a second pass the gradient. Variances are computed before; values per pair stay in
+registers.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import triton.language as tl
 from fastkl.kernels._device import proportion
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, compute_dtype, next_power_of_2, registers
-from fastkl.kernels._mixture import four, load_rows, of_rows, own_index, quads, scattered, split, term_index
+from fastkl.kernels._mixture import four, load_rows, of_rows, own_index, quads, term_index
 from fastkl.kernels._mixture_rows import summed
+from fastkl.kernels._mixture_tiles import scattered, split
 from fastkl.kernels.mmd import beside, chosen
 
 
@@ -36,7 +37,7 @@ def blocks(dtype: torch.dtype, others: int, anywhere: bool, *, gradient: bool) -
 
 @triton.jit
 def ratio(mean, variance, other_mean, other_variance, inverse):
-    """(u, r): the means' difference, 1 / (1 + w / g)."""
+    """(u, r): the difference of the means, and 1 / (1 + w / g) with w the sum of the variances and g = 1 / inverse."""
     return mean - other_mean, 1.0 / ((variance * inverse + 1.0) + other_variance * inverse)
 
 
@@ -56,7 +57,7 @@ def mmd_normal_kernel(
     first_row = tl.program_id(0) // splits * ROWS
     index = first_row + tl.arange(0, ROWS)
     valid = index < rows
-    row = tl.minimum(index, rows - 1).to(tl.int64)  # beyond the last row it again, neither counted nor stored
+    row = tl.minimum(index, rows - 1).to(tl.int64)  # past the end the last row, neither counted nor stored
     mean_start, variance_start = quads(mean, row, mean_strides), quads(variance, row, variance_strides)
     own = first_row + own_index(ROWS, LANES)
     first = share * per_program
@@ -90,7 +91,7 @@ def mmd_normal_kernel(
                     means_at += padded
                     variances_at += padded
                     exponent += u * u * r
-                    product *= r  # underflows only where the kernel is nothing
+                    product *= r  # underflows only for a negligible kernel value
             value = tl.where(inside, proportion(exponent * (-0.5 * inverse)) * tl.sqrt(product), 0.0)
             total += tl.sum(value, axis=1)
             if dmean is not None:
@@ -114,7 +115,7 @@ def mmd_normal_kernel(
                         firsts += (tl.sum(weight * u, axis=1),)
                         seconds += (tl.sum(weight * (u * u * r * inverse - 1.0), axis=1),)
                     mask = valid[:, None] & (d + tl.arange(0, 4) < columns)[None, :]
-                    old = mask & (start + tl.arange(0, 1) + scale > first)[:, None]  # else 0: nothing yet
+                    old = mask & (start + tl.arange(0, 1) + scale > first)[:, None]  # the first tile starts from 0
                     tl.store(dmean_at, tl.load(dmean_at, old, other=0.0) - summed(firsts), mask)
                     tl.store(dvariance_at, tl.load(dvariance_at, old, other=0.0) + 0.5 * summed(seconds), mask)
                     dmean_at += 4

@@ -45,7 +45,7 @@ def blocks(rows: int, columns: int, itemsize: int) -> dict[str, int]:
 
 
 def spread_of(logvar: torch.Tensor, x: torch.Tensor) -> str:
-    """How logvar lies in x [*batch, *event]: "full", "row" ([*batch, 1, ..., 1]) or "shared" ([*event])."""
+    """The layout of logvar in x [*batch, *event]: "full", "row" ([*batch, 1, ..., 1]) or "shared" ([*event])."""
     if logvar.dim() < x.dim():
         return "shared"
     return "full" if logvar.shape == x.shape else "row"
@@ -53,7 +53,7 @@ def spread_of(logvar: torch.Tensor, x: torch.Tensor) -> str:
 
 @triton.jit
 def load_rows(pointer, row, shape, strides, NESTED: tl.constexpr):
-    """One value for each row, [ROWS, 1]; 0 in rows that are not there."""
+    """One value for each row, [ROWS, 1]; 0 for rows past the end."""
     at = offsets(row, shape[1], strides[0], strides[1], NESTED % 2 == 1)
     return tl.load(pointer + at, row < shape[0], other=0.0)[:, None]
 
@@ -66,9 +66,9 @@ def load_tile(pointer, row, column, shape, strides, NESTED: tl.constexpr):
 
 @triton.jit
 def standardise_gradient(d, z, root):
-    """d times that of the term -1/2 (ln 2 pi + logvar + z^2) in mean and, times 2, in logvar; in x it is its opposite.
-    The weight d comes first: a square may overflow that a small weight makes finite, and z itself may
-    have overflowed under a weight of 0."""
+    """d times the gradient of -1/2 (ln 2 pi + logvar + z^2) in mean, and twice that in logvar; in x it is minus that in
+    mean. The weight d multiplies first, because z^2 may overflow when d z^2 does not; for a weight of 0, z itself may
+    have overflowed."""
     z = tl.where(d == 0.0, 0.0, z)
     dz = d * z
     return dz * root * root, dz * z - d
@@ -79,7 +79,7 @@ def normal_log_prob_fwd_kernel(
     x, mean, logvar, log_prob, shape, x_strides, mean_strides, logvar_strides, columns_per_program, splits,
     SPREAD: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`splits` programs share each block of rows; log_prob is [splits, rows]."""
+    """log_prob [splits, rows]; `splits` programs share a block of rows."""
     rows = shape[0]
     split = tl.program_id(0) % splits
     row = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
@@ -92,19 +92,20 @@ def normal_log_prob_fwd_kernel(
     total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
     for start in range(first, last, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        # A masked element adds 0: its x, mean and logvar are.
+        # A masked element adds 0, because its x, mean and logvar are 0.
         value = load_tile(x, row, column, shape, x_strides, NESTED).to(dtype)
         m = load_tile(mean, row, column, shape, mean_strides, NESTED).to(dtype)
         if SPREAD == "row":
             z, _ = standardise(value - m, row_logvar)
-            total += tl.fma(z, z, 0.0)  # as one step with the sum it is spilled on sm_90
+            total += tl.fma(z, z, 0.0)  # kept apart from the sum: fused with it, it spills on sm_90
         else:
             v = load_tile(logvar, row, column, shape, logvar_strides, NESTED).to(dtype)
             z, _ = standardise(value - m, v)
             total += v + z * z
     constant = tl.zeros([ROWS], dtype=dtype) + LN_2PI
     if SPREAD == "row":
-        # Read again, and with another fill lest the two loads become one: kept through the loop it would be spilled.
+        # Reloaded, because a value live across the loop would spill. The different `other=` keeps the compiler from
+        # merging the loads.
         at = offsets(row, shape[1], logvar_strides[0], logvar_strides[1], NESTED % 2 == 1)
         constant += tl.load(logvar + at, row < rows, other=1.0).to(dtype)
     value = -0.5 * (tl.sum(total, axis=1) + (last - first) * constant)
@@ -122,7 +123,7 @@ def bwd_tile(
     x, mean, v, d, dx, dmean, row, column, shape, x_strides, mean_strides, dx_strides, dmean_strides,
     NESTED: tl.constexpr,
 ):  # fmt: skip
-    """Stores those of dx and dmean that are wanted; returns twice the gradient in logvar."""
+    """Store dx and dmean unless None, and return twice the gradient in logvar."""
     value = load_tile(x, row, column, shape, x_strides, NESTED).to(d.dtype)
     m = load_tile(mean, row, column, shape, mean_strides, NESTED).to(d.dtype)
     z, root = standardise(value - m, v)
@@ -140,8 +141,8 @@ def normal_log_prob_bwd_kernel(
     dx_strides, dmean_strides, dlogvar_strides, rows_per_program, columns_per_program, splits,
     SPREAD: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A gradient that nobody wants is None. With "row" a program takes a run of columns, and dlogvar is its partial sum
-    [splits, rows]; with "shared" a run of rows, dlogvar [groups, columns]; otherwise one tile."""
+    """Gradients; one that is not requested is None. With "row" a program has a run of columns, and dlogvar is its
+    partial sum [splits, rows]; with "shared" a run of rows, and dlogvar is [groups, columns]; otherwise one tile."""
     rows, columns = shape[0], shape[2]
     split, group = tl.program_id(0) % splits, tl.program_id(0) // splits
     row = group * rows_per_program + tl.arange(0, ROWS)
@@ -175,7 +176,7 @@ def normal_log_prob_bwd_kernel(
         first = group * rows_per_program
         for start in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
             at = start + tl.arange(0, ROWS)
-            d = load_rows(dlog_prob, at, shape, dlog_prob_strides, NESTED)  # 0 in rows that are not there
+            d = load_rows(dlog_prob, at, shape, dlog_prob_strides, NESTED)  # 0 for rows past the end
             twice = bwd_tile(
                 x, mean, v, d, dx, dmean, at, column, shape, x_strides, mean_strides, dx_strides, dmean_strides, NESTED
             )  # fmt: skip

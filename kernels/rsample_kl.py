@@ -1,6 +1,6 @@
 """Reparameterised sampling, with or without the KL, in one pass: 2R + 1W forward, 3R + 2W backward (without: 2R + 2W).
 
-The noise is Philox in registers: backward draws it again from the 8-byte seed, nothing is stored.
+The noise comes from Philox in registers. Backward draws it again from the 8-byte seed, so it is never stored.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from fastkl.kernels._layout import (
 )
 from fastkl.kernels._tuned import TILES
 
-# Rows that one program sums at least, for a prior that the batch shares: partial sums stay a small part of the traffic.
+# Minimum rows per program for a prior shared by the batch, so that partial sums stay a small part of the traffic.
 SHARED_ROWS = 32
 # Elements of a tile whose rows cannot be read 16 bytes at a time.
 ODD_TILE = {2: 512, 4: 512, 8: 256}
@@ -69,9 +69,9 @@ def blocks(rows: int, columns: int, tensors: list[torch.Tensor]) -> dict[str, in
 
 @triton.jit
 def shifted_columns(row, start, columns, SHIFT: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS or 1, COLUMNS]: columns from `start`, moved left so that each row's first element begins a Philox call.
+    """Columns [ROWS or 1, COLUMNS] from `start`, shifted left so that each row begins at the start of a Philox call.
 
-    A row of D elements begins at element row * D of the noise, which is the middle of a call unless 4 divides D.
+    A row of D elements begins at element row * D of the noise, in the middle of a call unless 4 divides D.
     """
     column = start + tl.arange(0, COLUMNS)[None, :]
     if SHIFT:
@@ -86,7 +86,7 @@ def row_noise(
 ):  # fmt: skip
     """The noise of the elements that `shifted_columns` gives; `start` is a multiple of 4."""
     first = row.to(tl.int64)[:, None] * columns + start
-    WIDE: tl.constexpr = HALF and not SHIFT  # shifted rows are written an element at a time
+    WIDE: tl.constexpr = HALF and not SHIFT  # shifted rows are stored element by element
     return normals(seed, first >> 2, sample, stream, ROWS, COLUMNS, HALF, WIDE)
 
 
@@ -99,7 +99,7 @@ def rsample_kl_fwd_kernel(
     SCALE: tl.constexpr, BOUNDED: tl.constexpr, SHIFT: tl.constexpr, NESTED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """`splits` programs share each block of rows; kl is [splits, rows] or None, noise is None or the caller's own."""
+    """z and kl [splits, rows] or None; noise is None or given. `splits` programs share a block of rows."""
     rows, columns = shape[0], shape[2]
     HALF: tl.constexpr = z.dtype.element_ty.primitive_bitwidth == 16
     split = tl.program_id(0) % splits
@@ -113,8 +113,8 @@ def rsample_kl_fwd_kernel(
         total = tl.zeros([ROWS, COLUMNS // 4], dtype=DTYPE)
     for start in range(first, last, COLUMNS):
         column = shifted_columns(row, start, columns, SHIFT, COLUMNS)
-        # A masked element has mean 0 and log-variance 0 on both sides: its KL is 0 exactly, unless a clamp or softplus
-        # makes another log-variance of it.
+        # A masked element has mean 0 and log-variance 0 on both sides, so its KL is exactly 0, unless a clamp or
+        # softplus changes the log-variance.
         mask = (row < rows)[:, None] & (column < columns)
         mask = mask & (column >= 0) if SHIFT else mask
         at = row[:, None]
@@ -133,7 +133,7 @@ def rsample_kl_fwd_kernel(
                 pv = tl.load(prior_logvar + prior_at, mask, other=0.0).to(DTYPE)
                 terms = kl_terms_prior(m, logvar, pm, pv)
             terms = tl.where(mask, terms, 0.0) if BOUNDED or SCALE == "softplus" else terms
-            total += tl.sum(terms.reshape(ROWS, COLUMNS // 4, 4), axis=2)  # in one thread: a register for four
+            total += tl.sum(terms.reshape(ROWS, COLUMNS // 4, 4), axis=2)  # within a thread, which saves registers
         given, drawn = noise, z
         for sample in range(samples):
             if noise is None:
@@ -157,8 +157,8 @@ def rsample_kl_bwd_kernel(
     SCALE: tl.constexpr, BOUNDED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr, SHIFT: tl.constexpr,
     NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One block of columns by `rows_per_program` rows; without a KL, dkl and mu are None. With SHARED the prior is one
-    row, and dprior this program's partial sum over its rows, `partial_stride` apart."""
+    """Gradients of a block of columns by `rows_per_program` rows; without a KL, dkl and mu are None. With SHARED the
+    prior is one row, and dprior the program's partial sum, `partial_stride` apart."""
     rows, columns = shape[0], shape[2]
     HALF: tl.constexpr = dmu.dtype.element_ty.primitive_bitwidth + dparameter.dtype.element_ty.primitive_bitwidth == 32
     group = tl.program_id(0) // column_blocks

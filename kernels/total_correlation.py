@@ -1,6 +1,6 @@
-"""total_correlation: one streamed kernel for the joint and all marginals forward; nothing of the pairs is written.
+"""total_correlation: one forward kernel for the joint and all marginals, which writes no value per pair.
 
-Backward is two kernels, in _total_correlation_gradient.py: by rows for z, by posteriors for mu and logvar.
+Backward has two kernels, in _total_correlation_gradient.py: by rows for z, by posteriors for mu and logvar.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastkl.kernels._total_correlation_gradient import bwd
 
 __all__ = ["bwd", "fwd"]
 
-HALF_LOG_2LN2 = tl.constexpr(0.16331712998914047)  # 1/2 ln(2 ln 2): of a density and the prior's
+HALF_LOG_2LN2 = tl.constexpr(0.16331712998914047)  # 1/2 ln(2 ln 2), from the constants of a density and the prior
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def sums(
         density = tl.exp2(exponent)
         product = tl.exp2(over_columns(exponent) - shift)
         if STRATIFIED:
-            # Only a tile with a row's own posterior, or the next, which for the last one is the first, has weights.
+            # Weights differ from 1 only for a row's own posterior and the next one (after the last, the first).
             near = (start <= row_start + ROWS) & (start + LANES > row_start)
             if near | ((row_start + ROWS >= batch) & (start == 0)):
                 weight = pair_weight(own, start + other_index(LANES), batch, own_weight, next_weight)
@@ -78,7 +78,7 @@ def total_correlation_fwd_kernel(
     column = column_index(REGISTERS, STEPS)
     real = column < columns
     mask = (row < rows) & real
-    # Rows beyond the last do its own work again, and dimensions beyond the last have no weight.
+    # Rows past the end repeat the last one, and dimensions past the end have weight 0.
     row = tl.minimum(row, rows - 1)
     wide = row.to(tl.int64)
     x = tl.load(z + wide * z_strides[0] + column.to(tl.int64) * z_strides[1], real, other=0.0).to(dtype)
@@ -105,8 +105,8 @@ def total_correlation_fwd_kernel(
             x, origins, shift, own, row_start, means, roots, logs, batch, padded, own_weight, next_weight,
             STRATIFIED, REGISTERS, LANES, STEPS, ROWS,
         )  # fmt: skip
-    # All logarithms are relative to the same origins: nothing large cancels.
-    off = own_squares - (origins + own_log)  # rounding, but in rows that are far
+    # All logarithms are relative to the same origins, which avoids cancellation.
+    off = own_squares - (origins + own_log)  # rounding error only, except in far rows
     each = tl.where(real, tl.log2(tl.where(real, marginal, 1.0)) + base, 0.0)
     log_joint = tl.log2(joint) + shift + base
     of_prior = over_columns(tl.where(real, 0.5 * x * x + HALF_LOG_2LN2, 0.0))

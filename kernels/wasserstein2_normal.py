@@ -1,4 +1,4 @@
-"""Squared 2-Wasserstein distance of diagonal Gaussians: the kernels of kl_normal with other terms, the same traffic."""
+"""Squared 2-Wasserstein distance of diagonal Gaussians, by the kernels of kl_normal with other terms."""
 
 from __future__ import annotations
 

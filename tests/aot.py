@@ -5,7 +5,8 @@
 takes those modules' `aot_calls()` (name -> a call of a launcher), compiles each launch as Triton would specialise it
 there instead of running it, and prints one JSON line per kernel and target: spills, shared memory, the width of global
 loads and stores, or the error. `test_compiled.py` asserts on them for one target, `compat.py` for all of them and for
-several versions of Triton. Only calls named "core ..." are compiled, with --all every one.
+several versions of Triton. Only calls named "core ..." are compiled, with --all every one, with --first N the first N
+core calls of each module.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -123,12 +125,13 @@ def faults(record: dict) -> list[str]:
     return found
 
 
-def compile_module(module: str, target: str, every: bool) -> list[dict]:
+def compile_module(module: str, target: str, every: bool, first: int | None = None) -> list[dict]:
     records: list[dict] = []
     warnings.simplefilter("ignore")
-    for name, launch in importlib.import_module(module).aot_calls().items():
-        if not every and not name.startswith("core"):
-            continue
+    calls = importlib.import_module(module).aot_calls()
+    chosen = list(calls) if every else [name for name in calls if name.startswith("core")][:first]
+    for name in chosen:
+        launch = calls[name]
         about = {"module": module, "call": name, "target": target}
 
         def receive(kernel, function, options, about=about):
@@ -147,10 +150,12 @@ def main() -> None:
     parser.add_argument("modules", nargs="*", default=MODULES)
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=["sm_90"])
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--first", type=int)
     options = parser.parse_args()
     jobs = itertools.product(options.modules, options.targets)
+    compile_chosen = functools.partial(compile_module, every=options.all, first=options.first)
     with concurrent.futures.ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for records in pool.map(compile_module, *zip(*jobs), itertools.repeat(options.all)):
+        for records in pool.map(compile_chosen, *zip(*jobs)):
             for record in records:
                 print(json.dumps(record), flush=True)
 

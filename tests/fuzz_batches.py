@@ -113,7 +113,7 @@ def multivariate(op, truth):
             if d.chance(0.6):
                 diagonal = torch.diag_embed(diagonal) + 0.3 * d.normal((*own, size, size)).tril(-1)
             tensors |= {f"loc_{side}": loc, f"scale_{side}": d.tensor(diagonal, expand=False)}
-        names = {"scale_q": "scale_tril_q", "scale_p": "scale_tril_p"}
+        names = {"loc_q": "mu", "scale_q": "scale_tril", "loc_p": "prior_mu", "scale_p": "prior_scale_tril"}
         call = lambda **t: op(**{names.get(k, k): v for k, v in t.items()})  # noqa: E731
         return Case(call, tensors, truth, together=True)
 

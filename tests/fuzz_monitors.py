@@ -30,7 +30,7 @@ def _in_parts(monitor, updates, together: bool):
 
 def _halves(q, rows):
     """Two parts of a batch of posteriors; the second may be of the event alone."""
-    mu, logvar = q.mean, q._logvar()
+    mu, logvar = q.mean, q.exact_logvar
     settings = {"event_ndim": q.event_ndim}
     return [fastkl.DiagonalNormal(mu[part], logvar[part], **settings) for part in (slice(0, rows), slice(rows, None))]
 

@@ -35,11 +35,11 @@ def bounds_of(d: Draw):
     return (low, high) if d.chance(0.5) else fastkl.SoftBounds(low, high)
 
 
-def event(d: Draw) -> tuple[tuple[int, ...], int]:
-    """(a shape, event_ndim)."""
+def event(d: Draw, least: int = 0) -> tuple[tuple[int, ...], int]:
+    """(a shape, event_ndim, `least` or more)."""
     if d.chance(0.15):
         shape = (*d.batch(4), *d.pick(((2, 3), (3, 4, 4), (4, 3, 5), (1, 1, 1), (2, 8))))
-        return shape, d.random.randint(1, min(4, len(shape)))
+        return shape, d.random.randint(least, min(4, len(shape)))
     if d.chance(0.05):
         return (d.size(33),), 1
     if d.chance(0.02):
@@ -47,9 +47,10 @@ def event(d: Draw) -> tuple[tuple[int, ...], int]:
     return (*d.batch(33), d.size(130)), 1
 
 
-def gaussian(d: Draw, *, prior=True, full=False) -> tuple[dict, dict, tuple[int, ...]]:
-    """(mu, logvar, prior_mu, prior_logvar), (event_ndim, scale, bounds), and the posterior's shape."""
-    shape, event_ndim = event(d)
+def gaussian(d: Draw, *, prior=True, least: int = 0) -> tuple[dict, dict, tuple[int, ...]]:
+    """(mu, logvar, prior_mu, prior_logvar), (event_ndim, scale, bounds, prior_scale), and the posterior's shape."""
+    shape, event_ndim = event(d, least)
+    more = {}
     scale = d.pick(("logvar", "logvar", "logvar", "log_std", "std", "softplus"))
     first, second = shape, shape
     if d.chance(0.2):
@@ -62,9 +63,17 @@ def gaussian(d: Draw, *, prior=True, full=False) -> tuple[dict, dict, tuple[int,
         if d.chance(0.85):
             tensors["prior_mu"] = d.tensor(d.location(broadcastable(d, shape)))
         if d.chance(0.85):
-            tensors["prior_logvar"] = d.tensor(d.logvar(broadcastable(d, shape)))
-    settings = {"event_ndim": event_ndim, "scale": scale, "bounds": bounds_of(d)}
+            logvar = d.logvar(broadcastable(d, shape))
+            more["prior_scale"] = d.pick(("logvar", "logvar", "log_std", "std", "softplus"))
+            tensors["prior_logvar"] = d.tensor(parameter_of(logvar, more["prior_scale"]))
+            if more["prior_scale"] == "std":
+                tensors["prior_logvar"] = positive(tensors["prior_logvar"])
+    settings = {"event_ndim": event_ndim, "scale": scale, "bounds": bounds_of(d), **more}
     return tensors, settings, shape
+
+
+def prior_logvar_of(given: torch.Tensor | None, settings: dict) -> torch.Tensor | None:
+    return None if given is None else oracle.to_logvar(given, settings["prior_scale"])
 
 
 def positive(std: torch.Tensor) -> torch.Tensor:
@@ -78,12 +87,13 @@ def positive(std: torch.Tensor) -> torch.Tensor:
 
 def value_of(op, elements):
     def case(d: Draw) -> Case:
-        tensors, settings, shape = gaussian(d)
+        tensors, settings, shape = gaussian(d, least=int(op is fastkl.kl_normal_per_dim))
         ndim = settings["event_ndim"]
         plain = {k: settings[k] for k in ("scale", "bounds")}
 
         def truth(**t):
-            arguments = [t["mu"], t["logvar"], t.get("prior_mu"), t.get("prior_logvar")]
+            prior_logvar = prior_logvar_of(t.get("prior_logvar"), settings)
+            arguments = [t["mu"], t["logvar"], t.get("prior_mu"), prior_logvar]
             full = torch.broadcast_shapes(shape, *(a.shape for a in arguments if a is not None))
             values = elements(*arguments, **plain).expand(full)
             if op is not fastkl.kl_normal_per_dim:
@@ -132,6 +142,7 @@ def rsample_kl(d: Draw) -> Case:
 
     def truth(mu, logvar, prior_mu=None, prior_logvar=None, eps=None, noise=None):
         z = mu + torch.exp(0.5 * oracle.to_logvar(logvar, **plain)) * (noise if eps is None else eps)
+        prior_logvar = prior_logvar_of(prior_logvar, settings)
         values = oracle.kl_elements(mu, logvar, prior_mu, prior_logvar, **plain).expand(shape)
         return z, oracle.last(values, ndim)
 

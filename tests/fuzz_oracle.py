@@ -54,7 +54,7 @@ def kl_elements(mu, parameter, prior_mu=None, prior_logvar=None, *, scale="logva
 
 
 def last(values, ndim):
-    return values.sum(tuple(range(-ndim, 0)))
+    return values.sum(tuple(range(-ndim, 0))) if ndim else values
 
 
 def wasserstein2_elements(mu, parameter, prior_mu=None, prior_logvar=None, *, scale="logvar", bounds=None):
@@ -71,7 +71,7 @@ def normal_terms(x, mean, logvar):
     return -0.5 * (LOG_2PI + logvar + ((x - mean) * torch.exp(-0.5 * logvar)).square())
 
 
-def bernoulli_terms(logits, x):
+def bernoulli_terms(x, logits):
     return x * logits - F.softplus(logits, threshold=40)
 
 

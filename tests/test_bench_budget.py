@@ -68,7 +68,7 @@ OPS = {
     "wasserstein2_normal": (fastkl.wasserstein2_normal, [(64, 64)] * 2, 0),
     "rsample_normal": (fastkl.rsample_normal, [(64, 64)] * 2, 0),
     "rsample_kl": (fastkl.rsample_kl, [(64, 64)] * 2, 0),
-    "bernoulli_log_prob": (functools.partial(fastkl.bernoulli_log_prob, event_ndim=1), [(64, 64)] * 2, 1),
+    "bernoulli_log_prob": (lambda y, x: fastkl.bernoulli_log_prob(x, y), [(64, 64)] * 2, 1),
     "normal_log_prob": (fastkl.normal_log_prob, [(64, 64)] * 3, 1),
     "gumbel_softmax": (functools.partial(fastkl.gumbel_softmax, tau=0.7), [(64, 64)], 0),
 }

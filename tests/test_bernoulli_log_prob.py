@@ -1,5 +1,6 @@
 """bernoulli_log_prob: both implementations against the float64 definition, torch.distributions and scipy."""
 
+import inspect
 import itertools
 import math
 
@@ -37,12 +38,14 @@ def draw(shape, dtype=torch.float32, x_dtype=torch.float32):
 
 def run(function, tensors, event_ndim, weights):
     """Value and gradients of sum(weights * log-likelihood)."""
-    value = function(*tensors, event_ndim=event_ndim)
+    logits, x = tensors
+    value = function(x, logits, event_ndim=event_ndim)
     return [value, *torch.autograd.grad(value, tensors, weights.to(value.dtype).expand(value.shape))]
 
 
 def check(tensors, event_ndim=None):
-    exact = reference.bernoulli_log_prob(*(t.double() for t in tensors), event_ndim=event_ndim)
+    logits, x = (t.double() for t in tensors)
+    exact = reference.bernoulli_log_prob(x, logits, event_ndim=event_ndim)
     weights = torch.linspace(-1, 2, exact.numel(), dtype=torch.float64, device=exact.device).view(exact.shape)
     exact = run(reference.bernoulli_log_prob, [leaf(t.double()) for t in tensors], event_ndim, weights)
     eager = run(reference.bernoulli_log_prob, tensors, event_ndim, weights)
@@ -76,10 +79,10 @@ def test_native_loops_share_their_work():
 def test_only_wanted_gradients(backend, one_of_two):
     tensors = draw((3, 5))
     with implementation(backend):
-        value = bernoulli_log_prob(*tensors)
+        value = bernoulli_log_prob(*reversed(tensors))
         both = torch.autograd.grad(value.sum(), tensors, retain_graph=True)
         tensors[1 - one_of_two] = tensors[1 - one_of_two].detach()
-        alone = torch.autograd.grad(bernoulli_log_prob(*tensors).sum(), tensors[one_of_two])
+        alone = torch.autograd.grad(bernoulli_log_prob(*reversed(tensors)).sum(), tensors[one_of_two])
     assert torch.equal(alone[0], both[one_of_two])
 
 
@@ -117,7 +120,7 @@ def test_strided_inputs_are_read_where_they_lie(backend, view):
 def test_agrees_with_torch_distributions_and_scipy(backend):
     logits, x = (torch.tensor([row], dtype=torch.float64, device=DEVICE) for row in ([-2.0, 0.3, 1.7], [0.0, 1.0, 1.0]))
     with implementation(backend):
-        actual = bernoulli_log_prob(logits, x).item()
+        actual = bernoulli_log_prob(x, logits).item()
     expected = torch.distributions.Bernoulli(logits=logits).log_prob(x).sum().item()
     assert actual == pytest.approx(expected, rel=1e-12)
     assert actual == pytest.approx(stats.bernoulli.logpmf(x.cpu(), torch.sigmoid(logits).cpu()).sum(), rel=1e-12)
@@ -130,7 +133,7 @@ def test_large_logits_do_not_overflow(backend):
         for x in (0.0, 0.25, 1.0):
             check([leaf(logits), leaf(torch.full_like(logits, x))])
         if backend != "torch":  # x l - softplus(l) is 0 here in float32; the loops subtract nothing large
-            value = bernoulli_log_prob(torch.full((1, 1), 20.0, device=DEVICE), torch.ones(1, 1, device=DEVICE))
+            value = bernoulli_log_prob(torch.ones(1, 1, device=DEVICE), torch.full((1, 1), 20.0, device=DEVICE))
             assert value.item() == pytest.approx(-math.log1p(math.exp(-20.0)), rel=4e-6)
 
 
@@ -141,22 +144,30 @@ def test_non_finite_rows_stay_by_themselves(backend):
     logits[1::2, 1], x[1::2, 1] = torch.tensor(bad).unbind(1)
     logits = leaf(logits)
     with implementation(backend):
-        value = bernoulli_log_prob(logits, x.to(DEVICE))
+        value = bernoulli_log_prob(x.to(DEVICE), logits)
         value.sum().backward()
     assert value.isfinite().tolist() == [i % 2 == 0 for i in range(11)]
     assert (logits.grad[::2] == -0.5).all()
 
 
+def test_the_data_come_first_and_then_the_logits_as_in_every_likelihood():
+    x, logits = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 3.0]])
+    expected = torch.distributions.Bernoulli(logits=logits).log_prob(x).sum(1)
+    for likelihood in (bernoulli_log_prob, reference.bernoulli_log_prob):
+        torch.testing.assert_close(likelihood(x, logits), expected)
+        assert list(inspect.signature(likelihood).parameters)[:2] == ["x", "logits"]
+
+
 def test_bad_arguments_are_named():
     for arguments, settings, message in [
-        ((torch.zeros(2, 3), torch.zeros(2, 4)), {}, r"logits \(2, 3\), x \(2, 4\)"),
-        ((torch.zeros(3), torch.zeros(3)), {}, "event_ndim must be given"),
-        ((torch.zeros(2, 3), torch.zeros(2, 3, device="meta")), {}, "x is on meta"),
+        ((torch.zeros(2, 3), torch.zeros(2, 4)), {}, r"x \(2, 3\), logits \(2, 4\)"),
+        ((torch.zeros(()), torch.zeros(())), {}, "event_ndim=1 needs at least 1 dimensions"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3, device="meta")), {}, "logits is on meta"),
     ]:
         with pytest.raises(ValueError, match=message):
             bernoulli_log_prob(*arguments, **settings)
     with pytest.raises(TypeError, match=r"x must be a floating-point tensor, got dtype torch.uint8"):
-        bernoulli_log_prob(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.uint8))
+        bernoulli_log_prob(torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(2, 3))
 
 
 def aot_calls():

@@ -23,7 +23,7 @@ def test_blocks_change_nothing(shape, num_samples, monkeypatch):
         prior = [torch.randn(shape[1:], generator=generator).requires_grad_() for _ in range(2)]
         q = fastkl.DiagonalNormal.from_packed(head)
         z, kl = q.rsample_kl(fastkl.DiagonalNormal(*prior, event_ndim=event_ndim), num_samples=num_samples, seed=3)
-        log_likelihood = fastkl.bernoulli_log_prob(q.mean, q.mean.detach(), event_ndim=event_ndim)
+        log_likelihood = fastkl.bernoulli_log_prob(q.mean.detach(), q.mean, event_ndim=event_ndim)
         log_prob = fastkl.normal_log_prob(q.mean, prior[0], prior[1], event_ndim=event_ndim)
         value = kl + q.kl() + log_likelihood + 0.3 * log_prob
         return [z, value, *torch.autograd.grad(value.sum() + z.square().sum(), [head, *prior])]

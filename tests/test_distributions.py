@@ -202,3 +202,17 @@ def test_a_narrower_posterior_is_exact_beside_float64(method):
         "free_bits": lambda: (fastkl.remedies.free_bits(q, 0.0, per="dimension", prior=other), kl.sum(-1)),
     }[method]()
     torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("event_ndim", [0, 1, 2])
+def test_what_is_computed_of_16_bits_is_not_rounded_to_them(event_ndim):
+    mu, std = torch.randn(3, 1, 5).bfloat16(), torch.rand(3, 4, 5).add(0.5).bfloat16()
+    q = fastkl.DiagonalNormal(mu, std, scale="std", event_ndim=event_ndim)
+    exact = 2 * std.double().log()
+    assert [tensor.shape for tensor in q.given] == [mu.shape, std.shape]
+    assert q.logvar.dtype is torch.bfloat16
+    torch.testing.assert_close(q.exact_logvar, exact.float())
+    torch.testing.assert_close(q.mean_and_logvar(exact)[1], exact)
+    rows = [t.flatten(3 - event_ndim) if event_ndim else t.unsqueeze(-1) for t in (mu.expand_as(std).float(), exact)]
+    for found, expected in zip(q.vectors(), rows):
+        torch.testing.assert_close(found, expected.float())

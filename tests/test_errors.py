@@ -31,7 +31,8 @@ KL = {
     ),
     "not a tensor": (lambda f: f(M, [0.0]), TypeError, "logvar must be a torch.Tensor, got list"),
     "devices": (lambda f: f(M, META), ValueError, "logvar is on meta, but mu is on"),
-    "event 0": (lambda f: f(M, M, event_ndim=0), ValueError, "event_ndim must be at least 1, got 0"),
+    "event below 0": (lambda f: f(M, M, event_ndim=-1), ValueError, "event_ndim must be at least 0, got -1"),
+    "event a bool": (lambda f: f(M, M, event_ndim=False), TypeError, "event_ndim must be an int, got bool"),
     "event too large": (lambda f: f(M, M, event_ndim=3), ValueError, r"event_ndim=3.*\(3, 4\) has 2"),
     "event type": (lambda f: f(M, M, event_ndim=1.0), TypeError, "event_ndim must be an int, got float"),
     "scalars": (lambda f: f(M[0, 0], M[0, 0]), ValueError, "event_ndim=1 needs at least 1 dim"),
@@ -171,7 +172,7 @@ Q = {"mu": M, "logvar": M}
 PRIOR = {"prior_mu": M, "prior_logvar": M}
 MIXTURE = {"logits": K, "means": MEANS, "logvars": MEANS}
 FULL = {"logits": K, "means": MEANS, "scale_tril": TRIL}
-GAUSSIANS = {"loc_q": M, "scale_q": M + 1, "loc_p": M, "scale_p": M + 1}
+GAUSSIANS = {"mu": M, "scale_tril": M + 1, "prior_mu": M, "prior_scale_tril": M + 1}
 # (op, all of its tensors), without and with those that it may do without.
 DENSE = [
     (fastkl.kl_normal, Q),
@@ -197,6 +198,8 @@ DENSE = [
     (fastkl.iwae, {"log_w": M}),
     (fastkl.effective_sample_size, {"log_w": M}),
     (fastkl.weight_entropy, {"log_w": M}),
+    (fastkl.kl_multivariate_normal, GAUSSIANS),
+    (fastkl.wasserstein2_multivariate_normal, GAUSSIANS),
     (fastkl.mmd, {"x": M, "y": M}),
     (fastkl.mmd_normal, Q),
     (functools.partial(fastkl.total_correlation, dataset_size=9), {"z": M, **Q}),
@@ -247,11 +250,12 @@ def test_shapes_broadcast_as_torch_has_it():
 REQUIRED = {  # the tensors that an op cannot do without
     "kl_normal": "mu logvar", "kl_normal_per_dim": "mu logvar", "wasserstein2_normal": "mu logvar",
     "rsample_normal": "mu logvar", "rsample_kl": "mu logvar", "DiagonalNormal": "mu logvar",
-    "normal_log_prob": "x mean logvar", "bernoulli_log_prob": "logits x", "gumbel_softmax": "logits",
+    "normal_log_prob": "x mean logvar", "bernoulli_log_prob": "x logits", "gumbel_softmax": "logits",
     "gmm_log_prob": "z logits means", "gmm_responsibilities": "z logits means", "gmm_moments": "z logits means",
     "kl_gmm": "mu logvar logits means", "kl_gmm_bounds": "mu logvar logits means", "rsample_gmm": "logits means",
     "mmd": "x y", "mmd_normal": "mu", "sinkhorn_divergence": "x y", "iwae": "log_w", "weight_entropy": "log_w",
-    "kl_multivariate_normal": "loc_q scale_tril_q loc_p scale_tril_p",
+    "kl_multivariate_normal": "mu scale_tril prior_mu prior_scale_tril",
+    "wasserstein2_multivariate_normal": "mu scale_tril prior_mu prior_scale_tril",
 }  # fmt: skip
 
 

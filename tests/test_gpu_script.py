@@ -71,7 +71,7 @@ def test_a_stage_that_fails_or_hangs_fails_the_call_and_no_other_stage(tree, tmp
     assert results["about"] == "ok"
     assert results["timing"] == "FAILED, exit status 3"
     assert re.fullmatch(r"STOPPED at its limit of 1\d s", results["tests"])
-    assert results["step"] == "NOT RUN: no time was left"
+    assert results["step"] == "NOT RUN: no time left"
     assert "smoke" not in results
     for stages, status in ("about", 0), ("timing", 1):
         done, _ = call(tree, tmp_path / "out", PYTHON=str(python), STAGES=stages)
@@ -86,7 +86,7 @@ def test_without_a_gpu_nothing_is_timed_by_mistake(tree, tmp_path):
     environment = os.environ | {"OUT": str(tmp_path / "out"), "PYTHON": str(python)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "torch sees no GPU" in done.stderr
+    assert "torch finds no GPU" in done.stderr
     assert done.stdout == ""
 
 

@@ -47,7 +47,7 @@ def test_lower_truth_upper_and_the_average_of_kls(backend, d):
     truth = quadrature(*inputs)
     with implementation(backend):
         lower, upper = fastkl.kl_gmm_bounds(*inputs)
-    each = fastkl.kl_normal(mu[:, None], logvar[:, None], means, logvars)
+    each = fastkl.kl_normal(mu[:, None], logvar[:, None], means, logvars, event_ndim=1)
     average = (torch.softmax(logits, 0) * each).sum(-1)
     assert (lower < truth).all()
     assert (truth < upper).all()

@@ -131,15 +131,15 @@ def test_higher_derivatives_and_vmap(kind_q, kind_p):
 @pytest.mark.parametrize(
     ("shapes", "match"),
     [
-        (((3,), (3,), (4,), (4,)), r"loc_q and loc_p .*same D.*\(3,\) and \(4,\)"),
-        (((), (3,), (3,), (3,)), "loc_q and loc_p must be"),
+        (((3,), (3,), (4,), (4,)), r"mu and prior_mu .*same D.*\(3,\) and \(4,\)"),
+        (((), (3,), (3,), (3,)), "mu and prior_mu must be"),
         (((0,), (0,), (0,), (0,)), "D > 0"),
-        (((3,), (3, 4), (3,), (3,)), r"scale_tril_q must be lower triangles \(\*batch, 3, 3\).*got \(3, 4\)"),
-        (((3,), (5, 3), (3,), (3,)), "scale_tril_q must be"),
-        (((3,), (3,), (3,), (2,)), r"scale_tril_p must be .*diagonals \(\*batch, 3\)"),
-        (((3,), (3,), (3,), ()), "scale_tril_p must be"),
-        (((5, 3), (5, 3), (5, 3), (3, 3)), r"scale_tril_p\[None\]"),
-        (((5, 3), (5, 3), (4, 3), (3,)), r"do not broadcast: loc_q \(5,\), loc_p \(4,\)"),
+        (((3,), (3, 4), (3,), (3,)), r"scale_tril must be lower triangles \(\*batch, 3, 3\).*got \(3, 4\)"),
+        (((3,), (5, 3), (3,), (3,)), "scale_tril must be"),
+        (((3,), (3,), (3,), (2,)), r"prior_scale_tril must be .*diagonals \(\*batch, 3\)"),
+        (((3,), (3,), (3,), ()), "prior_scale_tril must be"),
+        (((5, 3), (5, 3), (5, 3), (3, 3)), r"prior_scale_tril\[None\]"),
+        (((5, 3), (5, 3), (4, 3), (3,)), r"do not broadcast: mu \(5,\), prior_mu \(4,\)"),
     ],
 )
 def test_errors_name_the_argument(shapes, match):
@@ -149,7 +149,7 @@ def test_errors_name_the_argument(shapes, match):
 
 def test_integers_are_refused():
     loc, scale = torch.zeros(3), torch.ones(3)
-    with pytest.raises(TypeError, match="scale_tril_p must be a floating-point tensor"):
+    with pytest.raises(TypeError, match="prior_scale_tril must be a floating-point tensor"):
         fastkl.kl_multivariate_normal(loc, scale, loc, scale.long())
 
 

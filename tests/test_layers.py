@@ -51,14 +51,27 @@ ARROWS = {
         "fastkl.transport",
         "fastkl.objectives",
     ),
-    "fastkl.integrations": ("fastkl.ops", "fastkl.reference", "fastkl.distributions", "fastkl.integrations"),
+    "fastkl.integrations": (
+        "fastkl.ops",
+        "fastkl.reference",
+        "fastkl.distributions",
+        "fastkl.monitors",
+        "fastkl.objectives",
+        "fastkl.integrations",
+    ),
+    "fastkl.conformance": ("fastkl",),
     "fastkl._kl_divergence": ("fastkl.ops", "fastkl.distributions", "fastkl.priors"),
     "fastkl.vae": ("fastkl",),
     "fastkl.__main__": ("fastkl.vae",),
     "fastkl": (*PUBLIC, "fastkl.schedules", "fastkl._kl_divergence"),
 }
 # What a layer may import from outside, beside the standard library; integrations and vae choose for themselves.
-OUTSIDE = {"fastkl.kernels": {"torch", "triton"}, "fastkl.integrations": None, "fastkl.vae": None}
+OUTSIDE = {
+    "fastkl.kernels": {"torch", "triton"},
+    "fastkl.integrations": None,
+    "fastkl.conformance": None,
+    "fastkl.vae": None,
+}
 
 
 def module_name(path: Path) -> str:
@@ -105,6 +118,19 @@ def test_imports_make_no_circle():
     arrows = {name: {other for other in imports(path) & MODULES.keys() if not name.startswith(other + ".")}
               for name, path in MODULES.items()}  # fmt: skip
     graphlib.TopologicalSorter(arrows).prepare()  # raises CycleError, which names the circle
+
+
+def test_no_module_reads_a_private_attribute_of_a_posterior():
+    """It has public names for what priors, objectives, remedies and monitors need."""
+    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+    (posterior,) = (node for node in ast.walk(trees.pop("fastkl.distributions")) if isinstance(node, ast.ClassDef))
+    private = {node.name for node in posterior.body if isinstance(node, ast.FunctionDef) and node.name[:2] != "__"}
+    private = {name for name in private if name.startswith("_")}
+    assert private
+    read = [(name, ast.unparse(node)) for name, tree in trees.items() for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and node.attr in private
+            and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))]  # fmt: skip
+    assert read == []
 
 
 def test_nobody_imports_the_name_kernels():

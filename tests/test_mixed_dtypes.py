@@ -51,12 +51,12 @@ CASES = {  # name -> (op, its tensors, its settings)
     "sliced_wasserstein": ("sliced_wasserstein", {"x": Z, "y": MU}, {"num_projections": 5, "seed": 1}),
     "kl_multivariate_normal": (
         "kl_multivariate_normal",
-        {"loc_q": Z, "scale_tril_q": LOGVAR.exp().bfloat16().double(), "loc_p": MU, "scale_tril_p": TRIL[:1]},
+        {"mu": Z, "scale_tril": LOGVAR.exp().bfloat16().double(), "prior_mu": MU, "prior_scale_tril": TRIL[:1]},
         {},
     ),
     "wasserstein2_multivariate_normal": (
         "wasserstein2_multivariate_normal",
-        {"loc_q": Z, "scale_tril_q": LOGVAR.exp().bfloat16().double(), "loc_p": MU, "scale_tril_p": TRIL[:1]},
+        {"mu": Z, "scale_tril": LOGVAR.exp().bfloat16().double(), "prior_mu": MU, "prior_scale_tril": TRIL[:1]},
         {},
     ),
 }

@@ -182,8 +182,8 @@ Q = fastkl.DiagonalNormal(torch.zeros(2, 3), torch.zeros(2, 3))
     [
         (monitors.ActiveUnits, ([1.0],), {}, TypeError, "q must be a fastkl.DiagonalNormal"),
         (monitors.ActiveUnits, (torch.zeros(3),), {}, ValueError, "or its means"),
-        (monitors.KLPerDimension, (torch.zeros(3),), {}, ValueError, "need their count"),
-        (monitors.KLPerDimension, (Q,), {"count": 2}, ValueError, "counted here"),
+        (monitors.KLPerDimension, (torch.zeros(3),), {}, ValueError, "needs count"),
+        (monitors.KLPerDimension, (Q,), {"count": 2}, ValueError, "only for q given as means"),
         (monitors.MutualInformation, (fastkl.DiagonalNormal(Q.mean[0], Q.mean[0]),), {}, ValueError, "batch dimension"),
         (monitors.MutualInformation, (Q, fastkl.DiagonalNormal(*[torch.zeros(2, 4)] * 2)), {}, ValueError, "of 3 dim"),
         (monitors.ComponentUsage, (torch.zeros(()),), {}, ValueError, "responsibilities must be"),
@@ -199,7 +199,7 @@ def test_bad_updates_are_refused(monitor, arguments, options, error, message):
 def test_other_bad_input_is_refused():
     monitor = monitors.ActiveUnits()
     monitor.update(torch.zeros(2, 3))
-    with pytest.raises(ValueError, match=r"saw values of shape .*3.* before"):
+    with pytest.raises(ValueError, match=r"expected values of shape .*3.* as before"):
         monitor.update(torch.zeros(2, 4))
     with pytest.raises(TypeError, match="group must be"):
         monitors.ActiveUnits(group="world")

@@ -172,7 +172,7 @@ def test_bad_arguments_are_named():
     zeros = torch.zeros(2, 3)
     for arguments, event_ndim, message in [
         ((zeros, zeros, torch.zeros(4)), None, r"x \(2, 3\), mean \(2, 3\), logvar \(4,\)"),
-        ((zeros[0], zeros[0], zeros[0]), None, "event_ndim must be given"),
+        ((zeros[0, 0], zeros[0, 0], zeros[0, 0]), None, "event_ndim=1 needs at least 1 dimensions"),
         ((zeros, zeros, zeros), 3, "event_ndim=3 needs"),
         ((zeros, zeros, torch.zeros((), device="meta")), None, "logvar is on meta"),
     ]:

@@ -120,21 +120,21 @@ def test_a_right_logit_has_all_its_digits(way, dtype):
     """Nothing of x l - softplus(l), which is -exp(-l) at x = 1, is left in float32 from l = 17 on."""
     logits = [14.0, 17.0, 30.0, 60.0, 0.0, 0.3, -14.0, -60.0, 14.0, 5.0]
     x = [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.996, 0.25]
-    inputs = [column(logits, dtype), column(x, dtype)]
-    value, (dlogits, dx) = run(way, "bernoulli_log_prob", inputs)
+    inputs = [column(x, dtype), column(logits, dtype)]
+    value, (dx, dlogits) = run(way, "bernoulli_log_prob", inputs)
     expected, slope = [], []
     with mpmath.workdps(60):
-        for logit, pixel in zip(*(tensor.double().flatten().tolist() for tensor in inputs)):
+        for pixel, logit in zip(*(tensor.double().flatten().tolist() for tensor in inputs)):
             expected.append(pixel * mpmath.mpf(logit) - mpmath.log1p(mpmath.exp(logit)))
             slope.append(pixel - 1 / (1 + mpmath.exp(-mpmath.mpf(logit))))
     assert_close(value, expected, wide(dtype))
     assert_close(dlogits, slope, dtype)
-    assert_close(dx, inputs[0].flatten().tolist(), dtype)
+    assert_close(dx, inputs[1].flatten().tolist(), dtype)
 
 
 @every_way
 def test_an_infinite_logit_that_is_right_costs_nothing(way):
-    value, (dlogits, _) = run(way, "bernoulli_log_prob", [column([INF, -INF, INF, -INF]), column([1.0, 0.0, 0.5, 1.0])])
+    value, (_, dlogits) = run(way, "bernoulli_log_prob", [column([1.0, 0.0, 0.5, 1.0]), column([INF, -INF, INF, -INF])])
     assert value.tolist() == [0.0, 0.0, -INF, -INF]
     assert dlogits.flatten().tolist() == [0.0, 0.0, -0.5, 1.0]
 
@@ -206,7 +206,7 @@ def test_a_weight_of_zero_leaves_no_gradient_of_what_overflows(way, name, with_p
 def test_a_weight_of_zero_leaves_no_gradient_of_a_likelihood(way, shape):
     inputs = [torch.full((1, 2), 1e30), torch.zeros(1, 2), torch.full(shape, -100.0)]
     _, gradients = run(way, "normal_log_prob", inputs, weight=0.0)
-    _, more = run(way, "bernoulli_log_prob", [column([INF]), column([0.5])], weight=0.0)
+    _, more = run(way, "bernoulli_log_prob", [column([0.5]), column([INF])], weight=0.0)
     assert all((gradient == 0).all() for gradient in (*gradients, *more))
 
 

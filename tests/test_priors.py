@@ -154,7 +154,7 @@ BAD = {
     "latent dim": (lambda: priors.StandardNormal(2).log_prob(Q.mean), ValueError, r"z must be \(\*batch, 2\)"),
     "method": (lambda: mixture().kl(Q, method="closed"), ValueError, "GaussianMixture.kl must be one of 'mc', 'upper'"),
     "flow method": (lambda: MAKE["flow"]().kl(Q, method="upper"), ValueError, "FlowPrior.kl must be one of 'mc', got"),
-    "flow dim": (lambda: MAKE["flow"]().log_prob(Q.mean[:, :2]), ValueError, r"z must be \(\*batch, 3\) as the flow"),
+    "flow dim": (lambda: MAKE["flow"]().log_prob(Q.mean[:, :2]), ValueError, r"z must be \(\*batch, 3\), the flow"),
     "entropy": (lambda: priors.StandardNormal(D).kl(Q, entropy="open"), ValueError, "entropy.*'closed', 'sampled'"),
     "gradient": (lambda: MAKE["flow"]().kl(Q, gradient="dreg"), ValueError, "gradient.*'plain', 'stl'"),
     "samples": (lambda: MAKE["flow"]().kl(Q, num_samples=0), ValueError, "num_samples must be at least 1"),

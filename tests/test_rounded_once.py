@@ -173,7 +173,7 @@ def test_posteriors(backend, dtype, shapes):
 @in_16_bits
 @pytest.mark.parametrize("logvar", [(), (D,), (N, 1), (1, 1)], ids=str)
 def test_likelihoods(backend, dtype, logvar):
-    def bernoulli(logits, x):
+    def bernoulli(x, logits):
         return (x * logits - torch.nn.functional.softplus(logits)).sum(-1)
 
     with implementation(backend):

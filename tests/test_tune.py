@@ -47,7 +47,7 @@ def test_counts_loads_that_wait():
     """
     found = estimate.instructions(sass)
     assert [operation for operation, _ in found] == ["LDG.E.128", "LDG.E.64", "FADD", "LDG.E.U16", "FADD", "EXIT"]
-    assert estimate.asked_for(found) == 24
+    assert estimate.bytes_in_flight(found) == 24
     assert estimate.moved_wide(found) == 16  # the first of the three
     assert estimate.resident_threads(registers=65, threads=128) == 65536 // (72 * 128) * 128
 

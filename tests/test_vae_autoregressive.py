@@ -139,7 +139,7 @@ def test_grey_values_are_drawn_once_for_all_samples(monkeypatch):
 
 
 def test_refuses_data_too_large_to_draw():
-    with pytest.raises(UserError, match=f"at most; this one has {LARGEST + 1:,}"):
+    with pytest.raises(UserError, match=f"at most, got {LARGEST + 1:,}"):
         made((LARGEST + 1,))
 
 

@@ -139,7 +139,7 @@ BAD = {
     "flat.npy": (lambda path, trap: np.save(path, np.zeros(20)), "expected [N, features]"),
     "none.npy": (lambda path, trap: np.save(path, np.zeros((0, 8))), "expected [N, features]"),
     "few.npy": (lambda path, trap: np.save(path, np.zeros((3, 8))), "at least 10"),
-    "nothing.npz": (lambda path, trap: np.savez(path, a=IMAGES, b=IMAGES), "no array called"),
+    "nothing.npz": (lambda path, trap: np.savez(path, a=IMAGES, b=IMAGES), "expected an array called"),
 }
 
 

@@ -26,14 +26,14 @@ def sized(count: int, *shape: int) -> Data:
 
 
 def suited(source: Data, **given) -> Settings:
-    return pace.suit(resolve({"data": "x/", **given}), given, source)
+    return pace.fit_defaults(resolve({"data": "x/", **given}), given, source)
 
 
 def test_what_belongs_to_built_in_data_stays():
-    assert pace.suit(resolve({}), {}, sized(1797, 1, 8, 8)) == Settings()
+    assert pace.fit_defaults(resolve({}), {}, sized(1797, 1, 8, 8)) == Settings()
     for name, source in (("mnist5k", sized(5000, 1, 28, 28)), ("pbmc", sized(700, 765))):
         settings = resolve({"data": name})
-        assert pace.suit(settings, {"data": name}, source) == settings
+        assert pace.fit_defaults(settings, {"data": name}, source) == settings
 
 
 @pytest.mark.parametrize("count", [1_000, 10_000, 100_000])
@@ -104,6 +104,6 @@ def test_a_run_that_would_take_hours_says_what_to_change():
     assert "samples" not in bare
 
 
-def test_times_are_spoken_with_the_precision_that_they_have():
-    spoken = {0.2: "1 s", 44: "44 s", 100: "1.7 min", 1200: "20 min", 7200: "2.0 h", 4e5: "4.6 days"}
-    assert {seconds: pace.spoken(seconds) for seconds in spoken} == spoken
+def test_durations_have_the_precision_of_a_forecast():
+    durations = {0.2: "1 s", 44: "44 s", 100: "1.7 min", 1200: "20 min", 7200: "2.0 h", 4e5: "4.6 days"}
+    assert {seconds: pace.duration(seconds) for seconds in durations} == durations

@@ -91,6 +91,6 @@ def test_a_process_takes_its_own_device_before_it_joins(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     ranks = parallel.start()
     assert seen[2:] == ["join by cpu:gloo,cuda:nccl"]
-    with pytest.raises(UserError, match="process 4 of this machine has no CUDA device of its own: there are 3"):
+    with pytest.raises(UserError, match="process 4 of this machine has no CUDA device: it has 3, one for each"):
         runs.choose_device("auto", ranks)
     assert runs.choose_device("cpu", ranks) == torch.device("cpu")

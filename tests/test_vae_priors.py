@@ -68,8 +68,8 @@ def test_stopped_runs_go_on_bit_for_bit(tmp_path, monkeypatch, name):
 
 
 def test_a_prior_begins_though_the_last_step_of_the_warm_up_is_skipped(tmp_path, monkeypatch):
-    began, real = [], loop.begin
-    monkeypatch.setattr(loop, "begin", lambda run: (began.append(run.step), real(run)))
+    began, real = [], loop.start_prior
+    monkeypatch.setattr(loop, "start_prior", lambda run: (began.append(run.step), real(run)))
     monkeypatch.setattr(Guard, "admit", lambda self, loss, parameters, step: step not in (5, 6))
     assert train(tmp_path, *PRIORS["gmm"], *WARM, *BARE) == 0
     assert began == [5]
@@ -152,7 +152,7 @@ def test_mixture_begins_at_the_clusters_as_wide_as_the_posteriors(covariance):
     found = []
     for _ in range(2):
         mixture = prior.build(settings, vae, source)
-        prior.begin(mixture, vae, source, settings, CPU)
+        prior.initialise(mixture, vae, source, settings, CPU)
         order = mixture.means[:, 0].argsort()
         assert torch.allclose(mixture.means[order], torch.tensor([[0.0, 0.0], [10.0, 0.0], [20.0, 0.0]]), atol=0.05)
         variances = mixture.scale_tril.square().sum(-1)
@@ -172,7 +172,7 @@ def test_pseudo_inputs_are_data_and_stay_in_their_range():
     assert first.shape == (60, 1, 4, 4)
     assert len(first[:50].unique(dim=0)) == 50
     beyond = torch.tensor([-0.5, 0.25, 1.5], requires_grad=True)
-    inside = prior.whole(source)(beyond)
+    inside = prior.into_range(source)(beyond)
     inside.sum().backward()
     assert inside.tolist() == [0.0, 0.25, 1.0]
     assert beyond.grad.tolist() == [1.0, 1.0, 1.0], "a pseudo-pixel at the border can come back"
@@ -186,7 +186,7 @@ def test_pseudo_inputs_are_data_and_stay_in_their_range():
         ({"prior": "flow", "components": 5}, "--components belongs to"),
         ({"prior": "vamp", "covariance": "full"}, "--covariance belongs to --prior gmm"),
         ({"kl": "upper"}, "--kl belongs to --prior gmm or vamp or flow"),
-        ({"prior": "flow", "kl": "upper"}, "--kl upper is a bound for mixtures"),
+        ({"prior": "flow", "kl": "upper"}, "--kl upper needs a mixture"),
         ({"prior": "gmm", "kl": "upper", "samples": 2}, "--samples belongs to --kl mc"),
         ({"prior": "gmm", "samples": 0}, "--samples must be at least 1"),
         ({"prior": "gmm", "prior_learning_rate": math.nan}, "--prior-learning-rate must be a finite"),
@@ -211,8 +211,8 @@ def test_defaults_of_a_learned_prior():
     [
         (("--warm-up", "12", "--prior", "gmm"), "--warm-up 12 leaves none of the 12 steps"),
         (("--prior", "gmm", "--components", "1439", *WARM), "--components 1439 is more than the 1438"),
-        (("--prior", "flow", "--latent", "1025", *WARM), "--prior flow is made for latents of at most 1024"),
-        (("--prior", "gmm", "--covariance", "full", "--latent", "1025", *WARM), "--covariance full is made for"),
+        (("--prior", "flow", "--latent", "1025", *WARM), "--prior flow takes latents of at most 1024"),
+        (("--prior", "gmm", "--covariance", "full", "--latent", "1025", *WARM), "--covariance full takes latents"),
     ],
 )
 def test_runs_that_cannot_be_end_in_one_line(tmp_path, capsys, options, expected):

@@ -100,7 +100,7 @@ def test_spatial_latent_reports_what_the_loss_costs(tmp_path, capsys):
     assert set(rows) == {"eager", "fastkl"}
     assert rows["fastkl"]["saved"] <= rows["eager"]["saved"]
     assert "kept" in said
-    assert "What the loss costs" in (tmp_path / "report.html").read_text()
+    assert "Memory and time of the loss" in (tmp_path / "report.html").read_text()
 
 
 def test_bar_shows_elbo_kl_and_throughput(monkeypatch):

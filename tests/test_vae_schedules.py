@@ -25,7 +25,7 @@ def recorded(monkeypatch, folder, *options) -> tuple[list, list]:
         return real(self, x, noise, weights, learned)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prior, "begin", lambda *given: begun.append(len(seen)))
+        patch.setattr(prior, "initialise", lambda *given: begun.append(len(seen)))
         patch.setattr(Objective, "forward", recording)
         assert train(folder, *BARE, "--prior", "gmm", "--components", "3", "--warm-up", "4", *options) == 0
     return seen, begun
@@ -78,17 +78,17 @@ def test_a_planned_temperature_fixes_the_length_of_the_run():
     ("given", "expected"),
     [
         ({"kl": "relaxed"}, "--kl belongs to --prior gmm or vamp or flow"),
-        ({"prior": "flow", "kl": "relaxed"}, "--kl relaxed chooses a component of a mixture"),
-        ({"prior": "gmm", "kl": "relaxed", "covariance": "full"}, "--covariance diag, spherical or tied, not full"),
+        ({"prior": "flow", "kl": "relaxed"}, "--kl relaxed needs a mixture"),
+        ({"prior": "gmm", "kl": "relaxed", "covariance": "full"}, "--covariance diag, spherical or tied, got full"),
         ({"prior": "gmm", "tau": 0.5}, "--tau belongs to --kl relaxed; this run has --kl mc"),
         ({"prior": "gmm", "kl": "upper", "final_tau": 0.5}, "--final-tau belongs to --kl relaxed; .* --kl upper"),
         ({"tau_schedule": "linear"}, "--tau-schedule belongs to --kl relaxed"),
         ({"prior": "gmm", "kl": "relaxed", "tau": 0.0}, "--tau must be a finite number above 0, got 0.0"),
         ({"prior": "gmm", "kl": "relaxed", "final_tau": -1.0}, "--final-tau must be a finite number above 0"),
         ({"prior": "gmm", "kl": "relaxed", "tau": math.nan}, "--tau must be a finite number above 0"),
-        ({"prior": "gmm", "kl": "relaxed", "tau": 0.05}, "--final-tau 0.1 is above --tau 0.05"),
-        ({"prior": "gmm", "kl": "relaxed", "tau": 0.1, "tau_schedule": "linear"}, "--tau-schedule has nothing to do"),
-        ({"beta_schedule": "cosine"}, "--beta-schedule says how .* this run has --warm-up 0"),
+        ({"prior": "gmm", "kl": "relaxed", "tau": 0.05}, "--final-tau 0.1 must not be above --tau 0.05"),
+        ({"prior": "gmm", "kl": "relaxed", "tau": 0.1, "tau_schedule": "linear"}, "--tau-schedule has no effect"),
+        ({"beta_schedule": "cosine"}, "--beta-schedule needs .* this run has --warm-up 0"),
     ],
 )
 def test_options_that_contradict_are_refused_by_name(given, expected):

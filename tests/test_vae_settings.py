@@ -12,7 +12,7 @@ import fastkl
 from fastkl.vae import checkpoint, folders
 from fastkl.vae import train as loop
 from fastkl.vae.cli import main, parser
-from fastkl.vae.errors import TRAIN, UserError, foresee, lacking, require
+from fastkl.vae.errors import TRAIN, UserError, check_installed, not_installed, require
 from fastkl.vae.rules import flag, resolve, resume
 from fastkl.vae.settings import FOR_DATA, FOR_PRESET, GROUPS, Settings
 
@@ -58,7 +58,9 @@ def test_resume_with_other_settings_or_data_ends_in_one_line(tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((100, 8)))
     assert train(tmp_path / "run", *BARE) == 0
     assert "--beta" in refused(capsys, tmp_path / "run", "--resume", "--beta", "2")
-    assert "not the data" in refused(capsys, tmp_path / "run", "--resume", "--data", str(tmp_path / "x.npy"))
+    assert "other values than at the start" in refused(
+        capsys, tmp_path / "run", "--resume", "--data", str(tmp_path / "x.npy")
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_two_runs_that_start_at_once_have_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     claims = [folders.claim_new(None, "digits") for _ in range(3)]
     assert [claim.folder.name for claim in claims] == ["digits", "digits-2", "digits-3"]
-    with pytest.raises(UserError, match="another process trains there"):
+    with pytest.raises(UserError, match="another process is training in this folder"):
         folders.claim_new(claims[0].folder, "digits")
     for claim in claims:
         claim.release()
@@ -119,19 +121,19 @@ def test_a_run_without_a_checkpoint_is_neither_lost_nor_taken(tmp_path, capsys, 
 def test_resuming_what_is_not_there_is_refused(tmp_path, capsys, monkeypatch):
     assert train(tmp_path / "digits", *BARE) == 0
     said = refused(capsys, tmp_path / "digit", "--resume")
-    assert "no run is there" in said
+    assert "no run in this folder" in said
     assert f"did you mean {tmp_path / 'digits'}?" in said
     assert not (tmp_path / "digit").exists()
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--resume"]) == 2
-    assert "there is no run runs/digits" in capsys.readouterr().err
+    assert "no run in runs/digits" in capsys.readouterr().err
 
 
 def test_making_a_finished_run_longer(tmp_path, capsys):
     assert train(tmp_path / "cosine", *BARE) == 0
     said = refused(capsys, tmp_path / "cosine", "--resume", "--steps", "20")
     assert "--steps 20 differs from the run's 12" in said
-    assert "planned to fall to 0" in said
+    assert "falls to 0 at the planned end" in said
     assert train(tmp_path / "cosine", *BARE, "--resume") == 0
     assert "cannot be made longer" in capsys.readouterr().out
     assert train(tmp_path / "level", *BARE, "--schedule", "constant") == 0
@@ -154,8 +156,8 @@ def test_missing_packages_are_named_with_the_command_that_installs_them():
     with pytest.raises(UserError, match=r"needs a_package_that_nobody_has, .*: pip install a_package_that_nobody_has$"):
         require("a_package_that_nobody_has.part", "This")
     with pytest.raises(UserError, match=r"pip install nobody_has$"):
-        foresee("nobody_has", "This")
-    assert "pip install scikit-learn;" in str(lacking("sklearn", "This"))
+        check_installed("nobody_has", "This")
+    assert "pip install scikit-learn;" in str(not_installed("sklearn", "This"))
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     assert f"train = {list(TRAIN)}".replace("'", '"') in project
 

@@ -22,7 +22,7 @@ def test_warnings_name_the_remedy_once(monkeypatch, capsys):
     silent = fastkl.DiagonalNormal(torch.zeros(8, 20), torch.zeros(8, 20))
     said = []
     for step in range(1, 41):
-        watch.saw(step, silent, None)
+        watch.record(step, silent, None)
         if step % 5 == 0:
             figures = watch.figures()
             assert figures["active_units"] == 0
@@ -36,12 +36,12 @@ def test_warnings_name_the_remedy_once(monkeypatch, capsys):
     assert [len(late.warnings(step, 100, figures, None)) for step in (99, 100)] == [0, 1], "at the end in any case"
     again = Watch(settings, Ranks())
     again.load_state_dict(watch.state_dict())
-    again.saw(41, silent, None)
+    again.record(41, silent, None)
     assert again.warnings(41, 100, again.figures(), None) == [], "nor after a resumption"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
     run = types.SimpleNamespace(total_steps=100, batch_size=4, step=0)
     with progress.Terminal(run, None) as display:
-        display.watched(20, {"skipped_steps": 2, **figures}, [once[1]])
+        display.monitored(20, {"skipped_steps": 2, **figures}, [once[1]])
         assert display.line(20).count("2 skipped") == 1
     assert f"step 20: {once[1]}" in capsys.readouterr().out
 
@@ -54,19 +54,19 @@ def test_watch_goes_on_where_it_was():
     whole, first, second = (Watch(settings, Ranks()) for _ in range(3))
     for step, q in enumerate(batches):
         torch.manual_seed(step)
-        whole.saw(step, q, None)
+        whole.record(step, q, None)
     for step, q in enumerate(batches):
         torch.manual_seed(step)
         if step == 2:
             second.load_state_dict(first.state_dict())
-        (first if step < 2 else second).saw(step, q, None)
+        (first if step < 2 else second).record(step, q, None)
     assert second.figures() == whole.figures()
 
 
 def test_what_is_restored_lies_where_the_next_steps_look():
     settings = Settings(log_every=1)
     watch, again = Watch(settings, Ranks()), Watch(settings, Ranks())
-    watch.saw(1, fastkl.DiagonalNormal(torch.randn(8, 3), torch.zeros(8, 3)), None)
+    watch.record(1, fastkl.DiagonalNormal(torch.randn(8, 3), torch.zeros(8, 3)), None)
     again.load_state_dict(watch.state_dict(), device=torch.device("meta"))
     states = [monitor.state for monitor in again.monitors.values() if monitor.state is not None]
     assert states

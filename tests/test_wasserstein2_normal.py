@@ -198,7 +198,7 @@ def test_errors_name_the_argument(arguments, match):
         fastkl.wasserstein2_normal(*(torch.ones(shape) for shape in arguments))
     with pytest.raises(TypeError, match=r"logvar must be a torch\.Tensor"):
         fastkl.wasserstein2_normal(torch.ones(3), [1.0])
-    with pytest.raises(ValueError, match="scale_tril_q must be"):
+    with pytest.raises(ValueError, match="scale_tril must be"):
         fastkl.wasserstein2_multivariate_normal(torch.ones(3), torch.ones(2), torch.ones(3), torch.ones(3))
 
 

@@ -12,6 +12,8 @@ import numpy
 import pytest
 import torch
 
+import fastkl
+
 ROOT = Path(__file__).parent.parent
 SMOKE = """
 import importlib, importlib.metadata, importlib.util, os, sys
@@ -68,6 +70,8 @@ def test_wheel_has_every_module_and_nothing_else(wheel):
     sources = [path for path in (ROOT / "fastkl").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     expected |= {path.relative_to(ROOT).as_posix() for path in sources}
     assert files == expected
+    assert "fastkl/py.typed" in files  # type checkers read the annotations of fastkl then
+    assert wheel.name.startswith(f"fastkl-{fastkl.__version__}-")  # the version has one place
     assert "fastkl = fastkl.vae.cli:main" in entry_points
 
 

@@ -1,14 +1,14 @@
-"""What shows that a model collapses, measured while it trains or over a data set that is never in memory as a whole.
+"""Monitors of a model's collapse, during training or over a data set that does not fit in memory.
 
     units = monitors.ActiveUnits()
     for x in loader:
         units.update(encode(x))
     units.count(), monitors.diagnose(active_units=units.count(), latent_units=units.compute().numel())
 
-Every monitor has `update`, which keeps sums in float64 on the device of what it is given and waits for nothing;
-`compute`, the figure so far; `reset`; and `merge`, which takes in what another one saw. With `group`, a
-torch.distributed process group, `compute` means what all its processes saw and must be called by all of them; None
-means this process alone. Nothing is printed, and nothing has a gradient.
+Every monitor has `update`, which adds to float64 sums on its input's device without a synchronisation; `compute`, the
+figure so far; `reset`; and `merge`, which adds another monitor's state. With `group`, a torch.distributed process
+group, `compute` is over the data of all its processes, and all of them must call it; None means this process only.
+Monitors do not print, and their figures have no gradient.
 """
 
 from fastkl.monitors._diagnose import diagnose

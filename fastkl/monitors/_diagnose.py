@@ -1,4 +1,4 @@
-"""Figures of a run read by the eye of someone who has seen such runs fail."""
+"""Warnings of a failing run, derived from its figures."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 
 from torch import Tensor
 
-# Below these, a line is written.
-ACTIVE_PART = 0.1  # of the latent units are active
-LEAST_KL = 0.1  # nats for each datum
-USED_PART = 0.2  # of the components of a mixture are used
-ESS_PART = 0.05  # of the way from 1 to L has the effective sample size
+# Thresholds of the warnings.
+ACTIVE_PART = 0.1  # share of active latent units
+LEAST_KL = 0.1  # nats per datum
+USED_PART = 0.2  # share of used components of a mixture
+ESS_PART = 0.05  # position of the effective sample size between 1 and L
 
 
 def diagnose(
@@ -18,19 +18,19 @@ def diagnose(
     used_components: int | None = None, components: int | None = None,
     effective_sample_size: float | Tensor | None = None, samples: int | None = None, **others: float | Tensor | None,
 ) -> list[str]:  # fmt: skip
-    """Plain one-line warnings of what has gone wrong, each naming remedies; none where all is well.
+    """One-line warnings of collapse or non-finite figures, each with remedies; an empty list if all figures are good.
 
-    - "posterior collapse": at most a tenth of the latent units are active, or the KL is below 0.1 nats for each datum.
+    - "posterior collapse": at most a tenth of the latent units are active, or the KL is below 0.1 nats per datum.
     - "mixture collapse": at most a fifth of the components are used, of two or more.
     - "degenerate weights": the effective sample size is below 1 + (L - 1) / 20, of L samples.
-    - "not finite": any figure is infinite or no number.
+    - "not finite": a figure is infinite or NaN.
 
     Args:
-        kl: mean KL of a datum, in nats.
-        active_units, latent_units: how many of how many, as `ActiveUnits`.
-        used_components, components: how many of how many, as `ComponentUsage`.
-        effective_sample_size, samples: of how many, as `EffectiveSampleSize`.
-        others: any other figures, whose finiteness is asked for: loss=..., gradient_norm=...
+        kl: mean KL per datum, in nats.
+        active_units, latent_units: number of active units, from `ActiveUnits`, and of all units.
+        used_components, components: number of used components, from `ComponentUsage`, and of all components.
+        effective_sample_size, samples: the figure of `EffectiveSampleSize`, and the number L of samples.
+        others: further figures to check for finiteness: loss=..., gradient_norm=...
 
     >>> from fastkl import monitors
     >>> monitors.diagnose(kl=14.2, active_units=17, latent_units=20, loss=98.6)
@@ -39,7 +39,7 @@ def diagnose(
     posterior collapse (0 of 20 latent units active, KL 0.02 nats): free bits, a longer KL warm-up, cyclical beta, or a weaker decoder
     """  # noqa: E501
     given = {"kl": kl, "effective_sample_size": effective_sample_size, **others}
-    # A loss may be given as it is: torch warns where a tensor with a gradient becomes a number.
+    # Detached, because torch warns if a tensor that requires a gradient is converted to a number.
     figures = {
         name: float(value.detach() if isinstance(value, Tensor) else value)
         for name, value in given.items()
@@ -51,14 +51,14 @@ def diagnose(
     if bad:
         remedies = "skip such steps, a smaller learning rate, or bounds on the log-variance"
         lines.append(f"not finite ({', '.join(bad)}): {remedies}")
-    found = []
+    signs = []
     if active_units is not None and latent_units and active_units <= ACTIVE_PART * latent_units:
-        found.append(f"{active_units} of {latent_units} latent units active")
+        signs.append(f"{active_units} of {latent_units} latent units active")
     if kl is not None and kl < LEAST_KL:
-        found.append(f"KL {kl:.2g} nats")
-    if found:
+        signs.append(f"KL {kl:.2g} nats")
+    if signs:
         remedies = "free bits, a longer KL warm-up, cyclical beta, or a weaker decoder"
-        lines.append(f"posterior collapse ({', '.join(found)}): {remedies}")
+        lines.append(f"posterior collapse ({', '.join(signs)}): {remedies}")
     if (
         used_components is not None
         and components
@@ -68,6 +68,6 @@ def diagnose(
         remedies = "a longer warm-up before the mixture, components fitted again, or a higher temperature"
         lines.append(f"mixture collapse ({used_components} of {components} components used): {remedies}")
     if size is not None and samples and samples > 1 and size < 1 + ESS_PART * (samples - 1):
-        remedies = "train the encoder longer, a richer posterior, or the plain ELBO, which weighs all samples alike"
+        remedies = "train the encoder longer, a richer posterior, or the plain ELBO, which weights samples equally"
         lines.append(f"degenerate weights (effective sample size {size:.3g} of {samples}): {remedies}")
     return lines

@@ -1,4 +1,4 @@
-"""How large gradients are, without waiting for a device."""
+"""Gradient norms, without a synchronisation with the device."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 
 def gradient_norms(parameters: nn.Module | Mapping[str, Iterable[Tensor]]) -> dict[str, Tensor]:
-    """Euclidean norms of the gradients that `backward` left, of each part of a model and of all of it.
+    """Euclidean norms of the gradients, for each part of a model and in total.
 
     Args:
-        parameters: a module, whose parts are its children that have parameters, and under the name "own" the parameters
-            that are in none of them; or parameters by the name of their part, "encoder" and "decoder" say.
+        parameters: a module, whose parts are its children with parameters, and "own" for parameters outside all
+            children; or a mapping of part names, such as "encoder" and "decoder", to parameters.
 
     Returns:
-        One value [] for each part, on the device of its gradients and without a synchronisation, and "total". 0 where a
-        part has no gradients. A parameter of two parts is counted in both, but once in the total.
+        One value [] for each part, on the device of its gradients and without a synchronisation, and "total". A part
+        without gradients has 0. A parameter of two parts counts in both, but once in the total.
 
     Raises:
         TypeError: parameters is neither a module nor a mapping. ValueError: a part is called "total".
@@ -39,7 +39,7 @@ def gradient_norms(parameters: nn.Module | Mapping[str, Iterable[Tensor]]) -> di
     else:
         raise TypeError(f"parameters must be a module or a mapping of parts, got {type(parameters).__name__}")
     if "total" in parts:
-        raise ValueError('parameters has a part called "total", which is the name of the norm of all parts')
+        raise ValueError('parameters must not have a part called "total", the name of the norm of all parts')
     everything = list(dict.fromkeys(parameter for part in parts.values() for parameter in part))
     return {name: _norm(part) for name, part in {**parts, "total": everything}.items()}
 
@@ -48,5 +48,5 @@ def _norm(parameters: list[Tensor]) -> Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients and parameters:
         return torch.zeros((), dtype=torch.float32, device=parameters[0].device)
-    # Each norm has its tensor's dtype, and that of a float16 would end at 65504.
+    # Each norm has its tensor's dtype, and a float16 norm overflows at 65504.
     return nn.utils.get_total_norm([gradient.float() if gradient.itemsize == 2 else gradient for gradient in gradients])

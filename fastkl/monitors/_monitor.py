@@ -1,4 +1,4 @@
-"""What monitors share: a state that updates, other monitors and other processes add to."""
+"""The base class of monitors: a state that updates, other monitors and other processes add to."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class State(NamedTuple):
-    """Float64 sums, or what else `Monitor.combine` can put together, of `count` observations."""
+    """The state of `count` observations: float64 sums, or other values that `Monitor.combine` merges."""
 
     count: int  # type: ignore[assignment]  # which hides tuple.count
     values: tuple[Tensor, ...]
 
 
 class Monitor:
-    """update, compute, reset and merge."""
+    """The base class of monitors, with reset and merge; subclasses add update and compute."""
 
     def __init__(self, *, group: ProcessGroup | None = None) -> None:
         if group is not None:
@@ -31,11 +31,11 @@ class Monitor:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all observations."""
         self.state: State | None = None
 
     def merge(self, other: Monitor) -> None:
-        """Take in what another monitor of the same kind saw, as if it had been given to this one."""
+        """Add the observations of another monitor of the same type."""
         if type(other) is not type(self):
             raise TypeError(f"other must be another {type(self).__name__}, got {type(other).__name__}")
         if other.state is not None:
@@ -47,21 +47,21 @@ class Monitor:
         if self.state is None:
             self.state = state
             return
-        expected, found = ([tuple(value.shape) for value in s.values] for s in (self.state, state))
-        if expected != found:
-            raise ValueError(f"{type(self).__name__} saw values of shape {expected[0]} before, got {found[0]}")
+        expected, got = ([tuple(value.shape) for value in s.values] for s in (self.state, state))
+        if expected != got:
+            raise ValueError(f"{type(self).__name__} expected values of shape {expected[0]} as before, got {got[0]}")
         values = tuple(new.to(old.device) for old, new in zip(self.state.values, state.values))
         self.state = self.combine(self.state, State(state.count, values))
 
     def combine(self, one: State, other: State) -> State:
-        """Of sums: their sums."""
+        """The merged state; for sums, their sum."""
         return State(one.count + other.count, tuple(a + b for a, b in zip(one.values, other.values)))
 
     def everything(self) -> State:
-        """What all processes saw, put together in the order of their ranks, which gives the same bits on each."""
+        """The merged state of all processes, in the order of their ranks, so that it is bitwise the same on each."""
         state = self.state
         if self.group is not None and torch.distributed.get_world_size(self.group) > 1:
-            # As objects: a process that saw nothing does not know the shapes.
+            # As objects, because a process without observations does not know the shapes.
             own = None if state is None else State(state.count, tuple(value.cpu() for value in state.values))
             states: list[State | None] = [None] * torch.distributed.get_world_size(self.group)
             torch.distributed.all_gather_object(states, own, group=self.group)
@@ -76,7 +76,7 @@ class Monitor:
         return state
 
     def mean(self) -> Tensor:
-        """The first of the sums over what was counted."""
+        """The first sum divided by the count."""
         count, (total, *_) = self.everything()
         return total / count
 
@@ -84,8 +84,7 @@ class Monitor:
 def posterior_rows(q: DiagonalNormal) -> tuple[Tensor, Tensor]:
     """mean and ln sigma^2 [N, D]."""
     check_posterior(q)
-    batch_ndim = len(q.shape) - q.event_ndim
-    mu, logvar = (t.detach().flatten(batch_ndim).flatten(0, -2) for t in (q.mean, q._logvar()))
+    mu, logvar = (tensor.detach().flatten(0, -2) for tensor in q.vectors())
     return mu, logvar
 
 

@@ -1,4 +1,4 @@
-"""What posteriors say about the data: active units, the KL of each dimension, mutual information."""
+"""Monitors of posteriors: active units, the KL of each dimension, mutual information."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ACTIVE = 0.01
 class ActiveUnits(Monitor):
     """Latent dimensions whose posterior mean varies over the data: Var_x(E[z_d | x]) > 0.01.
 
-    Mean and squared deviations of the batches are put together as Chan, Golub and LeVeque do, so that nothing cancels
-    however far the means are from 0.
+    Mean and squared deviations of batches are merged by the update of Chan, Golub and LeVeque, which avoids
+    cancellation for means far from 0.
 
     Args:
         threshold: the variance above which a unit is active.
-        group: of processes; see `fastkl.monitors`.
+        group: a process group; see `fastkl.monitors`.
 
     Source: Burda, Grosse and Salakhutdinov 2016, "Importance Weighted Autoencoders", arXiv:1509.00519, section 5.2;
     Chan, Golub and LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances".
@@ -44,7 +44,7 @@ class ActiveUnits(Monitor):
 
     @torch.no_grad()
     def update(self, q: DiagonalNormal | Tensor) -> None:
-        """Posteriors, or their means [N, *event]."""
+        """Add posteriors, or their means [N, *event]."""
         if isinstance(q, Tensor):
             arguments.check_tensors(q=q)
             if q.dim() < 2:
@@ -66,16 +66,16 @@ class ActiveUnits(Monitor):
         return State(count, (mean, squares + new_squares + apart.square() * (one.count * other.count / count)))
 
     def compute(self) -> Tensor:
-        """The variances [*event], of n - 1 degrees of freedom; NaN of a single datum."""
+        """The variances [*event], with n - 1 degrees of freedom; NaN for a single datum."""
         count, (_, squares) = self.everything()
         return squares / (count - 1)
 
     def active(self) -> Tensor:
-        """Which units [*event] are active."""
+        """A mask [*event] of the active units."""
         return self.compute() > self.threshold
 
     def count(self) -> int:
-        """How many are."""
+        """The number of active units."""
         return int(self.active().sum())
 
 
@@ -94,36 +94,36 @@ class KLPerDimension(Monitor):
     def update(
         self, q: DiagonalNormal | Tensor, prior: DiagonalNormal | None = None, *, count: int | None = None
     ) -> None:
-        """Posteriors, whose KL is to N(0, I) or `prior`; or what the loss has made already: the means [*event] over a
+        """Add posteriors, with the KL to N(0, I) or `prior`; or the loss's KL per dimension, the means [*event] over a
         batch of `count` data (`fastkl.kl_normal_per_dim`)."""
         if isinstance(q, Tensor):
             arguments.check_tensors(q=q)
             if prior is not None or count is None:
-                raise ValueError("q is means that are there already: they need their count, and no prior")
+                raise ValueError("q given as means needs count, and takes no prior")
             means, count = q.detach(), arguments.check_int("count", count, 0)
         else:
             check_posterior(q)
             if count is not None:
-                raise ValueError("count is of means that are there already; posteriors q are counted here")
+                raise ValueError("count is only for q given as means; posteriors have their own count")
             means, count = q.kl_per_dim(prior), q.shape[: len(q.shape) - q.event_ndim].numel()
         if count:
             self.add(State(count, (means.double() * count,)))
 
     def compute(self) -> Tensor:
-        """[*event]; its sum is the KL of a datum, in the mean."""
+        """The mean KL of each dimension [*event]; its sum is the mean KL of a datum."""
         return self.mean()
 
 
 class MutualInformation(Monitor):
-    """Mutual information of data and latent under q, in nats: how much the latent says of which datum it is.
+    """Mutual information of data and latent under q, in nats.
 
     I(x; z) = E_x E_q(z|x) [ln q(z | x) - ln q(z)] = E_x KL(q(z | x) || p) - KL(q(z) || p), q(z) = mean_m q(z | x_m)
 
-    Estimated with the same draws in both terms, so that it is 0 without noise where all posteriors are alike. Nothing
-    of the size of draws times posteriors is made.
+    Both terms use the same draws, so the estimate is exactly 0 if all posteriors are equal. It needs no tensor of size
+    draws times posteriors.
 
     Args:
-        group: of processes; see `fastkl.monitors`. Each compares with the posteriors it was given itself.
+        group: a process group; see `fastkl.monitors`. Each process compares with its own posteriors.
 
     Source: Hoffman and Johnson 2016, "ELBO surgery: yet another way to carve up the variational evidence lower bound".
 
@@ -141,20 +141,20 @@ class MutualInformation(Monitor):
         self, q: DiagonalNormal, aggregate: DiagonalNormal | None = None, *, num_samples: int = 1,
         seed: int | Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Posteriors q. `aggregate`: the posteriors whose mean is q(z), of a whole data set for its exact figure;
-        absent, those of this update alone, of M data, whose figure is at most ln M."""
+        """Add posteriors q. `aggregate`: the posteriors whose mean is q(z), those of the whole data set for an exact
+        figure; None takes the M posteriors of this update, and the figure is then at most ln M."""
         mu, logvar = posterior_rows(q)
         means, logvars = (mu, logvar) if aggregate is None else posterior_rows(aggregate)
         if means.shape[1] != mu.shape[1] or len(means) == 0 < len(mu):
             raise ValueError(f"aggregate must hold posteriors of {mu.shape[1]} dimensions, got {aggregate or q}")
         if len(mu) == 0:
             return
-        dtype = reference.compute_dtype(mu, logvar)  # draws rounded to 16 bits would be far out in a narrow posterior
+        dtype = reference.compute_dtype(mu, logvar)  # 16-bit draws would be many deviations off in a narrow posterior
         z = rsample_normal(mu.to(dtype), logvar.to(dtype), num_samples=num_samples, seed=seed)
         own = normal_log_prob(z, mu, logvar, event_ndim=1)
         together = gmm_log_prob(z, logvars.new_zeros(len(means)), means, logvars)
         self.add(State(own.numel(), ((own - together).double().sum(),)))
 
     def compute(self) -> Tensor:
-        """One value []."""
+        """The mutual information [], in nats."""
         return self.mean()

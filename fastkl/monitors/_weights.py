@@ -1,4 +1,4 @@
-"""How evenly weight is spread: over the components of a mixture, over importance-weighted samples."""
+"""Monitors of weights: of the components of a mixture, and of importance-weighted samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastkl.priors.mixture import Usage, used
 
 
 class ComponentUsage(Monitor):
-    """Which components of a mixture the data use.
+    """The use of a mixture's components by the data.
 
     >>> import torch, fastkl
     >>> from fastkl import monitors
@@ -26,8 +26,8 @@ class ComponentUsage(Monitor):
 
     @torch.no_grad()
     def update(self, responsibilities: Tensor | GMMMoments) -> None:
-        """What `fastkl.gmm_moments` gives, which makes nothing of the size of data times components; or ln p(k | z)
-        [*batch, K], as `fastkl.gmm_responsibilities`."""
+        """Add the result of `fastkl.gmm_moments`, which needs no tensor of size data times components; or ln p(k | z)
+        [*batch, K], from `fastkl.gmm_responsibilities`."""
         if isinstance(responsibilities, GMMMoments):
             count, sums = responsibilities.log_prob.numel(), responsibilities.counts.double()
         else:
@@ -39,14 +39,14 @@ class ComponentUsage(Monitor):
         self.add(State(count, (sums,)))
 
     def compute(self) -> Usage:
-        """(shares [K], their entropy in nats, how many components are used), as a prior's `usage` of all the data."""
+        """(shares [K], their entropy in nats, number of used components), as a prior's `usage` of all the data."""
         sums = self.everything().values[0]
         shares = sums / sums.sum()
         return Usage(shares, torch.special.entr(shares).sum(), int(used(shares).sum()))
 
 
 class EffectiveSampleSize(Monitor):
-    """The mean over the data of `fastkl.effective_sample_size`, (sum_l w_l)^2 / sum_l w_l^2, and of its part of L.
+    """The mean over the data of `fastkl.effective_sample_size`, (sum_l w_l)^2 / sum_l w_l^2, also as a share of L.
 
     >>> import math, torch
     >>> from fastkl import monitors
@@ -58,15 +58,15 @@ class EffectiveSampleSize(Monitor):
 
     @torch.no_grad()
     def update(self, log_w: Tensor, dim: int = 0) -> None:
-        """Log-weights ln p(x, z_l) - ln q(z_l | x) [L, *batch], samples along `dim`."""
+        """Add log-weights ln p(x, z_l) - ln q(z_l | x) [L, *batch], with samples along `dim`."""
         sizes = effective_sample_size(log_w.detach() if isinstance(log_w, Tensor) else log_w, dim).double()
         self.add(State(sizes.numel(), (sizes.sum(), sizes.sum() / log_w.shape[dim])))
 
     def compute(self) -> Tensor:
-        """One value [], from 1 to L."""
+        """The mean effective sample size [], from 1 to L."""
         return self.mean()
 
     def fraction(self) -> Tensor:
-        """The same over L, the number of samples: up to 1, and comparable between updates of different L."""
+        """The mean of the effective sample size divided by L: at most 1, and comparable between different L."""
         count, (_, parts) = self.everything()
         return parts / count

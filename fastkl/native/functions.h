@@ -1,6 +1,6 @@
-/* Functions of a REAL (float or double) for loops that the compiler turns into vector code: no branches, no tables, no
- * calls. Infinities and NaN go in and come out as the formulas say, so the flags may not assume them away. What would
- * be a denormal is 0: computing with denormals is up to a hundred times slower, and no loss sees them. */
+/* Functions of a REAL (float or double) for loops that the compiler vectorises: no branches, no tables, no calls.
+ * Infinities and NaN propagate as in the formulas, so compiler flags must not assume them away. Denormal results are 0:
+ * arithmetic with denormals is up to a hundred times slower, and they do not matter in a loss. */
 
 #ifndef FASTKL_FUNCTIONS_H
 #define FASTKL_FUNCTIONS_H
@@ -14,7 +14,7 @@ typedef double REAL;
 typedef int64_t BITS;
 typedef uint64_t UNSIGNED;
 #define MANTISSA 52
-/* 1.5 * 2^52 + bias - 1: what is added to it is rounded to an integer n, and its last bits are the exponent of 2^(n-1) */
+/* 1.5 * 2^52 + bias - 1: a number added to it is rounded to an integer n, and the last bits are the exponent of 2^(n-1) */
 #define ROUND (6755399441055744.0 + 1022.0)
 #define LN2_HIGH 6.93147180369123816490e-01 /* its product with an exponent is exact */
 #define LN2_LOW 1.90821492927058770002e-10
@@ -52,7 +52,7 @@ static inline REAL exp_rest(REAL r) {
     s = 1.0 / 6.0 + r * s;
     s = 0.5 + r * s;
     return r * r * s;
-#else /* in pairs: the processor waits for half as many steps */
+#else /* in pairs, which halves the chain of dependent steps */
     REAL square = r * r;
     REAL low = 0.5f + r * 1.6666666532e-1f, middle = 4.1666465229e-2f + r * 8.3333607545e-3f;
     REAL high = 1.3933630807e-3f + r * 1.9857812323e-4f;
@@ -60,16 +60,16 @@ static inline REAL exp_rest(REAL r) {
 #endif
 }
 
-/* x = n ln 2 + r. half is 2^(n - 1): 2^n itself overflows one step before exp(x) does. x is not above exp_bounds[1], where
- * exp(x) is infinite: to subtract an x without end from that would give NaN, or -inf in place of infinity. */
+/* x = n ln 2 + r. half is 2^(n - 1), because 2^n overflows one step before exp(x) does. x is clamped to exp_bounds[1], at
+ * which exp(x) is infinite: subtracting an infinite x from that would give NaN, or -inf instead of infinity. */
 typedef struct { REAL x, half, r, rest; } split;
 
-/* What exp is taken of goes no further. The two are in a file of their own: were they known here, the compiler would
- * compare and choose, in two steps each, where the processor has one for the greater of two that it cannot foresee. */
+/* Clamp for exp's argument. Defined in bounds.c so that the compiler cannot see the values: with constants gcc emits
+ * compare + blend instead of one min or max. */
 extern const REAL exp_bounds[2] __attribute__((visibility("hidden")));
 
 static inline split split_exp(REAL x) {
-    x = x > exp_bounds[1] ? exp_bounds[1] : x; /* a comparison with NaN is false: NaN stays */
+    x = x > exp_bounds[1] ? exp_bounds[1] : x; /* comparisons with NaN are false, so NaN stays */
     REAL below = x;
     x = x < exp_bounds[0] ? exp_bounds[0] : x;
     REAL shifted = x * LOG2E + ROUND, n = shifted - ROUND;
@@ -78,8 +78,8 @@ static inline split split_exp(REAL x) {
     return parts;
 }
 
-/* exp(x), exp(x) - 1 and exp(x) - 1 - x of what x was split into. The last is 2^n rest + (2^n - 1) (1 + r) + (r - x), which
- * next to 0, where n = 0 and r = x, is the series alone. */
+/* exp(x), exp(x) - 1 and exp(x) - 1 - x from the split of x. The last is 2^n rest + (2^n - 1) (1 + r) + (r - x); near 0,
+ * with n = 0 and r = x, only the series remains. */
 static inline REAL whole(split p) { return 2 * (p.half + p.half * (p.r + p.rest)); }
 static inline REAL minus_one(split p) { return 2 * (p.half * (p.r + p.rest) + (p.half - (REAL)0.5)); }
 static inline REAL minus_one_minus(split p) {
@@ -90,17 +90,17 @@ static inline REAL exponential(REAL x) { return whole(split_exp(x)); }
 static inline REAL exp_minus_one(REAL x) { return minus_one(split_exp(x)); }
 static inline REAL exp_minus_one_minus(REAL x) { return minus_one_minus(split_exp(x)); }
 
-/* The square root of 1 / sigma, sigma = exp(x / 2). What is divided by sigma is multiplied by it twice: it overflows at
- * twice the x where 1 / sigma does, and is finite beyond that, so that 0 stays 0 however small sigma is. */
+/* The square root of 1 / sigma, sigma = exp(x / 2). A division by sigma is two multiplications by it. It overflows only at
+ * twice the x at which 1 / sigma does, and is clamped there, so that 0 stays 0 for any sigma. */
 static inline REAL precision_root(REAL x) {
     REAL root = exponential(x * (REAL)-0.25);
     return root > MOST ? MOST : root;
 }
 
-/* weight * value, 0 where the weight is 0: there the value may have overflowed. */
+/* weight * value, but 0 for a weight of 0, even if the value has overflowed. */
 static inline REAL weighted(REAL weight, REAL value) { return weight == 0 ? 0 : weight * value; }
 
-/* sigma = exp(x / 2) and what else depends on it: exp(x) - 1 and exp(x) - 1 - x, both without cancellation. */
+/* sigma = exp(x / 2), exp(x) - 1 and exp(x) - 1 - x from one exponential, without cancellation. */
 typedef struct { REAL sigma, variance_minus_one, rest; } spread;
 
 static inline spread spread_of(REAL x) {
@@ -126,8 +126,8 @@ static inline REAL twice_artanh(REAL s) {
 /* ln(1 + x) for 0 <= x <= 1 */
 static inline REAL log_one_plus(REAL x) { return twice_artanh(x / (2 + x)); }
 
-/* ln(1 + f) for 1 + f from sqrt 1/2 to sqrt 2: f - f^2/2 and, by the series of 2 artanh s, what that leaves; f comes first,
- * which has no rounding. */
+/* ln(1 + f) for 1 + f from sqrt 1/2 to sqrt 2: f - f^2/2 plus a rest from the series of 2 artanh s. f is added last,
+ * because it is exact. */
 static inline REAL log_of_one_and(REAL f) {
 #ifdef FLOAT64
     const int terms = 10;
@@ -140,13 +140,13 @@ static inline REAL log_of_one_and(REAL f) {
     return f - (half - s * (half + rest));
 }
 
-/* ln x; -inf for 0 and what is denormal, NaN below */
+/* ln x; -inf for 0 and denormals, NaN for negative x */
 static inline REAL logarithm(REAL x) {
     BITS bits = bits_of(x);
     BITS exponent = (bits - bits_of((REAL)0.70710678118654752)) >> MANTISSA; /* x = 2^exponent m, m next to 1 */
     REAL m = real_of(bits - (BITS)((UNSIGNED)exponent << MANTISSA)), n = (REAL)exponent;
     REAL value = n * LN2_HIGH + (n * LN2_LOW + log_of_one_and(m - 1));
-    value = x < (REAL)LEAST_NORMAL ? -(REAL)INFINITY : value; /* one choice after another: of nested ones gcc makes jumps */
+    value = x < (REAL)LEAST_NORMAL ? -(REAL)INFINITY : value; /* separate selections: gcc turns nested ones into jumps */
     value = x < 0 ? (REAL)NAN : value;
     return x <= MOST ? value : x; /* infinity, NaN */
 }

@@ -1,16 +1,16 @@
-/* Gumbel-Softmax on a CPU. Logits are [rows, classes, inner]: what each op computes is said in fastkl.reference.discrete,
- * how in fastkl.kernels; this is the same by blocks of a cache. Noise is drawn again where it is needed. */
+/* Gumbel-Softmax on a CPU, with logits [rows, classes, inner]. fastkl.reference.discrete defines each op. The method is
+ * that of fastkl.kernels, with blocks that fit the cache. Noise is never stored but drawn again. */
 
-#pragma GCC diagnostic ignored "-Wunused-function" /* what other sources need of the headers */
+#pragma GCC diagnostic ignored "-Wunused-function" /* functions of the headers that only other sources use */
 #include "functions.h"
 #include "philox.h"
 #include "tiles.h"
 
 #define LANES 256 /* most neighbours in `inner` of one block; a multiple of 4 */
 
-/* rows x classes from `line` on x neighbours in `inner` from `lane` on; more than one row where each is there whole. */
+/* rows x classes from `line` on x neighbours in `inner` from `lane` on; several rows only if each is complete. */
 typedef struct { int64_t row, line, lane; int rows, lines, lanes; } block;
-typedef struct { tile at; int first, count, rows, lines; } part; /* of a block: what is read and written at a time */
+typedef struct { tile at; int first, count, rows, lines; } part; /* of a block, read and written at a time */
 
 typedef struct {
     int limit;                   /* the value is the one-hot vector */
@@ -19,9 +19,9 @@ typedef struct {
     uint64_t seed;
     uint32_t stream;
     call shape;
-    block most;                  /* what is in it at most */
+    block most;                  /* the largest block */
     int64_t rows_each, lane_blocks, chunks, jobs;
-    double *found, *tau_partial; /* of each job: [3][lanes], maximum, sum, weighted gradient; then its tau's gradient */
+    double *found, *tau_partial; /* per job: [3][lanes] of maximum, sum, weighted gradient; and tau's partial gradient */
     tensor logits, y, dy, dlogits;
 } problem;
 
@@ -34,7 +34,7 @@ static problem open_problem(const int64_t *numbers, const int64_t *addresses, RE
     REAL positive = tau < (REAL)LEAST_NORMAL ? (REAL)LEAST_NORMAL : tau; /* NaN stays */
     p.sharpness = tau < 0 ? (REAL)NAN : 1 / positive;
     p.inverse = tau == 0 ? 0 : p.sharpness;
-    if (limit) p.sharpness = p.sharpness * 0 + 1 / (REAL)LEAST_NORMAL; /* whatever is not the maximum weighs nothing */
+    if (limit) p.sharpness = p.sharpness * 0 + 1 / (REAL)LEAST_NORMAL; /* only the maximum has a weight */
     p.lane_blocks = (p.inner + LANES - 1) / LANES;
     int lanes = (int)(p.lane_blocks == 1 ? p.inner : ((p.inner + p.lane_blocks - 1) / p.lane_blocks + 3) / 4 * 4);
     p.lane_blocks = (p.inner + lanes - 1) / lanes;
@@ -79,12 +79,12 @@ static int next_part(const problem *p, const block *b, part *r) {
     return 1;
 }
 
-/* -ln(-ln u), u = (word + 1/2) / 2^32; next to 1 by the distance to 1, so that both tails are fine. */
+/* -ln(-ln u), u = (word + 1/2) / 2^32; near 1 from 1 - u, so that both tails are accurate. */
 static inline float gumbel(uint32_t word) {
     int32_t is_signed = (int32_t)word;
     float tail = (float)(is_signed ^ (is_signed >> 31)) * 0x1p-32f + 0x1p-33f; /* u or 1 - u, at most 1/2 */
     float u = is_signed < 0 ? 1 - tail : tail;
-    float rounding = is_signed < 0 ? (u - 1) + tail : 0; /* of 1 - tail: all there is of ln u next to 1 */
+    float rounding = is_signed < 0 ? (u - 1) + tail : 0; /* the rounding error of 1 - tail, which dominates ln u near 1 */
     return -log_unit(rounding - log_unit(u));
 }
 
@@ -106,7 +106,7 @@ static void draw(const problem *p, tile at, REAL *restrict out) {
 
 enum { SUM, MAXIMUM };
 
-/* [lines, lanes] -> [lanes]; several lines side by side where they are short. */
+/* [lines, lanes] -> [lanes]; several short lines at a time. */
 static inline void reduce(int operation, const REAL *values, int lines, int lanes, REAL *restrict found) {
     int n = lines * lanes, period = lanes;
     while (period < 16 && 2 * period <= n) period *= 2;
@@ -124,7 +124,7 @@ static inline void reduce(int operation, const REAL *values, int lines, int lane
         }
 }
 
-/* Of a part's rows and lanes, onto what the parts before it gave. */
+/* Add the sums of a part's rows and lanes to those of earlier parts. */
 static void add_up(const part *r, int lanes, const REAL *values, double *totals) {
     REAL found[LANES];
     for (int row = 0; row < r->rows; row++) {
@@ -151,16 +151,16 @@ static void widen(const part *r, int lanes, const REAL *values, REAL *restrict o
                 memcpy(out + (row * r->lines + line) * lanes, values + row * lanes, (size_t)lanes * sizeof *out);
 }
 
-/* exp(x), 0 where that is no normal number: a class far behind weighs nothing. */
+/* exp(x), with 0 for denormal results. */
 static inline REAL weight(REAL x) {
     REAL value = exponential(x);
     return x < exp_bounds[0] ? 0 : value;
 }
 
-static inline REAL normal_or_zero(REAL x) { return x < (REAL)LEAST_NORMAL ? 0 : x; } /* of what is not negative */
+static inline REAL normal_or_zero(REAL x) { return x < (REAL)LEAST_NORMAL ? 0 : x; } /* for x >= 0 */
 
-/* exp((v - top) / tau) of a block's perturbed logits v, with top and sum for each row and lane. In the limit only the
- * first maximum keeps a weight, 1. */
+/* exp((v - top) / tau) of a block's perturbed logits v, with top and sum for each row and lane. In the limit tau = 0 only
+ * the first maximum has a weight, 1. */
 static void weigh(const problem *p, const block *b, REAL *v, REAL *top, double *total) {
     REAL wide[TILE], base[TILE];
     int groups = b->rows * b->lanes;
@@ -200,7 +200,7 @@ static void store(const problem *p, const block *b, const tensor *to, const REAL
     }
 }
 
-/* The value: weights times what makes their sum 1. */
+/* The value: weights times a factor that normalises their sum to 1. */
 static void finish_forward(const problem *p, const block *b, const REAL *v, const REAL *factor) {
     REAL own[TILE], wide[TILE];
     for (part r = {0}; next_part(p, b, &r);) {
@@ -211,7 +211,7 @@ static void finish_forward(const problem *p, const block *b, const REAL *v, cons
     }
 }
 
-/* The gradient w (dy - sum w dy) / tau; returns sum w (dy - sum w dy) ln w, where tau's gradient is wanted. */
+/* The gradient w (dy - sum w dy) / tau; returns sum w (dy - sum w dy) ln w if tau's gradient is requested. */
 static double finish_backward(const problem *p, const block *b, const REAL *v, const REAL *factor, const REAL *dot) {
     REAL own[TILE], d_own[TILE], wide[TILE], dots[TILE], terms[TILE];
     double total = 0;
@@ -233,8 +233,8 @@ static double finish_backward(const problem *p, const block *b, const REAL *v, c
     return total;
 }
 
-/* A block's weights in v; top, sum and weighted sum of dy for each row and lane. A soft sample is its own weights; rounded
- * to 16 bits its sum is not quite 1. */
+/* A block's weights in v; top, sum and weighted sum of dy for each row and lane. A soft sample holds its weights, whose
+ * sum is not exactly 1 if they are rounded to 16 bits. */
 static void weigh_backward(const problem *p, const block *b, REAL *v, REAL *top, double *total, double *dot) {
     REAL d_own[TILE], terms[TILE];
     int groups = b->rows * b->lanes;
@@ -251,7 +251,7 @@ static void weigh_backward(const problem *p, const block *b, REAL *v, REAL *top,
     for (int i = 0; !p->logits.data && !rounded_sample(p) && i < groups; i++) total[i] = 1;
 }
 
-/* Whole distributions, in one job from beginning to end. */
+/* Complete distributions, each in one job. */
 static void forward_whole(void *context, int64_t job) {
     const problem *p = context;
     REAL v[CHUNK], top[TILE], factor[TILE];
@@ -280,8 +280,8 @@ static void backward_whole(void *context, int64_t job) {
     if (p->tau_partial) p->tau_partial[job] = tau;
 }
 
-/* Distributions cut in chunks: what each chunk finds, with its weights in the output; all chunks together; the rest. An
- * output of 16 bits would round the weights: they are found once more. */
+/* Distributions cut in chunks, in three passes: statistics of each chunk, with its weights in the output; their merge; the
+ * result. A 16-bit output would round the weights, so they are computed again. */
 static void find_chunk(void *context, int64_t job) {
     const problem *p = context;
     REAL v[CHUNK], top[LANES];
@@ -350,7 +350,7 @@ static int run_all(problem *p) {
     return 0;
 }
 
-/* 0, or 1 where there is no memory. Tensors: logits, y. */
+/* Returns 0, or 1 if out of memory. Tensors: logits, y. */
 int forward(const int64_t *numbers, const int64_t *addresses, double tau, double unused) {
     (void)unused;
     problem p = open_problem(numbers, addresses, (REAL)tau, numbers[0] || (REAL)tau == 0);
@@ -358,7 +358,7 @@ int forward(const int64_t *numbers, const int64_t *addresses, double tau, double
     return run_all(&p);
 }
 
-/* 0, or 1 where there is no memory. Tensors: logits, y (one of the two), dy, dlogits; then where tau's gradient goes. */
+/* Returns 0, or 1 if out of memory. Tensors: logits, y (one of the two), dy, dlogits; then the address of tau's gradient. */
 int backward(const int64_t *numbers, const int64_t *addresses, double tau, double unused) {
     (void)unused;
     problem p = open_problem(numbers, addresses, (REAL)tau, 0);

@@ -1,5 +1,5 @@
-/* bfloat16 and float16 as they lie in memory, read as float and rounded to once, to the nearest, ties to even. NaN stays
- * NaN. By integers alone: not every compiler has types for them, and the loops become vector code. */
+/* Conversion of bfloat16 and float16 from and to float, rounded to nearest, ties to even. NaN stays NaN. It uses integers
+ * only, because not every compiler has these types; the loops vectorise. */
 
 #ifndef FASTKL_HALVES_H
 #define FASTKL_HALVES_H
@@ -9,7 +9,7 @@
 
 #include "functions.h"
 
-enum { WHOLE, BFLOAT16, FLOAT16 }; /* how a tensor's elements lie in memory; WHOLE is a REAL */
+enum { WHOLE, BFLOAT16, FLOAT16 }; /* the kind of a tensor's elements; WHOLE is a REAL */
 
 static inline uint32_t bits_of_float(float x) { uint32_t bits; memcpy(&bits, &x, sizeof x); return bits; }
 static inline float float_of(uint32_t bits) { float x; memcpy(&x, &bits, sizeof x); return x; }
@@ -32,7 +32,7 @@ static inline uint16_t to_bfloat16(float x) {
 static inline uint16_t to_float16(float x) {
     uint32_t bits = bits_of_float(x), rest = bits & 0x7FFFFFFF;
     uint32_t rounded = (rest - (112u << 23) + 0xFFF + (rest >> 13 & 1)) >> 13;
-    uint32_t denormal = bits_of_float(float_of(rest) + 0.5f) - bits_of_float(0.5f); /* whose last place is 2^-24 */
+    uint32_t denormal = bits_of_float(float_of(rest) + 0.5f) - bits_of_float(0.5f); /* the last place of 0.5f is 2^-24 */
     rounded = rest < 0x38800000 ? denormal : rounded; /* 2^-14 */
     rounded = rest >= 0x47800000 ? 0x7C00 : rounded;  /* 2^16 */
     rounded = rest > 0x7F800000 ? 0x7E00 : rounded;

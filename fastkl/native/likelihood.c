@@ -1,11 +1,11 @@
-/* Log-likelihoods on a CPU, normal and Bernoulli, and their gradients, in one pass over memory. What each op computes is
- * said in fastkl.reference.likelihoods, how in fastkl.kernels; this is the same by tiles of a cache. */
+/* Log-likelihoods on a CPU, normal and Bernoulli, and their gradients, in one pass over memory.
+ * fastkl.reference.likelihoods defines each op. The method is that of fastkl.kernels, with tiles that fit the cache. */
 
 #include "functions.h"
 #include "tiles.h"
 
 enum { NORMAL, BERNOULLI };
-enum { FULL, ROW, SHARED }; /* a log-variance an element, one a row, one a column that all rows share */
+enum { FULL, ROW, SHARED }; /* a log-variance per element, per row, or per column, shared by all rows */
 #define LN_2PI ((REAL)1.8378770664093453)
 
 typedef struct {
@@ -14,7 +14,7 @@ typedef struct {
     call shape;
     pieces cut;
     double *partial;
-    /* x and mean, or logits and x; the log-variance, of a normal density only; then the same of the gradients */
+    /* x and mean, or logits and x; the log-variance, for a normal density only; then their gradients */
     tensor first, second, logvar, value, dvalue, dfirst, dsecond, dlogvar;
 } problem;
 
@@ -26,7 +26,7 @@ static problem open_problem(const int64_t *numbers, const int64_t *addresses) {
     return p;
 }
 
-/* One value for each row of the tile, written to all of its columns. */
+/* Broadcast one value per row of the tile to all of its columns. */
 static void widen(const REAL *values, tile at, REAL *restrict out) {
     for (int row = 0; row < at.rows; row++)
         for (int i = 0; i < at.columns; i++) out[row * at.columns + i] = values[row];
@@ -40,7 +40,7 @@ static const REAL *read_rows(const tensor *t, tile at, REAL *buffer) {
     return buffer;
 }
 
-/* The log-variances of a tile and, in `root`, what to multiply by twice: as many exponentials as log-variances. */
+/* The log-variances of a tile and, in `root`, their precision_root, with one exponential per log-variance. */
 static const REAL *read_logvar(const problem *p, tile at, REAL *buffer, REAL *restrict root) {
     REAL own[TILE], few[TILE];
     tile read = at;
@@ -61,13 +61,13 @@ static const REAL *read_logvar(const problem *p, tile at, REAL *buffer, REAL *re
     return buffer;
 }
 
-/* One value of a tensor that has one for each row. */
+/* Write the value of a row to a tensor with one value per row. */
 static void put(const tensor *t, int64_t row, double value) {
     REAL own = (REAL)value;
     copy_row(t, &(tile){row, 0, 1, 1}, 0, &own, 1);
 }
 
-/* Adds up a tile's rows: `out` gets those that are complete, `total` what there is of one that is longer than a tile. */
+/* Sum a tile's rows: complete rows to `out`, a part of a row longer than a tile to `total`. */
 static void sum_rows(const problem *p, tile at, const REAL *values, const tensor *out, double *total) {
     if (at.columns == p->shape.columns) {
         REAL own[TILE];
@@ -114,7 +114,7 @@ static void forward_piece(void *context, int64_t job) {
     if (p->partial) p->partial[job] = total;
 }
 
-/* 0, or 1 where there is no memory. Tensor after the log-variance: value, one for each row. */
+/* Returns 0, or 1 if out of memory. Tensor after the log-variance: value, one for each row. */
 int forward(const int64_t *numbers, const int64_t *addresses, double low, double high) {
     problem p = open_problem(numbers, addresses);
     (void)low, (void)high;
@@ -135,7 +135,7 @@ static void normal_gradient(const problem *p, tile at, const REAL *w, REAL *rest
     read_logvar(p, at, v_own, root);
     REAL *dm = p->dsecond.data ? target_tile(&p->dsecond, at, dm_own) : dm_own;
     for (int i = 0; i < n; i++) {
-        /* The weight comes first: a square may overflow that a small weight makes finite. */
+        /* The weight multiplies first, because z^2 may overflow when w z^2 does not. */
         REAL z = w[i] == 0 ? 0 : (x[i] - m[i]) * root[i] * root[i], weighed = w[i] * z;
         dm[i] = weighed * root[i] * root[i];
         dv[i] = (REAL)0.5 * (weighed * z - w[i]);
@@ -156,7 +156,7 @@ static void bernoulli_gradient(const problem *p, tile at, const REAL *w) {
         const REAL *x = read_tile(&p->second, at, x_own);
         REAL *dl = target_tile(&p->dfirst, at, dl_own);
         for (int i = 0; i < n; i++) {
-            /* opposite: the probability of what the logit's sign speaks against */
+            /* opposite: the probability of the less likely outcome */
             REAL u = exponential(l[i] > 0 ? -l[i] : l[i]), opposite = u / (1 + u);
             dl[i] = w[i] * (l[i] > 0 ? x[i] - 1 + opposite : x[i] - opposite);
         }
@@ -211,8 +211,8 @@ static void sum_groups(const problem *p, const tensor *out) {
     }
 }
 
-/* 0, or 1 where there is no memory. Tensors after the log-variance: dvalue, dfirst, dsecond, dlogvar; those that nobody
- * wants are not there. */
+/* Returns 0, or 1 if out of memory. Tensors after the log-variance: dvalue, dfirst, dsecond, dlogvar; those not requested
+ * are absent. */
 int backward(const int64_t *numbers, const int64_t *addresses, double low, double high) {
     problem p = open_problem(numbers, addresses);
     (void)low, (void)high;

@@ -1,5 +1,5 @@
 /* Diagonal Gaussians on a CPU: KL or squared 2-Wasserstein distance, samples, and all gradients, in one pass over memory.
- * What each op computes is said in fastkl.reference, how in fastkl.kernels; this is the same by tiles of a cache. */
+ * fastkl.reference defines each op. The method is that of fastkl.kernels, with tiles that fit the first cache. */
 
 #include "parameters.h"
 #include "philox.h"
@@ -8,7 +8,7 @@
 enum { KL, WASSERSTEIN2 };
 
 typedef struct {
-    int distance, per_column, shared, samples; /* shared: one prior for all rows; samples: 0 where there are none */
+    int distance, per_column, shared, samples; /* shared: one prior for all rows; samples: may be 0 */
     int64_t threads, eps_step, z_step; /* steps from one sample to the next */
     uint64_t seed;
     uint32_t stream;
@@ -35,9 +35,9 @@ static void open_problem(problem *p, const int64_t *numbers, const int64_t *addr
 
 static inline REAL square(REAL x) { return x * x; }
 
-/* sigma - prior_sigma, with its digits where the two are close: the larger one times what the other lacks of it. */
+/* sigma - prior_sigma without cancellation: the larger one times (1 - the ratio of the two). */
 static inline REAL sigma_difference(REAL x, REAL prior) {
-    x = x < -3000 ? -3000 : x, prior = prior < -3000 ? -3000 : prior; /* -inf less -inf would be NaN */
+    x = x < -3000 ? -3000 : x, prior = prior < -3000 ? -3000 : prior; /* -inf - -inf would be NaN */
     REAL larger = x > prior ? x : prior, smaller = x > prior ? prior : x;
     REAL difference = exponential(larger / 2) * exp_minus_one((smaller - larger) / 2);
     return x > prior ? -difference : difference;
@@ -57,7 +57,7 @@ static void terms(const problem *p, int n, const REAL *m, const REAL *x, const R
         for (int i = 0; i < n; i++) out[i] = square(m[i] - pm[i]) + square(sigma_difference(x[i], px[i]));
 }
 
-/* Gradients times the weight, in mu and the log-variance and, with a prior, in its two; in prior_mu it is -dm. */
+/* Weighted gradients in mu and the log-variance and, with a prior, in prior_logvar; that in prior_mu is -dm. */
 static void terms_gradient(const problem *p, int n, const REAL *w, const REAL *m, const REAL *x, const REAL *pm,
                            const REAL *px, REAL *restrict dm, REAL *restrict dx, REAL *restrict dpx) {
     if (p->distance == KL && !pm)
@@ -80,7 +80,7 @@ static void terms_gradient(const problem *p, int n, const REAL *w, const REAL *m
         }
 }
 
-/* The noise of a tile: the caller's own, or that of the seed. */
+/* The noise of a tile: the given eps, or noise of the seed. */
 static const REAL *noise(const problem *p, tile at, int sample, REAL *buffer, awaited soon) {
     if (p->eps.data) {
         tensor eps = p->eps;
@@ -107,7 +107,7 @@ static void forward_tile(const problem *p, tile at, REAL *restrict out) {
     const REAL *x = bound(&p->q, to_logvar(&p->q, v, n, raw_own), n, x_own);
     const REAL *pm = prior ? read_tile(&p->prior_mu, at, pm_own) : NULL;
     const REAL *px = prior ? read_tile(&p->prior_logvar, at, px_own) : NULL;
-    if (p->samples && out && p->distance == KL && !prior) { /* the usual case: one exponential for both */
+    if (p->samples && out && p->distance == KL && !prior) { /* the common case: one exponential serves both */
         for (int i = 0; i < n; i++) {
             spread s = spread_of(x[i]);
             sigma[i] = s.sigma, out[i] = (REAL)0.5 * (s.rest + m[i] * m[i]);
@@ -127,7 +127,7 @@ static void forward_tile(const problem *p, tile at, REAL *restrict out) {
     }
 }
 
-/* KL to N(0, 1) of a row, without a word in between; not many in a row are added up in a REAL. */
+/* KL to N(0, 1) of one row, summed directly without a buffer; at most 256 terms are added in a REAL. */
 static double kl_sum(const REAL *m, const REAL *x, int n) {
     double total = 0;
     for (int first = 0; first < n; first += 256) {
@@ -140,7 +140,7 @@ static double kl_sum(const REAL *m, const REAL *x, int n) {
     return 0.5 * total;
 }
 
-/* Where that can be done: long rows, the usual prior and scale. */
+/* kl_sum of each row of a tile, for long rows, log-variances and no prior. */
 static void usual_rows(const problem *p, tile at, REAL *restrict parts) {
     REAL m_own[TILE], x_own[TILE];
     const REAL *m = read_tile(&p->mu, at, m_own), *x = read_tile(&p->parameter, at, x_own);
@@ -182,7 +182,7 @@ static void forward_columns(void *context, int64_t job) {
     fold_rows(&total, columns, p->partial + job / p->cut.chunks * p->shape.columns + first);
 }
 
-/* 0, or 1 where there is no memory. Tensors after eps: z, value (contiguous REALs, one for each row or, per_column,
+/* Returns 0, or 1 if out of memory. Tensors after eps: z, value (contiguous REALs, one for each row or, per_column,
  * column). */
 int forward(const int64_t *numbers, const int64_t *addresses, double low, double high) {
     problem p;
@@ -210,7 +210,7 @@ int forward(const int64_t *numbers, const int64_t *addresses, double low, double
     return 0;
 }
 
-/* What comes in through the samples: the sums of dz and of dz eps. `soon` is what is wanted next besides. */
+/* Gradients through the samples: the sums of dz and of dz eps. `soon`: other data to prefetch. */
 static void sum_samples(const problem *p, tile at, REAL *restrict dmean, REAL *restrict dsigma, awaited soon) {
     REAL eps_own[NOISE], dz_own[TILE];
     int n = at.rows * at.columns;
@@ -243,7 +243,7 @@ static void backward_piece(void *context, int64_t job) {
         const REAL *m = p->dvalue.data ? read_tile(&p->mu, at, m_own) : NULL;
         const REAL *w = p->dvalue.data ? read_tile(&p->dvalue, at, w_own) : NULL;
         if (p->samples) sum_samples(p, at, dmean, dsigma, (awaited){.read = {NULL, m, v}, .written = {dm, dv}});
-        if (p->samples && w && p->distance == KL && !prior) { /* the usual case: one exponential for both */
+        if (p->samples && w && p->distance == KL && !prior) { /* the common case: one exponential serves both */
             for (int i = 0; i < n; i++) {
                 spread s = spread_of(x[i]);
                 dm[i] = weighted(w[i], m[i]) + dmean[i];
@@ -272,8 +272,8 @@ static void backward_piece(void *context, int64_t job) {
                   p->partial + (job / p->cut.chunks * 2 + k) * p->shape.columns + first);
 }
 
-/* 0, or 1 where there is no memory. Tensors after eps: dvalue, dz, dmu, dparameter, dprior_mu, dprior_logvar; the last two
- * have a stride of 0 over rows where the batch shares the prior. */
+/* Returns 0, or 1 if out of memory. Tensors after eps: dvalue, dz, dmu, dparameter, dprior_mu, dprior_logvar; the last two
+ * have a stride of 0 over rows if the batch shares the prior. */
 int backward(const int64_t *numbers, const int64_t *addresses, double low, double high) {
     problem p;
     open_problem(&p, numbers, addresses, low, high);

@@ -1,4 +1,4 @@
-/* The ways that a log-variance is given, and the bounds on it: fastkl.reference's to_logvar and bound. */
+/* The parametrisations of a log-variance, and its bounds: fastkl.reference's to_logvar and bound. */
 
 #ifndef FASTKL_PARAMETERS_H
 #define FASTKL_PARAMETERS_H
@@ -12,7 +12,7 @@ static inline REAL softplus(REAL x, REAL u) { return (x > 0 ? x : 0) + log_one_p
 
 static inline REAL magnitude(REAL x) { return x < 0 ? -x : x; }
 
-/* What a std of 0 counts as; asked once, for a loop that asks is not turned into vector code. */
+/* The value of a std of 0; taken out of the loops, which would not vectorise with this condition. */
 static inline REAL least_std(const posterior *q) { return q->positive ? (REAL)1e-30 : 0; }
 
 /* The log-variance before the bounds. Below -15 softplus is u (1 - u / 2) to rounding; its logarithm does not underflow. */
@@ -39,7 +39,8 @@ static const REAL *bound(const posterior *q, const REAL *raw, int n, REAL *restr
 /* The gradient in the parameter from that in the bounded log-variance, in place. */
 static void to_parameter_gradient(const posterior *q, const REAL *v, const REAL *raw, int n, REAL *restrict gradient) {
     if (q->scale == LOG_STD) for (int i = 0; i < n; i++) gradient[i] *= 2;
-    REAL least = least_std(q), most = MOST; /* 1 / sigma is no normal number where sigma is large; the gradient is infinite where sigma is */
+    /* By divisions: 1 / sigma is denormal for large sigma. Clamped to MOST, because at infinite sigma the gradient is infinite. */
+    REAL least = least_std(q), most = MOST;
     if (q->scale == STD)
         for (int i = 0; i < n; i++) {
             REAL std = v[i] == 0 ? least : v[i];
@@ -54,7 +55,7 @@ static void to_parameter_gradient(const posterior *q, const REAL *v, const REAL 
             gradient[i] = v[i] < -15 ? gradient[i] * (2 - u) : body;
         }
     REAL low = q->low, high = q->high;
-    if (q->bounded && !q->live) /* last: outside, 0 times infinity must be 0 */
+    if (q->bounded && !q->live) /* last, because outside the bounds 0 * inf must be 0 */
         for (int i = 0; i < n; i++) gradient[i] = ((raw[i] < low) | (raw[i] > high)) ? 0 : gradient[i];
 }
 #endif

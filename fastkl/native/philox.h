@@ -1,4 +1,4 @@
-/* Noise of a seed: the same numbers as fastkl.reference.normal_noise and the kernels, element by element. */
+/* Noise of a seed, equal to fastkl.reference.normal_noise and the kernels for each element. */
 
 #ifndef FASTKL_PHILOX_H
 #define FASTKL_PHILOX_H
@@ -14,7 +14,7 @@
 
 #define CALLS 264 /* most Philox calls at a time, of four words each; a multiple of 8 */
 
-/* Four calls side by side, a 32-bit word in each 64-bit lane; what is above the word is of no consequence. */
+/* Four calls in parallel, with a 32-bit word in each 64-bit lane; the upper bits are ignored. */
 typedef uint64_t lanes __attribute__((vector_size(32)));
 
 static inline lanes product(lanes word, uint64_t factor) {
@@ -31,12 +31,12 @@ static inline void store_words(uint32_t *out, lanes even, lanes odd) {
     memcpy(out, &words, sizeof words);
 }
 
-/* What the loops after the noise read and write, a REAL for each number; null where there is less. It is on its way while
- * the noise is computed: larger than the cache, they would wait for it, most of all for what they write. */
+/* Data that the loops after the noise read and write, a REAL for each number, or null. Prefetched while the noise is
+ * computed; otherwise, beyond the cache size, the loops stall, mostly on their stores. */
 typedef struct { const REAL *read[3], *written[2]; } awaited;
 #define NOTHING (awaited){.written = {NULL}}
 
-/* Of `count` from `first` on. A call of its own gcc would leave out: it returns nothing and changes nothing. */
+/* Prefetch `count` numbers from `first` on. Inlined, because gcc would drop a call without result or side effect. */
 __attribute__((always_inline)) static inline void fetch(const awaited *soon, int first, int count) {
     const int line = 64 / (int)sizeof(REAL);
     for (int i = first; i < first + count; i += line) {
@@ -45,10 +45,10 @@ __attribute__((always_inline)) static inline void fetch(const awaited *soon, int
     }
 }
 
-#define ROUNDS 7 /* those of fastkl.reference.philox */
+#define ROUNDS 7 /* as in fastkl.reference.philox */
 
 /* Philox4x32 (Salmon et al. 2011) of the counters (first + i, sample, stream): words[k][i] is word k of call i. Even and
- * odd calls go side by side: one hides the latency of the other's products. */
+ * odd calls are interleaved, so that one hides the latency of the other's products. */
 static inline void philox(uint64_t seed, uint64_t first, uint32_t sample, uint32_t stream, int calls,
                           uint32_t words[4][CALLS], awaited soon) {
     for (int call = 0; call < calls; call += 8) {
@@ -83,7 +83,7 @@ static inline float log_unit(float u) {
     memcpy(&m, &bits, sizeof m);
     float f = m - 1, e = (float)exponent;
     /* ln(1 + f) = f - f^2/2 + f^3 p(f); coefficients of Cephes' logf */
-    float square = f * f, fourth = square * square; /* in pairs: the processor waits for half as many steps */
+    float square = f * f, fourth = square * square; /* in pairs, which halves the chain of dependent steps */
     float high = (1.1676998740e-1f - 1.1514610310e-1f * f) + square * 7.0376836292e-2f;
     float middle = (1.4249322787e-1f - 1.2420140846e-1f * f);
     float low = (3.3333331174e-1f - 2.4999993993e-1f * f) + square * (2.0000714765e-1f - 1.6668057665e-1f * f);
@@ -93,7 +93,7 @@ static inline float log_unit(float u) {
 
 typedef struct { float first, second; } pair;
 
-/* Two words -> two standard normals (Box and Muller 1958), as fastkl.kernels._device has it. */
+/* Two standard normals from two words (Box and Muller 1958), as in fastkl.kernels._device. */
 static inline pair box_muller(uint32_t word_0, uint32_t word_1) {
     /* float of an unsigned word, rounded once: both halves are exact */
     float word = (float)(int32_t)(word_0 >> 16) * 65536.0f + (float)(int32_t)(word_0 & 0xFFFF);
@@ -109,7 +109,7 @@ static inline pair box_muller(uint32_t word_0, uint32_t word_1) {
     return (pair){radius - doubled * sine, doubled * cosine};
 }
 
-/* Normals `first` to `first + count` of a sample and stream, in `out` with room for NOISE; returns where the first of them is. */
+/* Normals `first` to `first + count` of a sample and stream, in `out` with room for NOISE; returns a pointer to the first. */
 #define NOISE (4 * CALLS)
 static const float *normals(uint64_t seed, uint64_t first, uint32_t sample, uint32_t stream, int count,
                             float *restrict out, awaited soon) {

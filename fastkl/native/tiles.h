@@ -1,8 +1,8 @@
-/* How the loops see strided tensors: tiles of rows by columns that stay in the first cache, as the kernels' do.
+/* Strided tensors as tiles of rows by columns that fit the first cache.
  *
- * A call is two lists of int64, which Python packs with struct: what stays the same for tensors of these shapes, ndim,
- * event, the sizes and for each tensor how its elements lie in memory and its strides; and the tensors' addresses, 0 for
- * one that is not there. The last `event` dimensions are the columns, the others the rows. */
+ * A call is two lists of int64, which Python packs with struct. The first depends only on the shapes: ndim, event, the
+ * sizes, and for each tensor its element kind and its strides. The second has the tensors' addresses, 0 for an absent one.
+ * The last `event` dimensions are the columns, the others the rows. */
 
 #ifndef FASTKL_TILES_H
 #define FASTKL_TILES_H
@@ -19,8 +19,8 @@
 
 #define MOST_DIMS 8
 #define TILE 1024   /* elements */
-#define CHUNK 8192  /* elements of one piece of work; which they are does not depend on the number of threads */
-#define GRAIN 32768 /* elements from which on a second thread is worth its start: torch's own figure */
+#define CHUNK 8192  /* elements of a piece of work; pieces do not depend on the number of threads */
+#define GRAIN 32768 /* elements from which a second thread pays; torch's figure */
 
 typedef struct { int dims; int64_t size[MOST_DIMS], stride[MOST_DIMS]; } axis; /* neighbouring dimensions merged */
 typedef struct { char *data; int kind; axis rows, columns; } tensor; /* kind: of halves.h */
@@ -70,9 +70,9 @@ static inline void *place(const tensor *t, const tile *at) {
     return t->data + (offset(&t->rows, at->row) + offset(&t->columns, at->column)) * bytes(t);
 }
 
-/* Whether the tile is one piece of memory. */
+/* Whether the tile is contiguous. */
 static inline int in_one_piece(const tensor *t, const tile *at) {
-    int line = at->columns == 1; /* from one row to the next: how the columns lie is of no consequence */
+    int line = at->columns == 1; /* a single column: its stride does not matter */
     if (!line && (t->columns.dims > 1 || t->columns.stride[0] != 1)) return 0;
     if (at->rows == 1) return 1;
     return t->rows.dims == 1 && t->rows.stride[0] == at->columns && (line || at->columns == t->columns.size[0]);
@@ -108,7 +108,7 @@ static void copy_rows(const tensor *t, const tile *at, REAL *buffer, int out) {
         copy_row(t, at, 0, buffer, 0);
         for (int done = n; done < count; done *= 2)
             memcpy(buffer + done, buffer, (size_t)(done < count - done ? done : count - done) * sizeof *buffer);
-    } else if (down >= 0 && t->columns.dims == 1 && n < 16) { /* short ones, for which copy_row takes too many steps */
+    } else if (down >= 0 && t->columns.dims == 1 && n < 16) { /* short rows, for which copy_row has too much overhead */
         char *start = place(t, at);
         for (int row = 0; row < at->rows; row++, buffer += n, start += down * bytes(t)) {
             REAL *data = (REAL *)start;
@@ -121,7 +121,7 @@ static void copy_rows(const tensor *t, const tile *at, REAL *buffer, int out) {
         for (int row = 0; row < at->rows; row++) copy_row(t, at, row, buffer + row * n, out);
 }
 
-/* The tile's elements: where they are, or gathered in `buffer`. */
+/* The tile's elements, in place if contiguous, else copied to `buffer`. */
 __attribute__((noinline)) static const REAL *read_tile(const tensor *t, tile at, REAL *buffer) {
     const void *start = place(t, &at);
     int line = at.columns == 1 && t->rows.dims == 1, piece = in_one_piece(t, &at);
@@ -137,7 +137,7 @@ __attribute__((noinline)) static const REAL *read_tile(const tensor *t, tile at,
     return buffer;
 }
 
-/* Where to write the tile's elements; what is `buffer` goes on to the tensor with write_tile. */
+/* The place to write the tile's elements to; if it is `buffer`, write_tile copies it to the tensor. */
 static REAL *target_tile(const tensor *t, tile at, REAL *buffer) {
     return t->kind == WHOLE && in_one_piece(t, &at) ? place(t, &at) : buffer;
 }
@@ -151,7 +151,7 @@ static void write_tile(const tensor *t, tile at, REAL *from, const REAL *buffer)
     copy_rows(t, &at, from, 1);
 }
 
-/* The pieces that the work is cut into, by shape alone: groups of rows, and long rows in chunks of columns. */
+/* The division of the work into pieces, by shape only: groups of rows, and chunks of columns for long rows. */
 typedef struct { int64_t rows, columns, rows_each, columns_each, chunks, jobs; int tile_rows, tile_columns; } pieces;
 
 static pieces cut(const call *c, int64_t rows_each, int64_t columns_each) {
@@ -163,14 +163,14 @@ static pieces cut(const call *c, int64_t rows_each, int64_t columns_each) {
     return p;
 }
 
-/* For sums over columns: whole rows, or one long row's chunks. */
+/* Pieces for sums over columns: whole rows, or the chunks of a long row. */
 static pieces cut_rows(const call *c) {
     if (c->columns > CHUNK) return cut(c, 1, CHUNK);
     int64_t rows = CHUNK / c->columns, tile_rows = c->columns < TILE ? TILE / c->columns : 1;
     return cut(c, (rows + tile_rows - 1) / tile_rows * tile_rows, c->columns);
 }
 
-/* For sums over rows: at most 64 groups of rows, by tiles of columns. */
+/* Pieces for sums over rows: at most 64 groups of rows, by tiles of columns. */
 static pieces cut_columns(const call *c) {
     int64_t columns = c->columns < TILE ? c->columns : TILE, rows = CHUNK / columns;
     if (rows < (c->rows + 63) / 64) rows = (c->rows + 63) / 64;
@@ -188,12 +188,12 @@ static region piece(const pieces *p, int64_t job) {
     return r;
 }
 
-/* A large result is fresh memory, and the time to write it mostly that of a page fault every 4 KiB. Where the system
- * leaves it to programs, large pages are asked for: 512 times fewer faults. glibc keeps smaller blocks for the next that
- * asks; such pages are there already, and asking for others took longer. What lies between pages of a tensor that is not
- * contiguous is of the same tensor's storage. */
+/* Request large pages for a large result. It is newly mapped memory, whose writes mostly cost a page fault every 4 KiB;
+ * large pages give 512 times fewer faults, if the system lets programs choose. Smaller blocks are reused by glibc and
+ * already mapped; requesting large pages for them took longer. The memory between elements of a non-contiguous tensor
+ * belongs to the same storage. */
 #define LARGE_PAGE (2 << 20) /* bytes */
-#define FRESH (32 << 20)     /* bytes, from which on glibc maps each block anew */
+#define FRESH (32 << 20)     /* bytes; glibc maps a new block of this size or more for each allocation */
 static void expect_writes(const tensor *t) {
 #ifdef MADV_HUGEPAGE
     if (!t->data) return;
@@ -204,7 +204,7 @@ static void expect_writes(const tensor *t) {
     if (extent * bytes(t) < FRESH) return;
     uintptr_t begin = ((uintptr_t)t->data + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
     uintptr_t end = (uintptr_t)(t->data + extent * bytes(t)) / LARGE_PAGE * LARGE_PAGE;
-    madvise((void *)begin, end - begin, MADV_HUGEPAGE); /* a system may say no, and no harm is done */
+    madvise((void *)begin, end - begin, MADV_HUGEPAGE); /* a failure is harmless */
 #else
     (void)t;
 #endif
@@ -227,8 +227,8 @@ static int next_tile(region *r, tile *at) {
     return 1;
 }
 
-/* A sum by lanes, a fixed way on one machine. Four vectors side by side: each waits for fewer additions, and rounds fewer
- * times on its way. */
+/* A sum in a fixed order, by four vectors in parallel, which shortens the chain of dependent additions and reduces the
+ * rounding error. */
 #define WIDTH (32 / (int)sizeof(REAL))
 #define ABREAST 4
 static inline REAL sum(const REAL *values, int count) {
@@ -255,7 +255,7 @@ static inline REAL sum(const REAL *values, int count) {
     return folded[0] + rest;
 }
 
-/* The sums of a tile's rows; a vector is of no use to short ones, and of one element there is nothing to sum. */
+/* The sums of a tile's rows: a copy for one column, scalar code for short rows, vectors for longer ones. */
 static void sum_each(const REAL *values, int rows, int columns, REAL *restrict out) {
     if (columns == 1) memcpy(out, values, (size_t)rows * sizeof *out);
     else if (columns >= 16) for (int row = 0; row < rows; row++) out[row] = sum(values + row * columns, columns);
@@ -267,7 +267,7 @@ static void sum_each(const REAL *values, int rows, int columns, REAL *restrict o
         }
 }
 
-/* Sums over rows: a tile's rows lie side by side, so that short ones too are long enough for a vector. */
+/* Sums over rows. A tile's rows are contiguous, so that vectors also pay for short rows. */
 typedef struct { double totals[TILE]; int most; } column_sums;
 
 static inline void add_tile(column_sums *sums, const REAL *values, int n) {
@@ -281,7 +281,7 @@ static void fold_rows(column_sums *sums, int columns, double *out) {
     memcpy(out, sums->totals, (size_t)columns * sizeof *out);
 }
 
-/* torch's own threads, through the OpenMP library that it has loaded; one thread where that has other names. */
+/* torch's threads, through the OpenMP library that it has loaded; one thread if that lacks these functions. */
 extern void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
 extern int omp_get_thread_num(void) __attribute__((weak));
 extern int omp_get_num_threads(void) __attribute__((weak));
@@ -294,7 +294,7 @@ static void share(void *argument) {
     for (int64_t job = t->jobs * mine / all; job < t->jobs * (mine + 1) / all; job++) t->work(t->context, job);
 }
 
-/* Every job, on as many threads as are worth while. */
+/* Run every job, on several threads if there are enough elements. */
 static void run(int64_t jobs, int64_t elements, int64_t threads, void (*work)(void *, int64_t), void *context) {
     if (threads > jobs) threads = jobs;
     if (threads > 1 && elements >= GRAIN && GOMP_parallel && omp_get_thread_num && omp_get_num_threads) {

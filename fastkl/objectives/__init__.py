@@ -1,4 +1,4 @@
-"""What a training step minimises, composed of ops: swap one for another and the loop stays as it is.
+"""Losses of a training step, composed of ops, with one signature: exchanging them does not change the loop.
 
     loss, terms = objectives.elbo(posterior, prior, log_likelihood)
 

@@ -1,4 +1,4 @@
-"""What objectives share: what they return, the draws they look at, and the prior as they see it."""
+"""Shared parts of objectives: their result, draws from posterior and prior, and the KL by samples."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ LogLikelihood = Callable[[Tensor], Tensor]
 
 
 class Loss(NamedTuple):
-    """What an objective returns.
+    """The result of an objective.
 
-    loss: the scalar to minimise, the mean over the batch. terms: what it is made of, scalars without gradient, means
-    over the batch in nats (where they are distances: in the units of the distance), in the order of a log.
+    loss: the scalar to minimise, the mean over the batch. terms: its parts, scalars without gradient, means over the
+    batch in nats (distances: in the units of the distance), in the order of a log.
     """
 
     loss: Tensor
@@ -47,8 +47,8 @@ def check(posterior: distributions.DiagonalNormal, prior: Prior | None, log_like
 
 
 def flat(posterior: distributions.DiagonalNormal, z: Tensor) -> Tensor:
-    """z with its event in one dimension [..., D], as priors and matching distances take it."""
-    return z.flatten(z.dim() - posterior.event_ndim)
+    """z with its event flattened [..., D], the form of priors and matching distances."""
+    return z.flatten(z.dim() - posterior.event_ndim) if posterior.event_ndim else z.unsqueeze(-1)
 
 
 def check_noise(posterior: distributions.DiagonalNormal, num_samples: int, eps: Tensor | None) -> None:
@@ -59,7 +59,7 @@ def check_noise(posterior: distributions.DiagonalNormal, num_samples: int, eps: 
 
 
 def draws(posterior: distributions.DiagonalNormal, num_samples: int, eps: Tensor | None) -> Tensor:
-    """z [num_samples, *batch, *event], with this noise where it is given."""
+    """z [num_samples, *batch, *event], with the noise eps if given."""
     check_noise(posterior, num_samples, eps)
     return posterior.rsample(num_samples=num_samples, eps=eps)
 
@@ -67,7 +67,7 @@ def draws(posterior: distributions.DiagonalNormal, num_samples: int, eps: Tensor
 def prior_draws(
     posterior: distributions.DiagonalNormal, prior: Prior | None, given: Tensor | None, seed: int | Tensor | None = None
 ) -> Tensor:  # fmt: skip
-    """As many draws from the prior as the batch has data [N, D], with gradients to a learned one's parameters."""
+    """Draws from the prior [N, D], one per datum of the batch, with gradients to a learned prior's parameters."""
     batch_ndim = len(posterior.shape) - posterior.event_ndim
     shape = torch.Size((math.prod(posterior.shape[:batch_ndim]), math.prod(posterior.shape[batch_ndim:])))
     if given is not None:
@@ -91,23 +91,23 @@ def log_prior(posterior: distributions.DiagonalNormal, prior: Prior | None, z: T
 
 
 def has_closed_form(prior: Prior | None) -> bool:
-    """Whether KL(q || p) needs no draws: p is one Gaussian."""
+    """Whether KL(q || p) has a closed form, because p is one Gaussian."""
     return prior is None or "closed" in getattr(prior, "methods", ())
 
 
 def sampled_kl(posterior: distributions.DiagonalNormal, prior: Prior | None, z: Tensor) -> Tensor:
-    """KL(q || p) [*batch], in closed form where there is one, else by draws z [L, *batch, *event]."""
+    """KL(q || p) [*batch], in closed form if p is Gaussian, else by draws z [L, *batch, *event]."""
     if has_closed_form(prior):
         return posterior.kl() if prior is None else prior.kl(posterior)
-    # E_q[ln q] has a closed form, which leaves less noise than the logarithms of these draws.
+    # The closed form of E_q[ln q] is less noisy than its mean over the draws.
     return -posterior.entropy() - log_prior(posterior, prior, z).mean(dim=0)
 
 
 def reconstruction_of(posterior: distributions.DiagonalNormal, log_likelihood: LogLikelihood, z: Tensor) -> Tensor:
     """ln p(x | z), one value for each z."""
     out = log_likelihood(z)
-    wanted = z.shape[: z.dim() - posterior.event_ndim]
-    if not isinstance(out, Tensor) or out.shape != wanted:
-        found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"log_likelihood(z) must be one value per datum, {tuple(wanted)}, got {found}")
+    expected = z.shape[: z.dim() - posterior.event_ndim]
+    if not isinstance(out, Tensor) or out.shape != expected:
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"log_likelihood(z) must be one value per datum, {tuple(expected)}, got {got}")
     return out

@@ -1,4 +1,4 @@
-"""The adversarial autoencoder: a discriminator tells the latents from draws of the prior until it cannot."""
+"""The adversarial autoencoder: latents are matched to the prior by a discriminator between the two."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def aae(
 
     autoencoder: -E_q[ln p(x | z)] + lambda E[-ln D(z)]; discriminator: E[-ln D(y)] + E[-ln(1 - D(z))], y ~ p
 
-    D = sigmoid of the discriminator's output. The first loss has no gradient in the discriminator, the second has none
-    in anything else, so that one backward pass of their sum serves two optimisers, each with its own step:
+    D = sigmoid of the discriminator's output. The first loss has no gradient in the discriminator, and the second has
+    gradients only there. One backward pass of their sum therefore serves two optimisers:
 
         loss, discriminator_loss = objectives.aae(q, None, log_likelihood, discriminator)
         (loss.loss + discriminator_loss).backward()
         optimizer.step(), discriminator_optimizer.step()
 
-    The generator's loss is the one that does not saturate. A learned prior plays on the encoder's side: its draws are
-    to be taken for latents, by E[-ln(1 - D(y))].
+    The encoder's loss is the non-saturating one. A learned prior is trained against the discriminator as well, by
+    E[-ln(1 - D(y))].
 
     Args:
         posterior, prior, log_likelihood: as for `elbo`.
@@ -71,14 +71,14 @@ def aae(
         eps, prior_samples: as for `wae_mmd`.
 
     Returns:
-        (Loss(loss, terms), discriminator_loss): terms are reconstruction, kl (for the log alone), adversarial,
-        discriminator and accuracy (the share of draws that the discriminator tells right: 1/2 at equilibrium).
+        (Loss(loss, terms), discriminator_loss): terms are reconstruction, kl (for the log only), adversarial,
+        discriminator and accuracy (the share of draws that the discriminator classifies right: 1/2 at equilibrium).
 
     Raises:
-        TypeError: discriminator is no nn.Module. ValueError: its output is not one number per draw; as `wae_mmd`.
+        TypeError: discriminator is not an nn.Module. ValueError: its output is not one number per draw; as `wae_mmd`.
 
     Source: Makhzani et al. 2016, "Adversarial Autoencoders", arXiv:1511.05644, section 2; Goodfellow et al. 2014,
-    arXiv:1406.2661, section 3 (the loss that does not saturate).
+    arXiv:1406.2661, section 3 (the non-saturating loss).
 
     >>> import torch, fastkl
     >>> q = fastkl.DiagonalNormal(torch.randn(64, 2, requires_grad=True), torch.zeros(64, 2))
@@ -110,6 +110,6 @@ def aae(
 def _odds(discriminator: nn.Module, z: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
     out = discriminator(z) if parameters is None else torch.func.functional_call(discriminator, parameters, (z,))
     if not isinstance(out, Tensor) or out.numel() != z.shape[0]:
-        found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"discriminator must return one number for each of {z.shape[0]} draws, got {found}")
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"discriminator must return one number for each of {z.shape[0]} draws, got {got}")
     return out.reshape(-1).to(torch.promote_types(out.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Variational deep embedding: the ELBO with the component of a mixture as a latent of its own."""
+"""Variational deep embedding: the ELBO with the component of a mixture as a second latent variable."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def vade(
 
     -E_q[ln p(x | z)] + beta (sum_k r_k KL(q(z | x) || N_k) + KL(r || pi)), r_k = p(k | z), z ~ q(z | x)
 
-    r is computed in logarithms, without a floor, and with the weight of a component counted once. Its gradient is part
-    of the loss's. The KL is a bound from above of KL(q || p), and never below `kl(method="upper")`.
+    r is computed in logarithms, without a floor, and it counts a component's weight once. The loss has the gradient
+    through r. The KL is an upper bound of KL(q || p), and at least `kl(method="upper")`.
 
     Args:
         posterior, log_likelihood: as for `elbo`.
         prior: a mixture: GaussianMixture, of any covariance, or VampPrior.
         beta: weight of the KL.
-        num_samples: of z, for r and the reconstruction, over which the mean is taken.
-        eps: their noise [num_samples, *batch, *event], where it is not for the op to draw.
+        num_samples: number of samples z; r and the reconstruction are means over them.
+        eps: their noise [num_samples, *batch, *event]; None draws it.
 
     Returns:
-        Loss(loss, terms): terms are elbo, reconstruction, kl and kl_components, the part of the KL that is the
-        component's, in nats. Makes [num_samples, *batch, K], nothing of size batch x K x D.
+        Loss(loss, terms): terms are elbo, reconstruction, kl and kl_components, KL(r || pi), in nats. Temporaries have
+        the size [num_samples, *batch, K], never batch x K x D.
 
     Raises:
-        TypeError: the prior has no components. ValueError: it has another number of dimensions.
+        TypeError: the prior is not a mixture. ValueError: it has another number of dimensions.
 
     Source: Jiang et al. 2017, "Variational Deep Embedding", arXiv:1611.05148, equations 8 and 16.
 
@@ -50,7 +50,7 @@ def vade(
     """
     check(posterior, prior, log_likelihood)
     if not isinstance(prior, MixturePrior):
-        raise TypeError(f"prior must be a mixture, whose components vade assigns, got {type(prior).__name__}")
+        raise TypeError(f"prior must be a mixture (fastkl.priors.MixturePrior), got {type(prior).__name__}")
     beta = check_weight("beta", beta)
     z = draws(posterior, num_samples, eps)
     reconstruction = reconstruction_of(posterior, log_likelihood, z).mean(0)
@@ -63,7 +63,7 @@ def vade(
 def _kls(posterior: distributions.DiagonalNormal, prior: MixturePrior, z: Tensor) -> tuple[Tensor, Tensor]:
     """sum_k r_k KL(q || N_k) and KL(r || pi) [*batch]."""
     mu, logvar, mixture = prior._both(posterior)
-    # In which the gradients of the parts are added up.
+    # Cast first: the gradients of all parts are summed in this dtype.
     dtype = reference.compute_dtype(mu, logvar, z, *(tensor for tensor in mixture if tensor is not None))
     mu, logvar, z = mu.to(dtype), logvar.to(dtype), z.to(dtype)
     logits, means = mixture.logits.to(dtype), mixture.means.to(dtype)
@@ -71,7 +71,7 @@ def _kls(posterior: distributions.DiagonalNormal, prior: MixturePrior, z: Tensor
     mixture = Mixture(logits, means, logvars, scale_tril)
     with no_autocast(z.device.type):
         log_r = gmm_responsibilities(z, **mixture.named(), precision=prior.precision)
-        # ln N(mu; m_k, S_k) by way of p(k | mu): streamed, and without the digits that expanding a square loses.
+        # ln N(mu; m_k, S_k) from p(k | mu): needs no [*batch, K, D], and avoids the cancellation of an expanded square.
         at_mean = gmm_responsibilities(mu, **mixture.named(), precision=prior.precision)
         at_mean = at_mean + gmm_log_prob(mu, **mixture.named(), precision=prior.precision).unsqueeze(-1)
         log_pi = torch.log_softmax(logits, -1)
@@ -81,7 +81,7 @@ def _kls(posterior: distributions.DiagonalNormal, prior: MixturePrior, z: Tensor
         cross = (log_normal - 0.5 * trace).masked_fill(excluded, 0.0)  # E_q ln N_k
         r = log_r.exp()
         kl = -reference.normal_entropy(logvar) - (r * cross).sum(-1)
-        # A component that cannot have made z adds 0: without weight it would be -inf - -inf, underflowed 0 times -inf.
+        # A component of probability 0 adds 0. Unmasked, a weight of 0 gives -inf - -inf, and an underflow 0 * -inf.
         surprise = (log_r - log_pi).masked_fill(log_r == float("-inf"), 0.0)
         return kl.mean(0), (r * surprise).sum(-1).mean(0)
 

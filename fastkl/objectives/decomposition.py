@@ -1,4 +1,4 @@
-"""The beta-TCVAE, which weighs the parts of the KL."""
+"""The beta-TCVAE: the KL decomposed into three weighted parts."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def beta_tc_vae(
     dataset_size: int, beta: float | Tensor = 6.0, alpha: float | Tensor = 1.0, gamma: float | Tensor = 1.0,
     weights: str = "mss", eps: Tensor | None = None, group: ProcessGroup | None = None,
 ) -> Loss:  # fmt: skip
-    """The beta-TCVAE: the KL in three parts, each with its weight.
+    """The beta-TCVAE: the KL in three weighted parts.
 
     -E_q[ln p(x | z)] + alpha I(z; x) + beta TC(z) + gamma sum_d KL(q(z_d) || p(z_d))
 
     Args:
         posterior, log_likelihood: as for `elbo`.
-        prior: None or StandardNormal: the third part is one of single dimensions, of which another prior is no product.
-        dataset_size: how many data the batch was drawn from.
+        prior: None or StandardNormal; the third part needs a prior that factorises over dimensions.
+        dataset_size: size of the data set from which the batch is drawn.
         beta, alpha, gamma: numbers or tensors with one value.
         weights, group: as for `fastkl.total_correlation`.
-        eps: the noise of the draw of z [1, *batch, *event], where it is not for the op to draw.
+        eps: the noise of z [1, *batch, *event]; None draws it.
 
     Returns:
         Loss(loss, terms): terms are reconstruction, kl (the sum of the three, the sampled KL), mutual_information,
@@ -50,11 +50,11 @@ def beta_tc_vae(
     check(posterior, prior, log_likelihood)
     if not (prior is None or isinstance(prior, StandardNormal)):
         name = type(prior).__name__
-        raise TypeError(f"prior must be None or StandardNormal: KL(q(z_d) || p(z_d)) needs a product, got {name}")
+        raise TypeError(f"prior must be None or StandardNormal, which factorises over dimensions, got {name}")
     alpha, beta, gamma = check_weight("alpha", alpha), check_weight("beta", beta), check_weight("gamma", gamma)
     z = draws(posterior, 1, eps)
     reconstruction = reconstruction_of(posterior, log_likelihood, z)[0]
-    rows, mu, logvar = (flat(posterior, tensor).flatten(0, -2) for tensor in (z, *posterior._broadcast()))
+    rows, mu, logvar = (tensor.flatten(0, -2) for tensor in (flat(posterior, z), *posterior.vectors()))
     parts = total_correlation(rows, mu, logvar, dataset_size, weights=weights, group=group)
     information, correlation, own = (part.mean() for part in parts)
     weighted = alpha * information + beta * correlation + gamma * own

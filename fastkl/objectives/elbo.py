@@ -1,4 +1,4 @@
-"""The evidence lower bound, with whatever takes its KL term's place."""
+"""The evidence lower bound, optionally with a remedy in the place of its KL."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops._arguments import check_weight
 from fastkl.priors._prior import Prior
 
-# (posterior, KL [*batch]) -> what the loss has in place of the KL: a value for each datum, or one for the batch.
+# (posterior, KL [*batch]) -> the loss's replacement of the KL: a value for each datum, or one for the batch.
 Remedy = Callable[[distributions.DiagonalNormal, Tensor], Tensor]
 METHODS = ("mc", "upper", "relaxed")
 
@@ -32,13 +32,13 @@ def sample_kl(
     posterior: distributions.DiagonalNormal, prior: Prior | None = None, *, method: str = "mc", num_samples: int = 1,
     tau: float | Tensor = 1.0, eps: Tensor | None = None, gumbel: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(z [*batch, *event], KL(q || p) [*batch] in nats); z is the first of the draws that the KL is estimated with.
+    """(z [*batch, *event], KL(q || p) [*batch] in nats); z is the first draw of the KL's estimate.
 
     Args:
-        prior: None is N(0, I), whose KL has a closed form.
-        method: "mc", by draws; "upper" or "relaxed" for a mixture, as its `kl` has them.
-        eps: the noise [num_samples, *batch, *event], where it is not for the op to draw.
-        gumbel: that of the choice of a component at temperature tau [num_samples, *batch, K], for "relaxed".
+        prior: one of fastkl.priors, or None for N(0, I), whose KL has a closed form.
+        method: "mc", by draws; for a mixture also "upper" or "relaxed", as in its `kl`.
+        eps: the noise [num_samples, *batch, *event]; None draws it.
+        gumbel: for "relaxed", the noise of the component's choice at temperature tau [num_samples, *batch, K].
 
     Raises:
         TypeError, ValueError: as `fastkl.DiagonalNormal.rsample_kl` and the prior's `kl`.
@@ -67,22 +67,22 @@ def elbo(
 ) -> Loss:  # fmt: skip
     """Minus the evidence lower bound, mean over the batch.
 
-    -E_q[ln p(x | z)] + beta KL(q(z | x) || p(z)), by one z for the decoder
+    -E_q[ln p(x | z)] + beta KL(q(z | x) || p(z)), with one z per datum for the decoder
 
     Args:
         posterior: q(z | x), a fastkl.DiagonalNormal with a batch dimension.
         prior: one of fastkl.priors, or None for N(0, I).
         log_likelihood: z -> ln p(x | z) in nats, one value per datum.
-        beta: weight of the KL, a number or a tensor with one value (a schedule, without recompiling).
-        method, num_samples, tau, eps, gumbel: of the KL to a learned prior, as for `sample_kl`.
-        remedy: what stands in the KL's place: a function of the posterior and the KL [*batch], for instance
+        beta: weight of the KL, a number or a tensor with one value (a tensor can be scheduled without recompiling).
+        method, num_samples, tau, eps, gumbel: for the KL to a learned prior, as in `sample_kl`.
+        remedy: a function of the posterior and the KL [*batch] that replaces the KL in the loss, for instance
             `lambda q, kl: fastkl.remedies.free_bits(kl, 2.0)`. The terms keep the KL itself.
 
     Returns:
         Loss(loss, terms): terms are elbo, reconstruction and kl, and penalty with a remedy.
 
     Raises:
-        TypeError, ValueError: an argument that is not what it should be, named.
+        TypeError, ValueError: an argument has the wrong type, shape or range; the message names it.
 
     Source: Kingma and Welling 2014, "Auto-Encoding Variational Bayes", arXiv:1312.6114, equation 3.
 
@@ -109,13 +109,13 @@ def beta_vae(
     posterior: distributions.DiagonalNormal, prior: Prior | None, log_likelihood: LogLikelihood, *,
     beta: float | Tensor = 4.0, capacity: float | Tensor | None = None, **settings,
 ) -> Loss:  # fmt: skip
-    """The beta-VAE: the ELBO with a weight on its KL, or with a target for it.
+    """The beta-VAE: the ELBO with a weighted KL, or with a target for the KL.
 
     -E_q[ln p(x | z)] + beta KL, or with a capacity C in nats: -E_q[ln p(x | z)] + beta |KL - C|, for each datum
 
     Args:
-        beta: the weight (gamma where there is a capacity; 1,000 in the paper).
-        capacity: the KL to hold; a number, or a tensor that rises over the run (`fastkl.schedules.linear`).
+        beta: the weight (with a capacity, the paper's gamma, 1,000 there).
+        capacity: the target C; a number, or a tensor that rises over the run (`fastkl.schedules.linear`).
         settings: method, num_samples, tau, eps, gumbel, as for `elbo`.
 
     Returns, Raises: as `elbo`.

@@ -1,17 +1,17 @@
-"""Bounds by importance weights: IWAE, and the members of its family that keep the encoder's gradient from drowning.
+"""Bounds by importance weights: IWAE, and its variants with a less noisy gradient of the encoder.
 
-The loss of each is minus its bound, whichever gradient it hands to the encoder; the decoder and the prior get that of
-the bound itself. With v = w / sum_l w_l over the samples of one estimate, and z = mu + sigma eps, the encoder gets
+Each loss is minus its bound, for every choice of the encoder's gradient. Decoder and prior get the gradient of the
+bound. With v = w / sum_l w_l over the samples of one estimate, and z = mu + sigma eps, the encoder gets
 
     "plain"  sum_l v_l d ln w_l / d phi, of the bound itself (Burda, Grosse and Salakhutdinov 2016, arXiv:1509.00519).
              Its ratio of signal to noise falls as 1 / sqrt(L).
     "stl"    sum_l v_l (d ln w_l / d z_l) (d z_l / d phi): sticking the landing (Roeder, Wu and Duvenaud 2017,
-             arXiv:1703.09194). No noise where q is the posterior; its mean is the bound's gradient for L = 1 alone.
+             arXiv:1703.09194). No noise if q is the exact posterior; unbiased for L = 1 only.
     "dreg"   sum_l v_l^2 (d ln w_l / d z_l) (d z_l / d phi): doubly reparameterised (Tucker, Lawson, Gu and Maddison
-             2019, arXiv:1810.04152, equation 8). The bound's gradient in the mean, no noise where q is the posterior,
-             and a ratio of signal to noise that grows with L.
+             2019, arXiv:1810.04152, equation 8). Unbiased, no noise if q is the exact posterior, and a ratio of signal
+             to noise that grows with L.
 
-All of them need one pass through the decoder and one back.
+Each needs one forward and one backward pass of the decoder.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ GRADIENTS = ("plain", "stl", "dreg")
 
 
 class _Rescaled(torch.autograd.Function):
-    """(z, handle): z [L, *batch, *event] whose gradient is multiplied, on its way back to the encoder, by what
-    `_HandBack` gives to the handle [L, *batch]. The factors depend on what is made of z; autograd itself brings them
-    here in time, so that nothing is hooked, and torch.compile sees all of it."""
+    """(z, handle): z [L, *batch, *event], whose gradient is multiplied by the handle's gradient [L, *batch].
+
+    `_HandBack` sets the handle's gradient to factors that depend on later functions of z. Autograd delivers it before
+    this backward runs, so no hook is needed, and torch.compile can trace it.
+    """
 
     @staticmethod
     def forward(z, event_ndim):
@@ -49,7 +51,7 @@ class _Rescaled(torch.autograd.Function):
 
 
 class _HandBack(torch.autograd.Function):
-    """log_w as it is, with its gradient; and the handle's gradient is `factors`, whatever becomes of log_w."""
+    """log_w unchanged, with its gradient; the handle's gradient is `factors`."""
 
     @staticmethod
     def forward(log_w, handle, factors):
@@ -66,10 +68,10 @@ class _HandBack(torch.autograd.Function):
 
 
 def _log_q(posterior: distributions.DiagonalNormal, z: Tensor, gradient: str) -> Tensor:
-    """ln q(z); its parameters stand still, but for the plain gradient."""
+    """ln q(z); its parameters are detached unless the gradient is "plain"."""
     if gradient == "plain":
         return posterior.log_prob(z)
-    fixed = (posterior.mean.detach(), posterior._logvar().detach())
+    fixed = (posterior.mean.detach(), posterior.exact_logvar.detach())
     return normal_log_prob(z, *fixed, event_ndim=posterior.event_ndim)
 
 
@@ -81,7 +83,7 @@ def _checked(posterior, prior, log_likelihood, num_estimates, num_samples, gradi
 
 
 def _made_of(bound: Tensor, reconstruction: Tensor, log_w: Tensor, loss: Tensor | None = None, **terms: Tensor) -> Loss:
-    """The record; log_w is [M, L, *batch], and the bound [*batch]."""
+    """The Loss of a bound [*batch] with log-weights log_w [M, L, *batch]."""
     log_w = log_w.detach()
     return _loss.made_of(
         -bound.mean() if loss is None else loss,
@@ -97,18 +99,18 @@ def _made_of(bound: Tensor, reconstruction: Tensor, log_w: Tensor, loss: Tensor 
 def _combined(
     posterior, prior, log_likelihood, num_estimates: int, num_samples: int, gradient: str, eps, beta=None
 ) -> Loss:
-    """The mean of M estimates beta ELBO + (1 - beta) IWAE_L, beta = 0 where it is None."""
+    """The mean of M estimates beta ELBO + (1 - beta) IWAE_L; a beta of None is 0."""
     _checked(posterior, prior, log_likelihood, num_estimates, num_samples, gradient)
     z, handle = _loss.draws(posterior, num_estimates * num_samples, eps), None
     if gradient == "dreg":
         if forward_mode():
-            raise NotImplementedError('gradient="dreg" has no forward-mode derivative: it is an estimate of gradients')
+            raise NotImplementedError('gradient="dreg" has no forward-mode derivative: it defines only a gradient')
         z, handle = _Rescaled.apply(z, posterior.event_ndim)
     reconstruction = _loss.reconstruction_of(posterior, log_likelihood, z)
     log_w = reconstruction + _loss.log_prior(posterior, prior, z) - _log_q(posterior, z, gradient)
     grouped = (num_estimates, num_samples, *log_w.shape[1:])
 
-    def mix(of_elbo, of_iwae):  # 0 times -inf is NaN: without a beta there is no ELBO
+    def mix(of_elbo, of_iwae):  # without a beta the ELBO is left out, because 0 * -inf is NaN
         return of_iwae if beta is None else beta * of_elbo + (1 - beta) * of_iwae
 
     if handle is not None:
@@ -134,16 +136,16 @@ def iwae(
         prior: one of fastkl.priors, or None for N(0, I).
         log_likelihood: z [L, *batch, *event] -> ln p(x | z) [L, *batch] in nats, one value for each z.
         num_samples: L.
-        gradient: what the encoder gets: "plain", that of the bound; "dreg", which has the same mean and far less noise
-            at large L; "stl", little noise, but biased for L > 1. The decoder and the prior get the bound's own.
-        eps: the noise [L, *batch, *event], where it is not for the op to draw.
+        gradient: the encoder's gradient: "plain", of the bound; "dreg", with the same mean and far less noise at large
+            L; "stl", with little noise but biased for L > 1. Decoder and prior get the gradient of the bound.
+        eps: the noise [L, *batch, *event]; None draws it.
 
     Returns:
-        Loss(loss, terms): terms are bound; reconstruction and kl, both by the same samples without weights;
+        Loss(loss, terms): terms are bound; reconstruction and kl, unweighted means over the same samples;
         effective_sample_size and weight_entropy.
 
     Raises:
-        TypeError, ValueError: an argument of another kind, shape or range; log_likelihood(z) of another shape.
+        TypeError, ValueError: an argument or log_likelihood(z) has the wrong type, shape or range.
 
     Source: Burda, Grosse and Salakhutdinov 2016, arXiv:1509.00519; Roeder, Wu and Duvenaud 2017, arXiv:1703.09194;
     Tucker et al. 2019, arXiv:1810.04152, equation 8.
@@ -162,13 +164,13 @@ def miwae(
     posterior: distributions.DiagonalNormal, prior: Prior | None, log_likelihood: LogLikelihood, *, num_samples: int,
     num_estimates: int, gradient: str = "plain", eps: Tensor | None = None,
 ) -> Loss:  # fmt: skip
-    """Minus the mean of several importance-weighted bounds, each of its own samples: less noise, at the same tightness.
+    """Minus the mean of several importance-weighted bounds with independent samples: less noise, equal tightness.
 
     -1/M sum_m ln 1/L sum_l w_ml
 
     Args:
-        num_samples, num_estimates: L and M. The decoder sees z [M L, *batch, *event], the samples of an estimate one
-            after the other.
+        num_samples, num_estimates: L and M. The decoder gets z [M L, *batch, *event], with the samples of an estimate
+            adjacent.
         eps: the noise [M L, *batch, *event].
         posterior, prior, log_likelihood, gradient: as for `iwae`.
 
@@ -193,21 +195,21 @@ def ciwae(
     posterior: distributions.DiagonalNormal, prior: Prior | None, log_likelihood: LogLikelihood, *, num_samples: int,
     beta: float | Tensor, gradient: str = "plain", eps: Tensor | None = None,
 ) -> Loss:  # fmt: skip
-    """Minus a combination of the ELBO and the importance-weighted bound, by the same samples.
+    """Minus a combination of the ELBO and the importance-weighted bound, with the same samples.
 
     -[beta 1/L sum_l ln w_l + (1 - beta) ln 1/L sum_l w_l]
 
     Args:
-        beta: from 0 (the importance-weighted bound) to 1 (the ELBO), a number or a tensor with one value (a schedule,
-            without recompiling).
-        posterior, prior, log_likelihood, num_samples, gradient, eps: as for `iwae`. The ELBO's doubly reparameterised
-            gradient is sticking the landing, which is unbiased there.
+        beta: from 0 (the importance-weighted bound) to 1 (the ELBO), a number or a tensor with one value (a tensor can
+            be scheduled without recompiling).
+        posterior, prior, log_likelihood, num_samples, gradient, eps: as for `iwae`. For the ELBO part, "dreg" is
+            sticking the landing, which is unbiased there.
 
     Returns:
         As `iwae`.
 
     Raises:
-        TypeError, ValueError: as `iwae`; beta is no number from 0 to 1.
+        TypeError, ValueError: as `iwae`; beta is not a number from 0 to 1.
 
     Source: Rainforth et al. 2018, arXiv:1802.04537, section 5.
 
@@ -228,20 +230,19 @@ def piwae(
     posterior: distributions.DiagonalNormal, prior: Prior | None, log_likelihood: LogLikelihood, *, num_samples: int,
     num_estimates: int, gradient: str = "plain", eps: Tensor | None = None,
 ) -> Loss:  # fmt: skip
-    """Two bounds by the same samples: the tightest for decoder and prior, the one with less noise for the encoder.
+    """Two bounds with the same samples: the tightest one for decoder and prior, a less noisy one for the encoder.
 
-    -ln 1/(M L) sum_ml w_ml, whose gradient the decoder and the prior get; the encoder gets that of `miwae`,
-    -1/M sum_m ln 1/L sum_l w_ml
+    decoder and prior: -ln 1/(M L) sum_ml w_ml; encoder: -1/M sum_m ln 1/L sum_l w_ml, as `miwae`
 
-    The decoder's one pass is differentiated twice, the first time in its input alone. (A compiled decoder that
-    something else has trained before allows that with `torch._functorch.config.donated_buffer = False` only.)
+    The decoder's forward pass is differentiated twice, first in its input only. (For a compiled decoder that was
+    trained before by another loss, this needs `torch._functorch.config.donated_buffer = False`.)
 
     Args:
         posterior, prior, log_likelihood, num_samples, num_estimates, gradient, eps: as for `miwae`.
 
     Returns:
         Loss(loss, terms): loss has the value of the first; terms are bound (the first), encoder_bound (the second), and
-        the others of `miwae`.
+        the other terms of `miwae`.
 
     Raises:
         TypeError, ValueError: as `iwae`.
@@ -257,9 +258,9 @@ def piwae(
     _checked(posterior, prior, log_likelihood, num_estimates, num_samples, gradient)
     z = _loss.draws(posterior, num_estimates * num_samples, eps)
     encoded = z.requires_grad
-    seen = z.detach().requires_grad_(encoded)
-    reconstruction = _loss.reconstruction_of(posterior, log_likelihood, seen)
-    joint = reconstruction + _loss.log_prior(posterior, prior, seen)
+    leaf = z.detach().requires_grad_(encoded)
+    reconstruction = _loss.reconstruction_of(posterior, log_likelihood, leaf)
+    joint = reconstruction + _loss.log_prior(posterior, prior, leaf)
     log_q = _log_q(posterior, z, gradient)
     log_w = joint - log_q.detach()
     bound = reference.iwae(log_w, 0)
@@ -268,8 +269,8 @@ def piwae(
     if encoded:
         v = reference.importance_weights(grouped.detach(), 1)
         v = (v * v if gradient == "dreg" else v).reshape(log_w.shape)
-        (dz,) = torch.autograd.grad(joint, seen, v.to(joint.dtype), retain_graph=True)
-        # The means last: before them, a 16-bit decoder's gradients are not too small to be told from 0.
+        (dz,) = torch.autograd.grad(joint, leaf, v.to(joint.dtype), retain_graph=True)
+        # Divided last: the gradients of a 16-bit decoder could underflow if divided earlier.
         encoder = ((v * log_q).sum() - (dz * z).sum()) / (num_estimates * bound.numel())
         loss = loss + (encoder - encoder.detach())
     encoder_bound = reference.iwae(grouped.detach(), 1).mean(0)

@@ -1,7 +1,7 @@
-"""Objectives that match the posteriors as a whole, q(z) = E_x q(z | x), to the prior by draws from both.
+"""Objectives that match the aggregate posterior, q(z) = E_x q(z | x), to the prior by draws from both.
 
-Instead of pulling every posterior towards the prior, they compare one draw per datum with as many from the prior. A
-learned prior is moved by the same gradient, through its own draws (`prior.rsample`).
+They compare one draw per datum with as many draws from the prior, instead of each posterior with the prior. A learned
+prior gets its gradient through its draws (`prior.rsample`).
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ def wae_mmd(
         posterior, prior, log_likelihood: as for `elbo`; N data, latents of D numbers.
         penalty: lambda, a number or a tensor with one value.
         kernel, settings: `fastkl.mmd`'s kernel, scales and estimator.
-        eps: the noise of the draw of z [1, *batch, *event], where it is not for the op to draw.
-        prior_samples: draws from the prior [n, D], where they are not to be made here, one per datum.
-        group: a torch.distributed process group, whose batches together are compared.
+        eps: the noise of z [1, *batch, *event]; None draws it.
+        prior_samples: draws from the prior [n, D]; None draws one per datum.
+        group: a torch.distributed process group, over which the batch is split; the comparison is of the whole batch.
 
     Returns:
-        Loss(loss, terms): terms are reconstruction, kl (for the log alone: it is not in the loss) and mmd.
+        Loss(loss, terms): terms are reconstruction, kl (for the log only: it is not in the loss) and mmd.
 
     Raises:
-        TypeError, ValueError: an argument that is not what it should be, named.
+        TypeError, ValueError: an argument has the wrong type, shape or range; the message names it.
 
     Source: Tolstikhin et al. 2018, "Wasserstein Auto-Encoders", arXiv:1711.01558, algorithm 2.
 
@@ -74,12 +74,12 @@ def info_vae(
     alpha: float = 0.0, penalty: float = 10.0, kernel: str = "imq", eps: Tensor | None = None,
     prior_samples: Tensor | None = None, group: ProcessGroup | None = None, **settings: Any,
 ) -> Loss:  # fmt: skip
-    """The InfoVAE: the ELBO with a share of its KL given up for a maximum mean discrepancy, so that z keeps more of x.
+    """The InfoVAE: the ELBO with a share of its KL replaced by a maximum mean discrepancy, so z keeps more of x.
 
     -E_q[ln p(x | z)] + (1 - alpha) KL(q(z | x) || p(z)) + (alpha + lambda - 1) MMD^2(q(z), p(z))
 
     Args:
-        alpha: how much mutual information is wanted: 0 leaves the KL, 1 takes it away, which is `wae_mmd` of the same
+        alpha: the share of the KL that is left out: at 0 the full KL stays, at 1 the loss is `wae_mmd` of the same
             penalty.
         penalty: lambda, a number. The other arguments: as for `wae_mmd`.
 
@@ -87,7 +87,7 @@ def info_vae(
         Loss(loss, terms): terms are reconstruction, kl and mmd.
 
     Raises:
-        ValueError: alpha > 1, or alpha + lambda < 1: a term would be maximised. And as `wae_mmd`.
+        ValueError: alpha > 1, or alpha + lambda < 1, with which a term would be maximised. And as `wae_mmd`.
 
     Source: Zhao, Song and Ermon 2019, "InfoVAE", arXiv:1706.02262, equation 6.
 
@@ -113,7 +113,7 @@ def matched(
     prior: Prior | None, log_likelihood: LogLikelihood, penalty: float | Tensor, eps: Tensor | None,
     prior_samples: Tensor | None, kl_weight: float = 0.0,
 ) -> Loss:  # fmt: skip
-    """The loss with a distance, called `name`, of the latents from draws of the prior."""
+    """The loss with a distance between latents and draws of the prior, in the terms as `name`."""
     check(posterior, prior, log_likelihood)
     penalty = check_weight("penalty", penalty)
     z = draws(posterior, 1, eps)
@@ -121,7 +121,7 @@ def matched(
     with torch.set_grad_enabled(kl_weight > 0 and torch.is_grad_enabled()):
         kl = sampled_kl(posterior, prior, z)
     rows = flat(posterior, z).flatten(0, -2)
-    found = distance(rows, prior_draws(posterior, prior, prior_samples))
-    loss = penalty * found - reconstruction.mean()
+    value = distance(rows, prior_draws(posterior, prior, prior_samples))
+    loss = penalty * value - reconstruction.mean()
     loss = loss + kl_weight * kl.mean() if kl_weight > 0 else loss
-    return made_of(loss, reconstruction=reconstruction, kl=kl, **{name: found})
+    return made_of(loss, reconstruction=reconstruction, kl=kl, **{name: value})

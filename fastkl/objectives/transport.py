@@ -27,10 +27,10 @@ def swae(
         penalty: lambda. num_projections, p, seed: as for `fastkl.sliced_wasserstein`. The others: as for `wae_mmd`.
 
     Returns:
-        Loss(loss, terms): terms are reconstruction, kl (for the log alone) and sliced_wasserstein.
+        Loss(loss, terms): terms are reconstruction, kl (for the log only) and sliced_wasserstein.
 
     Raises:
-        TypeError, ValueError: an argument that is not what it should be, named.
+        TypeError, ValueError: an argument has the wrong type, shape or range; the message names it.
 
     Source: Kolouri et al. 2019, "Sliced Wasserstein Auto-Encoders", arXiv:1804.01947, equation 13.
 
@@ -59,10 +59,10 @@ def sinkhorn_ae(
         penalty: lambda. blur, settings: as for `fastkl.sinkhorn_divergence`. The others: as for `wae_mmd`.
 
     Returns:
-        Loss(loss, terms): terms are reconstruction, kl (for the log alone) and sinkhorn_divergence.
+        Loss(loss, terms): terms are reconstruction, kl (for the log only) and sinkhorn_divergence.
 
     Raises:
-        TypeError, ValueError: an argument that is not what it should be, named.
+        TypeError, ValueError: an argument has the wrong type, shape or range; the message names it.
 
     Source: Patrini et al. 2019, "Sinkhorn AutoEncoders", arXiv:1810.01118, section 4; Genevay, Peyre and Cuturi 2018,
     arXiv:1706.00292 (the debiased divergence).

@@ -67,15 +67,15 @@ def as_parameters(mu: Tensor | float | None, parameter: Tensor | float | None, *
     return as_tensors(mu if isinstance(mu, Tensor) else parameter, mu, parameter, *others)
 
 
-def usual(mu: Tensor, logvar: Tensor, event_ndim: int, scale: str, *rest) -> bool:
-    """Whether the call is the ordinary one, two tensors that are alike and nothing else given: then no check can fail.
+def usual(mu: Tensor, logvar: Tensor, event_ndim: int | None, scale: str, *rest) -> int:
+    """event_ndim of the ordinary call, two tensors that are alike and nothing else given: then no check can fail. Or 0.
 
     Small latents are bound by the host: the checks one by one cost as much as the eager formula's forward pass.
     """
     for other in rest:
         if other is not None:
-            return False
-    return event_ndim is not None and scale in SCALES and alike(event_ndim, mu, logvar) > 0
+            return 0
+    return alike(event_ndim, mu, logvar) if scale in SCALES else 0
 
 
 def number_in(tensor: Tensor) -> float | None:
@@ -141,7 +141,7 @@ def check_weight(name: str, value: Any) -> Tensor | float:
 
 
 def check_event_ndim(event_ndim: int, shape: torch.Size, what: str = "the broadcast shape") -> int:
-    event_ndim = check_int("event_ndim", event_ndim, 1)
+    event_ndim = check_int("event_ndim", event_ndim, 0)
     if event_ndim > len(shape):
         has = f"{what} {tuple(shape)} has {len(shape)}"
         raise ValueError(f"event_ndim={event_ndim} needs at least {event_ndim} dimensions, but {has}")
@@ -283,15 +283,18 @@ def check_prior_fits(shape: torch.Size, **prior: Tensor | None) -> None:
             raise ValueError(f"{name} {tuple(tensor.shape)} does not broadcast to the posterior's shape {tuple(shape)}")
 
 
-def event_ndim_of_datum(event_ndim: int | None, shape: torch.Size) -> int:
-    """event_ndim, checked; None stands for every dimension after the first, which is the batch."""
-    if event_ndim is None and len(shape) < 2:
-        raise ValueError(
-            f"event_ndim must be given for the broadcast shape {tuple(shape)}: without it the first dimension is the "
-            "batch, and none is left to sum"
-        )
-    event_ndim = len(shape) - 1 if event_ndim is None else event_ndim
-    return check_event_ndim(event_ndim, shape)
+def event_ndim_of_datum(event_ndim: int | None, shape: torch.Size, what: str = "the broadcast shape") -> int:
+    """event_ndim, checked; None stands for every dimension after the first, which is the batch. One dimension alone is
+    that of one datum."""
+    return check_event_ndim(max(1, len(shape) - 1) if event_ndim is None else event_ndim, shape, what)
+
+
+def as_events(event_ndim: int, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """(event_ndim, *tensors) as ops take them. They sum at least one dimension: where none is summed, one of size 1 is
+    added."""
+    if event_ndim:
+        return (event_ndim, *tensors)
+    return (1, *(None if tensor is None else tensor.unsqueeze(-1) for tensor in tensors))
 
 
 def alike(event_ndim: int | None, first: Tensor, *others: Tensor) -> int:
@@ -308,7 +311,7 @@ def alike(event_ndim: int | None, first: Tensor, *others: Tensor) -> int:
         if other.shape != shape or other.device != first.device:
             return 0
     if event_ndim is None:
-        return max(0, len(shape) - 1)
+        return len(shape) - 1 if len(shape) > 1 else len(shape)
     return event_ndim if type(event_ndim) is int and 0 < event_ndim <= len(shape) else 0
 
 

@@ -7,31 +7,34 @@ from torch import Tensor
 from fastkl.ops import _arguments as arguments
 
 
-def _is_matrix(name: str, scale: Tensor, loc: Tensor) -> bool:
-    """More dimensions than its loc: matrices, else diagonals. Raises where the shape contradicts that."""
-    size, loc_name = loc.shape[-1], name.replace("scale_tril", "loc")
-    matrix = scale.dim() > loc.dim()
-    # [D, D] beside loc [N, D] is one matrix for all rows in some conventions: never guess.
-    unclear = not matrix and scale.dim() > 1 and scale.shape[-2] != loc.shape[-2] and scale.shape[-2] == size > 1
+def _is_matrix(name: str, scale: Tensor, mu: Tensor) -> bool:
+    """More dimensions than its mean: matrices, else diagonals. Raises where the shape contradicts that."""
+    size, mu_name = mu.shape[-1], name.replace("scale_tril", "mu")
+    matrix = scale.dim() > mu.dim()
+    # [D, D] beside mu [N, D] is one matrix for all rows in some conventions: never guess.
+    unclear = not matrix and scale.dim() > 1 and scale.shape[-2] != mu.shape[-2] and scale.shape[-2] == size > 1
     if unclear or scale.dim() == 0 or scale.shape[-1] != size or (matrix and scale.shape[-2] != size):
         hint = f"; for one matrix shared by the batch write {name}[None]" if unclear else ""
         raise ValueError(
-            f"{name} must be lower triangles (*batch, {size}, {size}) with more dimensions than {loc_name} "
-            f"{tuple(loc.shape)}, or diagonals (*batch, {size}) with as many or fewer, got {tuple(scale.shape)}{hint}"
+            f"{name} must be lower triangles (*batch, {size}, {size}) with more dimensions than {mu_name} "
+            f"{tuple(mu.shape)}, or diagonals (*batch, {size}) with as many or fewer, got {tuple(scale.shape)}{hint}"
         )
     return matrix
 
 
-def check_pair(loc_q: Tensor, scale_tril_q: Tensor, loc_p: Tensor, scale_tril_p: Tensor) -> tuple[bool, bool]:
+def check_pair(mu: Tensor, scale_tril: Tensor, prior_mu: Tensor, prior_scale_tril: Tensor) -> tuple[bool, bool]:
     """Whether the scale of q is a matrix, and that of p."""
-    scales = {"scale_tril_q": scale_tril_q, "scale_tril_p": scale_tril_p}
-    arguments.check_tensors(loc_q=loc_q, loc_p=loc_p, **scales)
-    shapes = tuple(loc_q.shape), tuple(loc_p.shape)
-    if loc_q.dim() == 0 or loc_p.dim() == 0 or shapes[0][-1] != shapes[1][-1] or shapes[0][-1] == 0:
-        raise ValueError(f"loc_q and loc_p must be (*batch, D) with the same D > 0, got {shapes[0]} and {shapes[1]}")
-    matrix_q, matrix_p = (_is_matrix(*item, loc) for item, loc in zip(scales.items(), (loc_q, loc_p)))
-    batches = {"loc_q": loc_q[..., 0], "loc_p": loc_p[..., 0]}
-    batches["scale_tril_q"] = scale_tril_q[..., 0, 0] if matrix_q else scale_tril_q[..., 0]
-    batches["scale_tril_p"] = scale_tril_p[..., 0, 0] if matrix_p else scale_tril_p[..., 0]
+    scales = {"scale_tril": scale_tril, "prior_scale_tril": prior_scale_tril}
+    for name, tensor in (("prior_mu", prior_mu), *scales.items()):
+        if tensor is None:  # other ops do without arguments of these names
+            raise TypeError(f"{name} must be a torch.Tensor, got NoneType")
+    arguments.check_tensors(mu=mu, prior_mu=prior_mu, **scales)
+    shapes = tuple(mu.shape), tuple(prior_mu.shape)
+    if mu.dim() == 0 or prior_mu.dim() == 0 or shapes[0][-1] != shapes[1][-1] or shapes[0][-1] == 0:
+        raise ValueError(f"mu and prior_mu must be (*batch, D) with the same D > 0, got {shapes[0]} and {shapes[1]}")
+    matrix_q, matrix_p = (_is_matrix(*item, mean) for item, mean in zip(scales.items(), (mu, prior_mu)))
+    batches = {"mu": mu[..., 0], "prior_mu": prior_mu[..., 0]}
+    batches["scale_tril"] = scale_tril[..., 0, 0] if matrix_q else scale_tril[..., 0]
+    batches["prior_scale_tril"] = prior_scale_tril[..., 0, 0] if matrix_p else prior_scale_tril[..., 0]
     arguments.broadcast_shape(**batches)
     return matrix_q, matrix_p

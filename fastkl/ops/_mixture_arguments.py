@@ -13,48 +13,17 @@ import torch
 from torch import Tensor
 
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import apply
+from fastkl.ops._scales import as_logvar, distinct
 
 PRECISIONS = ("exact", "tf32x3", "tf32")
 EVENTS = (1, 2, 2, 3)  # dimensions of one mixture's logits, means, logvars, scale_tril
-
-
-class _Collapse(torch.autograd.Function):
-    """One of the equal entries of an expanded tensor. The gradient is handed back expanded as well: none of its memory
-    is touched on its way to the tensor that was expanded, where the equal shares sum to the whole."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(tensor, dims):
-        return _first(tensor, dims).clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        tensor, ctx.dims = inputs
-        ctx.shape = tensor.shape
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return (gradient / math.prod([ctx.shape[dim] for dim in ctx.dims])).expand(ctx.shape), None
-
-
-def _first(tensor: Tensor, dims: list[int]) -> Tensor:
-    """The first entry along each of `dims`, which stay as dimensions of size 1."""
-    return tensor[tuple(slice(0, 1) if dim in dims else slice(None) for dim in range(tensor.dim()))]
 
 
 def collapse(tensor: Tensor, event_ndim: int) -> Tensor:
     """`tensor` without the leading dimensions along which it does not vary, and with size 1 in all others of that kind:
     those that are expanded (stride 0)."""
     batch = tensor.dim() - event_ndim
-    dims = [dim for dim in range(batch) if tensor.stride(dim) == 0 and tensor.shape[dim] > 1]
-    if dims and not tensor.requires_grad:
-        tensor = _first(tensor, dims)
-    elif dims and tensor.dtype != torch.float16 and (torch.compiler.is_compiling() or not tensor.is_leaf):
-        tensor = apply(_Collapse, tensor, dims)
-    # else its own gradient is asked for, entry by entry; equal shares of one may be too small for float16
-    return _without_leading_ones(tensor, batch)
+    return _without_leading_ones(distinct(tensor, range(batch)), batch)
 
 
 def _without_leading_ones(tensor: Tensor, batch: int) -> Tensor:
@@ -64,10 +33,15 @@ def _without_leading_ones(tensor: Tensor, batch: int) -> Tensor:
     return tensor.reshape(tensor.shape[ndim:]) if ndim > 0 else tensor
 
 
-def as_logvars(means: Tensor, logvars: Tensor | float | None) -> Tensor | None:
-    """A number is the log-variance of all components, [1], in their means' dtype, as torch.full_like takes it."""
+def as_logvars(
+    means: Tensor, logvars: Tensor | float | None, scale: str = "logvar", name: str = "scale"
+) -> Tensor | None:
+    """The components' log-variances from what `scale`, the argument `name`, says they are. A number is that of all
+    components, [1], in their means' dtype, as torch.full_like takes it."""
     (found,) = arguments.as_tensors(means, logvars)
-    return logvars if found is logvars else found.to(means.dtype).reshape(1)
+    logvars = logvars if found is logvars else found.to(means.dtype).reshape(1)
+    arguments.check_tensors(logvars=logvars)
+    return as_logvar(name, logvars, scale, means)
 
 
 def by_component(logvars: Tensor) -> Tensor:

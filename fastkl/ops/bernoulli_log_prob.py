@@ -14,7 +14,7 @@ from fastkl.ops._register import apply, differentiable, needs_closed_form, regis
 
 def _forward(logits, x, event_ndim) -> Tensor:
     density = functools.partial(reference.bernoulli_log_prob, event_ndim=event_ndim)
-    return arguments.by_rows(density, logits, event_ndim, [logits, x])
+    return arguments.by_rows(density, x, event_ndim, [x, logits])
 
 
 def _gradients(dlog_prob, logits, x, event_ndim, wanted) -> list[Tensor]:
@@ -85,7 +85,7 @@ class _BernoulliLogProb(torch.autograd.Function):
 differentiable("bernoulli_log_prob_fwd", _BernoulliLogProb, same)
 
 
-def bernoulli_log_prob(logits: Tensor, x: Tensor, *, event_ndim: int | None = None) -> Tensor:
+def bernoulli_log_prob(x: Tensor, logits: Tensor, *, event_ndim: int | None = None) -> Tensor:
     """Log-likelihood of `x` under independent Bernoulli variables with success probability sigmoid(logits), in nats.
 
     ln p(x) = sum_d [x_d ln sigmoid(l_d) + (1 - x_d) ln sigmoid(-l_d)] = sum_d [x_d l_d - softplus(l_d)]
@@ -93,12 +93,14 @@ def bernoulli_log_prob(logits: Tensor, x: Tensor, *, event_ndim: int | None = No
     The negative of the binary cross-entropy with logits, summed over each sample.
 
     Args:
-        logits: ln p / (1 - p), [*batch, *event]; any finite value is safe.
         x: data, broadcasts with logits (for importance samples [L, N, *event] it is read where it lies, L times).
-            Grey values between 0 and 1 and values outside are taken as they are; the normalising constant of the
-            continuous Bernoulli is not included. Its dtype may differ from that of logits.
-        event_ndim: how many of the last dimensions are summed; None: every dimension after the first (with a dimension
-            of importance samples in front it has to be given).
+            Grey values between 0 and 1 and values outside are taken as they are: logits in its place are not noticed.
+            The normalising constant of the continuous Bernoulli is not included. Its dtype may differ from that of
+            logits.
+        logits: ln p / (1 - p), [*batch, *event]; any finite value is safe.
+        event_ndim: how many of the last dimensions are summed. None: every dimension after the first; one dimension
+            alone is that of one datum. 0: none, each element has a value. With a dimension of importance samples in
+            front it has to be given.
 
     Returns:
         [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients come in each
@@ -107,18 +109,19 @@ def bernoulli_log_prob(logits: Tensor, x: Tensor, *, event_ndim: int | None = No
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or event_ndim is not an int.
-        ValueError: shapes that do not broadcast, mixed devices, event_ndim out of range, or not given for fewer than
-            two dimensions.
+        ValueError: shapes that do not broadcast, mixed devices, event_ndim out of range.
 
     Source: Kingma and Welling 2014, "Auto-Encoding Variational Bayes", arXiv:1312.6114, appendix C.1.
 
     >>> import torch, fastkl
-    >>> fastkl.bernoulli_log_prob(torch.tensor([[0.0, 0.0], [100.0, -100.0]]), torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    >>> fastkl.bernoulli_log_prob(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [100.0, -100.0]]))
     tensor([  -1.3863, -100.0000])
     """
     if known := arguments.alike(event_ndim, logits, x):
         return apply(_BernoulliLogProb, logits, x, known)
-    arguments.check_tensors(logits=logits, x=x)
-    shape = arguments.broadcast_shape(logits=logits, x=x)
+    arguments.check_tensors(x=x, logits=logits)
+    shape = arguments.broadcast_shape(x=x, logits=logits)
     event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
-    return apply(_BernoulliLogProb, arguments.expand(logits, shape), arguments.expand(x, shape), event_ndim)
+    tensors = arguments.expand(logits, shape), arguments.expand(x, shape)
+    event_ndim, logits, x = arguments.as_events(event_ndim, *tensors)
+    return apply(_BernoulliLogProb, logits, x, event_ndim)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastkl.ops import _gmm
+from fastkl.ops import _mixture_arguments as mixtures
 
 
 def gmm_log_prob(
     z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
-    scale_tril: Tensor | None = None, precision: str = "exact",
+    scale_tril: Tensor | None = None, scale: str = "logvar", precision: str = "exact",
 ) -> Tensor:  # fmt: skip
     """Log-density of a Gaussian mixture, in nats, one value per sample.
 
@@ -25,6 +26,8 @@ def gmm_log_prob(
             number for all; absent, with scale_tril absent too, every variance is 1.
         scale_tril: [*batch, K, D, D], lower triangles L_k with a positive diagonal, S_k = L_k L_k^T; what is above
             the diagonal is not read. Excludes logvars.
+        scale: what logvars are: "logvar", "log_std", "std" or "softplus", as for `fastkl.kl_normal`; the logarithm of
+            another one is taken in float32.
         precision: "exact" goes by differences (z - m) / sigma, which narrow and distant components survive (on a CPU
             by an expansion in float64 where that is as exact). "tf32x3" and "tf32" expand the square around the mean
             of the means, on a GPU on tensor cores, on a CPU both in float32. Largest errors in nats of the compiled
@@ -44,8 +47,8 @@ def gmm_log_prob(
 
     Raises:
         TypeError: an argument is not a floating-point tensor.
-        ValueError: shapes that do not fit, mixed devices, logvars beside scale_tril, an unknown precision; on a CPU
-            also a singular scale_tril.
+        ValueError: shapes that do not fit, mixed devices, logvars beside scale_tril, an unknown scale or precision; on
+            a CPU also a singular scale_tril.
 
     Source: Dilokthanakul et al. 2016, "Deep Unsupervised Clustering with Gaussian Mixture Variational Autoencoders",
     arXiv:1611.02648; Bishop 2006, "Pattern Recognition and Machine Learning", equation 9.7.
@@ -55,4 +58,5 @@ def gmm_log_prob(
     >>> fastkl.gmm_log_prob(z, torch.randn(4), means)  # four equal components: one standard normal
     tensor([-2.7568, -2.7568])
     """
+    logvars = mixtures.as_logvars(means, logvars, scale)
     return _gmm.log_prob({"z": z}, logits, means, logvars, scale_tril, "point", precision)

@@ -67,8 +67,9 @@ class _GMMMoments(torch.autograd.Function):
 
 
 def gmm_moments(
-    z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *, scale_tril: Tensor | None = None
-) -> GMMMoments:
+    z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
+    scale_tril: Tensor | None = None, scale: str = "logvar",
+) -> GMMMoments:  # fmt: skip
     """Log-density and responsibility-weighted moments of data under a Gaussian mixture; not differentiable.
 
     r_nk = p(k | z_n); counts_k = sum_n r_nk, first_k = sum_n r_nk (z_n - m_k), second_k = sum_n r_nk (z_n - m_k)^2
@@ -78,7 +79,7 @@ def gmm_moments(
 
     Args:
         z: [*batch, D].
-        logits, means, logvars, scale_tril: one mixture for all data, as for `fastkl.gmm_log_prob`.
+        logits, means, logvars, scale_tril, scale: one mixture for all data, as for `fastkl.gmm_log_prob`.
 
     Raises:
         TypeError: an argument is not a floating-point tensor.
@@ -94,7 +95,9 @@ def gmm_moments(
             [ 1.8794]])
     """
     z, *mixture = (t.detach() if isinstance(t, Tensor) else t for t in (z, logits, means, logvars, scale_tril))
-    (rows,), mixture, batch = mixtures.canonical({"z": z}, *mixture)
+    logits, means, logvars, scale_tril = mixture
+    logvars = mixtures.as_logvars(means, logvars, scale)
+    (rows,), mixture, batch = mixtures.canonical({"z": z}, logits, means, logvars, scale_tril)
     if any(tensor is not None and tensor.shape[0] > 1 for tensor in mixture):
         raise ValueError("gmm_moments sums over data of one mixture, but logits, means or covariances differ by datum")
     log_prob, counts, first, second = apply(_GMMMoments, rows, *mixture)

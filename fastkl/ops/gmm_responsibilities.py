@@ -119,7 +119,7 @@ differentiable("gmm_responsibilities_fwd", _GMMResponsibilities, same)
 
 def gmm_responsibilities(
     z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
-    scale_tril: Tensor | None = None, precision: str = "exact",
+    scale_tril: Tensor | None = None, scale: str = "logvar", precision: str = "exact",
 ) -> Tensor:  # fmt: skip
     """Log-responsibilities of a Gaussian mixture's components, in nats.
 
@@ -140,6 +140,7 @@ def gmm_responsibilities(
             [0.1192, 0.8808]])
     """
     mixtures.check_precision(precision)
+    logvars = mixtures.as_logvars(means, logvars, scale)
     (z,), mixture, restore = mixtures.arranged({"z": z}, logits, means, logvars, scale_tril)
     if z.shape[0] == 0:
         return restore(nothing([z], mixture).unsqueeze(-1).expand(-1, means.shape[-2]))

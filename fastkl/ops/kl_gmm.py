@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastkl import reference
@@ -11,6 +12,7 @@ from fastkl.ops import _mixture_arguments as mixtures
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._gmm_samples import KLSamples
 from fastkl.ops._register import apply
+from fastkl.ops._scales import as_logvar
 
 METHODS = {"mc": "point", "upper": "expected", "lower": "convolved"}
 
@@ -22,10 +24,30 @@ def _bound(mu, logvar, logits, means, logvars, scale_tril, form: str, precision:
     return -reference.normal_entropy(logvar, log_prob.dtype).expand(log_prob.shape) - log_prob
 
 
+def _by_noise(mu, logvar, mixture, seed, eps, num_samples: int, entropy: str, stl: bool, precision: str) -> Tensor:
+    """ "mc" with the caller's noise, which is as large as the samples are."""
+    mixtures.check_shapes({"mu": mu, "logvar": logvar}, *mixture)
+    shape = torch.Size((*mixtures.batch_shape({"mu": mu, "logvar": logvar}, *mixture), mu.shape[-1]))
+    _, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
+    dtype = reference.compute_dtype(mu, logvar, *mixture)
+    mu, logvar = (arguments.expand(tensor.to(dtype), shape) for tensor in (mu, logvar))
+    eps = eps.to(dtype)
+    z = mu + torch.exp(0.5 * logvar) * eps
+    cross = _gmm.log_prob({"z": z}, *mixture, "point", precision).mean(0)
+    log_q = -reference.normal_entropy(logvar)
+    if entropy == "sampled":
+        log_q = log_q - 0.5 * (eps.square() - 1).sum(-1).mean(0)
+    if stl:
+        through_z = reference.normal_log_prob(z, mu.detach(), logvar.detach(), event_ndim=1).mean(0)
+        log_q = log_q.detach() + (through_z - through_z.detach())
+    return log_q - cross
+
+
 def kl_gmm(
     mu: Tensor, logvar: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
-    scale_tril: Tensor | None = None, method: str = "mc", num_samples: int = 1, entropy: str = "closed",
-    gradient: str = "plain", seed: int | Tensor | None = None, precision: str = "exact",
+    scale_tril: Tensor | None = None, scale: str = "logvar", prior_scale: str = "logvar", method: str = "mc",
+    num_samples: int = 1, entropy: str = "closed", gradient: str = "plain", seed: int | Tensor | None = None,
+    eps: Tensor | None = None, precision: str = "exact",
 ) -> Tensor:  # fmt: skip
     """KL divergence from a diagonal Gaussian q to a Gaussian mixture p, in nats, one value per sample.
 
@@ -34,8 +56,10 @@ def kl_gmm(
     "lower": -H(q) - logsumexp_k [ln pi_k + ln N(mu; m_k, S_k + diag exp(logvar))], the product bound
 
     Args:
-        mu, logvar: mean and log-variance of q, [*batch, D].
+        mu, logvar: mean and log-variance of q (or what `scale` says), [*batch, D].
         logits, means, logvars, scale_tril, precision: the mixture, as for `fastkl.gmm_log_prob`.
+        scale, prior_scale: what logvar and logvars are: "logvar", "log_std", "std" or "softplus", as for
+            `fastkl.kl_normal`; the logarithm of another one is taken in float32.
         method: "mc" is unbiased; "upper" and "lower" are bounds without noise.
         num_samples: L of "mc". Memory does not depend on it: the noise is drawn again in the backward pass.
         entropy: E_q[ln q] of "mc" in "closed" form, or "sampled" at the same z_l, which is exact term by term where
@@ -44,6 +68,8 @@ def kl_gmm(
             term of mean 0, so that it vanishes for every sample, not only on average, where q = p.
         seed: an int or an int64 tensor for "mc"; absent, torch's generator draws one on the device. Sample l is
             `fastkl.rsample_normal(mu, logvar, num_samples=L, seed=seed)[l]`, mu expanded to the result's batch.
+        eps: the caller's own noise for "mc" instead, [num_samples, *batch, D] (quasi-Monte-Carlo, exact comparisons);
+            it may want a gradient.
 
     Returns:
         [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients to mu, logvar and
@@ -52,8 +78,8 @@ def kl_gmm(
 
     Raises:
         TypeError: an argument is not a floating-point tensor, num_samples or seed not an int.
-        ValueError: shapes that do not fit, mixed devices, logvars beside scale_tril, an unknown method, entropy,
-            gradient or precision; num_samples below 1.
+        ValueError: shapes that do not fit, mixed devices, logvars beside scale_tril, an unknown method, scale,
+            entropy, gradient or precision; num_samples below 1; seed and eps together, an eps of another shape.
 
     Source: Hershey and Olsen 2007, "Approximating the Kullback Leibler divergence between Gaussian mixture models",
     the variational bound (section 7, with one component on the left) and the product of Gaussians (section 5); Roeder
@@ -70,8 +96,15 @@ def kl_gmm(
     stl = arguments.check_choice("gradient", gradient, ("plain", "stl")) == "stl"
     num_samples = arguments.check_int("num_samples", num_samples, 1)
     mixtures.check_precision(precision)
+    arguments.check_tensors(mu=mu, logvar=logvar, eps=eps)
+    logvar = as_logvar("scale", logvar, scale, mu)
+    logvars = mixtures.as_logvars(means, logvars, prior_scale, "prior_scale")
     if method != "mc":
         return _bound(mu, logvar, logits, means, logvars, scale_tril, form, precision)
+    if eps is not None:
+        return _by_noise(
+            mu, logvar, (logits, means, logvars, scale_tril), seed, eps, num_samples, entropy, stl, precision
+        )
     rows, mixture, batch = mixtures.canonical({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril)
     seed = sampling.check_seed(seed, mu.device, "mu")
     if rows[0].shape[0] == 0:

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from fastkl import reference
+from fastkl.ops import _arguments as arguments
 from fastkl.ops import _gmm
 from fastkl.ops import _mixture_arguments as mixtures
 from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same
+from fastkl.ops._scales import as_logvar
 
 _ARGUMENTS = f"Tensor mu, Tensor logvar, {_gmm.MIXTURE}, str precision"
 
@@ -123,7 +125,7 @@ differentiable("kl_gmm_bounds_fwd", _Bounds, same)
 
 def kl_gmm_bounds(
     mu: Tensor, logvar: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
-    scale_tril: Tensor | None = None, precision: str = "exact",
+    scale_tril: Tensor | None = None, scale: str = "logvar", prior_scale: str = "logvar", precision: str = "exact",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(lower, upper) bounds on KL(q || mixture), in nats, one pair per sample.
 
@@ -137,6 +139,9 @@ def kl_gmm_bounds(
     True
     """
     mixtures.check_precision(precision)
+    arguments.check_tensors(mu=mu, logvar=logvar)
+    logvar = as_logvar("scale", logvar, scale, mu)
+    logvars = mixtures.as_logvars(means, logvars, prior_scale, "prior_scale")
     rows, mixture, restore = mixtures.arranged({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril)
     if rows[0].shape[0] == 0:
         nothing = restore(_gmm.nothing(rows, mixture))

@@ -20,25 +20,25 @@ def _solve(scale_tril: Tensor, columns: Tensor) -> Tensor:
     return solved.reshape(side_by_side.shape).movedim(0, -2)
 
 
-def kl_multivariate_normal(loc_q: Tensor, scale_tril_q: Tensor, loc_p: Tensor, scale_tril_p: Tensor) -> Tensor:
-    """KL divergence KL(q || p) of multivariate Gaussians N(loc, L L^T), in nats, one value per sample.
+def kl_multivariate_normal(mu: Tensor, scale_tril: Tensor, prior_mu: Tensor, prior_scale_tril: Tensor) -> Tensor:
+    """KL divergence KL(q || p) of multivariate Gaussians N(mu, L L^T), in nats, one value per sample.
 
     KL = 1/2 [tr(S_p^-1 S_q) + (m_p - m_q)^T S_p^-1 (m_p - m_q) - D + ln det S_p / det S_q], S = L L^T, computed as
     1/2 [sum_i (exp(x_i) - 1 - x_i) + sum_{i>j} M_ij^2 + |L_p^-1 (m_p - m_q)|^2] with M = L_p^-1 L_q, x_i = ln M_ii^2:
     every term is positive, so that nothing cancels between two close Gaussians.
 
     Args:
-        loc_q, loc_p: means, [*batch, D].
-        scale_tril_q, scale_tril_p: L, either way with a positive diagonal (not checked, which would wait for the
+        mu, prior_mu: means, [*batch, D].
+        scale_tril, prior_scale_tril: L, either way with a positive diagonal (not checked, which would wait for the
             device: another one gives NaN or infinity):
 
-            - lower triangles [*batch, D, D], where it has more dimensions than its own loc; what is above the
+            - lower triangles [*batch, D, D], where it has more dimensions than its own mean; what is above the
               diagonal is not read;
-            - diagonals [*batch, D] (standard deviations), where it has as many dimensions as its loc, or fewer.
+            - diagonals [*batch, D] (standard deviations), where it has as many dimensions as its mean, or fewer.
 
-            So beside loc [N, D], a scale [N, D] or [D] is a diagonal, also when N = D; one matrix that all N share is
-            [1, D, D]. Each scale goes by its own loc: loc_p [D] with scale_tril_p [D, D] is one full prior for any
-            batch of q.
+            So beside mu [N, D], a scale [N, D] or [D] is a diagonal, also when N = D; one matrix that all N share is
+            [1, D, D]. Each scale goes by its own mean: prior_mu [D] with prior_scale_tril [D, D] is one full prior for
+            any batch of q.
 
     Returns:
         [*batch], the broadcast of all four batch shapes; float32 for float16, bfloat16 and float32 input, float64 if
@@ -46,20 +46,20 @@ def kl_multivariate_normal(loc_q: Tensor, scale_tril_q: Tensor, loc_p: Tensor, s
 
     Raises:
         TypeError: an argument is not a floating-point tensor.
-        ValueError: mixed devices, a scale that is not square or does not fit its loc, batches that do not broadcast.
+        ValueError: mixed devices, a scale that is not square or does not fit its mean, batches that do not broadcast.
 
     Source: Duchi 2007, "Derivations for Linear Algebra and Optimization", section 9; the diagonal form is that of
     Kingma and Welling 2014, arXiv:1312.6114, appendix B.
 
     >>> import torch, fastkl
-    >>> loc, std = torch.zeros(2, 3), torch.ones(2, 3)
-    >>> prior_loc, prior_scale_tril = torch.ones(3), 2 * torch.eye(3)
-    >>> fastkl.kl_multivariate_normal(loc, std, prior_loc, prior_scale_tril)
+    >>> mu, std = torch.zeros(2, 3), torch.ones(2, 3)
+    >>> prior_mu, prior_scale_tril = torch.ones(3), 2 * torch.eye(3)
+    >>> fastkl.kl_multivariate_normal(mu, std, prior_mu, prior_scale_tril)
     tensor([1.3294, 1.3294])
     """
-    matrix_q, matrix_p = check_pair(loc_q, scale_tril_q, loc_p, scale_tril_p)
-    dtype = compute_dtype(loc_q, loc_p, scale_tril_q, scale_tril_p)
-    difference, scale_q, scale_p = loc_p.to(dtype) - loc_q.to(dtype), scale_tril_q.to(dtype), scale_tril_p.to(dtype)
+    matrix_q, matrix_p = check_pair(mu, scale_tril, prior_mu, prior_scale_tril)
+    dtype = compute_dtype(mu, prior_mu, scale_tril, prior_scale_tril)
+    difference, scale_q, scale_p = prior_mu.to(dtype) - mu.to(dtype), scale_tril.to(dtype), prior_scale_tril.to(dtype)
     std_q = scale_q.diagonal(dim1=-2, dim2=-1) if matrix_q else scale_q
     std_p = scale_p.diagonal(dim1=-2, dim2=-1) if matrix_p else scale_p
     x = 2 * log_ratio(std_q, std_p)

@@ -10,6 +10,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _short as short
 from fastkl.ops._closed_form import fill_normal_gradients, kl_per_sample, normal_gradients, unpack
 from fastkl.ops._register import apply, differentiable, needs_closed_form, register
+from fastkl.ops._scales import as_logvar
 from fastkl.reference import SoftBounds
 
 # q is [mu, parameter], or [head] that packs both along packed_dim; prior is [] or [prior_mu, prior_logvar], each of
@@ -110,17 +111,18 @@ def kl_normal_packed(
     arguments.check_tensors(head=head, prior_mu=prior_mu, prior_logvar=prior_logvar)
     dim = arguments.check_packed(head, dim)
     half = head.chunk(2, dim)[0]
-    arguments.check_event_ndim(event_ndim, head.shape, "head")
+    event_ndim = arguments.event_ndim_of_datum(event_ndim, half.shape, "the posterior's shape")
     arguments.check_prior_fits(half.shape, prior_mu=prior_mu, prior_logvar=prior_logvar)
     prior = arguments.expand_prior(prior_mu, prior_logvar, head, half.shape, event_ndim)
+    event_ndim, head, *prior = arguments.as_events(event_ndim, head, *prior)
     settings = (dim, event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
     return apply(_KLNormal, head, None, *prior, *settings)
 
 
 def kl_normal(
     mu: Tensor | float, logvar: Tensor | float, prior_mu: Tensor | float | None = None,
-    prior_logvar: Tensor | float | None = None, *, event_ndim: int = 1, scale: str = "logvar",
-    bounds: SoftBounds | tuple[float, float] | None = None,
+    prior_logvar: Tensor | float | None = None, *, event_ndim: int | None = None, scale: str = "logvar",
+    prior_scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """KL divergence from a diagonal Gaussian to N(0, I) or to another one, in nats, one value per sample.
 
@@ -129,11 +131,14 @@ def kl_normal(
     Args:
         mu: mean of q, [*batch, *event].
         logvar: ln sigma^2 of q, or what `scale` says; broadcasts with mu. One of the two may be a number.
-        prior_mu, prior_logvar: mean and log-variance of p (always the log-variance, whatever `scale` is); absent
+        prior_mu, prior_logvar: mean and log-variance of p (or what `prior_scale` says, whatever `scale` is); absent
             (N(0, I)), of the full shape, a number, or shared by the batch ([*event], [1, *event]), whose gradient is
             then summed over the batch inside the kernel.
-        event_ndim: how many of the last dimensions are summed: 1 for tokens [B, T, D], 3 for images [B, C, H, W].
+        event_ndim: how many of the last dimensions are summed. None: every dimension after the first, one value per
+            datum for [N, D] and [N, C, H, W] alike; one dimension alone is that of one datum. 1 gives each token of
+            [B, T, D] a value, 0 each element.
         scale: what the second argument is: "logvar", "log_std", "std" or "softplus" (sigma = softplus of it).
+        prior_scale: what prior_logvar is, one of the same; its logarithm is taken in front of the kernel, in float32.
         bounds: (low, high) clamps the log-variance in the same pass, with no gradient outside;
             `fastkl.SoftBounds(low, high)` keeps the gradient alive there.
 
@@ -153,14 +158,17 @@ def kl_normal(
     >>> [f"{kl:.1e}" for kl in fastkl.kl_normal(mu, logvar)]
     ['7.5e-09', '7.5e-09']
     """
-    if arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
-        if way := short.find("kl_normal", mu, logvar, event_ndim, scale, _differentiate_without_prior):
+    if known := arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
+        if way := short.find("kl_normal", mu, logvar, known, scale, _differentiate_without_prior):
             return short.value(way, mu, logvar)
-        return apply(_KLNormal, mu, logvar, None, None, -1, event_ndim, scale, *arguments.NO_BOUNDS)
+        return apply(_KLNormal, mu, logvar, None, None, -1, known, scale, *arguments.NO_BOUNDS)
     mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
+    prior_logvar = as_logvar("prior_scale", prior_logvar, prior_scale, mu, logvar, prior_mu)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
-    arguments.check_event_ndim(event_ndim, shape)
+    event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
+    tensors = arguments.expand(mu, shape), arguments.expand(logvar, shape), *prior
+    event_ndim, *tensors = arguments.as_events(event_ndim, *tensors)
     settings = (-1, event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
-    return apply(_KLNormal, arguments.expand(mu, shape), arguments.expand(logvar, shape), *prior, *settings)
+    return apply(_KLNormal, *tensors, *settings)

@@ -11,6 +11,7 @@ from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._closed_form import fill_normal_gradients, normal_gradients
 from fastkl.ops._register import apply, differentiable, needs_closed_form, register
+from fastkl.ops._scales import as_logvar
 from fastkl.reference import SoftBounds
 
 # prior is [] or [prior_mu, prior_logvar], each of the full shape or, shared by the batch, of the event's shape.
@@ -100,8 +101,8 @@ differentiable(
 
 def kl_normal_per_dim(
     mu: Tensor | float, logvar: Tensor | float, prior_mu: Tensor | float | None = None,
-    prior_logvar: Tensor | float | None = None, *, event_ndim: int = 1, scale: str = "logvar",
-    bounds: SoftBounds | tuple[float, float] | None = None,
+    prior_logvar: Tensor | float | None = None, *, event_ndim: int | None = None, scale: str = "logvar",
+    prior_scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """KL divergence from a diagonal Gaussian to N(0, I) or to another one, in nats, one batch mean per dimension.
 
@@ -113,11 +114,13 @@ def kl_normal_per_dim(
     Args:
         mu: mean of q, [*batch, *event].
         logvar: ln sigma^2 of q, or what `scale` says; broadcasts with mu. One of the two may be a number.
-        prior_mu, prior_logvar: mean and log-variance of p (always the log-variance, whatever `scale` is); absent
+        prior_mu, prior_logvar: mean and log-variance of p (or what `prior_scale` says, whatever `scale` is); absent
             (N(0, I)), of the full shape, a number, or shared by the batch ([*event], [1, *event]), whose gradient is
             then summed over the batch inside the kernel.
-        event_ndim: how many of the last dimensions are kept; the mean is over all dimensions before them.
+        event_ndim: how many of the last dimensions are kept, one at least; the mean is over all dimensions before
+            them. None: every dimension after the first; one dimension alone is that of one datum.
         scale: what the second argument is: "logvar", "log_std", "std" or "softplus" (sigma = softplus of it).
+        prior_scale: what prior_logvar is, one of the same; its logarithm is taken in front of the kernel, in float32.
         bounds: (low, high) clamps the log-variance in the same pass, with no gradient outside;
             `fastkl.SoftBounds(low, high)` keeps the gradient alive there.
 
@@ -138,12 +141,15 @@ def kl_normal_per_dim(
     >>> fastkl.kl_normal_per_dim(mu, logvar)
     tensor([0.0000, 2.5000])
     """
-    if arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
-        return apply(_KLNormalPerDim, mu, logvar, None, None, event_ndim, scale, *arguments.NO_BOUNDS)
+    if known := arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
+        return apply(_KLNormalPerDim, mu, logvar, None, None, known, scale, *arguments.NO_BOUNDS)
     mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
+    prior_logvar = as_logvar("prior_scale", prior_logvar, prior_scale, mu, logvar, prior_mu)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
-    arguments.check_event_ndim(event_ndim, shape)
+    event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
+    if event_ndim == 0:
+        raise ValueError("event_ndim must be at least 1, got 0: without a latent dimension none has a value of its own")
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
     settings = (event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
     return apply(_KLNormalPerDim, arguments.expand(mu, shape), arguments.expand(logvar, shape), *prior, *settings)

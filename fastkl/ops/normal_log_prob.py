@@ -112,8 +112,9 @@ def normal_log_prob(
         logvar: ln sigma^2, broadcasts with them; it and the mean may be numbers. Where it has one value per sample
             ([N, 1, ..., 1]) or one in all (0-d: the learned variance of the sigma-VAE), or one per dimension of the
             event that the batch shares, its gradient is summed inside the kernel.
-        event_ndim: how many of the last dimensions are summed; None: every dimension after the first (with a dimension
-            of importance samples in front it has to be given).
+        event_ndim: how many of the last dimensions are summed. None: every dimension after the first; one dimension
+            alone is that of one datum. 0: none, each element has a value. With a dimension of importance samples in
+            front it has to be given.
 
     Returns:
         [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients come in each
@@ -121,8 +122,7 @@ def normal_log_prob(
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or event_ndim is not an int.
-        ValueError: shapes that do not broadcast, mixed devices, event_ndim out of range, or not given for fewer than
-            two dimensions.
+        ValueError: shapes that do not broadcast, mixed devices, event_ndim out of range.
 
     Source: Rybkin, Daniilidis and Levine 2021, "Simple and Effective VAE Training with Calibrated Decoders",
     arXiv:2006.13202, equation 2.
@@ -138,4 +138,6 @@ def normal_log_prob(
     shape = arguments.broadcast_shape(x=x, mean=mean, logvar=logvar)
     event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
     logvar = _fit_logvar(logvar, shape, event_ndim)
-    return apply(_NormalLogProb, arguments.expand(x, shape), arguments.expand(mean, shape), logvar, event_ndim)
+    tensors = arguments.expand(x, shape), arguments.expand(mean, shape), logvar
+    event_ndim, *tensors = arguments.as_events(event_ndim, *tensors)
+    return apply(_NormalLogProb, *tensors, event_ndim)

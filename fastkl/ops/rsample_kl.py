@@ -19,6 +19,7 @@ from fastkl.ops._closed_form import (
     unpack,
 )
 from fastkl.ops._register import apply, differentiable, needs_closed_form, register
+from fastkl.ops._scales import as_logvar
 from fastkl.reference import SoftBounds
 
 # As in kl_normal; exactly one of seed (int64, no dimensions) and eps ([L, *shape], or [*shape] without num_samples).
@@ -163,27 +164,30 @@ def rsample_kl_packed(
     arguments.check_tensors(head=head, prior_mu=prior_mu, prior_logvar=prior_logvar, eps=eps)
     dim = arguments.check_packed(head, dim)
     shape = head.chunk(2, dim)[0].shape
-    arguments.check_event_ndim(event_ndim, head.shape, "head")
+    event_ndim = arguments.event_ndim_of_datum(event_ndim, shape, "the posterior's shape")
     arguments.check_prior_fits(shape, prior_mu=prior_mu, prior_logvar=prior_logvar)
     prior = arguments.expand_prior(prior_mu, prior_logvar, head, shape, event_ndim)
-    settings = (dim, event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
+    settings = (arguments.check_scale(scale), *arguments.check_bounds(bounds))
     seed, eps = sampling.check_noise(seed, eps, num_samples, shape, head.device)
-    return apply(_RsampleKL, head, None, *prior, eps, seed, num_samples, *settings)
+    op_ndim, head, *tensors = arguments.as_events(event_ndim, head, *prior, eps)
+    z, kl = apply(_RsampleKL, head, None, *tensors, seed, num_samples, dim, op_ndim, *settings)
+    return (z if event_ndim else z.squeeze(-1)), kl
 
 
 def rsample_kl(
     mu: Tensor | float, logvar: Tensor | float, prior_mu: Tensor | float | None = None,
-    prior_logvar: Tensor | float | None = None, *, event_ndim: int = 1, num_samples: int | None = None,
+    prior_logvar: Tensor | float | None = None, *, event_ndim: int | None = None, num_samples: int | None = None,
     seed: int | Tensor | None = None, eps: Tensor | None = None, scale: str = "logvar",
-    bounds: SoftBounds | tuple[float, float] | None = None,
+    prior_scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A reparameterised sample and the KL divergence in one pass over the parameters.
 
     z = mu + exp(logvar / 2) eps, eps ~ N(0, I);  kl as `fastkl.kl_normal`, in nats
 
     Args:
-        mu, logvar, prior_mu, prior_logvar, event_ndim, scale, bounds: as for `fastkl.kl_normal`; bounds hold for the
-            sample's sigma too. The prior may not be larger than the posterior: there is one z for each posterior.
+        mu, logvar, prior_mu, prior_logvar, event_ndim, scale, prior_scale, bounds: as for `fastkl.kl_normal`; bounds
+            hold for the sample's sigma too. The prior may not be larger than the posterior: there is one z
+            for each posterior.
         num_samples: L samples of each posterior, [L, *batch, *event]; None for one without that dimension.
         seed: an int, or an int64 tensor without dimensions on mu's device: the same seed gives the same noise on every
             device and for every dtype (to rounding). Default: drawn from torch's generator of that device, so
@@ -205,21 +209,23 @@ def rsample_kl(
     >>> z.shape, kl
     (torch.Size([5, 2, 3]), tensor([0., 0.]))
     """
-    if arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds, eps, num_samples):
+    if known := arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds, eps, num_samples):
         seed = sampling.check_seed(seed, mu.device, "mu")
-        if way := short.find("rsample_kl", mu, logvar, event_ndim, scale, _differentiate_without_prior, seed):
+        if way := short.find("rsample_kl", mu, logvar, known, scale, _differentiate_without_prior, seed):
             return short.sample_and_value(way, mu, logvar, seed)
-        settings = (None, -1, event_ndim, scale, *arguments.NO_BOUNDS)
+        settings = (None, -1, known, scale, *arguments.NO_BOUNDS)
         return apply(_RsampleKL, mu, logvar, None, None, None, seed, *settings)
     given = (mu, logvar)
     mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(*given, prior_mu, prior_logvar)
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar, eps=eps)
+    prior_logvar = as_logvar("prior_scale", prior_logvar, prior_scale, mu, logvar, prior_mu)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
     arguments.check_prior_fits(shape, prior_mu=prior_mu, prior_logvar=prior_logvar)
-    arguments.check_event_ndim(event_ndim, shape)
+    event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
-    settings = (-1, event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
+    settings = (arguments.check_scale(scale), *arguments.check_bounds(bounds))
     seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
     q = arguments.expand(mu, shape), arguments.expand(logvar, shape)
-    z, kl = apply(_RsampleKL, *q, *prior, eps, seed, num_samples, *settings)
-    return z.to(samples_dtype(*given)), kl
+    op_ndim, *tensors = arguments.as_events(event_ndim, *q, *prior, eps)
+    z, kl = apply(_RsampleKL, *tensors, seed, num_samples, -1, op_ndim, *settings)
+    return (z if event_ndim else z.squeeze(-1)).to(samples_dtype(*given)), kl

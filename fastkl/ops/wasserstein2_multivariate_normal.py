@@ -70,9 +70,9 @@ class _SquaredDistance(torch.autograd.Function):
 
 
 def wasserstein2_multivariate_normal(
-    loc_q: Tensor, scale_tril_q: Tensor, loc_p: Tensor, scale_tril_p: Tensor
+    mu: Tensor, scale_tril: Tensor, prior_mu: Tensor, prior_scale_tril: Tensor
 ) -> Tensor:
-    """Squared 2-Wasserstein distance of multivariate Gaussians N(loc, L L^T), one value per sample.
+    """Squared 2-Wasserstein distance of multivariate Gaussians N(mu, L L^T), one value per sample.
 
     W_2^2(q, p) = |m_q - m_p|^2 + tr(S_q + S_p - 2 (S_p^1/2 S_q S_p^1/2)^1/2), S = L L^T (Bures), computed as
     |m_q - m_p|^2 + min_U |L_q - L_p U|^2 over orthogonal U, which the singular vectors of L_p^T L_q give: a sum of
@@ -80,8 +80,8 @@ def wasserstein2_multivariate_normal(
     the two are equal and where eigenvalues repeat, and so is the second derivative.
 
     Args:
-        loc_q, scale_tril_q, loc_p, scale_tril_p: as for `fastkl.kl_multivariate_normal`: scales are lower triangles
-            [*batch, D, D] where they have more dimensions than their own loc, else standard deviations [*batch, D];
+        mu, scale_tril, prior_mu, prior_scale_tril: as for `fastkl.kl_multivariate_normal`: scales are lower triangles
+            [*batch, D, D] where they have more dimensions than their own mean, else standard deviations [*batch, D];
             [1, D, D] is one matrix for all. A singular L is allowed.
 
     Returns:
@@ -95,14 +95,14 @@ def wasserstein2_multivariate_normal(
     Bhatia, Jain and Lim 2019, "On the Bures-Wasserstein distance between positive definite matrices", theorem 1.
 
     >>> import torch, fastkl
-    >>> loc, scale_tril = torch.zeros(2, 3), torch.eye(3).expand(2, 3, 3)
-    >>> fastkl.wasserstein2_multivariate_normal(loc, scale_tril, torch.ones(3), 2 * torch.eye(3))
+    >>> mu, scale_tril = torch.zeros(2, 3), torch.eye(3).expand(2, 3, 3)
+    >>> fastkl.wasserstein2_multivariate_normal(mu, scale_tril, torch.ones(3), 2 * torch.eye(3))
     tensor([6., 6.])
     """
-    matrix_q, matrix_p = check_pair(loc_q, scale_tril_q, loc_p, scale_tril_p)
-    dtype = compute_dtype(loc_q, scale_tril_q, loc_p, scale_tril_p)
-    distance = (loc_q.to(dtype) - loc_p.to(dtype)).square().sum(-1)
-    scale_q, scale_p = scale_tril_q.to(dtype), scale_tril_p.to(dtype)
+    matrix_q, matrix_p = check_pair(mu, scale_tril, prior_mu, prior_scale_tril)
+    dtype = compute_dtype(mu, scale_tril, prior_mu, prior_scale_tril)
+    distance = (mu.to(dtype) - prior_mu.to(dtype)).square().sum(-1)
+    scale_q, scale_p = scale_tril.to(dtype), prior_scale_tril.to(dtype)
     if not (matrix_q or matrix_p):
         return distance + (scale_q - scale_p).square().sum(-1)
     scale_q = scale_q.tril() if matrix_q else torch.diag_embed(scale_q)

@@ -10,6 +10,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _short as short
 from fastkl.ops._closed_form import fill_normal_gradients, normal_gradients
 from fastkl.ops._register import apply, differentiable, needs_closed_form, register
+from fastkl.ops._scales import as_logvar
 from fastkl.reference import SoftBounds
 
 # prior is [] or [prior_mu, prior_logvar], each of the full shape or, shared by the batch, of the event's shape.
@@ -111,8 +112,8 @@ differentiable(
 
 def wasserstein2_normal(
     mu: Tensor | float, logvar: Tensor | float, prior_mu: Tensor | float | None = None,
-    prior_logvar: Tensor | float | None = None, *, event_ndim: int = 1, scale: str = "logvar",
-    bounds: SoftBounds | tuple[float, float] | None = None,
+    prior_logvar: Tensor | float | None = None, *, event_ndim: int | None = None, scale: str = "logvar",
+    prior_scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """Squared 2-Wasserstein distance from a diagonal Gaussian to N(0, I) or to another one, one value per sample.
 
@@ -122,7 +123,7 @@ def wasserstein2_normal(
     digits. For full covariances there is `fastkl.wasserstein2_multivariate_normal`.
 
     Args:
-        mu, logvar, prior_mu, prior_logvar, event_ndim, scale, bounds: as for `fastkl.kl_normal`.
+        mu, logvar, prior_mu, prior_logvar, event_ndim, scale, prior_scale, bounds: as for `fastkl.kl_normal`.
 
     Returns:
         [*batch], in squared units of z, float32 for float16, bfloat16 and float32 input, float64 if any input is.
@@ -139,14 +140,19 @@ def wasserstein2_normal(
     >>> [f"{distance:.2g}" for distance in fastkl.wasserstein2_normal(mu, logvar)]
     ['9', '2e-08']
     """
-    if arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
-        if way := short.find("wasserstein2_normal", mu, logvar, event_ndim, scale, _differentiate_without_prior):
+    if known := arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
+        if way := short.find("wasserstein2_normal", mu, logvar, known, scale, _differentiate_without_prior):
             return short.value(way, mu, logvar)
-        return apply(_Wasserstein2Normal, mu, logvar, None, None, event_ndim, scale, *arguments.NO_BOUNDS)
+        return apply(_Wasserstein2Normal, mu, logvar, None, None, known, scale, *arguments.NO_BOUNDS)
     mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
+    if prior_logvar is not None and prior_scale == "std":  # of a point prior it is 0
+        prior_logvar = reference.above_zero(prior_logvar.to(reference.compute_dtype(prior_logvar)), prior_scale)
+    prior_logvar = as_logvar("prior_scale", prior_logvar, prior_scale, mu, logvar, prior_mu)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
-    arguments.check_event_ndim(event_ndim, shape)
+    event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
+    tensors = arguments.expand(mu, shape), arguments.expand(logvar, shape), *prior
+    event_ndim, *tensors = arguments.as_events(event_ndim, *tensors)
     settings = (event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
-    return apply(_Wasserstein2Normal, arguments.expand(mu, shape), arguments.expand(logvar, shape), *prior, *settings)
+    return apply(_Wasserstein2Normal, *tensors, *settings)

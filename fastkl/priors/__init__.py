@@ -1,7 +1,7 @@
-"""Priors as modules: what takes the place of N(0, I) in a variational autoencoder, and is trained with it.
+"""Priors of a variational autoencoder as modules, trained with it instead of a fixed N(0, I).
 
-Every prior has log_prob(z), sample(n) and kl(q); everything is in nats, one value per datum. The latent is one vector
-of `dim` numbers; a posterior whose event has more dimensions (q.event_ndim > 1) counts as flattened.
+Every prior has log_prob(z), sample(n) and kl(q), in nats, one value per datum. The latent is one vector of `dim`
+numbers; a posterior whose event has more dimensions (q.event_ndim > 1) is flattened.
 """
 
 from fastkl.priors._fit import FitRecord

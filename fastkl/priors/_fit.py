@@ -1,4 +1,4 @@
-"""Expectation maximisation for Gaussian mixtures, and where it begins: what `GaussianMixture.fit` runs.
+"""Expectation maximisation for Gaussian mixtures and its initialisation, for `GaussianMixture.fit`.
 
 A mixture is (logits [K], means [K, D], logvars or None, scale_tril or None), as the ops take it; rows are data [N, D].
 """
@@ -20,7 +20,7 @@ LLOYD_ITERATIONS = 20
 
 
 class FitRecord(NamedTuple):
-    """What a fit did."""
+    """The history of a fit."""
 
     log_likelihood: list[float]  # mean over the data, in nats, before each iteration's step
     converged: bool
@@ -37,24 +37,24 @@ def em_step(rows: Tensor, mixture: tuple, covariance: str, regularisation: float
 def maximise(means, present, counts, first, second, covariance: str, regularisation: float) -> tuple:
     """The mixture of greatest likelihood given moments about the present means.
 
-    A pseudo-count of 10 eps, as scikit-learn has it, stands for the present component: without data it stays as it is.
+    A pseudo-count of 10 eps, as in scikit-learn, represents the present component: without data it does not change.
     """
-    little = 10 * torch.finfo(counts.dtype).eps
-    total = counts + little
+    pseudo_count = 10 * torch.finfo(counts.dtype).eps
+    total = counts + pseudo_count
     logits = total.log() - total.sum().log()
     shift = first / total.unsqueeze(-1)
     if covariance == "full":
-        second = (second + little * present) / total[:, None, None] - shift.unsqueeze(-1) * shift.unsqueeze(-2)
+        second = (second + pseudo_count * present) / total[:, None, None] - shift.unsqueeze(-1) * shift.unsqueeze(-2)
         second.diagonal(dim1=-2, dim2=-1).add_(regularisation)
         scale_tril, bad = torch.linalg.cholesky_ex(second)
         _check_positive(bad == 0)
         return logits, means + shift, None, scale_tril
-    variances = (second + little * present) / total.unsqueeze(-1) - shift.square()
+    variances = (second + pseudo_count * present) / total.unsqueeze(-1) - shift.square()
     if covariance == "spherical":
         variances = variances.mean(-1, keepdim=True)
     elif covariance == "tied":
         variances = (total.unsqueeze(-1) * variances).sum(0, keepdim=True) / total.sum()
-    variances = variances.clamp(min=0) + regularisation  # rounding may leave less than nothing
+    variances = variances.clamp(min=0) + regularisation  # rounding may leave a negative variance
     _check_positive((variances > 0).all(-1))
     return logits, means + shift, variances.log(), None
 
@@ -66,11 +66,11 @@ def _check_positive(good: Tensor) -> None:
 
 
 def hard_start(rows: Tensor, centres: Tensor, covariance: str, regularisation: float) -> tuple:
-    """The mixture of the data nearest to each centre."""
+    """The mixture with one component per centre, fitted to the data nearest to it."""
     groups = _differences(rows, assign(rows, centres)[0], centres)
     counts, first = _sums(groups, rows.dtype)
     second = [_outer(group) if covariance == "full" else group.square().sum(0) for group in groups]
-    # A centre without data gets the spread of all of them.
+    # A centre without data gets the covariance of all data.
     spread = rows.var(0, correction=0) + regularisation
     present = torch.diag_embed(spread) if covariance == "full" else spread
     return maximise(centres, present, counts, first, torch.stack(second), covariance, regularisation)
@@ -81,8 +81,8 @@ def _outer(differences: Tensor) -> Tensor:
 
 
 def _differences(rows: Tensor, nearest: Tensor, centres: Tensor) -> list[Tensor]:
-    """For each centre the differences [n, D] of its data to it, in the data's order: sums over them have one order,
-    which index_add, atomic on a GPU, has not."""
+    """For each centre the differences [n, D] of its data to it, in the data's order. Sums over them are deterministic;
+    index_add, which uses atomics on a GPU, is not."""
     order = nearest.argsort(stable=True)
     counts = torch.bincount(nearest, minlength=len(centres)).tolist()
     return [group - centre for group, centre in zip(rows[order].split(counts), centres)]
@@ -95,13 +95,14 @@ def _sums(groups: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def assign(rows: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """(index of the nearest centre [N], squared distance to it [N]), block by block."""
-    found = [distances.min(1) for distances in _squared_distances(rows, centres)]
-    return torch.cat([block.indices for block in found]), torch.cat([block.values for block in found])
+    """(index of the nearest centre [N], squared distance to it [N]), computed by blocks of rows."""
+    nearest = [distances.min(1) for distances in _squared_distances(rows, centres)]
+    return torch.cat([block.indices for block in nearest]), torch.cat([block.values for block in nearest])
 
 
 def _squared_distances(rows: Tensor, centres: Tensor) -> Iterator[Tensor]:
-    """[n, K] for blocks of the rows, by a matrix product: to its precision the origin matters."""
+    """Squared distances [n, K] for blocks of the rows, by a matrix product. Its rounding error grows with the distance
+    from the origin, so the centres' mean is subtracted."""
     offset = centres.mean(0)
     centres = centres - offset
     for block in rows.split(max(1, BLOCK // max(centres.shape))):
@@ -111,8 +112,8 @@ def _squared_distances(rows: Tensor, centres: Tensor) -> Iterator[Tensor]:
 
 
 def seeds(rows: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """k-means++: each centre a datum, drawn in proportion to its squared distance from those chosen before; of a few
-    draws the one that leaves the least sum of squares (greedy k-means++)."""
+    """Centres by greedy k-means++: each is a datum, drawn in proportion to its squared distance from the earlier ones.
+    Of a few draws the one with the least remaining sum of squares is kept."""
     trials = 2 + int(math.log(count))
     uniform = torch.rand(1, generator=generator, device=rows.device, dtype=torch.float64)
     chosen = (uniform * len(rows)).long()
@@ -120,7 +121,7 @@ def seeds(rows: Tensor, count: int, generator: torch.Generator | None) -> Tensor
     while len(chosen) < count:
         cumulative = running_sum(distances.double())
         uniform = torch.rand(trials, generator=generator, device=rows.device, dtype=torch.float64)
-        # All distances 0: there are fewer distinct data than centres, and any will do.
+        # If all distances are 0, the data have fewer distinct values than centres; the clamp then picks some datum.
         drawn = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp(max=len(rows) - 1)
         left = torch.minimum(torch.cat(list(_squared_distances(rows, rows[drawn]))), distances.unsqueeze(1))
         best = left.sum(0, dtype=torch.float64).argmin()
@@ -129,7 +130,7 @@ def seeds(rows: Tensor, count: int, generator: torch.Generator | None) -> Tensor
 
 
 def kmeans(rows: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Centres [K, D] by k-means++ and a few of Lloyd's iterations; one that loses all its data stays where it is."""
+    """Centres [K, D] by k-means++ and a few Lloyd iterations; a centre without data does not move."""
     centres = seeds(rows, count, generator)
     previous = None
     for _ in range(LLOYD_ITERATIONS):

@@ -1,4 +1,4 @@
-"""What all priors share: the Monte-Carlo KL, and the checks of posteriors and latents."""
+"""The base class of priors: the Monte-Carlo KL, and the checks of posteriors and latents."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ def check_shape(n: int | Sequence[int]) -> tuple[int, ...]:
 
 
 class Prior(nn.Module):
-    """What all priors share. One of your own needs `log_prob(z)` [..., D] -> [...] and `sample(n)`, and gets `kl`; with
-    `rsample(n)` it can be matched by draws, too."""
+    """The base class of priors.
+
+    A custom prior defines `log_prob(z)` [..., D] -> [...] and `sample(n)`, and inherits `kl`. With `rsample(n)` it also
+    works in objectives that compare draws.
+    """
 
     dim: int | None = None
     methods: tuple[str, ...] = ("mc",)
@@ -39,12 +42,12 @@ class Prior(nn.Module):
         raise NotImplementedError
 
     def sample(self, n: int | Sequence[int], *, seed: int | Tensor | None = None) -> Tensor:
-        """n draws [n, D], or those of a shape, [*n, D], without gradient; the same for the same seed, without one
-        torch's generator draws it."""
+        """n draws [n, D], or draws of a shape, [*n, D], without gradient; `seed` repeats the same draws, and None takes
+        one from torch's generator."""
         raise NotImplementedError
 
     def rsample(self, n: int | Sequence[int], *, seed: int | Tensor | None = None) -> Tensor:
-        """As `sample`, with gradients to the prior's parameters, for what compares draws (MMD, transport)."""
+        """As `sample`, with gradients to the prior's parameters, for objectives that compare draws (MMD, transport)."""
         raise NotImplementedError
 
     def kl(
@@ -54,29 +57,29 @@ class Prior(nn.Module):
         """KL(q || p) [*batch], by samples: E_q[ln q] - 1/L sum_l ln p(z_l); arguments as for `fastkl.kl_gmm`.
 
         Raises:
-            TypeError: q is no fastkl.DiagonalNormal.
-            ValueError: q has another number of dimensions; a method that this prior does not have.
+            TypeError: q is not a fastkl.DiagonalNormal.
+            ValueError: q has another number of dimensions, or the prior does not support the method.
         """
         self._check_estimator(method, entropy, gradient)
         mu, logvar = self._parameters_of(q, self.dim)
-        dtype = reference.compute_dtype(mu, logvar)  # in which the gradients of the parts are added up
+        dtype = reference.compute_dtype(mu, logvar)  # cast first: the gradients of all parts are summed in this dtype
         mu, logvar = mu.to(dtype), logvar.to(dtype)
         num_samples = arguments.check_int("num_samples", num_samples, 1)
         seed = sampling.check_seed(seed, mu.device, "q")
         z = rsample_normal(mu, logvar, num_samples=num_samples, seed=seed)
-        cross = self.log_prob(z.to(samples_dtype(*q._given()))).mean(0)
+        cross = self.log_prob(z.to(samples_dtype(*q.given))).mean(0)
         dtype = reference.compute_dtype(logvar, cross)
         if entropy == "closed" and gradient == "plain":
             return -reference.normal_entropy(logvar, dtype) - cross
-        # (z - mu) / sigma is the noise itself, of which the difference keeps few digits where mu is large. For "stl" it
-        # moves with z, while the parameters are fixed.
+        # (z - mu) / sigma is the noise, but for large mu the difference keeps few digits of it. For "stl" the noise
+        # moves with z, and the parameters are fixed.
         zero = mu.new_zeros(())
         noise = rsample_normal(zero.expand(mu.shape), zero, num_samples=num_samples, seed=seed)
         if gradient == "stl":
             logvar = logvar.detach()
             noise = noise + (z - z.detach()) * (-0.5 * logvar).exp()
         log_q = normal_log_prob(noise, zero, zero, event_ndim=1).mean(0) - 0.5 * logvar.to(dtype).sum(-1)
-        if entropy == "closed":  # this value, with the gradient through z_l alone
+        if entropy == "closed":  # the closed form's value with the gradient through z_l only
             log_q = -reference.normal_entropy(logvar, dtype).detach() + (log_q - log_q.detach())
         return log_q - cross
 
@@ -95,9 +98,7 @@ class Prior(nn.Module):
     def _parameters_of(self, q: distributions.DiagonalNormal, dim: int | None, *others) -> tuple[Tensor, Tensor]:
         """mu and ln sigma^2 [*batch, dim], for an op on them and `others`."""
         self._check_posterior(q, dim)
-        batch_ndim = len(q.shape) - q.event_ndim
-        mu, logvar = q._broadcast(*others)
-        return mu.flatten(batch_ndim), logvar.flatten(batch_ndim)
+        return q.vectors(*others)
 
     def _check_latent(self, z: Tensor) -> Tensor:
         arguments.check_tensors(z=z)

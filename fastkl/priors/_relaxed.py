@@ -1,4 +1,4 @@
-"""The KL to a mixture by a relaxed choice of the component: method="relaxed" of a mixture prior."""
+"""The KL to a mixture with a relaxed choice of the component: method="relaxed" of a mixture prior."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def kl_relaxed(
     mu: Tensor, logvar: Tensor, z: Tensor, mixture: tuple, tau: float | Tensor, precision: str,
     seed: int | Tensor | None, gumbel: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """As MixturePrior.kl_relaxed, for q = N(mu, exp(logvar)) and the mixture (logits, means, logvars, scale_tril)."""
+    """MixturePrior.kl_relaxed for q = N(mu, exp(logvar)) and the mixture (logits, means, logvars, scale_tril)."""
     logits, means, logvars, scale_tril = mixture
     if scale_tril is not None:
         raise ValueError("method='relaxed' interpolates standard deviations: the covariance must be 'diag', "
@@ -29,7 +29,7 @@ def kl_relaxed(
     choices = (*z.shape[:-1], logits.shape[-1])
     if gumbel is not None and gumbel.shape != choices:
         raise ValueError(f"gumbel must be {choices}, a number for each draw and component, got {tuple(gumbel.shape)}")
-    # In which the gradients of the parts are added up.
+    # Cast first: the gradients of all parts are summed in this dtype.
     dtype = reference.compute_dtype(mu, logvar, z, logits, means, logvars)
     mu, logvar, z, logits, means = (tensor.to(dtype) for tensor in (mu, logvar, z, logits, means))
     logvars = None if logvars is None else logvars.to(dtype)
@@ -41,8 +41,8 @@ def kl_relaxed(
             tensor, number = check_tau(tau, log_r)
             weights = reference.relaxed_one_hot(log_r + gumbel.to(dtype), number if tensor is None else tensor)
         component = relaxed_component(weights, means, logvars)
-        kl = kl_normal(mu, logvar, component[0], 2.0 * component[1].log())
+        kl = kl_normal(mu, logvar, component[0], 2.0 * component[1].log(), event_ndim=1)
         log_pi = torch.log_softmax(logits, -1)
-        # A component that cannot have made z adds 0: without weight it would be -inf - -inf, underflowed 0 times -inf.
+        # A component of probability 0 adds 0. Unmasked, a weight of 0 gives -inf - -inf, and an underflow 0 * -inf.
         surprise = (log_r - log_pi).masked_fill(log_r == float("-inf"), 0.0)
         return (kl + (log_r.exp() * surprise).sum(-1)).mean(0)

@@ -1,4 +1,4 @@
-"""A normalising flow as prior; the flow is the user's, nothing of its library is imported here."""
+"""A normalising flow as prior. The user constructs the flow, so its library is not imported."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from fastkl.priors._prior import Prior, check_shape
 
 
 class FlowPrior(Prior):
-    """A normalising flow of the zuko library (`pip install zuko`), or anything that behaves like one: flow() is
-    a torch.distributions.Distribution over [D]. It is a submodule, and trains with the rest; its KL is by samples, all
-    of which pass through the flow at once.
+    """A normalising flow of the zuko library (`pip install zuko`), or any module whose flow() is a
+    torch.distributions.Distribution over [D].
+
+    The flow is a submodule and trains with the rest. Its KL is estimated by samples, which pass through the flow in one
+    batch.
 
     Source: Rezende and Mohamed 2015, arXiv:1505.05770; Rozet and others, zuko, https://github.com/probabilists/zuko.
 
@@ -34,9 +36,9 @@ class FlowPrior(Prior):
         arguments.check_tensors(z=z)
         density = self.flow()
         if z.dim() == 0 or z.shape[-1:] != density.event_shape:
-            raise ValueError(f"z must be (*batch, {', '.join(map(str, density.event_shape))}) as the flow has it, got "
+            raise ValueError(f"z must be (*batch, {', '.join(map(str, density.event_shape))}), the flow's event, got "
                              f"{tuple(z.shape)}")  # fmt: skip
-        if z.numel() == 0:  # torch.distributions' transforms cannot reshape nothing
+        if z.numel() == 0:  # torch.distributions' transforms fail on empty tensors
             return z.sum(-1)
         dtypes = [p.dtype for p in self.flow.parameters()]
         return density.log_prob(z.to(dtypes[0]) if dtypes else z)
@@ -50,8 +52,8 @@ class FlowPrior(Prior):
         own = list(dict.fromkeys(p.device for p in self.flow.parameters() if p.device.type not in ("cpu", "meta")))
         kind = own[0].type if own else "cuda"
         devices: list[torch.device] | list[int] = own
-        if kind == "cuda" and torch.cuda.is_initialized():  # the seed reaches the generators of all of them
-            devices = list(range(torch.cuda.device_count()))
+        if kind == "cuda" and torch.cuda.is_initialized():
+            devices = list(range(torch.cuda.device_count()))  # manual_seed changes the generators of all devices
         with torch.random.fork_rng(devices, device_type=kind):
             torch.manual_seed(seed)
             return self.flow().rsample(shape)

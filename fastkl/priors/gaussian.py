@@ -31,8 +31,8 @@ class _Gaussian(Prior):
     def kl(
         self, q, *, method="closed", num_samples=1, entropy="closed", gradient="plain", seed=None, tau=1.0
     ) -> Tensor:
-        """KL(q || p) [*batch] in closed form, which is what every method estimates or bounds: the arguments are there
-        so that priors can be exchanged, and change nothing."""
+        """KL(q || p) [*batch] in closed form. All other arguments are checked and ignored; they let priors be
+        exchanged without other changes."""
         self._check_estimator(method, entropy, gradient)
         self._check_posterior(q, self.dim)
         return self._closed_form(q)
@@ -54,7 +54,7 @@ class _Gaussian(Prior):
 
 
 class StandardNormal(_Gaussian):
-    """N(0, I): the prior that the others are compared with. It has no parameters.
+    """N(0, I), a prior without parameters.
 
     >>> import torch, fastkl
     >>> prior = fastkl.priors.StandardNormal(3)
@@ -72,7 +72,7 @@ class StandardNormal(_Gaussian):
 
 
 class LearnedNormal(_Gaussian):
-    """N(mu, diag exp(logvar)) with learned parameters mu, logvar [D]; at first N(0, I).
+    """N(mu, diag exp(logvar)) with learned parameters mu, logvar [D], initially N(0, I).
 
     >>> import torch, fastkl
     >>> prior = fastkl.priors.LearnedNormal(3)
@@ -86,5 +86,5 @@ class LearnedNormal(_Gaussian):
         self.mu, self.logvar = (nn.Parameter(torch.zeros(self.dim)) for _ in range(2))
 
     def _closed_form(self, q: distributions.DiagonalNormal) -> Tensor:
-        event = q.shape[len(q.shape) - q.event_ndim :]
-        return q.kl(distributions.DiagonalNormal(self.mu.view(event), self.logvar.view(event)))
+        parameters = (parameter.view(q.event_shape) for parameter in (self.mu, self.logvar))
+        return q.kl(distributions.DiagonalNormal(*parameters, event_ndim=q.event_ndim))

@@ -25,9 +25,9 @@ def _generator(seed: int | None, device: torch.device) -> torch.Generator | None
 class GaussianMixture(MixturePrior):
     """sum_k pi_k N(m_k, S_k), pi = softmax(logits), with learned parameters.
 
-    At first the weights are equal, every variance is 1/2 and the means are drawn from N(0, I/2), so that the mixture as
-    a whole has the moments of N(0, I). For a mixture that follows the data, train with another prior for a while, then
-    `fit` this one to the posteriors.
+    Initially the weights are equal, every variance is 1/2 and the means are drawn from N(0, I/2), which gives the
+    mixture the moments of N(0, I). To start near the data, train with another prior first, then `fit` this one to the
+    posteriors.
 
     Args:
         components, dim: K and D.
@@ -78,7 +78,7 @@ class GaussianMixture(MixturePrior):
 
     @property
     def scale_tril(self) -> Tensor:
-        """L_k [K, D, D] of any covariance, in float32 for 16-bit parameters: rounded to bfloat16, an exponential would
+        """L_k [K, D, D] of any covariance, in float32 for 16-bit parameters: an exponential rounded to bfloat16 would
         bias every density by tenths of a nat per dimension."""
         dtype = reference.compute_dtype(self.means)
         if self.covariance != "full":
@@ -98,34 +98,34 @@ class GaussianMixture(MixturePrior):
         init: str | Tensor = "k-means++", regularisation: float = 1e-6, seed: int | None = None,
         progress: Callable[[int, float], Any] | None = None, num_samples: int = 10,
     ) -> FitRecord:  # fmt: skip
-        """Maximum likelihood by expectation maximisation, in place; as scikit-learn's GaussianMixture, step by step.
+        """Maximum likelihood by expectation maximisation, in place; each step equals scikit-learn's GaussianMixture.
 
         Args:
-            z: data [*batch, D], or a batch of posteriors, a fastkl.DiagonalNormal, whose average is approximated: the
-                prior to which their mean KL is least. Their means alone would give one that is too narrow. The
-                computation is in float64 if they are, else in float32.
-            iterations, tolerance: the end, at the latest, and where the mean log-likelihood changes by less (nats).
-            init: "k-means++" (seeding, then Lloyd's iterations), "current" (go on from the present parameters), or
-                means [K, D] to begin with. The first and the last take weights and covariances from the data nearest
-                to each mean.
-            regularisation: is added to every variance, in units of z squared.
-            seed: for "k-means++" and the draws from posteriors; absent, torch's generator draws.
-            num_samples: how many draws from each posterior are fitted to. "k-means++" looks at the means, where
-                clusters are plainer.
-            progress: is called as progress(iteration, log_likelihood) after every iteration.
+            z: data [*batch, D], or a batch of posteriors, a fastkl.DiagonalNormal. The fit to posteriors approximates
+                their average, the prior with the least mean KL; a fit to their means alone would be too narrow. The
+                computation is in float64 for float64 input, else in float32.
+            iterations, tolerance: the fit ends after `iterations`, or when the mean log-likelihood changes by less
+                than `tolerance` (nats).
+            init: "k-means++" (seeding, then Lloyd's iterations), "current" (the present parameters), or initial means
+                [K, D]. The first and the last take weights and covariances from the data nearest to each mean.
+            regularisation: added to every variance, in units of z squared.
+            seed: for "k-means++" and the draws from posteriors; None takes it from torch's generator.
+            num_samples: draws per posterior to fit to. "k-means++" uses the posterior means, which show clusters more
+                clearly.
+            progress: called as progress(iteration, log_likelihood) after every iteration.
 
         Returns:
-            FitRecord(log_likelihood, converged): the mean log-likelihood of the data, per datum, that each iteration
-            found before it moved the parameters.
+            FitRecord(log_likelihood, converged): the mean log-likelihood of the data, per datum, before each
+            iteration's step.
 
-        A component that no datum belongs to keeps its mean and gets a weight of about 0; its covariance grows by
-        `regularisation` in every iteration, a tied one is that of the others. Interrupted, by an exception of
-        `progress` or Ctrl-C, the module has the parameters after the last complete iteration.
+        A component without data keeps its mean and gets a weight of about 0. Its covariance grows by `regularisation`
+        in every iteration; a tied one follows the others. After an exception of `progress` or Ctrl-C, the module has
+        the parameters of the last complete iteration.
 
         Raises:
             TypeError: z is neither a floating-point tensor nor a fastkl.DiagonalNormal.
-            ValueError: z has the wrong shape, fewer data (or posteriors) than components, or numbers that are not
-                finite; an unknown init; a covariance that became singular, as may be where regularisation is 0.
+            ValueError: z has the wrong shape, fewer data (or posteriors) than components, or non-finite numbers; init
+                is unknown; a covariance became singular, which regularisation = 0 allows.
 
         Source: Bishop 2006, "Pattern Recognition and Machine Learning", section 9.2.2; Arthur and Vassilvitskii 2007,
         "k-means++: the advantages of careful seeding".
@@ -141,7 +141,7 @@ class GaussianMixture(MixturePrior):
         iterations = arguments.check_int("iterations", iterations, 1)
         for name, value in (("tolerance", tolerance), ("regularisation", regularisation)):
             if not value >= 0:
-                raise ValueError(f"{name} must be a number from 0 on, got {value!r}")
+                raise ValueError(f"{name} must be a number, 0 or more, got {value!r}")
         rows, means = self._rows(z, num_samples, seed)
         state = self._start(rows, means, init, regularisation, _generator(seed, rows.device))
         history, converged = [], False
@@ -160,7 +160,7 @@ class GaussianMixture(MixturePrior):
 
     @torch.no_grad()
     def _rows(self, z, num_samples: int, seed: int | None) -> tuple[Tensor, Tensor]:
-        """What is fitted to [N, D], and in what centres are looked for: the data, or draws and means of posteriors."""
+        """(rows for the fit [N, D], rows for k-means++): the data twice, or draws and means of the posteriors."""
         num_samples = arguments.check_int("num_samples", num_samples, 1)
         if isinstance(z, distributions.DiagonalNormal):
             parameters = self._parameters_of(z, self.dim)
@@ -168,17 +168,15 @@ class GaussianMixture(MixturePrior):
             dtype = reference.compute_dtype(*parameters)
             mu, logvar = (tensor.detach().reshape(-1, self.dim).to(dtype) for tensor in parameters)
             drawn = rsample_normal(mu, logvar, num_samples=num_samples, seed=seed)
-            found = drawn.flatten(0, 1), mu
+            rows, means = drawn.flatten(0, 1), mu
         else:
             arguments.check_tensors(z=z, parameters=self.means)
-            rows = self._check_latent(z).detach().reshape(-1, self.dim).to(reference.compute_dtype(z))
-            found = rows, rows
-        if found[1].shape[0] < self.components:
-            count = found[1].shape[0]
-            raise ValueError(f"z must hold at least {self.components} data, one per component, got {count}")
-        if not all(rows.isfinite().all() for rows in found):
+            rows = means = self._check_latent(z).detach().reshape(-1, self.dim).to(reference.compute_dtype(z))
+        if len(means) < self.components:
+            raise ValueError(f"z must hold at least {self.components} data, one per component, got {len(means)}")
+        if not all(tensor.isfinite().all() for tensor in (rows, means)):
             raise ValueError("z must be finite, but holds NaN or infinite numbers")
-        return found
+        return rows, means
 
     def _start(self, rows: Tensor, means: Tensor, init: str | Tensor, regularisation: float, generator) -> tuple:
         if isinstance(init, str) and init == "current":

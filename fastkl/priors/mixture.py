@@ -1,4 +1,4 @@
-"""What priors that are mixtures of Gaussians share."""
+"""The base class of priors that are mixtures of Gaussians."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastkl.priors._prior import Prior, check_shape
 
 
 class Mixture(NamedTuple):
-    """The parameters of a mixture, as the ops take them: `fastkl.gmm_log_prob(z, **mixture.named())`."""
+    """The parameters of a mixture, in the ops' form: `fastkl.gmm_log_prob(z, **mixture.named())`."""
 
     logits: Tensor
     means: Tensor
@@ -32,7 +32,7 @@ class Mixture(NamedTuple):
     scale_tril: Tensor | None = None
 
     def named(self) -> Parameters:
-        """As _asdict, which Dynamo of torch 2.8 does not trace."""
+        """The parameters by name. Dynamo of torch 2.8 does not trace _asdict."""
         return {
             "logits": self.logits, "means": self.means, "logvars": self.logvars, "scale_tril": self.scale_tril,
         }  # fmt: skip
@@ -48,15 +48,15 @@ class Parameters(TypedDict):
 
 
 class Usage(NamedTuple):
-    """Which components some data use."""
+    """The use of a mixture's components by some data."""
 
     shares: Tensor  # [K] mean responsibilities, which sum to 1
-    entropy: Tensor  # [] of the shares in nats; ln K where all components are used alike
-    used: int  # how many components have more than a tenth of an equal share, 1 / (10 K)
+    entropy: Tensor  # [] entropy of the shares in nats; ln K if all components are used equally
+    used: int  # number of components with more than a tenth of an equal share, 1 / (10 K)
 
 
 def used(shares: Tensor) -> Tensor:
-    """Which components [K] are in use: those with more than a tenth of an equal share."""
+    """A mask [K] of the used components, those with more than a tenth of an equal share."""
     return shares > 0.1 / len(shares)
 
 
@@ -70,25 +70,27 @@ class MixturePrior(Prior):
         raise NotImplementedError
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """As `fastkl.gmm_log_prob`."""
+        """ln p(z) [*batch], by `fastkl.gmm_log_prob`."""
         return gmm_log_prob(z, **self.mixture().named(), precision=self.precision)
 
     def responsibilities(self, z: Tensor) -> Tensor:
-        """ln p(k | z) [*batch, K], as `fastkl.gmm_responsibilities`."""
+        """ln p(k | z) [*batch, K], by `fastkl.gmm_responsibilities`."""
         return gmm_responsibilities(z, **self.mixture().named(), precision=self.precision)
 
     def kl(
         self, q, *, method="mc", num_samples=1, entropy="closed", gradient="plain", seed=None, tau: float | Tensor = 1.0
     ) -> Tensor:
-        """KL(q || p) [*batch] by samples ("mc"), or its bound from above ("upper") or below ("lower"): as
-        `fastkl.kl_gmm`. Or, method="relaxed", a KL to one component, softly chosen at temperature tau for each of the
-        same samples: `kl_relaxed`; entropy and gradient are then without effect, as they are for the bounds."""
+        """KL(q || p) [*batch] by samples ("mc"), or its bound from above ("upper") or below ("lower"), by
+        `fastkl.kl_gmm`; or the relaxed KL of `kl_relaxed` at temperature tau ("relaxed"), with the same samples.
+
+        `entropy` and `gradient` apply to "mc" only.
+        """
         self._check_estimator(method, entropy, gradient)
         mu, logvar, mixture = self._both(q)
         if method == "relaxed":
             num_samples = arguments.check_int("num_samples", num_samples, 1)
             seed = sampling.check_seed(seed, mu.device, "q")
-            dtype = reference.compute_dtype(mu, logvar)  # in which the gradients of the parts are added up
+            dtype = reference.compute_dtype(mu, logvar)  # cast first: gradients of all parts are summed in this dtype
             mu, logvar = mu.to(dtype), logvar.to(dtype)
             z = rsample_normal(mu, logvar, num_samples=num_samples, seed=seed)
             return _relaxed.kl_relaxed(mu, logvar, z, mixture, tau, self.precision, seed, None)
@@ -101,21 +103,21 @@ class MixturePrior(Prior):
         self, q: distributions.DiagonalNormal, z: Tensor, tau: float | Tensor, *, seed: int | Tensor | None = None,
         gumbel: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """KL(q || p) [*batch] with the choice of a component made explicit, and relaxed to be trained through.
+        """KL(q || p) [*batch] with an explicit choice of the component, relaxed to be differentiable.
 
         1/L sum_l [KL(q || N(sum_k y_k m_k, diag (sum_k y_k sigma_k)^2)) + sum_k r_k (ln r_k - ln pi_k)],
         r = p(k | z_l), y = gumbel_softmax(ln r, tau)
 
-        As tau -> 0, its mean over the Gumbel noise is sum_k r_k KL(q || N_k) + KL(r || pi), for every z_l a bound of
-        KL(q || p) from above, and not below kl(method="upper"): the objective of VaDE with q(k | x) = p(k | z_l). At
-        larger tau it is no bound, for a component between two may be nearer than both. At tau = 0, where y is one-hot,
-        nothing pulls at the choice, and r has the gradient of its second term alone.
+        As tau -> 0, its mean over the Gumbel noise is sum_k r_k KL(q || N_k) + KL(r || pi). For every z_l this is an
+        upper bound of KL(q || p), at least kl(method="upper"), and the objective of VaDE with q(k | x) = p(k | z_l). At
+        larger tau it is no bound, because a component between two may be nearer than both. At tau = 0, y is one-hot and
+        has no gradient, and r gets the gradient of the second term only.
 
         Args:
-            z: draws from q, reparameterised, [L, *batch, D]. Some values of size L x batch x K are made, and of
-                L x batch x D, but none of batch x K x D.
-            tau: the temperature, as for `fastkl.gumbel_softmax`: a number or a tensor, annealed without recompiling.
-            seed: of the Gumbel noise; or gumbel: that noise itself, [L, *batch, K].
+            z: reparameterised draws from q, [L, *batch, D]. Temporaries have the sizes L x batch x K and L x batch x D,
+                never batch x K x D.
+            tau: the temperature, as for `fastkl.gumbel_softmax`: a number, or a tensor, annealed without recompiling.
+            seed, gumbel: the seed of the Gumbel noise, or the noise itself, [L, *batch, K].
 
         Raises:
             ValueError: the covariance is "full"; tau is negative.
@@ -127,19 +129,19 @@ class MixturePrior(Prior):
         return _relaxed.kl_relaxed(mu, logvar, z, mixture, tau, self.precision, seed, gumbel)
 
     def _both(self, q: distributions.DiagonalNormal) -> tuple[Tensor, Tensor, Mixture]:
-        """mu, ln sigma^2 [*batch, D] and the mixture, which fit each other."""
+        """mu, ln sigma^2 [*batch, D] and the mixture, with checked shapes."""
         mixture = self.mixture()
         return *self._parameters_of(q, mixture.means.shape[-1], mixture.means), mixture
 
     def kl_bounds(self, q: distributions.DiagonalNormal) -> tuple[Tensor, Tensor]:
-        """(lower, upper), as `fastkl.kl_gmm_bounds`."""
+        """(lower, upper) bounds of KL(q || p), by `fastkl.kl_gmm_bounds`."""
         mu, logvar, mixture = self._both(q)
         return kl_gmm_bounds(mu, logvar, **mixture.named(), precision=self.precision)
 
     @torch.no_grad()
     def usage(self, z: Tensor) -> Usage:
-        """The mean responsibility of every component for z [*batch, D] (posterior means of a whole data set, say),
-        in one pass that makes nothing of the size of data times components."""
+        """The mean responsibility of every component for z [*batch, D], for instance the posterior means of a data set.
+        It is one pass without a tensor of size data times components."""
         moments = gmm_moments(z, **self.mixture().named())
         if moments.log_prob.numel() == 0:
             raise ValueError(f"z must hold at least one datum, got {tuple(z.shape)}")
@@ -147,11 +149,12 @@ class MixturePrior(Prior):
         return Usage(shares, torch.special.entr(shares).sum(), int(used(shares).sum()))
 
     def rsample(self, n: int | Sequence[int], *, seed: int | Tensor | None = None, tau: float | Tensor = 1.0) -> Tensor:
-        """n draws [n, D], or [*n, D], with the law of `sample`, and with gradients: exact ones to the parameters of the
-        component that each came from, to the weights those of a straight-through choice at temperature tau, which are
-        biased.
+        """n draws [n, D], or [*n, D], with the distribution of `sample` and with gradients.
 
-        Makes [n, K] for the choice. Source: as `fastkl.rsample_gmm` with hard=True.
+        The gradients to the parameters of each draw's component are exact. Those to the weights come from a
+        straight-through choice at temperature tau and are biased. The choice needs a tensor [n, K].
+
+        Source: as `fastkl.rsample_gmm` with hard=True.
         """
         mixture, shape = self.mixture(), check_shape(n)
         size, count = mixture.means.shape[-1], math.prod(shape)
@@ -164,12 +167,12 @@ class MixturePrior(Prior):
     def sample(
         self, n: int | Sequence[int], *, component: int | Tensor | None = None, seed: int | Tensor | None = None
     ) -> Tensor:
-        """n draws [n, D], or those of a shape, [*n, D], without gradient, as `fastkl.sample_gmm`.
+        """n draws [n, D], or draws of a shape, [*n, D], without gradient, by `fastkl.sample_gmm`.
 
         Args:
-            component: draw from this one alone, or, a tensor [*n] of ints, each draw from its own; absent, components
-                are drawn with their weights.
-            seed: absent, torch's generator draws it.
+            component: the component to draw from, an int, or a tensor [*n] of ints with one for each draw. None draws
+                components by their weights.
+            seed: None takes it from torch's generator.
         """
         mixture, shape = self.mixture(), check_shape(n)
         size, count = mixture.means.shape[-1], math.prod(shape)
@@ -189,7 +192,7 @@ class MixturePrior(Prior):
                 f"component must be one int from 0 to {components - 1}, or {count} of them, got {component!r}"
             )
         chosen = chosen.flatten() if chosen.dim() > 1 else chosen
-        # Mixtures of one component each: one for all draws, or one per draw.
+        # Mixtures of one component: one mixture for all draws, or one per draw.
         means = mixture.means if components == 1 else mixture.means[chosen].unsqueeze(chosen.dim())
         logvars, scale_tril = (
             t if t is None or len(t) == 1 else t[chosen].unsqueeze(chosen.dim()) for t in mixture[2:]

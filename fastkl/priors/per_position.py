@@ -1,4 +1,4 @@
-"""One prior for the vector of channels at each position of an image, a volume or a sequence."""
+"""A prior for the vector of channels at each position of an image, a volume or a sequence."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class PerPosition(Prior):
     """The same prior at every position, independently: ln p(z) = sum over positions of ln p(channels there).
 
     Args:
-        prior: of the C channels: any of these priors, or one of your own.
-        shape: of the positions: (H, W) for latents [N, C, H, W], or an int for [N, C, T].
+        prior: the prior of the C channels, one of fastkl.priors or a custom one.
+        shape: the shape of the positions: (H, W) for latents [N, C, H, W], or an int for [N, C, T].
 
-    KLs, log-densities and draws are those of the whole latent, flattened as every prior has it (channels first), so
-    that objectives take it like any other; settings of `kl` are those of the prior.
+    KLs, log-densities and draws are those of the whole latent, flattened with channels first, so objectives take it
+    like any other prior. Settings of `kl` are passed to the inner prior.
 
     Raises:
-        TypeError: prior has no log_prob. ValueError: a latent that is not so many channels at so many positions.
+        TypeError: prior has no log_prob. ValueError: a latent does not have C channels at these positions.
 
     >>> import torch, fastkl
     >>> prior = fastkl.priors.PerPosition(fastkl.priors.GaussianMixture(components=5, dim=4), (8, 8))
@@ -54,15 +54,15 @@ class PerPosition(Prior):
         return self.prior.log_prob(self._rows("z", z)).sum(-1)
 
     def kl(self, q: distributions.DiagonalNormal, **settings: Any) -> Tensor:
-        """KL(q || p) [*batch], the sum over positions of the prior's own."""
+        """KL(q || p) [*batch], the sum over positions of the inner prior's KL."""
         return self.prior.kl(self._posteriors(q), **settings).sum(-1)
 
     def kl_relaxed(self, q: distributions.DiagonalNormal, z: Tensor, tau: float | Tensor, **settings: Any) -> Tensor:
-        """As the mixture's; gumbel has a number for each position [L, *batch, positions, K]."""
+        """The mixture's kl_relaxed, summed over positions; gumbel has the shape [L, *batch, positions, K]."""
         return self.prior.kl_relaxed(self._posteriors(q), self._rows("z", z), tau, **settings).sum(-1)
 
     def fit(self, z: Tensor | distributions.DiagonalNormal, **settings: Any) -> Any:
-        """The prior's own, to the channels at all positions of latents [*batch, C x positions] or of posteriors."""
+        """Fit the inner prior to the channels at all positions of latents [*batch, C x positions] or of posteriors."""
         rows = self._posteriors(z) if isinstance(z, distributions.DiagonalNormal) else self._rows("z", z)
         return self.prior.fit(rows, **settings)
 
@@ -81,8 +81,8 @@ class PerPosition(Prior):
         """[..., C x positions] -> [..., positions, C]."""
         arguments.check_tensors(**{name: z})
         if z.dim() == 0 or z.shape[-1] % self.positions or self.dim not in (None, z.shape[-1]):
-            wanted = f"C x {self.positions}" if self.dim is None else f"{self.dim}"
-            raise ValueError(f"{name} must be (*batch, {wanted}), channels at {self.shape}, got {tuple(z.shape)}")
+            expected = f"C x {self.positions}" if self.dim is None else f"{self.dim}"
+            raise ValueError(f"{name} must be (*batch, {expected}), channels at {self.shape}, got {tuple(z.shape)}")
         return z.unflatten(-1, (-1, self.positions)).mT
 
     def _posteriors(self, q: distributions.DiagonalNormal) -> distributions.DiagonalNormal:

@@ -19,8 +19,8 @@ from fastkl.priors.mixture import Mixture, MixturePrior
 
 
 def _copy_function(function: Any, memo: dict) -> Any:
-    """copy.deepcopy(function), which for a function is itself: with copies of the modules that it has in its closure
-    and among its defaults. A module that it finds by a global name stays the same one, with a warning."""
+    """A copy of a function with copies of the modules in its closure and defaults; copy.deepcopy returns the function
+    itself. A module that the function reads as a global name is shared with the copy, with a warning."""
     if not isinstance(function, types.FunctionType):
         return copy.deepcopy(function, memo)
     if id(function) in memo:
@@ -29,11 +29,11 @@ def _copy_function(function: Any, memo: dict) -> Any:
     for name in code.co_names:
         if isinstance(function.__globals__.get(name), nn.Module):
             warnings.warn(
-                f"the copy of a VampPrior calls the same {name} as before, a global name in its encoder or transform: "
-                f"give it the module itself, or set it to the copy", stacklevel=2,
+                f"the copy of a VampPrior shares the module {name}, a global name in its encoder or transform: pass "
+                f"the module itself as encoder or transform, or rebind {name} to the copy", stacklevel=2,
             )  # fmt: skip
 
-    def held(value: Any) -> Any:
+    def copy_modules(value: Any) -> Any:
         if isinstance(value, types.FunctionType):
             return _copy_function(value, memo)
         modules = isinstance(value, (nn.Module, types.MethodType, functools.partial))
@@ -42,10 +42,10 @@ def _copy_function(function: Any, memo: dict) -> Any:
     cells = tuple(types.CellType() for _ in function.__closure__ or ())
     copied = memo[id(function)] = types.FunctionType(code, function.__globals__, function.__name__, closure=cells)
     for cell, own in zip(cells, function.__closure__ or ()):
-        with contextlib.suppress(ValueError):  # what has no value yet
-            cell.cell_contents = held(own.cell_contents)
-    copied.__defaults__ = tuple(map(held, function.__defaults__ or ()))
-    copied.__kwdefaults__ = {name: held(value) for name, value in (function.__kwdefaults__ or {}).items()}
+        with contextlib.suppress(ValueError):  # an empty cell
+            cell.cell_contents = copy_modules(own.cell_contents)
+    copied.__defaults__ = tuple(map(copy_modules, function.__defaults__ or ()))
+    copied.__kwdefaults__ = {name: copy_modules(value) for name, value in (function.__kwdefaults__ or {}).items()}
     copied.__dict__.update(function.__dict__)
     return copied
 
@@ -54,17 +54,17 @@ class VampPrior(MixturePrior):
     """The mixture of the posteriors of K learned pseudo-inputs u_k: p(z) = sum_k pi_k q(z | u_k).
 
     Args:
-        pseudo_inputs: [K, *datum], floating point, what the parameter `pseudo_inputs` is at first: data, or noise.
-        encoder: what maps [K, *datum] to the posteriors: a fastkl.DiagonalNormal, a pair (mu, logvar), or one tensor
-            that packs both along dimension 1, [K, 2 D, ...].
+        pseudo_inputs: initial value [K, *datum] of the parameter `pseudo_inputs`, floating point: data, or noise.
+        encoder: a function of [K, *datum] that returns the posteriors: a fastkl.DiagonalNormal, a pair (mu, logvar), or
+            one tensor that packs both along dimension 1, [K, 2 D, ...].
         learn_weights: whether pi = softmax(logits) is learned; else every weight is 1 / K, as in the paper.
-        transform: applied to the pseudo-inputs before the encoder, to keep them in the data's range:
-            torch.sigmoid, or nn.Hardtanh(0, 1) as in the paper.
+        transform: a map of the pseudo-inputs into the data's range, applied before the encoder: torch.sigmoid, or
+            nn.Hardtanh(0, 1) as in the paper.
 
-    The encoder belongs to the autoencoder, and is only referred to: its parameters are not among this module's, neither
-    in parameters() nor in state_dict(), and train(), eval() and to() of this module leave it alone. Every call encodes
-    the pseudo-inputs once, with the encoder as it is (in training mode, with its dropout and batch statistics). A copy
-    of the autoencoder has a prior with the copied encoder, also where that is given as a lambda or a method.
+    This module holds a reference to the autoencoder's encoder, not a submodule: the encoder's parameters are in neither
+    parameters() nor state_dict(), and train(), eval() and to() of this module do not change it. Every call encodes the
+    pseudo-inputs once, in the encoder's present mode (in training mode with dropout and batch statistics). A deep copy
+    of the autoencoder has a prior with the copied encoder, even if the encoder is given as a lambda or a method.
 
     Source: Tomczak and Welling 2018, "VAE with a VampPrior", arXiv:1705.07120, equation 9.
 
@@ -94,10 +94,10 @@ class VampPrior(MixturePrior):
             self.logits = nn.Parameter(logits)
         else:
             self.register_buffer("logits", logits)
-        self._encoder = (encoder,)  # in a tuple, where nn.Module does not look for submodules
+        self._encoder = (encoder,)  # a tuple, so that nn.Module does not register a submodule
 
     def __deepcopy__(self, memo: dict) -> VampPrior:
-        """With the copy of the encoder, also where that is a function which holds a module."""
+        """A deep copy with a copied encoder, even if the encoder is a function that holds a module."""
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         functions = {
@@ -113,7 +113,7 @@ class VampPrior(MixturePrior):
         return self._encoder[0]
 
     def posteriors(self) -> distributions.DiagonalNormal:
-        """q(z | u_k), a batch of K."""
+        """The posteriors q(z | u_k), a batch of K."""
         inputs = self.pseudo_inputs if self.transform is None else self.transform(self.pseudo_inputs)
         out = self.encoder(inputs)
         if isinstance(out, Tensor):

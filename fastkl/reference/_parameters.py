@@ -143,5 +143,8 @@ def weighted(weight: Tensor, values: Tensor) -> Tensor:
     return weight * torch.where(weight == 0, values.clamp(-most, most), values)
 
 
-def sum_event(values: Tensor, event_ndim: int) -> Tensor:
-    return values.flatten(values.dim() - event_ndim).sum(-1)
+def sum_event(values: Tensor, event_ndim: int | None) -> Tensor:
+    """The sum over the last `event_ndim` dimensions; None: over all after the first, or the only one."""
+    if event_ndim is None:
+        event_ndim = max(1, values.dim() - 1)
+    return values.flatten(values.dim() - event_ndim).sum(-1) if event_ndim else values

@@ -37,39 +37,42 @@ def kl_terms_gradient(mu, logvar, prior_mu=None, prior_logvar=None) -> tuple[Ten
     return dmu, dlogvar, -dmu, -dlogvar - 0.5 * standard * standard
 
 
-def _kl_elements(mu, logvar, prior_mu, prior_logvar, scale, bounds) -> Tensor:
+def _kl_elements(mu, logvar, prior_mu, prior_logvar, scale, prior_scale, bounds) -> Tensor:
     dtype = compute_dtype(mu, logvar, prior_mu, prior_logvar)
     prior_mu = None if prior_mu is None else prior_mu.to(dtype)
-    prior_logvar = None if prior_logvar is None else prior_logvar.to(dtype)
+    prior_logvar = None if prior_logvar is None else to_logvar(prior_logvar.to(dtype), prior_scale)
     logvar = bound(to_logvar(logvar.to(dtype), scale), bounds)
     mu, logvar = torch.broadcast_tensors(mu.to(dtype), logvar)
     return kl_terms(mu, logvar, prior_mu, prior_logvar)
 
 
-def kl_normal(mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=1, scale="logvar", bounds=None) -> Tensor:
+def kl_normal(
+    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=None, scale="logvar", prior_scale="logvar", bounds=None
+) -> Tensor:
     """KL(q || p), summed over the last `event_ndim` dimensions."""
-    return 0.5 * sum_event(_kl_elements(mu, logvar, prior_mu, prior_logvar, scale, bounds), event_ndim)
+    return 0.5 * sum_event(_kl_elements(mu, logvar, prior_mu, prior_logvar, scale, prior_scale, bounds), event_ndim)
 
 
 def kl_normal_per_dim(
-    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=1, scale="logvar", bounds=None
+    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=None, scale="logvar", prior_scale="logvar", bounds=None
 ) -> Tensor:
     """KL(q || p) of each latent dimension, averaged over the batch."""
-    values = 0.5 * _kl_elements(mu, logvar, prior_mu, prior_logvar, scale, bounds)
+    values = 0.5 * _kl_elements(mu, logvar, prior_mu, prior_logvar, scale, prior_scale, bounds)
+    event_ndim = max(1, values.dim() - 1) if event_ndim is None else event_ndim
     return values.flatten(0, -event_ndim - 1).mean(0) if values.dim() > event_ndim else values
 
 
-def kl_multivariate_normal(loc_q, scale_tril_q, loc_p, scale_tril_p) -> Tensor:
+def kl_multivariate_normal(mu, scale_tril, prior_mu, prior_scale_tril) -> Tensor:
     """1/2 [tr(S_p^-1 S_q) + (m_p - m_q)^T S_p^-1 (m_p - m_q) - D + ln det S_p / det S_q], S = L L^T.
 
-    A scale with no more dimensions than its own loc is a diagonal.
+    A scale with no more dimensions than its own mean is a diagonal.
     """
-    dtype = compute_dtype(loc_q, scale_tril_q, loc_p, scale_tril_p)
+    dtype = compute_dtype(mu, scale_tril, prior_mu, prior_scale_tril)
     scales = [
-        (scale.tril() if scale.dim() > loc.dim() else torch.diag_embed(scale)).to(dtype)
-        for loc, scale in ((loc_q, scale_tril_q), (loc_p, scale_tril_p))
+        (scale.tril() if scale.dim() > mean.dim() else torch.diag_embed(scale)).to(dtype)
+        for mean, scale in ((mu, scale_tril), (prior_mu, prior_scale_tril))
     ]
-    difference = (loc_p.to(dtype) - loc_q.to(dtype)).unsqueeze(-1)
+    difference = (prior_mu.to(dtype) - mu.to(dtype)).unsqueeze(-1)
     # With M = L_p^-1 L_q: |M|^2 and the determinant of M M^T, element by element, so that nothing cancels.
     stds = [scale.diagonal(dim1=-2, dim2=-1) for scale in scales]
     rows = stds[1].unsqueeze(-1)  # divided by these first, nothing of ordinary size overflows on the way

@@ -11,13 +11,13 @@ from torch import Tensor
 from fastkl.reference._parameters import compute_dtype, standardise, sum_event, weighted
 
 
-def bernoulli_log_prob(logits, x, *, event_ndim=None) -> Tensor:
+def bernoulli_log_prob(x, logits, *, event_ndim=None) -> Tensor:
     """x ln sigmoid(logits) + (1 - x) ln sigmoid(-logits) = x logits - softplus(logits), summed over the event."""
     dtype = compute_dtype(logits, x)
     logits, x = torch.broadcast_tensors(logits.to(dtype), x.to(dtype))
     against, low = _sides(logits)  # above 0, (x - 1) l - softplus(-l): else no digit is left where the logit is right
     values = weighted(x - against, logits) - F.softplus(low)
-    return sum_event(values, logits.dim() - 1 if event_ndim is None else event_ndim)
+    return sum_event(values, event_ndim)
 
 
 def bernoulli_terms_gradient(logits: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,7 @@ def normal_log_prob(x, mean, logvar, *, event_ndim=None) -> Tensor:
     dtype = compute_dtype(x, mean, logvar)
     x, mean, logvar = torch.broadcast_tensors(x.to(dtype), mean.to(dtype), logvar.to(dtype))
     z, _ = standardise(x - mean, logvar)
-    return sum_event(-0.5 * (math.log(2 * math.pi) + logvar + z * z), x.dim() - 1 if event_ndim is None else event_ndim)
+    return sum_event(-0.5 * (math.log(2 * math.pi) + logvar + z * z), event_ndim)
 
 
 def normal_terms_gradient(weight: Tensor, x: Tensor, mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ def normal_entropy(logvar, dtype=None) -> Tensor:
 
 def kl_gmm(
     mu, logvar, logits, means, logvars=None, *, scale_tril=None, method="mc", num_samples=1, entropy="closed",
-    gradient="plain", seed=None,
+    gradient="plain", seed=None, eps=None,
 ) -> Tensor:  # fmt: skip
     """KL(q || mixture): by samples ("mc"), or a bound from above ("upper") or below ("lower").
 
@@ -81,7 +81,7 @@ def kl_gmm(
         return -normal_entropy(logvar, joint.dtype) - joint.logsumexp(-1)
     dtype = compute_dtype(mu, logvar, logits, means, logvars, scale_tril)
     mu, logvar = mu.to(dtype), logvar.to(dtype)
-    eps = normal_noise(seed, mu.shape, num_samples).to(dtype)
+    eps = (normal_noise(seed, mu.shape, num_samples) if eps is None else eps).to(dtype)
     z = mu + torch.exp(0.5 * logvar) * eps
     cross = gmm_log_prob(z, logits, means, logvars, scale_tril=scale_tril).mean(0)
     fixed_mu, fixed_logvar = (mu.detach(), logvar.detach()) if gradient == "stl" else (mu, logvar)

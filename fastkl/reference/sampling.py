@@ -91,9 +91,10 @@ def rsample_normal(mu, logvar, *, num_samples=None, seed=None, eps=None, scale="
 
 
 def rsample_kl(
-    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=1, num_samples=None, seed=None, eps=None,
-    scale="logvar", bounds=None,
+    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=None, num_samples=None, seed=None, eps=None,
+    scale="logvar", prior_scale="logvar", bounds=None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(rsample_normal, kl_normal)."""
     z = rsample_normal(mu, logvar, num_samples=num_samples, seed=seed, eps=eps, scale=scale, bounds=bounds)
-    return z, kl_normal(mu, logvar, prior_mu, prior_logvar, event_ndim=event_ndim, scale=scale, bounds=bounds)
+    settings = {"event_ndim": event_ndim, "scale": scale, "prior_scale": prior_scale, "bounds": bounds}
+    return z, kl_normal(mu, logvar, prior_mu, prior_logvar, **settings)

@@ -44,31 +44,33 @@ def above_zero(parameter: Tensor, scale: str) -> Tensor:
 
 
 def wasserstein2_normal(
-    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=1, scale="logvar", bounds=None
+    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=None, scale="logvar", prior_scale="logvar", bounds=None
 ) -> Tensor:
     """The squared 2-Wasserstein distance, summed over the last `event_ndim` dimensions."""
     dtype = compute_dtype(mu, logvar, prior_mu, prior_logvar)
     prior = [None if tensor is None else tensor.to(dtype) for tensor in (prior_mu, prior_logvar)]
+    if prior_logvar is not None:
+        prior[1] = to_logvar(above_zero(prior[1], prior_scale), prior_scale)
     logvar = bound(to_logvar(above_zero(logvar.to(dtype), scale), scale), bounds)
     mu, logvar = torch.broadcast_tensors(mu.to(dtype), logvar)
     return sum_event(wasserstein2_terms(mu, logvar, *prior), event_ndim)
 
 
-def wasserstein2_multivariate_normal(loc_q, scale_tril_q, loc_p, scale_tril_p) -> Tensor:
+def wasserstein2_multivariate_normal(mu, scale_tril, prior_mu, prior_scale_tril) -> Tensor:
     """|m_q - m_p|^2 + tr(S_q + S_p - 2 (S_p^1/2 S_q S_p^1/2)^1/2), S = L L^T, by eigenvalues of symmetric matrices.
 
-    A scale with no more dimensions than its own loc is a diagonal.
+    A scale with no more dimensions than its own mean is a diagonal.
     """
-    dtype = compute_dtype(loc_q, scale_tril_q, loc_p, scale_tril_p)
+    dtype = compute_dtype(mu, scale_tril, prior_mu, prior_scale_tril)
     covariances = []
-    for loc, scale in ((loc_q, scale_tril_q), (loc_p, scale_tril_p)):
-        matrix = (scale.tril() if scale.dim() > loc.dim() else torch.diag_embed(scale)).to(dtype)
+    for mean, scale in ((mu, scale_tril), (prior_mu, prior_scale_tril)):
+        matrix = (scale.tril() if scale.dim() > mean.dim() else torch.diag_embed(scale)).to(dtype)
         covariances.append(matrix @ matrix.mT)
     values, vectors = torch.linalg.eigh(covariances[1])
     root = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
     fidelity = torch.linalg.eigvalsh(root @ covariances[0] @ root).clamp(min=0).sqrt().sum(-1)
     traces = sum(covariance.diagonal(dim1=-2, dim2=-1).sum(-1) for covariance in covariances)
-    return (loc_q.to(dtype) - loc_p.to(dtype)).square().sum(-1) + traces - 2 * fidelity
+    return (mu.to(dtype) - prior_mu.to(dtype)).square().sum(-1) + traces - 2 * fidelity
 
 
 def projections(seed: Tensor, num_projections: int, dimensions: int, dtype: torch.dtype = torch.float32) -> Tensor:

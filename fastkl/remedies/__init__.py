@@ -1,13 +1,12 @@
-"""What keeps the KL term from closing the latents down: free bits, a capacity, balancing of groups.
+"""Remedies against posterior collapse: free bits, a capacity, balancing of groups.
 
     loss = (beta * remedies.free_bits(q, 0.25, per="batch") - log_likelihood).mean()
 
-Each stands where the KL stood in the loss. Numbers in nats may be tensors, which change from step to step without a
-recompilation (`fastkl.schedules`).
+Each replaces the KL in the loss. Numbers in nats may be tensors, which change from step to step without recompilation
+(`fastkl.schedules`).
 
-Over several processes: free bits, a capacity and balancing that look at the mean over the batch take `group`, a
-torch.distributed process group, and then mean the batch of all its processes, with its gradient (as
-DistributedDataParallel averages it). None means this process's batch alone.
+Remedies that use the mean over the batch take `group`, a torch.distributed process group. The batch is then that of all
+its processes, and the gradient is the one that DistributedDataParallel averages. None means this process's batch.
 """
 
 from fastkl.remedies._balance import balance, balance_weights

@@ -1,4 +1,4 @@
-"""The KLs of the groups of a hierarchical model, weighted against each other."""
+"""Balancing of the KLs of a hierarchical model's groups."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastkl.remedies._batch import batch_mean
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Beside the mean KL of a group, so that one whose KL is 0 still has a weight.
+# Added to the mean KL of a group, so that a group with a KL of 0 has a weight.
 LEAST_KL = 0.01
 
 
@@ -23,17 +23,17 @@ def balance(
     kl: Tensor | Sequence[Tensor], sizes: Sequence[int] | None = None, *, beta: float | Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:  # fmt: skip
-    """sum_g gamma_g KL_ng: the KLs of the groups of a hierarchical model, the larger ones pressed harder.
+    """sum_g gamma_g KL_ng: the KLs of a hierarchical model's groups, with larger weights on larger ones.
 
-    gamma_g as of `balance_weights`, of this batch and without gradient: groups of little KL are encouraged to take
-    more, so that none is given up early. While beta < 1 only, which is the warm-up: afterwards every gamma_g is 1.
+    gamma_g are the `balance_weights` of this batch, without gradient. Groups with a small KL get a small weight, so
+    none collapses early. The weights apply while beta < 1, during the warm-up; afterwards every gamma_g is 1.
 
     Args:
-        kl: of each datum and group [*batch, G], or a sequence of G tensors [*batch], in nats.
-        sizes: number of latent variables of each group; absent, all are alike.
-        beta: the weight of the KL at this step, with which nothing is multiplied here; a number or a tensor with one
-            value, which is compared without a synchronisation. Absent: balanced at every step.
-        group: of processes; see `fastkl.remedies`.
+        kl: the KL of each datum and group [*batch, G], or a sequence of G tensors [*batch], in nats.
+        sizes: number of latent variables of each group; None: equal sizes.
+        beta: the weight of the KL at this step, a number or a tensor with one value, which is compared without a
+            synchronisation. It is not multiplied into the result. None: balanced at every step.
+        group: a process group; see `fastkl.remedies`.
 
     Returns:
         [*batch].
@@ -65,9 +65,9 @@ def balance(
 def balance_weights(
     kl: Tensor | Sequence[Tensor], sizes: Sequence[int] | None = None, *, group: ProcessGroup | None = None
 ) -> Tensor:
-    """gamma_g = G c_g / sum_h c_h with c_g = (mean_n |KL_ng| + 0.01) / size_g: their mean is 1. No gradient.
+    """gamma_g = G c_g / sum_h c_h with c_g = (mean_n |KL_ng| + 0.01) / size_g, of mean 1 and without gradient.
 
-    The division by the size is that of the authors' code; the paper's text has it the wrong way round, as they say in
+    The division by the size follows the authors' code; the paper's text inverts it, as they say in
     github.com/NVlabs/NVAE/issues/26.
 
     Args:
@@ -77,17 +77,17 @@ def balance_weights(
         [G].
 
     Raises:
-        TypeError: kl is neither a tensor of floating point nor a sequence of them; group is no process group.
-        ValueError: tensors of different shapes; no groups; sizes that are not G numbers above 0.
+        TypeError: kl is neither a floating-point tensor nor a sequence of them; group is not a process group.
+        ValueError: tensors of kl have different shapes; G is 0; sizes are not G numbers above 0.
 
-    Source: as `balance`; the 0.01 is of the authors' code.
+    Source: as `balance`; the 0.01 is from the authors' code.
 
     >>> import torch
     >>> from fastkl import remedies
     >>> remedies.balance_weights(torch.tensor([[2.99, 0.99]]), sizes=[1, 1])
     tensor([1.5000, 0.5000])
     """
-    kl = _stacked(kl).detach()  # tangents, too
+    kl = _stacked(kl).detach()  # also removes forward-mode tangents
     groups = kl.shape[-1]
     if not (sizes is None or isinstance(sizes, Iterable)) or (isinstance(sizes, Tensor) and sizes.dim() == 0):
         raise TypeError(f"sizes must be a sequence of numbers, got {sizes!r}")
@@ -103,7 +103,7 @@ def balance_weights(
 
 
 def _stacked(kl: Tensor | Sequence[Tensor]) -> Tensor:
-    """[*batch, G] in float32 at least."""
+    """kl as one tensor [*batch, G], in float32 at least."""
     if not isinstance(kl, Tensor):
         if not isinstance(kl, (list, tuple)) or not kl:
             raise TypeError(f"kl must be a tensor [*batch, groups] or a sequence of tensors, got {kl!r}")
@@ -113,5 +113,5 @@ def _stacked(kl: Tensor | Sequence[Tensor]) -> Tensor:
         kl = torch.stack(kl, -1)
     arguments.check_tensors(kl=kl)
     if kl.dim() == 0 or kl.shape[-1] == 0:
-        raise ValueError(f"kl must be [*batch, groups] with one group at least, got {tuple(kl.shape)}")
+        raise ValueError(f"kl must be [*batch, groups] with at least one group, got {tuple(kl.shape)}")
     return kl.to(torch.promote_types(kl.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""What remedies share: numbers in nats, and means over the batch of a group of processes."""
+"""Shared parts of remedies: checked thresholds in nats, and means over the batch of a process group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def nats(name: str, value: float | Tensor) -> float | Tensor:
-    """A level that the KL is compared with, without gradient."""
+    """A checked threshold of the KL, without gradient."""
     value = arguments.check_weight(name, value)
     return value.detach() if isinstance(value, Tensor) else value
 
@@ -24,7 +24,7 @@ def check_group(group: ProcessGroup | None, per: str) -> None:
     if group is None:
         return
     if per != "batch":
-        raise ValueError(f'group is for per="batch", which looks at the whole batch, got per="{per}"')
+        raise ValueError(f'group needs per="batch", the mean over the batch, got per="{per}"')
     _group.check_group(group)
 
 

@@ -1,4 +1,4 @@
-"""The KL held at a number of nats."""
+"""A capacity: the distance of the KL from a target."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 def capacity(
     kl: Tensor, target: float | Tensor, *, per: str = "sample", group: ProcessGroup | None = None
 ) -> Tensor:  # fmt: skip
-    """|KL - target|: the KL held at a number of nats, which usually rises over the run (`schedules.linear`).
+    """|KL - target|, which holds the KL at a number of nats, usually rising over the run (`schedules.linear`).
 
     Args:
-        kl: of each datum [*batch], in nats.
-        target: nats, a number from 0 on or a tensor with one value: the capacity C.
-        per: "sample", |KL_n - C| for each datum, as the paper writes it; "batch", |mean_n KL_n - C|, as published code
-            computes it, which is smaller where data differ, and leaves them free to.
-        group: of processes, with per="batch"; see `fastkl.remedies`.
+        kl: the KL of each datum [*batch], in nats.
+        target: the capacity C in nats, a number, 0 or more, or a tensor with one value.
+        per: "sample", |KL_n - C| for each datum, as in the paper; "batch", |mean_n KL_n - C|, as in published code,
+            which lets the KL differ between data.
+        group: a process group, with per="batch"; see `fastkl.remedies`.
 
     Returns:
-        [*batch], or one value [] per="batch". Weighted by gamma in the paper, whose
-        gamma = 1000 is in the user's hands. At the target itself the gradient is 0.
+        [*batch], or one value [] with per="batch". It does not include the paper's weight gamma = 1000. The gradient at
+        the target is 0.
 
     Raises:
-        TypeError: kl is no tensor of floating point; group is no process group.
-        ValueError: an unknown `per`; a negative target, or a tensor of more than one value; a group without
+        TypeError: kl is not a floating-point tensor; group is not a process group.
+        ValueError: `per` is unknown; target is negative, or a tensor of more than one value; group is given without
             per="batch".
 
     Source: Burgess et al. 2018, "Understanding disentangling in beta-VAE", arXiv:1804.03599, equation 8.

@@ -1,4 +1,4 @@
-"""A level below which the KL is not felt."""
+"""Free bits: no penalty on the KL below a threshold."""
 
 from __future__ import annotations
 
@@ -21,35 +21,33 @@ def free_bits(
     kl: Tensor | DiagonalNormal, threshold: float | Tensor, *, per: str = "sample", prior: DiagonalNormal | None = None,
     joint_ndim: int = 0, group: ProcessGroup | None = None,
 ) -> Tensor:  # fmt: skip
-    """The KL with a level below which it counts as that level: no gradient pushes it further down.
+    """The KL with free bits: below a threshold it is constant and has no gradient.
 
     per="sample":     max(KL_n, threshold)                one value for each datum n
     per="dimension":  sum_d max(KL_nd, threshold)         one value for each datum n; d are the latent dimensions
     per="batch":      sum_d max(mean_n KL_nd, threshold)  one value for the batch
 
-    Only the last lets a dimension stay silent for one datum and speak for another; it is the one of the paper.
+    Only the last, which is the paper's, lets a dimension be unused by one datum and used by another.
 
     Args:
-        kl: the posterior q, whose KL to `prior` is then made by the fused op that fits, of every datum, of every
-            element or of the batch; or the KL itself where another prior gives it: [*batch] per sample, else
-            [*batch, D], whose last dimension may as well hold groups of dimensions (or layers).
-        threshold: nats, a number from 0 on or a tensor with one value.
-        per: what the threshold belongs to, as above.
-        prior: what a posterior's KL is to; absent, N(0, I).
-        joint_ndim: how many of the last dimensions of a posterior's event share a threshold, which belongs to their
-            sum. With events [C, H, W], 0 means every single latent variable, 2 every feature map, as in the
-            authors' code.
-        group: of processes, with per="batch"; see `fastkl.remedies`.
+        kl: the posterior q, whose KL to `prior` a fused op computes; or the KL itself, for another prior: [*batch] per
+            sample, else [*batch, D], whose last dimension may also hold groups of dimensions (or layers).
+        threshold: nats, a number, 0 or more, or a tensor with one value.
+        per: the unit of the threshold, as above.
+        prior: the prior of a posterior's KL; None is N(0, I).
+        joint_ndim: number of last dimensions of a posterior's event that share one threshold, on the sum of their KLs.
+            With events [C, H, W], 0 means each latent variable, 2 each feature map, as in the authors' code.
+        group: a process group, with per="batch"; see `fastkl.remedies`.
 
     Returns:
-        [*batch], or one value [] per="batch"; `.mean()` is the term of the loss in all three. At the threshold itself
-        the gradient is the KL's. For the backward pass one value for each datum or dimension is kept; with
+        [*batch], or one value [] with per="batch"; the term of the loss is `.mean()` in all three cases. The gradient
+        at the threshold is the KL's. The backward pass needs one saved value for each datum or dimension; with
         per="dimension" a byte for each maximum, and on a GPU, outside torch.compile, its value.
 
     Raises:
-        TypeError: kl is neither a tensor of floating point nor a posterior; group is no process group.
-        ValueError: an unknown `per`; a negative threshold, or a tensor of more than one value; a posterior without
-            batch dimensions; `prior` or joint_ndim beside a KL that is there already; a group without per="batch".
+        TypeError: kl is neither a floating-point tensor nor a posterior; group is not a process group.
+        ValueError: `per` is unknown; threshold is negative, or a tensor of more than one value; a posterior has no
+            batch dimensions; `prior` or joint_ndim is given with a tensor kl; group is given without per="batch".
 
     Source: Kingma et al. 2016, "Improved Variational Inference with Inverse Autoregressive Flow", arXiv:1606.04934,
     equation 16 (per="batch").
@@ -71,7 +69,7 @@ def free_bits(
     if arguments.check_int("joint_ndim", joint_ndim, 0) > kl.event_ndim:
         raise ValueError(f"joint_ndim must be at most {kl.event_ndim}, the dimensions of an event, got {joint_ndim}")
     if per == "sample" and joint_ndim:
-        raise ValueError('joint_ndim is for per="dimension" and per="batch"; a whole datum is joint already')
+        raise ValueError('joint_ndim needs per="dimension" or per="batch"; per="sample" already sums over the event')
     if per == "sample":
         return kl.kl(prior).clamp(min=threshold)
     if per == "dimension":
@@ -79,7 +77,7 @@ def free_bits(
     means = kl.kl_per_dim(prior)
     if group is not None:
         rows = math.prod(kl.shape[:batch_ndim])
-        # Without rows the means are NaN; the sums that the other processes' are added to are not.
+        # Without rows the means are NaN, which must not spoil the other processes' sums.
         means = batch_mean(means * rows if rows else means.nan_to_num(nan=0.0), rows, group)
     if joint_ndim:
         means = means.flatten(-joint_ndim).sum(-1)
@@ -87,16 +85,16 @@ def free_bits(
 
 
 def _of_kl(kl, threshold, per, prior, joint_ndim, group) -> Tensor:
-    """Of a KL that is there already."""
+    """Free bits of a KL given as a tensor."""
     arguments.check_tensors(kl=kl)
     if prior is not None or joint_ndim != 0:
-        raise ValueError("prior and joint_ndim are for a posterior, but kl is given as a tensor")
+        raise ValueError("prior and joint_ndim need kl to be a posterior, got a tensor")
     kl = kl.to(torch.promote_types(kl.dtype, torch.float32))
     if per == "sample":
         return kl.clamp(min=threshold)
     if kl.dim() < 2:
-        wanted = "[*batch, dimensions]" if per == "dimension" else "[batch, dimensions]"
-        raise ValueError(f'kl must be {wanted} with per="{per}", got {tuple(kl.shape)}')
+        expected = "[*batch, dimensions]" if per == "dimension" else "[batch, dimensions]"
+        raise ValueError(f'kl must be {expected} with per="{per}", got {tuple(kl.shape)}')
     if per == "batch":
         rows = kl.flatten(0, -2)
         kl = batch_mean(rows.sum(0), rows.shape[0], group)

@@ -1,4 +1,4 @@
-"""sum_d max(KL_nd, threshold) of every datum of a posterior, without its terms where they are many."""
+"""sum_d max(KL_nd, threshold) of every datum of a posterior, in bounded memory."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fastkl.ops._register import apply, needs_closed_form
 def sum_of_parts(q: DiagonalNormal, prior: DiagonalNormal | None, threshold: float | Tensor, joint_ndim: int) -> Tensor:
     """[*batch]: the sum of max(KL of a part, threshold) over the parts of a datum, of `joint_ndim` dimensions each.
 
-    On a GPU the terms come from the fused KL of events that small, and are kept for the backward pass. On a CPU, where
-    that op has little to sum, and for a compiler, which fuses plain ops, they come and go with a block of rows; a byte
-    of each says whether it is above the threshold.
+    On a GPU the fused KL op computes the terms of the small events, and they are saved for the backward pass. On a CPU
+    that op gains little on small events, and a compiler fuses plain ops itself. There the terms exist for one block of
+    rows at a time, and one byte per term records whether it is above the threshold.
     """
     batch_ndim = len(q.shape) - q.event_ndim
     if not plain(q.mean.device):
         terms = _parts(q, joint_ndim).kl(None if prior is None else _parts(prior, joint_ndim))
         return at_least(_flat(terms, batch_ndim), threshold)
-    parameters = [arguments.expand(tensor, q.shape) for tensor in q._halves()]
+    parameters = [arguments.expand(tensor, q.shape) for tensor in q.given]
     if prior is not None:
-        parameters += [arguments.expand(tensor, q.shape) for tensor in prior._given(*q.tensors)]
+        parameters += [arguments.expand(tensor, q.shape) for tensor in prior.mean_and_logvar(*q.tensors)]
     bounds = arguments.check_bounds(q.bounds)
     if not isinstance(threshold, Tensor):
         threshold = torch.full((), threshold, dtype=torch.float64, device=q.mean.device)
@@ -36,17 +36,17 @@ def sum_of_parts(q: DiagonalNormal, prior: DiagonalNormal | None, threshold: flo
 
 
 def plain(device: torch.device) -> bool:
-    """Whether plain torch ops are better than the fused one."""
+    """Whether plain torch ops are faster than the fused one."""
     return device.type == "cpu" or torch.compiler.is_compiling()
 
 
 def at_least(terms: Tensor, threshold: float | Tensor) -> Tensor:
-    """sum max(terms, threshold) over the last dimension; at equality clamp has the gradient 1, maximum 1/2."""
+    """sum max(terms, threshold) over the last dimension, by clamp: its gradient at equality is 1, maximum's is 1/2."""
     return terms.clamp(min=threshold).sum(-1)
 
 
 def _parts(q: DiagonalNormal, joint_ndim: int) -> DiagonalNormal:
-    """The same Gaussians with events of `joint_ndim` dimensions, which 0 of them are not: one of size 1 is added."""
+    """The same Gaussians with events of the last `joint_ndim` dimensions, plus one of size 1 in case it is 0."""
     tensors = tuple(tensor.unsqueeze(-1) for tensor in q.tensors)
     packed_dim = None if q.packed_dim is None else q.packed_dim - 1
     return replace(q, tensors=tensors, event_ndim=joint_ndim + 1, packed_dim=packed_dim)
@@ -68,15 +68,15 @@ class _SumOfParts(torch.autograd.Function):
 
     @staticmethod
     def forward(mu, parameter, prior_mu, prior_logvar, threshold, joint_ndim, batch_ndim, scale, low, high, live):
-        """(the sums, which terms [*batch, *parts] are felt)."""
-        found, bounds = [], arguments.as_bounds(low, high, live)
+        """(the sums, a mask [*batch, *parts] of the terms with a gradient)."""
+        results, bounds = [], arguments.as_bounds(low, high, live)
         for rows in arguments.row_blocks(mu):
             block = [arguments.rows_of(tensor, rows, mu) for tensor in (mu, parameter, prior_mu, prior_logvar)]
             terms = _terms(block, joint_ndim, scale, bounds)
             level = threshold.to(terms.dtype)
-            found.append((at_least(_flat(terms, batch_ndim), level), terms >= level))
-        sums, felt = (torch.cat(blocks) if len(found) > 1 else blocks[0] for blocks in zip(*found))
-        return sums, felt
+            results.append((at_least(_flat(terms, batch_ndim), level), terms >= level))
+        sums, active = (torch.cat(blocks) if len(results) > 1 else blocks[0] for blocks in zip(*results))
+        return sums, active
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -86,22 +86,22 @@ class _SumOfParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient, _):
-        *parameters, felt = ctx.saved_tensors
+        *parameters, active = ctx.saved_tensors
         joint_ndim, batch_ndim, scale, *bounds = ctx.settings
         bounds, mu = arguments.as_bounds(*bounds), parameters[0]
         tensors = [tensor for tensor in parameters if tensor is not None]
         gradient = gradient.reshape(*gradient.shape, *[1] * (mu.dim() - batch_ndim))
-        felt = felt.reshape(*felt.shape, *[1] * joint_ndim)
+        active = active.reshape(*active.shape, *[1] * joint_ndim)
 
-        def found(rows):
+        def gradients_of(rows):
             q_mu, q_parameter, *prior = (arguments.rows_of(tensor, rows, mu) for tensor in tensors)
-            dkl = torch.where(arguments.rows_of(felt, rows, mu), arguments.rows_of(gradient, rows, mu), 0.0)
+            dkl = torch.where(arguments.rows_of(active, rows, mu), arguments.rows_of(gradient, rows, mu), 0.0)
             return normal_gradients([q_mu, q_parameter], -1, prior, scale, bounds, dkl=dkl)
 
         if needs_closed_form(gradient) or len(arguments.row_blocks(mu)) == 1:
-            return *found(arguments.EVERYTHING), *[None] * (11 - len(tensors))
+            return *gradients_of(arguments.EVERYTHING), *[None] * (11 - len(tensors))
         gradients = [torch.empty_like(tensor) for tensor in tensors]
         for rows in arguments.row_blocks(mu):
-            for out, block in zip(gradients, found(rows)):
+            for out, block in zip(gradients, gradients_of(rows)):
                 out[rows].copy_(block)
         return *gradients, *[None] * (11 - len(gradients))

@@ -1,4 +1,4 @@
-"""`python -m fastkl.vae train`: the same command line as `fastkl train`, in the form that torchrun wants."""
+"""`python -m fastkl.vae train`: the same command line as `fastkl train`, in the form that torchrun needs."""
 
 import sys
 

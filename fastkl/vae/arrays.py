@@ -1,4 +1,4 @@
-"""What files hold, before anything is decided about it: arrays, their labels, and the range of their values."""
+"""The content of data files before scaling: arrays, their labels, and the range of their values."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# What numpy, zipfile and torch raise on files that are cut short, empty, of another kind, or that lie about their size.
-# A RuntimeError also covers torch's zip reader; pickle.UnpicklingError is how weights_only refuses code.
+# Errors that numpy, zipfile and torch raise on truncated, empty or foreign files, and on files with a wrong size in the
+# header. torch's zip reader raises RuntimeError; weights_only refuses code by pickle.UnpicklingError.
 BROKEN = (
     ValueError, EOFError, LookupError, RuntimeError, MemoryError, OverflowError, TypeError, AttributeError,
     zipfile.BadZipFile, zlib.error, pickle.UnpicklingError,
@@ -20,7 +20,7 @@ BROKEN = (
 
 @dataclass(frozen=True)
 class Span:
-    """The range of an array as its file has it: resizing makes fractions of whole numbers, and tells less."""
+    """The range of an array in the units of its file, before resizing turns whole numbers into fractions."""
 
     integer: bool
     low: float
@@ -28,7 +28,7 @@ class Span:
 
     @staticmethod
     def of(values: np.ndarray) -> Span:
-        """Of an array of numbers that has elements."""
+        """The span of a numeric array that is not empty."""
         low, high = values.min(), values.max()
         if values.dtype.kind == "f":
             return Span(False, float(low), float(high))
@@ -48,7 +48,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Part:
-    """Values [N, ...] and labels [N] or None; the range where it is not that of the values as they are."""
+    """Values [N, ...] and labels [N] or None; the span if it differs from that of the values."""
 
     values: np.ndarray
     labels: np.ndarray | None = None
@@ -57,8 +57,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Held:
-    """The parts of a data set by name ("train", and "validation" and "test" where they are given), the names of labels
-    0, 1, ... or None, and what a reader of the report must know."""
+    """The parts of a data set by name ("train", and optionally "validation" and "test"), the names of labels 0, 1, ...
+    or None, and notes for the report."""
 
     parts: dict[str, Part]
     names: list[str] | None = None

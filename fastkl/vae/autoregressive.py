@@ -1,8 +1,8 @@
-"""A decoder that knows the data before z says anything: p(x | z) = prod_i p(x_i | x_1 .. x_{i-1}, z).
+"""An autoregressive decoder: p(x | z) = prod_i p(x_i | x_1 .. x_{i-1}, z).
 
-It may explain x without z, and then the best posterior is the prior: the model on which remedies against collapse are
-compared. One masked network gives all conditionals at once (MADE: Germain, Gregor, Murray and Larochelle 2015,
-arXiv:1502.03509); only drawing x takes a step for each of its values.
+It can model x without z; the best posterior is then the prior. Remedies against collapse are therefore compared on this
+model. One masked network gives all conditionals at once (MADE: Germain, Gregor, Murray and Larochelle 2015,
+arXiv:1502.03509). Sampling x takes one step per value.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor, nn
 
 from fastkl.vae.errors import UserError
 
-LARGEST = 4096  # values of a datum: as many steps a picture takes, and the weights grow with them
+LARGEST = 4096  # values of a datum: sampling takes as many steps, and the number of weights grows with them
 
 
 class Masked(nn.Linear):
-    """A linear map that leaves out whatever leads from a greater degree to a smaller; `before` and `after` are those of
-    its inputs and outputs, in ascending order."""
+    """A linear map without weights from a greater degree to a smaller one; `before` and `after` are the degrees of its
+    inputs and outputs, in ascending order."""
 
     mask: Tensor
 
     def __init__(self, before: Tensor, after: Tensor, bias: bool = True):
         super().__init__(len(before), len(after), bias)
-        # Made again from the sizes, so a checkpoint need not hold it.
+        # Not persistent: the sizes determine it.
         self.register_buffer("mask", (before <= after[:, None]).float(), persistent=False)
         self.degrees = after.tolist()
 
@@ -37,15 +37,15 @@ class Masked(nn.Linear):
         return F.linear(x, self.weight * self.mask, self.bias)
 
     def of_degree(self, degree: int) -> slice:
-        """The outputs of this degree, side by side because degrees ascend."""
+        """The outputs of this degree, contiguous because degrees ascend."""
         return slice(bisect_left(self.degrees, degree), bisect_right(self.degrees, degree))
 
 
 class MaskedDecoder(nn.Module):
     """(z [..., latent], x [..., *shape]) -> parameters of the conditionals [..., *shape]; batch dimensions broadcast.
 
-    Value i (from 0, in the order in which x is stored) has degree i + 1 where it is read and i where it is predicted; a
-    hidden unit of degree m is a function of z and the first m values. z enters every layer.
+    Value i (from 0, in the order in which x is stored) has degree i + 1 as an input and degree i as an output. A hidden
+    unit of degree m is a function of z and the first m values. z enters every layer.
     """
 
     def __init__(self, shape: tuple[int, ...], latent: int, hidden: int, layers: int):
@@ -53,7 +53,7 @@ class MaskedDecoder(nn.Module):
         features = math.prod(shape)
         if features > LARGEST:
             raise UserError(
-                f"--model autoregressive draws a datum value by value, {LARGEST:,} at most; this one has {features:,}"
+                f"--model autoregressive draws value by value: a datum has {LARGEST:,} at most, got {features:,}"
             )
         self.shape = tuple(shape)
         predicted = torch.arange(features, dtype=torch.int64, device="cpu")
@@ -63,7 +63,7 @@ class MaskedDecoder(nn.Module):
         degrees = [predicted + 1, *[unit] * layers, predicted]
         self.layers = nn.ModuleList(Masked(before, after) for before, after in pairwise(degrees))
         self.from_latent = nn.ModuleList(nn.Linear(latent, len(after), bias=False) for after in degrees[1:])
-        # What has fewer hidden units than values still reads all that came before.
+        # With fewer hidden units than values, this map still gives each output every earlier value.
         self.direct = Masked(predicted + 1, predicted, bias=False)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
@@ -72,23 +72,23 @@ class MaskedDecoder(nn.Module):
         for layer, from_latent in zip(self.layers, self.from_latent):
             if layer is not self.layers[0]:
                 hidden = F.silu(hidden)
-            # Samples of one datum share what x gives: its batch dimensions are broadcast only here.
+            # All samples of a datum share the contribution of x, so its batch dimensions are broadcast only here.
             hidden = layer(hidden) + from_latent(z)
         return (hidden + self.direct(x)).unflatten(-1, self.shape)
 
     @torch.no_grad()
     def sample(self, z: Tensor, draw: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor]:
-        """(x, the parameters of the conditionals it was drawn from), one for each z; draw(parameter, i) is value i.
+        """(x, the parameters of its conditionals), one for each z; draw(parameter, i) samples value i.
 
-        Once the first m values are drawn, the units of degree m are what they will be, and each is computed only then:
-        all steps together cost what one pass does.
+        The first m values determine the units of degree m, and each unit is computed once. All steps together therefore
+        cost as much as one pass.
         """
         layers = [layer for layer in self.layers if isinstance(layer, Masked)]
         weights = [layer.weight * layer.mask for layer in layers]
         direct = self.direct.weight * self.direct.mask
-        # What z and the biases give; the rest is added degree by degree. What is not known yet has no weight.
+        # The contribution of z and the biases; inputs are added degree by degree. Unknown inputs are 0.
         sums = [from_latent(z) + layer.bias for layer, from_latent in zip(layers, self.from_latent)]
-        known = [torch.zeros_like(each) for each in (sums[-1], *sums[:-1])]  # x, and the hidden units' activations
+        known = [torch.zeros_like(each) for each in (sums[-1], *sums[:-1])]  # x, then the hidden activations
         for degree in range(sums[-1].shape[-1]):
             for index, (layer, weight) in enumerate(zip(layers, weights)):
                 units = layer.of_degree(degree)

@@ -1,4 +1,4 @@
-"""Files that are at every moment either the old ones or the new ones, never half, whatever kills the process."""
+"""Atomic writes: after a crash at any moment, each file has either its old or its new content."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ PARTS = (
 def write(path: Path, content: bytes | memoryview) -> None:
     """Replace the file in one step: a temporary file beside it, synchronised to the disk, then renamed over it.
 
-    Beside it, because a rename is atomic only within a file system; synchronised first, because after a power cut the
-    new name could otherwise stand before an empty file.
+    The temporary file is in the same folder, because a rename is atomic only within a file system. It is synchronised
+    first; otherwise a power cut could leave the new name with an empty file.
     """
     temporary = None
     try:
@@ -48,19 +48,19 @@ def write(path: Path, content: bytes | memoryview) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp keeps its file to the owner; a result is as readable as any other file that the person makes.
+        # mkstemp makes files private to the owner; results follow the umask as other files do.
         os.chmod(temporary, 0o666 & ~current_umask())
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {reason(error)}; what was there before is untouched") from None
+        raise UserError(f"{path} cannot be written: {reason(error)}; the old file is unchanged") from None
     finally:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
-    # Serialised in memory first: torch's own writer reports a full disk as an internal error, or aborts.
+    # Serialised in memory first: torch's writer reports a full disk as an internal error, or aborts.
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     write(folder / NAME, buffer.getbuffer())
@@ -80,16 +80,16 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def prepare(folder: Path) -> None:
-    """Make the run folder and find out now, not after an hour of training, whether it can be written."""
+    """Make the run folder and check that it is writable, before the training."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (NAME, "settings.json", "run.json", "metrics.json", "report.html"):
-            for leftover in folder.glob(f".{name}.*.tmp"):  # of a process that was killed while it wrote
+            for leftover in folder.glob(f".{name}.*.tmp"):  # of a process killed during a write
                 leftover.unlink()
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"--out {folder}: cannot write there: {reason(error)}") from None
+        raise UserError(f"--out {folder}: the folder is not writable: {reason(error)}") from None
 
 
 def reason(error: OSError) -> str:
@@ -105,7 +105,7 @@ def current_umask() -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the system lets a folder be opened (Windows does not)."""
+    """Make a rename durable. Windows cannot open folders."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

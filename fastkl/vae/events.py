@@ -19,23 +19,23 @@ from fastkl.vae.prior import draw
 if TYPE_CHECKING:
     from fastkl.vae.run import Run
 
-PICTURED = 16  # reconstructions and samples
+PICTURED = 16  # number of reconstructions and of samples
 
 
 class Events:
-    """A SummaryWriter whose errors are said in one line, wherever they happen."""
+    """A SummaryWriter that turns its errors, also those of its thread, into UserErrors."""
 
     def __init__(self, folder: Path, step: int):
-        board = require("torch.utils.tensorboard", "TensorBoard output (--no-tensorboard leaves it out)")
+        board = require("torch.utils.tensorboard", "TensorBoard output (--no-tensorboard skips it)")
         self.folder = folder
-        # The thread that writes prints a traceback when the disk is full; its error comes here too, at the next call.
-        self.hook, threading.excepthook = threading.excepthook, self.heard
-        with self.said():
-            # Events after the checkpoint come again, so the ones written before the process died are struck out.
+        # If the disk is full, the writer's thread would print a traceback. The next call raises the same error here.
+        self.hook, threading.excepthook = threading.excepthook, self.on_thread_error
+        with self.report_errors():
+            # A resumed run repeats the steps after its checkpoint, so their earlier events are purged.
             self.writer = board.SummaryWriter(str(folder), purge_step=step + 1)
 
     def scalars(self, group: str, step: int, values: dict[str, float]) -> None:
-        with self.said():
+        with self.report_errors():
             for name, value in values.items():
                 self.writer.add_scalar(f"{group}/{name}", value, step)
 
@@ -46,18 +46,18 @@ class Events:
         pictures = {"reconstruction": run.vae.pictured(run.vae.posterior(x).mean), "sample": run.vae.pictured(z)}
         if not run.history[run.data.watched_name][:-1]:
             pictures["original"] = x
-        with self.said():
+        with self.report_errors():
             for name, picture in pictures.items():
                 self.writer.add_images(name, shades(picture, run.data), step)
 
     def flush(self) -> None:
-        with self.said():
+        with self.report_errors():
             self.writer.flush()
 
     def close(self, quiet: bool) -> None:
-        """`quiet`: another error is on its way to the person already."""
+        """`quiet`: errors are suppressed, because another one is being raised."""
         try:
-            with self.said():
+            with self.report_errors():
                 self.writer.close()
         except UserError:
             if not quiet:
@@ -65,12 +65,12 @@ class Events:
         finally:
             threading.excepthook = self.hook
 
-    def heard(self, args: Any) -> None:
+    def on_thread_error(self, args: Any) -> None:
         if not isinstance(args.exc_value, OSError):
             self.hook(args)
 
     @contextlib.contextmanager
-    def said(self) -> Iterator[None]:
+    def report_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -78,7 +78,7 @@ class Events:
 
 
 def shades(picture: Tensor, data: Data) -> Tensor:
-    """Values as shades in [0, 1], over the range of the training data; one channel if there are not three."""
+    """Values scaled to [0, 1] by the range of the training data; only the first channel unless there are three."""
     low, high = data.train.min().item(), data.train.max().item()
     scaled = ((picture.float().cpu() - low) / max(high - low, 1e-12)).clamp(0, 1)
     return scaled if scaled.shape[1] in (1, 3) else scaled[:, :1]

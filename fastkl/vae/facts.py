@@ -1,4 +1,4 @@
-"""How a run was made: versions, device, data and command line, as a reader of its report wants to know them."""
+"""The provenance of a run, for its report: versions, device, data and command line."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """Of the checkout that fastkl was imported from, None for an installed one; "+" if files were changed since."""
+    """The commit of the checkout that fastkl was imported from, with "+" if files differ from it; None if installed."""
     folder = Path(fastkl.__file__).parent
 
     def git(*words: str) -> str:
@@ -67,7 +67,7 @@ def commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # else the repository is some other, around an installation
+        git("ls-files", "--error-unmatch", "__init__.py")  # fails for an installation inside another repository
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../kernels")
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
@@ -75,15 +75,15 @@ def commit() -> str | None:
 
 
 def keep(folder: Path, facts: dict[str, Any]) -> None:
-    """Add them to those of the earlier starts of this run."""
+    """Append the facts of this start to those of earlier starts."""
     content = json.dumps({"starts": [*starts(folder), facts]}, indent=2) + "\n"
     checkpoint.write(folder / FACTS, content.encode())
 
 
 def starts(folder: Path) -> list[dict[str, Any]]:
-    """Of each process that trained in this folder, the latest last."""
+    """The facts of each start of the run in this folder, the latest last."""
     try:
-        found = json.loads((folder / FACTS).read_text(encoding="utf-8"))["starts"]
+        entries = json.loads((folder / FACTS).read_text(encoding="utf-8"))["starts"]
     except (OSError, ValueError, LookupError, TypeError):
-        return []  # a run of an earlier version, or a spoiled file: nothing that could stop training
-    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+        return []  # a missing or broken file of facts must not stop training
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []

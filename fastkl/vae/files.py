@@ -1,4 +1,4 @@
-"""Reading data files that nobody vouches for: nothing in them is run, and what is wrong is said in one line."""
+"""Readers of untrusted data files: they never run code of the file, and report problems as one-line errors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fastkl.vae.arrays import BROKEN, Held, Part, first_line
 from fastkl.vae.errors import UserError
 from fastkl.vae.images import read_folder, shortened
 
-# What people call the arrays of a file, in small letters and without the strokes: images_train is imagestrain.
+# Usual names of the arrays of a file, in lower case and without separators: images_train is imagestrain.
 SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
 VALUES, LABELS = ("x", "images", "data"), ("y", "labels", "label", "targets", "target")
 
 
 def joined(split: str, kinds: tuple[str, ...]) -> tuple[str, ...]:
-    """xtrain, trainx, ..., for each word that people have for this part."""
+    """xtrain, trainx, ..., for each usual name of this part."""
     return tuple(name for word in SPLITS[split] for kind in kinds for name in (kind + word, word + kind))
 
 
@@ -50,24 +50,24 @@ def read(path: Path, image_size: int = 0, option: str = "--data") -> Held:
         if isinstance(error, pickle.UnpicklingError) or any(
             word in str(error) for word in ("pickle", "Python objects")
         ):
-            # What the libraries say here is how to run the file's code all the same.
+            # The library's message is not shown: it explains how to load the file anyway, which would run its code.
             raise UserError(
-                f"{option} {path}: not a {path.suffix} file, or one of Python objects, which are not loaded, for that "
-                "can run code: save plain arrays or tensors"
+                f"{option} {path}: not a {path.suffix} file, or one with Python objects, which are not loaded because "
+                "they can run code: save plain arrays or tensors"
             ) from None
         kind = "folder of images" if path.is_dir() else f"{path.suffix} file of plain arrays"
         raise UserError(f"{option} {path}: truncated, or not a {kind} ({first_line(error)})") from None
 
 
 def read_npy(path: Path, option: str) -> Held:
-    # Mapping the file compares its length with what the header promises before any memory is taken.
+    # Memory mapping checks the file's length against its header before any memory is allocated.
     return Held({"train": Part(np.array(np.load(path, mmap_mode="r", allow_pickle=False)))})
 
 
 def read_npz(path: Path, option: str) -> Held:
     with np.load(path, allow_pickle=False) as archive:
         if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it holds a single array; call it .npy")
+            raise ValueError("it holds a single array; rename it to .npy")
         return choose({name: archive[name] for name in archive.files}, f"{option} {path}")
 
 
@@ -76,24 +76,24 @@ def read_pt(path: Path, option: str) -> Held:
 
 
 def load_tensors(path: Path) -> Any:
-    """What torch.save wrote, tensors and plain containers only; quietly, for an error that follows says it better."""
+    """Load a file of torch.save with tensors and plain containers only; warnings are muted in favour of our errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def named(held: Any, where: str) -> dict[str, np.ndarray]:
-    """Arrays by name, of a tensor, a dictionary, a tuple (images, labels), or a list of one tensor per datum."""
+    """Arrays by name, from a tensor, a dictionary, a tuple (images, labels), or a list of one tensor per datum."""
     if isinstance(held, Tensor):
         return {"x": as_array(held)}
     if isinstance(held, dict):
-        found: dict[str, np.ndarray] = {}
+        arrays: dict[str, np.ndarray] = {}
         for name, value in held.items():
             if isinstance(value, (dict, tuple)) and str(name).lower() in sum(SPLITS.values(), ()):
-                found.update({f"{name}_{inner}": array for inner, array in named(value, where).items()})
+                arrays.update({f"{name}_{inner}": array for inner, array in named(value, where).items()})
             elif isinstance(value, Tensor) or plain(value):
-                found[str(name)] = as_array(value)
-        return found
+                arrays[str(name)] = as_array(value)
+        return arrays
     if not isinstance(held, (tuple, list)):
         raise UserError(f"{where}: expected tensors, got {type(held).__name__}")
     if len(held) == 1 and isinstance(held[0], Tensor):
@@ -108,7 +108,7 @@ def named(held: Any, where: str) -> dict[str, np.ndarray]:
                 for split, pair in zip(splits, held)
                 for kind, array in zip("xy", pair)
             }
-    if len(held) >= 10:  # the least that a run takes: each is a datum
+    if len(held) >= 10:  # a run needs at least 10 data; a shorter list is something else
         if all(isinstance(datum, Tensor) for datum in held) and len({datum.shape for datum in held}) == 1:
             return {"x": as_array(torch.stack(list(held)))}
         if all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in held):
@@ -116,13 +116,13 @@ def named(held: Any, where: str) -> dict[str, np.ndarray]:
             return {**pairs, "y": as_array([int(label) for _, label in held])}
     shapes = [str(list(one.shape)) if isinstance(one, Tensor) else type(one).__name__ for one in held]
     raise UserError(
-        f"{where}: a {type(held).__name__} of {shortened(shapes)}; expected (images, labels), one tensor per datum and "
-        "all of one shape, or a dictionary with names such as x, y, x_test and y_test"
+        f"{where}: expected (images, labels), one tensor per datum with all of one shape, or a dictionary with names "
+        f"such as x, y, x_test and y_test; got a {type(held).__name__} of {shortened(shapes)}"
     )
 
 
 def labelled(values: Any, labels: Any) -> bool:
-    """Whether the second says one thing of each datum of the first."""
+    """Whether `labels` has one entry for each datum of `values`."""
     if not isinstance(values, Tensor) or values.dim() < 2 or not (isinstance(labels, Tensor) or plain(labels)):
         return False
     shape = tuple(np.shape(as_array(labels)))
@@ -130,7 +130,7 @@ def labelled(values: Any, labels: Any) -> bool:
 
 
 def plain(value: Any) -> bool:
-    """A list of numbers or words, as labels are kept."""
+    """Whether this is a list of numbers or strings, a usual form of labels."""
     return (
         isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(one, (int, float, str)) for one in value)
     )
@@ -140,7 +140,7 @@ def as_array(value: Any) -> np.ndarray:
     if not isinstance(value, Tensor):
         return np.array(value)
     value = (value if value.layout == torch.strided else value.to_dense()).detach().resolve_conj().resolve_neg()
-    # NumPy has no bfloat16 and no 8-bit floats; float32 holds every value of them.
+    # NumPy has no bfloat16 and no 8-bit floats; float32 represents all of their values.
     return (value.float() if value.is_floating_point() and value.element_size() < 4 else value).numpy()
 
 
@@ -159,11 +159,11 @@ def choose(arrays: dict[str, np.ndarray], where: str) -> Held:
         if values is None:
             continue
         if labels is not None and np.shape(arrays[labels])[:1] != np.shape(arrays[values])[:1] and labels == "arr_1":
-            labels = None  # the second of unnamed arrays may be anything
+            labels = None  # the second unnamed array need not hold labels
         parts[split] = Part(arrays[values], None if labels is None else arrays[labels])
         used |= {values} if labels is None else {values, labels}
     if not parts:
         listed = shortened(sorted(arrays), 10) or "none"
-        raise UserError(f"{where}: no array called {', '.join(VALUES)} among those it holds ({listed})")
+        raise UserError(f"{where}: expected an array called {', '.join(VALUES)}, got {listed}")
     left = sorted(set(arrays) - used)
     return Held(parts, None, [f"left out of the file: {shortened(left)}"] if left else [])

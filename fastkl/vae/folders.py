@@ -1,4 +1,4 @@
-"""Run folders: which one a run takes or goes on with, and that no other process writes there at the same time."""
+"""Run folders: choosing a folder for a new or resumed run, and locking it against other processes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ SETTINGS, FACTS = "settings.json", "run.json"
 
 
 class Claim:
-    """A run folder that belongs to this process until `release`, which removes it if nothing was written there.
+    """A lock on a run folder, held until `release`; a new folder that is still empty is then removed.
 
-    The lock is the operating system's, on the folder itself: it ends with the process, however that ends.
+    The operating system locks the folder itself, so the lock ends with the process, however that ends.
     """
 
     def __init__(self, folder: Path, fresh: bool = False):
@@ -38,13 +38,13 @@ class Claim:
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()
-            raise UserError(f"--out {folder}: another process trains there at this moment") from None
+            raise UserError(f"--out {folder}: another process is training in this folder") from None
         except OSError:
             pass  # a file system without locks
 
     def release(self) -> None:
         if self.fresh:
-            with contextlib.suppress(OSError):  # it is not empty, as it should be
+            with contextlib.suppress(OSError):  # not empty: the run wrote its files
                 self.folder.rmdir()
         if self.handle is not None:
             os.close(self.handle)
@@ -52,18 +52,18 @@ class Claim:
 
 
 def claim_new(out: Path | None, name: str) -> Claim:
-    """The folder asked for; else runs/NAME, runs/NAME-2, ...: the first number above all that are there.
+    """The requested folder; else runs/NAME, runs/NAME-2, ...: the first number above all existing ones.
 
-    Making a folder is atomic: of two runs that start at once, the second finds it made and takes the next number.
+    mkdir is atomic: of two runs that start at once, the second gets FileExistsError and takes the next number.
     """
-    with said(out or RUNS):
+    with report_errors(out or RUNS):
         if out is not None:
             refuse_taken(out)
             fresh = not out.exists()
             out.mkdir(parents=True, exist_ok=True)
             claim = Claim(out, fresh)
             try:
-                refuse_taken(out)  # by a run that began in between
+                refuse_taken(out)  # again, under the lock: another run may have begun in between
             except UserError:
                 claim.fresh = False
                 claim.release()
@@ -81,18 +81,18 @@ def claim_new(out: Path | None, name: str) -> Claim:
 
 
 def claim_old(out: Path | None, name: str) -> Claim:
-    """The run in the folder asked for, else the latest of its name."""
+    """The run in the requested folder, else the latest of its name."""
     if out is None:
         held = [number for number, folder in numbered(name).items() if holds_run(folder)]
         if not held:
-            raise UserError(f"--resume: there is no run {RUNS / name}; name the folder of the run by --out")
+            raise UserError(f"--resume: no run in {RUNS / name}; give the run's folder by --out")
         out = numbered(name)[max(held)]
     elif not holds_run(out):
         runs = [str(folder) for folder in [*siblings(out), *siblings(RUNS / name)] if holds_run(folder)]
         near = difflib.get_close_matches(str(out), runs, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--resume --out {out}: no run is there{hint}")
-    with said(out):
+        raise UserError(f"--resume --out {out}: no run in this folder{hint}")
+    with report_errors(out):
         return Claim(out)
 
 
@@ -100,17 +100,17 @@ def begun(folder: Path) -> dict[str, Any]:
     """The settings of a run that ended before its first checkpoint."""
     path = folder / SETTINGS
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        saved = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}".splitlines()[0]) from None
-    if not isinstance(found, dict):
+    if not isinstance(saved, dict):
         raise UserError(f"{path} does not hold the settings of a run")
-    return found
+    return saved
 
 
 def refuse_taken(folder: Path) -> None:
     if holds_run(folder):
-        raise UserError(f"--out {folder} holds a run; go on with it by --resume, or choose another folder")
+        raise UserError(f"--out {folder} holds a run; continue it by --resume, or choose another folder")
 
 
 def holds_run(folder: Path) -> bool:
@@ -118,10 +118,10 @@ def holds_run(folder: Path) -> bool:
 
 
 def numbered(name: str) -> dict[int, Path]:
-    """Number -> folder, of all that are called runs/NAME or runs/NAME-2, ..., whatever is in them."""
+    """Number -> folder, for every folder called runs/NAME or runs/NAME-2, ..., also without a run."""
     pattern = re.compile(re.escape(name) + r"(?:-([1-9]\d*))?")
-    found = {folder: pattern.fullmatch(folder.name) for folder in siblings(RUNS / name)}
-    return {int(match[1] or 1): folder for folder, match in found.items() if match}
+    matches = {folder: pattern.fullmatch(folder.name) for folder in siblings(RUNS / name)}
+    return {int(match[1] or 1): folder for folder, match in matches.items() if match}
 
 
 def siblings(folder: Path) -> list[Path]:
@@ -131,8 +131,8 @@ def siblings(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def said(folder: Path):
+def report_errors(folder: Path):
     try:
         yield
     except OSError as error:
-        raise UserError(f"--out {folder}: cannot write there: {checkpoint.reason(error)}") from None
+        raise UserError(f"--out {folder}: the folder is not writable: {checkpoint.reason(error)}") from None

@@ -1,4 +1,4 @@
-"""Steps that would ruin the weights are left out, and a run that has nothing but such steps is stopped."""
+"""A guard that skips steps with a non-finite loss or gradient, and stops a run after too many in a row."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ ALONE = Ranks()
 
 
 class Diverged(UserError):
-    """Too many bad steps in a row. The weights are still those of the last good one."""
+    """Too many bad steps in a row. The weights are those of the last good step."""
 
 
 class Guard:
-    """Between `backward` and the optimiser's step: says whether loss and gradients are fit to be used.
+    """A check between `backward` and the optimiser's step: are loss and gradients finite?
 
         if guard.admit(loss, model.parameters(), step):
             optimizer.step()
 
-    A bad step is then without effect on the weights and on the optimiser's moments, which a single NaN would ruin for
-    ever. All processes decide together, since a step that one of them left out would part their weights.
+    Skipping a bad step protects the weights and the optimiser's moments, which a single NaN would ruin permanently. All
+    processes decide together, because a step skipped by only one of them would make their weights diverge.
 
     Args:
-        patience: so many bad steps in a row are too many; 1 or more.
+        patience: the number of bad steps in a row that stops the run; 1 or more.
         ranks: the processes that decide together.
-        checkpoint: the file that the error points to.
+        checkpoint: the file that the error mentions.
     """
 
     def __init__(self, patience: int = 10, ranks: Ranks = ALONE, checkpoint: Path | None = None):
@@ -43,16 +43,16 @@ class Guard:
 
     @torch.no_grad()
     def admit(self, loss: Tensor, parameters: Iterable[Tensor], step: int | None = None) -> bool:
-        """Whether the loss of every process and all gradients are finite; waits for the device once if they are.
+        """Whether the loss of every process and all gradients are finite. It synchronises once with the device if so.
 
         Raises:
-            Diverged: this is the last of `patience` bad steps in a row.
+            Diverged: this is bad step number `patience` in a row.
         """
         parameters = list(parameters)
         bad_loss, bad_gradient = self.bad(loss, norm(parameters, 2.0, loss))
         if bad_gradient:
-            # The squares of finite gradients may be too large to be summed. Asked again only then: their maximum takes
-            # a CPU ten times as long.
+            # The sum of squares of finite gradients may overflow. Their maximum decides; it is computed only in this
+            # case, because it takes a CPU ten times as long.
             bad_loss, bad_gradient = self.bad(loss, norm(parameters, math.inf, loss))
         if bad_loss == bad_gradient == 0:
             self.in_a_row = 0
@@ -60,20 +60,20 @@ class Guard:
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row >= self.patience:
-            raise Diverged(self.what_to_do("the loss" if bad_loss else "a gradient", step))
+            raise Diverged(self.message("the loss" if bad_loss else "a gradient", step))
         return False
 
     def bad(self, *values: Tensor) -> list[float]:
-        """Of each value the share of the processes on which it is not finite: none where it is finite on all."""
+        """For each value, the share of processes on which it is not finite."""
         finite = torch.stack([value.detach().reshape(()).isfinite() for value in values])
         return self.ranks.mean((~finite).float()).tolist()
 
-    def what_to_do(self, what: str, step: int | None) -> str:
+    def message(self, what: str, step: int | None) -> str:
         times = f"{self.in_a_row} times in a row, the last" if self.in_a_row > 1 else "once"
         place = "" if step is None else f" at step {step}"
         kept = "no checkpoint yet"
         if self.checkpoint is not None and self.checkpoint.exists():
-            kept = f"{self.checkpoint} is from before"
+            kept = f"{self.checkpoint} is of an earlier step"
         return f"{what} was not finite {times}{place}: try a smaller --learning-rate ({kept})"
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Guard:
 
 
 def norm(parameters: list[Tensor], kind: float, like: Tensor) -> Tensor:
-    """Of all gradients together, on the device of `like`."""
+    """The norm of all gradients together, on the device of `like`."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None and parameter.numel()]
     if not gradients:
         return torch.zeros((), dtype=torch.float32, device=like.device)

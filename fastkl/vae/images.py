@@ -1,4 +1,4 @@
-"""Folders of images, read in each file's own depth: a picture that Pillow would round or cut is refused by name."""
+"""Folders of images, read at each file's full depth: an error names a picture that Pillow would round or clip."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fastkl.vae.errors import UserError, require
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 TRAIN, TEST, VALIDATION = ("train", "training"), ("test", "testing"), ("val", "valid", "validation")
-# One channel of more than 8 bits, which NumPy takes over unchanged.
+# Modes with one channel of more than 8 bits, which NumPy reads unchanged.
 DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 
 def read_folder(path: Path, image_size: int, option: str) -> Held:
-    """Every image below the folder, in sorted order. Its subfolders name the labels, if all images are in one.
+    """Every image below the folder, in sorted order. Subfolders name the labels if each image is in one.
 
-    Subfolders `train` and `test` (and `val`) are not labels: each is such a folder.
+    Subfolders `train` and `test` (or `val`) are the parts of the data, and each is read in this way.
     """
     inside = {item.name.lower(): item for item in path.iterdir() if item.is_dir()}
     training, testing, validating = (
@@ -34,7 +34,7 @@ def read_folder(path: Path, image_size: int, option: str) -> Held:
     used = {folder for folder in chosen.values() if folder is not None}
     if others := sorted(item.name for item in path.iterdir() if item not in used and not item.name.startswith(".")):
         notes.append(f"left out, beside train and test: {shortened(others)}")
-    # By name from here on: a group that only one of the parts has is none of the others' numbers.
+    # Labels by name: each part has numbered its groups separately.
     parts = {
         name: Part(part.values, None if part.labels is None else np.array(groups)[part.labels], part.span)
         for name, (part, groups, _) in read.items()
@@ -43,19 +43,19 @@ def read_folder(path: Path, image_size: int, option: str) -> Held:
 
 
 def read_below(path: Path, image_size: int, option: str) -> tuple[Part, list[str] | None, list[str]]:
-    """(images, names of their groups or None, what a reader of the report must know)."""
+    """(images, names of their groups or None, notes for the report)."""
     files = [item for item in path.rglob("*") if item.is_file() and not hidden(item.relative_to(path))]
     names = sorted(item for item in files if item.suffix.lower() in IMAGES)
     if not names:
         raise UserError(f"{option} {path}: no images in this folder ({', '.join(IMAGES)})")
     require("PIL", "Reading images")
-    found: dict[str, str] = {}  # depth -> the first image of it
+    by_depth: dict[str, str] = {}  # depth -> the first image of this depth
     images, spans, laid = [], [], 0
     for name in names:
         pixels, transparent = read_image(name, option)
-        found.setdefault(depth(pixels), str(name.relative_to(path)))
-        if len(found) > 1:
-            listed = ", ".join(f"{file} ({kind})" for kind, file in found.items())
+        by_depth.setdefault(depth(pixels), str(name.relative_to(path)))
+        if len(by_depth) > 1:
+            listed = ", ".join(f"{file} ({kind})" for kind, file in by_depth.items())
             raise UserError(f"{option} {path}: images of different depths have no common scale: {listed}")
         spans.append(Span.of(pixels))
         images.append(resized(pixels, image_size) if image_size else pixels)
@@ -65,16 +65,16 @@ def read_below(path: Path, image_size: int, option: str) -> tuple[Part, list[str
     notes = [f"{len(names):,} images"]
     if len({image.shape[0] for image in images}) > 1:
         images = [np.repeat(image, 3, axis=0) if image.shape[0] == 1 else image for image in images]
-        notes.append("grey ones among them read as colour")
+        notes.append("the grey ones converted to colour")
     if laid:
-        notes.append(f"the transparent pixels of {laid:,} laid on white")
+        notes.append(f"{laid:,} with transparent pixels, drawn on white")
     if image_size:
-        notes.append(f"resized to {image_size} x {image_size}, whatever their proportions")
+        notes.append(f"resized to {image_size} x {image_size} without keeping proportions")
     if others := sorted(str(item.relative_to(path)) for item in files if item.suffix.lower() not in IMAGES):
-        notes.append(f"left out, as no images: {shortened(others)}")
+        notes.append(f"other files left out: {shortened(others)}")
     places = [name.relative_to(path).parts for name in names]
     while all(len(place) > 1 for place in places) and len({place[0] for place in places}) == 1:
-        places = [place[1:] for place in places]  # a folder around all of them is no group
+        places = [place[1:] for place in places]  # one folder around all images is not a group
     groups = sorted({place[0] for place in places if len(place) > 1})
     pictures = Part(np.stack(images), None, Span.joined(spans))
     if len(groups) < 2 or any(len(place) == 1 for place in places):
@@ -84,18 +84,17 @@ def read_below(path: Path, image_size: int, option: str) -> tuple[Part, list[str
 
 
 def read_image(path: Path, option: str) -> tuple[np.ndarray, bool]:
-    """[1 or 3, height, width] in the depth of the file, turned as its camera was held; whether it was transparent."""
+    """(pixels [1 or 3, height, width] at the file's depth, rotated by its EXIF tag; whether it was transparent)."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1 and image.format != "MPO":  # the second of a camera's is a preview
-                raise UserError(f"{option}: {path} holds {frames} pictures: save each in a file of its own")
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # the second frame of an MPO is a preview
+                raise UserError(f"{option}: {path} holds {image.n_frames} pictures: save each in a separate file")
             if cut(image):
                 raise UserError(
-                    f"{option}: {path} is a colour picture of more than 8 bits per channel, of which Pillow reads 8: "
-                    "save it in 8 bits, or all of them in one .npy"
+                    f"{option}: {path} is a colour picture with more than 8 bits per channel; Pillow reads only 8: "
+                    "save it in 8 bits, or all pictures in one .npy"
                 )
             image.load()
             if image.mode == "I" and image.format == "TIFF" and unsigned(image):
@@ -104,7 +103,7 @@ def read_image(path: Path, option: str) -> tuple[np.ndarray, bool]:
             if image.mode in DEEP:
                 if "transparency" in image.info:
                     raise UserError(
-                        f"{option}: {path} has transparent pixels in more than 8 bits: save it without them"
+                        f"{option}: {path} has transparent pixels and more than 8 bits: save it without transparency"
                     )
                 return np.asarray(image)[None], False
             image, transparent = flattened(image)
@@ -117,7 +116,7 @@ def read_image(path: Path, option: str) -> tuple[np.ndarray, bool]:
 
 
 def flattened(image: Any) -> tuple[Any, bool]:
-    """(The picture in 8 bits of grey or colour, whether any of it was transparent and now lies on white.)"""
+    """(The picture in 8-bit grey or colour, whether it had transparent pixels, now drawn on white)."""
     from PIL import Image
 
     if image.mode not in ("1", "L", "P", "PA", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"):
@@ -126,7 +125,7 @@ def flattened(image: Any) -> tuple[Any, bool]:
     palette = image.mode in ("P", "PA")
     transparent = False
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        if image.mode in ("La", "RGBa"):  # colours multiplied by the opacity: Pillow goes back by one step at a time
+        if image.mode in ("La", "RGBa"):  # premultiplied alpha: Pillow converts it in one step at a time
             image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
         image = image.convert("RGBA")
         transparent = image.getchannel("A").getextrema()[0] < 255
@@ -141,7 +140,7 @@ def flattened(image: Any) -> tuple[Any, bool]:
 
 
 def cut(image: Any) -> bool:
-    """Whether Pillow, which has colour in 8 bits alone, would leave out bits of this file."""
+    """Whether Pillow would drop bits of this file: it reads colour with 8 bits only."""
     if image.mode in DEEP:
         return False
     for tile in image.tile:
@@ -154,12 +153,12 @@ def cut(image: Any) -> bool:
 
 
 def unsigned(image: Any) -> bool:
-    """Whether a TIFF of whole numbers says they have no sign while Pillow finds negative ones."""
+    """Whether Pillow reads negative values from a TIFF whose header says unsigned."""
     return image.tag_v2.get(339, (1,))[0] == 1 and image.getextrema()[0] < 0
 
 
 def resized(pixels: np.ndarray, size: int) -> np.ndarray:
-    """In floating point: rounded to the file's own levels, a mask of 0 and 1 would lose its edges."""
+    """The resized picture, in floating point: rounding to the file's levels would lose the edges of a 0/1 mask."""
     from PIL import Image
 
     channels = [
@@ -175,7 +174,7 @@ def depth(pixels: np.ndarray) -> str:
 
 
 def hidden(place: Path) -> bool:
-    """Copies that a system or an editor keeps for itself, not the person's pictures."""
+    """Whether the path is a hidden file or folder, such as a system's copy of a picture."""
     return any(part.startswith(".") or part == "__MACOSX" for part in place.parts)
 
 

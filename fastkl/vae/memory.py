@@ -1,4 +1,4 @@
-"""What the loss costs: the memory of sampling and KL with fastkl, beside the formula that people write by hand."""
+"""The memory and time of sample and KL with fastkl, beside the eager formula."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def compare(latent_shape: tuple[int, ...], batch: int = 32) -> dict[str, Any]:
     what = (
         f"Sample and KL of {batch} latents of {sizes}, float32, on the CPU; one latent tensor is "
         f"{batch * math.prod(latent_shape) * 4 / MIB:.1f} MiB. Kept: tensors saved between forward and backward, "
-        "without the head itself. Peak: allocated at once above the head; sample, gradients and the temporaries of "
-        "each op included."
+        "without the head itself. Peak: memory allocated at once beyond the head, with sample, gradients and the "
+        "temporaries of each op."
     )
     return {"what": what, "rows": {"eager": measure(eager, head), "fastkl": measure(fused, head)}}
 
 
 def measure(loss: Callable[[Tensor], tuple[Tensor, Tensor]], head: Tensor) -> dict[str, float]:
-    step(loss, head)  # what a first call sets up is not the loss's
+    step(loss, head)  # not timed: a first call has set-up costs
     times = []
     for _ in range(5):
         began = time.perf_counter()
@@ -59,12 +59,12 @@ def measure(loss: Callable[[Tensor], tuple[Tensor, Tensor]], head: Tensor) -> di
 def step(loss: Callable[[Tensor], tuple[Tensor, Tensor]], head: Tensor) -> None:
     head.grad = None
     z, kl = loss(head)
-    # The decoder's gradient reaches z without z being kept here: a sum is a decoder that costs nothing.
+    # The sum stands for a decoder without costs: its gradient reaches z, and it does not save z.
     (z.sum() + kl.sum()).backward()
 
 
 def saved_bytes(loss: Callable[[Tensor], tuple[Tensor, Tensor]], head: Tensor) -> int:
-    """Bytes of the storages that autograd keeps, each counted once; the head is the encoder's."""
+    """Bytes of the storages that autograd saves, each counted once, without the head, which is the encoder's."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -80,9 +80,9 @@ def saved_bytes(loss: Callable[[Tensor], tuple[Tensor, Tensor]], head: Tensor) -
 
 
 def peak_bytes(loss: Callable[[Tensor], tuple[Tensor, Tensor]], head: Tensor) -> int:
-    """The allocator's own account, as the profiler records it: every allocation, inside ops too."""
+    """Peak of the allocated bytes by the profiler's record of every allocation, also inside ops."""
     head.grad = None
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its notes to developers do not belong in a person's terminal
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # mutes the profiler's messages in the terminal
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step(loss, head)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Encoder and decoder. The encoder's last layer packs mean and log-variance in one head, which is never copied."""
+"""Encoder and decoder. The encoder's last layer gives mean and log-variance as one packed head, used without a copy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastkl.vae.autoregressive import MaskedDecoder
 from fastkl.vae.errors import UserError
 from fastkl.vae.settings import Settings
 
-# Values of x at once, encoded and decoded: what bounds the memory of large images, and of 1,000 samples.
+# Values of x per chunk, encoded and decoded. They bound the memory of large images and of 1,000 samples.
 ENCODED, DECODED = 2**17, 2**20
 
 
@@ -27,14 +27,14 @@ class VAE(nn.Module):
     def __init__(self, encoder: nn.Module, decoder: nn.Module, shape: tuple, latent_shape: tuple, likelihood: str):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        self.register_module("prior", None)  # N(0, I), unless one is learned; it begins after the warm-up (prior.py)
+        self.register_module("prior", None)  # None is N(0, I); a learned prior starts after the warm-up (prior.py)
         self.shape, self.latent_shape, self.likelihood = tuple(shape), tuple(latent_shape), likelihood
         if likelihood == "normal":
             # One variance per feature of a vector, one for all pixels of an image.
             self.logvar = nn.Parameter(torch.zeros(shape if len(shape) == 1 else ()))
 
     def posterior(self, x: Tensor) -> fastkl.DiagonalNormal:
-        """q(z | x); the head is [N, 2 * latent, ...] and is used where it lies."""
+        """q(z | x), views of the packed head [N, 2 * latent, ...]."""
         return fastkl.DiagonalNormal.from_packed(self.encoder(x), dim=1)
 
     @property
@@ -43,8 +43,8 @@ class VAE(nn.Module):
         return isinstance(self.decoder, MaskedDecoder)
 
     def decode(self, z: Tensor, x: Tensor | None = None) -> Tensor:
-        """Logits (bernoulli) or means (normal), [..., *shape] for z [..., *latent_shape]; x is what an autoregressive
-        decoder reads."""
+        """Logits (bernoulli) or means (normal) [..., *shape] for z [..., *latent_shape]; only an autoregressive decoder
+        reads x."""
         if self.autoregressive:
             return self.decoder(z, x)
         leading = z.shape[: z.dim() - len(self.latent_shape)]
@@ -52,35 +52,35 @@ class VAE(nn.Module):
 
     @property
     def draws_data(self) -> bool:
-        """Whether the likelihood is of zeros and ones drawn from the data: for a decoder that reads them.
+        """Whether the data are binarised at random, as an autoregressive decoder of grey values needs.
 
-        A grey value read from its neighbours would tell more than the zeros and ones that the likelihood is of.
+        Reading the grey values of earlier pixels would tell such a decoder more than their zeros and ones do.
         """
         return self.autoregressive and self.likelihood == "bernoulli"
 
     def observed(self, x: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """What the likelihood is of: x, or zeros and ones drawn with these chances, by numbers in [0, 1) if given."""
+        """The argument of the likelihood: x, or zeros and ones drawn with probability x, by `uniform` if given."""
         if not self.draws_data:
             return x
         return torch.bernoulli(x) if uniform is None else (uniform < x).to(x.dtype)
 
     def log_likelihood(self, z: Tensor, x: Tensor) -> Tensor:
-        """log p(x | z) in nats, one per leading index of z; x may lack the first of them (samples of a datum)."""
+        """log p(x | z) in nats, one per leading index of z; x may lack the first one (samples of a datum)."""
         x = self.observed(x)
         output = self.decode(z, x)
         x = x.expand_as(output)
         if self.likelihood == "bernoulli":
-            return fastkl.bernoulli_log_prob(output, x, event_ndim=len(self.shape))
+            return fastkl.bernoulli_log_prob(x, output, event_ndim=len(self.shape))
         return fastkl.normal_log_prob(x, output, self.logvar.expand_as(output), event_ndim=len(self.shape))
 
     def pictured(self, z: Tensor) -> Tensor:
-        """The decoder's expectation of x, for pictures: of each value given a draw of those before it, where it reads
-        them."""
+        """The decoder's mean of x, for pictures. An autoregressive decoder gives the mean of each value given draws of
+        the earlier ones."""
         output = self.decoder.sample(z, self.drawn)[1] if isinstance(self.decoder, MaskedDecoder) else self.decode(z)
         return output.sigmoid() if self.likelihood == "bernoulli" else output
 
     def drawn(self, output: Tensor, index: int) -> Tensor:
-        """One value of each datum, from the decoder's output for it."""
+        """A sample of one value of each datum, from the decoder's output for this value."""
         if self.likelihood == "bernoulli":
             return torch.bernoulli(output.sigmoid())
         return torch.normal(output, (self.logvar.expand(self.shape).flatten()[index] / 2).exp())
@@ -100,7 +100,7 @@ def mlp(shape: tuple, latent: int, hidden: int, layers: int) -> tuple[nn.Module,
 
 
 def autoregressive(shape: tuple, latent: int, hidden: int, layers: int) -> tuple[nn.Module, nn.Module, tuple]:
-    """The encoder of mlp, and a decoder of the same size that reads the datum's earlier values."""
+    """The encoder of mlp, and a masked decoder of the same size."""
     encoder = nn.Sequential(nn.Flatten(), *stack(math.prod(shape), 2 * latent, hidden, layers))
     return encoder, MaskedDecoder(shape, latent, hidden, layers), (latent,)
 
@@ -112,7 +112,7 @@ def stack(inputs: int, outputs: int, hidden: int, layers: int) -> list[nn.Module
 
 
 class Residual(nn.Module):
-    """x + conv(silu(norm(x))): one convolution deep, because the pictures here are small."""
+    """x + conv(silu(norm(x))): one convolution suffices for small pictures."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -123,7 +123,7 @@ class Residual(nn.Module):
 
 
 def norm(width: int) -> nn.Module:
-    # Over groups of channels of one datum: a batch norm would make the loss depend on how the batch is divided.
+    # Not a batch norm, with which the loss would depend on the split of the batch over processes.
     return nn.GroupNorm(math.gcd(8, width), width)
 
 
@@ -135,7 +135,7 @@ def conv(shape: tuple, latent: int, hidden: int, layers: int) -> tuple[nn.Module
     channels, height, width = shape
     if height % factor or width % factor:
         raise UserError(
-            f"--layers {layers} halves an image {layers} times; {height} x {width} does not allow it: --image-size"
+            f"--layers {layers} needs image sides divisible by {factor}, got {height} x {width}: choose --image-size"
         )
     widths = [hidden * 2**level for level in range(layers + 1)]
     down: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1)]

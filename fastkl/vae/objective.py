@@ -1,4 +1,4 @@
-"""What a step minimises: one of fastkl.objectives, chosen and set up by the options of the run."""
+"""The loss of a step: one of fastkl.objectives, with the options of the run."""
 
 from __future__ import annotations
 
@@ -19,18 +19,16 @@ if TYPE_CHECKING:
 
 
 class Noise(NamedTuple):
-    """Of one step, where it is not for the op to draw: of the latents [N, L, *latent_shape] and of the choice of a
-    component [N, L, K]; the draws from the prior [N, latent] that latents are compared with; and numbers in [0, 1)
-    [N, *shape], by which grey values become zeros and ones."""
+    """Noise of one training step, given instead of drawn inside the op."""
 
-    eps: Tensor | None = None
-    gumbel: Tensor | None = None
-    prior_samples: Tensor | None = None
-    uniform: Tensor | None = None
+    eps: Tensor | None = None  # of the latents [N, L, *latent_shape]
+    gumbel: Tensor | None = None  # of the choice of a component [N, L, K]
+    prior_samples: Tensor | None = None  # draws from the prior [N, latent], compared with the latents
+    uniform: Tensor | None = None  # in [0, 1) [N, *shape], to binarise grey values
 
 
 class Weights(NamedTuple):
-    """What changes from step to step, as tensors, so that a compiled objective stays compiled."""
+    """Scheduled weights, as tensors: a compiled objective is not recompiled for new values."""
 
     beta: Tensor
     tau: Tensor
@@ -38,7 +36,7 @@ class Weights(NamedTuple):
 
 
 class Objective(nn.Module):
-    """A module, because DistributedDataParallel hooks into forward(). The discriminator of aae is part of it."""
+    """The loss as a module, because DistributedDataParallel needs a forward(). It owns the discriminator of aae."""
 
     def __init__(self, vae: VAE, settings: Settings, dataset_size: int, group: ProcessGroup | None = None):
         super().__init__()
@@ -48,12 +46,12 @@ class Objective(nn.Module):
     def forward(
         self, x: Tensor, noise: Noise, weights: Weights, learned: bool = False
     ) -> tuple[Tensor, dict[str, Tensor], DiagonalNormal]:
-        """(loss, its terms, the posterior without gradient) of a batch; to the learned prior or N(0, I)."""
+        """(loss, its terms, the posterior without gradient) of a batch; with the learned prior if `learned`."""
         posterior = self.vae.posterior(x)
-        seen = self.vae.observed(x, noise.uniform)  # once, where the likelihood is of draws
+        observed = self.vae.observed(x, noise.uniform)  # binarised once, so that all samples share it
 
         def log_likelihood(z: Tensor) -> Tensor:
-            return self.vae.log_likelihood(z, seen)
+            return self.vae.log_likelihood(z, observed)
 
         prior = self.vae.prior if learned else None
         loss, terms = self.of(posterior, prior, log_likelihood, noise, weights)
@@ -65,7 +63,7 @@ class Objective(nn.Module):
     ) -> Loss:  # fmt: skip
         settings, problem = self.settings, (posterior, prior, log_likelihood)
         name = settings.objective
-        if name == "vade" and prior is None:  # during the warm-up there is no component to choose
+        if name == "vade" and prior is None:  # N(0, I) during the warm-up has no components
             name = "elbo"
         minimise = getattr(objectives, name)
         eps, gumbel = (None if tensor is None else tensor.transpose(0, 1) for tensor in noise[:2])
@@ -75,7 +73,7 @@ class Objective(nn.Module):
             given = {"eps": eps, "prior_samples": noise.prior_samples, "penalty": settings.penalty}
             if name == "aae":
                 loss, own = minimise(*problem, self.discriminator, **given)
-                return Loss(loss.loss + own, loss.terms)  # neither has a gradient in what the other trains
+                return Loss(loss.loss + own, loss.terms)  # the two losses have gradients in disjoint parameters
             return minimise(*problem, **given, **self.distance())
         if name == "beta_tc_vae":
             estimate = {"dataset_size": self.dataset_size, "weights": settings.weights, "group": self.group}
@@ -90,7 +88,7 @@ class Objective(nn.Module):
         return minimise(*problem, beta=weights.beta, remedy=self.remedy(weights), **kl)
 
     def distance(self) -> dict[str, Any]:
-        """Between latents and draws of the prior, with what --objective says of it."""
+        """Arguments of the distance between latents and draws of the prior."""
         settings = self.settings
         if settings.objective == "swae":
             return {"num_projections": settings.projections}
@@ -100,7 +98,7 @@ class Objective(nn.Module):
         return {"kernel": settings.kernel, "group": self.group, **share}
 
     def remedy(self, weights: Weights):
-        """What stands in the KL's place in the ELBO."""
+        """The function that replaces the KL in the ELBO, or None."""
         settings = self.settings
         if settings.free_bits:
             per = settings.free_bits_per
@@ -117,7 +115,7 @@ class Objective(nn.Module):
             def balance(posterior: DiagonalNormal, kl: Tensor) -> Tensor:
                 parts = groups_of(posterior, settings.balance)
                 sizes = [part.shape[1:].numel() for part in parts]
-                # 1 at its final value, where balancing ends. By comparison: a quotient may be rounded to below 1.
+                # 1 once beta has its final value, which ends balancing. A quotient could be rounded to below 1.
                 beta = (weights.beta >= settings.beta).to(weights.beta.dtype)
                 return remedies.balance([part.kl() for part in parts], sizes, beta=beta, group=self.group)
 
@@ -126,7 +124,7 @@ class Objective(nn.Module):
 
 
 def groups_of(posterior: DiagonalNormal, count: int) -> list[DiagonalNormal]:
-    """The posterior's latent dimensions, or channels, in as many groups as even as can be."""
+    """The posterior's latent dimensions, or channels, split into `count` groups of nearly equal size."""
     parameters = zip(posterior.mean.tensor_split(count, 1), posterior.logvar.tensor_split(count, 1))
     return [DiagonalNormal(mu, logvar) for mu, logvar in parameters]
 
@@ -141,7 +139,7 @@ def importance(settings: Settings) -> dict[str, Any]:
 
 
 def draws_of(settings: Settings, learned: bool) -> int:
-    """How many latents a step draws for each datum."""
+    """The number of latents that a step draws per datum."""
     if settings.objective in ("miwae", "piwae"):
         return settings.groups * settings.samples
     if settings.objective in IMPORTANCE:

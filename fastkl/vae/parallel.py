@@ -1,4 +1,4 @@
-"""torchrun: which process this is, and the few words that processes exchange. Alone, every function here is trivial."""
+"""torchrun: rank, process group and exchange of values. With one process every function here is trivial."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from fastkl.vae.errors import UserError
 class Ranks:
     rank: int = 0
     size: int = 1
-    local: int = 0  # which process of this machine
+    local: int = 0  # index among the processes of this machine
 
     @property
     def main(self) -> bool:
-        """Whether this process writes the files and the terminal; no other does."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     @property
     def group(self) -> distributed.ProcessGroup | None:
-        """The processes whose batches together are the batch."""
+        """The process group over which a batch is split, or None for one process."""
         return distributed.group.WORLD if self.size > 1 else None
 
     def mean(self, values: Tensor) -> Tensor:
-        """The average over processes, the same bits on each."""
+        """The average over processes, bitwise the same on each."""
         if self.size > 1:
             distributed.all_reduce(values)
             values /= self.size
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """What the main process knows, on every process."""
+        """The main process's value, on every process."""
         if self.size == 1:
             return value
         box = [value]
@@ -64,21 +64,22 @@ def start() -> Ranks:
         return Ranks()
     if not distributed.is_available():
         raise UserError("this build of torch has no torch.distributed; run without torchrun")
-    # Imported after the group exists, as DistributedDataParallel does, its functions' default arguments keep the group
-    # and gloo's threads for ever: one that lets go of a tensor while the interpreter ends aborts the process.
+    # Imported before the group exists. Otherwise DistributedDataParallel imports it later, and its functions' default
+    # arguments keep the group and gloo's threads alive. A thread that frees a tensor while the interpreter ends aborts
+    # the process.
     importlib.import_module("torch.distributed.nn")
     local = int(os.environ.get("LOCAL_RANK", "0"))
     backend = "gloo"
     if torch.cuda.is_available():
-        if local < torch.cuda.device_count():  # else choose_device refuses, or the run is on the CPU
-            torch.cuda.set_device(local)  # before the group: NCCL, and whatever says "cuda", takes the current device
-        backend = "cpu:gloo,cuda:nccl"  # by where a tensor is: --device cpu, and what is sent as an object
+        if local < torch.cuda.device_count():  # else choose_device raises, or the run is on the CPU
+            torch.cuda.set_device(local)  # before the group: NCCL and "cuda" without an index use the current device
+        backend = "cpu:gloo,cuda:nccl"  # gloo for --device cpu and for objects
     distributed.init_process_group(backend)
     return Ranks(distributed.get_rank(), distributed.get_world_size(), local)
 
 
 def stop(ranks: Ranks) -> None:
-    """Leave the others; threads that exchanged tensors end here, not while the interpreter does."""
+    """Leave the group, so that its threads end before the interpreter does."""
     if ranks.size > 1 and distributed.is_initialized():
         distributed.destroy_process_group()
-        gc.collect()  # what wrapped the model holds the group, too
+        gc.collect()  # DistributedDataParallel also holds the group

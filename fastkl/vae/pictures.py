@@ -1,4 +1,4 @@
-"""The pictures of the report, as matplotlib figures: every axis named with its unit, colours apart for every eye."""
+"""The figures of the report, in matplotlib: axes have units, and colours suit colour-blind readers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fastkl.vae.prior import draw as draw_latents
 from fastkl.vae.prior import is_mixture
 from fastkl.vae.run import Run
 
-# Paul Tol's muted scheme, made for readers with any kind of colour vision; the tenth is black. Markers tell groups
-# apart that share a colour.
+# Paul Tol's muted scheme, distinct for any kind of colour vision; the tenth colour is black. Groups that share a colour
+# have different markers.
 COLOURS = (
     "#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255", "#aa4499", "#000000",
 )  # fmt: skip
@@ -35,8 +35,8 @@ STYLE = {
 
 @torch.no_grad()
 def draw(run: Run, evaluation: Evaluation) -> dict[str, Any]:
-    """name -> figure, in the order of the report. Data that are vectors have no pictures of their own."""
-    matplotlib = require("matplotlib", "The report (--no-report leaves it out)")
+    """name -> figure, in the order of the report. Vector data have no sample or reconstruction pictures."""
+    matplotlib = require("matplotlib", "The report (--no-report skips it)")
     matplotlib.use("Agg")
     with matplotlib.rc_context(STYLE):
         figures = {"loss_curves": loss_curves(run)}
@@ -53,12 +53,12 @@ def draw(run: Run, evaluation: Evaluation) -> dict[str, Any]:
         figures["latent_space"] = latent_space(run, evaluation)
         figures["kl_per_dimension"] = kl_per_dimension(run, evaluation)
         for figure in figures.values():
-            figure.canvas.draw()  # laid out under this style
+            figure.canvas.draw()  # computes the layout while this style is active
     return figures
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # without pyplot no window and no figure outlives its use
+    from matplotlib.figure import Figure  # pyplot would keep figures alive and may open windows
 
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots(rows, columns)
@@ -72,7 +72,7 @@ def loss_curves(run: Run) -> Any:
         panel.plot(train[:, 0], train[:, column], color=BLUE, linewidth=1, alpha=0.75, label="training")
         panel.plot(test[:, 0], test[:, column], color=RED, marker="o", markersize=3.5, linewidth=1.6, label=names[1])
         panel.set(title=title, xlabel="step", ylabel="nats per datum")
-        if len(train) > 20:  # the first steps fall from so high that they would flatten the rest
+        if len(train) > 20:  # without the first steps, whose range would flatten the rest
             shown = np.concatenate([train[len(train) // 20 :, column], test[1:, column]])
             room = 0.06 * max(np.ptp(shown), 1e-6)
             panel.set_ylim(shown.min() - room, shown.max() + room)
@@ -81,12 +81,12 @@ def loss_curves(run: Run) -> Any:
 
 
 def objective_terms(run: Run) -> Any:
-    """A panel for each term that the objective has beside reconstruction and KL."""
+    """A panel for each term of the objective other than reconstruction and KL."""
     curves = {name.partition("/")[2]: rows for name, rows in run.history.items() if name.startswith("terms/")}
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
     figure, panels = new_figure(3.5 * columns, 0.6 + 2.9 * rows, rows, columns)
-    headline(figure, f"What {run.settings.objective} is made of, beside reconstruction and KL")
+    headline(figure, f"Terms of {run.settings.objective} other than reconstruction and KL")
     panels = np.atleast_1d(panels).flatten()
     for panel, (name, values) in zip(panels, curves.items()):
         step, value = np.array(values).T
@@ -129,12 +129,12 @@ def decoded(run: Run, z: Tensor) -> Tensor:
 
 
 def components(run: Run, evaluation: Evaluation, rows: int = 20, columns: int = 10) -> Any:
-    """A row of samples for each component, those that the test data use most first."""
+    """A row of samples for each component, the most used first."""
     assert evaluation.responsibilities is not None, "of a mixture"
     shares = clusters.shares(evaluation.responsibilities)
     chosen = shares.argsort(descending=True)[:rows].tolist()
     columns = 4 if run.data.shape[-1] > 64 else columns
-    # Two components side by side, or the picture would be a tower.
+    # Two components side by side, for a figure that is not too tall.
     halves = 2 if len(chosen) > 5 else 1
     height = -(-len(chosen) // halves)
     figure, panels = new_figure(0.5 * halves * (columns + 2) + 0.3, 0.5 * height + 0.6, height, halves * (columns + 1))
@@ -152,7 +152,7 @@ def components(run: Run, evaluation: Evaluation, rows: int = 20, columns: int = 
 
 
 def component_usage(evaluation: Evaluation) -> Any:
-    """Mean responsibilities over the test data, largest first."""
+    """Mean responsibilities over the test data, the largest first."""
     assert evaluation.responsibilities is not None, "of a mixture"
     figures = clusters.usage(evaluation.responsibilities)
     shares = clusters.shares(evaluation.responsibilities).sort(descending=True).values
@@ -169,13 +169,13 @@ def component_usage(evaluation: Evaluation) -> Any:
     panel.tick_params(axis="x", length=0)
     used, entropy = figures["used_components"], figures["usage_entropy"]
     note = f"{used} of {len(shares)} used (blue); entropy {entropy:.2f} of at most {math.log(len(shares)):.2f} nats"
-    note += "\nthe dashed line: all used alike"
+    note += "\ndashed line: equal use"
     panel.annotate(note, (0.99, 0.95), xycoords="axes fraction", ha="right", va="top", color=GREY)
     return figure
 
 
 def kl_bracket(run: Run) -> Any:
-    """The KL to the mixture has no closed form; it lies between these bounds."""
+    """The estimated KL to the mixture over the epochs, with its lower and upper bound."""
     figure, panel = new_figure(8.6, 3.8)
     rows = np.array(run.history["mixture"])
     epochs = rows[:, 0] / run.steps_per_epoch
@@ -198,7 +198,7 @@ def show(panel: Any, picture: Tensor) -> None:
 
 
 def latent_space(run: Run, evaluation: Evaluation) -> Any:
-    """Posterior means of the test data: both dimensions if there are two, else their two principal components."""
+    """Posterior means of the test data: the two latent dimensions, or the first two principal components."""
     figure, panel = new_figure(8.6, 6.4)
     places, names = plane(evaluation.means.flatten(1))
     points = places[:5000].numpy()
@@ -217,7 +217,7 @@ def scatter_groups(panel: Any, points: np.ndarray, labels: np.ndarray, names: li
         colour, marker = COLOURS[group % len(COLOURS)], MARKERS[group // len(COLOURS) % len(MARKERS)]
         style = {"color": colour, "marker": marker, "alpha": 0.75, "linewidths": 0, "s": 32}
         panel.scatter(*points[labels == group].T, label=names[group], **style)
-        if len(names[group]) <= 3:  # short names stand on their groups too, for eyes that no colour helps
+        if len(names[group]) <= 3:  # short names are also written on the groups, for readers who do not see colours
             circle = {"boxstyle": "circle,pad=0.2", "facecolor": colour, "edgecolor": "white", "linewidth": 1.5}
             ink = "black" if colour in PALE else "white"
             panel.annotate(names[group], centre, ha="center", va="center", weight="bold", color=ink, bbox=circle)
@@ -225,7 +225,7 @@ def scatter_groups(panel: Any, points: np.ndarray, labels: np.ndarray, names: li
 
 
 def spaced(centres: np.ndarray, extent: np.ndarray, least: float = 0.055) -> np.ndarray:
-    """Push centres that lie closer than `least` of the picture apart, so that no name hides another."""
+    """Push apart centres closer than `least` of the picture, so that no name hides another."""
     places = centres / np.maximum(extent, 1e-12)
     for _ in range(50):
         for one in range(len(places)):
@@ -245,7 +245,7 @@ def plane(means: Tensor) -> tuple[Tensor, tuple[str, str]]:
     if means.shape[1] == 2:
         return means, ("latent dimension 0", "latent dimension 1")
     centred = means - means.mean(dim=0)
-    # Through the N x N products: a spatial latent has far more dimensions than there are test data.
+    # By the N x N Gram matrix: a spatial latent has far more dimensions than the number of test data.
     values, vectors = torch.linalg.eigh((centred @ centred.T).double())
     values, vectors = values.flip(0)[:2].clamp_min(0), vectors.flip(1)[:, :2]
     share = 100 * values / max(centred.double().square().sum().item(), 1e-300)
@@ -254,7 +254,7 @@ def plane(means: Tensor) -> tuple[Tensor, tuple[str, str]]:
 
 
 def kl_per_dimension(run: Run, evaluation: Evaluation) -> Any:
-    """Bars for a vector; a map per channel would hide the total, so a spatial latent is summed over its places."""
+    """Bars of the KL per latent dimension; a spatial latent is summed over positions, which shows the total."""
     shape = run.vae.latent_shape
     spatial = len(shape) == 3
     kl = evaluation.kl_per_dim.flatten(1).sum(1) if spatial else evaluation.kl_per_dim
@@ -267,13 +267,13 @@ def kl_per_dimension(run: Run, evaluation: Evaluation) -> Any:
         panel.set_xticks(range(len(kl)), [str(int(index)) for index in order])
         panel.tick_params(axis="x", length=0)
     unit = "channel" if spatial else "latent dimension"
-    where = f", summed over {shape[1]} x {shape[2]} places" if spatial else ""
+    where = f", summed over {shape[1]} x {shape[2]} positions" if spatial else ""
     target = "" if run.prior is None else " to N(0, I)"
     panel.set(
         title=f"KL{target} per {unit}{where}", xlabel=f"{unit}, largest KL first", ylabel="nats per datum, test mean"
     )
     panel.grid(axis="x", visible=False)
-    # Axes end at 0: a posterior that is the prior has a KL of 0, rounding aside.
+    # From 0: a collapsed posterior has a KL of 0, up to rounding.
     panel.set_ylim(bottom=0)
     note = f"total {kl.sum():.2f} nats;  {evaluation.active_units} of {math.prod(shape)} units active (blue)"
     panel.annotate(note, (0.99, 0.95), xycoords="axes fraction", ha="right", va="top", color=GREY)

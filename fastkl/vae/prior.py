@@ -1,8 +1,8 @@
-"""The prior of a run: how it is made, how it begins, and the KL to it. None stands for N(0, I), in closed form.
+"""The prior of a run: its construction, its start after the warm-up, and draws from it. None stands for N(0, I).
 
-During the KL warm-up every run has N(0, I): a mixture that starts on posteriors which mean nothing yet leaves most of
-its components unused. Then a mixture is fitted to the posteriors as they are, pseudo-inputs are encoded by what the
-encoder has learned, a flow starts near the identity, and all of them train jointly with the rest.
+During the KL warm-up every run uses N(0, I): a mixture that starts on untrained posteriors leaves most of its
+components unused. After the warm-up a mixture is fitted to the posteriors, pseudo-inputs pass through the trained
+encoder, and a flow starts near the identity. All of them then train jointly with the rest.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from fastkl.vae.errors import UserError, require
 from fastkl.vae.model import ENCODED, VAE
 from fastkl.vae.settings import Settings
 
-# Draws from the posteriors that a mixture is fitted to, and how many numbers they may be.
+# Limits of the draws from the posteriors to which a mixture is fitted: draws, and numbers in all.
 DRAWS, NUMBERS = 20_000, 2**25
-LARGEST = 1024  # latent, where each component has a matrix of it, or each transform of a flow
+LARGEST = 1024  # the largest latent for full covariances and flows, whose matrices grow with it
 
 
 def build(settings: Settings, vae: VAE, data: Data) -> Prior | None:
-    """The prior as it is before it begins."""
+    """The untrained prior."""
     dim = math.prod(vae.latent_shape)
     large = "--prior flow" if settings.prior == "flow" else f"--covariance {settings.covariance}"
     if large in ("--prior flow", "--covariance full") and dim > LARGEST:
-        raise UserError(f"{large} is made for latents of at most {LARGEST} numbers, this one has {dim}: --prior gmm")
+        raise UserError(f"{large} takes latents of at most {LARGEST} numbers, got {dim}: use --prior gmm")
     if settings.prior == "gmm":
         if settings.components > len(data.train):
             raise UserError(f"--components {settings.components} is more than the {len(data.train)} training data")
         return GaussianMixture(settings.components, dim, settings.covariance)
     if settings.prior == "vamp":
-        return VampPrior(pseudo_inputs(settings, data), vae.encoder, transform=whole(data))
+        return VampPrior(pseudo_inputs(settings, data), vae.encoder, transform=into_range(data))
     if settings.prior == "flow":
         zuko = require("zuko", "--prior flow")
-        # Splines move a number by as much as they like and leave what is beyond 5 deviations alone.
+        # Splines are flexible within 5 deviations and the identity beyond.
         return FlowPrior(zuko.flows.NSF(dim, transforms=2, hidden_features=(64, 64)))
     return None
 
 
 def pseudo_inputs(settings: Settings, data: Data) -> Tensor:
-    """Training data, no two the same unless more are wanted than there are."""
+    """Training data, all different unless `components` exceeds their number."""
     generator = streams.generator(settings.seed, "pseudo-inputs")
     count = len(data.train)
     order = [
@@ -55,33 +55,33 @@ def pseudo_inputs(settings: Settings, data: Data) -> Tensor:
     return data.train[torch.cat(order)[: settings.components]]
 
 
-def whole(data: Data) -> nn.Module | None:
-    """Keeps pseudo-inputs that are probabilities in their range."""
-    # Not Hardtanh as in the paper: where a pixel is 0 or 1, as most are, it has no gradient that leads back inside.
-    return Inside() if data.likelihood == "bernoulli" else None
+def into_range(data: Data) -> nn.Module | None:
+    """The map of pseudo-inputs into the range of the data, [0, 1] for Bernoulli data."""
+    # Not Hardtanh as in the paper: at pixels of 0 or 1, the most frequent ones, its gradient vanishes.
+    return Clamp() if data.likelihood == "bernoulli" else None
 
 
-class Inside(nn.Module):
-    """Values clamped to [0, 1]; the gradient is let through."""
+class Clamp(nn.Module):
+    """Values clamped to [0, 1], with a straight-through gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + (x.clamp(0, 1) - x).detach()
 
 
 @torch.no_grad()
-def begin(prior: nn.Module, vae: VAE, data: Data, settings: Settings, device: torch.device) -> None:
-    """Fit a mixture to the posteriors of the training data; other priors begin as they were built.
+def initialise(prior: nn.Module, vae: VAE, data: Data, settings: Settings, device: torch.device) -> None:
+    """Fit a mixture to the posteriors of the training data; other priors start as they were built.
 
-    First to the posterior means, where the clusters are; then, from those centres, to draws from the posteriors: the
-    best prior is the average posterior, whose width the means do not have. (A dimension that carries nothing has means
-    near 0 and posteriors of variance 1, and a mixture of the means alone would be absurdly narrow there.)
+    The first fit is to the posterior means, which show the clusters. The second starts from its centres and is to draws
+    from the posteriors, because the best prior is the average posterior, which is wider than the means. (In a collapsed
+    dimension the means are near 0 and the posterior variances near 1; a mixture of the means alone is far too narrow.)
     """
     if not isinstance(prior, GaussianMixture):
         return
     seed = streams.seed_for(settings.seed, "fit")
     torch.manual_seed(seed)  # the next training step seeds itself
     rows = max(settings.components, min(DRAWS, NUMBERS // math.prod(vae.latent_shape)))
-    x = data.train[:rows]  # which the split has shuffled
+    x = data.train[:rows]  # a random subset: the split has shuffled the rows
     draws = max(1, rows // len(x))
     means, drawn = [], []
     for part in x.split(max(1, ENCODED // x[0].numel())):
@@ -96,7 +96,7 @@ def begin(prior: nn.Module, vae: VAE, data: Data, settings: Settings, device: to
 
 
 def rsample(prior: Prior | None, vae: VAE, count: int, *seeds: int) -> Tensor:
-    """The same draws [count, latent] on every process, with gradients to a learned prior."""
+    """Reparameterised draws [count, latent] from the prior, the same on every process."""
     seed, dim = streams.seed_for(seeds[0], "prior", *seeds[1:]), math.prod(vae.latent_shape)
     return (StandardNormal(dim) if prior is None else prior).rsample(count, seed=seed)
 

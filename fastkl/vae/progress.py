@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar in a terminal, lines in a log, and what TensorBoard shows."""
+"""The display of a run: a bar in a terminal, lines in a log, and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Steady:
-    """A stream that takes what it is given even when its terminal, pipe or disk is gone: a run outlives them."""
+    """A stream without errors: a run continues when its terminal, pipe or disk is gone."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -45,7 +45,7 @@ def say(line: str, error: bool = False) -> None:
 
 
 def mute(stream: Any) -> None:
-    """What is written there from here on goes nowhere, which never fails."""
+    """Redirect a stream to the null device."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -53,7 +53,7 @@ def mute(stream: Any) -> None:
 
 
 class Display:
-    """A display that shows nothing: what processes other than the main one have. `Terminal` fills in the methods."""
+    """A display without output, for processes other than the main one. `Terminal` overrides the methods."""
 
     def __enter__(self) -> Display:
         return self
@@ -67,7 +67,7 @@ class Display:
     def tested(self, run: Run, step: int, elbo: float, kl: float, reconstruction: float) -> None:
         pass
 
-    def watched(self, step: int, figures: dict[str, float], warnings: list[str]) -> None:
+    def monitored(self, step: int, figures: dict[str, float], warnings: list[str]) -> None:
         pass
 
     def stepped(self, step: int) -> None:
@@ -78,12 +78,12 @@ class Display:
 
 
 class Terminal(Display):
-    """A rich bar on a terminal, some twenty plain lines in a log; TensorBoard events if a folder is given."""
+    """A progress bar on a terminal, about twenty plain lines in a log; TensorBoard events if a folder is given."""
 
     def __init__(self, run: Run, events: Path | None):
         self.total, self.batch_size, self.first = run.total_steps, run.batch_size, run.step
         self.began = time.perf_counter()
-        self.values: dict[str, float] = {}  # none before the first point of the curves
+        self.values: dict[str, float] = {}  # empty before the first point of the curves
         self.used = self.skipped = ""
         self.bar = None
         self.events = None if events is None else Events(events, run.step)
@@ -124,7 +124,7 @@ class Terminal(Display):
         if not self.bar:
             say(f"step {step}/{self.total}  {self.line(step)}")
 
-    def watched(self, step: int, figures: dict[str, float], warnings: list[str]) -> None:
+    def monitored(self, step: int, figures: dict[str, float], warnings: list[str]) -> None:
         self.skipped = f"  {figures['skipped_steps']} skipped" if figures["skipped_steps"] else ""
         if self.events:
             self.events.scalars("monitors", step, figures)
@@ -144,7 +144,7 @@ class Terminal(Display):
         return (step - self.first) * self.batch_size / max(time.perf_counter() - self.began, 1e-9)
 
     def line(self, step: int) -> str:
-        order = sorted(self.values, key=lambda name: name in ("test", "validation"))  # after those of training
+        order = sorted(self.values, key=lambda name: name in ("test", "validation"))  # training figures first
         known = "  ".join(f"{name} {self.values[name]:.2f}" for name in order)
         return f"{known}{' nats' if known else ''}{self.used}{self.skipped}  {self.rate(step):,.0f}/s"
 

@@ -1,4 +1,4 @@
-"""The end of a run: metrics.json, the pictures, and one page that holds them all."""
+"""The report of a run: metrics.json, the pictures, and one page with all of them."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from fastkl.vae.run import Run
 from fastkl.vae.settings import Settings
 
 CAPTIONS = {
-    "loss_curves": "The ELBO is the reconstruction term less the KL. A curve of held-out data that falls while "
-    "the training curve rises is overfitting.",
-    "objective_terms": "Means over the batches, in nats, or in the units of the distance. What each is, the "
-    "documentation of fastkl.objectives says.",
+    "loss_curves": "The ELBO is the reconstruction term minus the KL. The model overfits if the held-out curve falls "
+    "while the training curve rises.",
+    "objective_terms": "Means over the batches, in nats or in the units of the distance. The documentation of "
+    "fastkl.objectives defines each term.",
     "reconstructions": "Decoded from the posterior mean.",
-    "samples": "Decoded from draws of the prior, which no image went into.",
-    "components": "Decoded from draws of single components of the prior: a component that stands for a kind of image "
-    "draws this kind alone. No label was used in training.",
-    "component_usage": "How the test data share the components: the mean over the data of the probability that a datum "
-    "came from each. A component below a tenth of an equal share counts as unused.",
-    "kl_bracket": "The KL to a mixture has no closed form: samples estimate it, and two bounds that need none enclose "
+    "samples": "Decoded from draws of the prior.",
+    "components": "Decoded from draws of single components of the prior. A component that represents one kind of image "
+    "draws only this kind. Training used no labels.",
+    "component_usage": "The share of the test data in each component: the mean over the data of the probability that a "
+    "datum came from it. A component below a tenth of an equal share counts as unused.",
+    "kl_bracket": "The KL to a mixture has no closed form: samples estimate it, and two bounds without samples enclose "
     "it. Before the first point, during the warm-up, the prior was N(0, I).",
-    "latent_space": "Where the encoder puts test data it has never seen; the labels were not used in training.",
-    "kl_per_dimension": "A dimension whose KL to N(0, I) is near 0 carries nothing: its posterior is the same for all "
-    "data. (The KL to another prior does not divide by dimensions.)",
+    "latent_space": "Posterior means of held-out test data. Training used no labels.",
+    "kl_per_dimension": "A dimension whose KL to N(0, I) is near 0 carries no information: its posterior is the same "
+    "for all data. (The KL to another prior is no sum over dimensions.)",
 }
-# What a picture shows, for those who do not see it.
+# Alternative texts of the pictures.
 ALTS = {
     "loss_curves": "Three curves over the steps, of training and held-out data: ELBO, reconstruction and KL.",
     "objective_terms": "A curve over the steps for each further term of the objective.",
@@ -71,7 +71,7 @@ tr.changed td { background: var(--mark); font-weight: 600 }
 
 
 def write_report(run: Run, evaluation: Evaluation, more: dict[str, Any]) -> dict[str, Any]:
-    """Write everything into the run folder and return the metrics. `more` is what the run itself measured."""
+    """Write the report into the run folder and return the metrics. `more` holds further entries of the metrics."""
     metrics = {
         **evaluation.figures(),
         "step": run.step,
@@ -107,7 +107,10 @@ def named(curve: str, row: list[float]) -> dict[str, Any]:
 
 
 def strict(value: Any) -> Any:
-    """JSON has no word for what is not finite, as the standard error of a single test datum: null stands for it."""
+    """The value with None (null) for numbers that are not finite, which JSON cannot hold.
+
+    For instance, a single test datum has a standard error of NaN.
+    """
     if isinstance(value, dict):
         return {name: strict(each) for name, each in value.items()}
     if isinstance(value, list):
@@ -122,11 +125,11 @@ def png(figure: Any) -> bytes:
 
 
 def summary(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, value, explanation) of the figures that say how good the model is."""
+    """(name, value, explanation) of the main figures."""
 
     def nats(name: str) -> str:
         error = metrics[name + "_standard_error"]
-        return f"{metrics[name]:.2f}" + (f" ± {error:.2f}" if math.isfinite(error) else "")  # a single datum has none
+        return f"{metrics[name]:.2f}" + (f" ± {error:.2f}" if math.isfinite(error) else "")  # NaN for a single datum
 
     samples = f"{metrics['importance_samples']:,}"
     figures = [
@@ -135,7 +138,7 @@ def summary(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("Reconstruction", nats("reconstruction"), "nats, E[log p(x|z)]"),
         ("KL", nats("kl"), "nats, from posterior to prior"),
         ("Active units", f"{metrics['active_units']:,} of {metrics['latent_units']:,}", "Var(E[z|x]) above 0.01"),
-        ("I(x; z)", f"{metrics['mutual_information']:.2f}", "nats, what the latent says of the datum"),
+        ("I(x; z)", f"{metrics['mutual_information']:.2f}", "nats, mutual information of datum and latent"),
     ]  # fmt: skip
     if "components" in metrics:
         used, entropy = metrics["used_components"], metrics["usage_entropy"]
@@ -153,7 +156,7 @@ def summary(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def page(run: Run, metrics: dict[str, Any], images: dict[str, bytes]) -> str:
-    """One file that needs no other: styles inside, images as data URIs; all text that a file could bring is escaped."""
+    """A self-contained HTML page: inline styles, images as data URIs. Text from files and options is escaped."""
     title = html.escape(f"{run.data.name}: {run.settings.what}")
     tiles = "".join(
         f'<div class="figure"><small>{html.escape(name)}</small><b>{html.escape(value)}</b>'
@@ -166,10 +169,10 @@ def page(run: Run, metrics: dict[str, Any], images: dict[str, bytes]) -> str:
         f'<img alt="{html.escape(ALTS[name])}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
         for name, content in images.items()
     )
-    said = [f"Step {row['step']}: {row['warning']}." for row in metrics["warnings"]]
+    lines = [f"Step {row['step']}: {row['warning']}." for row in metrics["warnings"]]
     if metrics["skipped_steps"]:
-        said.append(f"{metrics['skipped_steps']} steps were skipped: loss or gradient were not finite.")
-    warnings = "".join(f'<p class="warning">{html.escape(line)}</p>' for line in said)
+        lines.append(f"{metrics['skipped_steps']} steps were skipped: their loss or gradient was not finite.")
+    warnings = "".join(f'<p class="warning">{html.escape(line)}</p>' for line in lines)
     summed = (
         f"{run.data.counts.replace('training', 'training data')} of shape {' x '.join(map(str, run.data.shape))}; "
         f"{run.data.values}. {metrics['parameters']:,} parameters; {metrics['step']:,} steps in "
@@ -186,7 +189,7 @@ def page(run: Run, metrics: dict[str, Any], images: dict[str, bytes]) -> str:
 
 
 def provenance(starts: list[dict[str, Any]]) -> str:
-    """How the run was made: of its last start all, of earlier ones the date and what was another then."""
+    """A table of the run's provenance: all facts of its last start, and date and differences of earlier ones."""
     if not starts:
         return ""
     *earlier, last = starts
@@ -205,13 +208,13 @@ def words(value: Any) -> str:
 
 
 def settings_table(settings: Settings) -> str:
-    """Every option, those that differ from the default marked by more than a colour."""
+    """A table of all options. Those that differ from the default are marked by colour and by a note."""
     rows = ""
     for item in dataclasses.fields(settings):
-        value, usual = getattr(settings, item.name), item.default
-        shown = [html.escape(str(each)) or "(none)" for each in (value, usual)]
+        value, default = getattr(settings, item.name), item.default
+        shown = [html.escape(str(each)) or "(none)" for each in (value, default)]
         name = "--" + html.escape(item.name.replace("_", "-"))
-        mark, note = (' class="changed"', f"changed from {shown[1]}") if value != usual else ("", "")
+        mark, note = (' class="changed"', f"changed from {shown[1]}") if value != default else ("", "")
         rows += f"<tr{mark}><td>{name}</td><td>{shown[0]}</td><td>{note}</td></tr>"
     return f'<h2>Settings</h2><div class="table"><table>{rows}</table></div>'
 
@@ -225,7 +228,7 @@ def memory_table(measured: dict[str, Any] | None) -> str:
         for name, row in measured["rows"].items()
     )
     return (
-        f'<h2>What the loss costs</h2><p class="note">{html.escape(measured["what"])}</p>'
+        f'<h2>Memory and time of the loss</h2><p class="note">{html.escape(measured["what"])}</p>'
         '<div class="table"><table><tr><th></th>'
         f"<th>kept for backward, MiB</th><th>peak, MiB</th><th>forward and backward, ms</th></tr>{rows}</table></div>"
     )

@@ -1,4 +1,4 @@
-"""Which options go together: what a new run takes for the ones not given, and what a resumed run may change."""
+"""Valid combinations of options, the defaults of a new run, and the options that a resumed run may change."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from fastkl.vae.errors import UserError
 from fastkl.vae.settings import FOR_DATA, FOR_MODEL, FOR_OBJECTIVE, FOR_PRESET, LEARNED, WARM_UP, Settings
 
-BOUNDS = ("elbo", "beta_vae")  # whose KL may have a bound or a choice of the component in its place
-WEIGHTED = (*BOUNDS, "beta_tc_vae", "vade")  # by --beta
+BOUNDS = ("elbo", "beta_vae")  # objectives that accept every --kl
+WEIGHTED = (*BOUNDS, "beta_tc_vae", "vade")  # objectives that use --beta
 IMPORTANCE = ("iwae", "miwae", "piwae", "ciwae")
 MATCHING = ("wae_mmd", "info_vae", "swae", "sinkhorn_ae", "aae")
-# Which objectives an option says something to, and which priors.
+# The objectives and the priors that use an option.
 OF_OBJECTIVE = {
     "beta": WEIGHTED, "beta_schedule": WEIGHTED, "kl": BOUNDS, "free_bits": ("elbo",), "free_bits_per": ("elbo",),
     "balance": ("elbo",), "capacity": ("beta_vae",), "capacity_steps": ("beta_vae",),
@@ -23,19 +23,23 @@ OF_OBJECTIVE = {
 OF_PRIOR = {
     "components": ("gmm", "vamp"), "covariance": ("gmm",), "kl": LEARNED, "prior_learning_rate": LEARNED,
 }  # fmt: skip
-RELAXED = ("tau", "final_tau", "tau_schedule")  # what belongs to --kl relaxed
-# Combinations that make no sense, and why; the table of docs/objectives.md says the same.
+RELAXED = ("tau", "final_tau", "tau_schedule")  # options of --kl relaxed
+# Invalid combinations, each with its reason; docs/objectives.md has the same table.
 REFUSED = {
-    "beta_tc_vae": (LEARNED, "its KL of single dimensions needs a prior that is a product of them"),
+    "beta_tc_vae": (LEARNED, "its dimension-wise KL needs a prior that factorises over dimensions"),
     "vade": (("standard", "flow"), "it assigns data to the components of a mixture, --prior gmm or vamp"),
 }
 
 
 def resolve(given: dict[str, Any]) -> Settings:
-    """The settings of a new run; options that contradict one another are refused."""
+    """The settings of a new run.
+
+    Raises:
+        UserError: an option has an invalid value, or two options contradict each other.
+    """
     for name in ("data", "test_data"):
         if name in given and not given[name].strip():
-            raise UserError(f"{flag(name)} is empty: name a file or a folder (. is this one)")
+            raise UserError(f"{flag(name)} is empty: name a file or a folder (. is the current one)")
     settings = defaults(given)
     check(settings)
     priors, why = REFUSED.get(settings.objective, ((), ""))
@@ -50,30 +54,30 @@ def resolve(given: dict[str, Any]) -> Settings:
     sampled = settings.prior != "standard" and settings.objective in BOUNDS
     if "samples" in given and not sampled and settings.objective not in (*IMPORTANCE, "vade"):
         raise UserError(
-            "--samples belongs to the KL that elbo and beta_vae have to a learned --prior, "
+            "--samples applies to --objective elbo or beta_vae with a learned --prior, "
             "or to --objective iwae, miwae, piwae, ciwae or vade"
         )
     if settings.warm_up and settings.prior == "standard" and settings.objective not in WEIGHTED:
         raise UserError(
-            f"--warm-up is for --beta to rise and a learned --prior to begin; --objective {settings.objective} "
-            "with --prior standard has neither"
+            f"--warm-up raises --beta and delays a learned --prior; --objective {settings.objective} "
+            "with --prior standard uses neither"
         )
     check_remedies(settings, given)
     if settings.kl == "upper" and settings.prior == "flow":
-        raise UserError("--kl upper is a bound for mixtures, --prior gmm or vamp; a flow has only --kl mc")
+        raise UserError("--kl upper needs a mixture, --prior gmm or vamp; a flow has only --kl mc")
     if settings.kl == "relaxed" and settings.prior == "flow":
-        raise UserError("--kl relaxed chooses a component of a mixture, --prior gmm or vamp; a flow has only --kl mc")
+        raise UserError("--kl relaxed needs a mixture, --prior gmm or vamp; a flow has only --kl mc")
     if settings.kl == "relaxed" and settings.covariance == "full":
-        raise UserError("--kl relaxed interpolates deviations: --covariance diag, spherical or tied, not full")
+        raise UserError("--kl relaxed needs --covariance diag, spherical or tied, got full: it averages deviations")
     for name in RELAXED:
         if name in given and settings.kl != "relaxed":
             raise UserError(f"{flag(name)} belongs to --kl relaxed; this run has --kl {settings.kl}")
     if "tau_schedule" in given and settings.tau == settings.final_tau:
-        raise UserError(f"--tau-schedule has nothing to do where --tau and --final-tau are both {settings.tau}")
+        raise UserError(f"--tau-schedule has no effect: --tau and --final-tau are both {settings.tau}")
     if "beta_schedule" in given and settings.warm_up == 0:
-        raise UserError("--beta-schedule says how the weight of the KL rises over --warm-up; this run has --warm-up 0")
+        raise UserError("--beta-schedule needs --warm-up, over which --beta rises; this run has --warm-up 0")
     if settings.kl == "upper" and "samples" in given:
-        raise UserError("--samples belongs to --kl mc or relaxed; --kl upper takes one sample, for the decoder")
+        raise UserError("--samples belongs to --kl mc or relaxed; --kl upper draws one sample, for the decoder")
     return settings
 
 
@@ -85,19 +89,19 @@ def check_remedies(settings: Settings, given: dict[str, Any]) -> None:
     for name, parts in (("free_bits", settings.free_bits_per != "sample"), ("balance", True)):
         if name in given and parts and settings.prior != "standard":
             raise UserError(
-                f"{flag(name)} looks at the KL of single dimensions, and that to --prior {settings.prior} has none; "
-                "--free-bits with --free-bits-per sample goes with every prior"
+                f"{flag(name)} needs the KL of each dimension, which --prior {settings.prior} does not define; "
+                "--free-bits with --free-bits-per sample works with every prior"
             )
     if settings.balance and settings.free_bits:
-        raise UserError("--balance and --free-bits exclude each other: both change how the KL counts")
+        raise UserError("--balance and --free-bits exclude each other: both reweight the KL")
     if settings.balance and settings.warm_up == 0:
-        raise UserError("--balance acts while the weight of the KL rises over --warm-up; this run has --warm-up 0")
+        raise UserError("--balance acts during --warm-up only; this run has --warm-up 0")
     if settings.balance > settings.latent:
         raise UserError(f"--balance {settings.balance} is more groups than the {settings.latent} of --latent")
 
 
 def defaults(given: dict[str, Any]) -> Settings:
-    """Defaults, then what suits the data, the preset, the objective and the prior, then what was typed."""
+    """Settings from, in rising precedence: defaults, data set, model, preset, objective, prior, given options."""
     names = ("preset", "data", "objective", "prior")
     preset, data, objective, prior = (given.get(name, getattr(Settings, name)) for name in names)
     learned = {} if prior == "standard" else {"warm_up": WARM_UP.get(preset if data == "digits" else data, 500)}
@@ -142,32 +146,36 @@ def check(settings: Settings) -> None:
         if not 0 < value < float("inf"):
             raise UserError(f"{flag(name)} must be a finite number above 0, got {value}")
     if not 0 <= settings.validation < 1:
-        raise UserError(f"--validation is a share, 0 or more and below 1, got {settings.validation}")
+        raise UserError(f"--validation must be a share, 0 or more and below 1, got {settings.validation}")
     for name in ("alpha", "elbo_share"):
         if getattr(settings, name) > 1:
-            raise UserError(f"{flag(name)} is a share, at most 1, got {getattr(settings, name)}")
+            raise UserError(f"{flag(name)} must be a share, at most 1, got {getattr(settings, name)}")
     if not settings.capacity < float("inf"):
         raise UserError(f"--capacity must be a finite number, got {settings.capacity}")
     if settings.objective == "info_vae" and settings.alpha + settings.penalty < 1:
         total = settings.alpha + settings.penalty
-        raise UserError(f"--alpha and --penalty of info_vae must be 1 or more together, got {total}")
+        raise UserError(f"--alpha plus --penalty of info_vae must be at least 1, got {total}")
     if settings.final_tau > settings.tau:
-        raise UserError(f"--final-tau {settings.final_tau} is above --tau {settings.tau}: the temperature falls")
+        raise UserError(f"--final-tau {settings.final_tau} must not be above --tau {settings.tau}")
 
 
 def resume(saved: dict[str, Any], given: dict[str, Any]) -> Settings:
-    """The saved settings, with what was typed where that leaves the numbers as they are; anything else is refused."""
+    """The saved settings, updated by given options that leave the numbers unchanged.
+
+    Raises:
+        UserError: a given option would change the numbers, or the saved settings are not of this version.
+    """
     fields = {item.name: item for item in dataclasses.fields(Settings)}
     if unknown := sorted(set(saved) - set(fields)):
         raise UserError(f"the checkpoint has settings unknown here ({', '.join(unknown)}); it is from another version")
     for name, value in saved.items():
         kind = fields[name].metadata["kind"]
         if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
-            raise UserError(f"the run's {flag(name)} should be of type {kind.__name__}, it is {value!r}")
+            raise UserError(f"the run's {flag(name)} must be of type {kind.__name__}, got {value!r}")
     before = Settings(**saved)
     for name, value in given.items():
         old = getattr(before, name)
-        # How long to train changes nothing before the end, unless learning rate or temperature are planned over it all.
+        # The length changes no step before the end, unless a schedule of learning rate or temperature depends on it.
         length = name in ("epochs", "steps")
         if fields[name].metadata["maths"] and value != old and not (length and not planned(before)):
             why = f": {planned(before)}" if length else ""
@@ -175,26 +183,26 @@ def resume(saved: dict[str, Any], given: dict[str, Any]) -> Settings:
                 f"{flag(name)} {value} differs from the run's {old}{why}; resume without it, or start a new run"
             )
     if "epochs" in given and given["epochs"] != before.epochs and "steps" not in given:
-        given = {**given, "steps": 0}  # or the number of steps that the run was given would still end it
+        given = {**given, "steps": 0}  # a saved --steps would take precedence over --epochs
     settings = dataclasses.replace(before, **given)
     check(settings)
     return settings
 
 
 def planned(settings: Settings) -> str:
-    """Why this run cannot be made longer, or nothing."""
+    """The reason why this run cannot be made longer, or ""."""
     if settings.schedule != "constant":
-        return "the learning rate has been planned to fall to 0 at the end (--schedule constant plans none)"
+        return "its learning rate falls to 0 at the planned end (only --schedule constant can be extended)"
     if settings.kl == "relaxed" and settings.tau != settings.final_tau:
-        return "the temperature has been planned to reach --final-tau at the end"
+        return "its temperature reaches --final-tau at the planned end"
     return ""
 
 
 def prolonging(settings: Settings) -> str:
-    """What to say of a run that has reached its end."""
+    """The advice for a run that has reached its end."""
     if why := planned(settings):
         return f"it cannot be made longer: {why}"
-    return "more --steps or --epochs make it longer"
+    return "larger --steps or --epochs make it longer"
 
 
 def flag(name: str) -> str:

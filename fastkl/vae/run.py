@@ -1,4 +1,4 @@
-"""A run: everything that training needs and a checkpoint holds, how it starts, and how it is saved and restored."""
+"""The state of a run: its start, and how it is saved to and restored from a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastkl.vae.watch import Watch
 
 @dataclass
 class Run:
-    """Everything that a checkpoint holds, and what can be made again from it."""
+    """The state of a run, all of which a checkpoint holds or determines."""
 
     settings: Settings
     data: Data
@@ -31,17 +31,17 @@ class Run:
     device: torch.device
     folder: Path
     vae: VAE
-    objective: nn.Module  # an Objective, wrapped where there are several processes
+    objective: nn.Module  # an Objective, in DistributedDataParallel if there are several processes
     optimizers: dict[str, torch.optim.Optimizer]  # of the autoencoder and, for aae, of the discriminator
     step: int = 0
-    seconds: float = 0.0  # of training, over all the processes that went on with this run
-    # Sums since the last point of the curves: of the objective's terms, and of the steps.
+    seconds: float = 0.0  # training time, summed over all starts of this run
+    # Sums since the last point of the curves: the objective's terms, and the number of steps.
     window: dict[str, float] = field(default_factory=dict)
     watch: Watch = field(init=False)
     guard: Guard = field(init=False)
-    # "train", and "test" or "validation": rows of step, ELBO, KL, reconstruction; "terms/NAME" of step and each other
-    # term of the objective; of a mixture step, lower bound, KL, upper bound, used components, and with --kl relaxed the
-    # temperature.
+    # Rows by curve. "train", and "test" or "validation": step, ELBO, KL, reconstruction. "terms/NAME": step, another
+    # term of the objective. "monitors/NAME": step, figure. "mixture": step, lower bound, KL, upper bound, used
+    # components, and with --kl relaxed the temperature.
     history: dict[str, list[list[float]]] = field(default_factory=lambda: {"train": []})
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class Run:
 
     @property
     def batch_size(self) -> int:
-        """Of all processes together."""
+        """The batch size of all processes together."""
         return self.settings.batch_size * self.ranks.size
 
     @property
@@ -68,15 +68,15 @@ class Run:
 
     @property
     def prior(self) -> Prior | None:
-        """The learned prior once it has begun; before, and in a run without one, None, which is N(0, I)."""
+        """The learned prior, or None for N(0, I): during the warm-up and in a run without a learned prior."""
         return self.vae.prior if self.step >= self.settings.warm_up else None
 
 
 def start(settings: Settings, data: Data, ranks: Ranks, folder: Path) -> Run:
     """A run at step 0."""
     if settings.batch_size * ranks.size > len(data.train):
-        wanted = f"--batch-size {settings.batch_size} on {ranks.size} processes"
-        raise UserError(f"{wanted} is more than the {len(data.train)} training data")
+        requested = f"--batch-size {settings.batch_size} on {ranks.size} processes"
+        raise UserError(f"{requested} is more than the {len(data.train)} training data")
     device = choose_device(settings.device, ranks)
     torch.manual_seed(streams.seed_for(settings.seed, "weights"))
     vae = build(settings, data.shape, data.likelihood)
@@ -85,11 +85,11 @@ def start(settings: Settings, data: Data, ranks: Ranks, folder: Path) -> Run:
     learned = vae.prior is not None
     objective = Objective(vae, settings, len(data.train), ranks.group).to(device)
     optimizers = make_optimizers(settings, vae, objective.discriminator)
-    # During the warm-up the learned prior has no part in the loss.
+    # During the warm-up the loss does not use the learned prior's parameters.
     run = Run(settings, data, ranks, device, folder, vae, ranks.wrap(objective, partly=learned), optimizers)
     if learned and 0 < run.total_steps <= settings.warm_up:
-        wanted = f"--warm-up {settings.warm_up} leaves none of the {run.total_steps} steps to --prior {settings.prior}"
-        raise UserError(f"{wanted}: choose fewer, or train for longer")
+        problem = f"--warm-up {settings.warm_up} leaves none of the {run.total_steps} steps to --prior {settings.prior}"
+        raise UserError(f"{problem}: choose fewer, or train for longer")
     return run
 
 
@@ -102,14 +102,14 @@ def make_optimizers(
         own = list(vae.prior.parameters())
         known = set(own)
         groups[0]["params"] = [parameter for parameter in groups[0]["params"] if parameter not in known]
-        # No decay: it would pull means and log-variances to 0, which is not less of anything.
+        # No weight decay: 0 is an arbitrary value for means and log-variances, not a simpler model.
         groups.append({"params": own, "weight_decay": 0.0, "rate": settings.prior_learning_rate or rate})
     optimizers: dict[str, torch.optim.Optimizer] = {
         "autoencoder": torch.optim.AdamW(groups, lr=rate, weight_decay=decay, fused=True)
     }
     if discriminator is not None:
         group = {"params": list(discriminator.parameters()), "rate": settings.discriminator_learning_rate or rate}
-        # The first moment's memory is short, as for the adversarial networks of Radford et al. 2016.
+        # A smaller beta1, as for the adversarial networks of Radford et al. 2016.
         optimizers["discriminator"] = torch.optim.AdamW([group], lr=rate, betas=(0.5, 0.999), weight_decay=0.0)
     return optimizers
 
@@ -122,7 +122,7 @@ def choose_device(name: str, ranks: Ranks) -> torch.device:
     if name != "cuda":
         return torch.device(name)
     if ranks.local >= (count := torch.cuda.device_count()):
-        raise UserError(f"process {ranks.local + 1} of this machine has no CUDA device of its own: there are {count}")
+        raise UserError(f"process {ranks.local + 1} of this machine has no CUDA device: it has {count}, one for each")
     return torch.device("cuda", ranks.local)
 
 
@@ -131,11 +131,11 @@ def discriminator_of(run: Run) -> nn.Module | None:
     return objective.discriminator
 
 
-def save(run: Run, seen: dict[str, Any]) -> None:
-    """The generators' states are missing on purpose: they are functions of the step (streams.py)."""
+def save(run: Run, monitored: dict[str, Any]) -> None:
+    """Write the checkpoint. Generator states are left out: they are functions of the step (streams.py)."""
     for parameter in run.vae.parameters():
         if not parameter.isfinite().all():
-            raise UserError(f"the weights are no longer finite at step {run.step}; {where_to_go(run)}")
+            raise UserError(f"the weights are not finite at step {run.step}; {advice(run)}")
     discriminator = discriminator_of(run)
     checkpoint.save(
         run.folder,
@@ -150,7 +150,7 @@ def save(run: Run, seen: dict[str, Any]) -> None:
             "discriminator": {} if discriminator is None else discriminator.state_dict(),
             "seconds": run.seconds,
             "window": run.window,
-            "watch": seen,
+            "watch": monitored,
             "guard": run.guard.state_dict(),
             "history": run.history,
         },
@@ -158,9 +158,9 @@ def save(run: Run, seen: dict[str, Any]) -> None:
 
 
 def restore(run: Run, state: dict[str, Any]) -> None:
-    """Put a checkpoint's state into a run that was started with its settings."""
+    """Load a checkpoint's state into a run that was started with the checkpoint's settings."""
     if state["fingerprint"] != run.data.fingerprint:
-        raise UserError(f"--data {run.settings.data} is not the data that this run began with")
+        raise UserError(f"--data {run.settings.data} holds other values than at the start of this run")
     if state["ranks"] != run.ranks.size:
         raise UserError(
             f"this run began with {state['ranks']} processes, now there are {run.ranks.size}: start as many"
@@ -179,7 +179,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
         raise UserError(f"the checkpoint does not fit its own settings ({str(error).splitlines()[0]})") from None
 
 
-def where_to_go(run: Run) -> str:
+def advice(run: Run) -> str:
     written = (run.folder / checkpoint.NAME).exists()
     return (
         f"try a smaller --learning-rate ({'the checkpoint is of an earlier step' if written else 'no checkpoint yet'})"

@@ -1,4 +1,4 @@
-"""What the numbers of a file are: layout, range and likelihood, decided by the data themselves and said in words."""
+"""Layout, scale and likelihood of data, inferred from the numbers of a file and described for the user."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from torch import Tensor
 from fastkl.vae.arrays import Part, Span
 from fastkl.vae.errors import UserError
 
-FEW = 4  # more channels than these are no picture's
+FEW = 4  # the most channels of a picture
 DEPTHS = (8, 10, 12, 14, 16, 32)  # bits of a pixel
-ROUNDING = 1e-5  # by which values in [0, 1] may miss it
-AT_ONCE = 2**22  # numbers in double precision at a time
+ROUNDING = 1e-5  # tolerance of the range [0, 1]
+AT_ONCE = 2**22  # numbers in float64 at a time
 
 
 def arrange(part: Part, where: str) -> tuple[Part, str]:
-    """Numbers as [N, features] or [N, channels, height, width], and how they were read; refuses what no model can learn
-    from."""
+    """(the part as [N, features] or [N, channels, height, width], a note on its layout).
+
+    Raises:
+        UserError: dtype or shape are unsupported, or values are not finite.
+    """
     values = part.values
     if values.dtype.kind not in "fiub":
         raise UserError(f"{where}: expected numbers, got dtype {values.dtype}")
@@ -27,29 +30,29 @@ def arrange(part: Part, where: str) -> tuple[Part, str]:
         shape = tuple(values.shape)
         raise UserError(f"{where}: expected [N, features], [N, H, W] or [N, C, H, W], got shape {shape}")
     if values.dtype.kind == "f":
-        # In the file's own precision: a float64 too large for float32 is as unusable as an infinity.
+        # In float32, because a float64 beyond its range becomes infinite there.
         with np.errstate(over="ignore"):
             finite = np.isfinite(values.astype(np.float32)).reshape(len(values), -1).all(axis=1)
         if not finite.all():
             bad = np.flatnonzero(~finite)
             raise UserError(f"{where}: {len(bad)} rows with NaN or infinite values, the first is row {bad[0]}")
     span = part.span or Span.of(values)
-    said = ""
+    layout = ""
     if values.ndim == 3:
         if values.shape[0] == values.shape[1] != values.shape[2]:
             raise UserError(
                 f"{where}: shape {values.shape} may be {values.shape[2]} square images with N last: move N to the "
-                "front, or save [N, 1, H, W] if it is there"
+                "front, or save [N, 1, H, W] if it is already there"
             )
         values = values[:, None]
     elif values.ndim == 4 and channels_last(values.shape, where):
-        said = f"channels last, as {list(values.shape)}"
+        layout = f"channels last, {list(values.shape)}"
         values = values.transpose(0, 3, 1, 2)
-    return Part(values, part.labels, span), said
+    return Part(values, part.labels, span), layout
 
 
 def channels_last(shape: tuple[int, ...], where: str) -> bool:
-    """Whether [N, ?, ?, ?] is [N, H, W, C] rather than [N, C, H, W]: few channels tell, else a square of the others."""
+    """Whether [N, ?, ?, ?] is [N, H, W, C], not [N, C, H, W]: by the number of channels, then by square images."""
     _, first, middle, last = shape
     few = (first <= FEW, last <= FEW)
     if few[0] != few[1]:
@@ -59,55 +62,55 @@ def channels_last(shape: tuple[int, ...], where: str) -> bool:
         return square[1]
     if few[0] or middle <= FEW:
         raise UserError(
-            f"{where}: which of {list(shape)} are the channels cannot be told; save [N, C, H, W] with at most "
-            f"{FEW} channels and larger images, or [N, features]"
+            f"{where}: the channel dimension of {list(shape)} is ambiguous; save [N, C, H, W] with at most {FEW} "
+            "channels and larger images, or [N, features]"
         )
     return False
 
 
 def whole_range(high: float) -> float:
-    """What whole numbers are divided by: the range of 8, 10, 12, 14, 16 or 32 bits if the highest bit is used, else the
-    largest of them."""
+    """The divisor of whole numbers: the maximum of 8, 10, 12, 14, 16 or 32 bits if the highest bit is used, else
+    `high`, the largest number."""
     return next((2**bits - 1 for bits in DEPTHS if 2 ** (bits - 1) <= high < 2**bits), max(1, high))
 
 
 def divisor(span: Span, vectors: bool, likelihood: str) -> float | None:
-    """What makes pixels of the values, in [0, 1]; None where they are numbers of some unit."""
+    """The divisor that scales pixel values to [0, 1], or None if the values are not pixels."""
     if not span.integer:
-        # As for whole numbers, the upper half must be used: 0 to 0.01 is some unit, not shades of black.
+        # As for whole numbers, the upper half must be used: values from 0 to 0.01 are not pixels.
         unit = span.low >= -ROUNDING and span.high <= 1 + ROUNDING
         return 1 if unit and (span.high > 0.5 or (likelihood == "bernoulli" and span.low >= 0)) else None
     if span.low < 0:
         return None
     if span.high <= 1:
         return 1
-    # Vectors of whole numbers may be counts; those of bytes are flattened pictures.
+    # Vectors of whole numbers may be counts; vectors of bytes are flattened pictures.
     pixels = not vectors or 128 <= span.high <= 255 or likelihood == "bernoulli"
     return whole_range(span.high) if pixels else None
 
 
 def scale(parts: dict[str, Part], train: np.ndarray, asked: str) -> tuple[dict[str, Tensor], str, str, str]:
-    """(values in float32, likelihood, what was done to them, what that means), one scale for all parts.
+    """(values in float32, likelihood, description of the scaling, meaning of the figures); one scale for all parts.
 
-    `train` are the rows of the part of that name whose mean and deviation a normal likelihood takes.
+    `train`: rows of the training part, whose mean and deviation standardise the data for a normal likelihood.
     """
     spans = {name: part.span for name, part in parts.items() if part.span is not None}
     vectors = parts["train"].values.ndim == 2
     fit_together(spans, vectors, asked)
     span = Span.joined(spans.values())
     if span.low == span.high:
-        raise UserError(f"--data: every value is {span.low:g}, which leaves nothing to learn")
+        raise UserError(f"--data: all values are {span.low:g}; a model needs values that differ")
     by = divisor(span, vectors, asked)
     likelihood = asked if asked != "auto" else "normal" if by is None else "bernoulli"
     if likelihood == "bernoulli":
         if by is None:
             raise UserError(
-                f"--likelihood bernoulli needs values in [0, 1], these are in [{span.low:.4g}, {span.high:.4g}]"
+                f"--likelihood bernoulli needs values in [0, 1], got values in [{span.low:.4g}, {span.high:.4g}]"
             )
         scaled = {name: divided(part.values, by) for name, part in parts.items()}
         return scaled, likelihood, f"{span}" + (f", divided by {by}" if by > 1 else ""), (
-            "Bernoulli likelihood on values in [0, 1]: a value between counts as the chance of a 1, so these figures "
-            "are lower bounds on the mean log-probability of the binarised data."
+            "Bernoulli likelihood on values in [0, 1]: a value between 0 and 1 is taken as the probability of a 1, so "
+            "these figures are lower bounds on the mean log-probability of the binarised data."
         )  # fmt: skip
     mean, deviation = moments(parts["train"].values, train, vectors)
     scaled = {name: standardised(part.values, mean, deviation) for name, part in parts.items()}
@@ -121,7 +124,7 @@ def scale(parts: dict[str, Part], train: np.ndarray, asked: str) -> tuple[dict[s
 
 
 def fit_together(spans: dict[str, Span], vectors: bool, likelihood: str) -> None:
-    """Parts that were saved in different units have no common scale."""
+    """Raise a UserError if the parts seem to be in different units, without a common scale."""
     train = spans["train"]
     by = divisor(train, vectors, likelihood)
     for name, span in spans.items():
@@ -129,7 +132,7 @@ def fit_together(spans: dict[str, Span], vectors: bool, likelihood: str) -> None
         pixels = by is not None and (both is None or both > 2 * by + 1)
         shrunk = not vectors and train.low >= 0 and 0 <= span.low <= span.high <= 1 and train.high > 2
         if span.integer != train.integer or pixels or shrunk:
-            raise UserError(f"--data: {name} data are {span}, training data {train}: they need one scale")
+            raise UserError(f"--data: {name} data are {span}, training data {train}: save both with the same scale")
 
 
 def divided(values: np.ndarray, by: float) -> Tensor:
@@ -140,27 +143,27 @@ def divided(values: np.ndarray, by: float) -> Tensor:
 
 
 def moments(values: np.ndarray, rows: np.ndarray, vectors: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation in float64: a feature has its own unit; the pixels of an image share one."""
+    """Mean and deviation in float64: one per feature of a vector, one for all pixels of an image."""
     axes = 0 if vectors else None
     total = sum(block(values, part).sum(axis=axes) for part in pieces(rows, values))
     count = len(rows) * (1 if vectors else math.prod(values.shape[1:]))
     mean = np.asarray(total / count)
     squares = sum(np.square(block(values, part) - mean).sum(axis=axes) for part in pieces(rows, values))
     deviation = np.sqrt(np.asarray(squares / max(1, count - 1)))
-    # A constant stays one: what rounding makes of it is no deviation.
+    # A constant feature has deviation 1: the computed one would be rounding noise.
     chosen = values[rows]
     return mean, np.where(chosen.max(axis=axes) > chosen.min(axis=axes), deviation, 1.0)
 
 
 def standardised(values: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> Tensor:
-    """In float32 only after the mean is gone: large numbers that differ in their last digits keep them."""
+    """Standardised values. The mean is subtracted in float64, so large numbers keep their last digits."""
     scaled = np.empty(values.shape, dtype=np.float32)
     for part in pieces(np.arange(len(values)), values):
         with np.errstate(over="ignore"):
             scaled[part] = (block(values, part) - mean) / deviation
     if not np.isfinite(scaled).all():
         row = np.flatnonzero(~np.isfinite(scaled).reshape(len(scaled), -1).all(axis=1))[0]
-        raise UserError(f"--data: row {row} lies too far from the training data to be standardised")
+        raise UserError(f"--data: row {row} is too far from the training data: its standardised values overflow")
     return torch.from_numpy(scaled)
 
 

@@ -1,8 +1,8 @@
-"""Random numbers as a function of (seed, purpose, step, ...), not of what was drawn before.
+"""Random numbers as a function of (seed, purpose, step, ...), independent of earlier draws.
 
-Every step reseeds torch from its own number, so the state of all generators is known from the step number alone: a run
-that was killed continues bit for bit from a checkpoint that holds no generator state, an evaluation in between cannot
-shift the training noise, and a later op that draws from any of torch's generators is covered without a change here.
+Every step reseeds torch from its number, so the step number determines the state of all generators. A killed run
+therefore continues bit for bit from a checkpoint without generator states, and an evaluation in between does not shift
+the training noise. A new op that draws from any of torch's generators needs no change here.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ def seed_for(seed: int, purpose: str, *numbers: int) -> int:
 
 
 def generator(seed: int, purpose: str, *numbers: int) -> torch.Generator:
-    """A CPU generator of its own, which leaves torch's global one alone."""
+    """A separate CPU generator; torch's global one is not touched."""
     return torch.Generator().manual_seed(seed_for(seed, purpose, *numbers))
 
 
 def batch_indices(seed: int, step: int, count: int, batch: int) -> Tensor:
-    """The data of one step: a fresh shuffle each epoch, the rest that does not fill a batch left for another epoch."""
+    """The data of one step. Each epoch has a new shuffle and skips the last, incomplete batch."""
     steps_per_epoch = count // batch
     epoch, position = divmod(step, steps_per_epoch)
     order = torch.randperm(count, generator=generator(seed, "order", epoch), dtype=torch.int64, device="cpu")

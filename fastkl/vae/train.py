@@ -1,4 +1,4 @@
-"""The training loop, written to be read: `train` is the loop, objective.py has its loss, run.py what it works on."""
+"""The training loop, written to be read. objective.py has its loss, run.py its state."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ KEPT = 256  # latent dimensions whose KL is kept for each epoch
 
 
 def train(run: Run, display: Display) -> bool:
-    """Train to the end (True) or until someone asks to stop (False); either way the last step is in the checkpoint."""
+    """Train to the end (True) or to a stop on request (False). The checkpoint holds the last step in both cases."""
     began = time.perf_counter() - run.seconds
     settings = run.settings
-    # Filled anew each step, so that a compiled objective stays compiled.
+    # Tensors refilled each step: a compiled objective is not recompiled for new values.
     weights = Weights(*(torch.ones((), dtype=torch.float32, device=run.device) for _ in Weights._fields))
     with Stop() as stop:
         while run.step < run.total_steps:
@@ -46,9 +46,9 @@ def train(run: Run, display: Display) -> bool:
             if good:
                 for optimizer in run.optimizers.values():
                     optimizer.step()
-                run.watch.saw(run.step, posterior, learned)
+                run.watch.record(run.step, posterior, learned)
             if run.step == settings.warm_up and run.prior is not None:
-                begin(run)
+                start_prior(run)
             run.seconds = time.perf_counter() - began
             stopping = log(run, display, terms if good else {}, stop.asked)
             test(run, display)
@@ -59,22 +59,22 @@ def train(run: Run, display: Display) -> bool:
     return True
 
 
-def begin(run: Run) -> None:
-    """The end of the warm-up. The checkpoint of this step is written after it, so a resumed run finds it done."""
+def start_prior(run: Run) -> None:
+    """Start the learned prior at the end of the warm-up, before the checkpoint of this step is written."""
     learned = run.vae.prior
     assert learned is not None, "a run without one has no warm-up of it"
     if run.ranks.main:
-        prior.begin(learned, run.vae, run.data, run.settings, run.device)
+        prior.initialise(learned, run.vae, run.data, run.settings, run.device)
     state = {name: value.cpu() for name, value in learned.state_dict().items()}
     learned.load_state_dict(run.ranks.broadcast(state))
 
 
 def batch(run: Run) -> tuple[Tensor, Noise]:
-    """The data of this step and process, and the noise, if it is not for the op to draw.
+    """The data of this step and process, and the noise if it is not drawn inside the op.
 
-    With noise="fused" each process seeds torch from (seed, step, rank) and the op draws: nothing is stored for
-    backward. With noise="datum" every process draws the same noise for the whole batch and keeps its share, so a datum
-    meets the same noise however many processes share a batch: two with 32 data each do what one with 64 does.
+    With noise="fused" each process seeds torch from (seed, step, rank) and the op draws its noise, which is not stored
+    for backward. With noise="datum" every process draws the noise of the whole batch and keeps its share. The noise of
+    a datum is then independent of the number of processes: two with 32 data each do the same as one with 64.
     """
     settings, ranks = run.settings, run.ranks
     indices = streams.batch_indices(settings.seed, run.step, len(run.data.train), run.batch_size)
@@ -100,14 +100,14 @@ def batch(run: Run) -> tuple[Tensor, Noise]:
 
 
 def log(run: Run, display: Display, terms: dict[str, Tensor], asked: bool) -> bool:
-    """Add a step to the curves, and say whether any process was asked to stop: all of them do so together.
+    """Add a step to the curves and return whether any process was asked to stop: all processes stop together.
 
-    A step that was skipped has no terms.
+    A skipped step has no terms.
     """
-    told = torch.stack([*terms.values(), torch.full((), float(asked), dtype=torch.float32, device=run.device)]).double()
-    *values, stopping = run.ranks.mean(told).tolist()
+    request = torch.full((), float(asked), dtype=torch.float32, device=run.device)
+    *values, stopping = run.ranks.mean(torch.stack([*terms.values(), request]).double()).tolist()
     if terms and run.window.get("steps") and run.window.keys() - {"steps"} != terms.keys():
-        run.window.clear()  # a learned prior has begun, and with it an objective of other terms
+        run.window.clear()  # a learned prior has started, and its objective has different terms
     for name, value in zip((*terms, "steps"), (*values, 1.0)):
         run.window[name] = run.window.get(name, 0.0) + (value if terms else 0.0)
     if (run.step % run.settings.log_every == 0 or run.ended) and run.window["steps"]:
@@ -127,7 +127,7 @@ def log(run: Run, display: Display, terms: dict[str, Tensor], asked: bool) -> bo
 def test(run: Run, display: Display) -> None:
     """Log the monitors at the end of an epoch, and the ELBO of held-out data at TEST_POINTS steps of the run."""
     if run.step % run.steps_per_epoch == 0 or run.ended:
-        watched(run, display)
+        log_monitors(run, display)
     if run.ranks.main and (run.ended or run.step % max(1, run.total_steps // TEST_POINTS) == 0):
         learned, about = run.prior, (run.vae, run.data.watched, run.settings.seed, run.device)
         elbo, kl, reconstruction = quick_elbo(*about, learned)
@@ -142,29 +142,29 @@ def test(run: Run, display: Display) -> None:
 
 def save_if_due(run: Run, display: Display, stopping: bool) -> None:
     if stopping or run.ended or run.step % run.settings.checkpoint_every == 0:
-        seen = run.watch.state_dict()  # of all processes
+        monitored = run.watch.state_dict()  # a collective call: every process takes part
         if run.ranks.main:
-            display.flush()  # or events before this checkpoint may be lost when the process is killed after it
-            save(run, seen)
+            display.flush()  # first: a process killed after the checkpoint would lose the events before it
+            save(run, monitored)
 
 
 def gradients(run: Run) -> dict[str, float]:
-    """The norms of the gradients of encoder, decoder and whatever else learns, at this step."""
+    """Gradient norms of encoder, decoder and every other trained part, at this step."""
     parts = {name: list(part.parameters()) for name, part in run.vae.named_children()}
-    parts["logvar"] = list(run.vae.parameters(recurse=False))  # of a normal likelihood
+    parts["logvar"] = list(run.vae.parameters(recurse=False))  # the normal likelihood's
     if (discriminator := discriminator_of(run)) is not None:
         parts["discriminator"] = list(discriminator.parameters())
     norms = monitors.gradient_norms({name: part for name, part in parts.items() if part})
-    found = {f"gradient_norm_{name}": value.item() for name, value in norms.items()}
-    for name, value in found.items():
+    named = {f"gradient_norm_{name}": value.item() for name, value in norms.items()}
+    for name, value in named.items():
         run.history.setdefault(f"monitors/{name}", []).append([run.step, value])
-    return found
+    return named
 
 
-def watched(run: Run, display: Display) -> None:
-    """Log the monitors' figures since the last epoch, and warn of what they show."""
+def log_monitors(run: Run, display: Display) -> None:
+    """Log the monitors' figures of the last epoch, and their warnings."""
     figures = run.watch.figures()
-    if "active_units" not in figures:  # nothing but skipped steps
+    if "active_units" not in figures:  # every step was skipped
         return
     figures["skipped_steps"] = run.guard.skipped
     *_, (_, sample_size) = run.history.get("terms/effective_sample_size", [(0, None)])
@@ -174,4 +174,4 @@ def watched(run: Run, display: Display) -> None:
         run.history.setdefault("monitors/kl_per_dimension", []).append([run.step, *kl])
     for name, value in figures.items():
         run.history.setdefault(f"monitors/{name}", []).append([run.step, value])
-    display.watched(run.step, figures, lines)
+    display.monitored(run.step, figures, lines)

@@ -1,4 +1,4 @@
-"""What is watched while a run goes on: fed by the steps with the posteriors of their loss, read at each epoch's end."""
+"""The monitors of a run: each step records the posteriors of its loss, and each epoch ends with their figures."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fastkl.vae.parallel import Ranks
 from fastkl.vae.prior import is_mixture
 from fastkl.vae.settings import Settings
 
-# How each is read.
+# The figure of each monitor.
 READ = {
     "active_units": lambda units: units.count(),
     "kl_per_dimension": lambda kl: kl.compute().flatten().tolist(),
     "mutual_information": lambda information: information.compute().item(),
     "used_components": lambda usage: usage.compute().used,
 }
-GRACE = 0.2  # of the run, before the first warning: at first every posterior is the prior
+GRACE = 0.2  # share of the run before the first warning: at the start every posterior is near the prior
 
 
 class Watch:
     """Active units and the KL of each dimension over the data of an epoch; mutual information and used components over
-    the batches at which curves have their points. Everything is of all processes together."""
+    the batches of the curves' points. All figures are of all processes together."""
 
     def __init__(self, settings: Settings, ranks: Ranks):
         self.settings = settings
@@ -44,8 +44,8 @@ class Watch:
             "used_components": self.usage,
         }
 
-    def saw(self, step: int, posterior: DiagonalNormal, prior: Prior | None) -> None:
-        """The posteriors of a step; nothing is read from the device."""
+    def record(self, step: int, posterior: DiagonalNormal, prior: Prior | None) -> None:
+        """Add the posteriors of a step, without a synchronisation with the device."""
         for monitor in self.of_all:
             monitor.update(posterior)
         if step % self.settings.log_every == 0:
@@ -55,19 +55,19 @@ class Watch:
                 self.usage.update(moments)
 
     def figures(self) -> dict[str, Any]:
-        """Since the last call; every process must call it."""
-        found: dict[str, Any] = {}
+        """The figures since the last call, a collective call: every process must make it."""
+        figures: dict[str, Any] = {}
         for name, monitor in self.monitors.items():
             try:
-                found[name] = READ[name](monitor)
-            except ValueError:  # nobody has seen anything yet
+                figures[name] = READ[name](monitor)
+            except ValueError:  # empty: no step was recorded
                 continue
             monitor.reset()
-        return found
+        return figures
 
     def warnings(self, step: int, total: int, figures: dict[str, Any], sample_size: float | None) -> list[str]:
-        """What is new among the signs of a collapse, each with its remedies."""
-        if step < min(total, self.settings.warm_up + GRACE * total):  # at the end it is said in any case
+        """Warnings of a collapse that were not given before, each with its remedies."""
+        if step < min(total, self.settings.warm_up + GRACE * total):  # the last step always warns
             return []
         per_dimension = figures["kl_per_dimension"]
         lines = monitors.diagnose(
@@ -81,24 +81,23 @@ class Watch:
         return new
 
     def state_dict(self) -> dict[str, Any]:
-        """What all processes saw together; every process must call it."""
-        states = {name: everything(monitor) for name, monitor in self.monitors.items()}
+        """The monitors' states over all processes, a collective call: every process must make it."""
+        states = {name: merged_state(monitor) for name, monitor in self.monitors.items()}
         kept = {name: [state.count, *state.values] for name, state in states.items() if state is not None}
         return {"monitors": kept, "warned": self.warned}
 
     def load_state_dict(self, state: dict[str, Any], main: bool = True, device: torch.device | None = None) -> None:
-        """What all processes saw is the main one's from here on; on the device of what it will see, or each step would
-        wait for that."""
+        """Give the merged state to the main process, on `device`: elsewhere each step would synchronise to copy it."""
         self.warned = [list(row) for row in state["warned"]]
         for name, (count, *values) in state["monitors"].items():
             if main:
                 self.monitors[name].state = State(int(count), tuple(value.to(device) for value in values))
 
 
-def everything(monitor: Monitor) -> State | None:
+def merged_state(monitor: Monitor) -> State | None:
     try:
         return monitor.everything()
-    except ValueError:  # nobody has seen anything yet
+    except ValueError:  # empty: no step was recorded
         return None
 
 

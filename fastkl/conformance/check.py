@@ -1,0 +1,36 @@
+"""What a library answers, beside what is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from fastkl.conformance.cases import Case
+
+
+class Outcome(NamedTuple):
+    case: Case
+    passed: bool
+    answer: str  # what came, in words or as a number
+
+
+def check(case: Case, function: Callable[..., Any]) -> Outcome | None:
+    """Whether `function` answers the case: in its shape, and to its tolerance. None if it is not for such inputs, which
+    it says by NotImplemented."""
+    try:
+        with torch.no_grad():
+            found = function(*case.arguments())
+        if found is NotImplemented:
+            return None
+        found = torch.as_tensor(found).double()
+    except Exception as error:  # of another library: whatever it is, there is no answer
+        return Outcome(case, False, f"{type(error).__name__}: {error}".splitlines()[0][:100])
+    exact = case.values()
+    if found.shape != exact.shape:
+        return Outcome(case, False, f"{list(found.shape)} in place of {list(exact.shape)}")
+    difference = (found - exact).abs()
+    passed = bool((difference <= case.tolerance * exact.abs().clamp(min=1e-6)).all())
+    worst = int(difference.nan_to_num(torch.inf).flatten().argmax())
+    return Outcome(case, passed, f"{found.flatten()[worst].item():.6g}")

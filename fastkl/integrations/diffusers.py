@@ -1,0 +1,157 @@
+"""fastkl inside diffusers: the posteriors of its autoencoders.
+
+    fastkl.integrations.diffusers.enable()      # until disable(), or for a block: with diffusers.enable():
+
+Every `DiagonalGaussianDistribution` that is made from then on, by whatever autoencoder, and every
+`OobleckDiagonalGaussianDistribution`, computes `sample`, `kl` and `nll` by fastkl; those made before stay as they are.
+`mean`, `logvar`, `std` and `var` are computed when they are asked for, not in advance.
+
+Where the values differ, those of diffusers are wrong:
+
+- `kl` and `nll` are one value per datum whatever the rank. diffusers sums dimensions 1 to 3: the KL of a video
+  [N, C, T, H, W] comes as [N, W], and the mean of it is 1 / W of the KL.
+- In 16 bits `kl` and `nll` come in float32. In bfloat16 the differences in the KL are rounded away.
+- `OobleckDiagonalGaussianDistribution.kl` is the KL: diffusers has twice as much, and with `other` a term of the wrong
+  sign. A weight that was tuned for it has to be doubled.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkl.distributions import DiagonalNormal
+from fastkl.integrations._switch import Attribute, Switch, UnsupportedVersion, check_method
+from fastkl.ops.normal_log_prob import normal_log_prob
+
+BOUNDS = (-30.0, 20.0)  # diffusers clamps the log-variance to them
+DIMS = [1, 2, 3]  # of diffusers' nll where none are given
+
+
+class Posterior:
+    """What an instance has in place of diffusers' own methods; in memory are `parameters` and `deterministic` only."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).stock, (self.parameters, self.deterministic)
+
+    @functools.cached_property
+    def mean(self) -> Tensor:
+        return self.parameters.chunk(2, dim=1)[0]
+
+    @functools.cached_property
+    def std(self) -> Tensor:
+        return torch.zeros_like(self.mean) if self.deterministic else self._q.std
+
+    @functools.cached_property
+    def var(self) -> Tensor:
+        return torch.zeros_like(self.mean) if self.deterministic else self._q.var
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """mean + std noise, by the noise that diffusers draws from this generator."""
+        draw = importlib.import_module("diffusers.utils.torch_utils").randn_tensor
+        like = self.parameters
+        noise = draw(self.mean.shape, generator=generator, device=like.device, dtype=like.dtype)
+        return self.mean + self.std * noise if self.deterministic else self._q.rsample(eps=noise)
+
+
+class DiagonalGaussian(Posterior):
+    @functools.cached_property
+    def _q(self) -> DiagonalNormal:
+        return DiagonalNormal.from_packed(self.parameters, bounds=BOUNDS)
+
+    @functools.cached_property
+    def logvar(self) -> Tensor:
+        return self.parameters.chunk(2, dim=1)[1].clamp(*BOUNDS)
+
+    def kl(self, other: Any = None) -> Tensor:
+        """KL(self || other) in nats, one value per datum; without `other`, to N(0, I)."""
+        if self.deterministic:
+            return torch.Tensor([0.0])
+        return self._q.kl(None if other is None else DiagonalNormal.from_packed(other.parameters, bounds=BOUNDS))
+
+    def nll(self, sample: Tensor, dims: Sequence[int] = DIMS) -> Tensor:
+        """-ln q(sample) in nats, one value per datum; summed over `dims` only, where other ones are given."""
+        if self.deterministic:
+            return torch.Tensor([0.0])
+        if list(dims) == DIMS:
+            return -self._q.log_prob(sample)
+        return -normal_log_prob(sample, self.mean, self.logvar, event_ndim=0).sum(tuple(dims))
+
+
+class OobleckGaussian(Posterior):
+    @functools.cached_property
+    def scale(self) -> Tensor:
+        return self.parameters.chunk(2, dim=1)[1]
+
+    @functools.cached_property
+    def _q(self) -> DiagonalNormal:
+        return DiagonalNormal(self.mean, torch.nn.functional.softplus(self.scale) + 1e-4, scale="std")
+
+    @functools.cached_property
+    def logvar(self) -> Tensor:
+        return self.var.log() if self.deterministic else self._q.logvar
+
+    def kl(self, other: Any = None) -> Tensor:
+        """KL(self || other) in nats, summed over channels, its mean over the batch and all other dimensions."""
+        if self.deterministic:
+            return torch.Tensor([0.0])
+        prior = None
+        if other is not None:
+            std = torch.nn.functional.softplus(other.parameters.chunk(2, dim=1)[1]) + 1e-4
+            prior = DiagonalNormal(other.parameters.chunk(2, dim=1)[0], std, scale="std")
+        return self._q.kl(prior).mean() / self.mean[0, 0].numel()
+
+
+def changes() -> list[Attribute]:
+    version = f"diffusers {importlib.import_module('diffusers').__version__}"
+    found = []
+    for module, name, methods, fused in (
+        ("vae", "DiagonalGaussianDistribution", {"kl": ("self", "other"), "nll": ("self", "sample", "dims")},
+         DiagonalGaussian),
+        ("autoencoder_oobleck", "OobleckDiagonalGaussianDistribution", {"kl": ("self", "other")}, OobleckGaussian),
+    ):  # fmt: skip
+        stock = getattr(importlib.import_module(f"diffusers.models.autoencoders.{module}"), name, None)
+        if stock is None:
+            raise UnsupportedVersion(f"{version} has no {name}; nothing was replaced")
+        methods |= {"__init__": ("self", "parameters", "deterministic"), "sample": ("self", "generator")}
+        for method, parameters in methods.items():
+            check_method(stock, method, parameters, version)
+        found.append(Attribute(stock, "__init__", begin(stock, fused)))
+    return found
+
+
+def begin(stock: type, fused: type) -> Any:
+    """The __init__ by which a new instance of `stock` becomes one of `fused`, too. Subclasses keep their methods."""
+    original = stock.__init__  # type: ignore[misc]
+    both = type(stock.__name__, (fused, stock), {"stock": stock, "__module__": stock.__module__})
+
+    def __init__(self, parameters, deterministic=False):
+        if type(self) is not stock:
+            return original(self, parameters, deterministic)
+        self.__class__ = both
+        self.parameters, self.deterministic = parameters, deterministic
+
+    return __init__
+
+
+_switch = Switch(changes)
+
+
+def enable() -> Switch:
+    """Puts fastkl into the posteriors of diffusers until `disable()`; as a context manager, until the block ends.
+
+    Raises:
+        ImportError: diffusers is not installed.
+        UnsupportedVersion: its classes have other methods than fastkl knows. Nothing was replaced.
+    """
+    return _switch.enable()
+
+
+def disable() -> None:
+    """Undoes the last `enable()`. Posteriors that were made in between stay fastkl's."""
+    _switch.disable()

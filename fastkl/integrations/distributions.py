@@ -1,0 +1,190 @@
+"""fastkl inside torch.distributions: KL divergences of Gaussians, and densities of Gaussian mixtures.
+
+    fastkl.integrations.distributions.enable()      # until disable(), or for a block: with distributions.enable():
+
+| call | by |
+|---|---|
+| `kl_divergence(Normal, Normal)`, element by element | `fastkl.kl_normal` |
+| `kl_divergence(Independent(Normal), Independent(Normal))` | `fastkl.kl_normal` |
+| `kl_divergence` of `Independent(Normal)` and `MultivariateNormal`, new | `fastkl.kl_multivariate_normal` |
+| `MixtureSameFamily(Categorical, Independent(Normal)).log_prob` | `fastkl.gmm_log_prob` |
+| `kl_divergence(Independent(Normal), MixtureSameFamily)`, only with `mixture_kl=True` | `fastkl.kl_gmm`, one draw |
+
+Values in float16 and bfloat16 come in float32, in which they are right. What fastkl has no formula for stays as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
+from torch.distributions import kl as torch_kl
+
+from fastkl.integrations._switch import Attribute, Divergence, Switch, check_method
+from fastkl.ops.gmm_log_prob import gmm_log_prob
+from fastkl.ops.kl_gmm import kl_gmm
+from fastkl.ops.kl_multivariate_normal import kl_multivariate_normal
+from fastkl.ops.kl_normal import kl_normal
+
+# Elements, and terms of a mixture, below which on a CPU plain torch takes less time than an op's own set-up.
+SMALL_NORMAL, SMALL_MIXTURE = 16_384, 131_072
+
+
+def _is_normal(distribution: Independent) -> bool:
+    return isinstance(distribution.base_dist, Normal)
+
+
+def _is_vector(distribution: Independent) -> bool:
+    return _is_normal(distribution) and distribution.reinterpreted_batch_ndims == 1
+
+
+HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
+STANDARD = {"scale": "std", "prior_scale": "std"}  # what torch.distributions has
+
+
+def _is_small(tensor: Tensor, count: int, limit: int) -> bool:
+    return count < limit and tensor.device.type == "cpu" and tensor.itemsize > 2
+
+
+def _kl_by_torch(p: Normal, q: Normal) -> Tensor:
+    """As many operations as torch's own formula, without its squares, which overflow and underflow."""
+    log_ratio, standard = torch.log(p.scale / q.scale), (p.loc - q.loc) / q.scale
+    x = log_ratio + log_ratio
+    return 0.5 * (torch.expm1(x) - x + standard * standard)
+
+
+def kl_of_normals(p: Normal, q: Normal) -> Tensor:
+    if _is_small(p.loc, max(p.loc.numel(), q.loc.numel()), SMALL_NORMAL):
+        return _kl_by_torch(p, q)
+    return kl_normal(p.loc, p.scale, q.loc, q.scale, event_ndim=0, **STANDARD)
+
+
+def kl_of_independents(stock: Callable[..., Tensor]) -> Callable[[Independent, Independent], Tensor]:
+    def kl_of_independent(p: Independent, q: Independent) -> Tensor:
+        ndim = p.reinterpreted_batch_ndims
+        if not (_is_normal(p) and _is_normal(q)) or ndim != q.reinterpreted_batch_ndims:
+            return stock(p, q)
+        p, q = p.base_dist, q.base_dist
+        if _is_small(p.loc, max(p.loc.numel(), q.loc.numel()), SMALL_NORMAL):
+            kl = _kl_by_torch(p, q)
+            return kl.sum(tuple(range(-ndim, 0))) if ndim else kl  # of no dimensions, torch sums all
+        return kl_normal(p.loc, p.scale, q.loc, q.scale, event_ndim=ndim, **STANDARD)
+
+    return kl_of_independent
+
+
+def _unknown(p: torch.distributions.Distribution, q: torch.distributions.Distribution) -> Tensor:
+    raise NotImplementedError(f"no KL is known from {p} to {q}")
+
+
+def kl_to_multivariate(stock: Callable[..., Tensor] = _unknown) -> Callable[..., Tensor]:
+    def kl(p: Independent, q: MultivariateNormal) -> Tensor:
+        if not _is_vector(p):
+            return stock(p, q)
+        return kl_multivariate_normal(p.base_dist.loc, p.base_dist.scale, q.loc, q.scale_tril)
+
+    return kl
+
+
+def kl_from_multivariate(stock: Callable[..., Tensor] = _unknown) -> Callable[..., Tensor]:
+    def kl(p: MultivariateNormal, q: Independent) -> Tensor:
+        if not _is_vector(q):
+            return stock(p, q)
+        return kl_multivariate_normal(p.loc, p.scale_tril, q.base_dist.loc, q.base_dist.scale)
+
+    return kl
+
+
+def log_weights(mixture: Categorical) -> Tensor:
+    """ln pi up to a constant. torch's own `logits` of probabilities replace a weight of 0 by about 1e-7."""
+    given = getattr(mixture, "_param", None)
+    if given is not None and given is vars(mixture).get("probs"):
+        return given.log()
+    return mixture.logits
+
+
+def kl_to_mixture(stock: Callable[..., Tensor] = _unknown) -> Callable[..., Tensor]:
+    def kl(p: Independent, q: MixtureSameFamily) -> Tensor:
+        components = q.component_distribution
+        if not (_is_vector(p) and isinstance(components, Independent) and _is_vector(components)):
+            return stock(p, q)
+        p, normal = p.base_dist, components.base_dist
+        return kl_gmm(p.loc, p.scale, log_weights(q.mixture_distribution), normal.loc, normal.scale, **STANDARD)
+
+    return kl
+
+
+def mixture_log_prob(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def log_prob(self, x):
+        components = self.component_distribution
+        if not (isinstance(components, Independent) and _is_vector(components)):
+            return stock(self, x)
+        normal, count = components.base_dist, self._num_component
+        if self._validate_args:
+            self._validate_sample(x)
+        logits = log_weights(self.mixture_distribution)
+        means, stds = normal.loc, normal.scale
+        if _is_small(x, x.numel() * count, SMALL_MIXTURE):
+            standard = (x.unsqueeze(-2) - means) / stds
+            log_density = -0.5 * (standard * standard).sum(-1) - (stds.log().sum(-1) + x.shape[-1] * HALF_LOG_2_PI)
+            return torch.logsumexp(log_density + logits.log_softmax(-1), -1)
+        if self.batch_shape:  # a mixture for each datum: x has the batch's dimensions last
+            batch = torch.broadcast_shapes(x.shape[:-1], self.batch_shape)
+            x = x.expand(*batch, *x.shape[-1:])
+            means, stds = (t.expand(*batch, *t.shape[-2:]) for t in (means, stds))
+            logits = logits.expand(*batch, count)
+        return gmm_log_prob(x, logits, means, stds, scale="std")
+
+    return log_prob
+
+
+def changes(*, mixture_kl: bool = False) -> list[Attribute | Divergence]:
+    version = f"torch {torch.__version__}"
+    check_method(MixtureSameFamily, "log_prob", ("self", "x"), version)
+    registered = torch_kl._KL_REGISTRY
+    found: list[Attribute | Divergence] = [
+        Divergence(Normal, Normal, kl_of_normals),
+        Divergence(Independent, Independent, kl_of_independents(registered[Independent, Independent])),
+        Attribute(MixtureSameFamily, "log_prob", mixture_log_prob(MixtureSameFamily.log_prob)),
+    ]
+    for p, q, new in (
+        (Independent, MultivariateNormal, kl_to_multivariate),
+        (MultivariateNormal, Independent, kl_from_multivariate),
+        *([(Independent, MixtureSameFamily, kl_to_mixture)] if mixture_kl else []),
+    ):
+        found.append(Divergence(p, q, new(registered.get((p, q), _unknown))))
+    return found
+
+
+_switch = Switch(changes)
+
+
+def enable(*, mixture_kl: bool = False) -> Switch:
+    """Puts fastkl into torch.distributions until `disable()`; as a context manager, until the block ends.
+
+    Args:
+        mixture_kl: also estimate `kl_divergence(Independent(Normal), MixtureSameFamily)`, for which torch has no
+            formula, by one draw. Libraries that ask whether there is a formula, as Pyro does, then take another
+            estimator than before.
+
+    Raises:
+        UnsupportedVersion: torch.distributions has other methods than fastkl knows. Nothing was replaced.
+
+    >>> import torch, fastkl.integrations.distributions as distributions
+    >>> mu, one = torch.tensor([0.05], dtype=torch.bfloat16), torch.tensor([1.0], dtype=torch.bfloat16)
+    >>> q, p = torch.distributions.Normal(mu, one), torch.distributions.Normal(0 * mu, one)
+    >>> torch.distributions.kl_divergence(q, p)
+    tensor([0.], dtype=torch.bfloat16)
+    >>> with distributions.enable():
+    ...     torch.distributions.kl_divergence(q, p)  # mu^2 / 2
+    tensor([0.0013])
+    """
+    return _switch.enable(mixture_kl=mixture_kl)
+
+
+def disable() -> None:
+    """Undoes the last `enable()`: everything is as it was."""
+    _switch.disable()

@@ -1,0 +1,167 @@
+"""fastkl inside Pythae: the losses of its autoencoders.
+
+    fastkl.integrations.pythae.enable()      # until disable(), or for a block: with pythae.enable():
+
+| model | what is fastkl's |
+|---|---|
+| `VAE`, `BetaVAE` | the KL |
+| `VAMP` | the density of its prior |
+| `IWAE`, `CIWAE`, `MIWAE`, `PIWAE` | the importance-weighted bounds |
+| `WAE_MMD`, `INFOVAE_MMD` | the MMD, and the KL |
+| `BetaTCVAE` | the decomposition of the KL |
+
+Models that exist already change with their class. Where losses differ, those of Pythae are wrong:
+
+- `MIWAE` and `PIWAE` normalise their importance weights over the repetitions in place of the samples: with one
+  repetition all weights are 1, and the loss is the ELBO's.
+- `IWAE`'s loss is the average of ln w under the weights, not the bound. The gradient is the same, the reported loss is
+  too low.
+- `BetaTCVAE` with `use_mss` gives the weight of each datum's own posterior to the first posterior of the batch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkl.integrations._switch import Attribute, Switch, check_method
+from fastkl.ops.gmm_log_prob import gmm_log_prob
+from fastkl.ops.iwae import iwae
+from fastkl.ops.kl_normal import kl_normal
+from fastkl.ops.mmd import mmd
+from fastkl.ops.total_correlation import total_correlation
+
+
+def reconstruction_loss(model: Any, recon_x: Tensor, x: Tensor) -> Tensor:
+    """-ln p(x | z) as the model's configuration says, up to a constant: [N], or [N, *samples] as recon_x has them."""
+    samples = recon_x.shape[1:-1] if recon_x.dim() > 2 and recon_x.shape[1:] != x.shape[1:] else ()
+    recon_x = recon_x.reshape(len(x), *samples, -1)
+    x = x.reshape(len(x), *[1] * len(samples), -1).expand_as(recon_x)
+    if model.model_config.reconstruction_loss == "bce":
+        return torch.nn.functional.binary_cross_entropy(recon_x, x, reduction="none").sum(-1)
+    return 0.5 * (recon_x - x).square().sum(-1)
+
+
+def vae(self, recon_x, x, mu, log_var, z):
+    recon_loss, kl = reconstruction_loss(self, recon_x, x), kl_normal(mu, log_var, event_ndim=1)
+    return (recon_loss + kl).mean(0), recon_loss.mean(0), kl.mean(0)
+
+
+def beta_vae(self, recon_x, x, mu, log_var, z):
+    recon_loss, kl = reconstruction_loss(self, recon_x, x), kl_normal(mu, log_var, event_ndim=1)
+    return (recon_loss + self.beta * kl).mean(0), recon_loss.mean(0), kl.mean(0)
+
+
+def vamp_log_p_z(self, z):
+    """ln p(z) without -D/2 ln(2 pi), which Pythae leaves out of ln q(z | x) as well."""
+    count = self.number_components
+    x = self.pseudo_inputs(self.idle_input.to(z.device)).reshape((count, *self.model_config.input_dim))
+    encoded = self.encoder(x)
+    logits = z.new_zeros(count)
+    return gmm_log_prob(z, logits, encoded.embedding, encoded.log_covariance) + 0.5 * z.shape[-1] * math.log(
+        2 * math.pi
+    )
+
+
+def log_weights(self, recon_x, x, mu, log_var, z) -> tuple[Tensor, Tensor, Tensor]:
+    """ln w = ln p(x | z) + ln p(z) - ln q(z | x), and what it is made of: [N, *samples] each."""
+    recon_loss = reconstruction_loss(self, recon_x, x)
+    log_q = -0.5 * (log_var + (z - mu).square() * torch.exp(-log_var)).sum(-1)
+    kl = log_q + 0.5 * z.square().sum(-1)
+    return -(recon_loss + kl), recon_loss, kl
+
+
+def iwae_loss(self, recon_x, x, mu, log_var, z):
+    log_w, recon_loss, kl = log_weights(self, recon_x, x, mu, log_var, z)
+    return -iwae(log_w, 1).mean(), recon_loss.mean(), kl.mean()
+
+
+def ciwae_loss(self, recon_x, x, mu, log_var, z):
+    log_w, recon_loss, kl = log_weights(self, recon_x, x, mu, log_var, z)
+    loss = -(self.beta * log_w.mean(1) + (1 - self.beta) * iwae(log_w, 1))
+    return loss.mean(0), recon_loss.mean(0), kl.mean(0)
+
+
+def miwae_loss(self, recon_x, x, mu, log_var, z):
+    log_w, recon_loss, kl = log_weights(self, recon_x, x, mu, log_var, z)
+    return -iwae(log_w, 2).mean(), recon_loss.mean(0), kl.mean(0)
+
+
+def piwae_loss(self, recon_x, x, mu, log_var, z):
+    log_w, recon_loss, kl = log_weights(self, recon_x, x, mu, log_var, z)
+    return -iwae(log_w, 2).mean(), -iwae(log_w.flatten(1), 1).mean(), recon_loss.mean(0), kl.mean(0)
+
+
+def discrepancy(self, z: Tensor, z_prior: Tensor) -> Tensor:
+    """The unbiased squared MMD by the kernel of the model's configuration."""
+    config = self.model_config
+    scales = [1.0] if self.kernel_choice == "rbf" else self.scales
+    width = config.kernel_bandwidth**2 * config.latent_dim / z.shape[-1]
+    return mmd(z, z_prior, kernel=self.kernel_choice, scales=[width * scale for scale in scales])
+
+
+def wae(self, recon_x, x, z, z_prior):
+    recon_loss = self.reconstruction_loss_scale * (recon_x - x).flatten(1).square().sum(-1).mean(0)
+    distance = discrepancy(self, z, z_prior)
+    return recon_loss + self.model_config.reg_weight * distance, recon_loss, distance
+
+
+def info_vae(self, recon_x, x, z, z_prior, mu, log_var):
+    recon_loss, kl = reconstruction_loss(self, recon_x, x).mean(0), kl_normal(mu, log_var, event_ndim=1).mean(0)
+    distance = discrepancy(self, z, z_prior)
+    loss = recon_loss + (1 - self.alpha) * kl + (self.alpha + self.lbd - 1) * distance
+    return loss, recon_loss, kl, distance
+
+
+def beta_tc_vae(self, recon_x, x, mu, log_var, z, dataset_size):
+    recon_loss = reconstruction_loss(self, recon_x, x).mean(0)
+    weights = "mss" if self.use_mss else "mws"
+    parts = total_correlation(z, mu, log_var, dataset_size, weights=weights)
+    reg_loss = sum(weight * part.mean(0) for weight, part in zip((self.alpha, self.beta, self.gamma), parts))
+    return recon_loss + reg_loss, recon_loss, reg_loss
+
+
+USUAL = ("self", "recon_x", "x", "mu", "log_var", "z")
+# Class -> (method, its parameters, fastkl's).
+METHODS = {
+    "VAE": ("loss_function", USUAL, vae),
+    "BetaVAE": ("loss_function", USUAL, beta_vae),
+    "VAMP": ("_log_p_z", ("self", "z"), vamp_log_p_z),
+    "IWAE": ("loss_function", USUAL, iwae_loss),
+    "CIWAE": ("loss_function", USUAL, ciwae_loss),
+    "MIWAE": ("loss_function", USUAL, miwae_loss),
+    "PIWAE": ("loss_function", USUAL, piwae_loss),
+    "WAE_MMD": ("loss_function", ("self", "recon_x", "x", "z", "z_prior"), wae),
+    "INFOVAE_MMD": ("loss_function", ("self", "recon_x", "x", "z", "z_prior", "mu", "log_var"), info_vae),
+    "BetaTCVAE": ("loss_function", (*USUAL, "dataset_size"), beta_tc_vae),
+}
+
+
+def changes() -> list[Attribute]:
+    models, version = importlib.import_module("pythae.models"), importlib.metadata.version("pythae")
+    for name, (method, parameters, _) in METHODS.items():
+        check_method(getattr(models, name), method, parameters, f"Pythae {version}")
+    return [Attribute(getattr(models, name), method, new) for name, (method, _, new) in METHODS.items()]
+
+
+_switch = Switch(changes)
+
+
+def enable() -> Switch:
+    """Puts fastkl into Pythae's models until `disable()`; as a context manager, until the block ends.
+
+    Raises:
+        ImportError: Pythae is not installed.
+        UnsupportedVersion: a class has another method than fastkl knows. Nothing was replaced.
+    """
+    return _switch.enable()
+
+
+def disable() -> None:
+    """Undoes the last `enable()`: every class is as it was."""
+    _switch.disable()

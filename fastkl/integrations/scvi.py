@@ -1,0 +1,42 @@
+"""fastkl inside scvi-tools: the KL divergences of its posteriors, and its priors that are mixtures.
+
+    fastkl.integrations.scvi.enable()      # until disable(), or for a block: with scvi.enable():
+
+The models ask torch.distributions: `kl_divergence` of two Normals, summed outside, and the density of
+`MixtureSameFamily` in `MogPrior`, `VampPrior`, CondSCVI, CytoVI and DestVI. This is
+`fastkl.integrations.distributions`, once it is sure that scvi-tools asks as before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+
+from fastkl.integrations import distributions
+from fastkl.integrations._switch import Attribute, Divergence, Switch, check_method
+
+
+def changes() -> list[Attribute | Divergence]:
+    base, version = importlib.import_module("scvi.module.base"), importlib.metadata.version("scvi-tools")
+    check_method(base.MogPrior, "kl", ("self", "qz", "labels", "kwargs"), f"scvi-tools {version}")
+    check_method(base.VampPrior, "kl", ("self", "qz", "z", "kwargs"), f"scvi-tools {version}")
+    return distributions.changes()
+
+
+_switch = Switch(changes)
+
+
+def enable() -> Switch:
+    """Puts fastkl into scvi-tools until `disable()`; as a context manager, until the block ends.
+
+    Raises:
+        ImportError: scvi-tools is not installed.
+        UnsupportedVersion: its priors or torch.distributions have other methods than fastkl knows. Nothing was
+            replaced.
+    """
+    return _switch.enable()
+
+
+def disable() -> None:
+    """Undoes the last `enable()`: everything is as it was."""
+    _switch.disable()

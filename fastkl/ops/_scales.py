@@ -1,0 +1,83 @@
+"""What users give in place of a log-variance, as one: torch ops in front of an op that knows log-variances alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkl import reference
+from fastkl.ops import _arguments as arguments
+from fastkl.ops._register import apply
+
+
+class _Collapse(torch.autograd.Function):
+    """One of the equal entries of an expanded tensor. The gradient is handed back expanded as well: none of its memory
+    is touched on its way to the tensor that was expanded, where the equal shares sum to the whole."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor, dims):
+        return _first(tensor, dims).clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        tensor, ctx.dims = inputs
+        ctx.shape = tensor.shape
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (gradient / math.prod([ctx.shape[dim] for dim in ctx.dims])).expand(ctx.shape), None
+
+
+def _first(tensor: Tensor, dims: list[int]) -> Tensor:
+    """The first entry along each of `dims`, which stay as dimensions of size 1."""
+    return tensor[tuple(slice(0, 1) if dim in dims else slice(None) for dim in range(tensor.dim()))]
+
+
+def distinct(tensor: Tensor, dims: Iterable[int]) -> Tensor:
+    """`tensor` with size 1 in those of `dims` along which it is only expanded (stride 0)."""
+    dims = [dim for dim in dims if tensor.stride(dim) == 0 and tensor.shape[dim] > 1]
+    if dims and not tensor.requires_grad:
+        return _first(tensor, dims)
+    if dims and tensor.dtype != torch.float16 and (torch.compiler.is_compiling() or not tensor.is_leaf):
+        return apply(_Collapse, tensor, dims)
+    return tensor  # its own gradient is asked for, entry by entry; equal shares of one may be too small for float16
+
+
+class _ToLogvar(torch.autograd.Function):
+    """reference.to_logvar, whose own gradient is a difference: where the incoming one has overflowed, inf - inf."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(parameter, scale):
+        return reference.to_logvar(parameter, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+        ctx.scale = inputs[1]
+
+    @staticmethod
+    def backward(ctx, dlogvar):
+        (parameter,) = ctx.saved_tensors
+        return reference.to_parameter_gradient(dlogvar, parameter, ctx.scale), None
+
+
+def as_logvar(name: str, parameter: Any, scale: str, *others: Tensor | None, bounds: Any = None) -> Any:
+    """ln sigma^2, within the bounds, of the tensor that `scale` describes; `name` is that of `scale`'s argument.
+
+    It is taken in the dtype that an op of the tensor and `others` computes in: rounded to 16 bits, it would bias every
+    density. What is expanded stays so, and its logarithm is taken once.
+    """
+    arguments.check_choice(name, scale, reference.SCALES)
+    if parameter is None or (scale == "logvar" and bounds is None):
+        return parameter
+    own = distinct(parameter, range(parameter.dim())).to(reference.compute_dtype(parameter, *others))
+    logvar = own if scale == "logvar" else apply(_ToLogvar, own, scale)
+    return reference.bound(logvar, bounds).expand(parameter.shape)

@@ -1,0 +1,68 @@
+"""Integrations are switched on and off as one."""
+
+import pytest
+
+from fastkl.integrations._switch import Attribute, Switch, UnsupportedVersion, check_method
+
+
+class Library:
+    def kl(self, other=None):
+        return "stock"
+
+    @staticmethod
+    def helper():
+        return "stock"
+
+
+class Child(Library):
+    pass
+
+
+def switch(*names: str, owner=Library) -> Switch:
+    return Switch(lambda: [Attribute(owner, name, lambda *args: "fastkl") for name in names])
+
+
+def test_disabled_it_leaves_everything_as_it_was():
+    before = dict(vars(Library))
+    with switch("kl", "helper").enable():
+        assert (Library().kl(), Library.helper()) == ("fastkl", "fastkl")
+    assert dict(vars(Library)) == before
+
+
+def test_an_inherited_method_is_inherited_again():
+    with switch("kl", owner=Child).enable():
+        assert Child().kl() == "fastkl"
+    assert "kl" not in vars(Child)
+
+
+def test_what_is_enabled_twice_has_to_be_disabled_twice():
+    one = switch("kl")
+    with one.enable():
+        with one.enable():
+            assert Library().kl() == "fastkl"
+        assert Library().kl() == "fastkl"
+    assert Library().kl() == "stock"
+    with pytest.raises(RuntimeError, match="not enabled"):
+        one.disable()
+
+
+def test_an_error_halfway_undoes_the_first_half():
+    half = Switch(lambda: [Attribute(Library, "kl", None), Attribute(object, "kl", None)])  # object takes no attributes
+    with pytest.raises(TypeError):
+        half.enable()
+    assert Library().kl() == "stock"
+    assert half.made == []
+
+
+def test_an_error_inside_the_block_disables_too():
+    with pytest.raises(KeyError), switch("kl").enable():
+        raise KeyError
+    assert Library().kl() == "stock"
+
+
+def test_other_parameters_are_refused():
+    check_method(Library, "kl", ("self", "other"), "library 1.0")
+    with pytest.raises(UnsupportedVersion, match=r"Library.kl takes \(self, other\).*\(self\); library 1.0"):
+        check_method(Library, "kl", ("self",), "library 1.0")
+    with pytest.raises(UnsupportedVersion, match=r"Library\.nll is missing"):
+        check_method(Library, "nll", ("self",), "library 1.0")

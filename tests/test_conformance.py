@@ -1,0 +1,60 @@
+"""`python -m fastkl.conformance`: fastkl passes all of it, and the cases are right."""
+
+import conformance_oracle
+import pytest
+import torch
+
+from fastkl.conformance import CASES, LIBRARIES, check
+from fastkl.conformance.__main__ import main
+from fastkl.integrations import distributions
+
+NAMES = [f"{case.question}, {case.name}" for case in CASES]
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_exact_values_are_those_of_mpmath(case):
+    assert list(case.exact) == pytest.approx(conformance_oracle.exact(case), rel=1e-14, abs=0)
+
+
+def test_fastkl_passes_every_case():
+    answers = LIBRARIES["fastkl"][1]()
+    assert [case for case in CASES if not check(case, answers[case.question]).passed] == []
+
+
+MISTAKES = {
+    "kl, unit mean": lambda mu, logvar: (mu**2 + logvar.exp() - 1 - logvar).sum(1),
+    "kl, wide and narrow": lambda mu, logvar: 0.5 * (mu**2 + (0.5 * logvar).exp() - 1 - 0.5 * logvar).sum(1),
+    "kl, nearly the prior": lambda mu, logvar: 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(1),
+    "kl, video": lambda mu, logvar: 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum([1, 2, 3]),
+    "iwae, two samples": lambda log_w: log_w.logsumexp(1),
+    "choice, temperature 0": lambda logits, tau: (logits / tau).softmax(-1).max(-1).values,
+    "mixture, far from all": lambda z, w, m, s: (w * (-0.5 * (z - m[:, 0]) ** 2).exp() / 2.5066).sum(1).log(),
+    "decomposition, three data far apart": lambda z, mu, logvar, size: torch.zeros(3),
+    "one dimension, a shift": lambda x, y: (x.sort(0).values - y.sort(0).values).square().mean().sqrt(),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_found(name):
+    assert not check(CASES[NAMES.index(name)], MISTAKES[name]).passed
+
+
+def test_torch_fails_where_it_is_known_to_and_passes_with_fastkl_inside():
+    def failed() -> set[str]:
+        answers = LIBRARIES["torch.distributions"][1]()
+        found = [check(case, answers[case.question]) for case in CASES if case.question in answers]
+        return {each.case.name for each in found if each is not None and not each.passed}
+
+    assert failed() >= {"a component of weight 0", "temperature 0", "nearly the prior, bfloat16"}
+    with distributions.enable():
+        assert failed() <= {"temperature 0"}
+
+
+def test_the_command_prints_a_table_and_says_what_it_does_not_know(capsys):
+    assert main(["fastkl"]) == 0
+    assert f"{len(CASES)} of {len(CASES)} pass" in capsys.readouterr().out
+    assert main(["torch.distributions", "--markdown"]) == 1
+    assert "| FAIL | mixture: a component of weight 0 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["tensorflow"])
+    assert "no such library: tensorflow" in capsys.readouterr().err
