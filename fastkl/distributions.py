@@ -72,13 +72,14 @@ class DiagonalNormal:
     ) -> None:  # fmt: skip
         if tensors is None:  # else rebuilt from another one's fields, as by dataclasses.replace
             given = (mu, logvar)
-            mu, logvar = arguments.as_parameters(*given)
-            arguments.check_tensors(mu=mu, logvar=logvar)
+            both = arguments.as_parameters(*given)
+            arguments.check_tensors(**dict(zip(("mu", "logvar"), both)))
             dtype = samples_dtype(*given)  # a number takes the tensor's dtype
-            mu, logvar = (new if new is old else new.to(dtype) for new, old in zip((mu, logvar), given))
-            shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
-            tensors = tuple(t if t.dim() == len(shape) else t[(None,) * (len(shape) - t.dim())] for t in (mu, logvar))
+            both = tuple(new if new is old else new.to(dtype) for new, old in zip(both, given))
+            shape = arguments.broadcast_shape(**dict(zip(("mu", "logvar"), both)))
+            tensors = tuple(t if t.dim() == len(shape) else t[(None,) * (len(shape) - t.dim())] for t in both)
             event_ndim = _check(shape, event_ndim, scale, bounds)
+        assert event_ndim is not None, "the fields of another posterior have it"
         self.tensors, self.packed_dim = tensors, packed_dim
         self.event_ndim, self.kind, self.bounds = event_ndim, kind or scale, bounds
 
@@ -95,8 +96,9 @@ class DiagonalNormal:
         arguments.check_tensors(head=head)
         dim = arguments.check_packed(head, dim)
         event_ndim = _check(head.chunk(2, dim)[0].shape, event_ndim, scale, bounds)
-        settings = {"event_ndim": event_ndim, "scale": scale, "bounds": bounds}
-        return cls(tensors=(head,), packed_dim=dim - head.dim(), **settings)
+        return cls(
+            tensors=(head,), packed_dim=dim - head.dim(), event_ndim=event_ndim, scale=scale, bounds=bounds
+        )  # fmt: skip
 
     # ---- moments ----
 
@@ -150,15 +152,16 @@ class DiagonalNormal:
 
     def vectors(self, *others: Tensor) -> tuple[Tensor, Tensor]:
         """`mean_and_logvar` with flattened events: [*batch, D]."""
-        tensors = self.mean_and_logvar(*others)
+        mu, logvar = self.mean_and_logvar(*others)
         if self.event_ndim == 0:
-            return tuple(tensor.unsqueeze(-1) for tensor in tensors)
-        return tuple(tensor.flatten(-self.event_ndim) for tensor in tensors)
+            return mu.unsqueeze(-1), logvar.unsqueeze(-1)
+        return mu.flatten(-self.event_ndim), logvar.flatten(-self.event_ndim)
 
     @property
     def given(self) -> tuple[Tensor, Tensor]:
         """mu and the second parameter (of type `kind`) as given, not broadcast; halves of a packed head are views."""
-        return self.tensors if self.packed_dim is None else self.tensors[0].chunk(2, self.packed_dim)
+        mu, parameter = self.tensors if self.packed_dim is None else self.tensors[0].chunk(2, self.packed_dim)
+        return mu, parameter
 
     @property
     def shape(self) -> torch.Size:
@@ -216,7 +219,7 @@ class DiagonalNormal:
             return drawn.unflatten(0, tuple(sample_shape))
         settings = {"num_samples": num_samples, "seed": seed, "eps": eps, **self._settings()}
         if self.packed_dim is not None:
-            return rsample_normal_packed(*self.tensors, self.packed_dim, **settings)
+            return rsample_normal_packed(self.tensors[0], self.packed_dim, **settings)
         return rsample_normal(*self.tensors, **settings)
 
     @torch.no_grad()
@@ -228,7 +231,7 @@ class DiagonalNormal:
         """KL(q || prior) in nats, one per datum; the prior is N(0, I) or another DiagonalNormal."""
         settings = {"event_ndim": self.event_ndim, **self._settings()}
         if self.packed_dim is not None:
-            return kl_normal_packed(*self.tensors, self.packed_dim, *self._of(prior), **settings)
+            return kl_normal_packed(self.tensors[0], self.packed_dim, *self._of(prior), **settings)
         return kl_normal(*self.tensors, *self._of(prior), **settings)
 
     def kl_per_dim(self, prior: DiagonalNormal | None = None) -> Tensor:
@@ -244,7 +247,7 @@ class DiagonalNormal:
         drawn = {"num_samples": num_samples, "seed": seed, "eps": eps}
         settings = {"event_ndim": self.event_ndim, **drawn, **self._settings()}
         if self.packed_dim is not None:
-            return rsample_kl_packed(*self.tensors, self.packed_dim, *self._of(prior), **settings)
+            return rsample_kl_packed(self.tensors[0], self.packed_dim, *self._of(prior), **settings)
         return rsample_kl(*self.tensors, *self._of(prior), **settings)
 
     def log_prob(self, z: Tensor) -> Tensor:

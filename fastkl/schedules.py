@@ -12,7 +12,9 @@ values of a tensor step, nor of a tensor that is filled with the float outside.
 from __future__ import annotations
 
 import math
+from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,8 +29,7 @@ def linear(step: float | Tensor, start: float, end: float, *, steps: float) -> f
     [0.0, 0.25, 1.0, 1.0]
     """
     part = progress(step, steps)
-    # This form is exact at both ends; start + part * (end - start) is not.
-    return start * (1 - part) + end * part
+    return _between(start, end, part)
 
 
 def cosine(step: float | Tensor, start: float, end: float, *, steps: float) -> float | Tensor:
@@ -40,7 +41,7 @@ def cosine(step: float | Tensor, start: float, end: float, *, steps: float) -> f
     """
     angle = math.pi * progress(step, steps)
     part = 0.5 - 0.5 * (torch.cos(angle) if isinstance(angle, Tensor) else math.cos(angle))
-    return start * (1 - part) + end * part
+    return _between(start, end, part)
 
 
 def exponential(step: float | Tensor, start: float, end: float, *, steps: float) -> float | Tensor:
@@ -57,6 +58,7 @@ def exponential(step: float | Tensor, start: float, end: float, *, steps: float)
     >>> [round(schedules.exponential(step, 1.0, 0.01, steps=2), 6) for step in (0, 1, 2, 3)]
     [1.0, 0.1, 0.01, 0.01]
     """
+    _check_single(start=start, end=end)
     if not (start > 0 and end > 0):
         raise ValueError(f"start and end must be above 0 for an exponential schedule, got {start} and {end}")
     part = progress(step, steps)
@@ -80,13 +82,14 @@ def sigmoid(
     >>> [round(schedules.sigmoid(step, 0.0, 1.0, steps=4), 3) for step in (0, 1, 2, 3, 4)]
     [0.0, 0.07, 0.5, 0.93, 1.0]
     """
+    _check_single(steepness=steepness)
     if not 0 < steepness < math.inf:
         raise ValueError(f"steepness must be a finite number above 0, got {steepness}")
     # s is 1/2 + 1/2 tanh of half its argument, which is symmetric about the middle, so both ends are exact.
     place = (progress(step, steps) - 0.5) * (0.5 * steepness)
     level = torch.tanh(place) if isinstance(place, Tensor) else math.tanh(place)
     part = 0.5 + 0.5 * (level / math.tanh(0.25 * steepness))
-    return start * (1 - part) + end * part
+    return _between(start, end, part)
 
 
 def cyclical(
@@ -110,26 +113,49 @@ def cyclical(
     >>> [schedules.cyclical(step, 0.0, 1.0, steps=8, cycles=2) for step in range(9)]
     [0.0, 0.5, 1.0, 1.0, 0.0, 0.5, 1.0, 1.0, 1.0]
     """
-    if isinstance(cycles, bool) or not isinstance(cycles, int) or cycles < 1:
+    if isinstance(cycles, bool) or not isinstance(cycles, (int, np.integer)) or cycles < 1:
         raise ValueError(f"cycles must be an int, 1 or more, got {cycles}")
+    _check_single(ratio=ratio)
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio must be within [0, 1], got {ratio}")
     over = progress(step, steps)  # checks steps; 0 before the first cycle, 1 after the last
     # The remainder of whole numbers is exact: rounding cannot delay the start of a cycle by a step.
     within = (step * cycles % steps) / steps if steps else over
-    if isinstance(over, Tensor):
+    part: float | Tensor
+    if isinstance(over, Tensor) and isinstance(within, Tensor):
         part = (within / ratio).clamp(0, 1) if ratio else torch.ones_like(over)
         part = torch.where(over >= 1, 1.0, torch.where(over <= 0, 0.0 if ratio else 1.0, part))
     else:
         part = min(1.0, within / ratio) if ratio else 1.0
         part = 1.0 if over >= 1 else part if over > 0 or not ratio else 0.0
-    return start * (1 - part) + end * part
+    return _between(start, end, part)
 
 
 def progress(step: float | Tensor, steps: float) -> float | Tensor:
     """step / steps clamped to [0, 1]; 1 if steps is 0."""
+    _check(step=step)
+    _check_single(steps=steps)
     if not 0 <= steps < math.inf:
         raise ValueError(f"steps must be a finite number, 0 or more, got {steps}")
     if isinstance(step, Tensor):
         return torch.ones_like(step, dtype=torch.float32) if steps == 0 else (step / steps).clamp(0, 1)
     return 1.0 if steps == 0 else min(1.0, max(0.0, step / steps))
+
+
+def _between(start: float | Tensor, end: float | Tensor, part: float | Tensor) -> float | Tensor:
+    """Both terms are exact at the ends, which start + part (end - start) is not."""
+    _check(start=start, end=end)
+    return start * (1 - part) + end * part
+
+
+def _check(**values: float | Tensor) -> None:
+    for name, value in values.items():
+        if not isinstance(value, (Real, Tensor)):
+            raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+
+
+def _check_single(**values: float | Tensor) -> None:
+    _check(**values)
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{name} must have one value, got {tuple(value.shape)}")

@@ -38,11 +38,11 @@ def diagnose(
     >>> print(*monitors.diagnose(kl=0.02, active_units=0, latent_units=20), sep="\\n")
     posterior collapse (0 of 20 latent units active, KL 0.02 nats): free bits, a longer KL warm-up, cyclical beta, or a weaker decoder
     """  # noqa: E501
-    figures = {"kl": kl, "effective_sample_size": effective_sample_size, **others}
+    given = {"kl": kl, "effective_sample_size": effective_sample_size, **others}
     # Detached, because torch warns if a tensor that requires a gradient is converted to a number.
     figures = {
         name: float(value.detach() if isinstance(value, Tensor) else value)
-        for name, value in figures.items()
+        for name, value in given.items()
         if value is not None
     }
     kl, size = figures.get("kl"), figures.get("effective_sample_size")

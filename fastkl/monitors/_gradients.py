@@ -30,7 +30,7 @@ def gradient_norms(parameters: nn.Module | Mapping[str, Iterable[Tensor]]) -> di
     {'encoder': tensor(3.), 'decoder': tensor(4.), 'total': tensor(5.)}
     """
     if isinstance(parameters, nn.Module):
-        parts = {name: list(child.parameters()) for name, child in parameters.named_children()}
+        parts: dict[str, list[Tensor]] = {name: list(child.parameters()) for name, child in parameters.named_children()}
         inside = {parameter for part in parts.values() for parameter in part}
         parts["own"] = [parameter for parameter in parameters.parameters() if parameter not in inside]
         parts = {name: part for name, part in parts.items() if part}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class State(NamedTuple):
     """The state of `count` observations: float64 sums, or other values that `Monitor.combine` merges."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # which hides tuple.count
     values: tuple[Tensor, ...]
 
 
@@ -84,7 +84,8 @@ class Monitor:
 def posterior_rows(q: DiagonalNormal) -> tuple[Tensor, Tensor]:
     """mean and ln sigma^2 [N, D]."""
     check_posterior(q)
-    return tuple(tensor.detach().flatten(0, -2) for tensor in q.vectors())
+    mu, logvar = (tensor.detach().flatten(0, -2) for tensor in q.vectors())
+    return mu, logvar
 
 
 def check_posterior(q: DiagonalNormal) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkl import distributions
+from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops.normal_log_prob import normal_log_prob
 from fastkl.ops.rsample_normal import draw_normal
@@ -50,10 +51,16 @@ def flat(posterior: distributions.DiagonalNormal, z: Tensor) -> Tensor:
     return z.flatten(z.dim() - posterior.event_ndim) if posterior.event_ndim else z.unsqueeze(-1)
 
 
+def check_noise(posterior: distributions.DiagonalNormal, num_samples: int, eps: Tensor | None) -> None:
+    num_samples = arguments.check_int("num_samples", num_samples, 1)
+    arguments.check_tensors(eps=eps)
+    if eps is not None and eps.shape != (wanted := (num_samples, *posterior.shape)):
+        raise ValueError(f"eps must be the noise of {num_samples} samples, {tuple(wanted)}, got {tuple(eps.shape)}")
+
+
 def draws(posterior: distributions.DiagonalNormal, num_samples: int, eps: Tensor | None) -> Tensor:
     """z [num_samples, *batch, *event], with the noise eps if given."""
-    if eps is not None and eps.shape != (expected := (num_samples, *posterior.shape)):
-        raise ValueError(f"eps must be the noise of {num_samples} samples, {tuple(expected)}, got {tuple(eps.shape)}")
+    check_noise(posterior, num_samples, eps)
     return posterior.rsample(num_samples=num_samples, eps=eps)
 
 
@@ -64,6 +71,7 @@ def prior_draws(
     batch_ndim = len(posterior.shape) - posterior.event_ndim
     shape = torch.Size((math.prod(posterior.shape[:batch_ndim]), math.prod(posterior.shape[batch_ndim:])))
     if given is not None:
+        arguments.check_tensors(prior_samples=given)
         if given.shape[1:] != shape[1:] or given.dim() != 2:
             raise ValueError(f"prior_samples must be draws from the prior (n, {shape[1]}), got {tuple(given.shape)}")
         return given

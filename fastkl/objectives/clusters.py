@@ -66,8 +66,9 @@ def _kls(posterior: distributions.DiagonalNormal, prior: MixturePrior, z: Tensor
     # Cast first: the gradients of all parts are summed in this dtype.
     dtype = reference.compute_dtype(mu, logvar, z, *(tensor for tensor in mixture if tensor is not None))
     mu, logvar, z = mu.to(dtype), logvar.to(dtype), z.to(dtype)
-    mixture = Mixture(*(None if tensor is None else tensor.to(dtype) for tensor in mixture))
-    logits, means, logvars, scale_tril = mixture
+    logits, means = mixture.logits.to(dtype), mixture.means.to(dtype)
+    logvars, scale_tril = (None if tensor is None else tensor.to(dtype) for tensor in mixture[2:])
+    mixture = Mixture(logits, means, logvars, scale_tril)
     with no_autocast(z.device.type):
         log_r = gmm_responsibilities(z, **mixture.named(), precision=prior.precision)
         # ln N(mu; m_k, S_k) from p(k | mu): needs no [*batch, K, D], and avoids the cancellation of an expanded square.

@@ -51,15 +51,16 @@ def beta_tc_vae(
     if not (prior is None or isinstance(prior, StandardNormal)):
         name = type(prior).__name__
         raise TypeError(f"prior must be None or StandardNormal, which factorises over dimensions, got {name}")
-    factors = [check_weight(name, value) for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma))]
+    alpha, beta, gamma = check_weight("alpha", alpha), check_weight("beta", beta), check_weight("gamma", gamma)
     z = draws(posterior, 1, eps)
     reconstruction = reconstruction_of(posterior, log_likelihood, z)[0]
-    parameters = (tensor.flatten(0, -2) for tensor in (flat(posterior, z), *posterior.vectors()))
-    parts = total_correlation(*parameters, dataset_size, weights=weights, group=group)
-    weighted = sum(factor * part.mean() for factor, part in zip(factors, parts))
+    rows, mu, logvar = (tensor.flatten(0, -2) for tensor in (flat(posterior, z), *posterior.vectors()))
+    parts = total_correlation(rows, mu, logvar, dataset_size, weights=weights, group=group)
+    information, correlation, own = (part.mean() for part in parts)
+    weighted = alpha * information + beta * correlation + gamma * own
     terms = {
         "reconstruction": reconstruction,
-        "kl": sum(part.detach() for part in parts),
+        "kl": parts.mutual_information + parts.total_correlation + parts.dimension_wise_kl,
         "mutual_information": parts.mutual_information,
         "total_correlation": parts.total_correlation,
         "dimension_wise_kl": parts.dimension_wise_kl,

@@ -11,6 +11,7 @@ from fastkl.objectives._loss import (
     LogLikelihood,
     Loss,
     check,
+    check_noise,
     draws,
     flat,
     has_closed_form,
@@ -48,6 +49,7 @@ def sample_kl(
     tensor([1.5000, 1.5000])
     """
     if prior is None:
+        check_noise(posterior, num_samples, eps)
         return posterior.rsample_kl(eps=None if eps is None else eps[0])
     arguments.check_choice("method", method, METHODS)
     z = draws(posterior, num_samples, eps)
@@ -92,8 +94,9 @@ def elbo(
     """
     check(posterior, prior, log_likelihood)
     beta = check_weight("beta", beta)
-    settings = {"method": method, "num_samples": num_samples, "tau": tau, "eps": eps, "gumbel": gumbel}
-    z, kl = sample_kl(posterior, prior, **settings)
+    if not (remedy is None or callable(remedy)):
+        raise TypeError(f"remedy must be callable, (posterior, kl) -> penalty, got {type(remedy).__name__}")
+    z, kl = sample_kl(posterior, prior, method=method, num_samples=num_samples, tau=tau, eps=eps, gumbel=gumbel)
     reconstruction = reconstruction_of(posterior, log_likelihood, z)
     terms = {"elbo": reconstruction - kl, "reconstruction": reconstruction, "kl": kl}
     if remedy is None:

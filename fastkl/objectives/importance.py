@@ -222,8 +222,8 @@ def ciwae(
     beta = arguments.check_weight("beta", beta)
     if not isinstance(beta, Tensor) and beta > 1:
         raise ValueError(f"beta must be from 0 to 1, got {beta}")
-    beta = None if not isinstance(beta, Tensor) and beta == 0 else beta
-    return _combined(posterior, prior, log_likelihood, 1, num_samples, gradient, eps, beta)
+    share = None if not isinstance(beta, Tensor) and beta == 0 else beta
+    return _combined(posterior, prior, log_likelihood, 1, num_samples, gradient, eps, share)
 
 
 def piwae(

@@ -61,7 +61,7 @@ def as_tensors(like: Tensor, *values: Any) -> tuple[Any, ...]:
     )
 
 
-def as_parameters(mu: Tensor | float, parameter: Tensor | float, *others: Any) -> tuple[Any, ...]:
+def as_parameters(mu: Tensor | float | None, parameter: Tensor | float | None, *others: Any) -> tuple[Any, ...]:
     """as_tensors for a Gaussian's parameters, at least one of them a tensor, and its prior's."""
     return as_tensors(mu if isinstance(mu, Tensor) else parameter, mu, parameter, *others)
 
@@ -128,6 +128,14 @@ def check_int(name: str, value: Any, minimum: int) -> int:
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return value
+
+
+def check_dim(dim: Any, name: str, tensor: Tensor) -> int:
+    """A dimension of the tensor called `name`, as a non-negative number."""
+    dim = check_int("dim", dim, -(2**63))
+    if not -tensor.dim() <= dim < tensor.dim():
+        raise ValueError(f"dim={dim} is out of range for {name}, which has {tensor.dim()} dimensions")
+    return dim % tensor.dim()
 
 
 def check_number(name: str, value: Any, *, above: bool = False) -> float:
@@ -230,13 +238,10 @@ def _drop_batch(prior: Tensor, event_ndim: int) -> Tensor:
 
 def check_packed(head: Tensor, dim: int) -> int:
     """`dim` as a non-negative number: the dimension with mu in its first half and the scale in its second."""
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim must be an int, got {type(dim).__name__}")
-    if not -head.dim() <= dim < head.dim():
-        raise ValueError(f"dim={dim} is out of range for head, which has {head.dim()} dimensions")
-    if head.shape[dim] % 2:
-        raise ValueError(f"head packs mu and logvar along dim={dim}, whose size must be even, got {head.shape[dim]}")
-    return dim % head.dim()
+    own = check_dim(dim, "head", head)
+    if head.shape[own] % 2:
+        raise ValueError(f"head packs mu and logvar along dim={dim}, whose size must be even, got {head.shape[own]}")
+    return own
 
 
 def batch_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:

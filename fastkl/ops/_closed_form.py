@@ -26,7 +26,7 @@ def by_rows(definition: Callable[..., Tensor], inputs: Sequence[Tensor | None], 
     return arguments.by_rows(lambda *rows: definition(*rows, **named), mu, settings.event_ndim, list(inputs))
 
 
-def samples_dtype(mu: Tensor | float, parameter: Tensor | float | None) -> torch.dtype:
+def samples_dtype(mu: Tensor | float | None, parameter: Tensor | float | None) -> torch.dtype:
     """The dtype of z: that of the parameters as given, even if a broadcast one is passed to the op in float32. Numbers
     do not count."""
     first, *second = (given.dtype for given in (mu, parameter) if isinstance(given, Tensor))

@@ -196,11 +196,9 @@ def draw_choice(
         raise TypeError(f"dim must be an int, got {dim}; torch's fourth argument, eps, has no effect: leave it out")
     if logits.dim() == 0:
         raise ValueError("logits must have at least one dimension, that of the classes, got shape ()")
-    dim = arguments.check_int("dim", dim, -logits.dim())
-    if dim >= logits.dim():
-        raise ValueError(f"dim={dim} is out of range for logits, which have {logits.dim()} dimensions")
+    dim = arguments.check_dim(dim, "logits", logits)
     if logits.shape[dim] == 0:
         raise ValueError(f"logits must have at least one class along dim={dim}, got shape {tuple(logits.shape)}")
     tensor, constant = check_tau(tau, logits)
     seed = sampling.check_seed(seed, logits.device, "logits")
-    return apply(_GumbelSoftmax, logits, tensor, seed, constant, bool(hard), dim % logits.dim(), stream)
+    return apply(_GumbelSoftmax, logits, tensor, seed, constant, bool(hard), dim, stream)

@@ -10,13 +10,10 @@ from fastkl.ops import _arguments as arguments
 
 def _check(log_w: Tensor, dim: int) -> int:
     arguments.check_tensors(log_w=log_w)
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim must be an int, got {type(dim).__name__}")
-    if not -log_w.dim() <= dim < log_w.dim():
-        raise ValueError(f"dim={dim} is out of range for log_w, which has {log_w.dim()} dimensions")
-    if log_w.shape[dim] == 0:
+    own = arguments.check_dim(dim, "log_w", log_w)
+    if log_w.shape[own] == 0:
         raise ValueError(f"log_w must hold at least one sample along dim={dim}, got {tuple(log_w.shape)}")
-    return dim % log_w.dim()
+    return own
 
 
 def iwae(log_w: Tensor, dim: int = 0) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -29,6 +30,12 @@ class Prior(nn.Module):
 
     dim: int | None = None
     methods: tuple[str, ...] = ("mc",)
+
+    if TYPE_CHECKING:  # of those priors that have them
+
+        def fit(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        def kl_relaxed(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
     def log_prob(self, z: Tensor) -> Tensor:
         """ln p(z) [*batch] of z [*batch, D]."""

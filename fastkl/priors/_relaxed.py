@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.mixtures import relaxed_component
+from fastkl.ops import _arguments as arguments
 from fastkl.ops._register import no_autocast
 from fastkl.ops.gmm_responsibilities import gmm_responsibilities
 from fastkl.ops.gumbel_softmax import check_tau, draw_choice
@@ -15,13 +16,14 @@ from fastkl.ops.kl_normal import kl_normal
 
 def kl_relaxed(
     mu: Tensor, logvar: Tensor, z: Tensor, mixture: tuple, tau: float | Tensor, precision: str,
-    seed: Tensor | None, gumbel: Tensor | None,
+    seed: int | Tensor | None, gumbel: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """MixturePrior.kl_relaxed for q = N(mu, exp(logvar)) and the mixture (logits, means, logvars, scale_tril)."""
     logits, means, logvars, scale_tril = mixture
     if scale_tril is not None:
         raise ValueError("method='relaxed' interpolates standard deviations: the covariance must be 'diag', "
                          "'spherical' or 'tied', got 'full'")  # fmt: skip
+    arguments.check_tensors(z=z, **({} if gumbel is None else {"gumbel": gumbel}))
     if z.dim() != mu.dim() + 1 or z.shape[1:] != mu.shape:
         raise ValueError(f"z must be ({', '.join(['L', *map(str, mu.shape)])}), L draws from q, got {tuple(z.shape)}")
     choices = (*z.shape[:-1], logits.shape[-1])

@@ -48,10 +48,12 @@ class FlowPrior(Prior):
         if seed is None:
             return self.flow().rsample(shape)
         seed = arguments.check_int("seed", seed.item() if isinstance(seed, Tensor) else seed, -(2**63))
-        devices = {p.device for p in self.flow.parameters() if p.device.type not in ("cpu", "meta")}
-        kind = next(iter(devices)).type if devices else "cuda"
+        # A list: torch.compile has no way to hand a set over.
+        own = list(dict.fromkeys(p.device for p in self.flow.parameters() if p.device.type not in ("cpu", "meta")))
+        kind = own[0].type if own else "cuda"
+        devices: list[torch.device] | list[int] = own
         if kind == "cuda" and torch.cuda.is_initialized():
-            devices = range(torch.cuda.device_count())  # manual_seed changes the generators of all devices
+            devices = list(range(torch.cuda.device_count()))  # manual_seed changes the generators of all devices
         with torch.random.fork_rng(devices, device_type=kind):
             torch.manual_seed(seed)
             return self.flow().rsample(shape)

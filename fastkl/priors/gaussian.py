@@ -20,6 +20,9 @@ class _Gaussian(Prior):
     """One Gaussian, whose KL has a closed form."""
 
     methods = ("closed", "mc", "upper", "lower", "relaxed")
+    dim: int
+    mu: Tensor
+    logvar: Tensor
 
     def __init__(self, dim: int):
         super().__init__()
@@ -33,6 +36,9 @@ class _Gaussian(Prior):
         self._check_estimator(method, entropy, gradient)
         self._check_posterior(q, self.dim)
         return self._closed_form(q)
+
+    def _closed_form(self, q: distributions.DiagonalNormal) -> Tensor:
+        raise NotImplementedError
 
     def log_prob(self, z: Tensor) -> Tensor:
         return normal_log_prob(self._check_latent(z), self.mu, self.logvar, event_ndim=1)

@@ -46,6 +46,8 @@ class GaussianMixture(MixturePrior):
     (torch.Size([5, 2]), torch.Size([3, 2]))
     """
 
+    dim: int
+
     def __init__(self, components: int, dim: int, covariance: str = "diag", *, precision: str = "exact"):
         super().__init__()
         arguments.check_choice("covariance", covariance, COVARIANCES)

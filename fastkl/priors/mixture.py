@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -31,11 +31,20 @@ class Mixture(NamedTuple):
     logvars: Tensor | None = None
     scale_tril: Tensor | None = None
 
-    def named(self) -> dict[str, Tensor | None]:
+    def named(self) -> Parameters:
         """The parameters by name. Dynamo of torch 2.8 does not trace _asdict."""
         return {
             "logits": self.logits, "means": self.means, "logvars": self.logvars, "scale_tril": self.scale_tril,
         }  # fmt: skip
+
+
+class Parameters(TypedDict):
+    """A mixture by the ops' names."""
+
+    logits: Tensor
+    means: Tensor
+    logvars: Tensor | None
+    scale_tril: Tensor | None
 
 
 class Usage(NamedTuple):
@@ -85,8 +94,10 @@ class MixturePrior(Prior):
             mu, logvar = mu.to(dtype), logvar.to(dtype)
             z = rsample_normal(mu, logvar, num_samples=num_samples, seed=seed)
             return _relaxed.kl_relaxed(mu, logvar, z, mixture, tau, self.precision, seed, None)
-        settings = {"method": method, "num_samples": num_samples, "entropy": entropy, "gradient": gradient}
-        return kl_gmm(mu, logvar, **mixture.named(), **settings, seed=seed, precision=self.precision)
+        return kl_gmm(
+            mu, logvar, **mixture.named(), method=method, num_samples=num_samples, entropy=entropy, gradient=gradient,
+            seed=seed, precision=self.precision,
+        )  # fmt: skip
 
     def kl_relaxed(
         self, q: distributions.DiagonalNormal, z: Tensor, tau: float | Tensor, *, seed: int | Tensor | None = None,
@@ -175,15 +186,18 @@ class MixturePrior(Prior):
         kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
         good = chosen.dtype in kinds and (chosen.dim() == 0 or chosen.shape == shape)
         if good and not torch.compiler.is_compiling():
-            good = 0 <= chosen.min() <= chosen.max() < components
+            good = bool(0 <= chosen.min() <= chosen.max() < components)
         if not good:
             raise ValueError(
                 f"component must be one int from 0 to {components - 1}, or {count} of them, got {component!r}"
             )
         chosen = chosen.flatten() if chosen.dim() > 1 else chosen
         # Mixtures of one component: one mixture for all draws, or one per draw.
-        one = [t if t is None or len(t) == 1 else t[chosen].unsqueeze(chosen.dim()) for t in mixture[1:]]
+        means = mixture.means if components == 1 else mixture.means[chosen].unsqueeze(chosen.dim())
+        logvars, scale_tril = (
+            t if t is None or len(t) == 1 else t[chosen].unsqueeze(chosen.dim()) for t in mixture[2:]
+        )
         logits = mixture.logits.new_zeros(*chosen.shape, 1)
         each = count if chosen.dim() == 0 else 1
-        z, _ = sample_gmm(logits, *one[:2], scale_tril=one[2], num_samples=each, seed=seed)
+        z, _ = sample_gmm(logits, means, logvars, scale_tril=scale_tril, num_samples=each, seed=seed)
         return z.to(mixture.means.dtype).view(*shape, size)

@@ -33,6 +33,8 @@ class PerPosition(Prior):
     (torch.Size([2]), torch.Size([3, 4, 8, 8]))
     """
 
+    prior: Prior
+
     def __init__(self, prior: Prior, shape: int | Sequence[int]):
         super().__init__()
         if not hasattr(prior, "log_prob"):
@@ -44,7 +46,7 @@ class PerPosition(Prior):
         self.dim = None if channels is None else channels * self.positions
 
     @property
-    def methods(self) -> tuple[str, ...]:
+    def methods(self) -> tuple[str, ...]:  # type: ignore[override]  # those of the prior, whatever they become
         return self.prior.methods
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -61,8 +63,8 @@ class PerPosition(Prior):
 
     def fit(self, z: Tensor | distributions.DiagonalNormal, **settings: Any) -> Any:
         """Fit the inner prior to the channels at all positions of latents [*batch, C x positions] or of posteriors."""
-        posterior = isinstance(z, distributions.DiagonalNormal)
-        return self.prior.fit(self._posteriors(z) if posterior else self._rows("z", z), **settings)
+        rows = self._posteriors(z) if isinstance(z, distributions.DiagonalNormal) else self._rows("z", z)
+        return self.prior.fit(rows, **settings)
 
     def sample(self, n: int | Sequence[int], *, seed: int | Tensor | None = None) -> Tensor:
         return self._latents(self.prior.sample, n, seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -89,14 +89,16 @@ def balance_weights(
     """
     kl = _stacked(kl).detach()  # also removes forward-mode tangents
     groups = kl.shape[-1]
-    sizes = [1] * groups if sizes is None else [arguments.check_number("sizes", size, above=True) for size in sizes]
-    if len(sizes) != groups:
-        raise ValueError(f"sizes must be one for each of the {groups} groups of kl, got {len(sizes)}")
+    if not (sizes is None or isinstance(sizes, Iterable)) or (isinstance(sizes, Tensor) and sizes.dim() == 0):
+        raise TypeError(f"sizes must be a sequence of numbers, got {sizes!r}")
+    each = [1.0] * groups if sizes is None else [arguments.check_number("sizes", size, above=True) for size in sizes]
+    if len(each) != groups:
+        raise ValueError(f"sizes must be one for each of the {groups} groups of kl, got {len(each)}")
     if group is not None:
         _group.check_group(group)
     rows = kl.reshape(-1, groups).abs()
     weights = batch_mean(rows.sum(0), rows.shape[0], group) + LEAST_KL
-    weights = weights / weights.new_tensor(sizes)
+    weights = weights / weights.new_tensor(each)
     return weights / weights.mean()
 
 

@@ -25,6 +25,8 @@ class Masked(nn.Linear):
     """A linear map without weights from a greater degree to a smaller one; `before` and `after` are the degrees of its
     inputs and outputs, in ascending order."""
 
+    mask: Tensor
+
     def __init__(self, before: Tensor, after: Tensor, bias: bool = True):
         super().__init__(len(before), len(after), bias)
         # Not persistent: the sizes determine it.
@@ -81,13 +83,14 @@ class MaskedDecoder(nn.Module):
         The first m values determine the units of degree m, and each unit is computed once. All steps together therefore
         cost as much as one pass.
         """
-        weights = [layer.weight * layer.mask for layer in self.layers]
+        layers = [layer for layer in self.layers if isinstance(layer, Masked)]
+        weights = [layer.weight * layer.mask for layer in layers]
         direct = self.direct.weight * self.direct.mask
         # The contribution of z and the biases; inputs are added degree by degree. Unknown inputs are 0.
-        sums = [from_latent(z) + layer.bias for layer, from_latent in zip(self.layers, self.from_latent)]
+        sums = [from_latent(z) + layer.bias for layer, from_latent in zip(layers, self.from_latent)]
         known = [torch.zeros_like(each) for each in (sums[-1], *sums[:-1])]  # x, then the hidden activations
         for degree in range(sums[-1].shape[-1]):
-            for index, (layer, weight) in enumerate(zip(self.layers, weights)):
+            for index, (layer, weight) in enumerate(zip(layers, weights)):
                 units = layer.of_degree(degree)
                 sums[index][..., units] += F.linear(known[index], weight[units])
                 if index + 1 < len(weights):

@@ -35,7 +35,7 @@ PARTS = (
 )
 
 
-def write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes | memoryview) -> None:
     """Replace the file in one step: a temporary file beside it, synchronised to the disk, then renamed over it.
 
     The temporary file is in the same folder, because a rename is atomic only within a file system. It is synchronised

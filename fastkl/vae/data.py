@@ -90,7 +90,7 @@ def load(settings: Settings) -> Data:
         if of.values.shape[1:] != shape:
             got = f"expected {part} data of shape {list(shape)} as the training data, got {list(of.values.shape[1:])}"
             raise UserError(f"{where(part, settings)}: {got}")
-    labels, names = arrange_labels(parts, held.names, settings, notes)
+    labels_of, names = arrange_labels(parts, held.names, settings, notes)
     rows = split(parts, settings)
     scaled, likelihood, what, meaning = scale(parts, rows["train"][1], settings.likelihood)
     if settings.image_size and len(shape) == 3 and shape[-2:] != (settings.image_size,) * 2:
@@ -99,15 +99,15 @@ def load(settings: Settings) -> Data:
             part: F.interpolate(values, size=size, mode="bilinear", antialias=True) for part, values in scaled.items()
         }
         what += f", resized to {size[0]} x {size[1]}"
-    values = {name: scaled[part][torch.from_numpy(index)] for name, (part, index) in rows.items()}
+    found = {name: scaled[part][torch.from_numpy(index)] for name, (part, index) in rows.items()}
     kept = {
-        name: None if labels.get(part) is None else labels[part][torch.from_numpy(index)]
+        name: None if labels_of.get(part) is None else labels_of[part][torch.from_numpy(index)]
         for name, (part, index) in rows.items()
     }
     note = " ".join(filter(None, (note, *(f"{line[0].upper()}{line[1:]}." for line in notes), meaning)))
     return Data(
-        name, note, likelihood, values["train"], values["test"], kept["train"], kept["test"], names,
-        values.get("validation"), source, what, tuple(notes),
+        name, note, likelihood, found["train"], found["test"], kept["train"], kept["test"], names,
+        found.get("validation"), source, what, tuple(notes),
     )  # fmt: skip
 
 

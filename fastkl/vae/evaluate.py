@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastkl
 from fastkl import monitors
 from fastkl.objectives import sample_kl
 from fastkl.objectives._loss import log_prior
+from fastkl.priors import MixturePrior, Prior
 from fastkl.vae import clusters, streams
 from fastkl.vae.model import DECODED, ENCODED, VAE
 from fastkl.vae.prior import is_mixture
@@ -59,7 +60,7 @@ class Evaluation:
         }  # fmt: skip
 
     def mixture_figures(self) -> dict[str, float]:
-        if self.responsibilities is None:
+        if self.responsibilities is None or self.bounds is None:
             return {}
         lower, upper = (bound.mean().item() for bound in self.bounds)
         figures = {"kl_lower": lower, "kl_upper": upper, **clusters.usage(self.responsibilities)}
@@ -70,7 +71,7 @@ class Evaluation:
 
 @torch.no_grad()
 def quick_elbo(
-    vae: VAE, x: Tensor, seed: int, device: torch.device, prior: nn.Module | None = None, at_most: int = 1000
+    vae: VAE, x: Tensor, seed: int, device: torch.device, prior: Prior | None = None, at_most: int = 1000
 ) -> tuple[float, float, float]:
     """(ELBO, KL, reconstruction) with one sample per datum, for the curves."""
     torch.manual_seed(streams.seed_for(seed, "test"))  # the next training step seeds itself
@@ -86,7 +87,7 @@ def quick_elbo(
 
 @torch.no_grad()
 def quick_mixture(
-    vae: VAE, x: Tensor, seed: int, device: torch.device, prior: nn.Module, samples: int = 16, at_most: int = 1000
+    vae: VAE, x: Tensor, seed: int, device: torch.device, prior: MixturePrior, samples: int = 16, at_most: int = 1000
 ) -> list[float]:
     """[lower bound, estimate and upper bound of the KL, used components], for the curves."""
     torch.manual_seed(streams.seed_for(seed, "bracket"))
@@ -102,7 +103,7 @@ def quick_mixture(
 
 @torch.no_grad()
 def evaluate(
-    vae: VAE, x: Tensor, samples: int, seed: int, device: torch.device, prior: nn.Module | None = None,
+    vae: VAE, x: Tensor, samples: int, seed: int, device: torch.device, prior: Prior | None = None,
     labels: Tensor | None = None,
 ) -> Evaluation:  # fmt: skip
     """All figures, from one pass with `samples` draws per datum. The reconstruction and the KL to a learned prior are
@@ -122,9 +123,12 @@ def evaluate(
         per_dim += posterior.kl_per_dim().double().cpu() * len(part)
     columns = (torch.cat(column).float().cpu() for column in zip(*parts))
     reconstruction, log_prob_x, kl, means, logvars, *mixture = columns
-    more = {"bounds": tuple(mixture[:2]), "responsibilities": mixture[2], "labels": labels} if mixture else {}
     information = mutual_information(means, logvars, seed)
-    return Evaluation(reconstruction, kl, log_prob_x, means, (per_dim / len(x)).float(), samples, information, **more)
+    own = (reconstruction, kl, log_prob_x, means, (per_dim / len(x)).float(), samples, information)
+    if not mixture:
+        return Evaluation(*own)
+    lower, upper, responsibilities = mixture
+    return Evaluation(*own, (lower, upper), responsibilities, labels)
 
 
 @torch.no_grad()
@@ -138,7 +142,7 @@ def mutual_information(means: Tensor, logvars: Tensor, seed: int) -> float:
 
 
 def importance_weighted(
-    vae: VAE, x: Tensor, posterior: fastkl.DiagonalNormal, samples: int, prior: nn.Module | None = None
+    vae: VAE, x: Tensor, posterior: fastkl.DiagonalNormal, samples: int, prior: Prior | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(E_q log p(x | z), log 1/L sum_l p(x, z_l) / q(z_l | x), E_q log p(z)) with L samples, in chunks that bound the
     memory."""

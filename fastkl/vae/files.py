@@ -147,7 +147,8 @@ def as_array(value: Any) -> np.ndarray:
 def choose(arrays: dict[str, np.ndarray], where: str) -> Held:
     """The parts of a data set among named arrays."""
     by_name = {name.lower().replace("_", "").replace("-", ""): name for name in reversed(arrays)}
-    parts, used = {}, set()
+    parts: dict[str, Part] = {}
+    used: set[str] = set()
     for split in SPLITS:
         values, labels = (
             next((by_name[name] for name in names[split] if name in by_name), None)
@@ -160,7 +161,7 @@ def choose(arrays: dict[str, np.ndarray], where: str) -> Held:
         if labels is not None and np.shape(arrays[labels])[:1] != np.shape(arrays[values])[:1] and labels == "arr_1":
             labels = None  # the second unnamed array need not hold labels
         parts[split] = Part(arrays[values], None if labels is None else arrays[labels])
-        used |= {values, labels}
+        used |= {values} if labels is None else {values, labels}
     if not parts:
         listed = shortened(sorted(arrays), 10) or "none"
         raise UserError(f"{where}: expected an array called {', '.join(VALUES)}, got {listed}")

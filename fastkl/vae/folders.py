@@ -17,7 +17,7 @@ from fastkl.vae.errors import UserError
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 RUNS = Path("runs")
 SETTINGS, FACTS = "settings.json", "run.json"

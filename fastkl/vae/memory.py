@@ -36,9 +36,9 @@ def compare(latent_shape: tuple[int, ...], batch: int = 32) -> dict[str, Any]:
     """Both losses on one packed head [batch, 2 * latent, ...] in float32, on the CPU."""
     shape = (batch, 2 * latent_shape[0], *latent_shape[1:])
     head = torch.randn(shape, dtype=torch.float32, device="cpu", requires_grad=True)
-    shape = " x ".join(map(str, latent_shape))
+    sizes = " x ".join(map(str, latent_shape))
     what = (
-        f"Sample and KL of {batch} latents of {shape}, float32, on the CPU; one latent tensor is "
+        f"Sample and KL of {batch} latents of {sizes}, float32, on the CPU; one latent tensor is "
         f"{batch * math.prod(latent_shape) * 4 / MIB:.1f} MiB. Kept: tensors saved between forward and backward, "
         "without the head itself. Peak: memory allocated at once beyond the head, with sample, gradients and the "
         "temporaries of each op."

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastkl
+from fastkl.priors import Prior
 from fastkl.vae.autoregressive import MaskedDecoder
 from fastkl.vae.errors import UserError
 from fastkl.vae.settings import Settings
@@ -19,6 +20,9 @@ ENCODED, DECODED = 2**17, 2**20
 
 class VAE(nn.Module):
     """x [N, *shape] -> posterior over z [N, *latent_shape] -> log p(x | z) [N], in nats."""
+
+    prior: Prior | None
+    logvar: nn.Parameter
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, shape: tuple, latent_shape: tuple, likelihood: str):
         super().__init__()
@@ -72,7 +76,7 @@ class VAE(nn.Module):
     def pictured(self, z: Tensor) -> Tensor:
         """The decoder's mean of x, for pictures. An autoregressive decoder gives the mean of each value given draws of
         the earlier ones."""
-        output = self.decoder.sample(z, self.drawn)[1] if self.autoregressive else self.decode(z)
+        output = self.decoder.sample(z, self.drawn)[1] if isinstance(self.decoder, MaskedDecoder) else self.decode(z)
         return output.sigmoid() if self.likelihood == "bernoulli" else output
 
     def drawn(self, output: Tensor, index: int) -> Tensor:

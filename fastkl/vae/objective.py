@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastkl import DiagonalNormal, objectives, remedies
 from fastkl.objectives import Discriminator, Loss
+from fastkl.priors import Prior
 from fastkl.vae.model import VAE
 from fastkl.vae.rules import IMPORTANCE, MATCHING
 from fastkl.vae.settings import Settings
@@ -52,12 +53,12 @@ class Objective(nn.Module):
         def log_likelihood(z: Tensor) -> Tensor:
             return self.vae.log_likelihood(z, observed)
 
-        problem = (posterior, self.vae.prior if learned else None, log_likelihood)
-        loss, terms = self.of(*problem, noise, weights)
+        prior = self.vae.prior if learned else None
+        loss, terms = self.of(posterior, prior, log_likelihood, noise, weights)
         return loss, terms, DiagonalNormal(posterior.mean.detach(), posterior.logvar.detach())
 
     def of(
-        self, posterior: DiagonalNormal, prior: nn.Module | None, log_likelihood: objectives.LogLikelihood,
+        self, posterior: DiagonalNormal, prior: Prior | None, log_likelihood: objectives.LogLikelihood,
         noise: Noise, weights: Weights,
     ) -> Loss:  # fmt: skip
         settings, problem = self.settings, (posterior, prior, log_likelihood)

@@ -130,6 +130,7 @@ def decoded(run: Run, z: Tensor) -> Tensor:
 
 def components(run: Run, evaluation: Evaluation, rows: int = 20, columns: int = 10) -> Any:
     """A row of samples for each component, the most used first."""
+    assert evaluation.responsibilities is not None, "of a mixture"
     shares = clusters.shares(evaluation.responsibilities)
     chosen = shares.argsort(descending=True)[:rows].tolist()
     columns = 4 if run.data.shape[-1] > 64 else columns
@@ -152,6 +153,7 @@ def components(run: Run, evaluation: Evaluation, rows: int = 20, columns: int = 
 
 def component_usage(evaluation: Evaluation) -> Any:
     """Mean responsibilities over the test data, the largest first."""
+    assert evaluation.responsibilities is not None, "of a mixture"
     figures = clusters.usage(evaluation.responsibilities)
     shares = clusters.shares(evaluation.responsibilities).sort(descending=True).values
     figure, panel = new_figure(8.6, 3.8)
@@ -198,9 +200,9 @@ def show(panel: Any, picture: Tensor) -> None:
 def latent_space(run: Run, evaluation: Evaluation) -> Any:
     """Posterior means of the test data: the two latent dimensions, or the first two principal components."""
     figure, panel = new_figure(8.6, 6.4)
-    points, names = plane(evaluation.means.flatten(1))
-    points = points[:5000].numpy()
-    if run.data.test_labels is None:
+    places, names = plane(evaluation.means.flatten(1))
+    points = places[:5000].numpy()
+    if run.data.test_labels is None or run.data.label_names is None:
         panel.scatter(*points.T, s=24, alpha=0.7, color=BLUE, linewidths=0)
     else:
         scatter_groups(panel, points, run.data.test_labels[: len(points)].numpy(), run.data.label_names)

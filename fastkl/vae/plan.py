@@ -29,7 +29,7 @@ def kl_weight(settings: Settings, step: int) -> float:
 
 def capacity(settings: Settings, step: int) -> float:
     """The target of the KL: from 0 to --capacity over --capacity-steps."""
-    return schedules.linear(step + 1, 0.0, max(0.0, settings.capacity), steps=settings.capacity_steps)
+    return float(schedules.linear(step + 1, 0.0, max(0.0, settings.capacity), steps=settings.capacity_steps))
 
 
 def temperature(settings: Settings, step: int, total: int) -> float:

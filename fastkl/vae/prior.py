@@ -8,11 +8,12 @@ encoder, and a flow starts near the identity. All of them then train jointly wit
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from fastkl.priors import FlowPrior, GaussianMixture, StandardNormal, VampPrior
+from fastkl.priors import FlowPrior, GaussianMixture, Prior, StandardNormal, VampPrior
 from fastkl.vae import streams
 from fastkl.vae.data import Data
 from fastkl.vae.errors import UserError, require
@@ -24,7 +25,7 @@ DRAWS, NUMBERS = 20_000, 2**25
 LARGEST = 1024  # the largest latent for full covariances and flows, whose matrices grow with it
 
 
-def build(settings: Settings, vae: VAE, data: Data) -> nn.Module | None:
+def build(settings: Settings, vae: VAE, data: Data) -> Prior | None:
     """The untrained prior."""
     dim = math.prod(vae.latent_shape)
     large = "--prior flow" if settings.prior == "flow" else f"--covariance {settings.covariance}"
@@ -47,8 +48,10 @@ def pseudo_inputs(settings: Settings, data: Data) -> Tensor:
     """Training data, all different unless `components` exceeds their number."""
     generator = streams.generator(settings.seed, "pseudo-inputs")
     count = len(data.train)
-    on_cpu = {"generator": generator, "dtype": torch.int64, "device": "cpu"}
-    order = [torch.randperm(count, **on_cpu) for _ in range(1 + settings.components // count)]
+    order = [
+        torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu")
+        for _ in range(1 + settings.components // count)
+    ]
     return data.train[torch.cat(order)[: settings.components]]
 
 
@@ -92,15 +95,13 @@ def initialise(prior: nn.Module, vae: VAE, data: Data, settings: Settings, devic
         raise UserError(f"--prior gmm cannot be fitted to the posteriors: {error}") from None
 
 
-def rsample(prior: nn.Module | None, vae: VAE, count: int, *seeds: int) -> Tensor:
+def rsample(prior: Prior | None, vae: VAE, count: int, *seeds: int) -> Tensor:
     """Reparameterised draws [count, latent] from the prior, the same on every process."""
     seed, dim = streams.seed_for(seeds[0], "prior", *seeds[1:]), math.prod(vae.latent_shape)
     return (StandardNormal(dim) if prior is None else prior).rsample(count, seed=seed)
 
 
-def draw(
-    prior: nn.Module | None, vae: VAE, count: int, seed: int, purpose: str, component: int | None = None
-) -> Tensor:
+def draw(prior: Prior | None, vae: VAE, count: int, seed: int, purpose: str, component: int | None = None) -> Tensor:
     """Latents [count, *latent_shape] from the prior, or from one of its components, on the CPU."""
     if prior is None:
         return torch.randn(
@@ -111,5 +112,5 @@ def draw(
     return prior.sample(count, seed=seed, **which).view(count, *vae.latent_shape).cpu()
 
 
-def is_mixture(prior: nn.Module | None) -> bool:
+def is_mixture(prior: Prior | None) -> TypeGuard[GaussianMixture | VampPrior]:
     return isinstance(prior, (GaussianMixture, VampPrior))

@@ -87,8 +87,8 @@ def write_report(run: Run, evaluation: Evaluation, more: dict[str, Any]) -> dict
     images = {name: png(figure) for name, figure in draw(run, evaluation).items()}
     pictures = run.folder / "pictures"
     checkpoint.prepare(pictures)
-    for name, content in images.items():
-        checkpoint.write(pictures / f"{name}.png", content)
+    for name, picture in images.items():
+        checkpoint.write(pictures / f"{name}.png", picture)
     history = {name: [named(name, row) for row in rows] for name, rows in run.history.items()}
     content = json.dumps(strict({**metrics, "history": history}), indent=2, allow_nan=False) + "\n"
     checkpoint.write(run.folder / "metrics.json", content.encode())

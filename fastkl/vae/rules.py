@@ -111,9 +111,27 @@ def defaults(given: dict[str, Any]) -> Settings:
 
 
 def check(settings: Settings) -> None:
-    ones = ("latent", "hidden", "layers", "batch_size", "epochs", "importance_samples", "log_every", "checkpoint_every")
+    ones: tuple[str, ...] = (
+        "latent",
+        "hidden",
+        "layers",
+        "batch_size",
+        "epochs",
+        "importance_samples",
+        "log_every",
+        "checkpoint_every",
+    )
     ones += ("components", "samples", "groups", "cycles", "projections", "bad_steps")
-    zeros = ("balance", "capacity_steps", "image_size", "steps", "seed", "split_seed", "test_count", "threads")
+    zeros: tuple[str, ...] = (
+        "balance",
+        "capacity_steps",
+        "image_size",
+        "steps",
+        "seed",
+        "split_seed",
+        "test_count",
+        "threads",
+    )
     zeros += ("warm_up",)
     for name, minimum in {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)}.items():
         if getattr(settings, name) < minimum:

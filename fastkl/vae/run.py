@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastkl.priors import Prior
 from fastkl.vae import checkpoint, prior, streams
 from fastkl.vae.data import Data
 from fastkl.vae.errors import UserError
@@ -66,7 +67,7 @@ class Run:
         return self.step == self.total_steps
 
     @property
-    def prior(self) -> nn.Module | None:
+    def prior(self) -> Prior | None:
         """The learned prior, or None for N(0, I): during the warm-up and in a run without a learned prior."""
         return self.vae.prior if self.step >= self.settings.warm_up else None
 
@@ -103,7 +104,9 @@ def make_optimizers(
         groups[0]["params"] = [parameter for parameter in groups[0]["params"] if parameter not in known]
         # No weight decay: 0 is an arbitrary value for means and log-variances, not a simpler model.
         groups.append({"params": own, "weight_decay": 0.0, "rate": settings.prior_learning_rate or rate})
-    optimizers = {"autoencoder": torch.optim.AdamW(groups, lr=rate, weight_decay=decay, fused=True)}
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "autoencoder": torch.optim.AdamW(groups, lr=rate, weight_decay=decay, fused=True)
+    }
     if discriminator is not None:
         group = {"params": list(discriminator.parameters()), "rate": settings.discriminator_learning_rate or rate}
         # A smaller beta1, as for the adversarial networks of Radford et al. 2016.
@@ -124,7 +127,8 @@ def choose_device(name: str, ranks: Ranks) -> torch.device:
 
 
 def discriminator_of(run: Run) -> nn.Module | None:
-    return getattr(run.objective, "module", run.objective).discriminator
+    objective: Any = getattr(run.objective, "module", run.objective)  # DistributedDataParallel's own
+    return objective.discriminator
 
 
 def save(run: Run, monitored: dict[str, Any]) -> None:
@@ -132,6 +136,7 @@ def save(run: Run, monitored: dict[str, Any]) -> None:
     for parameter in run.vae.parameters():
         if not parameter.isfinite().all():
             raise UserError(f"the weights are not finite at step {run.step}; {advice(run)}")
+    discriminator = discriminator_of(run)
     checkpoint.save(
         run.folder,
         {
@@ -142,7 +147,7 @@ def save(run: Run, monitored: dict[str, Any]) -> None:
             "step": run.step,
             "model": run.vae.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
-            "discriminator": discriminator_of(run).state_dict() if discriminator_of(run) is not None else {},
+            "discriminator": {} if discriminator is None else discriminator.state_dict(),
             "seconds": run.seconds,
             "window": run.window,
             "watch": monitored,

@@ -68,13 +68,13 @@ def channels_last(shape: tuple[int, ...], where: str) -> bool:
     return False
 
 
-def whole_range(high: int) -> int:
+def whole_range(high: float) -> float:
     """The divisor of whole numbers: the maximum of 8, 10, 12, 14, 16 or 32 bits if the highest bit is used, else
     `high`, the largest number."""
     return next((2**bits - 1 for bits in DEPTHS if 2 ** (bits - 1) <= high < 2**bits), max(1, high))
 
 
-def divisor(span: Span, vectors: bool, likelihood: str) -> int | None:
+def divisor(span: Span, vectors: bool, likelihood: str) -> float | None:
     """The divisor that scales pixel values to [0, 1], or None if the values are not pixels."""
     if not span.integer:
         # As for whole numbers, the upper half must be used: values from 0 to 0.01 are not pixels.
@@ -94,7 +94,7 @@ def scale(parts: dict[str, Part], train: np.ndarray, asked: str) -> tuple[dict[s
 
     `train`: rows of the training part, whose mean and deviation standardise the data for a normal likelihood.
     """
-    spans = {name: part.span for name, part in parts.items()}
+    spans = {name: part.span for name, part in parts.items() if part.span is not None}
     vectors = parts["train"].values.ndim == 2
     fit_together(spans, vectors, asked)
     span = Span.joined(spans.values())
@@ -135,7 +135,7 @@ def fit_together(spans: dict[str, Span], vectors: bool, likelihood: str) -> None
             raise UserError(f"--data: {name} data are {span}, training data {train}: save both with the same scale")
 
 
-def divided(values: np.ndarray, by: int) -> Tensor:
+def divided(values: np.ndarray, by: float) -> Tensor:
     values = np.array(values, dtype=np.float32, order="C")
     if by > 1:
         values /= np.float32(by)

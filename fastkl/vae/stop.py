@@ -31,7 +31,7 @@ class Stop:
                 # The terminal is gone: an error of a write would end the run before its checkpoint.
                 if stream is not None and stream.isatty():
                     mute(stream)
-        signal.signal(number, self.previous[number])  # a second signal takes effect at once
+        signal.signal(number, self.previous[signal.Signals(number)])  # a second signal takes effect at once
 
     def __exit__(self, *error: Any) -> None:
         for number, handler in self.previous.items():

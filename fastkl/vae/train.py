@@ -61,10 +61,12 @@ def train(run: Run, display: Display) -> bool:
 
 def start_prior(run: Run) -> None:
     """Start the learned prior at the end of the warm-up, before the checkpoint of this step is written."""
+    learned = run.vae.prior
+    assert learned is not None, "a run without one has no warm-up of it"
     if run.ranks.main:
-        prior.initialise(run.vae.prior, run.vae, run.data, run.settings, run.device)
-    state = {name: value.cpu() for name, value in run.vae.prior.state_dict().items()}
-    run.vae.prior.load_state_dict(run.ranks.broadcast(state))
+        prior.initialise(learned, run.vae, run.data, run.settings, run.device)
+    state = {name: value.cpu() for name, value in learned.state_dict().items()}
+    learned.load_state_dict(run.ranks.broadcast(state))
 
 
 def batch(run: Run) -> tuple[Tensor, Noise]:
@@ -81,8 +83,8 @@ def batch(run: Run) -> tuple[Tensor, Noise]:
     if settings.noise == "datum":
         shape = (run.batch_size, draws_of(settings, run.prior is not None))
         generator = streams.generator(settings.seed, "noise", run.step)
-        drawn_on = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
-        eps = ranks.share(torch.randn((*shape, *run.vae.latent_shape), **drawn_on)).to(run.device)
+        eps = torch.randn((*shape, *run.vae.latent_shape), generator=generator, dtype=torch.float32, device="cpu")
+        eps = ranks.share(eps).to(run.device)
         if settings.kl == "relaxed":
             seed = torch.tensor(streams.seed_for(settings.seed, "choice", run.step), dtype=torch.int64, device="cpu")
             gumbel = ranks.share(reference.gumbel_noise(seed, (*shape, settings.components))).to(run.device)
@@ -90,7 +92,8 @@ def batch(run: Run) -> tuple[Tensor, Noise]:
             drawn = prior.rsample(run.prior, run.vae, run.batch_size, settings.seed, run.step)
             drawn = ranks.share(drawn).to(run.device)
         if run.vae.draws_data:
-            uniform = torch.rand((run.batch_size, *run.vae.shape), **drawn_on)
+            of_data = (run.batch_size, *run.vae.shape)
+            uniform = torch.rand(of_data, generator=generator, dtype=torch.float32, device="cpu")
             uniform = ranks.share(uniform).to(run.device)
     torch.manual_seed(streams.seed_for(settings.seed, "step", run.step, ranks.rank))
     return x, Noise(eps, gumbel, drawn, uniform)
@@ -112,12 +115,12 @@ def log(run: Run, display: Display, terms: dict[str, Tensor], asked: bool) -> bo
         means = {name: total / steps for name, total in run.window.items()}
         run.window.clear()
         kl, reconstruction = means.pop("kl"), means.pop("reconstruction")
-        row = [run.step, reconstruction - kl, kl, reconstruction]
-        run.history["train"].append(row)
+        elbo = reconstruction - kl
+        run.history["train"].append([run.step, elbo, kl, reconstruction])
         means.pop("elbo", None)
         for name, value in means.items():
             run.history.setdefault(f"terms/{name}", []).append([run.step, value])
-        display.trained(*row, {**means, **(gradients(run) if terms else {})})
+        display.trained(run.step, elbo, kl, reconstruction, {**means, **(gradients(run) if terms else {})})
     return stopping > 0
 
 
@@ -126,15 +129,15 @@ def test(run: Run, display: Display) -> None:
     if run.step % run.steps_per_epoch == 0 or run.ended:
         log_monitors(run, display)
     if run.ranks.main and (run.ended or run.step % max(1, run.total_steps // TEST_POINTS) == 0):
-        about = (run.vae, run.data.watched, run.settings.seed, run.device, run.prior)
-        row = [run.step, *quick_elbo(*about)]
-        run.history[run.data.watched_name].append(row)
-        if prior.is_mixture(run.prior):
-            bracket = [run.step, *quick_mixture(*about)]
+        learned, about = run.prior, (run.vae, run.data.watched, run.settings.seed, run.device)
+        elbo, kl, reconstruction = quick_elbo(*about, learned)
+        run.history[run.data.watched_name].append([run.step, elbo, kl, reconstruction])
+        if prior.is_mixture(learned):
+            bracket = [run.step, *quick_mixture(*about, learned)]
             if run.settings.kl == "relaxed":
                 bracket.append(temperature(run.settings, run.step - 1, run.total_steps))
             run.history.setdefault("mixture", []).append(bracket)
-        display.tested(run, *row)
+        display.tested(run, run.step, elbo, kl, reconstruction)
 
 
 def save_if_due(run: Run, display: Display, stopping: bool) -> None:

@@ -6,12 +6,12 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 
 import fastkl
 from fastkl import DiagonalNormal, monitors
 from fastkl.monitors import ActiveUnits, ComponentUsage, KLPerDimension, MutualInformation
 from fastkl.monitors._monitor import Monitor, State
+from fastkl.priors import Prior
 from fastkl.vae.parallel import Ranks
 from fastkl.vae.prior import is_mixture
 from fastkl.vae.settings import Settings
@@ -33,23 +33,26 @@ class Watch:
     def __init__(self, settings: Settings, ranks: Ranks):
         self.settings = settings
         self.warned: list[list[Any]] = []  # step, line
-        group = {"group": ranks.group}
-        self.monitors = {
-            "active_units": ActiveUnits(**group),
-            "kl_per_dimension": KLPerDimension(**group),
-            "mutual_information": MutualInformation(**group),
-            "used_components": ComponentUsage(**group),
+        active, per_dimension = ActiveUnits(group=ranks.group), KLPerDimension(group=ranks.group)
+        self.of_all = (active, per_dimension)
+        self.information = MutualInformation(group=ranks.group)
+        self.usage = ComponentUsage(group=ranks.group)
+        self.monitors: dict[str, Monitor] = {
+            "active_units": active,
+            "kl_per_dimension": per_dimension,
+            "mutual_information": self.information,
+            "used_components": self.usage,
         }
 
-    def record(self, step: int, posterior: DiagonalNormal, prior: nn.Module | None) -> None:
+    def record(self, step: int, posterior: DiagonalNormal, prior: Prior | None) -> None:
         """Add the posteriors of a step, without a synchronisation with the device."""
-        for name in ("active_units", "kl_per_dimension"):
-            self.monitors[name].update(posterior)
+        for monitor in self.of_all:
+            monitor.update(posterior)
         if step % self.settings.log_every == 0:
-            self.monitors["mutual_information"].update(posterior)
+            self.information.update(posterior)
             if is_mixture(prior):
                 moments = fastkl.gmm_moments(posterior.mean.flatten(1), **prior.mixture().named())
-                self.monitors["used_components"].update(moments)
+                self.usage.update(moments)
 
     def figures(self) -> dict[str, Any]:
         """The figures since the last call, a collective call: every process must make it."""
