@@ -2,21 +2,19 @@
 
     python -m bench.host --out host.csv
 
-The contenders on each op's smallest case are the eager formula, fastkl, and fastkl without its fast path for common
-calls. They are interleaved; the figures are medians over rounds.
+The contenders on each op's smallest case are the eager formula and fastkl. They are interleaved; the figures are
+medians over rounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import importlib
 import statistics
 import sys
 import time
-import unittest.mock
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,25 +26,7 @@ from bench.store import HERE, processor, rounded
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
-# (module, name, replacement): fast paths that a version of fastkl may have.
-SHORTCUTS = [
-    ("fastkl.ops._short", "find", lambda *args, **settings: None),
-]
 COLUMNS = ["card", "op", "case", "contender", "host_us", "times_eager", "note"]
-
-
-@contextlib.contextmanager
-def long_way() -> Iterator[list[str]]:
-    """Disable the fast paths of this version of fastkl; yields their names."""
-    with contextlib.ExitStack() as stack:
-        disabled = []
-        for path, name, instead in SHORTCUTS:
-            with contextlib.suppress(ImportError):
-                module = importlib.import_module(path)
-                if hasattr(module, name):
-                    stack.enter_context(unittest.mock.patch.object(module, name, instead))
-                    disabled.append(f"{path.rpartition('.')[2]}.{name}")
-        yield disabled
 
 
 def microseconds(step: Callable[[], object], calls: int) -> float:
@@ -60,12 +40,11 @@ def microseconds(step: Callable[[], object], calls: int) -> float:
 
 
 def measure(steps: dict[str, Callable[[], object]], rounds: int, calls: int) -> dict[str, float]:
-    """Median microseconds of each step, interleaved; a name with "long way" runs without the fast paths."""
+    """Median microseconds of each step, interleaved."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
-            with long_way() if "long way" in name else contextlib.nullcontext():
-                spent = microseconds(step, calls if number else 4)  # the first round compiles and is not counted
+            spent = microseconds(step, calls if number else 4)  # the first round compiles and is not counted
             if number:
                 times[name].append(spent)
     return {name: statistics.median(values) for name, values in times.items()}
@@ -74,7 +53,7 @@ def measure(steps: dict[str, Callable[[], object]], rounds: int, calls: int) -> 
 def rows_of(op: str, card: str, rounds: int, calls: int) -> list[dict]:
     """A row for each contender."""
     case = next(iter(importlib.import_module(f"bench.bench_{op}").cases(DEVICE, True)))
-    functions = {"eager": case.eager, "fastkl": case.fastkl, "fastkl, the long way": case.fastkl}
+    functions = {"eager": case.eager, "fastkl": case.fastkl}
     steps = {}
     for name, function in functions.items():
         cotangents = make_cotangents(as_list(function(*case.inputs)), case.inputs)
@@ -94,9 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     card = torch.cuda.get_device_name() if CUDA else processor()
     began, status = time.monotonic(), 0
-    with long_way() as shortcuts:
-        print(*["no GPU: the time includes the computation, not only the host's work"] * (not CUDA))
-        print(f"{card}; fast paths of this version: {', '.join(shortcuts) or 'none'}")
+    print(*["no GPU: the time includes the computation, not only the host's work"] * (not CUDA))
+    print(card)
     with given.out.open("w", newline="") as file:
         out = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         out.writeheader()

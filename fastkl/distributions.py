@@ -1,4 +1,4 @@
-"""The posterior object: a diagonal Gaussian given by two tensors, or by one that packs both."""
+"""The posterior: a diagonal Gaussian given by two tensors, or by one that packs both."""
 
 from __future__ import annotations
 
@@ -26,16 +26,15 @@ from fastkl.reference import SoftBounds
 
 @dataclass(init=False, repr=False, eq=False)
 class DiagonalNormal:
-    """q = N(mu, diag sigma^2): what an encoder puts out, with the ops as methods.
+    """q = N(mu, diag sigma^2), the posterior from an encoder, with the ops as methods.
 
     Args:
-        mu, logvar: mean and log-variance (or what `scale` says); they broadcast. One of them may be a number, which is
-            taken in the other's dtype, as torch.full_like takes it.
-        event_ndim: how many of the last dimensions are one datum; default every dimension after the first, whatever the
-            rank, so that there is one KL per datum for [N, D], [N, T, D], [N, C, H, W] and [N, C, T, H, W] alike. 0:
-            each element is a datum.
+        mu, logvar: mean and log-variance (or another parameter, see `scale`); they broadcast. One of them may be a
+            number, which takes the other's dtype, as in torch.full_like.
+        event_ndim: number of last dimensions that form one datum. None: every dimension after the first, which gives
+            one KL per datum for [N, D], [N, T, D], [N, C, H, W] and [N, C, T, H, W]. 0: each element is a datum.
         scale: "logvar", "log_std", "std" or "softplus".
-        bounds: (low, high) or fastkl.SoftBounds on the log-variance, for everything below.
+        bounds: (low, high) or fastkl.SoftBounds on the log-variance, for all methods.
 
     Raises:
         TypeError, ValueError: as `fastkl.kl_normal`.
@@ -51,16 +50,16 @@ class DiagonalNormal:
     torch.Size([8, 32, 16, 16])
 
     It has the names of torch.distributions: `loc`, `scale` and `stddev` (sigma), `variance`, `mode`, `sample`,
-    `rsample`, `log_prob`, `entropy`, `batch_shape`, `event_shape`, `expand`. `torch.distributions.kl_divergence` knows
-    it beside another one, `Normal`, `Independent(Normal)`, `MultivariateNormal`, `MixtureSameFamily` and the priors of
-    `fastkl.priors`: one KL per datum.
+    `rsample`, `log_prob`, `entropy`, `batch_shape`, `event_shape`, `expand`. `torch.distributions.kl_divergence`
+    accepts it with another one, `Normal`, `Independent(Normal)`, `MultivariateNormal`, `MixtureSameFamily` and the
+    priors of `fastkl.priors`: one KL per datum.
 
-    What computes with it in code of its own finds ln sigma^2 unrounded in `exact_logvar`, both parameters in
-    `mean_and_logvar` and, as priors take them, in `vectors`; `given` are those that it was made of.
+    Other code gets the unrounded ln sigma^2 from `exact_logvar`, both parameters from `mean_and_logvar` or, in the
+    priors' form, from `vectors`, and the original tensors from `given`.
     """
 
-    # Fields, for whatever looks for the tensors in a model's output: just those that the ops are given.
-    tensors: tuple[Tensor, ...]  # (mu, logvar or what scale says), of as many dimensions; or (head,) that packs both
+    # A dataclass, so that torch finds the tensors in a model's output; these are the ops' arguments.
+    tensors: tuple[Tensor, ...]  # (mu, logvar or the parameter of scale), of equal rank; or (head,) that packs both
     event_ndim: int
     kind: str  # what `scale` said of the second tensor
     bounds: SoftBounds | tuple[float, float] | None
@@ -89,10 +88,10 @@ class DiagonalNormal:
         cls, head: Tensor, dim: int = 1, *, event_ndim: int | None = None, scale: str = "logvar",
         bounds: SoftBounds | tuple[float, float] | None = None,
     ) -> DiagonalNormal:  # fmt: skip
-        """From one tensor whose first half along `dim` is mu and whose second half is logvar.
+        """The posterior from one tensor whose first half along `dim` is mu and whose second half is logvar.
 
-        `kl`, `rsample` and `rsample_kl` read the halves where they lie, and their gradient is one packed tensor that
-        the kernel writes itself: no copy, no concatenation.
+        `kl`, `rsample` and `rsample_kl` read the halves in place, and the kernel writes their gradient to one packed
+        tensor: no copy, no concatenation.
         """
         arguments.check_tensors(head=head)
         dim = arguments.check_packed(head, dim)
@@ -127,32 +126,32 @@ class DiagonalNormal:
     variance = var
 
     def _exp(self, factor: float) -> Tensor:
-        """exp(factor logvar), rounded at the end: the gradient multiplies by it, which float16 may not hold."""
+        """exp(factor logvar), rounded at the end: its gradient multiplies by this value, which may overflow float16."""
         logvar = self.exact_logvar
         return torch.exp(factor * logvar.to(reference.compute_dtype(logvar))).to(self.given[1].dtype)
 
     def _given(self, *others: Tensor) -> tuple[Tensor, Tensor]:
-        """mu and ln sigma^2 before they are broadcast. A logarithm is in the dtype that an op of these and `others`
-        computes in: rounded to bfloat16, it would bias every density by tenths of a nat per dimension."""
+        """mu and ln sigma^2 before broadcasting. A logarithm has the compute dtype of an op on these and `others`: one
+        rounded to bfloat16 would bias every density by tenths of a nat per dimension."""
         mu, parameter = self.given
         return mu, as_logvar("scale", parameter, self.kind, mu, *others, bounds=self.bounds)
 
     def mean_and_logvar(self, *others: Tensor) -> tuple[Tensor, Tensor]:
         """(mu, ln sigma^2 within the bounds), both of the full shape, for an op on them and `others`.
 
-        What has to be computed is in float32, or float64 if any of them is: a logarithm, and what is broadcast from
-        fewer elements, whose gradient is summed in it. All else is as it was given.
+        Logarithms and broadcast tensors, whose gradients are summed, are in float32, or float64 if any of them is.
+        Others have their given dtype.
         """
         (mu, logvar), shape = self._given(*others), self.shape
         return arguments.expand(mu, shape), arguments.expand(logvar, shape)
 
     @property
     def exact_logvar(self) -> Tensor:
-        """ln sigma^2 of the full shape, as `logvar`, but not rounded to the parameters' 16 bits."""
+        """ln sigma^2 of the full shape, as `logvar`, without rounding to 16 bits."""
         return self.mean_and_logvar()[1]
 
     def vectors(self, *others: Tensor) -> tuple[Tensor, Tensor]:
-        """`mean_and_logvar` with each event in one dimension: [*batch, D]."""
+        """`mean_and_logvar` with flattened events: [*batch, D]."""
         mu, logvar = self.mean_and_logvar(*others)
         if self.event_ndim == 0:
             return mu.unsqueeze(-1), logvar.unsqueeze(-1)
@@ -160,8 +159,7 @@ class DiagonalNormal:
 
     @property
     def given(self) -> tuple[Tensor, Tensor]:
-        """mu and the second parameter, which is what `kind` says, as they were given: halves of a head are views, and
-        they are not broadcast."""
+        """mu and the second parameter (of type `kind`) as given, not broadcast; halves of a packed head are views."""
         mu, parameter = self.tensors if self.packed_dim is None else self.tensors[0].chunk(2, self.packed_dim)
         return mu, parameter
 
@@ -184,14 +182,14 @@ class DiagonalNormal:
         return dataclasses.replace(self, tensors=tuple(tensors))
 
     def to(self, *args: Any, **kwargs: Any) -> DiagonalNormal:
-        """Of its tensors: another dtype or device, as torch.Tensor.to."""
+        """The posterior with another dtype or device, as torch.Tensor.to."""
         return self._with(tensor.to(*args, **kwargs) for tensor in self.tensors)
 
     def detach(self) -> DiagonalNormal:
         return self._with(tensor.detach() for tensor in self.tensors)
 
     def expand(self, batch_shape: Sequence[int]) -> DiagonalNormal:
-        """For a larger batch, without copies; each posterior keeps its event."""
+        """The posterior expanded to a larger batch, without copies; events do not change."""
         shape = (*batch_shape, *self.event_shape)
         tensors = (half.expand(shape) for half in self.given)
         return dataclasses.replace(self, tensors=tuple(tensors), packed_dim=None)
@@ -213,7 +211,7 @@ class DiagonalNormal:
         self, sample_shape: Sequence[int] = (), *, num_samples: int | None = None, seed: int | Tensor | None = None,
         eps: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """As `fastkl.rsample_normal`: [*shape], [num_samples, *shape], or [*sample_shape, *shape]."""
+        """Samples by `fastkl.rsample_normal`: [*shape], [num_samples, *shape], or [*sample_shape, *shape]."""
         if len(sample_shape):
             if num_samples is not None or eps is not None:
                 raise ValueError("sample_shape excludes num_samples and eps, which have a shape of their own")
@@ -226,7 +224,7 @@ class DiagonalNormal:
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = (), *, seed: int | Tensor | None = None) -> Tensor:
-        """As `rsample`, without gradient."""
+        """Samples as from `rsample`, without gradient."""
         return self.rsample(sample_shape, seed=seed)
 
     def kl(self, prior: DiagonalNormal | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""How a kernel is launched: at once, or by a plan that is made once for tensors of the same shapes."""
+"""Kernel launches: directly, or by a plan that is cached for tensors of the same shapes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-ALIGNMENT = 16  # bytes: what Triton asks about an address
+ALIGNMENT = 16  # bytes: Triton specialises on whether an address is a multiple of this
 
 
 def launch(kernel, grid: tuple[int, ...], *args: Any, **options: Any) -> Any:
-    """kernel[grid](*args, **options) on the device of its tensors, which need not be the current one."""
+    """kernel[grid](*args, **options) on the tensors' device, which may not be the current one."""
     device = device_of(args)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -26,7 +26,7 @@ def device_of(args: tuple) -> torch.device:
 
 
 def choice(arg: Any) -> Any:
-    """What Triton's choice of code depends on of an argument: a float's value is none of it."""
+    """The properties of an argument on which Triton specialises; they do not include the value of a float."""
     if isinstance(arg, Tensor):
         return arg.dtype, arg.data_ptr() % ALIGNMENT
     return float if type(arg) is float else arg
@@ -36,23 +36,23 @@ _PLANNERS: list[Any] = []
 
 
 def planned(function):
-    """For a function from the views of tensors (kernels._layout) and settings to a Plan: its last results are kept."""
+    """Cache the latest results of a function that maps views of tensors (kernels._layout) and settings to a Plan."""
     kept = functools.lru_cache(maxsize=512)(function)
     _PLANNERS.append(kept)
     return kept
 
 
 def forget() -> None:
-    """Every plan is made anew: the tiles have changed."""
+    """Drop all cached plans, after the tiles have changed."""
     for planner in _PLANNERS:
         planner.cache_clear()
 
 
 class Plan:
-    """A launch but for its first arguments, the tensors and numbers of a call.
+    """A prepared launch that lacks only its first arguments: the tensors and numbers of one call.
 
-    `rest` are the kernel's other arguments up to its constants, which are among the options. kernel[grid] would look at
-    every argument to find its code; what it found for first arguments of the same kinds is launched again directly.
+    `rest` are the kernel's other arguments before its constants, which are in the options. kernel[grid] inspects every
+    argument to find the compiled code; a plan caches the code per kinds of first arguments and launches it directly.
     """
 
     def __init__(self, kernel, grid: tuple[int, ...], *rest: Any, **options: Any) -> None:
@@ -62,7 +62,7 @@ class Plan:
         self.compiled: dict[tuple, Any] = {}
 
     def launch(self, *first: Any) -> None:
-        """Nothing where the grid is empty. By the compiled code where it is known, on the current device."""
+        """Launch on the current device, by the cached code if there is any. Does nothing if the grid is empty."""
         if 0 in self.grid:
             return
         device = device_of(first)
@@ -70,13 +70,13 @@ class Plan:
         compiled = self.compiled.get(key)
         if compiled is None or (device.type == "cuda" and device.index != torch.cuda.current_device()):
             compiled = launch(self.kernel, self.grid, *first, *self.rest, **self.options)
-            if isinstance(compiled, CompiledKernel):  # not so in the interpreter
+            if isinstance(compiled, CompiledKernel):  # false in the interpreter
                 self.compiled[key] = compiled
         else:
             compiled[self.whole_grid](*first, *self.all_of_rest)
 
     def sums(self, shape: tuple[int, ...], dtype: torch.dtype, *first: Any) -> Tensor:
-        """What its splits find, [splits, ...] of this shape, added up; the kernel's output follows `first`."""
+        """Launch with an output [splits, ...] of this shape after `first`, and return its sum over the splits."""
         found = first[0].new_empty(shape[shape[0] == 1 :], dtype=dtype)
         self.launch(*first, found)
         return found if shape[0] == 1 else found.sum(0)

@@ -1,28 +1,30 @@
-"""How the kernels see strided tensors: rows by columns, each at most two dimensions deep, nothing copied.
+"""The kernels' view of strided tensors: rows by columns, each made of at most two dimensions, without copies.
 
-Runs on the host, before a launch; plain Python on shapes and strides.
+Plain Python on shapes and strides, run on the host before a launch.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-# Programs that fill a large GPU several times over; fixed, so that the order of summation does not depend on the chip.
+# Enough programs to fill a large GPU several times. Fixed, so that the order of summation is the same on every GPU.
 PROGRAMS = 1024
 NO_STRIDES = (0, 0, 0, 0)  # of a tensor that is not there
+DENSE = torch.contiguous_format
 TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
-OLD_COMPILER = TRITON < (3, 7)  # it spends more registers: the few tiles that would spill are smaller
-SPILLS_A_FEW = (3, 6) <= TRITON <= (3, 8)  # 8 to 32 bytes in some dozen launches, unless more registers are given
+OLD_COMPILER = TRITON < (3, 7)  # uses more registers, so the few tiles that would spill are smaller
+SPILLS_A_FEW = (3, 6) <= TRITON <= (3, 8)  # 8 to 32 bytes in about a dozen launches, unless given more registers
 DOT_TAKES_FLOAT64 = TRITON >= (3, 5)
 
 
 class View(NamedTuple):
-    """What a launch depends on of a tensor, beside its address."""
+    """The properties of a tensor that a launch depends on, except its address."""
 
     shape: torch.Size
     strides: tuple[int, ...]
@@ -44,7 +46,7 @@ class View(NamedTuple):
         return View(shape, (*[0] * (len(shape) - len(own)), *own), self.dtype)
 
     def of_rows(self, shape: torch.Size) -> View:
-        """The view of one value for each row, expanded to the whole shape."""
+        """The view of one value per row, expanded to the whole shape."""
         return View(shape, (*self.strides, *[0] * (len(shape) - len(self.shape))), self.dtype)
 
 
@@ -66,13 +68,13 @@ class Layout(NamedTuple):
 
     @property
     def nested(self) -> int:
-        """Which axes are two dimensions deep: 1 the rows, 2 the columns, 3 both."""
+        """Which axes consist of two dimensions: 1 the rows, 2 the columns, 3 both."""
         rows, row_inner, columns, column_inner = self.shape
         return (row_inner < rows) + 2 * (column_inner < columns)
 
 
 def _coalesce(sizes: list[int], strides: list[list[int]]) -> tuple[list[int], list[list[int]]]:
-    """Merge neighbouring dimensions wherever every tensor steps through both as through one."""
+    """Merge neighbouring dimensions that every tensor can traverse with one stride."""
     out_sizes: list[int] = []
     out_strides: list[list[int]] = [[] for _ in strides]
     for dim, size in enumerate(sizes):
@@ -89,15 +91,22 @@ def _coalesce(sizes: list[int], strides: list[list[int]]) -> tuple[list[int], li
     return out_sizes, out_strides
 
 
-def layout(tensors: list[Tensor], event_ndim: int, *, reorder: bool = True) -> Layout | None:
-    """Rows and columns of tensors of one shape, or None where an axis needs more than two dimensions.
+def layout(tensors: list[Tensor | None], event_ndim: int, *, reorder: bool = True) -> Layout | None:
+    """Rows and columns of tensors of one shape, or None where an axis needs more than two dimensions. A tensor that is
+    None has no strides.
 
-    `reorder` lets the columns follow memory (channels_last, say), for ops that do not care in which order they sum.
+    `reorder` sorts the columns by memory order (such as channels_last), for ops that may sum in any order.
     """
+    given = present(tensors)
+    if len(given) < len(tensors):
+        if (found := layout(given, event_ndim, reorder=reorder)) is None:
+            return None
+        strides = iter(found.strides)
+        return Layout(found.shape, tuple(NO_STRIDES if tensor is None else next(strides) for tensor in tensors))
     shape = tensors[0].shape
     if 0 in shape:
         rows, columns = shape[: len(shape) - event_ndim].numel(), shape[len(shape) - event_ndim :].numel()
-        return Layout((rows, rows, columns, columns), ((0, 0, 0, 0),) * len(tensors))
+        return Layout((rows, rows, columns, columns), (NO_STRIDES,) * len(tensors))
     if len(shape) == 2 and event_ndim == 1:  # the same as below, at an eighth of its time
         (rows, columns), strides = shape, [tensor.stride() for tensor in tensors]
         strides = tuple((0, row * (rows > 1), 0, column * (columns > 1)) for row, column in strides)
@@ -123,14 +132,34 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def strides_of(tensor: Tensor | None) -> tuple[int, ...]:
-    """The strides of a matrix that may be missing."""
+    """The strides of a matrix, or zeros if it is missing."""
     return (0, 0) if tensor is None else tensor.stride()
 
 
-def finish(outputs: list[Tensor], launched: list[Tensor]) -> None:
-    for output, written in zip(outputs, launched):
-        if output is not written:
-            output.copy_(written)
+def finish(outputs: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> None:
+    """What was found elsewhere goes to the outputs; one that is None is not wanted."""
+    for output, own in zip(outputs, found):
+        if output is not None and output is not own:
+            output.copy_(own)
+
+
+def clear(outputs: Sequence[Tensor | None]) -> None:
+    """Gradients of tensors without elements: those of a prior that an empty batch shares are 0."""
+    for output in outputs:
+        if output is not None:
+            output.zero_()
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Copies that two dimensions an axis describe."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def on_copies(write: Callable[[list, list], None], inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None]):
+    """write(inputs, outputs) for views that no two dimensions an axis describe, by way of contiguous copies."""
+    found = [None if tensor is None else torch.empty_like(tensor, memory_format=DENSE) for tensor in outputs]
+    write(contiguous(*inputs), found)
+    finish(outputs, found)
 
 
 def next_power_of_2(n: int) -> int:
@@ -141,12 +170,17 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def compute_dtype(tensors: list[Tensor]) -> torch.dtype:
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+def compute_dtype(tensors: Sequence[Tensor | None]) -> torch.dtype:
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
 
 
-def unpack(q: list[torch.Tensor], packed_dim: int) -> list[torch.Tensor]:
-    return q if len(q) == 2 else list(q[0].chunk(2, packed_dim))
+def expanded(views: Sequence[View | None], shape: torch.Size) -> list[View | None]:
+    return [None if view is None else view.expand(shape) for view in views]
+
+
+def present(views: Sequence[View | None]) -> list[View]:
+    return [view for view in views if view is not None]
 
 
 def is_bounded(low: float, high: float) -> bool:
@@ -154,12 +188,12 @@ def is_bounded(low: float, high: float) -> bool:
 
 
 def registers(most: int) -> dict[str, int]:
-    """A launch option: how many registers a thread may have. By itself ptxas sometimes keeps to fewer, so that more
-    programs run at once, and spills two. AMD's compiler has no such option."""
+    """A launch option: the maximum number of registers per thread. Without it ptxas sometimes uses fewer, to run more
+    programs at once, and spills two registers. AMD's compiler has no such option."""
     return {} if torch.version.hip else {"maxnreg": most}
 
 
 def share(total: int, block: int, programs: int) -> tuple[int, int]:
-    """(length, count): `total` cut into at most `programs` equal lengths, each a multiple of `block`."""
+    """(length, count): `total` split into at most `programs` equal lengths, each a multiple of `block`."""
     length = max(1, cdiv(cdiv(total, max(1, programs)), block)) * block
     return length, max(1, cdiv(total, length))

@@ -9,13 +9,14 @@ import triton.language as tl
 from fastkl.kernels._device import log1p, offsets, tile, weighted
 from fastkl.kernels._launch import Plan, planned
 from fastkl.kernels._layout import (
-    NO_STRIDES,
     PROGRAMS,
     cdiv,
+    clear,
     compute_dtype,
-    finish,
+    contiguous,
     layout,
     next_power_of_2,
+    on_copies,
     share,
     views,
 )
@@ -117,39 +118,32 @@ def fwd(logits: torch.Tensor, x: torch.Tensor, event_ndim: int) -> torch.Tensor:
         return logits.new_zeros(logits.shape[: logits.dim() - event_ndim], dtype=compute_dtype([logits, x]))
     found = plan_fwd(views(logits, x), event_ndim)
     if found is None:
-        return fwd(logits.contiguous(), x.contiguous(), event_ndim)
+        return fwd(*contiguous(logits, x), event_ndim)
     plan, shape, dtype = found
     return plan.sums(shape, dtype, logits, x)
 
 
 @planned
-def plan_bwd(dlog_prob, inputs, outputs, event_ndim):
+def plan_bwd(inputs, outputs, event_ndim):
     """The launch; None for views that no two dimensions describe. An output that nobody wants is None."""
-    written = [view for view in outputs if view is not None]
-    found = layout([dlog_prob.of_rows(inputs[0].shape), *inputs, *written], event_ndim)
+    dlog_prob, *inputs = inputs
+    found = layout([dlog_prob.of_rows(inputs[0].shape), *inputs, *outputs], event_ndim)
     if found is None:
         return None
-    strides = iter(found.strides[3:])
     block = blocks(found.rows, found.columns, max(view.itemsize for view in inputs))
     column_blocks = cdiv(found.columns, block["COLUMNS"])
     return Plan(
         bernoulli_log_prob_bwd_kernel, (cdiv(found.rows, block["ROWS"]) * column_blocks,), found.shape,
-        *found.strides[:3], *(NO_STRIDES if view is None else next(strides) for view in outputs), column_blocks,
-        NESTED=found.nested, enable_fp_fusion=True, **block,
+        *found.strides, column_blocks, NESTED=found.nested, enable_fp_fusion=True, **block,
     )  # fmt: skip
 
 
-def bwd(dlog_prob, logits, x, event_ndim: int, wanted: list[bool]) -> list[torch.Tensor]:
-    """The wanted ones of (dlogits, dx)."""
-    outputs = [torch.empty_like(tensor) if want else None for tensor, want in zip((logits, x), wanted)]
-    gradients = [output for output in outputs if output is not None]
+def bwd(dlog_prob, logits, x, dlogits, dx, event_ndim: int) -> None:
+    """A gradient that is not wanted is None."""
+    inputs, outputs = (dlog_prob.to(compute_dtype((logits, x))), logits, x), (dlogits, dx)
     if logits.numel() == 0:
-        return [gradient.zero_() for gradient in gradients]
-    dlog_prob = dlog_prob.to(compute_dtype([logits, x]))
-    plan = plan_bwd(views(dlog_prob)[0], views(logits, x), views(*outputs), event_ndim)
+        return clear(outputs)
+    plan = plan_bwd(views(*inputs), views(*outputs), event_ndim)
     if plan is None:
-        contiguous = (tensor.contiguous() for tensor in (dlog_prob, logits, x))
-        finish(gradients, bwd(*contiguous, event_ndim, wanted))
-    else:
-        plan.launch(dlog_prob, logits, x, *outputs)
-    return gradients
+        return on_copies(lambda *copies: bwd(*copies[0], *copies[1], event_ndim), inputs, outputs)
+    return plan.launch(*inputs, *outputs)

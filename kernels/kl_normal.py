@@ -22,20 +22,23 @@ from fastkl.kernels._device import (
 )
 from fastkl.kernels._launch import Plan, planned
 from fastkl.kernels._layout import (
-    NO_STRIDES,
     PROGRAMS,
     SPILLS_A_FEW,
     View,
     cdiv,
+    clear,
     compute_dtype,
+    contiguous,
     contiguous_strides,
+    expanded,
     finish,
     is_bounded,
     layout,
     next_power_of_2,
+    on_copies,
+    present,
     registers,
     share,
-    unpack,
     views,
 )
 from fastkl.kernels._tuned import TILES
@@ -192,95 +195,80 @@ def kl_normal_bwd_kernel(
 def plan_fwd(inputs, event_ndim, scale, low, high, distance):
     """(the launch, kl's shape with the splits in front, its dtype); None for views that no two dimensions describe."""
     shape = inputs[0].shape
-    inputs = [view.expand(shape) for view in inputs]
-    dtype, found = compute_dtype(inputs), layout(inputs, event_ndim)
+    inputs = expanded(inputs, shape)
+    found = layout(inputs, event_ndim)
     if found is None:
         return None
-    block = blocks(found.rows, found.columns, inputs)
+    block = blocks(found.rows, found.columns, present(inputs))
     row_blocks = cdiv(found.rows, block["ROWS"])
     columns_per_program, splits = share(found.columns, block["COLUMNS"], PROGRAMS // max(1, row_blocks))
     plan = Plan(
-        kl_normal_fwd_kernel, (row_blocks * splits,),
-        found.shape, *found.strides, *[NO_STRIDES] * (4 - len(inputs)), columns_per_program, splits, low, high,
-        DISTANCE=distance, SCALE=scale, BOUNDED=is_bounded(low, high), NESTED=found.nested, enable_fp_fusion=True,
-        **block,
+        kl_normal_fwd_kernel, (row_blocks * splits,), found.shape, *found.strides, columns_per_program, splits,
+        low, high, DISTANCE=distance, SCALE=scale, BOUNDED=is_bounded(low, high), NESTED=found.nested,
+        enable_fp_fusion=True, **block,
     )  # fmt: skip
-    return plan, (splits, *shape[: len(shape) - event_ndim]), dtype
+    return plan, (splits, *shape[: len(shape) - event_ndim]), compute_dtype(inputs)
 
 
-def fwd(q, packed_dim, prior, event_ndim, scale, low, high, live, distance="kl") -> torch.Tensor:
-    inputs = [*unpack(q, packed_dim), *prior]
+def fwd(mu, parameter, prior_mu, prior_logvar, event_ndim, scale, low, high, live, distance="kl") -> torch.Tensor:
+    inputs = (mu, parameter, prior_mu, prior_logvar)
     found = plan_fwd(views(*inputs), event_ndim, scale, low, high, distance)
     if found is None:
-        mu, parameter, *prior = (tensor.contiguous() for tensor in inputs)
-        return fwd([mu, parameter], -1, prior, event_ndim, scale, low, high, live, distance)
+        return fwd(*contiguous(*inputs), event_ndim, scale, low, high, live, distance)
     plan, shape, dtype = found
-    return plan.sums(shape, dtype, *inputs, *[None] * (4 - len(inputs)))
+    return plan.sums(shape, dtype, *inputs)
 
 
 def bwd(
-    dkl, q, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient, distance="kl"
-) -> list[torch.Tensor]:
-    settings = (scale, low, high, live, distance)
-    return launch_bwd(dkl, 1.0, q, packed_dim, prior, event_ndim, settings, prior_gradient)
+    dkl, mu, parameter, prior_mu, prior_logvar, dmu, dparameter, dprior_mu, dprior_logvar, event_ndim, scale, low, high,
+    live, distance="kl",
+) -> None:  # fmt: skip
+    inputs, outputs = (dkl, mu, parameter, prior_mu, prior_logvar), (dmu, dparameter, dprior_mu, dprior_logvar)
+    launch_bwd(inputs, outputs, 1.0, event_ndim, scale, low, high, live, distance, False)
 
 
 @planned
-def plan_bwd(dkl, inputs, outputs, weight, event_ndim, scale, low, high, live, distance, per_column, shared):
-    """(the launch, how many partial sums there are of a shared prior's gradient), or None as plan_fwd."""
-    shape = inputs[0].shape
+def plan_bwd(inputs, outputs, weight, event_ndim, scale, low, high, live, distance, per_column):
+    """(the launch, how many partial sums there are of a shared prior's gradient, or 0), or None as plan_fwd."""
+    dkl, *inputs = inputs
+    shape, dtype = inputs[0].shape, compute_dtype(inputs)
     event = shape[len(shape) - event_ndim :]
     rows, columns = shape[: len(shape) - event_ndim].numel(), event.numel()
-    inputs = [view.expand(shape) for view in inputs]
+    shared = outputs[2] is not None and inputs[2].dim() < len(shape)
+    inputs, outputs = expanded(inputs, shape), expanded(outputs, shape)
     # Where both dkl and the prior vary along columns, their registers halve the tile.
-    block = blocks(rows, columns, inputs * 2 if shared and per_column else inputs, tall=shared or per_column)
+    given = present(inputs)
+    block = blocks(rows, columns, given * 2 if shared and per_column else given, tall=shared or per_column)
     column_blocks = cdiv(columns, block["COLUMNS"])
+    rows_per_program, groups = block["ROWS"], cdiv(rows, block["ROWS"])
     if shared:
         rows_per_program, groups = share(rows, block["ROWS"], min(PROGRAMS // column_blocks, cdiv(rows, SHARED_ROWS)))
-        total = View(event, contiguous_strides(event), dkl.dtype).expand(shape)
-        outputs = [*outputs, total, total]
-    else:
-        rows_per_program, groups = block["ROWS"], cdiv(rows, block["ROWS"])
-    inputs = [dkl.expand(shape) if per_column else dkl.of_rows(shape), *inputs]
-    found = layout([*inputs, *outputs], event_ndim)
+        outputs[2:] = [View(event, contiguous_strides(event), dtype).expand(shape)] * 2
+    found = layout([dkl.expand(shape) if per_column else dkl.of_rows(shape), *inputs, *outputs], event_ndim)
     if found is None:
         return None
-    strides, missing, unwanted = found.strides, 5 - len(inputs), 4 - len(outputs)
     plan = Plan(
-        kl_normal_bwd_kernel, (groups * column_blocks,), found.shape,
-        *strides[: len(inputs)], *[NO_STRIDES] * missing, *strides[len(inputs) :], *[NO_STRIDES] * unwanted,
+        kl_normal_bwd_kernel, (groups * column_blocks,), found.shape, *found.strides,
         weight, rows_per_program, column_blocks, 2 * columns, low, high,
         DISTANCE=distance, SCALE=scale, BOUNDED=is_bounded(low, high), LIVE=live, SHARED=shared, PER_COLUMN=per_column,
         NESTED=found.nested, enable_fp_fusion=True, **block,
     )  # fmt: skip
-    return plan, groups
+    return plan, groups if shared else 0
 
 
-def launch_bwd(dkl, weight, q, packed_dim, prior, event_ndim, settings, prior_gradient, *, per_column=False):
-    """The gradients of q, and of the prior where wanted. dkl is one value per row, or per column."""
-    inputs = [*unpack(q, packed_dim), *prior]
-    mu, dtype = inputs[0], compute_dtype(inputs)
-    gradients = [torch.empty_like(tensor) for tensor in (*q, *(prior if prior_gradient else ()))]
+def launch_bwd(inputs, outputs, weight, event_ndim, *settings) -> None:
+    """The gradients `outputs` of q and, if they are not None, of the prior. inputs: dkl, which has one value for each
+    row, or (the last setting) for each column, and those of the forward pass."""
+    dkl, mu, *rest = inputs
     if mu.numel() == 0:
-        return [gradient.zero_() for gradient in gradients]
-    outputs = [*unpack(gradients[: len(q)], packed_dim), *gradients[len(q) :]]
-    shared = bool(prior_gradient and prior and prior[0].dim() < mu.dim())
-    dkl = dkl if dkl.dtype == dtype else dkl.to(dtype)
-    written = views(*outputs[: 2 if shared else 4])
-    found = plan_bwd(views(dkl)[0], views(*inputs), written, weight, event_ndim, *settings, per_column, shared)
+        return clear(outputs)
+    inputs = (dkl.to(compute_dtype((mu, *rest))), mu, *rest)
+    found = plan_bwd(views(*inputs), views(*outputs), weight, event_ndim, *settings)
     if found is None:
-        first, second, *prior = (tensor.contiguous() for tensor in inputs)
-        contiguous = launch_bwd(
-            dkl.contiguous(), weight, [first, second], -1, prior, event_ndim, settings, prior_gradient,
-            per_column=per_column,
-        )  # fmt: skip
-        finish(outputs, contiguous)
-        return gradients
+        return on_copies(lambda *copies: launch_bwd(*copies, weight, event_ndim, *settings), inputs, outputs)
     plan, groups = found
-    if shared:
-        partial = dkl.new_empty((groups, 2, *mu.shape[mu.dim() - event_ndim :]))
-        outputs[2:] = partial[0]
-    plan.launch(dkl, *inputs, *[None] * (4 - len(inputs)), *outputs, *[None] * (4 - len(outputs)))
-    if shared:
-        finish(gradients[len(q) :], partial.sum(0))
-    return gradients
+    if not groups:
+        return plan.launch(*inputs, *outputs)
+    partial = mu.new_empty((groups, 2, *mu.shape[mu.dim() - event_ndim :]), dtype=inputs[0].dtype)
+    plan.launch(*inputs, *outputs[:2], *partial[0])
+    return finish(outputs[2:], partial.sum(0))

@@ -13,14 +13,16 @@ from fastkl.kernels import kl_normal
 from fastkl.kernels._device import bound, exp, kl_terms, kl_terms_prior, offsets, tile, to_logvar
 from fastkl.kernels._launch import Plan, planned
 from fastkl.kernels._layout import (
-    NO_STRIDES,
     PROGRAMS,
     View,
     cdiv,
     compute_dtype,
+    contiguous,
     contiguous_strides,
+    expanded,
     is_bounded,
     layout,
+    present,
     share,
     views,
 )
@@ -71,8 +73,8 @@ def plan_fwd(inputs, event_ndim, scale, low, high):
     shape = inputs[0].shape
     event = shape[len(shape) - event_ndim :]
     rows, columns = shape[: len(shape) - event_ndim].numel(), event.numel()
-    inputs = [view.expand(shape) for view in inputs]
-    dtype, block = compute_dtype(inputs), kl_normal.blocks(rows, columns, inputs, tall=True)
+    inputs = expanded(inputs, shape)
+    dtype, block = compute_dtype(inputs), kl_normal.blocks(rows, columns, present(inputs), tall=True)
     column_blocks = cdiv(columns, block["COLUMNS"])
     most = min(PROGRAMS // column_blocks, cdiv(rows, MIN_ROWS))
     rows_per_program, groups = share(rows, block["ROWS"], most)
@@ -80,31 +82,31 @@ def plan_fwd(inputs, event_ndim, scale, low, high):
     if found is None:
         return None
     plan = Plan(
-        kl_normal_per_dim_fwd_kernel, (groups * column_blocks,), found.shape,
-        *found.strides[:-1], *[NO_STRIDES] * (4 - len(inputs)), found.strides[-1], rows_per_program, column_blocks,
-        columns, low, high, SCALE=scale, BOUNDED=is_bounded(low, high), NESTED=found.nested, enable_fp_fusion=True,
-        **block,
+        kl_normal_per_dim_fwd_kernel, (groups * column_blocks,), found.shape, *found.strides, rows_per_program,
+        column_blocks, columns, low, high, SCALE=scale, BOUNDED=is_bounded(low, high), NESTED=found.nested,
+        enable_fp_fusion=True, **block,
     )  # fmt: skip
     return plan, (groups, *event), dtype
 
 
-def fwd(mu, parameter, prior, event_ndim, scale, low, high, live) -> torch.Tensor:
-    inputs = [mu, parameter, *prior]
+def fwd(mu, parameter, prior_mu, prior_logvar, event_ndim, scale, low, high, live) -> torch.Tensor:
+    inputs = (mu, parameter, prior_mu, prior_logvar)
     if mu.numel() == 0:  # the mean of nothing
         return mu.new_full(mu.shape[mu.dim() - event_ndim :], float("nan"), dtype=compute_dtype(inputs))
     found = plan_fwd(views(*inputs), event_ndim, scale, low, high)
     if found is None:
-        mu, parameter, *prior = (tensor.contiguous() for tensor in inputs)
-        return fwd(mu, parameter, prior, event_ndim, scale, low, high, live)
+        return fwd(*contiguous(*inputs), event_ndim, scale, low, high, live)
     plan, shape, dtype = found
     # Two stages, no atomics: the same sum in every run.
-    return plan.sums(shape, dtype, *inputs, *[None] * (4 - len(inputs)))
+    return plan.sums(shape, dtype, *inputs)
 
 
-def bwd(dkl, mu, parameter, prior, event_ndim, scale, low, high, live, prior_gradient) -> list[torch.Tensor]:
+def bwd(
+    dkl, mu, parameter, prior_mu, prior_logvar, dmu, dparameter, dprior_mu, dprior_logvar, event_ndim, scale, low, high,
+    live,
+) -> None:  # fmt: skip
     weight = 1.0 / max(1, mu.shape[: mu.dim() - event_ndim].numel())
     if dkl.dtype == torch.float64:  # a kernel's float argument is a float32
         dkl, weight = dkl * weight, 1.0
-    settings = (scale, low, high, live, "kl")
-    q = [mu, parameter]
-    return kl_normal.launch_bwd(dkl, weight, q, -1, prior, event_ndim, settings, prior_gradient, per_column=True)
+    inputs, outputs = (dkl, mu, parameter, prior_mu, prior_logvar), (dmu, dparameter, dprior_mu, dprior_logvar)
+    kl_normal.launch_bwd(inputs, outputs, weight, event_ndim, scale, low, high, live, "kl", True)

@@ -13,15 +13,17 @@ import triton.language as tl
 from fastkl.kernels._device import offsets, standardise, tile
 from fastkl.kernels._launch import Plan, planned
 from fastkl.kernels._layout import (
-    NO_STRIDES,
     PROGRAMS,
     View,
     cdiv,
+    clear,
     compute_dtype,
+    contiguous,
     contiguous_strides,
     finish,
     layout,
     next_power_of_2,
+    on_copies,
     share,
     views,
 )
@@ -210,7 +212,7 @@ def fwd(x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor, event_ndim: i
         return x.new_zeros(x.shape[: x.dim() - event_ndim], dtype=compute_dtype([x, mean, logvar]))
     found = plan_fwd(*views(x, mean, logvar), event_ndim)
     if found is None:
-        return fwd(x.contiguous(), mean.contiguous(), logvar.contiguous(), event_ndim)
+        return fwd(*contiguous(x, mean, logvar), event_ndim)
     plan, shape, dtype = found
     return plan.sums(shape, dtype, x, mean, logvar)
 
@@ -232,34 +234,27 @@ def plan_bwd(dlog_prob, x, mean, logvar, outputs, event_ndim):
         rows_per_program, groups = share(rows, rows_per_program, min(PROGRAMS // splits, cdiv(rows, SHARED_ROWS)))
         partial = (groups, *event)
         outputs = (*outputs[:2], View(event, contiguous_strides(event), dlog_prob.dtype).expand(shape))
-    written = [view for view in outputs if view is not None]
-    found = layout([dlog_prob.of_rows(shape), x, mean, logvar.expand(shape), *written], event_ndim)
+    found = layout([dlog_prob.of_rows(shape), x, mean, logvar.expand(shape), *outputs], event_ndim)
     if found is None:
         return None
-    strides = iter(found.strides[4:])
     plan = Plan(
-        normal_log_prob_bwd_kernel, (groups * splits,), found.shape,
-        *found.strides[:4], *(NO_STRIDES if view is None else next(strides) for view in outputs), rows_per_program,
+        normal_log_prob_bwd_kernel, (groups * splits,), found.shape, *found.strides, rows_per_program,
         columns_per_program, splits, SPREAD=spread, NESTED=found.nested, enable_fp_fusion=True, **block,
     )  # fmt: skip
     return plan, partial
 
 
-def bwd(dlog_prob, x, mean, logvar, event_ndim: int, wanted: list[bool]) -> list[torch.Tensor]:
-    """The wanted ones of (dx, dmean, dlogvar)."""
-    outputs = [torch.empty_like(tensor) if want else None for tensor, want in zip((x, mean, logvar), wanted)]
-    gradients = [output for output in outputs if output is not None]
+def bwd(dlog_prob, x, mean, logvar, dx, dmean, dlogvar, event_ndim: int) -> None:
+    """A gradient that is not wanted is None."""
+    inputs, outputs = (dlog_prob.to(compute_dtype((x, mean, logvar))), x, mean, logvar), (dx, dmean, dlogvar)
     if x.numel() == 0:
-        return [gradient.zero_() for gradient in gradients]
-    dlog_prob = dlog_prob.to(compute_dtype([x, mean, logvar]))
-    found = plan_bwd(*views(dlog_prob, x, mean, logvar), views(*outputs), event_ndim)
+        return clear(outputs)
+    found = plan_bwd(*views(*inputs), views(*outputs), event_ndim)
     if found is None:
-        contiguous = (tensor.contiguous() for tensor in (dlog_prob, x, mean, logvar))
-        finish(gradients, bwd(*contiguous, event_ndim, wanted))
-        return gradients
+        return on_copies(lambda *copies: bwd(*copies[0], *copies[1], event_ndim), inputs, outputs)
     plan, shape = found
-    partial = None if shape is None else dlog_prob.new_empty(shape)
-    plan.launch(dlog_prob, x, mean, logvar, *outputs[:2], outputs[2] if partial is None else partial)
-    if partial is not None:
-        outputs[2].copy_(partial.sum(0).view(logvar.shape))
-    return gradients
+    if shape is None:
+        return plan.launch(*inputs, *outputs)
+    partial = inputs[0].new_empty(shape)
+    plan.launch(*inputs, dx, dmean, partial)
+    return finish([dlogvar], [partial.sum(0).view(logvar.shape)])

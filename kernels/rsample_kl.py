@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels._device import (
-    POSTERIOR,
     TRITON_DTYPE,
     bound,
     bound_gradient,
@@ -29,21 +28,24 @@ from fastkl.kernels._device import (
 )
 from fastkl.kernels._launch import Plan, planned
 from fastkl.kernels._layout import (
-    NO_STRIDES,
     OLD_COMPILER,
     PROGRAMS,
     SPILLS_A_FEW,
     View,
     cdiv,
+    clear,
     compute_dtype,
+    contiguous,
     contiguous_strides,
+    expanded,
     finish,
     is_bounded,
     layout,
     next_power_of_2,
+    on_copies,
+    present,
     registers,
     share,
-    unpack,
     views,
 )
 from fastkl.kernels._tuned import TILES
@@ -252,32 +254,18 @@ def longest_event(views: list[View]) -> int:
     return min(1, ndim)
 
 
-def fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live):
-    return launch_fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, (scale, low, high), with_kl=True)
-
-
-def bwd(dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient):
-    settings = (scale, low, high, live)
-    if dkl is None:  # not a KL gradient of zero, which an infinite KL would turn into NaN
-        dq = launch_bwd(dz, None, q, seed, eps, num_samples, packed_dim, [], event_ndim, settings)
-        return dq + [torch.zeros_like(p) for p in prior if prior_gradient]
-    return launch_bwd(
-        dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, settings, prior_gradient=prior_gradient
-    )
-
-
 @planned
-def plan_fwd(inputs, eps, z, num_samples, event_ndim, stream, scale, low, high, with_kl):
+def plan_fwd(inputs, eps, z, event_ndim, scale, low, high, num_samples, stream, with_kl):
     """(the launch, kl's shape with the splits in front, its dtype); None for views that no two dimensions describe."""
     shape = inputs[0].shape
-    inputs = [view.expand(shape) for view in inputs]
-    event_ndim = longest_event(inputs) if event_ndim is None else event_ndim
+    inputs = expanded(inputs, shape)
+    event_ndim = longest_event(present(inputs)) if event_ndim is None else event_ndim
     noise, noise_step = first_sample(eps, num_samples, inputs[0])
     drawn, drawn_step = first_sample(z, num_samples, inputs[0])
     found = layout([*inputs, noise, drawn], event_ndim, reorder=False)
     if found is None:
         return None
-    dtype, block = compute_dtype(inputs), blocks(found.rows, found.columns, inputs)
+    dtype, block = compute_dtype(inputs), blocks(found.rows, found.columns, present(inputs))
     row_blocks = cdiv(found.rows, block["ROWS"])
     shift = found.columns % 4 != 0
     programs = PROGRAMS // max(1, row_blocks) if with_kl else found.columns
@@ -285,8 +273,7 @@ def plan_fwd(inputs, eps, z, num_samples, event_ndim, stream, scale, low, high, 
     if not (with_kl or found.columns):
         row_blocks = 0
     plan = Plan(
-        rsample_kl_fwd_kernel, (row_blocks * splits,), found.shape,
-        *found.strides[:-2], *[NO_STRIDES] * (4 - len(inputs)), *found.strides[-2:], noise_step, drawn_step,
+        rsample_kl_fwd_kernel, (row_blocks * splits,), found.shape, *found.strides, noise_step, drawn_step,
         1 if num_samples is None else num_samples, stream, columns_per_program, splits, low, high,
         SCALE=scale, BOUNDED=is_bounded(low, high), SHIFT=shift, NESTED=found.nested, DTYPE=TRITON_DTYPE[dtype],
         enable_fp_fusion=True, **block,
@@ -294,39 +281,52 @@ def plan_fwd(inputs, eps, z, num_samples, event_ndim, stream, scale, low, high, 
     return plan, (splits, *shape[: len(shape) - event_ndim]), dtype
 
 
-def launch_fwd(q, seed, eps, num_samples, packed_dim, prior, event_ndim, settings, stream=POSTERIOR.value, *, with_kl):
+def launch_fwd(inputs, eps, seed, event_ndim, scale, low, high, num_samples, stream, *, with_kl):
     """(z, kl), or (z, None). Without a KL event_ndim may be None."""
-    mu, parameter = unpack(q, packed_dim)
-    inputs = [mu, parameter, *prior]
+    mu, parameter = inputs[:2]
     out_dtype = torch.promote_types(mu.dtype, parameter.dtype)
     if num_samples is None:
         z = torch.empty_like(mu, dtype=out_dtype)
     else:
         z = torch.empty((num_samples, *mu.shape), dtype=out_dtype, device=mu.device)
-    found = plan_fwd(views(*inputs), *views(eps, z), num_samples, event_ndim, stream, *settings, with_kl)
+    settings = (event_ndim, scale, low, high, num_samples, stream)
+    found = plan_fwd(views(*inputs), *views(eps, z), *settings, with_kl)
     if found is None:
-        mu, parameter, *prior = (tensor.contiguous() for tensor in inputs)
-        eps = None if eps is None else eps.contiguous()
-        arguments = ([mu, parameter], seed, eps, num_samples, -1, prior, event_ndim, settings, stream)
-        drawn, kl = launch_fwd(*arguments, with_kl=with_kl)
+        drawn, kl = launch_fwd(contiguous(*inputs), *contiguous(eps), seed, *settings, with_kl=with_kl)
         return z.copy_(drawn), kl
     plan, shape, dtype = found
     kl = torch.empty(shape[shape[0] == 1 :], dtype=dtype, device=mu.device) if with_kl else None
-    plan.launch(*inputs, *[None] * (4 - len(inputs)), eps, z, kl, seed)
+    plan.launch(*inputs, eps, z, kl, seed)
     return z, kl.sum(0) if with_kl and shape[0] > 1 else kl
 
 
+def fwd(mu, parameter, prior_mu, prior_logvar, eps, seed, event_ndim, scale, low, high, live, num_samples, stream):
+    inputs = (mu, parameter, prior_mu, prior_logvar)
+    return launch_fwd(inputs, eps, seed, event_ndim, scale, low, high, num_samples, stream, with_kl=True)
+
+
+def bwd(
+    dz, dkl, mu, parameter, prior_mu, prior_logvar, eps, seed, dmu, dparameter, dprior_mu, dprior_logvar, *settings
+) -> None:  # fmt: skip
+    if dkl is None:  # not a KL gradient of zero, which would turn an infinite KL into NaN
+        prior_mu = prior_logvar = None
+    inputs, outputs = (dz, dkl, mu, parameter, prior_mu, prior_logvar, eps), (dmu, dparameter, dprior_mu, dprior_logvar)
+    launch_bwd(inputs, outputs, seed, *settings)
+
+
 @planned
-def plan_bwd(dz, dkl, inputs, eps, outputs, num_samples, event_ndim, stream, scale, low, high, live, shared):
+def plan_bwd(inputs, outputs, event_ndim, scale, low, high, live, num_samples, stream):
     """(the launch, the shape of what a shared prior's gradients are summed from, over which dimensions), or None."""
-    shape = inputs[0].shape
-    inputs = [view.expand(shape) for view in inputs]
+    dz, dkl, *inputs, eps = inputs
+    shape, dtype = inputs[0].shape, compute_dtype(inputs)
+    shared = outputs[2] is not None and inputs[2].dim() < len(shape)
+    inputs, outputs = expanded(inputs, shape), expanded(outputs, shape)
     incoming, incoming_step = first_sample(dz, num_samples, inputs[0])
     noise, noise_step = first_sample(eps, num_samples, inputs[0])
-    event_ndim = longest_event([*inputs, incoming]) if event_ndim is None else event_ndim
+    event_ndim = longest_event([*present(inputs), incoming]) if event_ndim is None else event_ndim
     event = shape[len(shape) - event_ndim :]
     rows, columns = shape[: len(shape) - event_ndim].numel(), event.numel()
-    dtype, block = compute_dtype(inputs), blocks(rows, columns, inputs)
+    block = blocks(rows, columns, present(inputs))
     shift = columns % 4 != 0
     if dtype == torch.float32 and ((num_samples or 1) > 1 or OLD_COMPILER):  # fewer would spill in bfloat16
         block |= registers(168)
@@ -334,20 +334,17 @@ def plan_bwd(dz, dkl, inputs, eps, outputs, num_samples, event_ndim, stream, sca
     partial, over, rows_per_program, groups = None, None, block["ROWS"], cdiv(rows, block["ROWS"])
     if shared and shift:  # shifted rows do not line up in columns, so this gradient is written whole first
         partial, over = (2, *shape), tuple(range(1, 1 + len(shape) - event_ndim))
-        total = View(shape, contiguous_strides(shape), dtype)
+        outputs[2:] = [View(shape, contiguous_strides(shape), dtype)] * 2
     elif shared:
         rows_per_program, groups = share(rows, block["ROWS"], min(PROGRAMS // column_blocks, cdiv(rows, SHARED_ROWS)))
         partial, over = (2, groups, *event), (1,)
-        total = View(event, contiguous_strides(event), dtype).expand(shape)
-    outputs = [*outputs, total, total] if shared else outputs
+        outputs[2:] = [View(event, contiguous_strides(event), dtype).expand(shape)] * 2
     of_kl = first_sample(None, None, inputs[0])[0] if dkl is None else dkl.of_rows(shape)
     found = layout([incoming, of_kl, *inputs, noise, *outputs], event_ndim, reorder=False)
     if found is None:
         return None
-    strides, read = found.strides, 2 + len(inputs)
     plan = Plan(
-        rsample_kl_bwd_kernel, (groups * column_blocks,), found.shape,
-        *strides[:read], *[NO_STRIDES] * (6 - read), *strides[read:], *[NO_STRIDES] * (4 - len(outputs)),
+        rsample_kl_bwd_kernel, (groups * column_blocks,), found.shape, *found.strides,
         noise_step, incoming_step, 1 if num_samples is None else num_samples, stream, rows_per_program, column_blocks,
         columns, low, high, SCALE=scale, BOUNDED=is_bounded(low, high), LIVE=live, SHARED=shared and not shift,
         SHIFT=shift, NESTED=found.nested, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
@@ -355,40 +352,22 @@ def plan_bwd(dz, dkl, inputs, eps, outputs, num_samples, event_ndim, stream, sca
     return plan, partial, over
 
 
-def launch_bwd(
-    dz, dkl, q, seed, eps, num_samples, packed_dim, prior, event_ndim, settings, stream=POSTERIOR.value, *,
-    prior_gradient=False,
-):  # fmt: skip
-    """The gradients of q, and of the prior where wanted. dkl is one value per row, or None without a KL."""
-    inputs = [*unpack(q, packed_dim), *prior]
-    mu, dtype = inputs[0], compute_dtype(inputs)
-    gradients = [torch.empty_like(tensor) for tensor in (*q, *(prior if prior_gradient else ()))]
+def launch_bwd(inputs, outputs, seed, *settings) -> None:
+    """The gradients `outputs` of q and, if they are not None, of the prior. inputs: dz, dkl with one value for each row
+    (each may be None), those of the forward pass, and eps. Without a KL event_ndim, the first setting, may be None."""
+    dz, dkl, mu, parameter, prior_mu, prior_logvar, eps = inputs
     if mu.numel() == 0:
-        return [gradient.zero_() for gradient in gradients]
-    outputs = [*unpack(gradients[: len(q)], packed_dim), *gradients[len(q) :]]
-    shared = bool(prior_gradient and prior and prior[0].dim() < mu.dim())
-    if dkl is not None and dkl.dtype != dtype:
-        dkl = dkl.to(dtype)
-    written = views(*outputs[: 2 if shared else 4])
-    found = plan_bwd(
-        *views(dz, dkl), views(*inputs), *views(eps), written, num_samples, event_ndim, stream, *settings, shared
-    )
+        return clear(outputs)
+    dtype = compute_dtype((mu, parameter, prior_mu, prior_logvar))
+    dkl = None if dkl is None else dkl.to(dtype)
+    inputs = (dz, dkl, *inputs[2:])
+    found = plan_bwd(views(*inputs), views(*outputs), *settings)
     if found is None:
-        dz, dkl, eps, *inputs = (None if t is None else t.contiguous() for t in (dz, dkl, eps, *inputs))
-        contiguous = launch_bwd(
-            dz, dkl, inputs[:2], seed, eps, num_samples, -1, inputs[2:], event_ndim, settings, stream,
-            prior_gradient=prior_gradient,
-        )  # fmt: skip
-        finish(outputs, contiguous)
-        return gradients
+        return on_copies(lambda *copies: launch_bwd(*copies, seed, *settings), inputs, outputs)
     plan, shape, over = found
-    if shared:
-        totals = torch.empty(shape, dtype=dtype, device=mu.device)
-        outputs[2:] = totals
+    totals = outputs[2:] if shape is None else torch.empty(shape, dtype=dtype, device=mu.device)
     plan.launch(
-        mu.new_zeros(()) if dz is None else dz, dkl, mu if dkl is not None else None, *inputs[1:],
-        *[None] * (4 - len(inputs)), eps, *outputs, *[None] * (4 - len(outputs)), seed,
+        mu.new_zeros(()) if dz is None else dz, dkl, None if dkl is None else mu, parameter, prior_mu, prior_logvar,
+        eps, *outputs[:2], *totals, seed,
     )  # fmt: skip
-    if shared:
-        finish(gradients[len(q) :], totals.sum(over))
-    return gradients
+    return None if shape is None else finish(outputs[2:], totals.sum(over))

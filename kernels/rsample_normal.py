@@ -5,11 +5,10 @@ from __future__ import annotations
 from fastkl.kernels.rsample_kl import launch_bwd, launch_fwd
 
 
-def fwd(q, seed, eps, num_samples, packed_dim, scale, low, high, live, stream):
-    settings = (scale, low, high)
-    return launch_fwd(q, seed, eps, num_samples, packed_dim, [], None, settings, stream, with_kl=False)[0]
+def fwd(mu, parameter, eps, seed, event_ndim, scale, low, high, live, num_samples, stream):
+    inputs = (mu, parameter, None, None)
+    return launch_fwd(inputs, eps, seed, None, scale, low, high, num_samples, stream, with_kl=False)[0]
 
 
-def bwd(dz, q, seed, eps, num_samples, packed_dim, scale, low, high, live, stream):
-    settings = (scale, low, high, live)
-    return launch_bwd(dz, None, q, seed, eps, num_samples, packed_dim, [], None, settings, stream)
+def bwd(dz, mu, parameter, eps, seed, dmu, dparameter, event_ndim, *settings) -> None:
+    launch_bwd((dz, None, mu, parameter, None, None, eps), (dmu, dparameter, None, None), seed, None, *settings)

@@ -7,9 +7,9 @@ import torch
 from fastkl.kernels import kl_normal
 
 
-def fwd(mu, parameter, prior, *settings) -> torch.Tensor:
-    return kl_normal.fwd([mu, parameter], -1, prior, *settings, "wasserstein2")
+def fwd(*arguments) -> torch.Tensor:
+    return kl_normal.fwd(*arguments, "wasserstein2")
 
 
-def bwd(ddistance, mu, parameter, prior, *settings) -> list[torch.Tensor]:
-    return kl_normal.bwd(ddistance, [mu, parameter], -1, prior, *settings, "wasserstein2")
+def bwd(*arguments) -> None:
+    kl_normal.bwd(*arguments, "wasserstein2")

@@ -2,10 +2,10 @@
 
     TRITON_INTERPRET=0 python tests/aot.py test_kl_normal test_rsample_kl --targets sm_90 gfx942
 
-takes those modules' `aot_calls()` (name -> a call of a launcher), compiles each launch as Triton would specialise it
-there instead of running it, and prints one JSON line per kernel and target: spills, shared memory, the width of global
-loads and stores, or the error. `test_compiled.py` asserts on them for one target, `compat.py` for all of them and for
-several versions of Triton. Only calls named "core ..." are compiled, with --all every one, with --first N the first N
+takes these modules' `aot_calls()` (name -> a call of a launcher), compiles every launch with Triton's specialisation
+for the target instead of running it, and prints one JSON line per kernel and target: spills, shared memory, the width
+of global loads and stores, or the error. `test_compiled.py` checks them for one target, `compat.py` for all targets and
+several versions of Triton. Only calls named "core ..." are compiled; --all compiles every call, --first N the first N
 core calls of each module.
 """
 
@@ -30,14 +30,14 @@ from typing import Any
 from helpers import TARGETS
 
 HERE = Path(__file__).parent
-SHARED_LIMIT = 64 * 1024  # bytes; gfx942 has the least
+SHARED_LIMIT = 64 * 1024  # bytes; gfx942 has the smallest
 MODULES = sorted(path.stem for path in HERE.glob("test_*.py") if "\ndef aot_calls" in path.read_text())
 
 
 class Driver:
-    """Stands in for Triton's driver: one target, and no device. It suffices for what `kernel.warmup` does."""
+    """A stand-in for Triton's driver with one target and no device: enough for `kernel.warmup`."""
 
-    devices = itertools.count()  # Triton keeps the kernels of each device apart
+    devices = itertools.count()  # Triton caches kernels per device
 
     def __init__(self, target) -> None:
         self.target, self.device = target, next(self.devices)
@@ -54,19 +54,19 @@ class Driver:
 
 @contextlib.contextmanager
 def compiling(name: str, receive: Callable[[Any, Any, dict], None]) -> Iterator[None]:
-    """Within it a launch compiles its kernel for the target `name` and runs nothing; `receive` gets the compiled
-    kernel, the function it was made of, and the launch's keyword arguments."""
+    """In this context a launch compiles its kernel for the target `name` and does not run it. `receive` gets the
+    compiled kernel, its function, and the launch's keyword arguments."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     original, before, backend = JITFunction.run, None, TARGETS[name][0]
-    with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to come back to
+    with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to restore
         before = driver.active
 
     def run(self, *args, grid, warmup=False, **kwargs):
         options = kwargs
-        if backend == "hip":  # where launchers leave it out
+        if backend == "hip":  # where launchers omit it
             options = {option: value for option, value in kwargs.items() if option != "maxnreg"}
         receive(original(self, *args, grid=grid, warmup=True, **options), self, kwargs)
 
@@ -88,9 +88,9 @@ def describe(kernel, target: str) -> dict:
         spills = sum(int(n) for n in re.findall(r"vgpr_spill_count:\s*(\d+)", code))
         wide = [len(re.findall(rf"\b(?:global|buffer)_{what}_dwordx4", code)) for what in ("load", "store")]
     else:
-        # What spills lies in the frame on the stack, and the kernels have nothing else there.
+        # The stack frame contains only spills.
         spills = sum(int(n) for n in re.findall(r"STACK:(\d+)", resources(kernel.asm["cubin"])))
-        # ptxas keeps these widths, and disassembling what it makes would take as long as compiling.
+        # ptxas keeps these widths, and disassembling its output would take as long as compiling.
         accesses = [re.findall(rf"\b{what}\.global\S*?\.v(\d)\.b(\d+)", kernel.asm["ptx"]) for what in ("ld", "st")]
         wide = [sum(int(count) * int(bits) >= 128 for count, bits in found) for found in accesses]
     return {"spills": spills, "shared": kernel.metadata.shared, "wide_loads": wide[0], "wide_stores": wide[1]}
@@ -107,7 +107,7 @@ def resources(cubin: bytes) -> str:
 
 
 def faults(record: dict) -> list[str]:
-    """What is wrong with a compiled launch. Calls with "aligned" in their name have rows of whole 16-byte runs."""
+    """The faults of a compiled launch. Calls with "aligned" in their name have rows of whole 16-byte runs."""
     if "error" in record:
         return [record["error"]]
     found, kernel = [], record["kernel"]

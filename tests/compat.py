@@ -1,15 +1,15 @@
-"""Which versions of Triton and torch, and which targets, the kernels are known to work with: `make compat`.
+"""Check with which versions of Triton and torch, and for which targets, the kernels work: `make compat`.
 
-    python tests/compat.py                                      # all of Triton, all targets
+    python tests/compat.py                                      # all versions of Triton, all targets
     python tests/compat.py --triton 3.4 3.6 --targets sm_90
-    python tests/compat.py --execute emulator                   # and executed by a module that can (emulated.py)
+    python tests/compat.py --execute emulator                   # also run by a module that emulates (emulated.py)
     python tests/compat.py --triton --torch 2.8 2.11            # the tests on other versions of torch
 
-For each version of Triton the kernels are compiled ahead of time (aot.py), in an environment made for it; every call
-for sm_90, the core calls for the other targets. A compile error, a spill, too much shared memory or an aligned row
-that does not move 16 bytes at a time is a fault, and the command then fails. For each version of torch a virtual
-environment of its own runs import, contract and compile tests. Results go into docs/compatibility.json, and from there
-into the tables of docs/compatibility.md; what was not asked for stays there as it was.
+For each version of Triton the kernels are compiled ahead of time (aot.py) in a separate environment: every call for
+sm_90, the core calls for the other targets. A compile error, a spill, too much shared memory or an aligned row that
+does not move 16 bytes at a time is a fault, and the command fails. For each version of torch, a separate virtual
+environment runs the import, contract and compile tests. Results go to docs/compatibility.json, and from there to the
+tables of docs/compatibility.md; results that were not requested stay unchanged.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ ROOT = Path(__file__).parent.parent
 ENVIRONMENTS = ROOT / ".compat"
 RESULTS, PAGE = ROOT / "docs" / "compatibility.json", ROOT / "docs" / "compatibility.md"
 TRITON = ("3.4", "3.5", "3.6", "3.7", "3.8", "3.9")
-USUAL = ("sm_80", "sm_90", "sm_100", "gfx942")  # --targets takes sm_89 and sm_120, too
-EVERY_CALL = "sm_90"  # for the others, the core calls
-# What a version of torch may change: imports, what every op promises, the compiler, the launch path.
+USUAL = ("sm_80", "sm_90", "sm_100", "gfx942")  # --targets also takes sm_89 and sm_120
+EVERY_CALL = "sm_90"  # other targets compile the core calls
+# Tests of what a version of torch may break: imports, the contract of every op, the compiler, the launch path.
 TESTS = ("test_contract.py", "test_layers.py", "test_host_path.py", "test_errors.py", "test_distributions.py",
          "test_private_names.py")  # fmt: skip
 
 
 def triton_environment(version: str) -> Path | None:
-    """A folder with that Triton, to be put in front of the search path; None where no such version can be had."""
+    """A folder with that Triton, to be put first on the search path; None if there is no such version."""
     if importlib.metadata.version("triton").startswith(version + "."):
-        return ROOT / "tests"  # the one that is installed
+        return ROOT / "tests"  # the installed Triton
     folder = ENVIRONMENTS / f"triton-{version}"
     if not (folder / "triton").is_dir():
         command = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), f"triton=={version}.*"]
@@ -55,7 +55,7 @@ def ask(code: str, **environment: str) -> str:
 
 
 def compile_with(version: str, targets: list[str]) -> list[dict] | None:
-    """One row for each target, None where there is no such Triton."""
+    """One row per target; None if there is no such Triton."""
     folder = triton_environment(version)
     if folder is None:
         print(f"FAULT Triton {version} is not to be had here", flush=True)
@@ -71,7 +71,7 @@ def compile_with(version: str, targets: list[str]) -> list[dict] | None:
         records = [json.loads(line) for line in done.stdout.splitlines()]
         calls = {(record["module"], record["call"]) for record in records}
         if records and all("ld.lld" in record.get("error", "") for record in records):
-            # Triton 3.4 brings no linker for AMD, and takes no other than ROCm's.
+            # Triton 3.4 has no linker for AMD, and accepts only ROCm's.
             rows.append({"torch": versions[0], "triton": versions[1], "target": target,
                          "compiled": "not tried: needs ROCm's linker", "failed": 0})  # fmt: skip
             print(f"Triton {versions[1]} {target}: {rows[-1]['compiled']}", flush=True)
@@ -89,7 +89,7 @@ def compile_with(version: str, targets: list[str]) -> list[dict] | None:
 
 
 def limits_with(version: str) -> int:
-    """Whether instructions, loads in flight and the width of accesses keep to their limits: 0 where they do."""
+    """0 if instructions, loads in flight and access widths stay within their limits."""
     environment = {"PYTHONPATH": str(triton_environment(version)), "FASTKL_LIMITS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernel_limits.py"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
@@ -100,7 +100,7 @@ def limits_with(version: str) -> int:
 
 
 def execute_with(version: str, module: str) -> str:
-    """How many of the calls of bench/smoke.py were right when `module` executed them (see emulated.py)."""
+    """How many calls of bench/smoke.py were correct when `module` executed them (see emulated.py)."""
     parts = os.cpu_count() or 1
     environment = {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     path = [str(triton_environment(version)), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
@@ -119,7 +119,7 @@ def execute_with(version: str, module: str) -> str:
 
 
 def test_with(version: str) -> dict:
-    """The tests on another torch, with the Triton that it brings; the first time it is some 3 GB to fetch."""
+    """Run the tests on another torch, with its own Triton. The first time this downloads about 3 GB."""
     folder = ENVIRONMENTS / f"torch-{version}"
     python = folder / "bin" / "python"
     if not (folder / ".installed").exists():
@@ -148,7 +148,7 @@ def minor(version: str) -> str:
 
 
 def timed_on() -> dict[tuple[str, str], str]:
-    """(version of Triton, target) -> the card on which bench/gpu.sh has run with it."""
+    """(version of Triton, target) -> the GPU on which bench/gpu.sh has run with it."""
     found = {}
     for path in sorted((ROOT / "bench" / "results").glob("*/about.json")):
         about = json.loads(path.read_text())
@@ -158,7 +158,7 @@ def timed_on() -> dict[tuple[str, str], str]:
 
 
 def merged(old: list[dict], new: list[dict], key: tuple[str, ...]) -> list[dict]:
-    """The new rows in place of the old ones with the same key, which names minor versions."""
+    """The old rows, those with the same key replaced by the new ones; the key uses minor versions."""
 
     def name(row: dict) -> tuple:
         return tuple(minor(row[part]) for part in key)

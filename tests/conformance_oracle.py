@@ -78,7 +78,7 @@ def choice(logits, tau):
 
 
 def mmd(x, y):
-    """Unbiased, of the kernel 1 / (1 + d^2 / 2)."""
+    """The unbiased squared MMD with the kernel 1 / (1 + d^2 / 2)."""
 
     def mean(pairs):
         pairs = list(pairs)
@@ -90,7 +90,7 @@ def mmd(x, y):
 
 
 def transport(x, y, blur):
-    """W_2^2 / 2 of as many points on a line: what the divergence tends to, and exact where one is the other shifted."""
+    """W_2^2 / 2 of equally many points on a line: the divergence's limit, and exact if one set is the other shifted."""
     pairs = zip(sorted(numbers(x)), sorted(numbers(y)))
     return [sum((a - b) ** 2 for a, b in pairs) / len(x) / 2]
 

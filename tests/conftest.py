@@ -11,18 +11,18 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
-# torch.compile makes so many objects that to look for cycles takes a sixth of its time.
+# torch.compile creates so many objects that garbage collection takes a sixth of its time.
 gc.set_threshold(200_000, 20, 100)
 
 
 def patch_once_a_launch() -> None:
-    """The interpreter patches triton.language at every call of a device function, as if it were a launch of its own:
-    up to half of all the time. Once for each module of functions that a launch calls is enough."""
+    """Let the interpreter patch triton.language once per module and launch. It does so at every call of a device
+    function, which takes up to half of the time."""
     from triton import language
     from triton.runtime import interpreter
 
     if not hasattr(interpreter, "_patch_lang") or not hasattr(interpreter, "_LangPatchScope"):
-        return  # another Triton, which may be slower
+        return  # another Triton: just slower
     patch, patched = interpreter._patch_lang, set()
 
     def patch_once(function):
@@ -37,8 +37,8 @@ def patch_once_a_launch() -> None:
 
 
 def share_types() -> None:
-    """Every operation of the interpreter makes the type of a block and the shape of a tensor anew: a third of its time.
-    Nothing changes them, so those of equal blocks can be the same objects."""
+    """Let equal blocks share their immutable type and shape objects. The interpreter creates them at every operation,
+    which takes a third of its time."""
     from triton import language
     from triton.runtime import interpreter
 
@@ -68,8 +68,8 @@ def share_types() -> None:
 
 
 def mend_older_interpreters() -> None:
-    """What the interpreter of Triton 3.9 does: a fused multiplication and addition rounds once, as on every GPU (before
-    3.9 twice), and an array of one element is an index (before 3.7 not with NumPy 2.4)."""
+    """Backport from the interpreter of Triton 3.9: a fused multiply-add rounds once, as on every GPU (before 3.9
+    twice), and an array of one element is an index (before 3.7 not with NumPy 2.4)."""
     import numpy as np
     import triton
     from triton.runtime import interpreter
@@ -95,7 +95,7 @@ def mend_older_interpreters() -> None:
 
 
 def cast_float64_to_bfloat16() -> None:
-    """The interpreter takes bfloat16 for an integer there, and stores 0; compiled code has an instruction for it."""
+    """Fix this cast: the interpreter treats bfloat16 as an integer and stores 0. Compiled code is correct."""
     from triton import language
     from triton.runtime import interpreter
 
@@ -117,7 +117,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
 
 # fmt: off
-# Files that take longest. They run first, so that no process is left with one of them when the others have ended.
+# The slowest files run first, so that no process works on one of them when the others have finished.
 LONG = ("test_gpu_script.py", "test_contract.py", "test_vae_parallel.py", "test_vae_resume.py", "test_compiled.py",
         "test_bench.py", "test_vae_objectives.py", "test_vae_priors.py", "test_group.py", "test_host_path.py",
         "test_fuzz.py")
@@ -125,7 +125,7 @@ LONG = ("test_gpu_script.py", "test_contract.py", "test_vae_parallel.py", "test_
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first; the example of a flow needs zuko, as a flow does."""
+    """Sort slow files first, and skip the flow's doctest without zuko."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if importlib.util.find_spec("zuko") is None:
         for item in items:

@@ -1,4 +1,4 @@
-"""The calls of bench/smoke.py on compiled kernels without a GPU: through Triton's own launcher, to an emulator.
+"""Run the calls of bench/smoke.py on compiled kernels without a GPU: through Triton's launcher, on an emulator.
 
     TRITON_INTERPRET=0 python tests/emulated.py MODULE 0 2     # the first half of the calls
 

@@ -1,9 +1,9 @@
-"""Triton's launches without a GPU: its own driver, launcher, compiler and ptxas, on a libcuda that launches nothing.
+"""Triton's launches without a GPU: its own driver, launcher, compiler and ptxas, with a libcuda that launches nothing.
 
-A plugin of pytest (`-p fake_driver`, with tests/ on PYTHONPATH) for a process of its own: Triton decides once a process
-whether it interprets. Each launch ends in the list LAUNCHES; where EXECUTE is set it is called for each, as
+A pytest plugin (`-p fake_driver`, with tests/ on PYTHONPATH). It needs a separate process, because Triton decides once
+per process whether to interpret. Each launch is appended to LAUNCHES. If EXECUTE is set, it is called per launch as
 EXECUTE(compiled kernel, grid, block, shared, parameters), and may run compiled.asm["ptx"] on the tensors' memory.
-Tensors are CPU tensors, so the ops' CPU tensors must be sent to the kernels (`helpers.implementation("triton")`).
+Tensors are on the CPU, so the ops must use the kernels for CPU tensors (`helpers.implementation("triton")`).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _on_launch(function, device, grid, block, shared, stream, addresses):
         LAUNCHES.append(Launch(compiled.name, code, device, grid, block, shared, stream, values))
         if EXECUTE is not None:
             EXECUTE(compiled, grid, block, shared, values)
-    except BaseException:  # it cannot pass through C
+    except BaseException:  # exceptions cannot pass through C
         traceback.print_exc()
         return INVALID_VALUE
     return 0
@@ -80,7 +80,7 @@ def build(folder: Path, compiler: tuple[str, ...]) -> ctypes.CDLL:
 
 
 def install(compiler: tuple[str, ...]) -> None:
-    """Makes the fake driver Triton's active one; before anything else has loaded libcuda."""
+    """Make the fake driver Triton's active one. Call it before anything loads libcuda."""
     global DRIVER
     folder = tempfile.TemporaryDirectory(prefix="fastkl-cuda-")
     library = build(Path(folder.name), compiler)
@@ -108,7 +108,7 @@ def install(compiler: tuple[str, ...]) -> None:
 
         def __init__(self):
             super().__init__()
-            self.folder = folder  # which lives as long: launchers are linked with the library in it
+            self.folder = folder  # keep it alive: launchers are linked with the library in it
             self.get_current_device, self.set_current_device = library.fake_device, library.fake_set_device
             self.get_current_stream = lambda device: self.stream
             self.get_device_capability = lambda device=None: (9, 0)

@@ -1,4 +1,4 @@
-"""Every op by name, and what is composed of ops; what a call of it is made of."""
+"""The fuzz cases by name: every op and everything composed of ops."""
 
 from __future__ import annotations
 

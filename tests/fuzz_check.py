@@ -1,4 +1,4 @@
-"""How the fuzz runs a case and holds it to float64: by what rounding each operation of the formula once would do."""
+"""How the fuzz runs a case and compares it with float64: the tolerance is the effect of rounding each operation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fuzz_inputs import Draw
 from helpers import implementation
 
-RUNS = 8  # of the formula with random rounding
-DEVIATIONS = 10  # of these on an average that an op may be off: its own roundings are half as large
-UNITS = 4  # in the last place of a result, beside that
+RUNS = 8  # runs of the formula with random rounding
+DEVIATIONS = 10  # mean deviations of these runs that an op may be off; its own roundings are half as large
+UNITS = 4  # units in the last place of the result, in addition
 
 
 @dataclass
@@ -24,8 +24,8 @@ class Case:
     truth: Callable  # the formula, of the tensors by name in float64 (and the noise)
     noise: Callable | None = None  # () -> (the op's noise in float64, how uncertain that is)
     settings: dict = field(default_factory=dict)  # to be printed
-    computed: torch.dtype | None = None  # in which dtype, where it is not as usual
-    rounded: torch.dtype | None = None  # as which dtype each operation rounds, where that is another one
+    computed: torch.dtype | None = None  # the compute dtype, if not the usual one
+    rounded: torch.dtype | None = None  # the dtype that operations round to, if another one
     together: bool = False  # a result comes of matrix products: one tolerance for all its elements, as the house has it
 
     def __str__(self) -> str:
@@ -38,7 +38,7 @@ SUMS = {aten.sum, aten.mean, aten.mm, aten.bmm, aten.cumsum}
 
 
 class Rounding(TorchDispatchMode):
-    """Each result of an operation is moved by up to `eps` of itself, or by the smallest number that its dtype has."""
+    """Perturb each operation's result by up to `eps` relative, or by the dtype's smallest number."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -69,7 +69,7 @@ class Rounding(TorchDispatchMode):
 
 
 def compute_dtype(tensors) -> torch.dtype:
-    """In which an op computes; noise and a temperature have no say."""
+    """The dtype in which an op computes; noise and temperature do not count."""
     wide = any(t.dtype == torch.float64 for name, t in tensors.items() if name not in ("eps", "tau"))
     return torch.float64 if wide else torch.float32
 
@@ -80,7 +80,7 @@ def outputs_of(function, tensors) -> list[torch.Tensor]:
 
 
 def results(function, tensors, cotangents) -> list[torch.Tensor | None]:
-    """The outputs, then the gradient of every tensor that wants one; cotangents of None are of outputs not used."""
+    """The outputs, then the gradient of every tensor that requires one. A cotangent of None is an unused output."""
     return differentiated(outputs_of(function, tensors), tensors, cotangents)
 
 
@@ -121,7 +121,7 @@ def check(case: Case, draw: Draw, way: str) -> None:
             assert missing is None or not missing.any(), f"{name}: only one of the two is None"
             continue
         if not compare(name, dtype, actual, value, 0.0, wide)[0].any():
-            continue  # right to the last place: what rounding would do need not be known, which takes longest
+            continue  # equal to the last place: skip the perturbed runs, the slowest part
         if rounded is None:
             mode = Rounding(case.rounded or wide)
             rounded = [truths(case, cotangents, noise, uncertain, mode, run) for run in range(RUNS)]
@@ -131,7 +131,7 @@ def check(case: Case, draw: Draw, way: str) -> None:
             deviation = deviation * 2.0**29
         terms = max((t.numel() for t in case.tensors.values()), default=0) / max(1, actual.numel())
         deviation = spread(deviation, value, case.together)
-        # A sum of n terms rounds log2 n times in a row at best, whatever way it goes.
+        # Any sum of n terms rounds at least log2 n times in a row.
         deviation = deviation + math.log2(max(1, terms)) * torch.finfo(wide).eps / DEVIATIONS * value.abs().nan_to_num()
         wrong, allowed = compare(name, dtype, actual, value, deviation, wide)
         if not wrong.any():
@@ -144,8 +144,8 @@ def check(case: Case, draw: Draw, way: str) -> None:
 
 
 def spread(deviation, exact, together: bool):
-    """The deviation of each element, of which a few runs are no exact measure: that of all, or relative to an element's
-    value at least what half of all have."""
+    """The deviation per element. A few runs measure it badly, so use that of all elements together, or at least the
+    median relative deviation."""
     if deviation.numel() == 0 or together:
         return deviation if deviation.numel() == 0 else deviation.max().expand(deviation.shape)
     relative = (deviation / exact.abs())[exact != 0]
@@ -153,7 +153,7 @@ def spread(deviation, exact, together: bool):
 
 
 def truths(case: Case, cotangents, noise, uncertain=0.0, mode=None, run=0, dtype=torch.float64):
-    """`results` of the formula; with a mode, in its arithmetic."""
+    """`results` of the formula, under `mode`'s arithmetic if given."""
     tensors = {n: t.detach().to(dtype).clone().requires_grad_(t.requires_grad) for n, t in case.tensors.items()}
     wide = [None if c is None else c.to(dtype).contiguous() for c in cotangents]
     extra = {}
@@ -171,7 +171,7 @@ def truths(case: Case, cotangents, noise, uncertain=0.0, mode=None, run=0, dtype
 
 
 def compare(name, dtype, actual, exact, deviation, wide) -> tuple[torch.Tensor, torch.Tensor]:
-    """(which elements are wrong, by how much each may be off)."""
+    """(which elements are wrong, the tolerance of each)."""
     assert actual.dtype == dtype, f"{name} is {actual.dtype}"
     assert actual.shape == exact.shape, f"{name} is {tuple(actual.shape)}, not {tuple(exact.shape)}"
     if not dtype.is_floating_point:

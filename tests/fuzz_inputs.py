@@ -1,4 +1,4 @@
-"""What the fuzz draws: values of many sizes, in many layouts, of every dtype."""
+"""Random inputs of the fuzz: values of many sizes, layouts and dtypes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from helpers import DEVICE
 
 WIDE = (torch.float64, torch.float32)
 DTYPES = (*WIDE, torch.float32, torch.bfloat16, torch.float16)
-# What a log-variance may be so that float32 has it and its square root: exp(80) is 5e34.
+# Limits of a log-variance for which float32 can hold the variance and its root: exp(80) is 5e34.
 SMALLEST, LARGEST = -80.0, 60.0
 
 
 class Draw:
-    """Everything that one case is made of comes from its seed."""
+    """The random choices of one case, all from its seed."""
 
     def __init__(self, seed: str):
         self.random = random.Random(seed)
@@ -32,7 +32,7 @@ class Draw:
         return self.random.random() < p
 
     def computed_alike(self) -> None:
-        """From here on no tensor of float64 is drawn beside narrower ones."""
+        """From now on, do not mix float64 with narrower dtypes."""
         wide = self.dtype == torch.float64
         self.dtypes = [dtype for dtype in DTYPES if (dtype == torch.float64) == wide]
 
@@ -132,7 +132,7 @@ class Draw:
         return t
 
     def cotangent(self, like: torch.Tensor) -> torch.Tensor:
-        """What comes back to an output: of any layout, some of it 0, or one number for all."""
+        """An output's incoming gradient: any layout, partly 0, or one number for all."""
         kind = self.pick(("normal", "normal", "rows of zero", "zero", "sum"))
         if kind in ("zero", "sum"):
             number = 0.0 if kind == "zero" else self.pick((1.0, 1 / 3, -2.0))
@@ -154,7 +154,7 @@ def softplus_inverse(logvar: torch.Tensor) -> torch.Tensor:
 
 
 def parameter_of(logvar: torch.Tensor, scale: str) -> torch.Tensor:
-    """What `scale` says for this log-variance."""
+    """The parameter of this log-variance, of kind `scale`."""
     return {
         "logvar": lambda: logvar,
         "log_std": lambda: 0.5 * logvar,

@@ -77,7 +77,7 @@ def prior_logvar_of(given: torch.Tensor | None, settings: dict) -> torch.Tensor 
 
 
 def positive(std: torch.Tensor) -> torch.Tensor:
-    """Without the zeros that 16 bits round to."""
+    """Replace zeros, which 16-bit rounding may produce."""
     with torch.no_grad():
         least = torch.finfo(std.dtype).tiny
         if std.numel() and std.min() < least:

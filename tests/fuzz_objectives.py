@@ -1,4 +1,4 @@
-"""Calls of the objectives: their losses, their records and the gradients that they hand on, by formulas in float64."""
+"""Calls of the objectives: losses, records and gradients, compared with formulas in float64."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Task:
         self.samples = samples
 
     def given(self, t):
-        """What an objective of fastkl's is called with."""
+        """The arguments for an objective of fastkl."""
         prior = self.prior.make(**t) if self.prior else None
         return self.q.make(**t), prior, lambda z: decoded(z, t["x"])
 
@@ -43,7 +43,7 @@ class _Task:
         return log_prob_of(self.prior, z, t) if self.prior else standard(z)
 
     def closed(self, t):
-        """The KL where the prior is one Gaussian."""
+        """The KL if the prior is one Gaussian."""
         return oracle.kl_elements(*self.q.parts(**t), t.get("prior_mu"), t.get("prior_logvar")).sum(-1)
 
     def kl(self, t, method="mc", tau=1.0):

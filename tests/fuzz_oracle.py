@@ -1,4 +1,4 @@
-"""The formulas of every op once more, in float64 and apart from fastkl. Gradients are autograd's."""
+"""Independent formulas of every op, in float64, with autograd's gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 class _ExpMinusOneMinus(torch.autograd.Function):
-    """exp(x) - 1 - x, in extended precision next to 0."""
+    """exp(x) - 1 - x, in extended precision near 0."""
 
     @staticmethod
     def forward(ctx, x):
@@ -83,7 +83,7 @@ def entropy(logvar):
 
 
 def joint(z, logits, means, logvars=None, scale_tril=None, variance=None, form="point"):
-    """[..., K]; `variance` is that of a posterior at z, `form` what is asked of it."""
+    """The components' joint log-densities [..., K]; `variance` is the posterior's at z, for the other forms."""
     log_weights = logits - logits.logsumexp(-1, keepdim=True)  # of which the gradient is a difference
     difference = z.unsqueeze(-2) - means
     size = z.shape[-1]
@@ -141,7 +141,7 @@ def moments(z, logits, means, logvars=None, scale_tril=None):
 
 
 class _Softmax(torch.autograd.Function):
-    """Whose gradient is made of the result as it was rounded, which is all that a soft sample keeps."""
+    """Softmax with its gradient computed from the rounded result, as for a soft sample, which saves only that."""
 
     @staticmethod
     def forward(ctx, x, dim, rounding, least):

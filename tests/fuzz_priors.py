@@ -1,4 +1,4 @@
-"""Calls of the priors' methods: their parameters are the tensors, and gradients to them are asked for."""
+"""Calls of the priors' methods, with gradients in the priors' parameters."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What takes `group=`: the same function of a batch, whether one process has it or several have a part each.
+"""Cases for `group=`: a function of a batch gives the same on one process as on several with a part each.
 
     torchrun --nproc-per-node 3 tests/group_cases.py FOLDER
 
-runs every case on this process's rows and leaves results and gradients in FOLDER; `test_group.py` compares them with
-those of one process. A case takes the leaves [rows, ...] and the group, and returns values [rows] or one value for all.
+runs every case on this process's rows and writes results and gradients to FOLDER; `test_group.py` compares them with
+those of one process. A case takes the leaves [rows, ...] and the group, and returns values [rows] or a single value.
 """
 
 import sys

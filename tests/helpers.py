@@ -1,4 +1,4 @@
-"""What several test files share: the device, the two implementations of every op, and the tolerance."""
+"""Shared by test files: the device, the implementations of every op, and the tolerance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastkl.ops import _register
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# Every kernel must compile for these, with or without a GPU at hand.
+# Every kernel must compile for these targets, even without a GPU.
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_89": ("cuda", 89, 32),
@@ -29,10 +29,10 @@ TARGETS = {
 
 @contextlib.contextmanager
 def implementation(name: str) -> Iterator[None]:
-    """What every op's CPU tensors go to: "torch", the closed forms; "native", the loops in C (closed forms where there
-    is none); "triton", the kernels (interpreted, or emulated).
+    """Choose the implementation for CPU tensors: "torch", the closed forms; "native", the loops in C (or the closed
+    form if there is none); "triton", the kernels (interpreted or emulated).
 
-    On a GPU the dispatcher does the last by itself, and the others have nothing to add.
+    On a GPU the dispatcher always uses the kernels.
     """
     if DEVICE == "cuda":
         yield
@@ -52,7 +52,7 @@ def implementation(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty and its kin filled with NaN, so that an output the kernel does not write is seen."""
+    """Fill torch.empty and its relatives with NaN, which shows an output that a kernel does not write."""
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             patch.setattr(owner, name, _poisoned(getattr(owner, name)))
@@ -68,8 +68,8 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 
 class Package:
-    """A package that results are compared with, as `scipy.stats`: where it is missing, the test that uses it is
-    skipped, and no other of its file."""
+    """A package that results are compared with, such as `scipy.stats`. If it is missing, only the tests that use it are
+    skipped."""
 
     def __init__(self, name: str):
         self.name = name
@@ -79,7 +79,7 @@ class Package:
 
 
 def search_path(first: Path) -> str:
-    """A PYTHONPATH for processes that tests start, in front of the one that the tests have."""
+    """The PYTHONPATH for processes that tests start: `first`, then the tests' own."""
     return os.pathsep.join(filter(None, [str(first), os.environ.get("PYTHONPATH")]))
 
 
@@ -89,9 +89,9 @@ def launcher(path: str) -> Callable:
 
 
 def assert_as_good_as_eager(actual, eager, exact, *, units: float = 4.0, scale=None) -> None:
-    """The contract: no further from the float64 truth than eager PyTorch at that dtype, plus rounding.
+    """The contract: the error against float64 is at most that of eager PyTorch in this dtype, plus rounding.
 
-    Rounding is `units` last places of the result's dtype, relative to `scale` (default: the exact value itself).
+    Rounding is `units` in the last place of the result's dtype, relative to `scale` (default: the exact value).
     """
     assert actual.shape == exact.shape
     assert not (actual.isnan() & ~exact.isnan()).any(), "NaN where the exact result has none: unwritten output?"
@@ -105,7 +105,7 @@ def assert_as_good_as_eager(actual, eager, exact, *, units: float = 4.0, scale=N
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """Most bytes of CPU memory that `function` has allocated at one time, as the profiler records every allocation."""
+    """The peak of CPU memory, in bytes, that `function` allocates, from the profiler's record of allocations."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     now = peak = 0
@@ -118,7 +118,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
 
 def on_any_threads(function: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
-    """What function() gives on one thread, and bit for bit on two."""
+    """The result of function() on one thread, after checking that it is bit-identical on two."""
     before, results = torch.get_num_threads(), []
     try:
         for count in (1, 2):
@@ -128,6 +128,11 @@ def on_any_threads(function: Callable[[], list[torch.Tensor]]) -> list[torch.Ten
         torch.set_num_threads(before)
     assert all(map(torch.equal, *results))
     return results[0]
+
+
+def empty_like(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Outputs for the gradients of these, None for one that is not there."""
+    return [None if tensor is None else torch.empty_like(tensor) for tensor in tensors]
 
 
 def leaf(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,8 @@
 """bench/device.py and what is built on it, with a stand-in for torch.cuda whose work takes as long as it says."""
 
 import contextlib
-import importlib
+import functools
 import multiprocessing
-import sys
 import time
 import types
 
@@ -16,7 +15,7 @@ from bench.timing import Contender
 
 
 class Cuda:
-    """Notes what reaches the device, in order; its clock moves by what each piece of work takes."""
+    """Records what reaches the device, in order; its clock advances by the duration of each piece of work."""
 
     def __init__(self):
         self.log, self.now, self.capturing, self.reads, self.mode = [], 0.0, None, False, "default"
@@ -133,7 +132,7 @@ def test_what_waits_runs_behind_a_backlog_and_is_not_captured(cuda):
     assert cuda.log[:4] == ["flush 12", "event", "a forward", "event"]
 
 
-def test_long_steps_have_fewer_rounds_and_what_has_no_memory_is_left_out(cuda, monkeypatch):
+def test_long_steps_run_fewer_rounds_and_skip_out_of_memory(cuda, monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(device.time, "perf_counter", lambda: next(clock))
 
@@ -175,22 +174,11 @@ def test_another_tile_must_be_faster_and_give_the_same(cuda, monkeypatch, forwar
     assert "differs" in rows[-1]["note"]
 
 
-def test_host_times_the_long_way_without_shortcuts(monkeypatch):
-    module = types.ModuleType("a_shortcut")
-    module.KNOWN = True
-    monkeypatch.setitem(sys.modules, "a_shortcut", module)
-    monkeypatch.setattr(host, "SHORTCUTS", [("a_shortcut", "KNOWN", False), ("of_another_version", "KNOWN", False)])
+def test_host_times_contenders_by_turns():
     seen = []
-    note = lambda: seen.append(module.KNOWN)  # noqa: E731
-    found = host.measure({"fastkl": note, "fastkl, the long way": note}, rounds=2, calls=3)
-    assert set(found) == {"fastkl", "fastkl, the long way"}
-    assert seen == [True] * 4 + [False] * 4 + ([True] * 3 + [False] * 3) * 2
-    assert module.KNOWN
-
-
-def test_shortcuts_of_this_version_are_found():
-    for path, name, _ in host.SHORTCUTS:
-        assert hasattr(importlib.import_module(path), name)
+    steps = {name: functools.partial(seen.append, name) for name in ("eager", "fastkl")}
+    assert set(host.measure(steps, rounds=2, calls=3)) == set(steps)
+    assert seen == ["eager"] * 4 + ["fastkl"] * 4 + (["eager"] * 3 + ["fastkl"] * 3) * 2
 
 
 def half(number):
@@ -203,7 +191,7 @@ def half(number):
 
 
 class Unsendable(Exception):
-    """Cannot be made from its message alone, as the process that is sent one would."""
+    """An exception that cannot be rebuilt from its message alone, as unpickling does."""
 
     def __init__(self, what, more):
         super().__init__(what)
@@ -217,7 +205,7 @@ def test_work_ahead_is_done_in_other_processes_and_ends_in_time(capsys):
     assert capsys.readouterr().out.startswith("1 of 4 cases compiled ahead")
     work = workers.ahead(half, [-1, 3], jobs=2, seconds=600)
     assert next(work) == (3, "")
-    work.close()  # nobody waits for the one that sleeps, and it is not left behind
+    work.close()  # must not wait for the sleeping process, nor leave it running
     assert not multiprocessing.active_children()
     assert list(workers.ahead(half, [-1], jobs=1, seconds=1)) == []
     assert not multiprocessing.active_children()
@@ -225,8 +213,8 @@ def test_work_ahead_is_done_in_other_processes_and_ends_in_time(capsys):
 
 
 @pytest.mark.parametrize(("on", "rows"), [("cpu", 0), ("cuda", 4)])
-def test_host_time_of_a_step_is_without_data_only_where_the_host_would_wait(monkeypatch, on, rows):
-    """Without data a GPU has nothing to launch, which is what the host spends its time on."""
+def test_host_time_uses_empty_data_only_if_the_host_would_wait(monkeypatch, on, rows):
+    """With empty data nothing is launched on a GPU, and launching is most of the host's time."""
     seen = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("synchronized"))
 

@@ -1,4 +1,4 @@
-"""What the smoke test finds on a GPU, with a stand-in for torch.cuda on CPU tensors."""
+"""The findings of the smoke test on a GPU, with a stand-in for torch.cuda on CPU tensors."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from bench.smoke_cases import Call, calls
 
 
 class Graph:
-    """Its replay takes the captured step again, unless it is of values that were there at the capture."""
+    """A stand-in for a CUDA graph: replay repeats the captured step, unless it used values fixed at capture."""
 
     follows = True
 
@@ -27,7 +27,7 @@ real_step = smoke.step
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """What a step may not do is a RuntimeError, as torch's own under set_sync_debug_mode("error")."""
+    """A forbidden operation raises RuntimeError, like torch under set_sync_debug_mode("error")."""
     state = {"graph": None, "mode": "default"}
 
     @contextlib.contextmanager

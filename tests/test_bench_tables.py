@@ -1,4 +1,4 @@
-"""What the benchmark makes of its results: growth, tables, pictures, and the files that they come from."""
+"""The benchmark's output: growth, tables, pictures, and the files of results."""
 
 from bench import sweeps, tables
 from bench.measure import COMPILE, LIMIT

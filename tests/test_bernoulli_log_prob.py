@@ -51,7 +51,7 @@ def check(tensors, event_ndim=None):
     eager = run(reference.bernoulli_log_prob, tensors, event_ndim, weights)
     actual = run(bernoulli_log_prob, tensors, event_ndim, weights)
     for got, naive, truth in zip(actual, eager, exact):
-        # Terms of a sum cancel: its rounding is relative to its largest value, not to what is left.
+        # Terms of a sum cancel: rounding is relative to the largest term, not to the result.
         scale = truth.abs().max() if truth.numel() else None
         assert_as_good_as_eager(got, naive, truth, units=8.0, scale=scale)
     assert [result.dtype for result in actual] == [reference.compute_dtype(*tensors), *(t.dtype for t in tensors)]
@@ -150,7 +150,7 @@ def test_non_finite_rows_stay_by_themselves(backend):
     assert (logits.grad[::2] == -0.5).all()
 
 
-def test_the_data_come_first_and_then_the_logits_as_in_every_likelihood():
+def test_likelihood_takes_data_before_logits():
     x, logits = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 3.0]])
     expected = torch.distributions.Bernoulli(logits=logits).log_prob(x).sum(1)
     for likelihood in (bernoulli_log_prob, reference.bernoulli_log_prob):
@@ -178,7 +178,8 @@ def aot_calls():
         inputs, event_ndim = (logits, x), len(shape) - 1 - samples
         calls[f"{name} fwd"] = lambda: fwd(*inputs, event_ndim)
         dlog_prob = torch.empty(shape[: 1 + samples], dtype=reference.compute_dtype(*inputs))
-        calls[f"{name} bwd"] = lambda: bwd(dlog_prob, *inputs, event_ndim, list(wanted))
+        outputs = [torch.empty_like(tensor) if want else None for tensor, want in zip(inputs, wanted)]
+        calls[f"{name} bwd"] = lambda: bwd(dlog_prob, *inputs, *outputs, event_ndim)
 
     add("core aligned float32", (4096, 512))
     add("core aligned bfloat16 float32 dx", (4096, 512), torch.bfloat16, torch.float32, (True, True))

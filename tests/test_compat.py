@@ -1,4 +1,4 @@
-"""The table of versions: what a new run replaces, what it keeps, and when the command fails."""
+"""The compatibility table: what a new run replaces and keeps, and when the command fails."""
 
 import json
 
@@ -10,7 +10,7 @@ def row(triton, target="sm_90", **more):
     return {"torch": "2.13.0", "triton": triton, "target": target, "compiled": "3 of 3 calls", "failed": 0, **more}
 
 
-def test_a_new_run_replaces_the_same_minor_version_and_keeps_what_it_did_not_ask():
+def test_a_new_run_replaces_only_the_same_minor_version():
     old = [row("3.10.0"), row("3.5.0", executed="7 of 7 calls"), row("3.5.0", "sm_80")]
     found = compat.merged(old, [row("3.5.1", compiled="2 of 3 calls")], ("triton", "target"))
     assert [(r["triton"], r["target"]) for r in found] == [("3.5.0", "sm_80"), ("3.5.1", "sm_90"), ("3.10.0", "sm_90")]

@@ -28,7 +28,7 @@ def run(*arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def compiled(request):
-    """All that is asked for, from one run: its processes import torch once and stay busy to the end."""
+    """All requested kernels, compiled in one run, so that its processes import torch only once."""
     items = [item for item in request.session.items if item.path == Path(__file__) and "module" in item.fixturenames]
     chosen = {item.callspec.params["module"] for item in items}
     return [json.loads(line) for line in run(str(HERE / "aot.py"), *sorted(chosen), "--first", "2").splitlines()]
@@ -50,7 +50,7 @@ run = JITFunction.run
 JITFunction.run = lambda self, *args, **options: run(self, *args, **{**options, "maxnreg": 24})
 mu = torch.zeros(64, 4096)
 with aot.compiling("sm_90", lambda kernel, function, options: print(aot.describe(kernel, "sm_90")["spills"])):
-    kl_normal.fwd([mu, mu], -1, [], 1, "logvar", float("-inf"), float("inf"), False)
+    kl_normal.fwd(mu, mu, None, None, 1, "logvar", float("-inf"), float("inf"), False)
 """
 
 

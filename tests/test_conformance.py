@@ -39,7 +39,7 @@ def test_a_mistake_is_found(name):
     assert not check(CASES[NAMES.index(name)], MISTAKES[name]).passed
 
 
-def test_torch_fails_where_it_is_known_to_and_passes_with_fastkl_inside():
+def test_torch_fails_known_cases_and_passes_with_fastkl():
     def failed() -> set[str]:
         answers = LIBRARIES["torch.distributions"][1]()
         found = [check(case, answers[case.question]) for case in CASES if case.question in answers]

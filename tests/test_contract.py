@@ -1,4 +1,4 @@
-"""What every op promises, whatever it computes: one suite over all of them."""
+"""The contract of every op, whatever it computes: one suite for all."""
 
 import pytest
 import torch
@@ -136,7 +136,7 @@ def test_first_and_second_derivatives(name):
 
 @every
 def test_fused_gradient_is_the_differentiable_one(name):
-    """backward takes another road under create_graph; both must lead to the same place."""
+    """backward uses other code under create_graph; both must give the same gradients."""
     function, shapes = get(name)
     inputs = draw(*shapes(3), dtype=torch.float32)
     for backend in ("torch", "native", "triton"):

@@ -1,4 +1,4 @@
-"""Named defects of other libraries and of the usual one-liner, which fastkl must not have."""
+"""Known defects of other libraries and of the common one-line formula, which fastkl must not have."""
 
 import math
 
@@ -67,7 +67,7 @@ def test_tiny_standard_deviation_has_a_finite_kl(backend):
 
 @both
 def test_a_dead_gradient_outside_the_clamp_is_a_choice(backend):
-    """A clamp alone leaves a log-variance that has left its bounds there for ever; SoftBounds pulls it back."""
+    """With a plain clamp, a log-variance outside its bounds stays there forever; with SoftBounds it is pulled back."""
     for value, direction in ((50.0, 1), (-50.0, -1)):
         gradients = {}
         for bounds in ((-30.0, 20.0), fastkl.SoftBounds(-30.0, 20.0)):

@@ -1,4 +1,4 @@
-"""Results are the same bits from run to run on a GPU, too: what torch adds up by atomics there is not used."""
+"""Results are bit-identical from run to run, also on a GPU: fastkl does not use torch functions that sum by atomics."""
 
 import ast
 
@@ -10,7 +10,7 @@ from fastkl import reference, transport
 from fastkl.ops import _sampling
 from fastkl.priors import _fit
 
-# Functions whose sums, or whose gradient's, have no order of their own on CUDA (torch.use_deterministic_algorithms).
+# Functions with a nondeterministic order of sums on CUDA, also in gradients (torch.use_deterministic_algorithms).
 WITHOUT_ORDER = {
     "index_add", "index_add_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_", "index_reduce",
     "index_reduce_", "put_", "index_put", "index_put_", "histc", "histogram", "cumsum", "cumprod", "logcumsumexp",
@@ -18,7 +18,7 @@ WITHOUT_ORDER = {
     "embedding_bag", "median", "nanmedian", "kthvalue", "interpolate", "grid_sample", "cumulative_trapezoid",
     "nll_loss", "cross_entropy", "ctc_loss", "grid_sampler",
 }  # fmt: skip
-# Where they are right all the same.
+# Allowed uses.
 ALLOWED = {
     ("fastkl.transport", "index_add"),  # on a CPU, where it is one loop
     ("fastkl.ops._sampling", "cumsum"),  # of more than one row, which a GPU adds in order
@@ -72,7 +72,7 @@ def test_sums_of_pieces_have_the_values_of_index_add(sizes, monkeypatch):
 
 
 def test_running_sums_of_one_row_are_made_beside_another():
-    """CUDA's scan of a single row has no order of its own; where there are two, each is added in order."""
+    """CUDA's scan of a single row has no fixed order; with two rows, each is added in order."""
     for shape in ((), (1,), (3,), (2, 3)):
         values = torch.rand(*shape, 50, dtype=torch.float64, device="meta")
         rows = []
@@ -84,7 +84,7 @@ def test_running_sums_of_one_row_are_made_beside_another():
 
 
 class Rows(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes how many rows each running sum has."""
+    """Records the number of rows of each running sum."""
 
     def __init__(self, rows: list[int]):
         super().__init__()

@@ -1,4 +1,4 @@
-"""torch.export and torch.compile: one program for any batch and any number of samples, for no size becomes a number."""
+"""torch.export and torch.compile: one program for any batch and number of samples; no size is specialised."""
 
 import pytest
 import torch

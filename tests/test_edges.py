@@ -1,4 +1,4 @@
-"""Corners where a formula is right and its evaluation need not be: both implementations, values and gradients."""
+"""Edge cases where a direct evaluation of the formula fails: both implementations, values and gradients."""
 
 import math
 
@@ -32,7 +32,7 @@ def test_a_difference_of_zero_is_zero_under_a_tiny_prior_variance(backend):
 @both
 @pytest.mark.parametrize("scale", ["logvar", "log_std"])
 def test_bounds_take_in_an_infinite_log_variance(backend, scale):
-    """What clamps are for: float16 overflows to infinity. The value is the bound's, the gradient not NaN."""
+    """The purpose of clamps: float16 overflows to infinity. The value is the bound's, the gradient not NaN."""
     mu, parameter = leaf(torch.zeros(2, 2)), leaf(torch.tensor([[math.inf, 1.0], [-math.inf, 1.0]]))
     with implementation(backend):
         kl = fastkl.kl_normal(mu, parameter, scale=scale, bounds=(-30, 20))
@@ -56,7 +56,7 @@ def test_bounds_take_in_a_standard_deviation_of_zero(backend):
 
 
 @both
-def test_a_weight_of_zero_leaves_no_gradient_in_a_standard_deviation_of_zero(backend):
+def test_zero_weight_with_zero_std_has_no_gradient(backend):
     mu, std, weight = leaf(torch.zeros(2, 1)), leaf(torch.zeros(2, 1)), torch.tensor([0.0, 1.0], device=DEVICE)
     with implementation(backend):
         per_dim = fastkl.kl_normal_per_dim(mu.T, std.T, scale="std")
@@ -77,7 +77,7 @@ def test_a_sample_whose_kl_is_not_used_and_overflows(backend, prior):
 
 
 @both
-def test_gradients_of_broadcast_half_precision_are_summed_in_float32(backend):
+def test_broadcast_half_gradients_are_summed_in_float32(backend):
     """64 gradients of 1.6e-8, each below float16's smallest number; their sum is not."""
     mu, logvar = leaf(torch.zeros(64, 8, dtype=torch.float16)), leaf(torch.full((8,), 0.3, dtype=torch.float16))
     with implementation(backend):

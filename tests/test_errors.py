@@ -1,4 +1,4 @@
-"""Bad input: an error that names the argument and what was expected, before anything is launched."""
+"""Bad input raises an error, before any launch, that names the argument and what was expected."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""event_ndim means the same to every op: None is one value per datum, 0 one per element."""
+"""event_ndim means the same in every op: None is one value per datum, 0 one per element."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def _summed(terms, event_ndim):
 @pytest.mark.parametrize("event_ndim", [None, 0])
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS, ids=[name for name, _ in BACKENDS])
 @pytest.mark.parametrize("name", OPS)
-def test_a_datum_has_one_value_and_with_event_ndim_0_an_element_has_one(name, backend, dtype, event_ndim):
+def test_one_value_per_datum_or_per_element(name, backend, dtype, event_ndim):
     op, terms, count = OPS[name]
     for shape in SHAPES:
         tensors = _draw(*[shape] * count, dtype=dtype)
@@ -77,7 +77,7 @@ def test_a_datum_has_one_value_and_with_event_ndim_0_an_element_has_one(name, ba
             torch.testing.assert_close(got.cpu().double(), want, rtol=1e-4, atol=1e-4)
 
 
-def test_the_dimensions_after_the_first_are_the_latent_of_kl_normal_per_dim():
+def test_kl_normal_per_dim_latent_shape():
     for shape in SHAPES:
         mu, logvar = _draw(shape, shape)
         terms = _kl(mu, logvar)
@@ -95,7 +95,7 @@ def test_a_number_is_broadcast_element_by_element():
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS, ids=[name for name, _ in BACKENDS])
-def test_a_packed_head_and_a_shared_prior_have_gradients_element_by_element(backend, dtype):
+def test_packed_head_and_shared_prior_gradients(backend, dtype):
     head, prior_mu, prior_logvar = _draw((3, 4, 2), (1, 2, 1), (2,), dtype=dtype)
     tensors = [head, prior_mu, prior_logvar]
     wide = [leaf(tensor.detach().cpu().double()) for tensor in tensors]

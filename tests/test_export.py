@@ -1,4 +1,4 @@
-"""torch.export: a program has the gradients of the calls that it was made of."""
+"""torch.export: an exported program has the gradients of the original calls."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Forward-mode derivatives of every op, against differences of its values and of its gradients."""
+"""Forward-mode derivatives of every op, compared with finite differences of its values and gradients."""
 
 import pytest
 import torch
@@ -144,7 +144,7 @@ def test_what_has_no_gradient_has_no_tangent():
 
 
 def test_inside_a_compiled_function():
-    """Never a wrong tangent: the frame is run as it is written, or refused where it must be one graph."""
+    """Never a wrong tangent: the frame runs eagerly, or fails with fullgraph=True."""
     (mu, logvar), (tangent, _) = ([t.detach() for t in draw((3, 4), (3, 4), seed=seed)] for seed in (0, 1))
 
     def along(mu, tangent):

@@ -1,4 +1,4 @@
-"""Free bits: their three published meanings, with gradients, for posteriors and for KLs that are there already."""
+"""Free bits: the three published definitions, with gradients, for posteriors and for precomputed KLs."""
 
 from __future__ import annotations
 

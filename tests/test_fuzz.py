@@ -1,4 +1,4 @@
-"""Calls that nobody thought of: every op, value and gradients, against formulas written apart in float64.
+"""Random calls of every op: value and gradients, compared with independent formulas in float64.
 
 A failure names its case: `FASTKL_FUZZ=<name> make test ARGS=tests/test_fuzz.py` runs it alone, and FASTKL_FUZZ=<number>
 runs so many times as many.

@@ -53,7 +53,7 @@ def gradients(value, cotangent, leaves):
 
 
 def compare(actual, tensors, function, cotangent, form, units):
-    """No further from the float64 definition than the definition at the input's compute dtype, plus rounding.
+    """The error against the float64 definition is at most that of the definition in the compute dtype, plus rounding.
 
     A last place of the log-density, which is what forward saves, is a relative error of every weight.
     """
@@ -64,7 +64,7 @@ def compare(actual, tensors, function, cotangent, form, units):
         results += gradients(function(values), cotangent, leaves)
     size = torch.finfo(dtype).eps * (2 + exact[0].abs().amax().item() if exact[0].numel() else 0)
     for got, naive, truth in zip(actual, eager, exact, strict=True):
-        # Terms of a sum cancel: its rounding is relative to its largest value, not to what is left.
+        # Terms of a sum cancel: rounding is relative to the largest term, not to the result.
         scale = max(1.0, truth.abs().max().item()) if truth.numel() else 1.0  # 1: terms of the weights' size
         allowed = units + size / torch.finfo(got.dtype).eps
         assert_as_good_as_eager(got, naive, truth, units=allowed, scale=scale)
@@ -97,7 +97,7 @@ def test_shapes(shape, form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_one_program_adds_up_many_tiles(form, monkeypatch):
-    """As with millions of rows, where the others are enough programs: sums go on in the outputs, tile after tile."""
+    """As with millions of rows, where one program handles many tiles and accumulates in the outputs."""
     kernels = importlib.import_module("fastkl.kernels._mixture_tiles")
     monkeypatch.setattr(kernels, "PROGRAMS", 1)
     monkeypatch.setitem(importlib.import_module("fastkl.kernels._mixture_prepare").PREPARE, "LOGITS", 16)
@@ -108,7 +108,7 @@ def test_one_program_adds_up_many_tiles(form, monkeypatch):
 
 
 def test_more_components_for_each_program(monkeypatch):
-    """As where a GPU is full: 16 lanes in place of 4 in the kernel by components."""
+    """As on a full GPU: 16 lanes instead of 4 in the kernel by components."""
     kernels = importlib.import_module("fastkl.kernels._mixture_tiles")
     monkeypatch.setattr(kernels, "ENOUGH", 1)
     settings = {"own": False, "scattered": "tail"}
@@ -181,7 +181,7 @@ def test_gradient_of_a_sum_and_empty_batches():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_components_of_no_weight(form, monkeypatch):
-    """A whole tile of them, and one by itself: exact value, no NaN and no gradient."""
+    """A whole tile of them, and a single one: exact value, no NaN, no gradient."""
     monkeypatch.setitem(importlib.import_module("fastkl.kernels._mixture_prepare").PREPARE, "LOGITS", 16)
     z, logvar, logits, means, logvars = draw(8, 40, 3, form=form)
     logits[:, :34] = -math.inf

@@ -164,7 +164,7 @@ def test_gradients_of_weights_within_the_softmax():
 @pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("components", [1, K])
 def test_a_point_infinitely_far_away(monkeypatch, small, components):
-    """ln p = -inf, by expansion as by differences; NaN stays NaN, and other rows never notice."""
+    """ln p = -inf, by expansion and by differences; NaN stays NaN, and other rows are unaffected."""
     monkeypatch.setattr(_gmm, "SMALL", _gmm.SMALL if small else 0)
     z, logits, means = draw(N, D), draw(components, seed=1), draw(components, D, seed=2)
     expected = fastkl.gmm_log_prob(z, logits, means)

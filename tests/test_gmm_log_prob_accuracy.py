@@ -1,4 +1,4 @@
-"""What gmm_log_prob is worth in float32 and 16 bits, and what memory it takes."""
+"""The accuracy of gmm_log_prob in float32 and 16 bits, and its memory."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def narrow(distance, sigma):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("small", [True, False])
 def test_as_exact_as_differences(monkeypatch, name, dtype, small):
-    """The contract of every op, on a CPU's expansion as well: no worse than broadcasting in the same dtype."""
+    """The contract of every op holds for the CPU's expansion: no worse than broadcasting in the same dtype."""
     monkeypatch.setattr(_gmm, "SMALL", _gmm.SMALL if small else 0)
     inputs = [tensor.to(dtype) for tensor in EXTREMES[name]()]
     expected, dexpected = gradients(reference.gmm_log_prob, *(tensor.double() for tensor in inputs))

@@ -118,7 +118,7 @@ def test_weights_are_copied_where_rows_are_larger():
     assert restore(rows).shape == z.shape
 
 
-def test_a_leaf_expanded_along_an_inner_dimension_has_a_gradient_for_each_entry():
+def test_leaf_expanded_along_an_inner_dimension():
     z, logits, means = draw(N, 4, D), draw(K), draw(N, 1, K, D, seed=1)
     expanded = leaf(means).detach().expand(N, 4, K, D).requires_grad_()
     actual = torch.autograd.grad(fastkl.gmm_log_prob(z, logits, expanded).sum(), expanded)

@@ -1,4 +1,4 @@
-"""bench/gpu.sh to its end on this machine, and what it says where a stage fails."""
+"""Run bench/gpu.sh to its end on this machine, and check its messages when a stage fails."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ FILES = {"about.json", "host.csv", "log.txt", "smoke.jsonl", "step.csv", "timing
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A copy of the project: the script links fastkl/kernels, which other tests that read the tree should not meet."""
+    """A copy of the project: the script links fastkl/kernels, which must not disturb other tests."""
     place = tmp_path_factory.mktemp("project") / "tree"
     left_out = shutil.ignore_patterns(".*", "results", "runs", "build", "docs", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT, place, ignore=left_out, symlinks=True)
@@ -58,8 +58,8 @@ def test_every_stage_is_reported_and_leaves_its_results(tree, tmp_path):
     assert set(namespace["GMM_DOT"]) == {"forward", "by_rows", "by_components"}
 
 
-def test_a_stage_that_fails_or_hangs_fails_the_call_and_no_other_stage(tree, tmp_path):
-    """A Python that is no help: it fails, and for the tests' stage it hangs beyond the time that is left."""
+def test_a_failing_or_hanging_stage_does_not_stop_others(tree, tmp_path):
+    """With a Python that fails, and that in the tests' stage hangs beyond the remaining time."""
     python = tmp_path / "python"
     python.write_text(
         '#!/bin/sh\ncase "$1 $2" in "-m pytest") exec sleep 60 ;; "-m bench.gpu") exit 3 ;; *) exit 0 ;; esac\n'
@@ -80,7 +80,7 @@ def test_a_stage_that_fails_or_hangs_fails_the_call_and_no_other_stage(tree, tmp
 
 def test_without_a_gpu_nothing_is_timed_by_mistake(tree, tmp_path):
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\n[ "$1" != -c ]\n')  # torch is asked, and sees none
+    python.write_text('#!/bin/sh\n[ "$1" != -c ]\n')  # the script asks torch for a GPU, and there is none
     python.chmod(0o755)
     command = ["bash", str(tree / "bench" / "gpu.sh")]
     environment = os.environ | {"OUT": str(tmp_path / "out"), "PYTHON": str(python)}

@@ -1,4 +1,4 @@
-"""Batch statistics over 2 and 3 processes mean the global batch, with its gradients."""
+"""Batch statistics over 2 and 3 processes equal those of the global batch, and so do gradients."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 
 @pytest.fixture(scope="module", params=[2, 3])
 def found(request, tmp_path_factory):
-    """What each process found, of all cases, in order of rank."""
+    """The results of each process for all cases, in order of rank."""
     folder = tmp_path_factory.mktemp("group")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
     done = run([sys.executable, *launcher, str(Path(group_cases.__file__)), str(folder)], timeout=300)

@@ -47,7 +47,7 @@ def run(function, logits, tau, **settings):
 
 
 def check(logits, tau, **settings):
-    """Against the definition in float64, at most as far off as the definition in this dtype."""
+    """The error against the definition in float64 is at most that of the definition in this dtype."""
     wide_tau = leaf(tau.double()) if isinstance(tau, torch.Tensor) else tau
     fixed = settings | {"seed": torch.tensor(SEED, device=DEVICE)}
     exact = run(reference.gumbel_softmax, leaf(logits.double()), wide_tau, **fixed)
@@ -94,7 +94,7 @@ def test_native_loops_share_their_work(shape, dim, dtype, hard):
 
 @pytest.mark.parametrize(("shape", "dim"), LARGE, ids=str)
 def test_native_loops_keep_what_a_chunk_finds(shape, dim):
-    """Infinities and NaN in one chunk of many, and ties of several: in the last distribution, the others have none."""
+    """Infinities and NaN in one of many chunks, and ties, in the last distribution only."""
     whole = torch.randn(shape, generator=torch.Generator().manual_seed(0)).movedim(dim, -1)
     last = (-1,) * (whole.dim() - 1)
     for value, result in ((-INFINITY, 0.0), (INFINITY, math.nan), (math.nan, math.nan), (1e9, None)):
@@ -119,7 +119,7 @@ def test_native_loops_keep_what_a_chunk_finds(shape, dim):
 @hard_and_soft
 @pytest.mark.parametrize(("shape", "dim"), [((2, 601), -1), ((20, 6), 0)], ids=str)
 def test_one_program_sweeps_many_tiles(monkeypatch, shape, dim, hard):
-    """As with millions of classes: what a program has found goes on from tile to tile."""
+    """As with millions of classes: a program carries its result from tile to tile."""
     for name, value in (("WHOLE", 256), ("PART", 128), ("SPLITS", 2)):
         monkeypatch.setattr(importlib.import_module("fastkl.kernels.gumbel_softmax"), name, value)
     with implementation("triton"):

@@ -1,4 +1,4 @@
-"""iwae, effective_sample_size, weight_entropy: against scipy, at the edges, and what others get wrong."""
+"""iwae, effective_sample_size, weight_entropy: compared with scipy, at the edges, and where other libraries fail."""
 
 import math
 

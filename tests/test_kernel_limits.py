@@ -1,7 +1,7 @@
-"""What the compiled kernels cost, as disassembled: instructions of an element, loads in flight, width, spills, grids.
+"""Costs of the compiled, disassembled kernels: instructions per element, loads in flight, width, spills, grids.
 
-Budgets are a little above what was counted with Triton 3.9 (docs/kernels.md); up to 3.7 a few kernels take one or two
-instructions more. At b bytes an element an H100 is bound by memory up to 8.8 b instructions.
+Limits are slightly above the counts with Triton 3.9 (docs/kernels.md); up to 3.7 a few kernels take one or two
+instructions more. With b bytes per element, an H100 is memory-bound up to 8.8 b instructions.
 """
 
 import json

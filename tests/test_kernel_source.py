@@ -1,4 +1,4 @@
-"""Rules that the source of the kernels keeps: some versions of Triton compile other code wrongly or not at all."""
+"""Rules for the kernels' source: some versions of Triton miscompile or reject code that breaks them."""
 
 import ast
 from pathlib import Path
@@ -14,7 +14,7 @@ def device_functions(source: str) -> list[ast.FunctionDef]:
 
 
 def nested(function: ast.FunctionDef) -> list[str]:
-    """Entries of entries of an argument, as `strides[0][1]`."""
+    """Entries of nested arguments, such as `strides[0][1]`."""
     arguments = {argument.arg for argument in function.args.args}
     return [
         ast.unparse(node)
@@ -28,7 +28,7 @@ def nested(function: ast.FunctionDef) -> list[str]:
 
 
 def subnormal(function: ast.FunctionDef) -> list[float]:
-    """Constants that float32 has no normal number for: Triton 3.6 takes them, and all they meet, for float64."""
+    """Constants that are not normal float32 numbers: Triton 3.6 makes them, and whatever they meet, float64."""
     values = [node.value for node in ast.walk(function) if isinstance(node, ast.Constant)]
     return [value for value in values if isinstance(value, float) and 0.0 < abs(value) < 2.0**-126]
 

@@ -70,7 +70,7 @@ def fused_results(tensors, **options):
 
 
 def check(tensors, units=8.0, **options):
-    """No further from the float64 definition than the definition at the compute dtype, plus rounding.
+    """The error against the float64 definition is at most that of the definition in the compute dtype, plus rounding.
 
     A last place of the log-densities is a relative error of every weight.
     """
@@ -96,8 +96,8 @@ def test_covariances_that_broadcast(spread):
 
 
 def test_one_program_adds_up_many_tiles(monkeypatch):
-    """As with millions of rows, where the others are enough programs: sums go on in the outputs, tile after tile."""
-    for module in ("_mixture", "_bounds"):
+    """As with millions of rows, where one program handles many tiles and accumulates in the outputs."""
+    for module in ("_mixture_tiles", "_bounds"):
         monkeypatch.setattr(importlib.import_module(f"fastkl.kernels.{module}"), "PROGRAMS", 1)
     check(draw(70, 20, 2))
     check(draw(33, 60, 2, dtype=torch.bfloat16), units=2.0)  # sums are not rounded to 16 bits on the way
@@ -143,7 +143,7 @@ def test_strided_inputs_are_read_where_they_lie():
 
 
 def total(bounds):
-    """Whose gradient has a stride of 0 in the one, and in the other not."""
+    """A loss whose gradient has a stride of 0 in one bound and not in the other."""
     return bounds[0].sum() + (bounds[1] * torch.linspace(-1, 1, len(bounds[1]), device=DEVICE)).sum()
 
 
@@ -156,7 +156,7 @@ def test_gradient_of_a_sum():
 
 
 def test_components_of_no_weight():
-    """A whole tile of them, and one by itself: exact value, no NaN and no gradient."""
+    """A whole tile of them, and a single one: exact value, no NaN, no gradient."""
     tensors = draw(8, 80, 3)
     tensors[2][:70] = -math.inf
     tensors[2][72] = -math.inf
@@ -228,7 +228,7 @@ def test_other_mixtures_and_shapes(name, backend):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-def test_a_shared_mixture_takes_one_pass_that_keeps_two_numbers_a_row():
+def test_shared_mixture_takes_one_pass_and_saves_two_numbers_a_row():
     mu, logvar, logits, means, logvars = draw()
     fwd = launcher("kl_gmm_bounds.fwd")
     inputs = (mu, logvar, logits[None], means[None], logvars[None], None)

@@ -61,8 +61,8 @@ def test_value_and_gradients_are_those_of_torch_distributions(entropy):
         torch.testing.assert_close(one, other)
 
 
-def test_sticking_the_landing_leaves_out_the_gradient_at_a_fixed_sample():
-    """Of q = p nothing is left of it, sample by sample."""
+def test_stl_omits_the_gradient_at_a_fixed_sample():
+    """For q = p the gradient is 0 for every sample."""
     mu, logvar = leaf(draw(1, D)), leaf(draw(1, D, seed=1))
     settings = {"eps": draw(L, 1, D, seed=9), "num_samples": L, "gradient": "stl"}
     kl = fastkl.kl_gmm(mu, logvar, torch.zeros(1, device=DEVICE), mu.detach(), logvar.detach(), **settings)

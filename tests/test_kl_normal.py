@@ -8,7 +8,7 @@ import torch
 import fastkl
 from fastkl import reference
 
-from helpers import DEVICE, DTYPES, Package, assert_as_good_as_eager, implementation, launcher, leaf
+from helpers import DEVICE, DTYPES, Package, assert_as_good_as_eager, empty_like, implementation, launcher, leaf
 
 integrate = Package("scipy.integrate")
 stats = Package("scipy.stats")
@@ -56,7 +56,7 @@ def check(tensors, event_ndim, units=8.0, **settings):
     eager = run(reference.kl_normal, tensors, weights, **settings)
     actual = run(fastkl.kl_normal, tensors, weights, **settings)
     for got, naive, truth in zip(actual, eager, exact):
-        # Terms of a sum cancel: its rounding is relative to its largest value, not to what is left.
+        # Terms of a sum cancel: rounding is relative to the largest term, not to the result.
         scale = truth.abs().max() if truth.numel() else None
         assert_as_good_as_eager(got, naive, truth, units=units, scale=scale)
         assert got.is_contiguous()
@@ -180,13 +180,15 @@ def aot_calls():
     calls = {}
 
     def add(name, shape, event_ndim=1, dtype=torch.float32, prior=None, scale="logvar", bounds=free, packed_dim=-1):
-        q = [torch.empty(shape, dtype=dtype)] * (1 if packed_dim >= 0 else 2)
+        q = [torch.empty(shape, dtype=dtype)] * 2
+        q = q[0].chunk(2, packed_dim) if packed_dim >= 0 else q
         event = shape[-event_ndim:] if prior == "shared" else shape
-        p = [torch.empty(event, dtype=dtype)] * 2 if prior else []
-        settings = (q, packed_dim, p, event_ndim, scale, *bounds)
+        inputs = (*q, *([torch.empty(event, dtype=dtype)] * 2 if prior else [None] * 2))
+        settings = (event_ndim, scale, *bounds)
         dkl = torch.empty(shape[: len(shape) - event_ndim], dtype=reference.compute_dtype(*q))
-        calls[f"{name} fwd"] = lambda: fwd(*settings)
-        calls[f"{name} bwd"] = lambda: bwd(dkl, *settings, bool(p))
+        dq = torch.empty(shape, dtype=dtype).chunk(2, packed_dim) if packed_dim >= 0 else empty_like(*q)
+        calls[f"{name} fwd"] = lambda: fwd(*inputs, *settings)
+        calls[f"{name} bwd"] = lambda: bwd(dkl, *inputs, *dq, *empty_like(*inputs[2:]), *settings)
 
     add("core aligned float32", (4096, 512))
     add("core aligned bfloat16 shared prior", (4096, 512), dtype=torch.bfloat16, prior="shared")
@@ -206,12 +208,18 @@ def aot_calls():
     add("odd float64 shared prior", (37, 37), dtype=torch.float64, prior="shared", scale="softplus", bounds=bounds)
     add("odd long", (3, 5001))
     # bfloat16 beside a float64 prior; rows and columns that are two dimensions each.
-    mixed = [torch.empty((64, 512), dtype=torch.float64)] * 2
-    settings = ([torch.empty((64, 512), dtype=torch.bfloat16)] * 2, -1, mixed, 1, "logvar", -30.0, math.inf, False)
-    calls["float64 prior of bfloat16 fwd"] = lambda: fwd(*settings)
-    calls["float64 prior of bfloat16 bwd"] = lambda: bwd(torch.empty(64, dtype=torch.float64), *settings, True)
+    mixed = [torch.empty((64, 512), dtype=dtype) for dtype in (torch.bfloat16, torch.float64)]
     view = torch.empty((64, 33, 12, 129))[:, 1:, :, 1:65:2]
-    nested = ([view, view], -1, [view[0, 0], view[0, 0]], 2, "logvar", -math.inf, math.inf, False)
-    calls["nested fwd"] = lambda: fwd(*nested)
-    calls["nested bwd"] = lambda: bwd(torch.empty(64, 32), *nested, True)
+    for name, q, p, dkl, settings in (
+        (
+            "float64 prior of bfloat16",
+            *mixed,
+            torch.empty(64, dtype=torch.float64),
+            (1, "logvar", -30.0, math.inf, False),
+        ),
+        ("nested", view, view[0, 0], torch.empty(64, 32), (2, "logvar", -math.inf, math.inf, False)),
+    ):
+        inputs = (q, q, p, p)
+        calls[f"{name} fwd"] = lambda inputs=inputs, s=settings: fwd(*inputs, *s)
+        calls[f"{name} bwd"] = lambda inputs=inputs, s=settings, d=dkl: bwd(d, *inputs, *empty_like(*inputs), *s)
     return calls

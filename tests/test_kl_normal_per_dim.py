@@ -6,7 +6,7 @@ import torch
 import fastkl
 from fastkl import reference
 
-from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf
+from helpers import DEVICE, DTYPES, assert_as_good_as_eager, empty_like, implementation, launcher, leaf
 
 # (shape, event_ndim): why
 SHAPES = [
@@ -139,10 +139,11 @@ def aot_calls():
     def add(name, shape, event_ndim=1, dtype=torch.float32, prior=None, scale="logvar", bounds=(-30.0, 20.0, False)):
         event = shape[-event_ndim:]
         mu = torch.empty(shape, dtype=dtype)
-        p = [torch.empty(event if prior == "shared" else shape, dtype=dtype)] * 2 if prior else []
-        settings = (mu, mu, p, event_ndim, scale, *bounds)
-        calls[f"{name} fwd"] = lambda: fwd(*settings)
-        calls[f"{name} bwd"] = lambda: bwd(torch.empty(event, dtype=reference.compute_dtype(mu)), *settings, bool(p))
+        p = torch.empty(event if prior == "shared" else shape, dtype=dtype) if prior else None
+        inputs, settings = (mu, mu, p, p), (event_ndim, scale, *bounds)
+        dkl = torch.empty(event, dtype=reference.compute_dtype(mu))
+        calls[f"{name} fwd"] = lambda: fwd(*inputs, *settings)
+        calls[f"{name} bwd"] = lambda: bwd(dkl, *inputs, *empty_like(*inputs), *settings)
 
     add("core aligned float32", (4096, 512), bounds=(float("-inf"), float("inf"), False))
     add("bfloat16 shared prior", (4096, 512), dtype=torch.bfloat16, prior="shared")

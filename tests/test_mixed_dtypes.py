@@ -1,4 +1,4 @@
-"""Arguments of unlike dtypes: the result is as exact as float64 is, as soon as one of them is float64."""
+"""Mixed dtypes: the result has float64's accuracy if any argument is float64."""
 
 import pytest
 import torch

@@ -113,7 +113,7 @@ def test_responsibilities_of_weight_zero_have_no_gradient(per_datum, small):
 
 
 def test_a_far_component_pulls_as_its_distance_says():
-    """Its square overflows, and the gradient of its log-responsibility does not."""
+    """The squared distance overflows, but the gradient of the log-responsibility does not."""
     z, logits, means = leaf(torch.zeros(1, 1)), torch.zeros(2), torch.tensor([[0.0], [1e25]])
     with implementation("torch"):
         value = fastkl.gmm_responsibilities(z, logits.to(DEVICE), means.to(DEVICE))[0, 1]
@@ -167,7 +167,7 @@ def test_bounds_of_log_variances_far_apart(way, spreads, wanted):
 @pytest.mark.parametrize("per_datum", [False, True])
 @pytest.mark.parametrize("spreads", [(90.0, 0.0), (200.0, 0.0), (95.0, 95.0), (0.0, 95.0)], ids=str)
 def test_a_lower_bound_that_overflows_is_not_a_number(spreads, per_datum):
-    """Never a finite number: ln inf was 89."""
+    """It must not be finite: ln inf used to be 89."""
     (mu, logvar, logits, means, logvars), _ = inputs_of("")
     logvar[:], logvars[:] = spreads
     means, logvars = (t.expand(4, 3, 2) if per_datum else t for t in (means, logvars))
@@ -180,8 +180,8 @@ def test_a_lower_bound_that_overflows_is_not_a_number(spreads, per_datum):
 
 @pytest.mark.parametrize("per_datum", [False, True])
 @pytest.mark.parametrize("narrow", [-95.0, -300.0])
-def test_a_component_narrower_than_a_normal_number_counts_as_the_narrowest(narrow, per_datum):
-    """In the lower bound, next to a q as narrow: a subnormal sum of variances loses digits of its logarithm, or all."""
+def test_subnormal_component_width_is_clamped(narrow, per_datum):
+    """In the lower bound, with an equally narrow q: the logarithm of a subnormal sum of variances is inaccurate."""
     (mu, logvar, logits, means, logvars), _ = inputs_of("")
     mu[:], means[2], logvar[:], logvars[2] = 0.0, 0.0, -90.0, narrow
     exact = [t.double() for t in (mu, logvar, logits, means, logvars.clamp(min=-87.0))]

@@ -1,4 +1,4 @@
-"""Samples of Gaussian mixtures: their law, their gradients, the shapes of real code, and what is never made."""
+"""Samples of Gaussian mixtures: distribution, gradients, the shapes of real code, and memory."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ both = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
 def many(backend):
-    """How many samples a law is tested with; interpreted kernels are slow."""
+    """How many samples a distribution is tested with; interpreted kernels are slow."""
     return 1000 if backend == "triton" and DEVICE == "cpu" else 4000
 
 
@@ -186,7 +186,7 @@ def test_one_component_leaves_no_parameter_without_gradient(spread):
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operation made."""
+    """Records the largest tensor, in elements, that any operation created."""
 
     elements = 0
 

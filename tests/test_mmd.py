@@ -1,4 +1,4 @@
-"""mmd: both implementations against the float64 definition, geomloss, and the defects of others."""
+"""mmd: both implementations against the float64 definition and geomloss, and defects of other libraries."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Monitors: figures of a stream are those of all data at once, however it is divided."""
+"""Monitors: the figures of a stream equal those of all data at once, however it is split."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_monitors_merge(name):
 
 
 def test_variances_survive_means_far_from_zero():
-    """Sums of squares would leave nothing of a variance of 1 beside a square of 1e16."""
+    """With sums of squares, a variance of 1 would be lost next to a square of 1e16."""
     mu = posteriors(64)[0] + 1e8
     monitor = monitors.ActiveUnits()
     for part in mu.split(7):
@@ -167,7 +167,7 @@ def test_bfloat16_posteriors_are_drawn_from_in_float32():
     assert figures[0] == pytest.approx(figures[1], abs=0.001)
 
 
-def test_the_fraction_of_an_effective_sample_size_is_of_each_update_s_samples():
+def test_effective_sample_fraction_uses_each_updates_samples():
     monitor = monitors.EffectiveSampleSize()
     monitor.update(torch.zeros(2, 3))
     monitor.update(torch.zeros(3, 8), dim=1)

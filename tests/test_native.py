@@ -1,18 +1,19 @@
-"""The native CPU path: what it must not depend on, and what it has in common with the definition."""
+"""The native CPU path: it agrees with the definition, and does not depend on threads or layout."""
 
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkl
 from fastkl import reference
 from fastkl.native import _build, _pack
-from fastkl.ops import _register, _short
+from fastkl.ops import _register
 
 from helpers import DEVICE, implementation
 
@@ -53,7 +54,7 @@ def test_results_do_not_depend_on_the_number_of_threads(shape):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_is_not_finite_stays_visible(dtype):
-    """As the definition has it, element by element; and underflow is no slower path nor a NaN."""
+    """As in the definition, element by element; underflow is neither slow nor NaN."""
     special = [float("nan"), float("inf"), float("-inf"), 200.0, 800.0, -90.0, -104.0, -200.0, -1e4, 1e-30, 0.0]
     logvar = torch.tensor(special, dtype=dtype)[:, None].requires_grad_()
     mu = torch.full_like(logvar, 0.5).requires_grad_()
@@ -69,7 +70,7 @@ def test_what_is_not_finite_stays_visible(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_small_sigma_keeps_its_digits(dtype):
-    """In a sample and its gradient, next to a mean of 0: sigma is not 1 + (sigma - 1)."""
+    """In a sample and its gradient with mean 0: sigma must not be computed as 1 + (sigma - 1)."""
     logvar = torch.linspace(-160, 160, 641, dtype=dtype)[:, None].requires_grad_()
     mu, ones = torch.zeros_like(logvar), torch.ones_like(logvar)
     z, kl = fastkl.rsample_kl(mu, logvar, eps=ones)
@@ -97,41 +98,57 @@ def test_every_scale_shows_what_is_not_finite(scale):
         torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
-def test_the_short_way_is_the_same_loop():
-    """To the last bit, forward and backward, whether or not the other output's gradient is there; it is taken for
-    plain tensors alone, and gives way to the differentiable form."""
+def test_the_loop_gives_way_to_modes_and_to_second_derivatives():
     mu, logvar = (torch.randn(6, 5, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in (0, 1))
-
-    def run(function, outputs=None):
-        out = function(mu, logvar)
-        out = [out] if isinstance(out, torch.Tensor) else list(out)
-        out = out if outputs is None else [out[i] for i in outputs]
-        weights = [torch.linspace(0.5, 1, o.numel()).view(o.shape) for o in out]
-        return [*out, *torch.autograd.grad(out, [mu, logvar], weights)]
-
-    cases = [(fastkl.kl_normal, None), (fastkl.wasserstein2_normal, None)]
-    cases += [(lambda m, v: fastkl.rsample_normal(m, v, seed=2), None)]
-    cases += [(lambda m, v: fastkl.rsample_kl(m, v, seed=2), outputs) for outputs in (None, [0], [1])]
-    for function, outputs in cases:
-        short = run(function, outputs)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_short, "find", lambda *args: None)
-            long = run(function, outputs)
-        assert all(torch.equal(a, b) for a, b in zip(short, long))
     value = fastkl.kl_normal(mu, logvar)
-    assert type(value.grad_fn).__name__ == "_ValueBackward"
     (first,) = torch.autograd.grad(value.sum(), logvar, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), logvar)
     torch.testing.assert_close(second, 0.5 * logvar.exp())
-    with torch.no_grad():
-        assert torch.equal(fastkl.kl_normal(mu, logvar), value)
-    with FlopCounterMode(display=False):  # a dispatch mode listens
-        assert type(fastkl.kl_normal(mu, logvar).grad_fn).__name__ == "_KLNormalBackward"
+    with Record() as record:  # a dispatch mode listens
+        again = fastkl.kl_normal(mu, logvar)
+    assert record.ops == ["fastkl::kl_normal_fwd"]
+    assert torch.equal(again, value)
+
+
+class Record(TorchDispatchMode):
+    def __enter__(self):
+        self.ops = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ops.append(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+def calls_of(function) -> tuple[list[str], object]:
+    """The Python functions of fastkl that are entered, and what `function` returns."""
+    names = []
+
+    def note(frame, event, _):
+        if event == "call" and Path(frame.f_code.co_filename).is_relative_to(Path(fastkl.__file__).parent):
+            names.append(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        return names, function()
+    finally:
+        sys.setprofile(None)
+
+
+@pytest.mark.parametrize("op", ["kl_normal", "wasserstein2_normal", "kl_normal_per_dim"])
+def test_a_small_call_takes_few_steps(op):
+    """A small latent is bound by the host: with 22 calls forward kl_normal was slower than the eager formula."""
+    mu, logvar = (torch.randn(32, 8).requires_grad_() for _ in range(2))
+    getattr(fastkl, op)(mu, logvar).sum().backward()
+    forward, value = calls_of(lambda: getattr(fastkl, op)(mu, logvar))
+    assert len(forward) <= 8, forward
+    backward, _ = calls_of(value.sum().backward)
+    assert len(backward) <= 8, backward
 
 
 @pytest.mark.parametrize("columns", [300, 1000, 5000, 50_000])
 def test_equal_terms_add_up(columns):
-    """Added up one by one, each sum is rounded in the same direction."""
+    """In a sequential sum, every step would round in the same direction."""
     mu, logvar = torch.full((2, columns), -5.3), torch.full((2, columns), -6.2333)
     for function in (lambda m, v: fastkl.normal_log_prob(m, m, v), fastkl.kl_normal, fastkl.wasserstein2_normal):
         exact = function(mu.double(), logvar.double())
@@ -151,7 +168,7 @@ def test_a_plan_is_made_once_for_a_shape_and_kept_within_bounds(monkeypatch):
 
 
 def test_sources_have_no_warnings():
-    """With every warning that the compiler has by its two usual switches."""
+    """With -Wall and -Wextra."""
     for source in sorted(_build.SOURCES.glob("*.c")):
         for options in ((), ("-DFLOAT64",)):
             flags = [flag for flag in _build.FLAGS if flag not in ("-w", "-O3")]

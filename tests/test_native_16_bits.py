@@ -1,4 +1,4 @@
-"""bfloat16 and float16 on a CPU: the loops of float32, which read and write 16 bits and round once."""
+"""bfloat16 and float16 on a CPU: float32 loops that read and write 16 bits and round once."""
 
 import pytest
 import torch
@@ -68,8 +68,8 @@ def results(name, tensors):
 @in_16_bits
 @every_op
 def test_results_are_those_of_float32_rounded(name, dtype):
-    """To the last bit, values and gradients, in the same memory layout as the closed forms'."""
-    _pack.plans.clear()  # of the tests before this one
+    """Values and gradients are bit-identical, in the memory layout of the closed forms."""
+    _pack.plans.clear()  # drop the plans of earlier tests
     for shape in SHAPES:
         for strided in (False, True):
             given = inputs(name, shape, dtype, strided)
@@ -134,7 +134,7 @@ def test_what_is_not_finite_and_what_is_too_large(dtype):
 @in_16_bits
 @pytest.mark.parametrize("name", [name for name in OPS if "eps" not in name])  # whose own gradient is not fused
 def test_memory_is_that_of_the_results(name, dtype):
-    """No copy in float32: what is allocated is what comes out, forward and backward."""
+    """No copy in float32: only results are allocated, forward and backward."""
     given = inputs(name, (512, 1024), dtype)
     results(name, given)  # plans are made
     expected = results(name, given)

@@ -1,4 +1,4 @@
-"""How the native CPU code is compiled and kept: whatever CC, the home folder and the disk are like, a call goes on."""
+"""Compiling and caching the native CPU code: calls work whatever the state of CC, the home folder and the disk."""
 
 import hashlib
 import os
@@ -14,7 +14,6 @@ import torch
 
 import fastkl
 from fastkl.native import _build, _pack
-from fastkl.ops import _short
 
 from helpers import DEVICE, implementation
 
@@ -27,7 +26,7 @@ pytestmark = [
 @pytest.fixture
 def anew(monkeypatch, tmp_path):
     """A process that has loaded nothing yet, with a cache of its own."""
-    known = (_build._libraries, _pack._functions, _pack.plans, _short._WAYS)
+    known = (_build._libraries, _pack._functions, _pack.plans)
     monkeypatch.setenv("FASTKL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(_build, "FLAGS", tuple(flag.replace("-O3", "-O0") for flag in _build.FLAGS))  # sooner there
 
@@ -50,8 +49,8 @@ def step() -> float:
     return mu.grad.sum().item()
 
 
-def test_compiled_once_in_a_private_folder_and_again_where_broken(anew, tmp_path, monkeypatch):
-    """A truncated library, or one with another byte, is not loaded but made again."""
+def test_compiled_once_in_a_private_folder_and_again_if_broken(anew, tmp_path, monkeypatch):
+    """A truncated or modified library is not loaded but rebuilt."""
     compiled, once = [], _build._compile
     monkeypatch.setattr(_build, "_compile", lambda *args: (compiled.append(args), once(*args)))
     expected = step()
@@ -72,7 +71,7 @@ def test_compiled_once_in_a_private_folder_and_again_where_broken(anew, tmp_path
 
 
 def test_two_processes_that_compile_at_once(tmp_path):
-    """Both work, and leave one library and nothing else."""
+    """Both work, and leave only one library."""
     script = "import torch, fastkl\nprint(fastkl.kl_normal(torch.zeros(1, 2), torch.ones(1, 2)).item())"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FASTKL_CACHE": str(tmp_path / "cache")}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -125,8 +124,8 @@ def test_a_folder_of_others_is_not_trusted(elsewhere, anew, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("state", ["full", "read-only", "noexec"])
-def test_a_cache_of_no_use_is_gone_past(state, elsewhere, anew, tmp_path, monkeypatch):
-    """A disk that is full, that is not written to, or that no program is run from; a file is made elsewhere."""
+def test_an_unusable_cache_is_bypassed(state, elsewhere, anew, tmp_path, monkeypatch):
+    """With a full, read-only or noexec disk, the library is built elsewhere."""
     owner, name = {"full": (os, "replace"), "read-only": (Path, "mkdir"), "noexec": (_build.ctypes, "CDLL")}[state]
     function = getattr(owner, name)
 
@@ -144,7 +143,7 @@ def test_a_cache_of_no_use_is_gone_past(state, elsewhere, anew, tmp_path, monkey
 
 
 def test_what_a_killed_process_left_is_cleared_away(elsewhere, tmp_path):
-    """Not what another process is compiling in now."""
+    """But not the build folder of a running process."""
     cache = tmp_path / "cache"
     for name in (".build-old", ".build-new"):
         (cache / name).mkdir(parents=True)
@@ -157,7 +156,7 @@ def test_what_a_killed_process_left_is_cleared_away(elsewhere, tmp_path):
 
 @pytest.mark.parametrize("given", [{}, {"HOME": "here"}, {"XDG_CACHE_HOME": "here"}, {"FASTKL_CACHE": "~nobody/it"}])
 def test_without_a_home_nothing_is_made_in_the_working_folder(given, elsewhere, anew, tmp_path, monkeypatch):
-    """`~` of a user that the system does not know stays `~`, and a relative path is none for a cache of XDG's."""
+    """`~` of an unknown user stays `~`, and XDG does not allow a relative path."""
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -173,7 +172,7 @@ def test_without_a_home_nothing_is_made_in_the_working_folder(given, elsewhere, 
 
 
 def test_another_source_has_another_name(elsewhere, tmp_path, monkeypatch):
-    """Stale code is never found: the name is that of what the library was made from."""
+    """Stale code is never loaded: the name is a hash of everything the library was built from."""
     built = []
     monkeypatch.setattr(_build, "_compile", lambda source, options, path: built.append(path))
     monkeypatch.setattr(_build.ctypes, "CDLL", lambda path: path)
@@ -186,7 +185,7 @@ def test_another_source_has_another_name(elsewhere, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("name", "value"), [("FASTKL_NATIVE", "0"), ("PATH", "/nowhere")])
 def test_without_a_compiler_the_closed_forms(name, value, anew, monkeypatch, recwarn):
-    """Quietly where there is none or it is turned off."""
+    """Without a warning if there is no compiler or native code is disabled."""
     with implementation("torch"):
         expected = step()
     monkeypatch.setenv(name, value)
@@ -198,7 +197,7 @@ def test_without_a_compiler_the_closed_forms(name, value, anew, monkeypatch, rec
 
 
 def assert_goes_on(warning):
-    """By the closed forms, with one warning for all sources."""
+    """Calls use the closed forms, with one warning for all sources."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         value = step()
@@ -225,7 +224,7 @@ def script(path: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("arguments", ["", " -pthread", " '-DTWO WORDS'", " gcc"])
 def test_a_compiler_may_be_a_command_with_arguments(arguments, elsewhere, anew, tmp_path, monkeypatch):
-    """And its path one with a blank in it, and it may say what is not UTF-8."""
+    """Its path may contain spaces, and its output may not be UTF-8."""
     monkeypatch.delenv("CC", raising=False)
     anew()
     noisy = "printf 'avertissement: \\351t\\351\\n' >&2"
@@ -239,7 +238,7 @@ def test_a_compiler_may_be_a_command_with_arguments(arguments, elsewhere, anew, 
 
 
 def test_a_compiler_that_fails_is_named(anew, monkeypatch, tmp_path):
-    """Once, whatever it says and in whatever encoding, to its version and to a source."""
+    """Once, whatever the output and encoding, both when asked for its version and for a source."""
     failing = script(tmp_path / "cc", "printf 'es ist kaputt \\374ber alles\\n' | tee /dev/stderr\nexit 1")
     monkeypatch.setenv("CC", str(failing))
     anew()

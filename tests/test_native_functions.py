@@ -1,4 +1,4 @@
-"""The functions that the C loops are made of, one by one: as exact as they say, and vector code."""
+"""The functions used by the C loops, one by one: as accurate as documented, and vectorised."""
 
 import ctypes
 import re
@@ -30,7 +30,7 @@ void to_f(const REAL *x, uint16_t *restrict y, int n) { store_halves(FLOAT16, y,
 
 
 def compiled(folder, *options) -> tuple[ctypes.CDLL, str]:
-    """LOOPS as a library, and what the compiler says."""
+    """LOOPS as a library, and the compiler's output."""
     source, library = folder / "loops.c", folder / "loops.so"
     source.write_text(LOOPS)
     files = ["-shared", str(source), str(_build.SOURCES / _build.BOUNDS), "-o", str(library)]
@@ -47,7 +47,7 @@ def run(function, values: np.ndarray, out: np.dtype) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
 def test_exponential_and_logarithm_are_right_to_one_and_a_half_units(dtype, tmp_path):
-    """Of all sizes and next to 1; and what is not finite is what the definition has."""
+    """For all sizes and near 1; infinities and NaN are as in the definition."""
     library, _ = compiled(tmp_path, *["-DFLOAT64"] * (dtype == np.float64))
     limits, generator = np.finfo(dtype), np.random.default_rng(0)
     span = np.log(np.array([limits.tiny, limits.max], dtype=np.float64))
@@ -65,8 +65,8 @@ def test_exponential_and_logarithm_are_right_to_one_and_a_half_units(dtype, tmp_
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_number_of_16_bits_comes_in_and_goes_out_as_torch_has_it(dtype, tmp_path):
-    """All 65,536; and on their way out their neighbours, halfway and on either side of it, and beyond the largest."""
+def test_every_16_bit_number_converts_as_in_torch(dtype, tmp_path):
+    """All 65,536; and when stored also the halfway points, their neighbours, and numbers beyond the largest."""
     library, _ = compiled(tmp_path)
     load, store = (library.from_b, library.to_b) if dtype == torch.bfloat16 else (library.from_f, library.to_f)
     halves = np.arange(65536, dtype=np.uint16)
@@ -85,7 +85,7 @@ def test_every_number_of_16_bits_comes_in_and_goes_out_as_torch_has_it(dtype, tm
 
 @pytest.mark.parametrize("options", [(), ("-DFLOAT64",)], ids=["float32", "float64"])
 def test_loops_over_parameters_are_vector_code(options, tmp_path):
-    """A choice within a choice, or one that looks at a setting, is a jump to some compilers: three times slower."""
+    """Some compilers turn a nested conditional, or one on a setting, into a branch: three times slower."""
     version = subprocess.run([*_build._compiler(), "--version"], capture_output=True, text=True).stdout
     if "Free Software Foundation" not in version:
         pytest.skip("gcc says which loops it turns into vector code")

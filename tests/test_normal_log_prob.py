@@ -191,7 +191,8 @@ def aot_calls():
             inputs[2] = inputs[2].expand(shape[0], *[1] * (len(shape) - 1))
         dlog_prob = torch.empty(shape[0], dtype=reference.compute_dtype(*inputs))
         calls[f"{name} {spread} fwd"] = lambda: fwd(*inputs, len(shape) - 1)
-        calls[f"{name} {spread} bwd"] = lambda: bwd(dlog_prob, *inputs, len(shape) - 1, list(wanted))
+        outputs = [torch.empty_like(tensor) if want else None for tensor, want in zip(inputs, wanted)]
+        calls[f"{name} {spread} bwd"] = lambda: bwd(dlog_prob, *inputs, *outputs, len(shape) - 1)
 
     bfloat16, half = (torch.bfloat16,) * 3, (torch.float16,) * 3
     add("core aligned float16", (4096, 512), "scalar", half)

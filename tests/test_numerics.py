@@ -1,6 +1,6 @@
-"""Numbers that the formulas have and float32 loses: infinite log-variances, cancellation, zero times what overflowed.
+"""Results that a plain float32 formula loses: infinite log-variances, cancellation, zero times an overflow.
 
-The truth is computed by mpmath, or follows by hand. Every way of an op is asked, and the definition as well.
+Exact values are computed by mpmath or by hand. Every implementation of an op is tested, and so is the definition.
 """
 
 import math
@@ -117,7 +117,7 @@ def test_a_small_kl_to_a_standard_normal_has_all_its_digits(way, dtype, name):
 @every_way
 @every_dtype
 def test_a_right_logit_has_all_its_digits(way, dtype):
-    """Nothing of x l - softplus(l), which is -exp(-l) at x = 1, is left in float32 from l = 17 on."""
+    """In float32, x l - softplus(l), which is -exp(-l) at x = 1, is 0 from l = 17 on."""
     logits = [14.0, 17.0, 30.0, 60.0, 0.0, 0.3, -14.0, -60.0, 14.0, 5.0]
     x = [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.996, 0.25]
     inputs = [column(x, dtype), column(logits, dtype)]
@@ -142,7 +142,7 @@ def test_an_infinite_logit_that_is_right_costs_nothing(way):
 @every_way
 @every_dtype
 def test_wasserstein_beside_a_point(way, dtype):
-    """However much smaller one standard deviation is, the other is all of the distance."""
+    """If one standard deviation is negligible, the distance is the other."""
     logvars = [(-22.0, -182.0), (-182.0, -22.0), (-22.0, -INF), (-INF, -22.0), (-INF, -INF)]
     logvars += [(3.0, -500.0), (-50.0, -51.0)]
     inputs = [column([0.0] * 7, dtype), column([q for q, _ in logvars], dtype)]
@@ -174,7 +174,7 @@ def test_equal_means_are_equal_however_narrow(way, dtype, logvar):
 
 
 @every_way
-def test_a_tiny_difference_is_what_it_is_in_tiny_standard_deviations(way):
+def test_tiny_difference_with_tiny_stds(way):
     """1 / sigma overflows, and (x - mean) / sigma does not."""
     inputs = [column([1e-30]), column([-190.0]), column([0.0]), column([-190.0])]
     with mpmath.workdps(60):
@@ -221,8 +221,8 @@ def test_a_weight_of_zero_can_be_differentiated():
 
 @pytest.mark.parametrize("way", ["torch", "native", "triton"])
 @pytest.mark.parametrize(("std", "scale"), [(1.0e38, "std"), (3.4e38, "std"), (1e38, "softplus"), (3.4e38, "softplus")])
-def test_the_gradient_of_a_sample_is_its_noise_up_to_the_largest_deviation(way, std, scale):
-    """1 / sigma is no normal number there."""
+def test_sample_gradient_equals_noise_up_to_the_largest_std(way, std, scale):
+    """1 / sigma is subnormal there."""
     noise = torch.full((1, 1), 0.25, device=DEVICE)
     for name in ("rsample_normal", "rsample_kl"):
         tensors = [leaf(column([0.0])), leaf(column([std]))]

@@ -1,4 +1,4 @@
-"""Objectives: what each adds up to, the gradient it hands to whom, and what it refuses."""
+"""Objectives: their values, their gradients in each part of the model, and what they refuse."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_elbo_is_reconstruction_less_kl():
     torch.testing.assert_close(upper.terms["kl"], prior.kl(q, method="upper").mean())
 
 
-def test_beta_is_a_number_or_a_tensor_and_a_remedy_stands_for_the_kl():
+def test_beta_is_a_number_or_tensor_and_a_remedy_replaces_the_kl():
     q, eps = posterior(), noise()
     kl, reconstruction = q.kl(), log_likelihood(q.rsample(eps=eps[0]))
     number = objectives.beta_vae(q, None, log_likelihood, beta=3.0, eps=eps).loss
@@ -222,9 +222,9 @@ def test_vade_survives_components_without_weight():
     torch.testing.assert_close(objectives.vade(q, fewer, log_likelihood, eps=noise()).terms, terms)
 
 
-def test_published_vade_counts_the_weight_for_every_dimension_and_has_a_floor():
-    """The code that goes round sums ln pi_k over the dimensions, and adds 1e-10 to p(z, k): far from every component
-    all responsibilities are then alike. Here they are those of the mixture."""
+def test_published_vade_scales_by_dimension_and_adds_a_floor():
+    """The published code sums ln pi_k over the dimensions and adds 1e-10 to p(z, k), so far from every component all
+    responsibilities are equal. fastkl uses the mixture's."""
     prior = GaussianMixture(2, D).double().to(DEVICE)
     with torch.no_grad():
         prior.logits.copy_(torch.tensor([0.8, 0.2]).log())

@@ -1,4 +1,4 @@
-"""What a model's forward returns is seen by what shares its training among processes, which hooks the tensors in it."""
+"""Data-parallel wrappers find the tensors in what a model's forward returns, which they have to hook."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ else:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What each of two processes found, of all cases."""
+    """The results of two processes for all cases."""
     folder = tmp_path_factory.mktemp("parallel")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = run([sys.executable, *launcher, str(Path(parallel_cases.__file__)), str(folder)], timeout=300)

@@ -1,4 +1,4 @@
-"""PerPosition: one prior for the channels at every position, as a loop over the positions has it."""
+"""PerPosition: one prior for the channels at every position, compared with a loop over the positions."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What every prior promises as a module, and the KL by samples that they inherit."""
+"""The contract of every prior as a module, and the sampled KL that they inherit."""
 
 import copy
 import math
@@ -42,9 +42,9 @@ def test_a_sampled_entropy_keeps_its_digits_where_means_are_large(gradient):
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
 
 
-def test_sticking_the_landing_has_no_gradient_where_the_posterior_is_the_prior():
+def test_stl_gradient_is_zero_at_the_prior():
     zuko = pytest.importorskip("zuko")
-    flow = priors.FlowPrior(zuko.flows.GMM(D, components=1)).to(DEVICE)  # any module will do: replace what it returns
+    flow = priors.FlowPrior(zuko.flows.GMM(D, components=1)).to(DEVICE)  # replace what the flow returns
     flow.flow.forward = lambda: Independent(Normal(torch.ones(D, device=DEVICE), 2.0), 1)
     leaves = [torch.full((5, D), value, device=DEVICE, requires_grad=True) for value in (1.0, math.log(4.0))]
     for gradient, vanishes in (("stl", True), ("plain", False)):

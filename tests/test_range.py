@@ -1,6 +1,6 @@
-"""The table "Range" of docs/architecture.md: within it value and gradients are right, beyond it right or not finite.
+"""The table "Range" of docs/architecture.md: inside, value and gradients are right; outside, right or not finite.
 
-The truth is the formula in float64, written apart.
+Exact values come from independent formulas in float64.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""kl(method="relaxed") of mixture priors: its definition, its limit, its gradients, and what is never made."""
+"""kl(method="relaxed") of mixture priors: definition, limit, gradients, and memory."""
 
 import math
 
@@ -113,7 +113,7 @@ def test_one_component_is_a_gaussian(covariance):
         torch.testing.assert_close(actual, expected, rtol=1e-14, atol=1e-14)
 
 
-def test_the_draws_are_those_of_monte_carlo_and_the_choice_has_noise_of_its_own():
+def test_draws_equal_monte_carlo_with_separate_choice_noise():
     prior, q = mixture(), posterior()
     z = fastkl.rsample_normal(q.mean, q.logvar, num_samples=3, seed=8)
     monte_carlo = -reference.normal_entropy(q.logvar) - prior.log_prob(z).mean(0)

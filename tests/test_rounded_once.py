@@ -1,8 +1,8 @@
 """16-bit gradients of what rows share, and of what several terms share, are summed in float32 and rounded once.
 
-They are held to float64 by a unit in the last place: half of one, but Triton's interpreter truncates. Rounded before
-the sum, a row's share is a subnormal number in float16, and in bfloat16 shares of opposite signs leave their rounding
-behind.
+The tolerance against float64 is one unit in the last place (half would do, but Triton's interpreter truncates). If
+shares were rounded before the sum, a row's share would be subnormal in float16, and in bfloat16 the rounding errors of
+shares with opposite signs would remain.
 """
 
 import pytest

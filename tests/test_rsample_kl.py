@@ -8,7 +8,7 @@ import torch
 import fastkl
 from fastkl import reference
 
-from helpers import DEVICE, DTYPES, Package, assert_as_good_as_eager, implementation, launcher, leaf
+from helpers import DEVICE, DTYPES, Package, assert_as_good_as_eager, empty_like, implementation, launcher, leaf
 
 stats = Package("scipy.stats")
 
@@ -159,15 +159,15 @@ def aot_calls():
     calls = {}
 
     def add(name, shape, dtype=torch.float32, prior=None, scale="logvar", bounds=(-math.inf, math.inf, False), **more):
-        q = [torch.empty(shape, dtype=dtype)] * 2
+        mu = torch.empty(shape, dtype=dtype)
         event_ndim, num_samples = more.get("event_ndim", 1), more.get("num_samples")
-        p = [torch.empty(shape[1:] if prior == "shared" else shape, dtype=dtype)] * 2 if prior else []
+        p = torch.empty(shape[1:] if prior == "shared" else shape, dtype=dtype) if prior else None
         z = torch.empty(shape if num_samples is None else (num_samples, *shape), dtype=dtype)
-        noise = (None, z) if more.get("eps") else (seed, None)
-        settings = (q, *noise, num_samples, -1, p, event_ndim, scale, *bounds)
-        kl = torch.empty(shape[: len(shape) - event_ndim], dtype=reference.compute_dtype(*q))
-        calls[f"{name} fwd"] = lambda: fwd(*settings)
-        calls[f"{name} bwd"] = lambda: bwd(z, kl, *settings, bool(p))
+        inputs = (mu, mu, p, p, *((z, None) if more.get("eps") else (None, seed)))
+        settings = (event_ndim, scale, *bounds, num_samples, POSTERIOR)
+        kl = torch.empty(shape[: len(shape) - event_ndim], dtype=reference.compute_dtype(mu))
+        calls[f"{name} fwd"] = lambda: fwd(*inputs, *settings)
+        calls[f"{name} bwd"] = lambda: bwd(z, kl, *inputs, *empty_like(*inputs[:4]), *settings)
 
     add("core aligned float32", (4096, 512))
     add("core aligned bfloat16", (4096, 512), dtype=torch.bfloat16, bounds=(-30.0, 20.0, True))
@@ -178,16 +178,18 @@ def aot_calls():
     # Without a KL, and from the packed halves of a head.
     draw_one, back = launcher("rsample_normal.fwd"), launcher("rsample_normal.bwd")
     for dtype in (torch.float32, torch.bfloat16):
-        head, half = torch.empty((64, 1024), dtype=dtype), torch.empty((64, 512), dtype=dtype)
-        plain = (seed, None, None, -1, "logvar", -math.inf, math.inf, False)
-        for name, settings in {
-            "aligned rsample_normal": ([half, half], *plain, POSTERIOR),
-            "aligned rsample_normal of a prior": ([half, half], *plain, PRIOR),
-            "aligned packed rsample_normal": ([head], seed, None, 2, 1, "std", -30.0, math.inf, False, POSTERIOR),
-        }.items():
-            dz = half if settings[3] is None else torch.empty((2, 64, 512), dtype=dtype)
-            calls[f"{name} {dtype} fwd"] = lambda s=settings: draw_one(*s)
-            calls[f"{name} {dtype} bwd"] = lambda s=settings, dz=dz: back(dz, *s)
+        half, head, dhead = (torch.empty((64, size), dtype=dtype) for size in (512, 1024, 1024))
+        plain = (0, "logvar", -math.inf, math.inf, False, None)
+        for name, (q, dq, settings) in {
+            "aligned rsample_normal": ((half, half), (half, half), (*plain, POSTERIOR)),
+            "aligned rsample_normal of a prior": ((half, half), (half, half), (*plain, PRIOR)),
+            "aligned packed rsample_normal": (
+                head.chunk(2, 1), dhead.chunk(2, 1), (0, "std", -30.0, math.inf, False, 2, POSTERIOR),
+            ),
+        }.items():  # fmt: skip
+            dz = half if settings[-2] is None else torch.empty((2, 64, 512), dtype=dtype)
+            calls[f"{name} {dtype} fwd"] = lambda q=q, s=settings: draw_one(*q, None, seed, *s)
+            calls[f"{name} {dtype} bwd"] = lambda q=q, s=settings, dz=dz, dq=dq: back(dz, *q, None, seed, *dq, *s)
     add("odd", (370, 37), dtype=torch.bfloat16, prior="full")
     add("odd shared prior", (370, 37), prior="shared", num_samples=2)
     return calls

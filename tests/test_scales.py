@@ -1,4 +1,4 @@
-"""scale= and prior_scale= say what a log-variance is given as: values and gradients are those of the log-variance."""
+"""scale= and prior_scale= give the parameterisation: values and gradients equal those with a log-variance."""
 
 import pytest
 import torch
@@ -118,7 +118,7 @@ def test_the_logarithm_of_a_16_bit_deviation_is_not_rounded(dtype):
     assert z.dtype is dtype
 
 
-def test_the_logarithm_of_what_is_only_expanded_is_taken_once_and_stays_expanded():
+def test_logarithm_of_an_expanded_tensor_is_taken_once():
     std = _draw(1, D, positive=True)
     expanded = (std * 1.0).expand(100, D)
     for tensor in (expanded, expanded.detach()):
@@ -129,8 +129,8 @@ def test_the_logarithm_of_what_is_only_expanded_is_taken_once_and_stays_expanded
     torch.testing.assert_close(found, 200 / std.detach())
 
 
-def test_components_that_are_only_expanded_are_one_mixture_after_their_logarithm():
-    """As those of a plate of torch.distributions are; it takes no memory of the batch's size."""
+def test_expanded_components_remain_one_mixture():
+    """As in a plate of torch.distributions; nothing of the batch's size is allocated."""
     z, std = _draw(6, D), _draw(K, D, positive=True)
     plate = (std * 1.0).expand(6, K, D)
     means = _draw(K, D)

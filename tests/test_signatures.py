@@ -1,4 +1,4 @@
-"""The public functions have one spelling of what they share: names, order and defaults."""
+"""The public functions share names, order and defaults of their common arguments."""
 
 import inspect
 

@@ -239,7 +239,7 @@ def test_the_weight_counts_once_not_for_every_dimension():
     assert ((for_every - once) > 3.0).all()
 
 
-def test_a_data_set_that_is_one_batch_is_its_own_aggregate_posterior():
+def test_one_batch_data_set_is_its_aggregate_posterior():
     z, mu, logvar = draw(8, 3, torch.float64)
     weights = reference.sample_weights(8, 8, 8, "mss", dtype=torch.float64)
     torch.testing.assert_close(weights.sum(1), torch.ones(8, dtype=torch.float64))

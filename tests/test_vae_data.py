@@ -1,4 +1,4 @@
-"""Data: what ships inside packages, and files that nobody vouches for."""
+"""Data: sets shipped inside packages, and untrusted files."""
 
 from __future__ import annotations
 

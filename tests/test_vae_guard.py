@@ -1,4 +1,4 @@
-"""A bad step reaches neither weights nor moments, is counted, and too many of them stop the run."""
+"""A bad step changes neither weights nor moments and is counted; too many stop the run."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_what_is_bad_on_another_process_is_bad_here(bad):
 
 
 def test_a_norm_that_overflows_here_is_looked_into_by_all():
-    """Or the other process would wait for an exchange that this one does not take part in."""
+    """Otherwise the other process would wait for a collective call that this one does not make."""
     ranks = Others(0.0, 0.0)
     assert Guard(ranks=ranks).admit(*backward(1.0, [3e38]))
     assert len(ranks.exchanges) == 2

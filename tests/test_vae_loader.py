@@ -1,4 +1,4 @@
-"""What the loader decides, it decides by the data's own range and layout, and says; the rest is refused."""
+"""The loader infers what it needs from the data's range and layout, and reports it; anything else is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Defaults that follow the data and the model, and how long a run will take."""
+"""Defaults that depend on the data and the model, and the estimate of a run's time."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 def test_two_processes_lose_what_one_with_their_batch_loses(tmp_path, capsys):
     """The noise follows the datum (--noise datum), so every step's loss is the same but for the order of sums.
 
-    The two processes stop half way and go on, so their resumed run is proved as well.
+    The two processes stop half way and resume, which tests resuming as well.
     """
     same = (*SMALL, "--schedule", "constant", "--log-every", "1", *BARE)
     for more in (("--steps", "6"), ("--steps", "12", "--resume")):
@@ -38,7 +38,7 @@ def test_two_processes_lose_what_one_with_their_batch_loses(tmp_path, capsys):
     for name, weights in one["model"].items():
         # AdamW divides by the gradient's size, so rounding in a tiny gradient is a larger part of its step.
         torch.testing.assert_close(two["model"][name], weights, rtol=1e-3, atol=1e-4)
-    # Other noise is seen in the losses, or the above would prove little.
+    # Other noise changes the losses, so the comparison above means something.
     assert train(tmp_path / "other", *same, "--batch-size", "64") == 0
     other = torch.tensor(checkpoint.load(tmp_path / "other")["history"]["train"], dtype=torch.float64)
     assert (other - losses[1]).abs().max() > 1e-3
@@ -53,7 +53,7 @@ def test_two_processes_lose_what_one_with_their_batch_loses(tmp_path, capsys):
         ({"objective": "swae", "prior": "vamp", "components": 3, "warm_up": 0}, {"eps", "prior_samples"}),
     ],
 )
-def test_a_datum_meets_the_same_noise_however_many_processes_share_a_batch(given, drawn):
+def test_noise_does_not_depend_on_the_number_of_processes(given, drawn):
     settings = resolve({"hidden": 16, "latent": 3, "steps": 2, "noise": "datum", "batch_size": 8, **given})
     run = runs.start(settings, data.load(settings), Ranks(), Path())
     half = dataclasses.replace(settings, batch_size=4)

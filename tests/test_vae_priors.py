@@ -67,7 +67,7 @@ def test_stopped_runs_go_on_bit_for_bit(tmp_path, monkeypatch, name):
     assert any(not states[0][key].equal(value) for key, value in states[5].items()) == (name in FITTED), "the fit"
 
 
-def test_a_prior_begins_though_the_last_step_of_the_warm_up_is_skipped(tmp_path, monkeypatch):
+def test_prior_starts_if_the_last_warm_up_step_is_skipped(tmp_path, monkeypatch):
     began, real = [], loop.start_prior
     monkeypatch.setattr(loop, "start_prior", lambda run: (began.append(run.step), real(run)))
     monkeypatch.setattr(Guard, "admit", lambda self, loss, parameters, step: step not in (5, 6))

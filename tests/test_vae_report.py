@@ -1,4 +1,4 @@
-"""What a run leaves behind for a person to look at."""
+"""The report of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that is killed, interrupted or out of disk goes on as if nothing had happened."""
+"""A run that is killed, interrupted or out of disk space resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -90,15 +90,15 @@ HANGUP = [pytest.param(signal.SIGHUP, id="SIGHUP")] if hasattr(signal, "SIGHUP")
 
 
 @pytest.fixture
-def _heard():
-    """Tests that were started by nohup have inherited that it is not."""
+def _restore_sighup():
+    """Undo nohup: tests started by it inherit an ignored SIGHUP."""
     before = [(param.values[0], signal.signal(param.values[0], signal.SIG_DFL)) for param in HANGUP]
     yield
     for number, handler in before:
         signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures("_heard")
+@pytest.mark.usefixtures("_restore_sighup")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, *HANGUP])
 def test_interrupt_leaves_a_usable_checkpoint(tmp_path, capsys, monkeypatch, number):
     real = loop.batch
@@ -131,9 +131,9 @@ def test_nohup_is_respected():
 
 
 @posix
-@pytest.mark.usefixtures("_heard")
+@pytest.mark.usefixtures("_restore_sighup")
 def test_a_closed_terminal_leaves_a_checkpoint(tmp_path):
-    """The terminal is gone when the signal comes: whatever is printed from then on would fail."""
+    """The terminal is gone when the signal arrives, so any later print would fail."""
     pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
     near, far = pty.openpty()
     options = ["--hidden", "16", "--steps", "1000000", "--checkpoint-every", "1000000", "--out", str(tmp_path / "run")]

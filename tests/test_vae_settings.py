@@ -1,4 +1,4 @@
-"""The command line: what a run is made of, and what may change when it goes on."""
+"""The command line: a run's settings, and which of them may change when it resumes."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_folders_are_numbered_and_the_latest_is_resumed(tmp_path, monkeypatch):
 
 
 def test_two_runs_that_start_at_once_have_two_folders(tmp_path, monkeypatch):
-    """And none takes the folder of a run that was killed before its first checkpoint."""
+    """And neither takes the folder of a run that was killed before its first checkpoint."""
     monkeypatch.chdir(tmp_path)
     claims = [folders.claim_new(None, "digits") for _ in range(3)]
     assert [claim.folder.name for claim in claims] == ["digits", "digits-2", "digits-3"]
@@ -103,7 +103,7 @@ def test_two_runs_that_start_at_once_have_two_folders(tmp_path, monkeypatch):
 
 
 def test_a_run_without_a_checkpoint_is_neither_lost_nor_taken(tmp_path, capsys, monkeypatch):
-    """Killed before its first checkpoint, it is begun again with its own settings."""
+    """A run killed before its first checkpoint restarts with its own settings."""
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train", lambda run, display: False)
         assert train(tmp_path / "run", *BARE, "--beta", "2") == 130
@@ -152,7 +152,7 @@ def test_empty_paths_are_refused(capsys, option, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_packages_are_named_with_the_command_that_installs_them():
+def test_missing_packages_are_named_with_install_command():
     with pytest.raises(UserError, match=r"needs a_package_that_nobody_has, .*: pip install a_package_that_nobody_has$"):
         require("a_package_that_nobody_has.part", "This")
     with pytest.raises(UserError, match=r"pip install nobody_has$"):

@@ -1,4 +1,4 @@
-"""What is watched over a run, and what is said of it."""
+"""The monitors of a run, and their warnings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastkl.vae.watch import Watch
 
 
 def test_warnings_name_the_remedy_once(monkeypatch, capsys):
-    """A posterior that has collapsed is said when the run is under way, and not again."""
+    """A collapsed posterior is reported once, during the run."""
     settings = Settings(warm_up=10, log_every=1)
     watch = Watch(settings, Ranks())
     silent = fastkl.DiagonalNormal(torch.zeros(8, 20), torch.zeros(8, 20))
@@ -47,7 +47,7 @@ def test_warnings_name_the_remedy_once(monkeypatch, capsys):
 
 
 def test_watch_goes_on_where_it_was():
-    """What an epoch's monitors saw before a run was stopped counts after it."""
+    """A resumed run keeps what its monitors recorded earlier in the epoch."""
     generator = torch.Generator().manual_seed(0)
     batches = [fastkl.DiagonalNormal(*torch.randn(2, 8, 3, generator=generator)) for _ in range(4)]
     settings = Settings(log_every=2)

@@ -1,4 +1,4 @@
-"""VampPrior: the mixture of equation 9, trained with an encoder that belongs to somebody else."""
+"""VampPrior: the mixture of equation 9, trained with an encoder that another module owns."""
 
 import copy
 import functools
@@ -17,7 +17,7 @@ K, D, PIXELS = 4, 3, 6
 
 
 class Autoencoder(nn.Module):
-    """What users write: the prior refers to the encoder, and the loss is made in forward."""
+    """As users write it: the prior refers to the encoder, and forward computes the loss."""
 
     def __init__(self, **settings):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a user installs: a wheel built from the tree, in an environment of its own."""
+"""The wheel that a user installs, built from the tree and tested in a separate environment."""
 
 import os
 import shutil

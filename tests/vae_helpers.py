@@ -1,4 +1,4 @@
-"""What the tests of the reference VAE share: a small run, in this process or in one of its own."""
+"""Shared by the tests of the reference VAE: a small run, in this process or another."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def train(folder: Path, *options: str) -> int:
 
 
 def refused(capsys, folder: Path, *options: str) -> str:
-    """The one line that a run ends with when it refuses to go on: no traceback, exit code 2."""
+    """The one-line error of a refused run: no traceback, exit code 2."""
     capsys.readouterr()
     code = train(folder, *BARE, *options)
     error = capsys.readouterr().err

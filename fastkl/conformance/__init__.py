@@ -1,12 +1,12 @@
-"""Formulas of variational inference, held against numbers that are known: of fastkl, or of any library named.
+"""Check the formulas of variational inference in fastkl or other libraries against exact values.
 
-    python -m fastkl.conformance                       # everything that is installed
+    python -m fastkl.conformance                       # every installed library
     python -m fastkl.conformance diffusers pyro
     python -m fastkl.conformance --markdown > conformance.md
 
-A case (cases.py) has inputs and the exact values for them, computed with 50 digits. A library (libraries.py) answers
-the questions that it has a function for. Its values must agree to 1e-4 of themselves, in 16 bits too: the exact values
-are those of the rounded inputs.
+A case (cases.py) has inputs and their exact values, computed with 50 digits. A library (libraries.py) answers the
+questions for which it has a function. Its values must agree to a relative error of 1e-4, even in 16 bits, because the
+exact values are computed from the rounded inputs.
 """
 
 from fastkl.conformance.cases import CASES, Case

@@ -1,4 +1,4 @@
-"""`python -m fastkl.conformance`: a table of what passes and what fails."""
+"""`python -m fastkl.conformance`: a table of which cases pass and fail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastkl.conformance.libraries import LIBRARIES
 
 
 def version(package: str) -> str | None:
-    """None where the package is not installed."""
+    """The installed version of a package, or None."""
     if package == "fastkl":
         return fastkl.__version__
     try:

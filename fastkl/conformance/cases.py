@@ -1,7 +1,7 @@
-"""The cases: inputs, exact values, and the mistake that each one shows.
+"""The cases: inputs, exact values, and the mistake that each one detects.
 
-`exact` was computed with mpmath to 50 digits; tests/test_conformance.py does so again. Inputs are Python numbers that
-float32, or the case's own dtype, holds exactly or nearly so: the exact values are those of the rounded inputs.
+`exact` was computed with mpmath to 50 digits; tests/test_conformance.py repeats this. Inputs are Python numbers that
+float32, or the case's dtype, represents exactly or nearly; the exact values are those of the rounded inputs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a library answers, beside what is exact."""
+"""Compare a library's answer with the exact one."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Outcome(NamedTuple):
 
 
 def check(case: Case, function: Callable[..., Any]) -> Outcome | None:
-    """Whether `function` answers the case: in its shape, and to its tolerance. None if it is not for such inputs, which
-    it says by NotImplemented."""
+    """Whether `function` answers the case with the right shape and within its tolerance. None if it returns
+    NotImplemented, because it does not support such inputs."""
     try:
         with torch.no_grad():
             found = function(*case.arguments())
         if found is NotImplemented:
             return None
         found = torch.as_tensor(found).double()
-    except Exception as error:  # of another library: whatever it is, there is no answer
+    except Exception as error:  # any error of another library means no answer
         return Outcome(case, False, f"{type(error).__name__}: {error}".splitlines()[0][:100])
     exact = case.values()
     if found.shape != exact.shape:

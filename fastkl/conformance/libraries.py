@@ -1,6 +1,6 @@
-"""What each library answers to the questions of the cases: a function for each that it has one for.
+"""Each library's functions for the questions of the cases.
 
-Libraries are imported when they are asked. A function takes the case's inputs as tensors.
+A library is imported only when it is checked. A function takes the case's inputs as tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ Answers = dict[str, Callable[..., Any]]
 
 
 def by_std(kl_of_std: Callable[..., Any]) -> Callable[..., Any]:
-    """The answer to "kl" of a library that has standard deviations; in 16 bits the conversion would be our mistake."""
+    """The answer to "kl" for a library that takes standard deviations. Not in 16 bits, where this conversion would
+    cause the error."""
 
     def kl(mu: Tensor, logvar: Tensor) -> Any:
         return NotImplemented if logvar.itemsize == 2 else kl_of_std(mu, (0.5 * logvar).exp())
@@ -81,14 +82,14 @@ def diffusers_answers() -> Answers:
         return posterior(head if mu.dim() > 2 else head[..., None, None])
 
     def kl(mu: Tensor, logvar: Tensor) -> Any:
-        return NotImplemented if mu.dim() == 3 else of(mu, logvar).kl()  # of images, and used for video
+        return NotImplemented if mu.dim() == 3 else of(mu, logvar).kl()  # made for images, but also used for video
 
     def kl_of_two(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_logvar: Tensor) -> Any:
         clamped = min(logvar.min(), prior_logvar.min()) < -30
         return NotImplemented if clamped else of(mu, logvar).kl(of(prior_mu, prior_logvar))
 
     def kl_of_std(mu: Tensor, std: Tensor) -> Any:
-        """Of the autoencoder for audio, whose deviation is a softplus and 1e-4 more, for one datum of one sample."""
+        """The KL of the audio autoencoder, with std = softplus + 1e-4, for one datum of one sample."""
         if std.itemsize == 2 or std.min() < 1e-3:
             return NotImplemented
         head = torch.cat([mu, (std - 1e-4).expm1().log()], 1)[..., None]
@@ -124,13 +125,11 @@ def pythae_answers() -> Answers:
 
     def decomposition(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int) -> Tensor:
         nothing, parts = z.new_zeros(len(z), 1), []
-        for weights in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
-            model = SimpleNamespace(
-                model_config=mse, use_mss=True, **dict(zip(("alpha", "beta", "gamma"), weights)),
-                _compute_log_gauss_density=lambda *x: models.BetaTCVAE._compute_log_gauss_density(None, *x),
-                _log_importance_weight_matrix=lambda *x: models.BetaTCVAE._log_importance_weight_matrix(None, *x),
-            )  # fmt: skip
-            parts.append(models.BetaTCVAE.loss_function(model, nothing, nothing, mu, logvar, z, dataset_size)[2])
+        for weights in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)):
+            alpha, beta, gamma = weights
+            config = models.BetaTCVAEConfig((1,), z.shape[1], alpha=alpha, beta=beta, gamma=gamma, use_mss=True)
+            model = models.BetaTCVAE(config)
+            parts.append(model.loss_function(nothing, nothing, mu, logvar, z, dataset_size)[2])
         return torch.stack(parts)
 
     def mmd(x: Tensor, y: Tensor) -> Tensor:
@@ -155,12 +154,12 @@ def scvi_answers() -> Answers:
 
     def mixture(z: Tensor, weights: Tensor, means: Tensor, stds: Tensor) -> Any:
         if stds.min() < 1e-3:
-            return NotImplemented  # its least deviation is 1e-4
+            return NotImplemented  # its smallest standard deviation is 1e-4
         prior = base.MogPrior(len(weights), means.shape[1])
         with torch.no_grad():
             prior.prior_logits.copy_(weights.log())
             prior.prior_means.copy_(means)
-            prior.prior_log_scales.copy_((stds - 1e-4).log())  # to which it adds as much
+            prior.prior_log_scales.copy_((stds - 1e-4).log())  # the library adds 1e-4 back
         return prior.get_prior(z).log_prob(z)
 
     return {"kl": by_std(kl_of_std), "kl of std": kl_of_std, "mixture": mixture}

@@ -1,4 +1,4 @@
-"""How an integration puts fastkl into another library, and takes it out again."""
+"""Patching fastkl into another library, and undoing it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from torch.distributions import kl as torch_kl
+from torch.distributions import register_kl
+
+from fastkl.ops import _torch
 
 _LOCK = threading.RLock()
 _MISSING = object()
 
 
 class UnsupportedVersion(RuntimeError):
-    """The other library is not what the integration was written for. Nothing has been replaced."""
+    """The integration does not support this version of the other library. Nothing has been replaced."""
 
 
 class Attribute:
@@ -25,7 +27,7 @@ class Attribute:
         self.old: Any = _MISSING
 
     def make(self) -> None:
-        self.old = vars(self.owner).get(self.name, _MISSING)  # as it lies there: a static method stays one
+        self.old = vars(self.owner).get(self.name, _MISSING)  # the raw entry, so that a static method stays one
         setattr(self.owner, self.name, self.new)
 
     def undo(self) -> None:
@@ -43,24 +45,30 @@ class Divergence:
         self.old: Any = _MISSING
 
     def make(self) -> None:
-        self.old = torch_kl._KL_REGISTRY.get(self.classes, _MISSING)
-        torch_kl.register_kl(*self.classes)(self.new)
+        self.old = registered_kl(*self.classes, _MISSING)
+        register_kl(*self.classes)(self.new)
 
     def undo(self) -> None:
-        if torch_kl._KL_REGISTRY.get(self.classes) is not self.new:
-            return  # another library has registered its own since
+        if registered_kl(*self.classes, None) is not self.new:
+            return  # another library has registered its own in the meantime
         if self.old is _MISSING:
-            del torch_kl._KL_REGISTRY[self.classes]
-            torch_kl._KL_MEMOIZE.clear()
+            _torch.forget_kl(self.classes)
         else:
-            torch_kl.register_kl(*self.classes)(self.old)
+            register_kl(*self.classes)(self.old)
+
+
+def registered_kl(p: type, q: type, default: Any) -> Any:
+    """The function registered by `register_kl(p, q)`."""
+    if _torch.kl_registry is None:
+        raise UnsupportedVersion("this torch does not say which divergences are registered; nothing was replaced")
+    return _torch.kl_registry.get((p, q), default)
 
 
 class Switch:
-    """An integration: `enable()`, `disable()`, and `with enable():`. Enabled twice, it has to be disabled twice.
+    """An integration: `enable()`, `disable()`, and `with enable():`. If enabled twice, it must be disabled twice.
 
-    `changes(**options)` imports the library, checks it and returns what is to be replaced. It may raise
-    UnsupportedVersion or ImportError: nothing has been replaced then.
+    `changes(**options)` imports the library, checks it and returns the replacements. If it raises UnsupportedVersion or
+    ImportError, nothing has been replaced.
     """
 
     def __init__(self, changes: Callable[..., list[Attribute | Divergence]]) -> None:

@@ -2,17 +2,17 @@
 
     fastkl.integrations.diffusers.enable()      # until disable(), or for a block: with diffusers.enable():
 
-Every `DiagonalGaussianDistribution` that is made from then on, by whatever autoencoder, and every
-`OobleckDiagonalGaussianDistribution`, computes `sample`, `kl` and `nll` by fastkl; those made before stay as they are.
-`mean`, `logvar`, `std` and `var` are computed when they are asked for, not in advance.
+Every new `DiagonalGaussianDistribution` and `OobleckDiagonalGaussianDistribution`, of any autoencoder, computes
+`sample`, `kl` and `nll` with fastkl; existing ones are unchanged. `mean`, `logvar`, `std` and `var` are computed on
+access, not in advance.
 
 Where the values differ, those of diffusers are wrong:
 
-- `kl` and `nll` are one value per datum whatever the rank. diffusers sums dimensions 1 to 3: the KL of a video
-  [N, C, T, H, W] comes as [N, W], and the mean of it is 1 / W of the KL.
-- In 16 bits `kl` and `nll` come in float32. In bfloat16 the differences in the KL are rounded away.
-- `OobleckDiagonalGaussianDistribution.kl` is the KL: diffusers has twice as much, and with `other` a term of the wrong
-  sign. A weight that was tuned for it has to be doubled.
+- `kl` and `nll` are one value per datum for any rank. diffusers sums dimensions 1 to 3: the KL of a video
+  [N, C, T, H, W] is [N, W], and its mean is 1 / W of the KL.
+- For 16-bit tensors `kl` and `nll` are float32. In bfloat16 the differences in the KL would be rounded away.
+- `OobleckDiagonalGaussianDistribution.kl` is the KL. diffusers returns twice the KL, and with `other` a term of the
+  wrong sign. Double a weight that was tuned for it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from fastkl.integrations._switch import Attribute, Switch, UnsupportedVersion, c
 from fastkl.ops.normal_log_prob import normal_log_prob
 
 BOUNDS = (-30.0, 20.0)  # diffusers clamps the log-variance to them
-DIMS = [1, 2, 3]  # of diffusers' nll where none are given
+DIMS = [1, 2, 3]  # the default of diffusers' nll
 
 
 class Posterior:
-    """What an instance has in place of diffusers' own methods; in memory are `parameters` and `deterministic` only."""
+    """The methods that replace diffusers' own. Only `parameters` and `deterministic` are stored."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self).stock, (self.parameters, self.deterministic)
@@ -52,7 +52,7 @@ class Posterior:
         return torch.zeros_like(self.mean) if self.deterministic else self._q.var
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + std noise, by the noise that diffusers draws from this generator."""
+        """mean + std noise, with the noise that diffusers would draw from this generator."""
         draw = importlib.import_module("diffusers.utils.torch_utils").randn_tensor
         like = self.parameters
         noise = draw(self.mean.shape, generator=generator, device=like.device, dtype=like.dtype)
@@ -75,7 +75,7 @@ class DiagonalGaussian(Posterior):
         return self._q.kl(None if other is None else DiagonalNormal.from_packed(other.parameters, bounds=BOUNDS))
 
     def nll(self, sample: Tensor, dims: Sequence[int] = DIMS) -> Tensor:
-        """-ln q(sample) in nats, one value per datum; summed over `dims` only, where other ones are given."""
+        """-ln q(sample) in nats, one value per datum; other `dims` than the default are summed as given."""
         if self.deterministic:
             return torch.Tensor([0.0])
         if list(dims) == DIMS:
@@ -126,7 +126,7 @@ def changes() -> list[Attribute]:
 
 
 def begin(stock: type, fused: type) -> Any:
-    """The __init__ by which a new instance of `stock` becomes one of `fused`, too. Subclasses keep their methods."""
+    """The __init__ that makes a new instance of `stock` one of `fused` as well. Subclasses keep their own methods."""
     original = stock.__init__  # type: ignore[misc]
     both = type(stock.__name__, (fused, stock), {"stock": stock, "__module__": stock.__module__})
 
@@ -143,15 +143,15 @@ _switch = Switch(changes)
 
 
 def enable() -> Switch:
-    """Puts fastkl into the posteriors of diffusers until `disable()`; as a context manager, until the block ends.
+    """Use fastkl in the posteriors of diffusers until `disable()`; as a context manager, until the block ends.
 
     Raises:
         ImportError: diffusers is not installed.
-        UnsupportedVersion: its classes have other methods than fastkl knows. Nothing was replaced.
+        UnsupportedVersion: its classes have other methods than fastkl expects. Nothing was replaced.
     """
     return _switch.enable()
 
 
 def disable() -> None:
-    """Undoes the last `enable()`. Posteriors that were made in between stay fastkl's."""
+    """Undo the last `enable()`. Posteriors created in between keep using fastkl."""
     _switch.disable()

@@ -10,7 +10,7 @@
 | `MixtureSameFamily(Categorical, Independent(Normal)).log_prob` | `fastkl.gmm_log_prob` |
 | `kl_divergence(Independent(Normal), MixtureSameFamily)`, only with `mixture_kl=True` | `fastkl.kl_gmm`, one draw |
 
-Values in float16 and bfloat16 come in float32, in which they are right. What fastkl has no formula for stays as it was.
+For float16 and bfloat16 the values are float32, in which they are accurate. Everything else is unchanged.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
-from torch.distributions import kl as torch_kl
 
-from fastkl.integrations._switch import Attribute, Divergence, Switch, check_method
+from fastkl.integrations._switch import Attribute, Divergence, Switch, check_method, registered_kl
+from fastkl.ops._torch import validate_sample
 from fastkl.ops.gmm_log_prob import gmm_log_prob
 from fastkl.ops.kl_gmm import kl_gmm
 from fastkl.ops.kl_multivariate_normal import kl_multivariate_normal
 from fastkl.ops.kl_normal import kl_normal
 
-# Elements, and terms of a mixture, below which on a CPU plain torch takes less time than an op's own set-up.
+# On a CPU, plain torch is faster than an op's set-up below this number of elements, or of a mixture's terms.
 SMALL_NORMAL, SMALL_MIXTURE = 16_384, 131_072
 
 
@@ -42,7 +42,7 @@ def _is_vector(distribution: Independent) -> bool:
 
 
 HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
-STANDARD = {"scale": "std", "prior_scale": "std"}  # what torch.distributions has
+STANDARD = {"scale": "std", "prior_scale": "std"}  # as in torch.distributions
 
 
 def _is_small(tensor: Tensor, count: int, limit: int) -> bool:
@@ -50,7 +50,7 @@ def _is_small(tensor: Tensor, count: int, limit: int) -> bool:
 
 
 def _kl_by_torch(p: Normal, q: Normal) -> Tensor:
-    """As many operations as torch's own formula, without its squares, which overflow and underflow."""
+    """The KL in as many operations as torch's formula, without its squares, which overflow and underflow."""
     log_ratio, standard = torch.log(p.scale / q.scale), (p.loc - q.loc) / q.scale
     x = log_ratio + log_ratio
     return 0.5 * (torch.expm1(x) - x + standard * standard)
@@ -70,7 +70,7 @@ def kl_of_independents(stock: Callable[..., Tensor]) -> Callable[[Independent, I
         p, q = p.base_dist, q.base_dist
         if _is_small(p.loc, max(p.loc.numel(), q.loc.numel()), SMALL_NORMAL):
             kl = _kl_by_torch(p, q)
-            return kl.sum(tuple(range(-ndim, 0))) if ndim else kl  # of no dimensions, torch sums all
+            return kl.sum(tuple(range(-ndim, 0))) if ndim else kl  # torch sums all dimensions for ()
         return kl_normal(p.loc, p.scale, q.loc, q.scale, event_ndim=ndim, **STANDARD)
 
     return kl_of_independent
@@ -99,11 +99,13 @@ def kl_from_multivariate(stock: Callable[..., Tensor] = _unknown) -> Callable[..
 
 
 def log_weights(mixture: Categorical) -> Tensor:
-    """ln pi up to a constant. torch's own `logits` of probabilities replace a weight of 0 by about 1e-7."""
-    given = getattr(mixture, "_param", None)
-    if given is not None and given is vars(mixture).get("probs"):
-        return given.log()
-    return mixture.logits
+    """ln pi up to a constant. torch's `logits`, computed from probabilities, replace a weight of 0 by about 1e-7."""
+    known = vars(mixture)  # the given parameter, and the other once it has been accessed
+    if "logits" not in known:
+        return mixture.probs.log()
+    if "probs" not in known:
+        return mixture.logits
+    return mixture.logits.masked_fill((mixture.probs == 0) & (mixture.logits > -50), -math.inf)
 
 
 def kl_to_mixture(stock: Callable[..., Tensor] = _unknown) -> Callable[..., Tensor]:
@@ -122,16 +124,15 @@ def mixture_log_prob(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
         components = self.component_distribution
         if not (isinstance(components, Independent) and _is_vector(components)):
             return stock(self, x)
-        normal, count = components.base_dist, self._num_component
-        if self._validate_args:
-            self._validate_sample(x)
+        normal, count = components.base_dist, components.batch_shape[-1]
+        validate_sample(self, x)
         logits = log_weights(self.mixture_distribution)
         means, stds = normal.loc, normal.scale
         if _is_small(x, x.numel() * count, SMALL_MIXTURE):
             standard = (x.unsqueeze(-2) - means) / stds
             log_density = -0.5 * (standard * standard).sum(-1) - (stds.log().sum(-1) + x.shape[-1] * HALF_LOG_2_PI)
             return torch.logsumexp(log_density + logits.log_softmax(-1), -1)
-        if self.batch_shape:  # a mixture for each datum: x has the batch's dimensions last
+        if self.batch_shape:  # one mixture per datum: x ends with the batch's dimensions
             batch = torch.broadcast_shapes(x.shape[:-1], self.batch_shape)
             x = x.expand(*batch, *x.shape[-1:])
             means, stds = (t.expand(*batch, *t.shape[-2:]) for t in (means, stds))
@@ -144,10 +145,9 @@ def mixture_log_prob(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def changes(*, mixture_kl: bool = False) -> list[Attribute | Divergence]:
     version = f"torch {torch.__version__}"
     check_method(MixtureSameFamily, "log_prob", ("self", "x"), version)
-    registered = torch_kl._KL_REGISTRY
     found: list[Attribute | Divergence] = [
         Divergence(Normal, Normal, kl_of_normals),
-        Divergence(Independent, Independent, kl_of_independents(registered[Independent, Independent])),
+        Divergence(Independent, Independent, kl_of_independents(registered_kl(Independent, Independent, _unknown))),
         Attribute(MixtureSameFamily, "log_prob", mixture_log_prob(MixtureSameFamily.log_prob)),
     ]
     for p, q, new in (
@@ -155,7 +155,7 @@ def changes(*, mixture_kl: bool = False) -> list[Attribute | Divergence]:
         (MultivariateNormal, Independent, kl_from_multivariate),
         *([(Independent, MixtureSameFamily, kl_to_mixture)] if mixture_kl else []),
     ):
-        found.append(Divergence(p, q, new(registered.get((p, q), _unknown))))
+        found.append(Divergence(p, q, new(registered_kl(p, q, _unknown))))
     return found
 
 
@@ -163,15 +163,14 @@ _switch = Switch(changes)
 
 
 def enable(*, mixture_kl: bool = False) -> Switch:
-    """Puts fastkl into torch.distributions until `disable()`; as a context manager, until the block ends.
+    """Use fastkl in torch.distributions until `disable()`; as a context manager, until the block ends.
 
     Args:
         mixture_kl: also estimate `kl_divergence(Independent(Normal), MixtureSameFamily)`, for which torch has no
-            formula, by one draw. Libraries that ask whether there is a formula, as Pyro does, then take another
-            estimator than before.
+            formula, by one draw. Libraries that check for a formula, such as Pyro, then use another estimator.
 
     Raises:
-        UnsupportedVersion: torch.distributions has other methods than fastkl knows. Nothing was replaced.
+        UnsupportedVersion: torch.distributions has other methods than fastkl expects. Nothing was replaced.
 
     >>> import torch, fastkl.integrations.distributions as distributions
     >>> mu, one = torch.tensor([0.05], dtype=torch.bfloat16), torch.tensor([1.0], dtype=torch.bfloat16)
@@ -186,5 +185,5 @@ def enable(*, mixture_kl: bool = False) -> Switch:
 
 
 def disable() -> None:
-    """Undoes the last `enable()`: everything is as it was."""
+    """Undo the last `enable()` completely."""
     _switch.disable()

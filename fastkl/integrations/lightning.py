@@ -23,17 +23,17 @@ from fastkl.distributions import DiagonalNormal
 
 
 class VAEModule(pl.LightningModule):
-    """Minimises one of `fastkl.objectives` by AdamW.
+    """Minimise one of `fastkl.objectives` with AdamW.
 
     Args:
         vae: a module with `posterior(x)`, a `fastkl.DiagonalNormal`, and `log_likelihood(z, x)`, one value per datum.
         prior: one of `fastkl.priors`; None is N(0, I).
         objective: a function of (posterior, prior, log_likelihood, **options) that returns a `fastkl.objectives.Loss`.
         beta: the weight of the KL at a step, as a number or one of `fastkl.schedules`; None leaves it to the objective.
-        learning_rate: of AdamW.
-        options: handed to the objective, as `remedy=` or `num_samples=`.
+        learning_rate: the learning rate of AdamW.
+        options: passed to the objective, such as `remedy=` or `num_samples=`.
 
-    Logs every term of the objective, and the loss of validation data as "val_loss".
+    Logs every term of the objective, and the loss on validation data as "val_loss".
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class VAEModule(pl.LightningModule):
 
 
 class CollapseMonitor(pl.Callback):
-    """Logs active units, the KL and the mutual information of each epoch, and warns of a collapse with its remedies.
+    """Log active units, KL and mutual information per epoch, and warn of posterior collapse, naming remedies.
 
-    It needs the posteriors: `training_step` of the module returns a dict with "posterior", a `fastkl.DiagonalNormal`.
+    The module's `training_step` must return a dict with "posterior", a `fastkl.DiagonalNormal`.
 
     Args:
-        grace: epochs without warnings; at first every posterior is the prior.
+        grace: epochs without warnings, because at first every posterior equals the prior.
 
     Source: Burda et al. 2016, arXiv:1509.00519, appendix C (active units); see `fastkl.monitors`.
     """
@@ -95,7 +95,7 @@ class CollapseMonitor(pl.Callback):
             raise TypeError(f'training_step must return a dict with "posterior", a fastkl.DiagonalNormal, got {found}')
         for monitor in (self.units, self.kl):
             monitor.update(posterior)
-        if batch_idx % trainer.log_every_n_steps == 0:  # it compares all pairs of a batch
+        if batch_idx % trainer.log_every_n_steps == 0:  # expensive: compares all pairs of a batch
             self.information.update(posterior)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -2,8 +2,8 @@
 
     fastkl.integrations.pyro.enable()      # until disable(), or for a block: with pyro.enable():
 
-Pyro takes torch's distributions and registers KL divergences of its own when it is imported. This is
-`fastkl.integrations.distributions` on top of these: `Delta` and all else stay Pyro's.
+Pyro uses torch's distributions and registers its own KL divergences on import. This integration is
+`fastkl.integrations.distributions` on top of them: `Delta` and everything else stay Pyro's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastkl.integrations._switch import Attribute, Divergence, Switch
 
 
 def changes(*, mixture_kl: bool = False) -> list[Attribute | Divergence]:
-    importlib.import_module("pyro.distributions")  # registers its divergences now, not later over these
+    importlib.import_module("pyro.distributions")  # let it register its divergences now, not over fastkl's later
     return distributions.changes(mixture_kl=mixture_kl)
 
 
@@ -23,7 +23,7 @@ _switch = Switch(changes)
 
 
 def enable(*, mixture_kl: bool = False) -> Switch:
-    """Puts fastkl into Pyro until `disable()`; as a context manager, until the block ends.
+    """Use fastkl in Pyro until `disable()`; as a context manager, until the block ends.
 
     Args:
         mixture_kl: as for `fastkl.integrations.distributions.enable`. `TraceMeanField_ELBO` then estimates the KL of a
@@ -31,11 +31,11 @@ def enable(*, mixture_kl: bool = False) -> Switch:
 
     Raises:
         ImportError: Pyro is not installed.
-        UnsupportedVersion: torch.distributions has other methods than fastkl knows. Nothing was replaced.
+        UnsupportedVersion: torch.distributions has other methods than fastkl expects. Nothing was replaced.
     """
     return _switch.enable(mixture_kl=mixture_kl)
 
 
 def disable() -> None:
-    """Undoes the last `enable()`: everything is as it was."""
+    """Undo the last `enable()` completely."""
     _switch.disable()

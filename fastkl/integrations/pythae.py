@@ -2,7 +2,7 @@
 
     fastkl.integrations.pythae.enable()      # until disable(), or for a block: with pythae.enable():
 
-| model | what is fastkl's |
+| model | computed by fastkl |
 |---|---|
 | `VAE`, `BetaVAE` | the KL |
 | `VAMP` | the density of its prior |
@@ -10,12 +10,12 @@
 | `WAE_MMD`, `INFOVAE_MMD` | the MMD, and the KL |
 | `BetaTCVAE` | the decomposition of the KL |
 
-Models that exist already change with their class. Where losses differ, those of Pythae are wrong:
+Existing models change with their class. Where losses differ, those of Pythae are wrong:
 
-- `MIWAE` and `PIWAE` normalise their importance weights over the repetitions in place of the samples: with one
-  repetition all weights are 1, and the loss is the ELBO's.
-- `IWAE`'s loss is the average of ln w under the weights, not the bound. The gradient is the same, the reported loss is
-  too low.
+- `MIWAE` and `PIWAE` normalise their importance weights over the repetitions instead of the samples: with one
+  repetition all weights are 1, and the loss is that of the ELBO.
+- `IWAE`'s loss is the average of ln w under the weights, not the bound. The gradient is the same, but the reported loss
+  is too low.
 - `BetaTCVAE` with `use_mss` gives the weight of each datum's own posterior to the first posterior of the batch.
 """
 
@@ -38,7 +38,7 @@ from fastkl.ops.total_correlation import total_correlation
 
 
 def reconstruction_loss(model: Any, recon_x: Tensor, x: Tensor) -> Tensor:
-    """-ln p(x | z) as the model's configuration says, up to a constant: [N], or [N, *samples] as recon_x has them."""
+    """-ln p(x | z) by the model's configuration, up to a constant: [N], or [N, *samples] if recon_x has samples."""
     samples = recon_x.shape[1:-1] if recon_x.dim() > 2 and recon_x.shape[1:] != x.shape[1:] else ()
     recon_x = recon_x.reshape(len(x), *samples, -1)
     x = x.reshape(len(x), *[1] * len(samples), -1).expand_as(recon_x)
@@ -69,7 +69,7 @@ def vamp_log_p_z(self, z):
 
 
 def log_weights(self, recon_x, x, mu, log_var, z) -> tuple[Tensor, Tensor, Tensor]:
-    """ln w = ln p(x | z) + ln p(z) - ln q(z | x), and what it is made of: [N, *samples] each."""
+    """ln w = ln p(x | z) + ln p(z) - ln q(z | x) and its parts, each [N, *samples]."""
     recon_loss = reconstruction_loss(self, recon_x, x)
     log_q = -0.5 * (log_var + (z - mu).square() * torch.exp(-log_var)).sum(-1)
     kl = log_q + 0.5 * z.square().sum(-1)
@@ -98,7 +98,7 @@ def piwae_loss(self, recon_x, x, mu, log_var, z):
 
 
 def discrepancy(self, z: Tensor, z_prior: Tensor) -> Tensor:
-    """The unbiased squared MMD by the kernel of the model's configuration."""
+    """The unbiased squared MMD with the kernel of the model's configuration."""
     config = self.model_config
     scales = [1.0] if self.kernel_choice == "rbf" else self.scales
     width = config.kernel_bandwidth**2 * config.latent_dim / z.shape[-1]
@@ -153,15 +153,15 @@ _switch = Switch(changes)
 
 
 def enable() -> Switch:
-    """Puts fastkl into Pythae's models until `disable()`; as a context manager, until the block ends.
+    """Use fastkl in Pythae's models until `disable()`; as a context manager, until the block ends.
 
     Raises:
         ImportError: Pythae is not installed.
-        UnsupportedVersion: a class has another method than fastkl knows. Nothing was replaced.
+        UnsupportedVersion: a class has another method than fastkl expects. Nothing was replaced.
     """
     return _switch.enable()
 
 
 def disable() -> None:
-    """Undoes the last `enable()`: every class is as it was."""
+    """Undo the last `enable()` completely."""
     _switch.disable()

@@ -1,10 +1,10 @@
-"""fastkl inside scvi-tools: the KL divergences of its posteriors, and its priors that are mixtures.
+"""fastkl inside scvi-tools: the KL divergences of its posteriors, and its mixture priors.
 
     fastkl.integrations.scvi.enable()      # until disable(), or for a block: with scvi.enable():
 
-The models ask torch.distributions: `kl_divergence` of two Normals, summed outside, and the density of
-`MixtureSameFamily` in `MogPrior`, `VampPrior`, CondSCVI, CytoVI and DestVI. This is
-`fastkl.integrations.distributions`, once it is sure that scvi-tools asks as before.
+The models use torch.distributions: `kl_divergence` of two Normals, which they sum, and the density of
+`MixtureSameFamily` in `MogPrior`, `VampPrior`, CondSCVI, CytoVI and DestVI. This integration checks that they still do,
+and enables `fastkl.integrations.distributions`.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _switch = Switch(changes)
 
 
 def enable() -> Switch:
-    """Puts fastkl into scvi-tools until `disable()`; as a context manager, until the block ends.
+    """Use fastkl in scvi-tools until `disable()`; as a context manager, until the block ends.
 
     Raises:
         ImportError: scvi-tools is not installed.
-        UnsupportedVersion: its priors or torch.distributions have other methods than fastkl knows. Nothing was
-            replaced.
+        UnsupportedVersion: its priors or torch.distributions have other methods than fastkl expects. Nothing
+            was replaced.
     """
     return _switch.enable()
 
 
 def disable() -> None:
-    """Undoes the last `enable()`: everything is as it was."""
+    """Undo the last `enable()` completely."""
     _switch.disable()

@@ -1,10 +1,10 @@
-"""Compiles a source when it is first needed and keeps the library, as Triton keeps its kernels.
+"""Compile a C source at first use and cache the library, as Triton does with its kernels.
 
-The folder is FASTKL_CACHE, or fastkl under XDG_CACHE_HOME or ~/.cache, and is the user's alone. A library's name says
-everything it was made from, its last bytes are the checksum of the others, and it appears under its name in one step:
-a stale one is never found, a truncated one is made again, and two processes that compile at once do not meet. Where
-the folder is of no use each process compiles for itself and leaves nothing behind.
-FASTKL_NATIVE=0 turns all of this off; CC is the compiler, with arguments where it has some.
+The folder is FASTKL_CACHE, or fastkl under XDG_CACHE_HOME or ~/.cache, private to the user. A library's name is a hash
+of everything it was built from, its last bytes are a checksum, and it is renamed into place atomically. So a stale one
+is never loaded, a truncated one is rebuilt, and two processes may compile at once. If the folder is unusable, each
+process compiles its own library and deletes it.
+FASTKL_NATIVE=0 disables native code; CC is the compiler, optionally with arguments.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).parent
-BOUNDS = "bounds.c"  # goes into every library
-# Infinities and NaN are kept: no -ffast-math. Sums are reordered where `omp simd` says so, products and sums fused.
+BOUNDS = "bounds.c"  # compiled into every library
+# No -ffast-math, so that infinities and NaN work. Sums are reordered only by `omp simd`; multiply-adds are fused.
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fPIC", "-w")
 DIGEST = hashlib.sha256().digest_size
-SECONDS = 300  # for a compiler that hangs
-LEFT_BEHIND = 3600  # seconds after which a folder to compile in belongs to a process that was killed
+SECONDS = 300  # timeout for a compiler that hangs
+LEFT_BEHIND = 3600  # seconds; an older build folder was left by a killed process
 
 _lock = threading.Lock()
 _log = logging.getLogger("fastkl")
@@ -49,12 +49,12 @@ def _warn_once(what: str, message: str) -> None:
 
 @functools.cache
 def _compiler() -> tuple[str, ...] | None:
-    """The command that compiles: a program and its first arguments."""
+    """The compiler command: a program and its first arguments."""
     named = os.environ.get("CC", "").strip()
     if not named:
         return next(((path,) for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
     try:
-        choices = [[named], shlex.split(named)]  # a path with a blank in it, or a command with arguments
+        choices = [[named], shlex.split(named)]  # a path that may contain spaces, or a command with arguments
     except ValueError:
         choices = [[named]]
     for program, *options in choices:
@@ -65,14 +65,14 @@ def _compiler() -> tuple[str, ...] | None:
 
 
 def _run(command: list[str], **more) -> subprocess.CompletedProcess[str]:
-    """With what it says as text, in whatever encoding it was said."""
+    """Run the command and capture its output as text; undecodable bytes are replaced."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.run(command, **pipes, encoding="utf-8", errors="replace", timeout=SECONDS, **more)
 
 
 @functools.cache
 def _machine() -> str:
-    """What -march=native depends on, and the compiler's version."""
+    """The CPU features that -march=native depends on, and the compiler's version."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
         processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
@@ -82,12 +82,12 @@ def _machine() -> str:
 
 
 def folder() -> Path:
-    """The cache, made where it is missing and private to the user; an OSError says why there is none."""
+    """The cache folder, created if missing, private to the user. Raises OSError with the reason if unusable."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:
         if given := os.environ.get("FASTKL_CACHE"):
             path = Path(given).expanduser().absolute()
-        else:  # relative ones are no places to keep anything: by XDG's own rule, and without a home "~" is one
+        else:  # relative paths are invalid: XDG says so, and without a home "~" stays relative
             path = Path(base if os.path.isabs(base) else Path.home() / ".cache", "fastkl")
     except RuntimeError as error:
         raise OSError(str(error)) from None
@@ -114,9 +114,9 @@ def _scratch(**place) -> tempfile.TemporaryDirectory:
 
 
 def _sweep(cache: Path) -> None:
-    """Away with what killed processes left."""
+    """Delete build folders that killed processes left."""
     for left in cache.glob(".build-*"):
-        with contextlib.suppress(OSError):  # another process may be at it
+        with contextlib.suppress(OSError):  # another process may be deleting it
             if time.time() - left.stat().st_mtime > LEFT_BEHIND:
                 shutil.rmtree(left)
 
@@ -126,7 +126,7 @@ def _compile(source: Path, options: tuple[str, ...], path: Path) -> None:
         made = Path(scratch) / "library.so"
         sources = [str(source), str(SOURCES / BOUNDS)]
         command = [*_compiler(), *FLAGS, *options, "-shared", *sources, "-o", str(made), "-lm"]
-        done = _run(command, env={**os.environ, "TMPDIR": scratch})  # its own files go with the others
+        done = _run(command, env={**os.environ, "TMPDIR": scratch})  # so that its temporary files are deleted too
         if done.returncode:
             raise OSError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
         content = made.read_bytes()
@@ -144,7 +144,7 @@ def _kept(source: Path, options: tuple[str, ...], name: str) -> ctypes.CDLL:
 
 
 def _passing(source: Path, options: tuple[str, ...], name: str) -> ctypes.CDLL:
-    """A library that is gone from the disk once it is loaded."""
+    """Build a library without the cache, and delete it once it is loaded."""
     with _scratch(prefix="fastkl-") as own:
         path = Path(own) / name
         _compile(source, options, path)
@@ -152,7 +152,7 @@ def _passing(source: Path, options: tuple[str, ...], name: str) -> ctypes.CDLL:
 
 
 def build(family: str, dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The library of a source for float32 or float64, compiled where it is not there; None where that cannot be."""
+    """The library of a source for float32 or float64, compiled if not cached; None if that is impossible."""
     if os.environ.get("FASTKL_NATIVE") == "0":
         return None
     if _compiler() is None:
@@ -169,7 +169,7 @@ def build(family: str, dtype: torch.dtype) -> ctypes.CDLL | None:
             return _kept(source, options, name)
         except OSError as error:
             reason = error
-        library = _passing(source, options, name)  # a full or read-only disk, one that nothing is run from
+        library = _passing(source, options, name)  # the disk is full, read-only or noexec
     except (OSError, subprocess.SubprocessError) as error:
         _warn_once(
             "compiler", f"fastkl could not compile its native CPU code and goes on with torch's operations: {error}"
@@ -184,7 +184,7 @@ _libraries: dict[tuple[str, torch.dtype], ctypes.CDLL | None] = {}
 
 
 def library(family: str, dtype: torch.dtype) -> ctypes.CDLL | None:
-    """`build`, once for each process."""
+    """`build`, cached per process."""
     key = (family, dtype)
     if key not in _libraries:
         with _lock:

@@ -1,4 +1,4 @@
-"""How a call goes to C, in as few steps as can be: a small latent is bound by the host."""
+"""Calls to C with as little Python as possible, which is what takes the time for small latents."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from fastkl.native._build import library
 
+NO_MEMORY = "fastkl's native code could not allocate its partial sums"
 MOST_DIMS = 8  # as tiles.h has it: a small struct stays in the first cache
 _functions: dict[tuple[str, str, torch.dtype], Callable | None] = {}
 
 
 def function(family: str, name: str, dtype: torch.dtype) -> Callable | None:
-    """A function of a library: f(numbers, addresses, low, high) -> 0, or 1 where memory ran out; None without one."""
+    """A library's function: f(numbers, addresses, low, high) -> 0, or 1 if out of memory. None without a library."""
     key = (family, name, dtype)
     try:
         return _functions[key]
@@ -33,27 +34,26 @@ def function(family: str, name: str, dtype: torch.dtype) -> Callable | None:
 
 
 class Plan(NamedTuple):
-    """A call whose shapes, strides and settings are known: only addresses change from one to the next."""
+    """A call with fixed shapes, strides and settings; only addresses change between calls."""
 
     function: Callable
     numbers: bytes
-    pack: Callable  # of the addresses
+    pack: Callable  # packs the addresses
     low: float = 0.0
     high: float = 0.0
-    dtype: torch.dtype = torch.float32  # what is computed in, and that of a value for each row
+    dtype: torch.dtype = torch.float32  # compute dtype, also of one value per row
     result: tuple[int, ...] = ()  # its shape
-    halves: tuple[int, int] = (0, 0)  # bytes from the first half of a packed tensor to the second, and in its gradient
 
     def run(self, *addresses: int) -> None:
-        """With as many addresses as the C function takes, 0 for what is not there."""
+        """Call with all addresses of the C function, 0 for a missing tensor."""
         self.run_at(self.low, self.high, *addresses)
 
     def run_at(self, low: float, high: float, *addresses: int) -> None:
         if self.function(self.numbers, self.pack(torch.get_num_threads(), *addresses), low, high):
-            raise MemoryError("fastkl's native code could not allocate its partial sums")
+            raise MemoryError(NO_MEMORY)
 
 
-# How a tensor's elements lie in memory, as halves.h has it; float64 is a library of its own, and by itself.
+# A tensor's element type, as in halves.h. float64 has its own library, and is not mixed with other types.
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DOUBLE = {torch.float64: 0}
 
@@ -62,9 +62,11 @@ def prepare(
     family: str, name: str, settings: Iterable[int], shape, event_ndim: int, tensors: Iterable, strides,
     others: int = 0, **more,
 ) -> Plan | None:  # fmt: skip
-    """The plan of a function of tensors (None: not there, or one value in the dtype that is computed in) with these
-    strides in the dimensions of `shape`, and of `others` addresses beside theirs. None where float64 is mixed with
-    other dtypes, or there are too many dimensions."""
+    """The plan of a function of tensors with these strides in the dimensions of `shape`, plus `others` addresses.
+
+    A tensor is None if it is missing or is one value in the compute dtype. The plan is None if float64 is mixed with
+    other dtypes, or if there are too many dimensions.
+    """
     dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
     kinds, wide = (DOUBLE, torch.float64) if torch.float64 in dtypes else (KINDS, torch.float32)
     if len(shape) > MOST_DIMS or not kinds.keys() >= {*dtypes} - {None}:
@@ -79,7 +81,7 @@ def prepare(
     return Plan(found, struct.pack(f"{len(numbers)}q", *numbers), pack, dtype=wide, **more)
 
 
-# Key -> plan, or None for what is the closed form's. A key has all that a plan depends on.
+# Key -> plan, or None to use the closed form. A key contains everything that the plan depends on.
 plans: dict[tuple, Plan | None] = {}
 MOST_PLANS = 1024
 
@@ -92,7 +94,7 @@ def keep(key: tuple, plan: Plan | None) -> Plan | None:
 
 
 def known(tensors) -> tuple:
-    """What a plan depends on of each tensor, None of one that is not there."""
+    """The part of a key for these tensors: shape, stride and dtype, or None for a missing one."""
     found = []
     for tensor in tensors:
         found += (None,) if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)

@@ -8,14 +8,14 @@ from fastkl.native._pack import address, keep, known, plans, prepare
 
 
 def _plan(name: str, hard: bool, dim: int, stream: int, *tensors):
-    """For tensors of one shape, None where one is not there."""
+    """The plan for tensors of one shape; a missing one is None."""
     key = ("gumbel_softmax", name, hard, dim, stream, known(tensors))
     try:
         return plans[key]
     except KeyError:
         like = next(tensor for tensor in tensors if tensor is not None)
         strides = [(0,) * like.dim() if tensor is None else tensor.stride() for tensor in tensors]
-        others = 2 if name == "backward" else 1  # the seed, and where tau's gradient goes
+        others = 2 if name == "backward" else 1  # the seed, and the output for tau's gradient
         numbers = (hard, stream)
         return keep(key, prepare("gumbel", name, numbers, like.shape, like.dim() - dim, tensors, strides, others))
 

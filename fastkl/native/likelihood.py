@@ -2,133 +2,81 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import functools
 
-from fastkl.native._pack import Plan, keep, plans, prepare
+from fastkl.native._pack import address, keep, known, plans, prepare
 
 NORMAL, BERNOULLI = 0, 1
 FULL, ROW, SHARED = 0, 1, 2
 
 
-def _make(key: tuple, name: str, density: int, spread: int, event_ndim: int, like: Tensor, tensors) -> Plan | None:
-    """The plan of tensors in the order of the C function, (tensor, its strides in like's dimensions) or None each."""
-    absent = (None, (0,) * like.dim())
-    present, strides = zip(*(absent if each is None else each for each in tensors))
+def _plan(name: str, density: int, event_ndim: int, tensors: tuple):
+    """For first, second and logvar, then value or dvalue, dfirst, dsecond and dlogvar; None for one that is not there,
+    or that the call allocates once it has a plan: the value lies in one piece."""
+    key = ("likelihood", name, density, event_ndim, *known(tensors))
+    try:
+        return plans[key]
+    except KeyError:
+        pass
+    like, logvar = tensors[0], tensors[2]
     rows = like.shape[: like.dim() - event_ndim]
-    plan = prepare("likelihood", name, (density, spread), like.shape, event_ndim, present, strides, result=rows)
+    value = tensors[3] if name == "backward" else like.new_empty(rows)
+    strides = [_strides(tensor, like, event_ndim) for tensor in tensors]
+    strides[3] = (*value.stride(), *[0] * event_ndim)
+    spread = FULL
+    if logvar is not None and logvar.shape != like.shape:
+        spread = SHARED if logvar.dim() < like.dim() else ROW
+    plan = prepare("likelihood", name, (density, spread), like.shape, event_ndim, tensors, strides, result=rows)
     return keep(key, plan)
 
 
-def _rows(like: Tensor, event_ndim: int):
-    """As `_by_rows`, of the values that a call allocates once it has a plan: they lie side by side."""
-    return None, like.new_empty((*like.shape[: like.dim() - event_ndim], *[1] * event_ndim)).stride()
+def _strides(tensor, like, event_ndim: int) -> tuple[int, ...]:
+    """In like's dimensions, of a tensor of its shape, or with one value for each row or for each column."""
+    if tensor is None:
+        return (0,) * like.dim()
+    missing, own = like.dim() - tensor.dim(), tensor.stride()
+    if missing or tensor.shape == like.shape:
+        return (*[0] * missing, *own)
+    return (*own[: like.dim() - event_ndim], *[0] * event_ndim)
 
 
-def _whole(tensor: Tensor):
-    return tensor, tensor.stride()
-
-
-def _by_rows(tensor: Tensor, event_ndim: int):
-    return tensor, (*tensor.stride(), *[0] * event_ndim)
-
-
-def _addresses(gradients: list[Tensor], wanted: list[bool]) -> list[int]:
-    given = iter(gradients)
-    return [next(given).data_ptr() if want else 0 for want in wanted]
-
-
-def _spread(logvar: Tensor, like: Tensor, event_ndim: int):
-    """(how it is spread, the log-variance with its strides in like's dimensions)."""
-    missing, strides = like.dim() - logvar.dim(), logvar.stride()
-    if missing:
-        return SHARED, (logvar, (*[0] * missing, *strides))
-    if logvar.shape == like.shape:
-        return FULL, (logvar, strides)
-    return ROW, (logvar, (*strides[: like.dim() - event_ndim], *[0] * event_ndim))
-
-
-def normal_log_prob_fwd(x, mean, logvar, event_ndim):
-    types = (x.dtype, mean.dtype, logvar.dtype)
-    key = ("normal_log_prob", event_ndim, *types, x.shape, logvar.shape, x.stride(), mean.stride(), logvar.stride())
-    try:
-        plan = plans[key]
-    except KeyError:
-        spread, third = _spread(logvar, x, event_ndim)
-        tensors = (_whole(x), _whole(mean), third, _rows(x, event_ndim))
-        plan = _make(key, "forward", NORMAL, spread, event_ndim, x, tensors)
+def _forward(density: int, first, second, logvar, event_ndim: int):
+    tensors = (first, second, logvar)
+    plan = _plan("forward", density, event_ndim, (*tensors, None))
     if plan is None:
         return NotImplemented
-    value = x.new_empty(plan.result, dtype=plan.dtype)
-    if 0 in x.shape:
+    value = first.new_empty(plan.result, dtype=plan.dtype)
+    if 0 in first.shape:
         return value.zero_()
-    plan.run(x.data_ptr(), mean.data_ptr(), logvar.data_ptr(), value.data_ptr())
+    plan.run(*map(address, tensors), value.data_ptr())
     return value
 
 
-def normal_log_prob_bwd(dlog_prob, x, mean, logvar, event_ndim, wanted):
-    inputs = (x, mean, logvar)
-    gradients = [torch.empty_like(tensor) for tensor, want in zip(inputs, wanted) if want]
-    types = (x.dtype, mean.dtype, logvar.dtype, dlog_prob.dtype)
-    strides = (x.stride(), mean.stride(), logvar.stride(), dlog_prob.stride())
-    key = ("normal_log_prob backward", event_ndim, *types, x.shape, logvar.shape, *strides, *wanted)
-    try:
-        plan = plans[key]
-    except KeyError:
-        spread, third = _spread(logvar, x, event_ndim)
-        outputs = iter(gradients)
-        dx, dmean, dlogvar = (next(outputs) if want else None for want in wanted)
-        first_two = (None if each is None else _whole(each) for each in (dx, dmean))
-        last = None if dlogvar is None else _spread(dlogvar, x, event_ndim)[1]
-        tensors = (_whole(x), _whole(mean), third, _by_rows(dlog_prob, event_ndim), *first_two, last)
-        plan = _make(key, "backward", NORMAL, spread, event_ndim, x, tensors)
+def _backward(density: int, inputs: tuple, dlog_prob, outputs: tuple, event_ndim: int):
+    """None, with the outputs written; or NotImplemented."""
+    tensors = (*inputs, dlog_prob, *outputs)
+    plan = _plan("backward", density, event_ndim, tensors)
     if plan is None:
         return NotImplemented
-    if x.numel() == 0:
-        return [gradient.zero_() for gradient in gradients]
-    plan.run(x.data_ptr(), mean.data_ptr(), logvar.data_ptr(), dlog_prob.data_ptr(), *_addresses(gradients, wanted))
-    return gradients
+    if inputs[0].numel():
+        plan.run(*map(address, tensors))
+    else:
+        for output in outputs:
+            if output is not None:
+                output.zero_()
+    return None
+
+
+normal_log_prob_fwd = functools.partial(_forward, NORMAL)
+
+
+def normal_log_prob_bwd(dlog_prob, x, mean, logvar, dx, dmean, dlogvar, event_ndim):
+    return _backward(NORMAL, (x, mean, logvar), dlog_prob, (dx, dmean, dlogvar), event_ndim)
 
 
 def bernoulli_log_prob_fwd(logits, x, event_ndim):
-    key = ("bernoulli_log_prob", event_ndim, logits.dtype, x.dtype, logits.shape, logits.stride(), x.stride())
-    try:
-        plan = plans[key]
-    except KeyError:
-        tensors = (_whole(logits), _whole(x), None, _rows(logits, event_ndim))
-        plan = _make(key, "forward", BERNOULLI, FULL, event_ndim, logits, tensors)
-    if plan is None:
-        return NotImplemented
-    value = logits.new_empty(plan.result, dtype=plan.dtype)
-    if 0 in logits.shape:
-        return value.zero_()
-    plan.run(logits.data_ptr(), x.data_ptr(), 0, value.data_ptr())
-    return value
+    return _forward(BERNOULLI, logits, x, None, event_ndim)
 
 
-def bernoulli_log_prob_bwd(dlog_prob, logits, x, event_ndim, wanted):
-    gradients = [torch.empty_like(tensor) for tensor, want in zip((logits, x), wanted) if want]
-    strides = (logits.stride(), x.stride(), dlog_prob.stride())
-    key = (
-        "bernoulli_log_prob backward",
-        event_ndim,
-        logits.dtype,
-        x.dtype,
-        dlog_prob.dtype,
-        logits.shape,
-        *strides,
-        *wanted,
-    )
-    try:
-        plan = plans[key]
-    except KeyError:
-        outputs = iter(gradients)
-        targets = (_whole(next(outputs)) if want else None for want in wanted)
-        tensors = (_whole(logits), _whole(x), None, _by_rows(dlog_prob, event_ndim), *targets, None)
-        plan = _make(key, "backward", BERNOULLI, FULL, event_ndim, logits, tensors)
-    if plan is None:
-        return NotImplemented
-    if logits.numel() == 0:
-        return [gradient.zero_() for gradient in gradients]
-    plan.run(logits.data_ptr(), x.data_ptr(), 0, dlog_prob.data_ptr(), *_addresses(gradients, wanted), 0)
-    return gradients
+def bernoulli_log_prob_bwd(dlog_prob, logits, x, dlogits, dx, event_ndim):
+    return _backward(BERNOULLI, (logits, x, None), dlog_prob, (dlogits, dx, None), event_ndim)

@@ -1,4 +1,4 @@
-"""Checks and broadcasting that every op does before anything is launched; each error names the argument."""
+"""Argument checks and broadcasting for every op, before any launch. Each error names the argument."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkl.ops._torch import memory_device
 from fastkl.reference import SCALES, SoftBounds
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -18,20 +17,20 @@ NO_BOUNDS = (float("-inf"), float("inf"), False)
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
-    """Every element has its place in memory."""
-    # Of nested tensors the older kind has no layout of its own; a compiler has never seen one.
+    """Raise if a tensor is sparse or nested."""
+    # Nested tensors of the older kind report a strided layout. The compiler does not support them at all.
     nested = not torch.compiler.is_compiling() and tensor.is_nested
     if nested or tensor.layout is not torch.strided:
         found = "a nested one, whose parts have different shapes" if nested else f"one of layout {tensor.layout}"
         raise TypeError(f"{name} must be a dense tensor, got {found}")
 
 
-# Arguments that may be left out, wherever they are.
+# Arguments that are optional in every op.
 OPTIONAL = frozenset({"prior_mu", "prior_logvar", "eps", "logvars", "scale_tril", "weights_x", "weights_y"})
 
 
 def check_tensors(**tensors: Tensor | None) -> None:
-    """Every argument is a dense floating-point tensor, or None if it is optional, and all are on one device."""
+    """Require dense floating-point tensors, or None for optional ones, all on one device."""
     first_name, first_device = "", None
     for name, tensor in tensors.items():
         if tensor is None and name in OPTIONAL:
@@ -49,7 +48,7 @@ def check_tensors(**tensors: Tensor | None) -> None:
 
 
 def as_tensors(like: Tensor, *values: Any) -> tuple[Any, ...]:
-    """Numbers as tensors without dimensions, on `like`'s device in the dtype it is computed in; all else as it is."""
+    """Numbers become tensors without dimensions, on `like`'s device in its compute dtype; all else is unchanged."""
     if all(value is None or isinstance(value, Tensor) for value in values):
         return values
     if not isinstance(like, Tensor) or like.dtype not in DTYPES:
@@ -63,24 +62,42 @@ def as_tensors(like: Tensor, *values: Any) -> tuple[Any, ...]:
 
 
 def as_parameters(mu: Tensor | float | None, parameter: Tensor | float | None, *others: Any) -> tuple[Any, ...]:
-    """as_tensors of a Gaussian's parameters, one of which at least is a tensor, and of its prior's."""
+    """as_tensors for a Gaussian's parameters, at least one of them a tensor, and its prior's."""
     return as_tensors(mu if isinstance(mu, Tensor) else parameter, mu, parameter, *others)
 
 
-def usual(mu: Tensor, logvar: Tensor, event_ndim: int | None, scale: str, *rest) -> int:
-    """event_ndim of the ordinary call, two tensors that are alike and nothing else given: then no check can fail. Or 0.
+def event_ndim_of_common_call(
+    event_ndim: int | None, tensors: tuple[Tensor, ...], scale: str = "logvar", *absent: Any
+) -> int:
+    """event_ndim of the ordinary call: tensors that are alike in everything, and nothing else given. Then no check can
+    fail. 0 for any other call.
 
-    Small latents are bound by the host: the checks one by one cost as much as the eager formula's forward pass.
+    Else 0. For small latents the full checks take as long as the eager formula's forward pass.
     """
-    for other in rest:
-        if other is not None:
+    if torch.compiler.is_compiling() or scale not in SCALES:
+        return 0
+    for each in absent:
+        if each is not None:
             return 0
-    return alike(event_ndim, mu, logvar) if scale in SCALES else 0
+    first = tensors[0]
+    if not isinstance(first, Tensor) or first.is_nested:
+        return 0
+    shape, dtype, device = first.shape, first.dtype, first.device
+    if dtype not in DTYPES or first.layout is not torch.strided:
+        return 0
+    for other in tensors[1:]:
+        if not isinstance(other, Tensor) or other.is_nested or other.layout is not torch.strided:
+            return 0
+        if other.dtype is not dtype or other.shape != shape or other.device != device:
+            return 0
+    if event_ndim is None:
+        return len(shape) - 1 if len(shape) > 1 else len(shape)
+    return event_ndim if type(event_ndim) is int and 0 < event_ndim <= len(shape) else 0
 
 
 def number_in(tensor: Tensor) -> float | None:
-    """The number in a tensor without dimensions; None where a look at it costs a wait for a device, or is not possible:
-    traced, without values, or a different one for each of torch.func.vmap's examples."""
+    """The value of a tensor without dimensions. None if reading it would synchronise with a device or is impossible:
+    while tracing, on "meta", or if it differs between the examples of torch.func.vmap."""
     if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     try:
@@ -90,7 +107,7 @@ def number_in(tensor: Tensor) -> float | None:
 
 
 def check_samples(**samples: Tensor) -> None:
-    """Points [N, D], with N > 0 and the same D > 0."""
+    """Require points [N, D], with N > 0 and the same D > 0."""
     check_tensors(**samples)
     for name, points in samples.items():
         if points.dim() != 2:
@@ -122,7 +139,7 @@ def check_dim(dim: Any, name: str, tensor: Tensor) -> int:
 
 
 def check_number(name: str, value: Any, *, above: bool = False) -> float:
-    """A finite number from 0 on, or above 0."""
+    """Require a finite number, >= 0 or (`above`) > 0."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 <= value < float("inf") or (above and value == 0):
@@ -131,7 +148,7 @@ def check_number(name: str, value: Any, *, above: bool = False) -> float:
 
 
 def check_weight(name: str, value: Any) -> Tensor | float:
-    """A number from 0 on, or a tensor with one value, which is not read here."""
+    """Require a number >= 0, or a tensor with one value, which is not checked."""
     if not isinstance(value, Tensor):
         return check_number(name, value)
     check_dense(name, value)
@@ -159,7 +176,7 @@ def check_scale(scale: str) -> str:
 
 
 def check_bounds(bounds: SoftBounds | tuple[float, float] | None) -> tuple[float, float, bool]:
-    """(low, high, live): the clamp of the log-variance and whether the gradient lives outside it."""
+    """(low, high, live): the clamp of the log-variance, and whether the gradient passes outside it."""
     if bounds is None:
         return NO_BOUNDS
     try:
@@ -175,11 +192,11 @@ def broadcast_shape(**tensors: Tensor | None) -> torch.Size:
     shapes = {name: tensor.shape for name, tensor in tensors.items() if tensor is not None}
     first, *others = shapes.values()
     for shape in others:
-        if len(shape) != len(first) or shape != first:  # shapes alone would compare a batch with an event's dimensions
+        if len(shape) != len(first) or shape != first:  # rank first: else a trace compares batch with event
             break
     else:
         return first
-    if not torch.compiler.is_compiling():  # torch.broadcast_shapes takes as long as all of a small KL's other checks
+    if not torch.compiler.is_compiling():  # torch.broadcast_shapes takes as long as all other checks of a small KL
         for full in shapes.values():
             if all(fits(tensor, full) for tensor in tensors.values() if tensor is not None):
                 return full
@@ -193,10 +210,10 @@ def broadcast_shape(**tensors: Tensor | None) -> torch.Size:
 def expand_prior(
     prior_mu: Tensor | None, prior_logvar: Tensor | None, like: Tensor, shape: torch.Size, event_ndim: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Both prior parameters at the event's shape if the whole batch shares them, else both at the full shape.
+    """Both prior parameters expanded to the event's shape if the whole batch shares them, else to the full shape.
 
-    A shared prior keeps its own small shape so that the backward kernel can sum its gradient over the batch instead of
-    writing one gradient per row. A missing one of the two is a standard parameter: 0.
+    A shared prior keeps its small shape so that the backward kernel can sum its gradient over the batch instead of
+    writing one gradient per row. If one of the two is missing, it is 0.
     """
     if prior_mu is None and prior_logvar is None:
         return None, None
@@ -210,7 +227,7 @@ def expand_prior(
 
 
 def is_shared(prior: Tensor, event_ndim: int) -> bool:
-    """Whether every dimension before the event is missing or of size 1."""
+    """Whether every dimension before the event's is missing or of size 1."""
     return all(size == 1 for size in prior.shape[: max(0, prior.dim() - event_ndim)])
 
 
@@ -220,7 +237,7 @@ def _drop_batch(prior: Tensor, event_ndim: int) -> Tensor:
 
 
 def check_packed(head: Tensor, dim: int) -> int:
-    """The packed dimension as a non-negative number; it holds mu in its first half and the scale in its second."""
+    """`dim` as a non-negative number: the dimension with mu in its first half and the scale in its second."""
     own = check_dim(dim, "head", head)
     if head.shape[own] % 2:
         raise ValueError(f"head packs mu and logvar along dim={dim}, whose size must be even, got {head.shape[own]}")
@@ -228,7 +245,7 @@ def check_packed(head: Tensor, dim: int) -> int:
 
 
 def batch_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    """The vmapped dimension in front, for an op that takes any leading dimensions; expanded where it is missing."""
+    """Move the vmapped dimension to the front, or add it by expand(), for an op that takes any leading dimensions."""
     return expand(tensor, (size, *tensor.shape)) if dim is None else tensor.movedim(dim, 0)
 
 
@@ -237,33 +254,28 @@ def batch_first_all(tensors, dims, size: int) -> list[Tensor]:
 
 
 def examples(size: int, dims, inputs) -> Iterator[tuple]:
-    """The inputs of each example under vmap, for an op that cannot take them all in one call."""
+    """The inputs of each example under vmap, for an op that needs one call per example."""
     for index in range(size):
         yield tuple(x if dim is None else x.select(dim, index) for x, dim in zip(inputs, dims))
 
 
 def match(gradient: Tensor, like: Tensor) -> Tensor:
-    """`gradient` in the dtype and memory layout that the fakes promise: torch.empty_like(like)."""
+    """`gradient` in the dtype and memory layout that the fake declares: those of torch.empty_like(like)."""
     out = torch.empty_like(like)
     if gradient.dtype == out.dtype and gradient.shape == out.shape and gradient.stride() == out.stride():
         return gradient
     return out.copy_(gradient)
 
 
-def padded(pair: list) -> list:
-    """A list of at most two, and None for each that is missing: Functions take tensors one by one."""
-    return [*pair, *[None] * (2 - len(pair))]
-
-
 def as_bounds(low: float, high: float, live: bool) -> SoftBounds | tuple[float, float] | None:
-    """The user's `bounds` again, from the numbers that went through the dispatcher."""
+    """The user's `bounds`, rebuilt from the numbers that the op's schema carries."""
     if (low, high) == NO_BOUNDS[:2]:
         return None
     return SoftBounds(low, high) if live else (low, high)
 
 
 def batch_first_prior(prior, dims, shape: torch.Size, event_ndim: int) -> list[Tensor | None]:
-    """The prior's two tensors under vmap: still shared by the batch, or at the full shape with the new dimension."""
+    """The prior's two tensors under vmap: still shared by the batch, or of the full shape with the new dimension."""
     if all(tensor is None or (dim is None and tensor.dim() == event_ndim) for tensor, dim in zip(prior, dims)):
         return list(prior)
     full = []
@@ -275,7 +287,7 @@ def batch_first_prior(prior, dims, shape: torch.Size, event_ndim: int) -> list[T
 
 
 def check_prior_fits(shape: torch.Size, **prior: Tensor | None) -> None:
-    """A prior may be smaller than the posterior's shape, never larger: there is nothing to broadcast a head to."""
+    """Raise if the prior is larger than the posterior: a packed head cannot be broadcast."""
     for name, tensor in prior.items():
         if tensor is None:
             continue
@@ -284,35 +296,15 @@ def check_prior_fits(shape: torch.Size, **prior: Tensor | None) -> None:
 
 
 def event_ndim_of_datum(event_ndim: int | None, shape: torch.Size, what: str = "the broadcast shape") -> int:
-    """event_ndim, checked; None stands for every dimension after the first, which is the batch. One dimension alone is
-    that of one datum."""
+    """event_ndim, checked. None means every dimension after the first, the batch; a single dimension is one datum."""
     return check_event_ndim(max(1, len(shape) - 1) if event_ndim is None else event_ndim, shape, what)
 
 
 def as_events(event_ndim: int, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """(event_ndim, *tensors) as ops take them. They sum at least one dimension: where none is summed, one of size 1 is
-    added."""
+    """(event_ndim, *tensors) for an op. Ops sum at least one dimension, so for event_ndim = 0 one of size 1 is made."""
     if event_ndim:
         return (event_ndim, *tensors)
     return (1, *(None if tensor is None else tensor.unsqueeze(-1) for tensor in tensors))
-
-
-def alike(event_ndim: int | None, first: Tensor, *others: Tensor) -> int:
-    """event_ndim_of_datum for tensors that are alike in everything, 0 for others: small latents are bound by the host,
-    and then no other check can fail."""
-    if torch.compiler.is_compiling() or not isinstance(first, Tensor) or first.dtype not in DTYPES:
-        return 0
-    if memory_device(first) is None:
-        return 0
-    shape = first.shape
-    for other in others:
-        if not isinstance(other, Tensor) or other.dtype is not first.dtype or memory_device(other) is None:
-            return 0
-        if other.shape != shape or other.device != first.device:
-            return 0
-    if event_ndim is None:
-        return len(shape) - 1 if len(shape) > 1 else len(shape)
-    return event_ndim if type(event_ndim) is int and 0 < event_ndim <= len(shape) else 0
 
 
 # Elements of a block of rows whose temporaries fit a processor's cache.
@@ -321,9 +313,9 @@ EVERYTHING = slice(None)
 
 
 def row_blocks(tensor: Tensor) -> list[slice]:
-    """Slices of the first dimension for work on a CPU that is done block by block; [everything] where it is not."""
+    """Slices of the first dimension for work by blocks on a CPU; [EVERYTHING] for work in one piece."""
     count = tensor.shape[0] if tensor.dim() else 1
-    if torch.compiler.is_compiling():  # a graph is one for any number of rows
+    if torch.compiler.is_compiling():  # one graph for any number of rows
         return [EVERYTHING]
     if tensor.device.type != "cpu" or tensor.numel() <= 2 * BLOCK or count == 1:
         return [EVERYTHING]
@@ -332,21 +324,21 @@ def row_blocks(tensor: Tensor) -> list[slice]:
 
 
 def fits(tensor: Tensor, shape: torch.Size) -> bool:
-    """Whether the tensor broadcasts to just this shape."""
+    """Whether the tensor broadcasts to exactly this shape."""
     sizes = zip(reversed(tensor.shape), reversed(shape))
     return tensor.dim() <= len(shape) and all(size in (1, full) for size, full in sizes)
 
 
 def expand(tensor: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """tensor.expand(shape), whose gradient is summed in float32: each addend rounded to 16 bits may well be 0. In front
-    of an op there is no other way to broadcast."""
+    """tensor.expand(shape) with its gradient summed in float32: in 16 bits each addend could underflow to 0. Always
+    broadcast with this before an op."""
     if tensor.dim() == len(shape) and tensor.shape == shape:
         return tensor
     return (tensor.float() if tensor.itemsize == 2 else tensor).expand(shape)
 
 
 def rows_of(tensor: Tensor | None, rows: slice, like: Tensor) -> Tensor | None:
-    """A block of a tensor that has like's dimensions, or samples in front of them; all of what the rows share."""
+    """The rows of a tensor with like's dimensions, or with samples before them; all of a tensor that rows share."""
     if tensor is None or rows is EVERYTHING or tensor.dim() < like.dim():
         return tensor
     if tensor.dim() > like.dim():
@@ -355,8 +347,8 @@ def rows_of(tensor: Tensor | None, rows: slice, like: Tensor) -> Tensor | None:
 
 
 def by_rows(function, like: Tensor, event_ndim: int, tensors: list[Tensor]) -> Tensor:
-    """function(*tensors), which has one value for each of like's rows, block of rows by block of rows."""
+    """function(*tensors), which gives one value per row of `like`, evaluated in blocks of rows."""
     blocks = row_blocks(like)
-    if len(blocks) == 1 or like.dim() == event_ndim:  # one sample: its rows have no value of their own
+    if len(blocks) == 1 or like.dim() == event_ndim:  # one datum: there is no value per row
         return function(*tensors)
     return torch.cat([function(*(rows_of(tensor, rows, like) for tensor in tensors)) for rows in blocks])

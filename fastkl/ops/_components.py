@@ -1,11 +1,17 @@
 """A slice of a mixture's components in torch ops: their log-densities at a block of rows, and the gradients.
 
-Three ways, one interface: `Differences` and `Full` are here, `Expansion` has a file of its own. `prepare` a block of
-rows [S, B, D]; `joint` gives ln pi + ln N [S, B, k]; with weights [S, B, k] and a scale for each row [S, B, 1],
-`data_gradient` is (dz, dlogvar), and `add` adds to the gradients of the parameters, from `start` with their buffers
-(of the parameters' shapes, in the compute dtype; that of logits which all rows share takes the sum of the weights) to
-`finish`. `add_moments` to `finish_moments`, with one mixture for all rows, add to its moments instead: the sum of the
-weights, and those of z - m and of its square, or of its outer product.
+`Differences`, `Full` and `_expansion.Expansion` have one interface:
+
+    start(dlogits, first, second)   the buffers that gradients of the parameters are added to, or None: of the
+                                    parameters' shapes, in the compute dtype. dlogits gets the sum of the weights, and
+                                    is given only if all rows share the logits.
+    prepare(z, ...)                 a block of rows [S, B, D], prepared for the following
+    joint                           ln pi + ln N [S, B, k]
+    data_gradient                   (dz, dlogvar), for weights [S, B, k] and a scale per row [S, B, 1]
+    add                             add the block to the gradients of the parameters
+    finish                          after the last block
+    add_moments, finish_moments     instead of add and finish, with one mixture for all rows: add up the weights, and
+                                    the weighted z - m and its square (or outer product)
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ from torch import Tensor
 
 from fastkl import reference
 
-# Bytes of a block's temporaries, which want to stay in a cache.
+# Bytes of a block's temporaries: they should fit the CPU cache.
 DIFFERENCES_BYTES = 4 << 20
 LN_2_PI = math.log(2 * math.pi)
 
@@ -38,7 +44,7 @@ class Mixture(NamedTuple):
 
 
 class _ByDifferences:
-    """What is not an expansion: pure functions of a prepared block, whose results are added up as they come."""
+    """Base of `Differences` and `Full`: pure functions of a prepared block; `add` sums their results directly."""
 
     def __init__(self, mixture: Mixture, components: slice, form: str, dtype: torch.dtype):
         self.mixture, self.components, self.form, self.dtype = mixture, components, form, dtype
@@ -52,7 +58,7 @@ class _ByDifferences:
         return self.mixture.part(tensor, data, self.components)
 
     def finite(self, distance: Tensor) -> Tensor:
-        """What is infinitely far away has weight 0, and the product of both would be NaN."""
+        """Clamp infinite distances. Their weight is 0, and 0 times infinity would be NaN."""
         most = 0.25 * torch.finfo(self.dtype).max
         return distance.clamp(-most, most)
 
@@ -90,17 +96,17 @@ class _ByDifferences:
 
 
 class Differences(_ByDifferences):
-    """Diagonal components of any kind, one difference z - m for each row, component and dimension."""
+    """Diagonal components of any kind, by the differences z - m of every row, component and dimension."""
 
     def prepare(self, z: Tensor, logvar: Tensor | None, data: slice, for_gradient: bool = False):
-        """(z - m in standard deviations, 1 / sigma, 2 ln sigma, and the log-variances of q and of the component):
-        sigma^2 is that of both together in the convolved form."""
+        """((z - m) / sigma, 1 / sigma, 2 ln sigma, the log-variances of q, those of the components, data). In the
+        convolved form sigma^2 is the sum of both variances."""
         z, logvar = z.unsqueeze(-2), None if logvar is None else logvar.unsqueeze(-2)
         logvars = z.new_zeros((1, 1, 1))
         if self.mixture.logvars is not None:
             logvars = self.part(self.mixture.logvars, data).to(self.dtype)
         spread = torch.logaddexp(logvars, logvar) if self.form == "convolved" else logvars
-        # 1 / sigma stays finite: a difference of 0, or a weight of 0, times infinity would be NaN.
+        # Keep 1 / sigma finite: a difference or a weight of 0 times infinity would be NaN.
         most = 709.0 if self.dtype == torch.float64 else 88.0
         root = (-0.5 * spread).clamp(max=most).exp()
         standard = (z - self.part(self.mixture.means, data).to(self.dtype)) * root
@@ -116,7 +122,7 @@ class Differences(_ByDifferences):
     def gradients(self, prepared, weights: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         if self.form != "point":
             return super().gradients(prepared, weights)
-        # The same formulas as below, sharing their products: small tensors are all calls.
+        # The formulas below with shared products: for small tensors, the number of torch calls is the cost.
         standard, root = self.finite(prepared[0]), prepared[1]
         weights = weights.unsqueeze(-1)
         weighted = weights * standard
@@ -135,7 +141,7 @@ class Differences(_ByDifferences):
         return dz, 0.5 * reference.weighted(weights, terms).sum(-2)
 
     def parameter_gradients(self, prepared, weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """(dmeans, dlogvars) [B, k, D], to be summed over what the parameters share."""
+        """(dmeans, dlogvars) [B, k, D], still to be summed over dimensions that the parameters share."""
         standard, (root, spread, logvar, logvars) = self.finite(prepared[0]), prepared[1:5]
         weights = (weights * scale).unsqueeze(-1)
         terms = standard.square() - 1
@@ -153,9 +159,9 @@ class Differences(_ByDifferences):
 
 
 class Full(_ByDifferences):
-    """Components with a full covariance L L^T, by P = L^-1: y = P (z - m), v = P^T y.
+    """Components with a full covariance L L^T. With P = L^-1: y = P (z - m), v = P^T y.
 
-    Tensors are [M, k, n, D]: n counts the samples of each datum, or with one mixture for all (M = 1) every row.
+    Tensors are [M, k, n, D]; n is the number of samples per datum, or of all rows if they share one mixture (M = 1).
     """
 
     def _inward(self, tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gaussians given by a mean and by a standard deviation for each dimension or a lower triangle, as users write them."""
+"""Checks of Gaussians given by a mean and standard deviations (diagonal) or a lower triangle (matrix)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from fastkl.ops import _arguments as arguments
 
 
 def _is_matrix(name: str, scale: Tensor, mu: Tensor) -> bool:
-    """More dimensions than its mean: matrices, else diagonals. Raises where the shape contradicts that."""
+    """Whether a scale is a matrix: it has more dimensions than its mean. Raises if the shape contradicts that."""
     size, mu_name = mu.shape[-1], name.replace("scale_tril", "mu")
     matrix = scale.dim() > mu.dim()
-    # [D, D] beside mu [N, D] is one matrix for all rows in some conventions: never guess.
+    # [D, D] with mu [N, D] could mean one matrix for all rows: refuse to guess.
     unclear = not matrix and scale.dim() > 1 and scale.shape[-2] != mu.shape[-2] and scale.shape[-2] == size > 1
     if unclear or scale.dim() == 0 or scale.shape[-1] != size or (matrix and scale.shape[-2] != size):
         hint = f"; for one matrix shared by the batch write {name}[None]" if unclear else ""
@@ -26,7 +26,7 @@ def check_pair(mu: Tensor, scale_tril: Tensor, prior_mu: Tensor, prior_scale_tri
     """Whether the scale of q is a matrix, and that of p."""
     scales = {"scale_tril": scale_tril, "prior_scale_tril": prior_scale_tril}
     for name, tensor in (("prior_mu", prior_mu), *scales.items()):
-        if tensor is None:  # other ops do without arguments of these names
+        if tensor is None:  # other ops have optional arguments of these names
             raise TypeError(f"{name} must be a torch.Tensor, got NoneType")
     arguments.check_tensors(mu=mu, prior_mu=prior_mu, **scales)
     shapes = tuple(mu.shape), tuple(prior_mu.shape)

@@ -1,4 +1,4 @@
-"""A slice of a mixture's components as matrix products, where the squares of differences may be expanded."""
+"""A slice of a mixture's components as matrix products: the squared differences are expanded."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops._components import LN_2_PI, Mixture
 
-# Bytes of a block's temporaries: matrix products want many rows.
+# Bytes of a block's temporaries: matrix products need many rows to be fast.
 PRODUCT_BYTES = 10 << 20
-# sum_d (m s)^2 up to which the expansion of (z - m)^2 s^2 in float64 is as exact as differences in the compute dtype
-# are, and (m s)^2 up to which the gradients' sums may be expanded in float32.
+# The largest sum_d (m s)^2 for which expanding (z - m)^2 s^2 in float64 is as accurate as differences in the compute
+# dtype, and the largest (m s)^2 for which the gradients' sums may be expanded in float32.
 EXPANSION_LIMIT = {torch.float32: 1e8, torch.float64: 1e3}
 GRADIENT_LIMIT = 64.0
 ROWS_IN_FLOAT32 = 512
 
 
 class Expansion:
-    """The interface of _components for diagonal components that all rows share: sums over dimensions as products of
-    features [x^2, x, 1] of x = z - centre, with coefficients [-1/2 s^2, (m - centre) s^2, the rest]."""
+    """Diagonal components that all rows share; the interface is that of _components. Sums over dimensions are products
+    of features [x^2, x, 1], x = z - centre, with coefficients [-1/2 s^2, (m - centre) s^2, the rest]."""
 
     def __init__(self, mixture: Mixture, components: slice, precision: str, centre: Tensor):
         exact, self.mixture, self.components = precision == "exact", mixture, components
@@ -37,18 +37,18 @@ class Expansion:
         squares = means.mul_(linear)
         norms = squares.sum(-1)
         self.constant = -0.5 * (norms + logvars.sum(-1) + LN_2_PI * dimensions)
-        self.is_allowed = not (exact and not norms.amax() <= EXPANSION_LIMIT[centre.dtype])  # NaN is not
+        self.is_allowed = not (exact and not norms.amax() <= EXPANSION_LIMIT[centre.dtype])  # NaN is not allowed
         narrow = exact and squares.amax() > GRADIENT_LIMIT
         self.gradient_dtype = self.dtype if narrow else centre.dtype
         self.rows = max(1, PRODUCT_BYTES // (12 * count + 48 * dimensions))
-        self.infinite_rows = False  # whether some entries of z may be infinite
+        self.infinite_rows = False  # whether z may contain infinities
         self.buffers: dict = {}
 
     def _means(self) -> Tensor:
         return self.mixture.means[0, self.components].to(self.dtype) - self.centre
 
     def _buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """Memory that every block uses again: fresh memory costs a page fault every 4 KB."""
+        """Memory that all blocks share: fresh memory costs a page fault every 4 KB."""
         key = (name, rows, columns, dtype)
         if key not in self.buffers:
             self.buffers[key] = torch.empty(rows, columns, dtype=dtype, device=self.centre.device)
@@ -61,7 +61,7 @@ class Expansion:
         features = self._buffer("features", rows, 2 * size + 1, dtype)
         x = torch.sub(z.flatten(0, 1).to(dtype), self.centre, out=features[:, size:-1])
         square = torch.mul(x, x, out=features[:, :size])
-        if self.infinite_rows:  # the square alone then says so: -inf, where 2 x m - x^2 is NaN
+        if self.infinite_rows:  # keep only the square, which gives -inf; 2 x m - x^2 would be NaN
             x.masked_fill_(x.isinf(), 0.0)
         variance = None if logvar is None else logvar.flatten(0, 1).to(dtype).exp()
         if variance is not None:
@@ -70,7 +70,7 @@ class Expansion:
         return features, shape, variance
 
     def for_gradient(self, prepared):
-        """What `prepare` gives for a gradient."""
+        """Turn the result of `prepare` into what it returns with for_gradient=True."""
         features, *others = prepared
         if features.dtype == self.gradient_dtype:
             return prepared
@@ -103,15 +103,15 @@ class Expansion:
         return dx.view(*shape, -1), dsquare.view(*shape, -1)
 
     def add(self, prepared, weights: Tensor, scale: Tensor) -> None:
-        """The sums over rows of weights times scale times [(z - centre)^2, z - centre, 1]."""
+        """Add the sums over rows of weights * scale * [(z - centre)^2, z - centre, 1]."""
         scale = scale.reshape(-1, 1)
-        features = prepared[0].mul_(scale).masked_fill_(scale == 0, 0.0)  # of a row infinitely far away they are NaN
-        # A product of narrow matrices adds its rows up one after the other: not too many of them in float32.
+        features = prepared[0].mul_(scale).masked_fill_(scale == 0, 0.0)  # a row at infinity has NaN
+        # The product of narrow matrices adds rows one after the other: limit their number in float32.
         for some, of_them in zip(weights.flatten(0, 1).split(ROWS_IN_FLOAT32), features.split(ROWS_IN_FLOAT32)):
             self.moments += some.T @ of_them
 
     def central_moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """sum w [k], sum w (z - m) [k, D], sum w (z - m)^2 [k, D]; the variance of q belongs to the square."""
+        """sum w [k], sum w (z - m) [k, D], sum w (z - m)^2 [k, D]; the square includes the variance of q."""
         size = self.centre.numel()
         self.buffers.clear()
         second, first, count = self.moments[:, :size], self.moments[:, size:-1], self.moments[:, -1:]

@@ -1,6 +1,6 @@
-"""Closed form of total_correlation for a small batch: all pairs at once, [D, n, B], in as few torch calls as will do.
+"""Closed form of total_correlation for a small batch: all pairs at once, [D, n, B], in as few torch calls as possible.
 
-The formulas are those of `_pairwise_normal`, which takes over where a sample lies far from its own posterior.
+The formulas are those of `_pairwise_normal`, which is used instead if a sample lies far from its own posterior.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _pairwise_normal as pairwise
 
-MOST = 262144  # elements: with fewer, calls cost more than what they do; temporaries take 6 MB
+MOST = 262144  # elements: below this the overhead of calls dominates; temporaries take 6 MB
 
 
 class Pairs:
-    """Weights, and densities relative to those of each row's own posterior: `joint` [n, B], `marginal` [D, n, B]."""
+    """Weights, and densities relative to each row's own posterior: `joint` [n, B], `marginal` [D, n, B]."""
 
     def __init__(self, z, mu, logvar, first: int, dataset_size: int, stratified: bool):
         dtype = reference.compute_dtype(z, mu, logvar)
@@ -42,7 +42,7 @@ class Pairs:
 
 
 def forward(pairs: Pairs) -> list[Tensor] | None:
-    """As `_pairwise_normal.forward`; None where a row is far from its own posterior."""
+    """Like `_pairwise_normal.forward`; None if a row is far from its own posterior."""
     marginal, joint = pairs.marginal.sum(2), pairs.joint.sum(1)
     origins = pairs.own_squares - pairs.log_scale[:, pairs.own]
     three = pairwise.parts(pairs.weights, pairs.z, origins, marginal.log(), joint.log(), torch.zeros_like(origins))
@@ -50,7 +50,7 @@ def forward(pairs: Pairs) -> list[Tensor] | None:
 
 
 def gradients(pairs: Pairs, coefficients: list[Tensor], joint_sum: Tensor, marginal_sum: Tensor):
-    """As `_pairwise_normal.gradients`, where no row is far from its own posterior."""
+    """Like `_pairwise_normal.gradients`, for rows that are not far from their own posterior."""
     own, joint, marginal, prior = coefficients
     of_joint = pairs.joint.mul_((joint / joint_sum).unsqueeze(1))
     weight = torch.addcmul(of_joint, pairs.marginal, (marginal / marginal_sum.t()).unsqueeze(2))

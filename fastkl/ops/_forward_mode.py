@@ -1,8 +1,8 @@
-"""Forward-mode derivatives of every Function here, from its backward pass: nothing is derived twice.
+"""Forward-mode derivatives of every Function, computed from its backward pass.
 
-A backward pass is linear in the incoming gradients u: it gives J^T u. The derivative of t . (J^T u) in u is J t, the
-outgoing tangents, for tangents t of the inputs. In its differentiable form, which is that of second derivatives, the
-backward pass is plain torch ops, so that torch.func.vjp finds J t, for any nesting of transforms.
+A backward pass is linear in the incoming gradients u: it gives J^T u. For tangents t of the inputs, the derivative of
+t . (J^T u) in u is J t, the outgoing tangents. The differentiable form of a backward pass, used for second derivatives,
+is plain torch ops, so torch.func.vjp gives J t for any nesting of transforms.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastkl.ops._torch import outer_tangents
 
 
 class Context(SimpleNamespace):
-    """What setup_context and backward ask of a ctx, outside of torch's."""
+    """A stand-in for torch's ctx in setup_context and backward."""
 
     fixed: tuple[Tensor, ...] = ()
     materialize = True
@@ -37,10 +37,10 @@ class Context(SimpleNamespace):
 
 @functools.cache
 def with_tangents(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """apply of the same Function with a jvp. The Function itself has none, for torch.compile refuses such."""
+    """`apply` of the Function with a jvp added. The Function itself has none because torch.compile rejects a jvp."""
 
     def context(ctx: Any, saved: list[Tensor | None], needs_input_grad: tuple[bool, ...]) -> Context:
-        """What the Function's own backward takes for ctx."""
+        """The ctx for the Function's own backward."""
         count = len(ctx.others)
         inputs = [other if tensor is None else tensor for tensor, other in zip(saved, ctx.others)]
         own = Context(needs_input_grad=needs_input_grad)
@@ -68,8 +68,8 @@ def with_tangents(function: type[torch.autograd.Function]) -> Callable[..., Any]
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-            # Without the tangents of this level, for the derivative is taken at a point; with those of outer levels,
-            # which torch leaves aside here.
+            # Drop the tangents of this level, since the derivative is taken at a point; keep those of outer levels,
+            # which torch disables in a jvp.
             saved = [None if tensor is None else unpack_dual(tensor).primal for tensor in ctx.saved_tensors]
             own, outputs = context(ctx, saved, tuple(t is not None for t in tangents)), saved[len(ctx.others) :]
             moved: list[Tensor] = []

@@ -1,7 +1,7 @@
-"""The mixture log-density as a registered op with its gradient, for the public functions that are made of it.
+"""The mixture log-density as a registered op with its gradient, which several public functions use.
 
-`form` says what is taken of each component at a row z, with q = N(z, diag exp(logvar)): "point", ln N(z; m, S);
-"expected", E_q[ln N(.; m, S)]; "convolved", ln N(z; m, S + exp(logvar)).
+`form` is the term of each component at a row z, with q = N(z, diag exp(logvar)): "point" is ln N(z; m, S), "expected"
+is E_q[ln N(.; m, S)], "convolved" is ln N(z; m, S + exp(logvar)).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastkl.ops._register import apply, differentiable, needs_closed_form, regis
 
 MIXTURE = "Tensor logits, Tensor means, Tensor? logvars, Tensor? scale_tril"
 _ARGUMENTS = f"Tensor z, Tensor? logvar, {MIXTURE}, str form, str precision"
-# Rows times components times dimensions up to which everything is made at once: a sweep would cost more in calls.
+# Up to this product of rows, components and dimensions everything is computed at once: a sweep has more call overhead.
 SMALL = 1 << 17
 
 
@@ -33,7 +33,7 @@ def is_small(z: Tensor, means: Tensor, scale_tril: Tensor | None) -> bool:
 
 
 def prepare(z, logvar, logits, means, logvars, scale_tril, form):
-    """(part, prepared) of all components and rows at once."""
+    """(part, prepared) for all components and rows at once."""
     dtype = reference.compute_dtype(z, logvar, logits, means, logvars, scale_tril)
     data = max(logits.shape[0], means.shape[0])
     kind, mixture = Differences if scale_tril is None else Full, Mixture(logits, means, logvars, scale_tril)
@@ -43,7 +43,7 @@ def prepare(z, logvar, logits, means, logvars, scale_tril, form):
 
 
 def joint_of(part, prepared) -> Tensor:
-    """ln pi_k + what the form says of component k [S, B, K], differentiable."""
+    """ln pi_k + the form's term of component k [S, B, K], differentiable."""
     return part.joint(prepared, torch.log_softmax(part.mixture.logits.to(part.dtype), -1))
 
 
@@ -54,7 +54,7 @@ def softmax_of(part, prepared) -> Tensor:
 
 @without_autocast
 def values(z, logvar, logits, means, logvars, scale_tril, form, precision, keep) -> list[Tensor]:
-    """What _mixture.log_prob returns."""
+    """The same list as _mixture.log_prob."""
     if is_small(z, means, scale_tril):
         joint = joint_of(*prepare(z, logvar, logits, means, logvars, scale_tril, form)).flatten(0, 1)
         lp = joint.logsumexp(-1)
@@ -78,12 +78,13 @@ def _backward(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, pr
 
 
 def _at_once(dlp, kept, z, logvar, mixture, form) -> list[Tensor | None]:
-    """Without responsibilities kept, they are the softmax of the joint: never exp(joint - ln p) of another rounding."""
+    """All gradients at once. Responsibilities that were not kept are the softmax of the joint: exp(joint - ln p) would
+    mix two roundings."""
 
     def weights_of(part, prepared) -> Tensor:
         responsibilities = kept[1] if len(kept) == 2 else softmax_of(part, prepared).reshape(len(dlp), -1)
         scale = dlp.unsqueeze(-1)
-        weights = (responsibilities * scale).masked_fill_(scale == 0, 0.0)  # of a row of no density they are NaN
+        weights = (responsibilities * scale).masked_fill_(scale == 0, 0.0)  # NaN in rows of density 0
         return weights.view(-1, part.data, responsibilities.shape[1])
 
     return at_once(weights_of, z, logvar, *mixture, form)
@@ -92,9 +93,11 @@ def _at_once(dlp, kept, z, logvar, mixture, form) -> list[Tensor | None]:
 def summed_gradients(
     dlp, kept, z, logvar, mixture, form, precision, data: bool, parameters: bool, buffers: list[Tensor] | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """([dz, dlogvar if there] if `data`, [sum of the weights [I, K], dmeans, dlogvars or dscale_tril if there] if
-    `parameters`, added to `buffers` where these are given), in the compute dtype; the latter may have to be summed to
-    their tensors' shapes."""
+    """(gradients of the rows if `data`, gradients of the mixture if `parameters`), in the compute dtype.
+
+    They are [dz, dlogvar if given] and [sum of the weights [I, K], dmeans, dlogvars or dscale_tril if given]. The
+    latter are added to `buffers` if given; else they may still have to be summed to the parameters' shapes.
+    """
     _, means, _, scale_tril = mixture
     if is_small(z, means, scale_tril):
         found = _at_once(dlp, kept, z, logvar, mixture, form)
@@ -109,12 +112,12 @@ def summed_gradients(
 
 
 def wanted(tensors, data: bool, parameters: bool) -> list[Tensor]:
-    """Of what belongs to (z, logvar, logits, means, logvars, scale_tril): what is there and asked for."""
+    """Those of (z, logvar, logits, means, logvars, scale_tril) that are not None and belong to what is asked for."""
     return [tensor for tensor, ask in zip(tensors, _asked(data, parameters)) if ask and tensor is not None]
 
 
 def placed(gradients, inputs, data: bool, parameters: bool) -> list[Tensor | None]:
-    """The inverse of `wanted`: the gradients of these inputs in their places, None in all others."""
+    """The inverse of `wanted`: each gradient at the position of its input, None elsewhere."""
     found = iter(gradients)
     asked = _asked(data, parameters)
     return [next(found) if ask and tensor is not None else None for tensor, ask in zip(inputs, asked)]
@@ -153,11 +156,10 @@ gmm_log_prob_bwd = register(
 
 
 def at_once(weights_of, z, logvar, logits, means, logvars, scale_tril, form) -> list[Tensor | None]:
-    """(dz, dlogvar, sum of the weights [I, K], dmeans, dlogvars, dscale_tril) in plain differentiable torch ops, in the
-    compute dtype, those of the mixture still to be summed to its shapes.
+    """(dz, dlogvar, sum of the weights [I, K], dmeans, dlogvars, dscale_tril) in plain differentiable torch ops.
 
-    weights_of(part, prepared) gives the weights [S, B, K]. Nothing is cut into blocks: it is for small tensors, and for
-    gradients that are differentiated again.
+    They have the compute dtype; those of the mixture must still be summed to its shapes. weights_of(part, prepared)
+    gives the weights [S, B, K]. Without blocks: for small tensors and for second derivatives.
     """
     part, prepared = prepare(z, logvar, logits, means, logvars, scale_tril, form)
     weights = weights_of(part, prepared)
@@ -169,7 +171,7 @@ def at_once(weights_of, z, logvar, logits, means, logvars, scale_tril, form) -> 
 
 
 def differentiable_gradients(weights_of, *inputs_and_form) -> list[Tensor | None]:
-    """at_once, the logits' gradient within the softmax, each in its input's shape and dtype."""
+    """at_once with the gradient in the logits themselves, and each gradient in its input's shape and dtype."""
     *inputs, _ = inputs_and_form
     found = at_once(weights_of, *inputs_and_form)
     found[2] = found[2] - torch.softmax(inputs[2].to(found[2].dtype), -1) * found[2].sum(-1, keepdim=True)
@@ -197,7 +199,7 @@ class _GMMLogProb(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:6], *output[1:])
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # zeros as large as the weights that are kept
+        ctx.set_materialize_grads(False)  # else torch makes zeros as large as the kept weights
         ctx.settings = inputs[6:8]
 
     @staticmethod
@@ -224,19 +226,19 @@ differentiable("gmm_log_prob_fwd", _GMMLogProb, same)
 
 
 def keep_for_rows(rows, mixture) -> int:
-    """keep_for of a call."""
+    """keep_for with the arguments of one call."""
     return sweeps.keep_for(rows[0], mixture[0], reference.compute_dtype(*rows, *mixture))
 
 
 def keep_now(rows, mixture) -> int:
-    """keep_for of a call that may have a gradient, else 0."""
+    """keep_for if the call may need a gradient, else 0."""
     if not torch.is_grad_enabled():
         return 0
-    return 1 if torch.compiler.is_compiling() else keep_for_rows(rows, mixture)  # a graph is one for any number of rows
+    return 1 if torch.compiler.is_compiling() else keep_for_rows(rows, mixture)  # one graph for any number of rows
 
 
 def log_prob(rows: dict[str, Tensor], logits, means, logvars, scale_tril, form: str, precision: str) -> Tensor:
-    """The log-density of the public functions' arguments, [*batch]."""
+    """The log-density [*batch], from arguments as users give them."""
     mixtures.check_precision(precision)
     rows, mixture, restore = mixtures.arranged(rows, logits, means, logvars, scale_tril)
     if rows[0].shape[0] == 0:
@@ -246,7 +248,7 @@ def log_prob(rows: dict[str, Tensor], logits, means, logvars, scale_tril, form: 
 
 
 def nothing(rows: list[Tensor], mixture) -> Tensor:
-    """The result for no rows at all, [0], through which every argument gets a gradient of zeros."""
+    """The empty result [0] for no rows; every argument gets a gradient of zeros through it."""
     dtype = reference.compute_dtype(*rows, *mixture)
     touched = sum(tensor.to(dtype).sum() * 0 for tensor in (*rows[1:], *mixture) if tensor is not None)
     return rows[0].to(dtype).sum(-1) + touched

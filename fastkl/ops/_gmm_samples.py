@@ -1,6 +1,6 @@
-"""KL(q || mixture) by samples as a registered op: z = mu + sigma eps, block of rows by block of samples.
+"""KL(q || mixture) by samples as a registered op: z = mu + sigma eps, in blocks of rows and samples.
 
-Nothing is kept for backward but the seed, and nothing grows with the number of samples: the noise is drawn again.
+Backward draws the noise again from the seed, so memory does not grow with the number of samples.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from fastkl.ops._gmm import (
 from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same, without_autocast
 
 _ARGUMENTS = f"Tensor mu, Tensor logvar, Tensor seed, {MIXTURE}, SymInt num_samples, str precision"
-SAMPLES_BYTES = 2 << 20  # of the z of one block
+SAMPLES_BYTES = 2 << 20  # size of one block of z
 
 
 class _Block:
-    """Rows first to last of mu and logvar, whose data have a mixture of their own, or all the same one."""
+    """Rows first to last of mu and logvar, with one mixture per datum or one for all."""
 
     def __init__(self, mu, logvar, mixture, first: int, last: int, data: slice):
         self.dtype = reference.compute_dtype(mu, logvar, *mixture)
@@ -117,7 +117,7 @@ def _fake_backward(
 
 
 kl_gmm_fwd = register(
-    f"kl_gmm_fwd({_ARGUMENTS}, str entropy, bool stl) -> Tensor",  # stl has to do with the gradient alone
+    f"kl_gmm_fwd({_ARGUMENTS}, str entropy, bool stl) -> Tensor",  # stl only affects the gradient
     closed_form=_forward,
     fake=_fake_forward,
     kernel="kl_gmm.fwd",
@@ -132,7 +132,7 @@ kl_gmm_bwd = register(
 
 @without_autocast
 def _gradients(dkl, mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, stl) -> list[Tensor | None]:
-    """_backward in differentiable torch ops."""
+    """The backward pass in differentiable torch ops."""
     mixture = (logits, means, logvars, scale_tril)
     dtype = reference.compute_dtype(mu, logvar, *mixture)
     eps = reference.normal_noise(seed, mu.shape, num_samples).to(dtype)
@@ -173,7 +173,7 @@ class KLSamples(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        """Example by example: each draws the noise of its seed for its own rows."""
+        """One call per example: each draws noise from its own seed for its own rows."""
         results = [apply(KLSamples, *example) for example in arguments.examples(info.batch_size, in_dims, inputs)]
         return torch.stack(results), 0
 

@@ -1,8 +1,8 @@
-"""A batch that is spread over the processes of a torch.distributed group, put together with its gradient.
+"""Differentiable gathering of a batch that is spread over the processes of a torch.distributed group.
 
-The rule for gradients: every process's result counts once, so a process's rows get the sum, over all processes, of what
-each result hands back to them. DistributedDataParallel, which averages parameters' gradients over the processes, then
-has the gradient of the mean of the results: of the result itself, where it is the same for all.
+Gradients: the result of every process counts once, so a row's gradient is the sum over all processes' results.
+DistributedDataParallel averages the parameters' gradients over the processes, and so gets the gradient of the mean of
+the results, or of the result itself if it is the same everywhere.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def gather(group: ProcessGroup | None, *tensors: Tensor) -> tuple[list[Tensor], int]:
-    """(the tensors of all processes one after the other along dimension 0, in order of rank; where this one's begin).
+    """(the tensors of all processes concatenated along dimension 0 by rank, the index of this process's first row).
 
-    Processes may have different numbers of rows, the same for all tensors of a process. Without a group, or in a group
-    of one, the tensors are the global ones already.
+    Processes may have different numbers of rows, but all tensors of a process the same. Without a group, or in a group
+    of one, the tensors are returned as they are.
     """
     if group is None:
         return list(tensors), 0
@@ -35,7 +35,7 @@ def gather(group: ProcessGroup | None, *tensors: Tensor) -> tuple[list[Tensor], 
 
 
 def total(group: ProcessGroup | None, tensor: Tensor) -> Tensor:
-    """The sum over the processes of a group, differentiable."""
+    """The differentiable sum over the processes of a group."""
     if group is None or torch.distributed.get_world_size(group) == 1:
         return tensor
     _refuse_forward_mode()
@@ -48,7 +48,7 @@ def _refuse_forward_mode() -> None:
 
 
 def row_counts(group: ProcessGroup | None, rows: int, device: torch.device) -> list[int]:
-    """How many rows each process has."""
+    """The number of rows of each process."""
     if group is None:
         return [rows]
     check_group(group)
@@ -58,7 +58,7 @@ def row_counts(group: ProcessGroup | None, rows: int, device: torch.device) -> l
 
 
 def check_group(group: Any) -> None:
-    """Before the first exchange, in which the other processes would wait."""
+    """Validate `group` before the first collective call, where the other processes would otherwise wait."""
     available = torch.distributed.is_available()
     if not available or not isinstance(group, torch.distributed.ProcessGroup):
         name = "this build of torch has no torch.distributed" if not available else f"got {type(group).__name__}"
@@ -71,7 +71,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Tensor, sizes: list[int], group) -> Tensor:
         ctx.sizes, ctx.group = sizes, group
-        # Processes exchange blocks of the same size.
+        # Collectives need blocks of the same size.
         padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
         padded[: len(tensor)] = tensor
         blocks = [torch.empty_like(padded) for _ in sizes]
@@ -84,7 +84,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _SumOfOwnRows(torch.autograd.Function):
-    """The gradient of _Gather, whose own gradient is _Gather."""
+    """The gradient of _Gather; its own gradient is _Gather."""
 
     @staticmethod
     def forward(ctx, gradient: Tensor, sizes: list[int], group) -> Tensor:
@@ -100,7 +100,7 @@ class _SumOfOwnRows(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """Its own gradient: the sum of what every process's result hands back."""
+    """Sum over processes. Its gradient is the same sum, of the incoming gradients."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor, group) -> Tensor:

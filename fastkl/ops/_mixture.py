@@ -1,9 +1,9 @@
-"""Mixtures in torch ops: the sweep over rows and components that every mixture op runs where no kernel does.
+"""Mixtures in torch ops: the sweep over rows and components that every mixture op runs if it has no kernel.
 
-Nothing of the size rows x components x dimensions is made, and of the size rows x components only what forward may
-keep for backward. A sweep goes over slices of components, and for each over blocks of rows, so that what it allocates
-stays below 32 MiB on a CPU whatever the sizes (a full covariance also needs some matrices of one component). Row r is
-sample r // B of datum r % B, where logits or components that differ by datum have B entries: tensors are [S, B, ...].
+Nothing of size rows x components x dimensions is allocated, and of size rows x components only what forward keeps for
+backward. A sweep goes over slices of components and, for each, over blocks of rows, so it allocates less than 32 MiB on
+a CPU for any sizes (a full covariance also needs some matrices of one component). Row r is sample r // B of datum
+r % B, where B is the number of data with their own logits or components; tensors are [S, B, ...].
 """
 
 from __future__ import annotations
@@ -17,41 +17,41 @@ from fastkl import reference
 from fastkl.ops._components import Differences, Full, Mixture
 from fastkl.ops._expansion import Expansion
 
-# Bytes of what a slice of components needs, and of the responsibilities that forward keeps; a part knows a block's.
+# Bytes for a slice of components, and for the responsibilities that forward keeps. A part chooses its own block size.
 COMPONENTS_BYTES = 12 << 20
 KEPT_BYTES = 10 << 20
-# Bytes of a slice's means, where rows meet each of them by itself: in a cache for all of the rows.
+# Bytes of a slice's means if rows are compared with each mean by differences: they stay in the cache for all rows.
 CACHED_BYTES = 1 << 19
-# Data with their own components in a block of several samples, or with matrices, which are bounded so as well.
+# Data per block if they have their own components and several samples, or matrices.
 BLOCK_DATA = 16
-# A responsibility below exp of this is 0, and not a subnormal number, whose arithmetic is some 30 times slower.
+# A responsibility below exp of this becomes 0: subnormal numbers are about 30 times slower.
 NEGLIGIBLE = {torch.float32: -60.0, torch.float64: -600.0}
 
 
 def keep_for(z: Tensor, logits: Tensor, dtype: torch.dtype) -> int:
-    """What forward keeps for backward: ln p in float64, and on a CPU the responsibilities [R, K] where they fit a
-    bounded buffer."""
+    """What forward keeps for backward: 1 is ln p in float64, 2 also the responsibilities [R, K] (on a CPU, if they fit
+    KEPT_BYTES)."""
     return 2 if z.device.type == "cpu" and z.shape[0] * logits.shape[1] * dtype.itemsize <= KEPT_BYTES else 1
 
 
 def _slices(count: int, step: int, first: int = 0) -> list[slice]:
-    """The `count` from `first` on in slices of about the same length, at most `step`."""
+    """range(first, first + count) in slices of about equal length, at most `step`."""
     step = -(-count // -(-count // max(1, step))) if count else 1
     return [slice(start, min(start + step, first + count)) for start in range(first, first + count, step)]
 
 
 def _row_blocks(logits: Tensor) -> tuple[Tensor, ...]:
-    """[I, K] in blocks of about a million."""
+    """[I, K] in blocks of about a million elements."""
     return logits.split(max(1, (1 << 20) // logits.shape[1]))
 
 
 def by_datum(tensor: Tensor, data: int) -> Tensor:
-    """[R, ...] -> [S, B, ...]; a reshape, for which is_grads_batched has a rule."""
+    """[R, ...] -> [S, B, ...], by reshape, which is_grads_batched supports."""
     return tensor.reshape(-1, data, *tensor.shape[1:])
 
 
 class Sweep:
-    """The blocks of one call: z, logvar [R, D] and a mixture in the ops' canonical form."""
+    """The blocks of one call, for z, logvar [R, D] and a mixture in canonical form."""
 
     def __init__(self, z, logvar, logits, means, logvars, scale_tril, form: str, precision: str):
         self.mixture, self.form, self.precision = Mixture(logits, means, logvars, scale_tril), form, precision
@@ -59,7 +59,7 @@ class Sweep:
         self.data = max(logits.shape[0], means.shape[0])
         self.z, self.logvar = self.by_datum(z), None if logvar is None else self.by_datum(logvar)
         self.samples = self.z.shape[0]
-        self.infinite_rows = z.device.type != "cpu"  # on a CPU log_prob sees from its result whether to look
+        self.infinite_rows = z.device.type != "cpu"  # on a CPU log_prob decides it from its result
         self.centre = means[0].to(self.dtype).mean(0)
         self.normaliser = torch.cat([torch.logsumexp(rows.to(self.dtype), -1) for rows in _row_blocks(logits)])
 
@@ -78,7 +78,7 @@ class Sweep:
             size = 8 * self.dtype.itemsize * dimensions * dimensions
             size *= BLOCK_DATA if data > 1 else 1
         else:
-            size = 48 * dimensions  # of an Expansion, its sums and what computing both takes
+            size = 48 * dimensions  # an Expansion's coefficients and sums, with their temporaries
         shared = data == 1 and self.mixture.scale_tril is None and self.form != "convolved"
         for components in _slices(count, COMPONENTS_BYTES // size):
             if shared:
@@ -95,7 +95,7 @@ class Sweep:
     def blocks(self, part) -> Iterator[tuple[slice, slice]]:
         """(samples, data) of about part.rows rows."""
         rows = part.rows
-        if self.mixture.means.shape[0] > 1:  # many samples of a datum share what is made of its components
+        if self.mixture.means.shape[0] > 1:  # samples of a datum share what is computed from its components
             rows = min(rows, max(BLOCK_DATA, 0 if self.mixture.scale_tril is not None else rows // self.samples))
         per_sample = min(self.data, rows)
         for data in _slices(self.data, per_sample):
@@ -107,11 +107,11 @@ class Sweep:
         return part.prepare(self.z[samples, data].to(self.dtype), logvar, data, for_gradient)
 
     def joint(self, part, prepared, data: slice) -> Tensor:
-        """ln pi_k + ln N [S, B, k] of a block, in float64 where the part needs it."""
+        """ln pi_k + ln N [S, B, k] of a block, in float64 if the part needs it."""
         return part.joint(prepared, self.log_weights(data, part.components))
 
     def weights(self, joint: Tensor, origin: Tensor, out: Tensor | None = None) -> Tensor:
-        """exp(joint - origin), which is at most about 1, in the compute dtype."""
+        """exp(joint - origin), at most about 1, in the compute dtype."""
         joint = joint.sub_(origin)
         exponent = joint.to(self.dtype) if out is None else out.copy_(joint)
         return torch.nn.functional.threshold_(exponent, NEGLIGIBLE[self.dtype], float("-inf")).exp_()
@@ -120,8 +120,8 @@ class Sweep:
 def log_prob(sweep: Sweep, keep: int = 0) -> list[Tensor]:
     """[ln p [R]]; with keep >= 1 also ln p in float64, with keep = 2 also the responsibilities [R, K].
 
-    In float64, because responsibilities are exp(joint - ln p): where |ln p| is large, its rounding in float32 is a
-    factor that all of them share.
+    float64 because the responsibilities are exp(joint - ln p): for large |ln p|, a float32 rounding error would scale
+    all of them by a wrong factor.
     """
     shape = (sweep.samples, sweep.data)
     lp = sweep.z.new_full(shape, float("-inf"), dtype=torch.float64)
@@ -150,7 +150,7 @@ def log_prob(sweep: Sweep, keep: int = 0) -> list[Tensor]:
 
 
 def fill_responsibilities(sweep: Sweep, lp: Tensor, out: Tensor) -> None:
-    """exp(joint - ln p) [S, B, K]."""
+    """Fill `out` [S, B, K] with exp(joint - ln p)."""
     for part in sweep.parts():
         for samples, data in sweep.blocks(part):
             joint = sweep.joint(part, sweep.prepare(part, samples, data), data)
@@ -172,7 +172,7 @@ def log_responsibilities(sweep: Sweep) -> Tensor:
 
 
 class Weights:
-    """The weights of a block: responsibilities, from what log_prob kept, times dlp."""
+    """The weights of a block: responsibilities, from what log_prob kept, and dlp as their scale."""
 
     def __init__(self, sweep: Sweep, dlp: Tensor, lp: Tensor, responsibilities: Tensor | None = None):
         self.sweep, self.scale = sweep, sweep.by_datum(dlp.to(sweep.dtype)).unsqueeze(-1)
@@ -189,11 +189,11 @@ class Weights:
             prepared = self.sweep.prepare(part, samples, data)
             weights = self.sweep.weights(self.sweep.joint(part, prepared, data), self.lp[samples, data])
             prepared = part.for_gradient(prepared)
-        return prepared, weights.masked_fill(scale == 0, 0.0), scale  # of a row of no density they are NaN
+        return prepared, weights.masked_fill(scale == 0, 0.0), scale  # NaN in rows of density 0
 
 
 class ResponsibilityWeights:
-    """As Weights: G - exp(log_r) sum_k G for the gradient G of the log-responsibilities."""
+    """Like Weights, for the gradient G of the log-responsibilities: G - exp(log_r) sum_k G."""
 
     def __init__(self, sweep: Sweep, dlog_r: Tensor, log_r: Tensor):
         self.sweep = sweep
@@ -209,7 +209,7 @@ class ResponsibilityWeights:
 
 
 def gradient_buffers(mixture, dtype: torch.dtype) -> list[Tensor]:
-    """Zeros to add gradients up in. That of shared logits is what is left of two large sums: float64."""
+    """Zeros to accumulate gradients in; float64 for shared logits, whose gradient is a difference of two large sums."""
     logits, *others = (tensor for tensor in mixture if tensor is not None)
     dtypes = [torch.float64 if len(logits) == 1 else dtype, *[dtype] * len(others)]
     return [torch.zeros(t.shape, dtype=d, device=t.device) for t, d in zip((logits, *others), dtypes)]
@@ -218,8 +218,8 @@ def gradient_buffers(mixture, dtype: torch.dtype) -> list[Tensor]:
 def gradients(
     sweep: Sweep, weights: Weights | ResponsibilityWeights, data: bool, buffers: list[Tensor]
 ) -> list[Tensor]:
-    """[dz, dlogvar of q if there] if `data`, in the compute dtype; what `buffers` holds is added to: the sum of the
-    weights [I, K], dmeans, and dlogvars or dscale_tril if there."""
+    """[dz, dlogvar of q if given] if `data`, in the compute dtype. Gradients of the mixture are added to `buffers`: the
+    sum of the weights [I, K], dmeans, and dlogvars or dscale_tril if given."""
     dlogits, *others = buffers or [None]
     parameters, shared = bool(buffers), sweep.mixture.logits.shape[0] == 1
     dz, dlogvar = (
@@ -249,7 +249,7 @@ def gradients(
 
 
 def subtract_softmax(dlogits: Tensor, logits: Tensor) -> None:
-    """dlogits -= softmax(logits) sum_k dlogits: from the gradient in ln softmax(logits) to that in the logits."""
+    """dlogits -= softmax(logits) sum_k dlogits: turns the gradient in ln softmax(logits) into that in the logits."""
     for gradient, rows in zip(_row_blocks(dlogits), _row_blocks(logits)):
         gradient.addcmul_(torch.softmax(rows, -1, dtype=gradient.dtype), gradient.sum(-1, keepdim=True), value=-1)
 

@@ -1,7 +1,7 @@
-"""Mixture arguments, as users write them, brought to the one form that the mixture ops and kernels take.
+"""Conversion of mixture arguments, as users give them, to the canonical form of the mixture ops and kernels.
 
 z [R, D]; logits [I, K]; means [M, K, D]; logvars [m, k, d], each size full or 1; scale_tril [M, K, D, D]. Row r uses
-logits[r % I] and means[r % M]; where M > 1, I and m are 1 or M.
+logits[r % I] and means[r % M]; if M > 1, I and m are 1 or M.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops._scales import as_logvar, distinct
 
 PRECISIONS = ("exact", "tf32x3", "tf32")
-EVENTS = (1, 2, 2, 3)  # dimensions of one mixture's logits, means, logvars, scale_tril
+EVENTS = (1, 2, 2, 3)  # number of dimensions of one mixture's logits, means, logvars, scale_tril
 
 
 def collapse(tensor: Tensor, event_ndim: int) -> Tensor:
-    """`tensor` without the leading dimensions along which it does not vary, and with size 1 in all others of that kind:
-    those that are expanded (stride 0)."""
+    """`tensor` without leading batch dimensions along which it does not vary; other expanded batch dimensions (of
+    stride 0) get size 1."""
     batch = tensor.dim() - event_ndim
     return _without_leading_ones(distinct(tensor, range(batch)), batch)
 
@@ -36,8 +36,8 @@ def _without_leading_ones(tensor: Tensor, batch: int) -> Tensor:
 def as_logvars(
     means: Tensor, logvars: Tensor | float | None, scale: str = "logvar", name: str = "scale"
 ) -> Tensor | None:
-    """The components' log-variances from what `scale`, the argument `name`, says they are. A number is that of all
-    components, [1], in their means' dtype, as torch.full_like takes it."""
+    """The components' log-variances, converted from what `scale` (the argument called `name`) says. A number applies to
+    all components: [1], in the means' dtype."""
     (found,) = arguments.as_tensors(means, logvars)
     logvars = logvars if found is logvars else found.to(means.dtype).reshape(1)
     arguments.check_tensors(logvars=logvars)
@@ -45,7 +45,7 @@ def as_logvars(
 
 
 def by_component(logvars: Tensor) -> Tensor:
-    """logvars [D], which all components share, as [1, D]."""
+    """logvars, with [D], shared by all components, as [1, D]."""
     return logvars if logvars.dim() > 1 else logvars.unsqueeze(0)
 
 
@@ -56,10 +56,10 @@ def check_precision(precision: str) -> str:
 def canonical(
     z: dict[str, Tensor], logits: Tensor, means: Tensor, logvars: Tensor | None, scale_tril: Tensor | None
 ) -> tuple[list[Tensor], tuple, torch.Size]:
-    """(rows, each [R, D]; logits, means, logvars, scale_tril; the batch, R in the caller's dimensions).
+    """(rows, each [R, D]; (logits, means, logvars, scale_tril); the batch shape, R in the caller's dimensions).
 
-    `z` names the tensors [..., D] that have a row each: {"z": z}, or {"mu": mu, "logvar": logvar}. Rows keep the order
-    of the batch; parameters that vary along other than its last dimensions are copied.
+    `z` holds the tensors [..., D] by name: {"z": z}, or {"mu": mu, "logvar": logvar}. Rows keep the order of the batch;
+    parameters that vary along other than its last dimensions are copied.
     """
     batch, mixture = _collapsed(z, logits, means, logvars, scale_tril)
     rows, mixture = _flattened(list(z.values()), mixture, batch)
@@ -69,8 +69,8 @@ def canonical(
 def arranged(
     z: dict[str, Tensor], logits: Tensor, means: Tensor, logvars: Tensor | None, scale_tril: Tensor | None
 ) -> tuple[list[Tensor], tuple, Callable[[Tensor], Tensor]]:
-    """As `canonical`, with the batch's dimensions in the order that copies least, and in place of the batch a function
-    that gives a result [R, ...] its shape."""
+    """Like `canonical`, but with the batch's dimensions in the order that copies least, and instead of the batch shape
+    a function that gives a result [R, ...] the caller's shape."""
     batch, mixture = _collapsed(z, logits, means, logvars, scale_tril)
     rows, order = list(z.values()), _order(len(z), mixture, batch)
     if order is not None:
@@ -93,7 +93,7 @@ def arranged(
 
 
 def _collapsed(z: dict[str, Tensor], *parameters: Tensor | None) -> tuple[torch.Size, list[Tensor | None]]:
-    """(the whole batch, the mixture's tensors with no more dimensions than they vary along, or of size 1), checked."""
+    """(the batch shape, the mixture's collapsed tensors), checked."""
     logits, means, logvars, scale_tril = parameters
     logvars = as_logvars(means, logvars)
     parameters = (logits, means, logvars, scale_tril)
@@ -106,18 +106,18 @@ def _collapsed(z: dict[str, Tensor], *parameters: Tensor | None) -> tuple[torch.
 
 
 def _permuted(tensor: Tensor, order: list[int], event: int) -> Tensor:
-    """[*batch, *event] with all of the batch's dimensions, in this order."""
+    """[*batch, *event] with all of the batch's dimensions, permuted to `order`."""
     tensor = tensor.reshape(*[1] * (len(order) + event - tensor.dim()), *tensor.shape)
     return tensor.permute(*order, *range(len(order), len(order) + event))
 
 
 def _order(row_tensors: int, mixture, batch: torch.Size) -> list[int] | None:
-    """The batch's dimensions with those last along which parameters vary; None to leave them as they are.
+    """The order of the batch's dimensions with those last along which parameters vary, or None to keep the order.
 
-    Out of their order rows are copied; in their order the parameters are, along every dimension that comes after one
-    along which they vary.
+    A new order means copying the rows. The old one means copying the parameters along every dimension after the first
+    one along which they vary.
     """
-    varies, size = set(), 0  # dimensions, and elements of the parameters that do
+    varies, size = set(), 0  # dimensions along which parameters vary, and their elements
     for tensor, event in zip(mixture, EVENTS):
         if tensor is not None and tensor.dim() > event:
             leading = tensor.shape[: tensor.dim() - event]
@@ -133,11 +133,11 @@ def _order(row_tensors: int, mixture, batch: torch.Size) -> list[int] | None:
 
 
 def _flattened(rows: list[Tensor], mixture, batch: torch.Size) -> tuple[list[Tensor], tuple]:
-    """The batch's dimensions as one of rows, and those along which parameters vary as one of data."""
+    """Flatten the batch's dimensions to one of rows, and those along which parameters vary to one of data."""
     dimensions = mixture[1].shape[-1]
     rows = [arguments.expand(tensor, (*batch, dimensions)).reshape(-1, dimensions) for tensor in rows]
     ndim = [0 if tensor is None else tensor.dim() - event for tensor, event in zip(mixture, EVENTS)]
-    per_datum = max(ndim[1:]) > 0  # whether the components, and not the weights alone, differ by datum
+    per_datum = max(ndim[1:]) > 0  # whether the components, not only the weights, differ by datum
     trailing = batch[len(batch) - max(ndim) :]
     flat = []
     for index, (tensor, count, event) in enumerate(zip(mixture, ndim, EVENTS)):
@@ -150,7 +150,7 @@ def _flattened(rows: list[Tensor], mixture, batch: torch.Size) -> tuple[list[Ten
 
 
 def batch_shape(z: dict[str, Tensor], logits, means, logvars, scale_tril) -> torch.Size:
-    """What the dimensions before the events of all of them broadcast to."""
+    """The broadcast shape of all batch dimensions."""
     parameters = {"logits": (logits, 1), "means": (means, 2), "logvars": (logvars, 2), "scale_tril": (scale_tril, 3)}
     batches = {name: tensor[..., 0] for name, tensor in z.items()}
     for name, (tensor, event_ndim) in parameters.items():
@@ -184,7 +184,7 @@ def check_shapes(z: dict[str, Tensor], logits, means, logvars, scale_tril) -> No
 
 
 def check_triangles(scale_tril: Tensor) -> None:
-    """A positive diagonal, where looking costs no wait for a device and is possible at all."""
+    """Require a positive diagonal. Checked only if the values can be read without synchronising with a device."""
     if scale_tril.device.type != "cpu" or torch.compiler.is_compiling():
         return
     bad = (scale_tril.detach().diagonal(dim1=-2, dim2=-1) <= 0).any(-1)
@@ -195,7 +195,7 @@ def check_triangles(scale_tril: Tensor) -> None:
 
 
 def vmap_call(call, size: int, dims, rows, mixture) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """What a Function's vmap returns, made of one call(rows, mixture) -> tensors [R, ...] for all examples."""
+    """The return value of a Function's vmap, by one call(rows, mixture) -> tensors [R, ...] for all examples."""
     mixture, data, per_datum = _vmap_mixture(mixture, dims[len(rows) : len(rows) + 4], size)
     rows = [None if t is None else _vmap_rows(t, dim, size, data, per_datum) for t, dim in zip(rows, dims)]
     outputs = call(rows, mixture)
@@ -203,8 +203,8 @@ def vmap_call(call, size: int, dims, rows, mixture) -> tuple[tuple[Tensor, ...],
 
 
 def _vmap_rows(tensor: Tensor, dim: int | None, size: int, data: int, per_datum: bool) -> Tensor:
-    """Rows [R, ...] of each example as rows of one call: examples by rows, or, where the mixture's parameters differ by
-    example, samples by examples by data."""
+    """Rows [R, ...] of each example as rows of one call: [examples, rows], or [samples, examples, data] if the mixture
+    differs by example."""
     tensor = arguments.batch_first(tensor, dim, size)
     if per_datum:
         tensor = tensor.unflatten(1, (-1, data)).transpose(0, 1).flatten(1, 2)

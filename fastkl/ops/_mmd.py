@@ -1,7 +1,7 @@
-"""The squared MMD of two samples as a registered op with its gradient, for the public functions that are made of it.
+"""The squared MMD of two samples as a registered op with its gradient, which several public functions use.
 
-Value and gradient come from one sweep over the pairs, in the forward pass, where the value is one number: what is saved
-is the gradient itself, of the inputs' size.
+The forward pass computes value and gradient in one sweep over the pairs. The value is one number, so it is enough to
+save the gradient, of the inputs' size.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _MMD(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:2]
         if needs_closed_form(dvalue):
             return *_pairs.mmd_gradients(dvalue, x, y, *ctx.settings), *[None] * 5
-        if len(kept) != sum(wanted):  # asked for after all
+        if len(kept) != sum(wanted):  # a gradient is needed that forward did not compute
             kept = mmd_sums(x, y, *ctx.settings, *wanted)[1:]
         found = iter(kept)
         gradients = [next(found).mul(dvalue).to(z.dtype) if ask else None for z, ask in zip((x, y), wanted)]
@@ -67,7 +67,8 @@ differentiable("mmd", _MMD, same)
 
 
 def mmd(x: Tensor, y: Tensor, kernel: str, scales: tuple[float, ...], unbiased: bool) -> Tensor:
-    """Of checked x [N, D] and y [M, D], in float64: a difference of large sums, to which more may be added."""
+    """The squared MMD of checked x [N, D] and y [M, D]. float64, because it is a difference of large sums to which
+    callers may add more."""
     asked = [torch.is_grad_enabled() and z.requires_grad for z in (x, y)]
     return apply(_MMD, x, y, kernel, list(scales), unbiased, *asked)[0]
 
@@ -83,7 +84,7 @@ def check_scales(scales: Any) -> tuple[float, ...]:
 
 
 def check_estimator(estimator: str, **rows: int) -> bool:
-    """Whether it is unbiased; rows are counted over all processes of a group."""
+    """Whether the estimator is unbiased. `rows` are counted over all processes of a group."""
     unbiased = arguments.check_choice("estimator", estimator, reference.MMD_ESTIMATORS) == "unbiased"
     for name, count in rows.items():
         if count < 1 + unbiased:
@@ -93,7 +94,7 @@ def check_estimator(estimator: str, **rows: int) -> bool:
 
 
 def check_points(name: str, points: Tensor) -> Tensor:
-    """[N, D], the dimensions of an event in one."""
+    """Check points and flatten each event: [N, D]."""
     if points.dim() < 2 or 0 in points.shape[1:]:
         raise ValueError(f"{name} must be [N, D] with at least one dimension D, got shape {tuple(points.shape)}")
     return points.flatten(1)

@@ -17,8 +17,8 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops._pairs import blocks, of_block, pair_weights
 from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same
 
-BLOCK = 256  # posteriors: a block of pairs has two sums for each scale, in a processor's cache
-SMALL = 1 << 17  # pairs times dimensions up to which everything is made at once: a sweep would cost more in calls
+BLOCK = 256  # posteriors per block side: two sums per pair and scale fit the CPU cache
+SMALL = 1 << 17  # up to this, pairs times dimensions are computed at once: a sweep has more call overhead
 
 
 def _sweep(mu, logvar, scales, unbiased, gradient) -> list[Tensor]:
@@ -61,7 +61,7 @@ def _sweep(mu, logvar, scales, unbiased, gradient) -> list[Tensor]:
                     first.add_(product) if position else first.copy_(product)
                     r.mul_(1 / (size * s))
                     second.addcmul_(product, r) if position else torch.mul(product, r, out=second)
-                # A pair stands for both orders, and an off-diagonal block for its transpose.
+                # A pair counts for both orders, and an off-diagonal block for its transpose.
                 torch.mul(u, first, out=product)
                 dmean[d, a] -= 2 * product.sum(1)
                 if a != b:
@@ -84,7 +84,7 @@ def _ratio(scaled: Tensor, a: slice, b: slice, out: Tensor) -> Tensor:
 
 
 def _parts(mu, logvar, scales, unbiased):
-    """(u [N, N, D], variance [N, D], for each scale r [N, N, D] and K [N, N], weighted), differentiable."""
+    """(u [N, N, D], variance [N, D], and per scale r [N, N, D] and the weighted K [N, N]), differentiable."""
     dtype = reference.compute_dtype(mu, logvar)
     mu, variance = mu.to(dtype), logvar.to(dtype).exp()
     rows, size = mu.shape
@@ -100,7 +100,7 @@ def _parts(mu, logvar, scales, unbiased):
 
 
 def gradients(dvalue, mu, logvar, scales, unbiased) -> list[Tensor]:
-    """In mu and logvar, in differentiable torch ops that make what is [N, N, D]."""
+    """The gradients in mu and logvar, in differentiable torch ops; allocates [N, N, D]."""
     u, variance, each = _parts(mu, logvar, scales, unbiased)
     return _gradients(u, variance, each, scales, dvalue.to(u.dtype), mu, logvar)
 
@@ -169,6 +169,6 @@ differentiable("mmd_posteriors", _Posteriors, same)
 
 
 def mean_kernel(mu: Tensor, logvar: Tensor, scales: tuple[float, ...], unbiased: bool) -> Tensor:
-    """The mean over pairs, in float64."""
+    """The mean kernel over pairs, in float64."""
     asked = torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad)
     return apply(_Posteriors, mu, logvar, list(scales), unbiased, asked)[0]

@@ -4,7 +4,7 @@ With t = |z_i - z_j|^2 / (2 D) the kernel is f(t) (reference.mmd_kernel), and fo
 
     sum_ij c_ij f(t_ij),    its gradient in z_i   (2 / D) sum_j c_ij f'(t_ij) (z_i - z_j)
 
-are found together, each pair once: block (a, b) stands for (b, a) as well. t comes from a product of matrices.
+are computed together, each pair once: block (a, b) also counts for (b, a). t comes from a matrix product.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops._register import without_autocast
 
-BLOCK = 512  # points: a block of pairs and its temporaries stay in a processor's cache
-SUMMED = 128  # terms of a sum in one product
-# |z|^2 / (2 D s), z centred, s the smallest scale, up to which the expansion |z_i|^2 + |z_j|^2 - 2 z_i . z_j is as good
-# as differences: computed in the compute dtype, and in float64.
+BLOCK = 512  # points per block side: a block of pairs and its temporaries stay in the CPU cache
+SUMMED = 128  # terms summed by one matrix product
+# The largest |z|^2 / (2 D s), z centred, s the smallest scale, for which the expansion |z_i|^2 + |z_j|^2 - 2 z_i . z_j
+# is as accurate as differences: in the compute dtype, and in float64.
 LIMITS = {torch.float32: (32.0, 1e8), torch.float64: (1e3, 1e3)}
-# Powers of 2 below these are subnormal numbers, whose arithmetic is slow.
+# Powers of 2 below these are subnormal, and slow.
 SMALLEST_POWER = {torch.float32: -125.0, torch.float64: -1020.0}
 
 
 class Points:
-    """[x, y] centred, and how exactly squares of distances between them have to be computed."""
+    """[x, y] centred, and the precision that their squared distances need."""
 
     def __init__(self, x: Tensor, y: Tensor, kernel: str, scales: list[float]):
         self.dtype = reference.compute_dtype(x, y)
@@ -37,18 +37,18 @@ class Points:
         norms = z.square().sum(1, keepdim=True) / (2 * self.size)
         ratio = norms.amax() / min(scales)
         near, far = LIMITS[self.dtype]
-        self.expanded = not ratio > far  # what is NaN may stay so
+        self.expanded = not ratio > far  # NaN may be expanded: it stays NaN
         self.product_dtype = self.dtype if not ratio > near else torch.float64
         ones = torch.ones_like(norms)
-        # The rows' products are t; without the norms, the right ones are what the slopes are multiplied by.
+        # left @ right.T is t. The slopes are multiplied by the first columns of `right`, without the norms.
         self.left = torch.cat([z / -self.size, norms, ones], 1).to(self.product_dtype)
         self.right = torch.cat([z, ones, norms], 1).to(self.product_dtype)
-        # All slopes less that at the mean of t: what is common to all takes no digits from their products' sums, and is
-        # put back by hand.
+        # Minus the slope at the mean of t. Adding it to all slopes keeps the sums of products small and accurate;
+        # `gradient` corrects for it.
         self.common = -reference.mmd_kernel_slope(2 * norms.mean(), kernel, scales).to(self.dtype)
 
     def start(self, rows: int) -> None:
-        """Memory for blocks of up to rows^2 pairs, that every block uses again."""
+        """Allocate memory for blocks of up to rows^2 pairs, which all blocks share."""
         self.product = self.left.new_empty(rows * rows)
         self.t = self.product if self.product_dtype == self.dtype else self.product.to(self.dtype)
         self.term, self.slope = torch.empty_like(self.t), torch.empty_like(self.t)
@@ -56,7 +56,7 @@ class Points:
         self.sums = self.right.new_zeros(len(self.right), self.size + 1)
 
     def distances(self, a: slice, b: slice) -> Tensor:
-        """t of a block; of a point with itself infinity, where kernel and slope are 0."""
+        """t of a block; infinity for a point with itself, where kernel and slope are 0."""
         product, t = of_block(self.product, a, b), of_block(self.t, a, b)
         if self.expanded:
             torch.mm(self.left[a], self.right[b].T, out=product)
@@ -69,15 +69,15 @@ class Points:
         return t.fill_diagonal_(math.inf) if a == b else t
 
     def add(self, weight: float, slope: Tensor, a: slice, b: slice) -> None:
-        """weight sum_j slope_ij [z_j, 1] for the rows i of a."""
+        """Add weight sum_j slope_ij [z_j, 1] to the sums of the rows i of a."""
         part = self.part[: a.stop - a.start]
-        # A product adds up one term after the other: not too many of them.
+        # A product adds its terms one after the other: limit their number.
         for some, right in zip(slope.split(SUMMED, 1), self.right[b, : self.size + 1].split(SUMMED)):
             torch.mm(some.to(self.product_dtype), right, out=part)
             self.sums[a].add_(part, alpha=weight)
 
     def gradient(self, rows: slice, own: float, others: slice, mixed: float) -> Tensor:
-        """(2 / D) sum_j c_ij slope_ij (z_i - z_j), the common slope put back."""
+        """(2 / D) sum_j c_ij slope_ij (z_i - z_j), corrected for the common slope."""
         sums, z = self.sums[rows], self.right[:, : self.size]
         total = own * z[rows].sum(0, dtype=torch.float64) + mixed * z[others].sum(0, dtype=torch.float64)
         count = own * (rows.stop - rows.start) + mixed * (others.stop - others.start)
@@ -107,7 +107,7 @@ def imq_block(t: Tensor, term: Tensor, slope: Tensor | None, common: Tensor, sca
 
 
 def rbf_block(t: Tensor, term: Tensor, slope: Tensor | None, common: Tensor, scales: list[float]) -> Tensor:
-    """As imq_block, of sum_s exp(-t / s). Half a scale is a square: most of the exponentials are not computed."""
+    """Like imq_block, for sum_s exp(-t / s). Halving a scale squares its term, which saves most of the exponentials."""
     total, before, last, smallest = 0.0, common, 0.0, SMALLEST_POWER[t.dtype]
     for s in sorted(scales, reverse=True):
         if last == 2 * s:
@@ -125,17 +125,17 @@ BLOCKS = {"imq": imq_block, "rbf": rbf_block}
 
 
 def pair_weights(n: int, m: int, unbiased: bool) -> tuple[float, float, float]:
-    """c of a pair of x, of a pair of y, and of one of each, in either order; without y, of pairs of x alone."""
+    """The weight c of a pair within x, within y, and of one each, in either order; m = 0 means pairs of x only."""
     own = [1 / max(1, count * (count - 1) if unbiased else count * count) for count in (n, m)]
     return own[0], own[1] * bool(m), -1 / max(1, n * m) * bool(m)
 
 
 @without_autocast
-@torch.no_grad()  # an exported program calls the op itself, which writes into buffers
+@torch.no_grad()  # an exported program calls this op directly, and it writes into buffers
 def mmd(x: Tensor, y: Tensor, kernel: str, scales: list[float], unbiased: bool, dx: bool, dy: bool) -> list[Tensor]:
     """[squared MMD in float64, its gradient in x if dx, in y if dy] of x [N, D] and y [M, D].
 
-    Where there is no y, it is the mean over pairs of x."""
+    If y has no rows, it is the mean over pairs of x."""
     n, m = x.shape[0], y.shape[0]
     points = Points(x, y, kernel, scales)
     weights = pair_weights(n, m, unbiased)

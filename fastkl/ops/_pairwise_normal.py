@@ -1,10 +1,10 @@
 """Closed form of total_correlation: sweeps over blocks of samples and posteriors whose temporaries stay in cache.
 
-A block is [D, rows, columns] of (d, i, j), so that the joint is a sum over the first dimension and what one of the
-others is summed over lies next to it. With s = exp(-logvar / 2) / sqrt 2 and t = (z - mu) s a density is
-exp(ln s - t^2) / sqrt pi: only z - mu, t and one exponential are taken for each (i, j, d). Exponents are relative to
-row i's own posterior, from which z_i is drawn: its term is 1, and sums need no running maximum. Where z_i lies so far
-from its own posterior that this overflows, the densest at each d takes its place.
+A block is [D, rows, columns] of (d, i, j): the joint is a sum over the first dimension, and the other sums run over
+contiguous memory. With s = exp(-logvar / 2) / sqrt 2 and t = (z - mu) s a density is exp(ln s - t^2) / sqrt pi, so each
+(i, j, d) takes only z - mu, t and one exponential. Exponents are relative to row i's own posterior, from which z_i is
+drawn: its term is 1, and sums need no running maximum. If z_i lies so far from its own posterior that this overflows,
+the densest posterior at each d is used instead.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from fastkl import reference
 
-BLOCK = 65536  # elements: what is done once a block costs little beside them, and five blocks 1.3 MB
+BLOCK = 65536  # elements: enough to hide the overhead of a block; five blocks take 1.3 MB
 MOST_COLUMNS = 256
-# Exponents below have exponentials that change nothing, and might be subnormal, which would take 50 times as long.
+# exp of anything below is negligible, and could be a subnormal number, about 50 times slower.
 NEGLIGIBLE = {torch.float32: -60.0, torch.float64: -300.0}
-MOST_LOG_SCALE = {torch.float32: 88.0, torch.float64: 709.0}  # s stays finite: infinity times 0 would be NaN
+MOST_LOG_SCALE = {torch.float32: 88.0, torch.float64: 709.0}  # keeps s finite: infinity times 0 would be NaN
 
 
 class Weights(NamedTuple):
-    """w_ij as multiples of what most have: `own` for j = i, `following` for the next."""
+    """w_ij in units of the most common weight: `own` for j = i, `following` for the next j."""
 
     log_base: float
     own: float
@@ -41,14 +41,14 @@ def sample_weights(batch: int, dataset_size: int, stratified: bool) -> Weights:
 
 
 def scales(logvar: Tensor) -> tuple[Tensor, Tensor]:
-    """(s, ln s), the latter exact also where s underflows or is bounded."""
+    """(s, ln s); ln s is exact even if s underflows or is clamped."""
     half = logvar * -0.5
     scale = half.clamp(max=MOST_LOG_SCALE[half.dtype]).exp_().mul_(math.sqrt(0.5))
     return scale, half.sub_(0.5 * math.log(2.0))
 
 
 def finite_(t: Tensor) -> Tensor:
-    """What is infinitely far away has weight 0, and the product of both would be NaN."""
+    """Clamp infinite distances. Their weight is 0, and 0 times infinity would be NaN."""
     most = torch.finfo(t.dtype).max
     return t.clamp_(-most, most)
 
@@ -58,7 +58,7 @@ def exp_(exponent: Tensor) -> Tensor:
 
 
 class Sweep:
-    """The tensors in the layout of the blocks, and the blocks."""
+    """The tensors in the blocks' layout, and the sums over blocks."""
 
     def __init__(self, z, mu, logvar, first: int, dataset_size: int, stratified: bool):
         self.dtype = reference.compute_dtype(z, mu, logvar)
@@ -91,16 +91,16 @@ class Sweep:
         return out.mul_(self.scale[:, None, columns])
 
     def exponent(self, t: Tensor, columns: slice, origins: Tensor) -> Tensor:
-        """ln s - t^2 + origin of a block; origins [D, rows] are minus the exponents that a row's are relative to."""
+        """ln s - t^2 + origin of a block. Origins [D, rows] are minus each row's reference exponents."""
         out = self.buffers[1][: t.numel()].view(t.shape)
         torch.add(origins.unsqueeze(2), self.log_scale[:, None, columns], out=out)
         return out.addcmul_(t, t, value=-1)
 
     def special(self, rows: slice, columns: slice) -> list[tuple[tuple[slice, slice], bool]]:
-        """The parts of a block whose diagonals are some rows' own posteriors (True) or the next ones."""
+        """The parts of a block whose diagonals are rows' own posteriors (True) or the next ones (False)."""
         parts = []
         for is_own, shift in ((True, 0), (False, 1), (False, 1 - self.batch)):
-            offset = self.first + shift  # row i's is posterior i + offset
+            offset = self.first + shift  # row i has posterior i + offset
             start = max(rows.start, columns.start - offset)
             stop = min(rows.stop, columns.stop - offset)
             if start < stop:
@@ -110,8 +110,8 @@ class Sweep:
         return parts
 
     def sums(self, rows: slice, origins: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """(sum_j w exp(exponent) [D, rows], sum_j w exp(sum_d exponent - shift) [rows]), the weights in multiples of
-        the base."""
+        """(sum_j w exp(exponent) [D, rows], sum_j w exp(sum_d exponent - shift) [rows]), with weights in units of the
+        base weight."""
         weights = self.weights
         marginal = self.z.new_zeros(self.z.shape[0], rows.stop - rows.start)
         joint = self.z.new_zeros(rows.stop - rows.start)
@@ -129,8 +129,8 @@ class Sweep:
         return marginal, joint
 
     def references(self, far: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(origins [D, n], shift [n]) for `sums`: those of the own posterior, or for rows that are `far` from it those
-        of the densest at each d and jointly, so that no exponential overflows."""
+        """(origins [D, n], shift [n]) for `sums`: those of the row's own posterior. Rows `far` from it use those of the
+        densest posterior, per dimension and jointly, so that no exponential overflows."""
         most = torch.finfo(self.dtype).max
         origins = self.own_squares.clamp(max=most) - self.log_scale[:, self.own]
         shift = torch.zeros_like(origins[0])
@@ -149,8 +149,10 @@ class Sweep:
 
 
 def forward(sweep: Sweep) -> list[Tensor]:
-    """[mutual information, total correlation, dimension-wise KL [n], and for `gradients` the sums: the joint's [n],
-    with the sign turned where rows are far from their own posterior, and the marginals' [n, D]]."""
+    """[mutual information, total correlation, dimension-wise KL [n], the joint's sums [n], the marginals' sums [n, D]].
+
+    The sums are for `gradients`. A joint sum is negated to mark a row that is far from its own posterior.
+    """
     origins, shift = sweep.references()
     marginal, joint = torch.empty_like(origins), torch.empty_like(shift)
     for rows in sweep.row_blocks():
@@ -162,14 +164,14 @@ def forward(sweep: Sweep) -> list[Tensor]:
         for rows in sweep.row_blocks():
             if far[rows].any():
                 marginal[:, rows], joint[rows] = sweep.sums(rows, origins[:, rows], shift[rows])
-    off = sweep.own_squares - (origins + sweep.log_scale[:, sweep.own])  # rounding, but where rows are far
+    off = sweep.own_squares - (origins + sweep.log_scale[:, sweep.own])  # rounding error, except for far rows
     three = parts(sweep.weights, sweep.z, origins, marginal.log(), joint.log().add_(shift), off)
     return [*three, torch.where(far, -joint, joint), marginal.t().contiguous()]
 
 
 def parts(weights: Weights, z: Tensor, origins: Tensor, log_marginal: Tensor, log_joint: Tensor, off: Tensor):
-    """The three, of logarithms of sums relative to the same origins, so that nothing large cancels; `off` is how far
-    these are from the own posterior's. All but log_joint [n] are [D, n]."""
+    """The three estimates, from logarithms of sums relative to the same origins, so that no large terms cancel. `off`
+    is the difference of these origins from the own posterior's. All but log_joint [n] are [D, n]."""
     joint, marginal = log_joint + weights.log_base, log_marginal + weights.log_base
     against_prior = (0.5 * z.square()).sub_(origins).add_(marginal).sum(0)
     dimension_wise = against_prior.add_(z.shape[0] * 0.5 * math.log(2.0))
@@ -177,19 +179,19 @@ def parts(weights: Weights, z: Tensor, origins: Tensor, log_marginal: Tensor, lo
 
 
 def gradients(sweep: Sweep, coefficients: list[Tensor], joint_sum: Tensor, marginal_sum: Tensor):
-    """(dz, dmu, dlogvar) [rows, D]; coefficients are those of ln q(z|x), ln q(z), each ln q(z_d), and -ln p(z), [n].
+    """(dz, dmu, dlogvar) [rows, D]; coefficients [n] belong to ln q(z|x), ln q(z), each ln q(z_d), and -ln p(z).
 
-    The exponents are those of the forward pass to the last bit, so that a posterior alone has a share of exactly 1."""
+    The exponents are bit-identical to the forward pass's, so a single posterior has a share of exactly 1."""
     own, joint, marginal, prior = coefficients
     origins, shift = sweep.references(joint_sum < 0)
-    # A row of weight 0 has no gradient, though it lies infinitely far from all posteriors.
+    # A row of weight 0 has gradient 0, even if it lies infinitely far from all posteriors.
     marginal = (marginal / marginal_sum.t()).masked_fill_(marginal == 0, 0.0).unsqueeze(2)
     joint = (joint / joint_sum.abs()).masked_fill_(joint == 0, 0.0).unsqueeze(1)
     weights = sweep.weights
     dz = torch.zeros_like(sweep.z)
     count, first, second = (torch.empty_like(sweep.mu) for _ in range(3))
     for columns in sweep.column_blocks():
-        # Sums over rows are summed within a block at the end: element by element is faster.
+        # Accumulate element by element, and sum over the rows of a block at the end: that is faster.
         blocks = sweep.row_blocks()
         totals = [sweep.buffer(i, blocks[0], columns).zero_() for i in (2, 3, 4)]
         for rows in blocks:

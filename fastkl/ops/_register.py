@@ -1,11 +1,11 @@
-"""The one place that talks to torch.library.
+"""The only module that uses torch.library.
 
 `register` gives an op its schema, a closed form in torch ops that runs on any device, a fake for tracing, the Triton
-implementation for CUDA (and ROCm) tensors, and where there is one the native loop for CPU tensors. The last two are
-imported when the first such tensor arrives: a machine without Triton, or without a C compiler, never notices.
-Each op wraps itself in an autograd.Function, which costs about 60 us less per forward and backward than
-torch.library.register_autograd. `differentiable` registers the same gradient with torch as well: of an exported program
-only the op is left, which there has no Function around it.
+implementation for CUDA (and ROCm) tensors, and, if there is one, the native loop for CPU tensors. The last two are
+imported at the first such tensor, so a machine without Triton or a C compiler works too.
+Each op is called through an autograd.Function, which costs about 60 us less per forward and backward pass than
+torch.library.register_autograd. `differentiable` registers the same gradient with torch as well, because an exported
+program contains only the op, without the Function.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Callable
-from types import NoneType
 from typing import Any
 
 import torch
@@ -25,47 +24,59 @@ from fastkl.ops._forward_mode import Context, with_tangents
 
 NAMESPACE = "fastkl"
 
-# Public name of each op -> its implementations. What CPU holds is what CPU tensors get: tests put the kernels there, so
-# that one suite drives them through the interpreter.
+# Name of each op -> its implementation. `CPU` is the table in use for CPU tensors. Tests swap in `TRITON` to run the
+# kernels in the interpreter.
 CLOSED_FORM: dict[str, Callable[..., Any]] = {}
 NATIVE: dict[str, Callable[..., Any]] = {}
 TRITON: dict[str, Callable[..., Any]] = {}
 CPU: dict[str, Callable[..., Any]] = {}
-# And where they are: "module.function" in fastkl.kernels, in fastkl.native or "".
+# Name of each op -> "module.function" of its Triton launcher in fastkl.kernels and its loop in fastkl.native (or "").
 PLACES: dict[str, tuple[str, str]] = {}
 
 
 def register(
-    schema: str, *, closed_form: Callable[..., Any], fake: Callable[..., Any], kernel: str, native: str = ""
-) -> Callable:
+    schema: str, *, closed_form: Callable[..., Any], fake: Callable[..., Any] | None = None, kernel: str,
+    native: str = "",
+) -> Callable:  # fmt: skip
     """Define `fastkl::<schema>` and return the callable op.
 
     `kernel` names the Triton launcher as "module.function" inside fastkl.kernels, `native` the native loop inside
-    fastkl.native; each takes the op's arguments, and returns NotImplemented for what is the closed form's.
+    fastkl.native; each takes the op's arguments, and returns NotImplemented for what is the closed form's. An op that
+    only writes into outputs it is given needs no fake.
     """
     name = schema[: schema.index("(")]
     qualified = f"{NAMESPACE}::{name}"
     CLOSED_FORM[name] = CPU[name] = closed_form
     PLACES[name] = kernel, native
-    TRITON[name] = triton = _lazily("kernels", kernel, closed_form)
+    TRITON[name] = _lazily(name, f"kernels.{kernel}")
     if native:
-        NATIVE[name] = CPU[name] = _lazily("native", native, closed_form)
+        NATIVE[name] = CPU[name] = _lazily(name, f"native.{native}")
+
+    def run(table: dict[str, Callable[..., Any]], args: tuple) -> Any:
+        result = table[name](*args)
+        return closed_form(*args) if result is NotImplemented else result
+
     torch.library.define(qualified, schema[len(name) :], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(qualified, "default", closed_form)
-    torch.library.impl(qualified, "CPU", lambda *args: CPU[name](*args))
-    torch.library.impl(qualified, "CUDA", triton)
-    torch.library.register_fake(qualified, fake)
+    torch.library.impl(qualified, "CPU", lambda *args: run(CPU, args))
+    torch.library.impl(qualified, "CUDA", lambda *args: run(TRITON, args))
+    torch.library.register_fake(qualified, fake or _nothing)
     dispatched = getattr(torch.ops.fastkl, name).default
 
     def op(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return dispatched(*args)
-        device = _plain_device(args)
+        device = _torch.plain_device(args)
         if device == "cpu":
-            return CPU[name](*args)
-        return triton(*args) if device == "cuda" else dispatched(*args)
+            result = CPU[name](*args)  # as `run`, which would be a step more
+            return closed_form(*args) if result is NotImplemented else result
+        return run(TRITON, args) if device == "cuda" else dispatched(*args)
 
     return op
+
+
+def _nothing(*args: Any) -> None:
+    """The fake of an op that returns nothing: shapes are those of the outputs it is given."""
 
 
 def differentiable(name: str, function: type[torch.autograd.Function], inputs_of: Callable[..., tuple]) -> None:
@@ -74,16 +85,17 @@ def differentiable(name: str, function: type[torch.autograd.Function], inputs_of
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         function.setup_context(ctx, inputs_of(*inputs), tuple(output) if isinstance(output, list) else output)
         lists = [isinstance(arg, (list, tuple)) and all(isinstance(item, Tensor) for item in arg) for arg in inputs]
-        # Where the gradient of each argument goes: (number,), or a list of (number, place in the list).
+        # The path of each argument's gradient: (argument,), or for a list of tensors [(argument, index), ...].
         ctx.places = [
             [(number, place) for place in range(len(arg))] if is_list else (number,)
             for number, (arg, is_list) in enumerate(zip(inputs, lists))
         ]
 
     def backward(ctx: Any, *gradients: Any) -> tuple:
-        if isinstance(gradients[0], (list, tuple)):  # of an op that returns a list
+        if isinstance(gradients[0], (list, tuple)):  # the op returns a list
             gradients = tuple(gradients[0])
-        places = inputs_of(*ctx.places)
+        # Settings, and whatever else is no argument of the op, have no place.
+        places = [place if type(place) is tuple else None for place in inputs_of(*ctx.places)]
         wanted = [place is not None and bool(_at(ctx.needs_input_grad, place)) for place in places]
         own = Context(**vars(ctx), saved_tensors=ctx.saved_tensors, needs_input_grad=tuple(wanted))
         found: list[Any] = [[None] * len(place) if isinstance(place, list) else None for place in ctx.places]
@@ -102,49 +114,27 @@ def _at(tree: Any, place: tuple[int, ...]) -> Any:
 
 
 def same(*args: Any) -> tuple:
-    """For `differentiable`: a Function whose inputs are the op's arguments."""
+    """`inputs_of` in `differentiable` for a Function whose inputs are the op's arguments."""
     return args
 
 
-def _lazily(package: str, path: str, closed_form: Callable[..., Any]) -> Callable[..., Any]:
+def _lazily(name: str, path: str) -> Callable[..., Any]:
+    """fastkl.<path>, imported by the first call, which puts it in its own place."""
     module, function = path.rsplit(".", 1)
-    found = None
 
-    def implementation(*args: Any) -> Any:
-        nonlocal found
-        if found is None:
-            found = getattr(importlib.import_module(f"fastkl.{package}.{module}"), function)
-        result = found(*args)
-        return closed_form(*args) if result is NotImplemented else result
+    def first(*args: Any) -> Any:
+        found = getattr(importlib.import_module(f"fastkl.{module}"), function)
+        for table in (NATIVE, TRITON, CPU):
+            if table.get(name) is first:
+                table[name] = found
+        return found(*args)
 
-    return implementation
-
-
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, int, float, bool, str, NoneType))
-
-
-def _plain_device(args: tuple) -> str | None:
-    """The device's type where the op may be called past torch's dispatcher: nothing listens there, no argument is of a
-    subclass of Tensor, and each has all of its state in its memory. A third of the host time of a small loss."""
-    if not _torch.unheard():
-        return None
-    device = None
-    for arg in args:
-        for item in arg if type(arg) is list else (arg,):
-            kind = type(item)
-            if kind not in _PLAIN:
-                return None
-            if kind is Tensor or kind is torch.nn.Parameter:
-                device = _torch.memory_device(item)
-                if device is None:
-                    return None
-    return device
+    return first
 
 
 def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """A context in which matrices are multiplied in their own dtype. A device that has no autocast ("meta": shapes
-    without values) needs none."""
-    # Dynamo up to torch 2.11 cannot trace the question; what is compiled is for devices that have autocast, and meta.
+    """A context that disables autocast, so that matrix products keep their dtype. "meta" has no autocast."""
+    # Dynamo up to torch 2.11 cannot trace is_autocast_available. Every device except meta has it, so skip the question.
     compiling = torch.compiler.is_compiling()
     available = device != "meta" if compiling else torch.amp.is_autocast_available(device)
     if available and torch.is_autocast_enabled(device):
@@ -153,8 +143,8 @@ def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For a closed form that multiplies matrices, which autocast would do in 16 bits. The result is on its own tensors'
-    device, the first argument that is one."""
+    """Run a closed form with autocast disabled, which would do its matrix products in 16 bits. The device is that of
+    the first tensor among the arguments."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
@@ -164,36 +154,33 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def needs_closed_form(*cotangents: Tensor) -> bool:
+def needs_closed_form(*cotangents: Tensor | None) -> bool:
     """Whether a backward pass must be plain differentiable torch ops instead of the fused op.
 
-    That is so where the gradient is differentiated again (create_graph, torch.func, forward over reverse mode) or
-    batched (is_grads_batched): once_differentiable would not stop silently wrong second derivatives.
+    That is the case if the gradient is differentiated again (create_graph, torch.func, forward over reverse mode) or
+    batched (is_grads_batched). once_differentiable would not catch every silently wrong second derivative.
     """
-    if torch.is_grad_enabled() or _torch.forward_mode():
+    if torch.is_grad_enabled():
         return True
-    return not torch.compiler.is_compiling() and _torch.may_be_batched(cotangents)
+    if torch.compiler.is_compiling():
+        return _torch.forward_mode()
+    return _torch.forward_level() >= 0 or _torch.may_be_batched(cotangents)
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """function.apply(*args). In eager mode without torch.func, past Function.apply itself, which binds the signature of
-    a Function with setup_context anew at every call: a third of the host time of a small loss.
+    """function.apply(*args), faster. In eager mode without torch.func it bypasses Function.apply, which binds the
+    signature of a Function with setup_context at every call: a third of a small loss's host time.
 
     forward names each of its arguments: torch.compile without gradients takes *settings for one."""
-    if _torch.forward_mode():  # with gradients off, too
-        if torch.compiler.is_compiling():  # without fullgraph the frame is then run as it is written
-            raise NotImplementedError("fastkl has no forward-mode derivatives inside torch.compile")
-        return with_tangents(function)(*args)
     if torch.compiler.is_compiling():
+        if _torch.forward_mode():  # without fullgraph the frame is then run as it is written
+            raise NotImplementedError("fastkl has no forward-mode derivatives inside torch.compile")
         # torch.export drops Functions. With strict=True it keeps what they run for a program without gradients.
         return function.forward(*args) if torch.compiler.is_exporting() else function.apply(*args)
+    if _torch.forward_level() >= 0:  # with gradients off, too
+        return with_tangents(function)(*args)
     if _torch.transforms_active():
         return function.apply(*args)
-    return apply_directly(function, *args)
-
-
-def apply_directly(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`apply` where neither a compiler nor torch.func is at work."""
     if not torch.is_grad_enabled():
         return function.forward(*args)
     try:

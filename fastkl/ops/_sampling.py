@@ -1,4 +1,4 @@
-"""What the sampling ops share: where their noise comes from. Randomness belongs to torch; an op gets a seed tensor."""
+"""Noise for the sampling ops. Torch's generator provides a seed tensor; the noise is a function of the seed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._closed_form import unpack
 from fastkl.reference import Stream
 
 
@@ -20,8 +19,8 @@ def check_noise(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(seed, eps), one of which is None: eps expanded to its full shape, or a seed tensor on `device`.
 
-    Without either, the seed is drawn by torch.randint on the device: it obeys torch.manual_seed, needs no
-    synchronisation, and is drawn again alike by activation checkpointing and in each replay of a CUDA graph.
+    If neither is given, torch.randint draws the seed on the device: this obeys torch.manual_seed, needs no
+    synchronisation, repeats under activation checkpointing, and is new in each replay of a CUDA graph.
     """
     if num_samples is not None:
         num_samples = arguments.check_int("num_samples", num_samples, 1)
@@ -36,7 +35,7 @@ def check_noise(
 
 
 def check_seed(seed: int | Tensor | None, device: torch.device, name: str) -> Tensor:
-    """The seed as an int64 tensor on `device`, which is that of the argument called `name`; drawn where it is None."""
+    """The seed as an int64 tensor on `device`, the device of the argument called `name`; drawn if it is None."""
     if seed is None:
         return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
@@ -53,7 +52,7 @@ def check_seed(seed: int | Tensor | None, device: torch.device, name: str) -> Te
 
 
 def running_sum(values: Tensor) -> Tensor:
-    """values.cumsum(-1) by the same order of additions each time: of a single row CUDA has a scan that is not."""
+    """values.cumsum(-1), deterministic: CUDA's scan of a single row adds in a varying order."""
     if values.device.type == "cpu":
         return values.cumsum(-1)
     rows = values.reshape(-1, values.shape[-1])
@@ -61,42 +60,37 @@ def running_sum(values: Tensor) -> Tensor:
 
 
 def noise(
-    q: list[Tensor], packed_dim: int, seed: Tensor | None, eps: Tensor | None, num_samples: int | None,
-    stream: int = Stream.POSTERIOR,
-) -> Tensor:  # fmt: skip
+    shape: torch.Size, eps: Tensor | None, seed: Tensor | None, num_samples: int | None, stream: int = Stream.POSTERIOR
+) -> Tensor:
     """The noise in torch ops, for any device and for gradients that are differentiated again."""
-    if eps is not None:
-        return eps
-    return reference.normal_noise(seed, unpack(q, packed_dim)[0].shape, num_samples, stream=stream)
+    return reference.normal_noise(seed, shape, num_samples, stream=stream) if eps is None else eps
 
 
 def draw(
-    q: list[Tensor], packed_dim: int, seed: Tensor | None, eps: Tensor | None, num_samples: int | None,
-    stream: int = Stream.POSTERIOR,
-) -> Tensor:  # fmt: skip
+    shape: torch.Size, eps: Tensor | None, seed: Tensor | None, num_samples: int | None, stream: int = Stream.POSTERIOR
+) -> Tensor:
     """The noise inside an op: on a CPU the same as reference.normal_noise, some ten times faster."""
-    shape = unpack(q, packed_dim)[0].shape
     if eps is not None or seed.device.type != "cpu":
-        return noise(q, packed_dim, seed, eps, num_samples, stream)
+        return noise(shape, eps, seed, num_samples, stream)
     samples = range(1 if num_samples is None else num_samples)
     out = normals(seed, samples, 0, shape.numel(), stream)
     return out.reshape(shape if num_samples is None else (num_samples, *shape))
 
 
 def normals(seed: Tensor, samples: range, first: int, last: int, stream: int = Stream.POSTERIOR) -> Tensor:
-    """Elements first to last, in row-major order, of some samples' reference.normal_noise: [samples, last - first]."""
+    """reference.normal_noise of some samples, elements first to last in row-major order: [samples, last - first]."""
     if seed.device.type != "cpu":
         return reference.normal_noise(seed, (last,), len(samples), samples.start, stream)[:, first:]
     start, groups = first // 4, (last + 3) // 4
-    shape = (len(samples), groups - start, 2, 2)  # two Box-Muller pairs for each call
+    shape = (len(samples), groups - start, 2, 2)  # two Box-Muller pairs per Philox call
     out = torch.empty(shape, dtype=torch.float32, device=seed.device)
-    together = max(1, GROUPS // max(1, groups - start))  # samples at a time, where each is small
+    together = max(1, GROUPS // max(1, groups - start))  # small samples are drawn several at a time
     for index in range(0, len(samples), together):
         numbers = np.array(samples[index : index + together])
         for begin in range(start, groups, GROUPS):
             group = np.arange(begin, min(groups, begin + GROUPS))
             words = _philox(seed.item(), np.tile(group, len(numbers)), np.repeat(numbers, len(group)), stream)
-            # float32(word) rounds as in the kernel; the angle's word is signed, which is the same angle.
+            # float32(word) rounds as in the kernel. The angle's word is signed, which gives the same angle modulo 2 pi.
             radius, angle = (torch.from_numpy(word.astype(np.float32)) for word in (words[0], words[1].view(np.int32)))
             radius.mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2.0).sqrt_()
             angle.mul_(2.0 * math.pi * 2.0**-32)
@@ -109,7 +103,7 @@ def normals(seed: Tensor, samples: range, first: int, last: int, stream: int = S
 
 
 def draw_gumbel(seed: Tensor, shape: torch.Size, stream: int) -> Tensor:
-    """reference.gumbel_noise; on a CPU the same, in a fraction of the time."""
+    """The same as reference.gumbel_noise, much faster on a CPU."""
     if seed.device.type != "cpu":
         return reference.gumbel_noise(seed, shape, stream)
     count = shape.numel()
@@ -118,19 +112,19 @@ def draw_gumbel(seed: Tensor, shape: torch.Size, stream: int) -> Tensor:
     for first in range(0, groups, GROUPS):
         last = min(groups, first + GROUPS)
         for pair, words in enumerate(_philox(seed.item(), np.arange(first, last), 0, stream)):
-            # From either end: the tail next to u = 1 as fine as that next to 0.
+            # The distance from the nearer end, so that u is as fine near 1 as near 0.
             signed = torch.from_numpy(words.view(np.int32))
             tail = (signed ^ (signed >> 31)).float().mul_(2.0**-32).add_(2.0**-33)  # u or 1 - u, at most 1/2
             upper = signed < 0
             u = torch.where(upper, 1.0 - tail, tail)
-            rounding = u.sub(1.0).add_(tail).mul_(upper)  # of 1 - tail: all there is of ln u next to 1
+            rounding = u.sub(1.0).add_(tail).mul_(upper)  # rounding error of 1 - tail, which matters for ln u near 1
             out[first:last, :, pair] = rounding.sub_(u.log_()).log_().neg_().T
     return out.view(-1)[:count].view(shape)
 
 
-# Philox calls at a time whose words fit a processor's cache.
+# Philox calls per block: their words fit the CPU cache.
 GROUPS = 16384
-ROUNDS = 7  # those of reference.philox
+ROUNDS = 7  # as in reference.philox
 _MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
 
 
@@ -144,7 +138,7 @@ def _philox(seed: int, group: np.ndarray, sample: int | np.ndarray, stream: int)
         halves = np.multiply(even, _MULTIPLIERS, out=products[step % 2]).view(np.uint32)[::-1]
         even = halves[:, HIGH::2] ^ odd
         even ^= np.array(key, np.uint32)[:, None]
-        odd = halves[:, 1 - HIGH :: 2]  # a view, valid until the product after next
+        odd = halves[:, 1 - HIGH :: 2]  # a view, overwritten by the product after next
         key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
     return even, np.ascontiguousarray(odd)
 
@@ -152,22 +146,22 @@ def _philox(seed: int, group: np.ndarray, sample: int | np.ndarray, stream: int)
 HIGH = 1 if sys.byteorder == "little" else 0
 
 
-def noise_gradient(dz: Tensor, q: list[Tensor], packed_dim: int, eps: Tensor, scale: str, bounds) -> Tensor:
-    """d/d eps: only for who learns the noise, so not fused."""
-    parameter = unpack(q, packed_dim)[1].to(reference.compute_dtype(*q))
+def noise_gradient(dz: Tensor, mu: Tensor, parameter: Tensor, eps: Tensor, scale: str, bounds) -> Tensor:
+    """d/d eps. It is not fused, because only learned noise needs it."""
+    parameter = parameter.to(reference.compute_dtype(mu, parameter))
     logvar = reference.bound(reference.to_logvar(parameter, scale), bounds)
     return (dz * torch.exp(0.5 * logvar)).to(eps.dtype)
 
 
 def batch_noise(
-    info, q, packed_dim: int, dims, seed, eps, num_samples, stream: int = Stream.POSTERIOR
-) -> tuple[Tensor | None, Tensor | None]:
-    """(seed, eps) under vmap, for the op over a batch whose first dimension is the vmapped one."""
-    seed_dim, eps_dim = dims
+    size: int, shape: torch.Size, eps: Tensor | None, seed: Tensor | None, dims, num_samples: int | None, stream: int
+) -> tuple[Tensor, None]:
+    """(eps, seed) under vmap, for the op over a batch whose first dimension is the vmapped one; `shape` is that of one
+    example."""
+    eps_dim, seed_dim = dims
     if eps is None:  # one seed for all examples, hence the same noise, or a seed for each
-        shape = unpack(q, packed_dim)[0].shape[1:]
         seeds = [seed] if seed_dim is None else seed.unbind(seed_dim)
         drawn = [reference.normal_noise(each, shape, num_samples, stream=stream) for each in seeds]
         eps, eps_dim = (drawn[0], None) if seed_dim is None else (torch.stack(drawn), 0)
-    eps = arguments.batch_first(eps, eps_dim, info.batch_size)
-    return None, eps if num_samples is None else eps.movedim(0, 1)
+    eps = arguments.batch_first(eps, eps_dim, size)
+    return (eps if num_samples is None else eps.movedim(0, 1)), None

@@ -1,4 +1,4 @@
-"""What users give in place of a log-variance, as one: torch ops in front of an op that knows log-variances alone."""
+"""Conversion of the scales that users give (std, var, ...) to log-variances, in torch ops before the op itself."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fastkl.ops._register import apply
 
 
 class _Collapse(torch.autograd.Function):
-    """One of the equal entries of an expanded tensor. The gradient is handed back expanded as well: none of its memory
-    is touched on its way to the tensor that was expanded, where the equal shares sum to the whole."""
+    """Undo an expand(): keep one of the equal entries. Backward returns equal shares of the gradient, expanded, so
+    that nothing of the full size is allocated; the backward pass of expand() sums them to the whole."""
 
     generate_vmap_rule = True
 
@@ -35,22 +35,22 @@ class _Collapse(torch.autograd.Function):
 
 
 def _first(tensor: Tensor, dims: list[int]) -> Tensor:
-    """The first entry along each of `dims`, which stay as dimensions of size 1."""
+    """The first entry along each of `dims`, kept as dimensions of size 1."""
     return tensor[tuple(slice(0, 1) if dim in dims else slice(None) for dim in range(tensor.dim()))]
 
 
 def distinct(tensor: Tensor, dims: Iterable[int]) -> Tensor:
-    """`tensor` with size 1 in those of `dims` along which it is only expanded (stride 0)."""
+    """`tensor` with size 1 along those of `dims` that are expanded (stride 0)."""
     dims = [dim for dim in dims if tensor.stride(dim) == 0 and tensor.shape[dim] > 1]
     if dims and not tensor.requires_grad:
         return _first(tensor, dims)
     if dims and tensor.dtype != torch.float16 and (torch.compiler.is_compiling() or not tensor.is_leaf):
         return apply(_Collapse, tensor, dims)
-    return tensor  # its own gradient is asked for, entry by entry; equal shares of one may be too small for float16
+    return tensor  # its own gradient is wanted per entry; equal shares of it may underflow in float16
 
 
 class _ToLogvar(torch.autograd.Function):
-    """reference.to_logvar, whose own gradient is a difference: where the incoming one has overflowed, inf - inf."""
+    """reference.to_logvar with a safe gradient: its own is a difference, inf - inf if the incoming one overflowed."""
 
     generate_vmap_rule = True
 
@@ -70,10 +70,10 @@ class _ToLogvar(torch.autograd.Function):
 
 
 def as_logvar(name: str, parameter: Any, scale: str, *others: Tensor | None, bounds: Any = None) -> Any:
-    """ln sigma^2, within the bounds, of the tensor that `scale` describes; `name` is that of `scale`'s argument.
+    """ln sigma^2, within the bounds, of `parameter`, which is what `scale` says; `name` is its argument's name.
 
-    It is taken in the dtype that an op of the tensor and `others` computes in: rounded to 16 bits, it would bias every
-    density. What is expanded stays so, and its logarithm is taken once.
+    It has the dtype in which an op of the tensor and `others` computes: rounded to 16 bits, it would bias every
+    density. An expanded tensor stays expanded, and its logarithm is taken once.
     """
     arguments.check_choice(name, scale, reference.SCALES)
     if parameter is None or (scale == "logvar" and bounds is None):

@@ -1,4 +1,4 @@
-"""Sinkhorn's algorithm between two weighted sets of points for the cost |x - y|^2 / 2, with nothing of size N x M kept.
+"""Sinkhorn's algorithm between two weighted sets of points for the cost |x - y|^2 / 2; nothing of size N x M is stored.
 
 Potentials f [N] and g [M] are updated together, at decreasing temperatures eps:
 f_i <- -eps ln sum_j b_j exp((g_j - C_ij) / eps), and g alike. `Products` does so on a CPU, `Softmin` everywhere.
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from fastkl.ops import _gmm
 
-# A tile of exponents: its rows and columns, whose float64 and float32 values together stay in a cache.
+# Rows and columns of a tile of exponents: its float64 and float32 values together fit the cache.
 TILE = (256, 1024)
-# |x|^2 / eps up to which exponents may be products in float32, off by 2^-23 of that.
+# The largest |x|^2 / eps for which exponents are computed by float32 products, with an error of 2^-23 times that.
 FLOAT32_LIMIT = 300.0
-# Exponents are taken to be at least this; sums whose logarithms are at most that are then right.
+# Exponents are clamped to at least this, and sums are then correct if their logarithms are at most that.
 LEAST = {torch.float32: -60.0, torch.float64: -600.0}
 MOST = {torch.float32: 46.0, torch.float64: 460.0}
 
 
 class Points(NamedTuple):
-    """Where the points are [N, D], and their weights [N]."""
+    """The positions of the points [N, D] and their weights [N]."""
 
     at: Tensor
     weights: Tensor
@@ -38,7 +38,7 @@ class Softmin:
 
     def _one(self, source: Points, target: Points, potential: Tensor, eps: float, pulls: bool):
         dimensions, shift = source.at.shape[1], potential.mean()
-        logits = target.weights.log() + ((potential - shift) / eps).to(source.at.dtype)  # small, where float32 is fine
+        logits = target.weights.log() + ((potential - shift) / eps).to(source.at.dtype)  # small, so float32 is enough
         logvars = logits.new_full((1, 1, 1), math.log(eps))
         mixture = (source.at, None, logits[None], target.at[None], logvars, None, "point", "exact")
         lp, wide = _gmm.gmm_log_prob_fwd(*mixture, 1)
@@ -49,7 +49,7 @@ class Softmin:
         return new, -eps * gradient
 
     def update(self, f: Tensor, g: Tensor, eps: float, pulls: bool = False):
-        """(new f, new g, x_i - sum_j pi_ij y_j, the same for y), the latter where `pulls` are wanted."""
+        """(new f, new g, x_i - sum_j pi_ij y_j, the same for y); the last two only if `pulls`."""
         new_f, pull_x = self._one(self.x, self.y, g, eps, pulls)
         if self.x is self.y:
             return new_f, new_f, pull_x, pull_x
@@ -58,12 +58,12 @@ class Softmin:
 
 
 class Products(Softmin):
-    """Both updates from one matrix of exp((f_i + g_j - C_ij) / eps), tile by tile: its exponents are one product of
-    matrices, its rows and columns sum to exp((f - new f) / eps) and exp((g - new g) / eps). Among the same points half
-    of the tiles will do.
+    """Both updates from one matrix exp((f_i + g_j - C_ij) / eps), tile by tile. Its exponents are one matrix product;
+    its rows and columns sum to exp((f - new f) / eps) and exp((g - new g) / eps). If both sets are the same points,
+    half of the tiles suffice.
 
-    The sums may underflow or overflow where the potentials are far from their update, in float32 more often than in
-    float64; `Softmin` then makes that one.
+    The sums may underflow or overflow if the potentials are far from their update, in float32 sooner than in float64;
+    then `Softmin` does that update.
     """
 
     def __init__(self, x: Points, y: Points, centre: Tensor):
@@ -78,13 +78,13 @@ class Products(Softmin):
 
     @staticmethod
     def _factor(points: Points, centre: Tensor) -> tuple[Tensor, Tensor]:
-        """([N, D + 2] in float64: the places and two columns of ones, half of the squared lengths [N])."""
+        """(float64 [N, D + 2]: positions and two columns of ones; half of the squared lengths [N])."""
         factor = torch.ones(len(points.at), len(centre) + 2, dtype=torch.float64, device=centre.device)
         places = factor[:, :-2].copy_(points.at).sub_(centre)
         return factor, 0.5 * places.square().sum(1)
 
     def update(self, f: Tensor, g: Tensor, eps: float, pulls: bool = False):
-        # With x, f - |x|^2 / 2, 1 on the left and y, 1, g - |y|^2 / 2 on the right the product is f + g - C.
+        # With [x, f - |x|^2 / 2, 1] on the left and [y, 1, g - |y|^2 / 2] on the right, the product is f + g - C.
         torch.sub(f, self.half_x, out=self.left[:, -2])
         torch.sub(g, self.half_y, out=self.right[:, -1])
         left, right = self.left / eps, self.right
@@ -95,7 +95,7 @@ class Products(Softmin):
             logs = [rows[:, 0].log()]
             if self.x is not self.y:
                 logs.append(columns[:, 0].log())
-            if all(log.abs().amax().item() < MOST[dtype] for log in logs):  # NaN is not
+            if all(log.abs().amax().item() < MOST[dtype] for log in logs):  # NaN fails this
                 break
         else:
             return super().update(f, g, eps, pulls)
@@ -107,8 +107,8 @@ class Products(Softmin):
         return new_f, new_f if len(logs) == 1 else torch.sub(g, logs[1], alpha=eps), pull_x, pull_y
 
     def _sums(self, left: Tensor, right: Tensor, dtype: torch.dtype, pulls: bool) -> tuple[Tensor, Tensor]:
-        """Of the matrix's rows over what each y carries, and of its columns over what each x does: its weight, and with
-        `pulls` its weight times its place."""
+        """Sums of the matrix's rows times each y's weight, and of its columns times each x's; with `pulls` also times
+        the position."""
         same = self.x is self.y
         carry_x, carry_y = self.weights[dtype]
         if pulls:
@@ -126,7 +126,7 @@ class Products(Softmin):
                 rows[down] += plan @ carry_y[across]
                 if not same:
                     columns[across] += plan.T @ carry_x[down]
-                elif across.stop > down.stop:  # the tile's part beyond the block of rows, mirrored
+                elif across.stop > down.stop:  # mirror the tile's part beyond the block of rows
                     beyond = max(0, down.stop - j)
                     columns[j + beyond : across.stop] += plan[:, beyond:].T @ carry_x[down]
         return rows, columns
@@ -139,14 +139,14 @@ class Products(Softmin):
         return exponents.clamp_(min=LEAST[dtype]).exp_()
 
     def _buffer(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Memory that every tile uses again: fresh memory costs a page fault every 4 KB."""
+        """Memory that all tiles share: fresh memory costs a page fault every 4 KB."""
         if dtype not in self.buffers:
             self.buffers[dtype] = torch.empty(TILE[0] * TILE[1], dtype=dtype, device=self.left.device)
         return self.buffers[dtype][: math.prod(shape)].view(shape)
 
 
 def potentials(problem: Softmin, schedule: list[float], pulls: bool):
-    """(f, g, pulls of x, pulls of y) at the last temperature: what `update` returns."""
+    """(f, g, pulls of x, pulls of y) at the last temperature, as `update` returns them."""
     zeros = [points.weights.new_zeros(points.at.shape[0], dtype=torch.float64) for points in (problem.x, problem.y)]
     f, g, *_ = problem.update(*zeros, schedule[0])
     for eps in schedule:

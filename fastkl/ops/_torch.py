@@ -1,7 +1,7 @@
-"""Every private name of torch that fastkl uses, each with a default that is right without it.
+"""Every private name of torch that fastkl uses, each with a correct fallback.
 
-A release of torch may rename any of them. What they save is then lost: calls take the way through torch's dispatcher
-and gradients their differentiable formula, which are slower. The log "fastkl" says so, once for each name.
+A release of torch may rename any of them. Then fastkl still works, but slower: calls go through torch's dispatcher and
+gradients use their differentiable formula. The logger "fastkl" warns once per missing name.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable
+from types import NoneType
 from typing import Any
 
 import torch
@@ -30,18 +31,26 @@ def _private(name: str) -> Any:
         return None
 
 
-_modes = _private("_C._len_torch_dispatch_stack")
-_transforms = _private("_C._are_functorch_transforms_active")
-_tracing = _private("_C._get_tracing_state")
-_profiler = torch.autograd.profiler  # whose flag is a number, read anew each time
-_forward_ad = torch.autograd.forward_ad  # whose level is a number, read anew each time
+def _always(*args: Any) -> bool:
+    return True
+
+
+# Whether something listens to a call: a mode, one of torch.func's transforms, a profiler, a tracer.
+_modes_active = _private("_C._len_torch_dispatch_stack") or _always
+transforms_active: Callable[[], bool] = _private("_C._are_functorch_transforms_active") or _always
+_profiling = _private("autograd._profiler_enabled") or _always
+_tracing = _private("_C._get_tracing_state") or _always
+
+# The number of the innermost level of tangents, -1 outside of all; 0 where it is not known.
+_forward_ad = torch.autograd.forward_ad
 _has_level = _private("autograd.forward_ad._current_level") is not None
+forward_level: Callable[[], int] = functools.partial(getattr, _forward_ad, "_current_level", 0)
 
 
 def forward_mode() -> bool:
     """Whether tensors may carry tangents: within torch.autograd.forward_ad.dual_level or torch.func.jvp."""
     if not _has_level:
-        return not torch.compiler.is_compiling()  # a graph is for tensors without tangents
+        return not torch.compiler.is_compiling()  # compiled graphs never have tangents
     return _forward_ad._current_level >= 0
 
 
@@ -49,20 +58,30 @@ _set_forward_mode = _private("autograd.forward_ad._set_fwd_grad_enabled")
 
 
 def outer_tangents() -> Any:
-    """A context inside a Function's jvp in which torch's operations have forward-mode derivatives."""
+    """A context for use inside a Function's jvp: torch operations in it have forward-mode derivatives."""
     if _set_forward_mode is None:
         raise NotImplementedError(f"fastkl has no forward-mode derivatives with torch {torch.__version__}")
     return _set_forward_mode(True)
 
 
-_everything_known = None not in (_modes, _transforms, _tracing, _private("autograd.profiler._is_profiler_enabled"))
+kl_registry = _private("distributions.kl._KL_REGISTRY")  # (class, class) -> function of register_kl
+_kl_memory = _private("distributions.kl._KL_MEMOIZE")
 
 
-def unheard() -> bool:
-    """Whether nothing listens to a call: no mode, no transform, no profiler, no tracing, no tangents."""
-    return _everything_known and not (
-        _modes() or _transforms() or _profiler._is_profiler_enabled or _tracing() is not None or forward_mode()
-    )
+def forget_kl(classes: tuple[type, type]) -> None:
+    """Remove the KL divergence registered for these two classes."""
+    del kl_registry[classes]
+    if _kl_memory is not None:
+        _kl_memory.clear()
+
+
+def validate_sample(distribution: torch.distributions.Distribution, value: Tensor) -> None:
+    """Raise ValueError if the distribution validates arguments and the value is outside its support."""
+    try:
+        if distribution._validate_args:
+            distribution._validate_sample(value)
+    except AttributeError:
+        _say("distributions.Distribution._validate_sample")
 
 
 _keys = _private("_C._dispatch_keys")
@@ -70,10 +89,10 @@ _devices: dict[int, str | None] = {}
 
 
 def memory_device(tensor: Tensor) -> str | None:
-    """The type of the device where all of a tensor's state lies in memory, and nothing else has to be known to read it.
+    """The device type of a tensor whose values can be read directly from its memory.
 
-    None for any other tensor: one that is negated or conjugated lazily, zeros that were never written, a wrapper of a
-    transform's, a subclass with its own dispatch, a sparse one. Torch's dispatcher knows what to do with these.
+    None for any other tensor, which needs torch's dispatcher: lazily negated or conjugated, never-written zeros, the
+    wrapper of a transform, a subclass with its own dispatch, sparse.
     """
     if _keys is None:
         return None
@@ -93,21 +112,37 @@ def _keys_of_memory(device: torch.device) -> list[int]:
     return found
 
 
-def _always(*args: Any) -> bool:
-    return True
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_NUMBERS = frozenset((int, float, bool, str, NoneType))
 
 
-# Whether one of torch.func's transforms may be at work.
-transforms_active: Callable[[], bool] = _transforms or _always
+def plain_device(args: tuple) -> str | None:
+    """The device's type where an op may be called past torch's dispatcher: nothing listens there, no argument is of a
+    subclass of Tensor, and each has all of its state in its memory. A third of the host time of a small loss."""
+    if _modes_active() or transforms_active() or _profiling() or _tracing() or _keys is None:
+        return None
+    if list in map(type, args):
+        args = tuple(item for arg in args for item in (arg if type(arg) is list else (arg,)))
+    device = None
+    for arg in args:
+        kind = type(arg)
+        if kind in _TENSORS:
+            device = _devices.get(_keys(arg).raw_repr()) or memory_device(arg)
+            if device is None:
+                return None
+        elif kind not in _NUMBERS:
+            return None
+    return device
+
 
 _is_batched = _private("_C._functorch.is_batchedtensor") or _always
 _is_legacy_batched = _private("_C._functorch.is_legacy_batchedtensor") or _always
 
 
-def may_be_batched(tensors: Iterable[Tensor]) -> bool:
+def may_be_batched(tensors: Iterable[Tensor | None]) -> bool:
     """Whether one of them may stand for a batch of tensors, by torch.func.vmap or by is_grads_batched."""
     for tensor in tensors:  # noqa: SIM110 (a generator would cost more than the questions)
-        if _is_batched(tensor) or _is_legacy_batched(tensor):
+        if tensor is not None and (_is_batched(tensor) or _is_legacy_batched(tensor)):
             return True
     return False
 
@@ -118,7 +153,7 @@ if not _binds_only:
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """function.apply without the binding of its signature, where no transform is at work."""
+    """function.apply without binding its signature, for use when no transform is active."""
     return super(torch.autograd.Function, function).apply if _binds_only else function.apply
 
 
@@ -138,8 +173,8 @@ _key = _private("utils._pytree.SequenceKey")
 
 
 def register_container(cls: type, flatten: Callable[[Any], tuple], unflatten: Callable[[Any, Any], Any]) -> None:
-    """Let torch see the tensors in a class of our own: fully_shard and DistributedDataParallel in what a model returns,
-    torch.func in what it maps, torch.export in inputs and outputs.
+    """Let torch find the tensors inside a class of ours: fully_shard and DistributedDataParallel in a model's outputs,
+    torch.func in what it maps over, torch.export in inputs and outputs.
 
     flatten(object) is (its tensors, a tuple of plain values), unflatten(tensors, values) the object.
     """
@@ -155,10 +190,10 @@ def register_container(cls: type, flatten: Callable[[Any], tuple], unflatten: Ca
 
 
 def known_equal(first: int, second: int) -> bool:
-    """Whether two sizes are equal. Traced, that is whether they are so in every call: asking more would make a graph
-    for equal sizes alone."""
+    """Whether two sizes are equal; while tracing, whether they are known to be equal in every call. A plain comparison
+    would add a guard and specialise the graph."""
     if not torch.compiler.is_compiling():
         return first == second
-    from torch.fx.experimental import symbolic_shapes  # takes its time, and is there when something is traced
+    from torch.fx.experimental import symbolic_shapes  # slow to import, but already imported while tracing
 
     return symbolic_shapes.statically_known_true(first == second)

@@ -19,17 +19,17 @@ def gmm_log_prob(
     Args:
         z: [*batch, D].
         logits: [K], or one row for each datum, [*batch, K]; not normalised. -inf is a component of weight 0.
-        means: [K, D], or one mixture for each datum, [*batch, K, D], of size 1 where data share it. Dimensions that are
-            only expanded (stride 0, as in a plate) are one mixture, and are treated as such: the gradient reaches
-            what was expanded, while every entry of an expanded tensor's own gradient (retain_grad) is its mean.
-        logvars: ln of the components' variances: [*batch, K, D] diagonal, [K, 1] spherical, [1, D] or [D] tied, a
-            number for all; absent, with scale_tril absent too, every variance is 1.
-        scale_tril: [*batch, K, D, D], lower triangles L_k with a positive diagonal, S_k = L_k L_k^T; what is above
-            the diagonal is not read. Excludes logvars.
-        scale: what logvars are: "logvar", "log_std", "std" or "softplus", as for `fastkl.kl_normal`; the logarithm of
-            another one is taken in float32.
-        precision: "exact" goes by differences (z - m) / sigma, which narrow and distant components survive (on a CPU
-            by an expansion in float64 where that is as exact). "tf32x3" and "tf32" expand the square around the mean
+        means: [K, D], or one mixture for each datum, [*batch, K, D], with size 1 in dimensions that share it. Expanded
+            dimensions (stride 0, as in a plate) are treated as one mixture: the gradient reaches the tensor that was
+            expanded, and every entry of the expanded tensor's own gradient (retain_grad) is the mean.
+        logvars: ln of the components' variances: [*batch, K, D] diagonal, [K, 1] spherical, [1, D] or [D] tied, or a
+            number for all; without logvars and scale_tril every variance is 1.
+        scale_tril: [*batch, K, D, D], lower triangles L_k with a positive diagonal, S_k = L_k L_k^T; entries above the
+            diagonal are not read. Excludes logvars.
+        scale: the meaning of logvars: "logvar", "log_std", "std" or "softplus", as for `fastkl.kl_normal`; others than
+            "logvar" are converted in float32.
+        precision: "exact" uses differences (z - m) / sigma, which are accurate for narrow and distant components (on a
+            CPU an expansion in float64, if it is as accurate). "tf32x3" and "tf32" expand the square around the mean
             of the means, on a GPU on tensor cores, on a CPU both in float32. Largest errors in nats of the compiled
             kernels, emulated, at K = 100, D = 40, against float64 (broadcasting in float32: 8e-6 and 1e-5):
 
@@ -41,14 +41,14 @@ def gmm_log_prob(
             ======================================  ======  =======  ======
 
     Returns:
-        [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients to every
-        argument, in its dtype. For backward ln p is kept in float64; on a CPU also the responsibilities [rows, K],
-        where they take at most 10 MiB.
+        [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. Every argument has a
+        gradient, in its dtype. The backward pass needs ln p, saved in float64, and on a CPU the responsibilities
+        [rows, K] if they take at most 10 MiB.
 
     Raises:
         TypeError: an argument is not a floating-point tensor.
-        ValueError: shapes that do not fit, mixed devices, logvars beside scale_tril, an unknown scale or precision; on
-            a CPU also a singular scale_tril.
+        ValueError: shapes do not match, devices differ, logvars and scale_tril are both given, scale or precision is
+            unknown; on a CPU also for a singular scale_tril.
 
     Source: Dilokthanakul et al. 2016, "Deep Unsupervised Clustering with Gaussian Mixture Variational Autoencoders",
     arXiv:1611.02648; Bishop 2006, "Pattern Recognition and Machine Learning", equation 9.7.

@@ -16,7 +16,7 @@ from fastkl.ops._register import apply, register, without_autocast
 
 
 class GMMMoments(NamedTuple):
-    """What `fastkl.gmm_moments` returns; r_nk = p(k | z_n), and moments are about the components' present means."""
+    """The result of `fastkl.gmm_moments`: r_nk = p(k | z_n), and moments about the components' present means."""
 
     log_prob: Tensor  # [*batch] ln p(z_n) in nats
     counts: Tensor  # [K] sum_n r_nk
@@ -61,7 +61,7 @@ class _GMMMoments(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        """Example by example: each has sums of its own."""
+        """One call per example, because each example has separate sums."""
         results = [apply(_GMMMoments, *example) for example in arguments.examples(info.batch_size, in_dims, inputs)]
         return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * 4
 
@@ -74,7 +74,7 @@ def gmm_moments(
 
     r_nk = p(k | z_n); counts_k = sum_n r_nk, first_k = sum_n r_nk (z_n - m_k), second_k = sum_n r_nk (z_n - m_k)^2
 
-    The moments are about the present means, so that nothing cancels: the M-step is m_k + first_k / counts_k and
+    The moments are about the present means, which avoids cancellation: the M-step is m_k + first_k / counts_k and
     second_k / counts_k - (first_k / counts_k)^2.
 
     Args:
@@ -83,7 +83,7 @@ def gmm_moments(
 
     Raises:
         TypeError: an argument is not a floating-point tensor.
-        ValueError: as `fastkl.gmm_log_prob`, and where the components differ by datum.
+        ValueError: as `fastkl.gmm_log_prob`, and if the components differ by datum.
 
     Source: Dempster, Laird and Rubin 1977; Bishop 2006, "Pattern Recognition and Machine Learning", section 9.2.2.
 

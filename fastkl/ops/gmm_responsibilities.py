@@ -125,11 +125,11 @@ def gmm_responsibilities(
 
     ln p(k | z) = ln pi_k + ln N(z; m_k, S_k) - ln p(z), pi = softmax(logits)
 
-    Arguments and errors as for `fastkl.gmm_log_prob`, which needs no such [..., K] tensor.
+    Arguments and errors are those of `fastkl.gmm_log_prob`, which does not need this [..., K] tensor.
 
     Returns:
         [*batch, K], float32 for float16, bfloat16 and float32 input, float64 if any input is; its exponentials sum to
-        1 along K. Gradients to every argument.
+        1 along K. Every argument has a gradient.
 
     Source: Bishop 2006, "Pattern Recognition and Machine Learning", equation 9.13.
 

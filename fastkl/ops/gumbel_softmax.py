@@ -25,7 +25,7 @@ def _forward(logits, tau, seed, constant, hard, dim, stream) -> Tensor:
     perturbed = sampling.draw_gumbel(seed, logits.shape, stream).to(reference.compute_dtype(logits)).add_(logits)
     if tau is not None:
         return arguments.match(reference.relaxed_one_hot(perturbed, tau, hard, dim), logits)
-    # The same in fewer sweeps, in place.
+    # The same in fewer passes, in place.
     top, index = perturbed.max(dim, keepdim=True)
     masked = top == float("-inf")
     if hard or constant == 0:
@@ -41,7 +41,7 @@ def _gradients(dy, y, logits, tau, seed, constant, hard, dim, stream, tau_gradie
     if hard:
         perturbed = logits.to(dtype) + sampling.draw_gumbel(seed, logits.shape, stream)
         weights = reference.relaxed_one_hot(perturbed, temperature, False, dim)
-    else:  # y may be rounded to 16 bits: divided by its sum it is a softmax again
+    else:  # the division by its sum corrects the rounding of a 16-bit y
         weights = y.to(dtype)
         total = weights.sum(dim, keepdim=True)
         weights = weights / total.masked_fill(total == 0, 1.0)
@@ -103,7 +103,7 @@ class _GumbelSoftmax(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, logits, tau, seed, constant, hard, dim, stream):
-        """One seed for all examples is the same noise for each, or a seed for each."""
+        """vmap with one seed, which gives all examples the same noise, or with a seed for each."""
         (logits_dim, tau_dim, seed_dim), dtype = in_dims[:3], logits.dtype
         logits = arguments.batch_first(logits, logits_dim, info.batch_size)
         seeds = [seed] if seed_dim is None else seed.unbind(seed_dim)
@@ -119,7 +119,7 @@ differentiable("gumbel_softmax_fwd", _GumbelSoftmax, same)
 
 
 def check_tau(tau: float | Tensor, logits: Tensor) -> tuple[Tensor | None, float]:
-    """(tensor or None, number): which of the two is the temperature."""
+    """The temperature as (tensor, 0) or (None, number)."""
     if type(tau) is float and 0 <= tau < float("inf") and not torch.compiler.is_compiling():
         return None, tau
     if isinstance(tau, (np.generic, np.ndarray)) and tau.ndim == 0:
@@ -155,22 +155,22 @@ def gumbel_softmax(
     y = softmax((logits + g) / tau), g = -ln(-ln u) standard Gumbel noise; argmax y is distributed as softmax(logits)
 
     Args:
-        logits: unnormalised log-probabilities, of any shape; -inf excludes a class: its weight and gradient are 0.
-            Where every class is excluded there is nothing to choose, and all weights are 0.
-        tau: the temperature, a number or a tensor without dimensions (which may want a gradient); either is annealed
-            without recompiling anything. At 0 the sample is the limit, exactly one-hot, with gradient 0. A tensor on a
-            GPU is not read back: a negative or NaN one gives NaN instead of an error.
+        logits: unnormalised log-probabilities, of any shape; -inf excludes a class: its weight and gradient are 0. If
+            every class is excluded, all weights are 0.
+        tau: the temperature, a number or a 0-d tensor (which may require a gradient); both can be annealed without
+            recompiling. At 0 the sample is the limit, exactly one-hot, with gradient 0. A tensor on a GPU is not read
+            by the host: a negative or NaN value gives NaN instead of an error.
         hard: the value is exactly one-hot, the gradient that of the soft sample (straight-through).
-        dim: the classes.
-        seed: an int or an int64 tensor without dimensions, for the same noise again, on every device; absent, it is
-            drawn by torch, whose manual_seed then rules.
-        eps: without effect, as in torch.nn.functional.gumbel_softmax, whose fourth positional argument it is; here
-            that is `dim`.
+        dim: the dimension of the classes.
+        seed: an int or a 0-d int64 tensor that gives the same noise on every device; None takes it from torch's
+            generator.
+        eps: ignored, as in torch.nn.functional.gumbel_softmax, where it is the fourth positional argument; here the
+            fourth one is `dim`.
 
     Returns:
-        y in the shape and dtype of the logits, computed in float32 (float64 for float64): finite in float16 whatever
-        the temperature. The noise has float32's precision. A soft sample keeps only y for the backward pass, a hard
-        one the logits and an 8-byte seed.
+        y in the shape and dtype of the logits, computed in float32 (float64 for float64) and finite in float16 at any
+        temperature. The noise has float32's precision. A soft sample saves only y for the backward pass, a hard one
+        the logits and an 8-byte seed.
 
     Raises:
         TypeError: logits are not a floating-point tensor, tau is neither number nor tensor, dim is not an int.
@@ -190,7 +190,7 @@ def gumbel_softmax(
 def draw_choice(
     stream: int, logits: Tensor, tau: float | Tensor, hard: bool, dim: int, seed: int | Tensor | None
 ) -> Tensor:
-    """gumbel_softmax, for the ops that choose by one: `stream` says which."""
+    """gumbel_softmax with the noise of `stream`, for other ops that draw a choice."""
     arguments.check_tensors(logits=logits)
     if isinstance(dim, float):
         raise TypeError(f"dim must be an int, got {dim}; torch's fourth argument, eps, has no effect: leave it out")

@@ -1,4 +1,4 @@
-"""Importance weights: the bound on ln p(x), and how evenly the weights are spread. One small tensor: composed torch."""
+"""Importance weights: the bound on ln p(x), and the evenness of the weights, in torch ops on one small tensor."""
 
 from __future__ import annotations
 
@@ -21,17 +21,15 @@ def iwae(log_w: Tensor, dim: int = 0) -> Tensor:
 
     ln 1/L sum_l w_l, ln w_l = ln p(x | z_l) + ln p(z_l) - ln q(z_l | x), z_l ~ q
 
-    In expectation it is below ln p(x), and the nearer the more samples there are; with one sample it is the ELBO. Its
-    gradient in ln w_l is w_l / sum_l w_l: all that an objective needs, whose other gradient estimators are
-    `fastkl.objectives.iwae`'s.
+    Its expectation is below ln p(x), and approaches it with more samples; with one sample it is the ELBO. Its gradient
+    in ln w_l is w_l / sum_l w_l. `fastkl.objectives.iwae` has other gradient estimators.
 
     Args:
-        log_w: ln w in nats, [L, *batch]. -inf is a weight of 0; where all are, the bound is -inf, with gradient 0.
+        log_w: ln w in nats, [L, *batch]. -inf is a weight of 0. If all weights are 0: bound -inf, gradient 0.
         dim: the dimension of the samples.
 
     Returns:
-        [*batch], float32 for float16, bfloat16 and float32 input, float64 for float64. The gradient comes in log_w's
-        dtype.
+        [*batch], float32 for float16, bfloat16 and float32 input, float64 for float64. The gradient has log_w's dtype.
 
     Raises:
         TypeError: log_w is not a floating-point tensor, or dim is not an int.
@@ -48,7 +46,7 @@ def iwae(log_w: Tensor, dim: int = 0) -> Tensor:
 
 
 def effective_sample_size(log_w: Tensor, dim: int = 0) -> Tensor:
-    """How many samples the weights are worth: 1 where a single one has all the weight, L where they are equal.
+    """The effective number of samples: 1 if one sample has all the weight, L if all weights are equal.
 
     (sum_l w_l)^2 / sum_l w_l^2
 
@@ -56,7 +54,7 @@ def effective_sample_size(log_w: Tensor, dim: int = 0) -> Tensor:
         log_w, dim: as for `fastkl.iwae`.
 
     Returns:
-        [*batch], from 1 to L; 0 where every weight is 0. Dtypes as `fastkl.iwae`.
+        [*batch], from 1 to L; 0 if every weight is 0. Dtypes as `fastkl.iwae`.
 
     Raises:
         TypeError, ValueError: as `fastkl.iwae`.
@@ -72,17 +70,17 @@ def effective_sample_size(log_w: Tensor, dim: int = 0) -> Tensor:
 
 
 def weight_entropy(log_w: Tensor, dim: int = 0) -> Tensor:
-    """The entropy of the normalised weights in nats: 0 where one has all the weight, ln L where they are equal.
+    """The entropy of the normalised weights in nats: 0 if one sample has all the weight, ln L if all are equal.
 
     -sum_l v_l ln v_l, v = w / sum_l w_l
 
-    Its exponential is the perplexity of the weights, another count of the samples that matter.
+    Its exponential is the perplexity of the weights, another effective number of samples.
 
     Args:
         log_w, dim: as for `fastkl.iwae`.
 
     Returns:
-        [*batch], from 0 to ln L; 0 where every weight is 0. Dtypes as `fastkl.iwae`.
+        [*batch], from 0 to ln L; 0 if every weight is 0. Dtypes as `fastkl.iwae`.
 
     Raises:
         TypeError, ValueError: as `fastkl.iwae`.

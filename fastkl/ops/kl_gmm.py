@@ -18,14 +18,14 @@ METHODS = {"mc": "point", "upper": "expected", "lower": "convolved"}
 
 
 def _bound(mu, logvar, logits, means, logvars, scale_tril, form: str, precision: str) -> Tensor:
-    """-H(q) - logsumexp_k [ln pi_k + what `form` says of component k]."""
-    logvar = logvar.to(reference.compute_dtype(logvar))  # in which the gradients of both parts are added up
+    """-H(q) - logsumexp_k [ln pi_k + the term `form` of component k]."""
+    logvar = logvar.to(reference.compute_dtype(logvar))  # cast first: gradients of both parts are summed in this dtype
     log_prob = _gmm.log_prob({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril, form, precision)
     return -reference.normal_entropy(logvar, log_prob.dtype).expand(log_prob.shape) - log_prob
 
 
 def _by_noise(mu, logvar, mixture, seed, eps, num_samples: int, entropy: str, stl: bool, precision: str) -> Tensor:
-    """ "mc" with the caller's noise, which is as large as the samples are."""
+    """ "mc" with given noise, which has the size of the samples."""
     mixtures.check_shapes({"mu": mu, "logvar": logvar}, *mixture)
     shape = torch.Size((*mixtures.batch_shape({"mu": mu, "logvar": logvar}, *mixture), mu.shape[-1]))
     _, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
@@ -56,30 +56,31 @@ def kl_gmm(
     "lower": -H(q) - logsumexp_k [ln pi_k + ln N(mu; m_k, S_k + diag exp(logvar))], the product bound
 
     Args:
-        mu, logvar: mean and log-variance of q (or what `scale` says), [*batch, D].
+        mu, logvar: mean and log-variance of q (or another parameter, see `scale`), [*batch, D].
         logits, means, logvars, scale_tril, precision: the mixture, as for `fastkl.gmm_log_prob`.
-        scale, prior_scale: what logvar and logvars are: "logvar", "log_std", "std" or "softplus", as for
-            `fastkl.kl_normal`; the logarithm of another one is taken in float32.
+        scale, prior_scale: the meaning of logvar and of logvars: "logvar", "log_std", "std" or "softplus", as for
+            `fastkl.kl_normal`; others than "logvar" are converted in float32.
         method: "mc" is unbiased; "upper" and "lower" are bounds without noise.
         num_samples: L of "mc". Memory does not depend on it: the noise is drawn again in the backward pass.
-        entropy: E_q[ln q] of "mc" in "closed" form, or "sampled" at the same z_l, which is exact term by term where
-            q = p. The gradient is the same either way: that of ln q(z_l) in mu and logvar is (0, -1/2) for any eps.
-        gradient: "plain", or "stl" (sticking the landing): the gradient of ln q through z_l alone, which leaves out a
-            term of mean 0, so that it vanishes for every sample, not only on average, where q = p.
-        seed: an int or an int64 tensor for "mc"; absent, torch's generator draws one on the device. Sample l is
+        entropy: E_q[ln q] of "mc" in "closed" form, or "sampled" at the same z_l, which is exact for every sample if
+            q = p. Both have the same gradient: that of ln q(z_l) in mu and logvar is (0, -1/2) for any eps.
+        gradient: "plain", or "stl" (sticking the landing): the gradient of ln q only through z_l, without a term of
+            mean 0. For q = p it vanishes for every sample, not only on average.
+        seed: an int or an int64 tensor for "mc"; None takes it from torch's generator on the device. Sample l is
             `fastkl.rsample_normal(mu, logvar, num_samples=L, seed=seed)[l]`, mu expanded to the result's batch.
-        eps: the caller's own noise for "mc" instead, [num_samples, *batch, D] (quasi-Monte-Carlo, exact comparisons);
-            it may want a gradient.
+        eps: noise for "mc" instead of a seed, [num_samples, *batch, D] (quasi-Monte-Carlo, exact comparisons); it may
+            require a gradient.
 
     Returns:
-        [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients to mu, logvar and
-        every parameter of the mixture. On a GPU, in float32, components that all rows share count as no narrower than
-        log-variance -120 in "upper", any as no narrower than -87 in "lower", which is NaN where one is above 88.
+        [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. mu, logvar and every
+        parameter of the mixture have gradients. On a GPU, in float32, log-variances of components that all rows share
+        are clamped to at least -120 in "upper", and those of all components to at least -87 in "lower", which is NaN
+        if one is above 88.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor, num_samples or seed not an int.
-        ValueError: shapes that do not fit, mixed devices, logvars beside scale_tril, an unknown method, scale,
-            entropy, gradient or precision; num_samples below 1; seed and eps together, an eps of another shape.
+        TypeError: an argument is not a floating-point tensor, or num_samples or seed is not an int.
+        ValueError: shapes do not match, devices differ, logvars and scale_tril are both given, method, scale, entropy,
+            gradient or precision is unknown, num_samples < 1, seed and eps are both given, or eps has another shape.
 
     Source: Hershey and Olsen 2007, "Approximating the Kullback Leibler divergence between Gaussian mixture models",
     the variational bound (section 7, with one component on the left) and the product of Gaussians (section 5); Roeder

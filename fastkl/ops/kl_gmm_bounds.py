@@ -1,4 +1,4 @@
-"""Both bounds on the KL divergence from a diagonal Gaussian to a Gaussian mixture, at once."""
+"""Both bounds on the KL divergence from a diagonal Gaussian to a Gaussian mixture, in one call."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _ARGUMENTS = f"Tensor mu, Tensor logvar, {_gmm.MIXTURE}, str precision"
 
 
 def _forward(mu, logvar, logits, means, logvars, scale_tril, precision, keep) -> list[Tensor]:
-    """[lower, upper], and what the two log-densities keep for backward: half of it each.
+    """[lower, upper], and the tensors that the two log-densities save for backward.
 
-    Nothing is shared: in torch ops the upper bound's squares are matrix products, and the lower one's differences,
-    whose variances are those of a row and a component, are not. Where mixtures have kernels, these are used.
+    The two share no computation: in torch ops the upper bound's squares are matrix products; the lower bound's are not,
+    because their variances depend on row and component. The mixture's kernels are used if there are any.
     """
     inputs = (mu, logvar, logits, means, logvars, scale_tril)
     lower, *kept = _gmm.gmm_log_prob_fwd(*inputs, "convolved", precision, keep)
@@ -35,7 +35,7 @@ def _fake_forward(mu, logvar, logits, means, logvars, scale_tril, precision, kee
 
 
 def _incoming(dlower, dupper, kept):
-    """(form, gradient, what was kept) of each bound that has a gradient."""
+    """(form, gradient, saved tensors) of each bound that has a gradient."""
     half = len(kept) // 2
     both = ("convolved", dlower, kept[:half]), ("expected", dupper, kept[half:])
     return [each for each in both if each[1] is not None]
@@ -129,9 +129,9 @@ def kl_gmm_bounds(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(lower, upper) bounds on KL(q || mixture), in nats, one pair per sample.
 
-    Arguments, errors and sources as for `fastkl.kl_gmm`, methods "lower" and "upper". On a GPU both come from one pass
-    if components are diagonal, all rows share them and their weights, and precision is "exact". In float32 the lower
-    one is then NaN where q's log-variance is more than 144 above a component's, or above 177.
+    Arguments, errors and sources are those of `fastkl.kl_gmm`, methods "lower" and "upper". On a GPU both come from one
+    pass if components are diagonal, all rows share them and their weights, and precision is "exact". In float32 the
+    lower bound is then NaN if q's log-variance is more than 144 above a component's, or above 177.
 
     >>> import torch, fastkl
     >>> lower, upper = fastkl.kl_gmm_bounds(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(3), torch.randn(3, 2))

@@ -1,4 +1,4 @@
-"""KL divergence between Gaussians with full or diagonal covariance. Triangular solves, no kernel of our own."""
+"""KL divergence between Gaussians with full or diagonal covariance, by torch's triangular solves."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def kl_multivariate_normal(mu: Tensor, scale_tril: Tensor, prior_mu: Tensor, pri
 
     KL = 1/2 [tr(S_p^-1 S_q) + (m_p - m_q)^T S_p^-1 (m_p - m_q) - D + ln det S_p / det S_q], S = L L^T, computed as
     1/2 [sum_i (exp(x_i) - 1 - x_i) + sum_{i>j} M_ij^2 + |L_p^-1 (m_p - m_q)|^2] with M = L_p^-1 L_q, x_i = ln M_ii^2:
-    every term is positive, so that nothing cancels between two close Gaussians.
+    every term is positive, which avoids cancellation for two close Gaussians.
 
     Args:
         mu, prior_mu: means, [*batch, D].
-        scale_tril, prior_scale_tril: L, either way with a positive diagonal (not checked, which would wait for the
-            device: another one gives NaN or infinity):
+        scale_tril, prior_scale_tril: L, with a positive diagonal (not checked, because that would synchronise; another
+            diagonal gives NaN or infinity):
 
-            - lower triangles [*batch, D, D], where it has more dimensions than its own mean; what is above the
-              diagonal is not read;
-            - diagonals [*batch, D] (standard deviations), where it has as many dimensions as its mean, or fewer.
+            - lower triangles [*batch, D, D], if it has more dimensions than its own mean; entries above the diagonal
+              are not read;
+            - diagonals [*batch, D] (standard deviations), if it has at most as many dimensions as its mean.
 
-            So beside mu [N, D], a scale [N, D] or [D] is a diagonal, also when N = D; one matrix that all N share is
-            [1, D, D]. Each scale goes by its own mean: prior_mu [D] with prior_scale_tril [D, D] is one full prior for
-            any batch of q.
+            For mu [N, D], a scale [N, D] or [D] is therefore a diagonal, also when N = D; one matrix that all N share
+            is [1, D, D]. Each scale is compared with its own mean: prior_mu [D] with prior_scale_tril [D, D] is one
+            full prior for any batch of q.
 
     Returns:
         [*batch], the broadcast of all four batch shapes; float32 for float16, bfloat16 and float32 input, float64 if
@@ -46,7 +46,7 @@ def kl_multivariate_normal(mu: Tensor, scale_tril: Tensor, prior_mu: Tensor, pri
 
     Raises:
         TypeError: an argument is not a floating-point tensor.
-        ValueError: mixed devices, a scale that is not square or does not fit its mean, batches that do not broadcast.
+        ValueError: devices differ, a scale is not square or does not match its mean, or batches do not broadcast.
 
     Source: Duchi 2007, "Derivations for Linear Algebra and Optimization", section 9; the diagonal form is that of
     Kingma and Welling 2014, arXiv:1312.6114, appendix B.
@@ -63,8 +63,8 @@ def kl_multivariate_normal(mu: Tensor, scale_tril: Tensor, prior_mu: Tensor, pri
     std_q = scale_q.diagonal(dim1=-2, dim2=-1) if matrix_q else scale_q
     std_p = scale_p.diagonal(dim1=-2, dim2=-1) if matrix_p else scale_p
     x = 2 * log_ratio(std_q, std_p)
-    # L_p is diag(std_p) times a triangle with a diagonal of 1, which is solved for after the division by std_p: its
-    # elements and their squares are numbers of ordinary size where those of L_p^-1 overflow.
+    # L_p is diag(std_p) times a triangle with unit diagonal. Dividing by std_p before the solve keeps the elements and
+    # their squares in range when those of L_p^-1 overflow.
     unit_p = scale_p / std_p.unsqueeze(-1) if matrix_p else None
     whitened = difference / std_p
     whitened = _solve(unit_p, whitened.unsqueeze(-1)).squeeze(-1) if matrix_p else whitened

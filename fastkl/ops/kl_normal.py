@@ -2,104 +2,55 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops import _short as short
-from fastkl.ops._closed_form import fill_normal_gradients, kl_per_sample, normal_gradients, unpack
-from fastkl.ops._register import apply, differentiable, needs_closed_form, register
+from fastkl.ops._closed_form import by_rows, write_normal_gradients
+from fastkl.ops._normal import (
+    DPRIOR,
+    DQ,
+    PRIOR,
+    SETTINGS,
+    NormalFunction,
+    NormalOp,
+    Q,
+    Settings,
+    fake_value,
+    of_rows,
+)
+from fastkl.ops._register import apply, register
 from fastkl.ops._scales import as_logvar
 from fastkl.reference import SoftBounds
 
-# q is [mu, parameter], or [head] that packs both along packed_dim; prior is [] or [prior_mu, prior_logvar], each of
-# the full shape or, shared by the batch, of the event's shape.
-_SETTINGS = "int packed_dim, Tensor[] prior, int event_ndim, str scale, float low, float high, bool live"
+
+def _forward(mu, parameter, prior_mu, prior_logvar, *settings) -> Tensor:
+    return by_rows(reference.kl_normal, (mu, parameter, prior_mu, prior_logvar), Settings(*settings))
 
 
-def _forward(q, packed_dim, prior, event_ndim, scale, low, high, live) -> Tensor:
-    return kl_per_sample(q, packed_dim, prior, event_ndim, scale, arguments.as_bounds(low, high, live))
-
-
-def _gradients(dkl, q, packed_dim, prior, event_ndim, scale, low, high, live) -> list[Tensor]:
-    bounds = arguments.as_bounds(low, high, live)
-    return normal_gradients(q, packed_dim, prior, scale, bounds, dkl=dkl.reshape(*dkl.shape, *[1] * event_ndim))
-
-
-def _backward(dkl, q, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient) -> list[Tensor]:
-    dkl, bounds = dkl.reshape(*dkl.shape, *[1] * event_ndim), arguments.as_bounds(low, high, live)
-    return fill_normal_gradients(q, packed_dim, prior, scale, bounds, dkl=dkl, prior_gradient=prior_gradient)
-
-
-def _fake_forward(q, packed_dim, prior, event_ndim, scale, low, high, live) -> Tensor:
-    shape = unpack(q, packed_dim)[0].shape
-    return q[0].new_empty(shape[: len(shape) - event_ndim], dtype=reference.compute_dtype(*q, *prior))
-
-
-def _fake_backward(dkl, q, packed_dim, prior, event_ndim, scale, low, high, live, prior_gradient) -> list[Tensor]:
-    return [torch.empty_like(tensor) for tensor in ([*q, *prior] if prior_gradient else q)]
+def _backward(
+    dkl, mu, parameter, prior_mu, prior_logvar, dmu, dparameter, dprior_mu, dprior_logvar, *settings
+) -> None:  # fmt: skip
+    inputs, outputs = (mu, parameter, prior_mu, prior_logvar), (dmu, dparameter, dprior_mu, dprior_logvar)
+    settings = Settings(*settings)
+    dvalue = of_rows(dkl, mu, settings.event_ndim)
+    write_normal_gradients(inputs, outputs, settings, dvalue=dvalue)
 
 
 kl_normal_fwd = register(
-    f"kl_normal_fwd(Tensor[] q, {_SETTINGS}) -> Tensor",
+    f"kl_normal_fwd({Q}, {PRIOR}, {SETTINGS}) -> Tensor",
     closed_form=_forward,
-    fake=_fake_forward,
+    fake=fake_value,
     kernel="kl_normal.fwd",
     native="normal.kl_normal_fwd",
 )
 kl_normal_bwd = register(
-    f"kl_normal_bwd(Tensor dkl, Tensor[] q, {_SETTINGS}, bool prior_gradient) -> Tensor[]",
+    f"kl_normal_bwd(Tensor dkl, {Q}, {PRIOR}, {DQ}, {DPRIOR}, {SETTINGS}) -> ()",
     closed_form=_backward,
-    fake=_fake_backward,
     kernel="kl_normal.bwd",
     native="normal.kl_normal_bwd",
 )
-
-
-def _differentiate(dkl, q, prior, settings, prior_gradient) -> list[Tensor]:
-    arguments_ = (dkl, q, settings[0], prior, *settings[1:])
-    return _gradients(*arguments_) if needs_closed_form(dkl) else kl_normal_bwd(*arguments_, prior_gradient)
-
-
-def _differentiate_without_prior(dkl, mu, logvar, settings) -> list[Tensor]:
-    return _differentiate(dkl, [mu, logvar], [], settings, False)
-
-
-class _KLNormal(torch.autograd.Function):
-    @staticmethod
-    def forward(mu, parameter, prior_mu, prior_logvar, packed_dim, event_ndim, scale, low, high, live):
-        q = [mu] if parameter is None else [mu, parameter]
-        prior = [] if prior_mu is None else [prior_mu, prior_logvar]
-        return kl_normal_fwd(q, packed_dim, prior, event_ndim, scale, low, high, live)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:4])
-        ctx.settings = inputs[4:]
-
-    @staticmethod
-    def backward(ctx, dkl):
-        mu, parameter, prior_mu, prior_logvar = ctx.saved_tensors
-        q = [mu] if parameter is None else [mu, parameter]
-        prior = [] if prior_mu is None else [prior_mu, prior_logvar]
-        gradients = _differentiate(dkl, q, prior, ctx.settings, any(ctx.needs_input_grad[2:4]))
-        dq, dprior = gradients[: len(q)], gradients[len(q) :]
-        return (*arguments.padded(dq), *arguments.padded(dprior), *[None] * len(ctx.settings))
-
-    @staticmethod
-    def vmap(info, in_dims, mu, parameter, prior_mu, prior_logvar, packed_dim, event_ndim, *settings):
-        q = arguments.batch_first_all((mu, parameter), in_dims, info.batch_size)
-        shape = unpack(q, packed_dim + 1)[0].shape
-        prior = arguments.batch_first_prior((prior_mu, prior_logvar), in_dims[2:4], shape, event_ndim)
-        return apply(_KLNormal, *arguments.padded(q), *prior, packed_dim + 1, event_ndim, *settings), 0
-
-
-differentiable(
-    "kl_normal_fwd",
-    _KLNormal,
-    lambda q, dim, prior, *rest: (*arguments.padded(q), *arguments.padded(prior), dim, *rest),
-)
+KL_NORMAL = NormalOp(kl_normal_fwd, kl_normal_bwd, "kl_normal_fwd")
 
 
 def kl_normal_packed(
@@ -115,8 +66,8 @@ def kl_normal_packed(
     arguments.check_prior_fits(half.shape, prior_mu=prior_mu, prior_logvar=prior_logvar)
     prior = arguments.expand_prior(prior_mu, prior_logvar, head, half.shape, event_ndim)
     event_ndim, head, *prior = arguments.as_events(event_ndim, head, *prior)
-    settings = (dim, event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
-    return apply(_KLNormal, head, None, *prior, *settings)
+    settings = Settings(event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
+    return apply(NormalFunction, KL_NORMAL, dim, settings, head, None, *prior, None, None)
 
 
 def kl_normal(
@@ -130,26 +81,26 @@ def kl_normal(
 
     Args:
         mu: mean of q, [*batch, *event].
-        logvar: ln sigma^2 of q, or what `scale` says; broadcasts with mu. One of the two may be a number.
-        prior_mu, prior_logvar: mean and log-variance of p (or what `prior_scale` says, whatever `scale` is); absent
-            (N(0, I)), of the full shape, a number, or shared by the batch ([*event], [1, *event]), whose gradient is
-            then summed over the batch inside the kernel.
-        event_ndim: how many of the last dimensions are summed. None: every dimension after the first, one value per
-            datum for [N, D] and [N, C, H, W] alike; one dimension alone is that of one datum. 1 gives each token of
-            [B, T, D] a value, 0 each element.
-        scale: what the second argument is: "logvar", "log_std", "std" or "softplus" (sigma = softplus of it).
-        prior_scale: what prior_logvar is, one of the same; its logarithm is taken in front of the kernel, in float32.
-        bounds: (low, high) clamps the log-variance in the same pass, with no gradient outside;
-            `fastkl.SoftBounds(low, high)` keeps the gradient alive there.
+        logvar: ln sigma^2 of q, or another parameter, see `scale`; broadcasts with mu. One of the two may be a number.
+        prior_mu, prior_logvar: mean and log-variance of p (or another parameter, see `prior_scale`). None is N(0, I);
+            else numbers, or tensors of the full shape or shared by the batch ([*event], [1, *event]), whose gradient
+            the kernel sums over the batch.
+        event_ndim: number of last dimensions to sum. None: every dimension after the first, which gives one value per
+            datum for [N, D] and [N, C, H, W]; a 1-D tensor is one datum. 1 gives one value per token of [B, T, D], 0
+            one per element.
+        scale: the meaning of logvar: "logvar", "log_std", "std" or "softplus" (sigma = softplus of it).
+        prior_scale: the meaning of prior_logvar, one of the same; it is converted before the kernel, in float32.
+        bounds: (low, high) clamps the log-variance in the same pass, with gradient 0 outside;
+            `fastkl.SoftBounds(low, high)` keeps the gradient there.
 
     Returns:
-        [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients come in each
-        input's dtype; nothing is saved for the backward pass beyond the inputs.
+        [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients have each input's
+        dtype; only the inputs are saved for the backward pass.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or event_ndim is not an int.
-        ValueError: shapes that do not broadcast, mixed devices, event_ndim out of range, an unknown scale, bounds in
-            the wrong order.
+        ValueError: shapes do not broadcast, devices differ, event_ndim is out of range, scale is unknown, or bounds are
+            in the wrong order.
 
     Source: Kingma and Welling 2014, "Auto-Encoding Variational Bayes", arXiv:1312.6114, appendix B.
 
@@ -158,10 +109,9 @@ def kl_normal(
     >>> [f"{kl:.1e}" for kl in fastkl.kl_normal(mu, logvar)]
     ['7.5e-09', '7.5e-09']
     """
-    if known := arguments.usual(mu, logvar, event_ndim, scale, prior_mu, prior_logvar, bounds):
-        if way := short.find("kl_normal", mu, logvar, known, scale, _differentiate_without_prior):
-            return short.value(way, mu, logvar)
-        return apply(_KLNormal, mu, logvar, None, None, -1, known, scale, *arguments.NO_BOUNDS)
+    if known := arguments.event_ndim_of_common_call(event_ndim, (mu, logvar), scale, prior_mu, prior_logvar, bounds):
+        settings = Settings(known, scale, *arguments.NO_BOUNDS)
+        return apply(NormalFunction, KL_NORMAL, -1, settings, mu, logvar, None, None, None, None)
     mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)
     arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
     prior_logvar = as_logvar("prior_scale", prior_logvar, prior_scale, mu, logvar, prior_mu)
@@ -170,5 +120,5 @@ def kl_normal(
     prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
     tensors = arguments.expand(mu, shape), arguments.expand(logvar, shape), *prior
     event_ndim, *tensors = arguments.as_events(event_ndim, *tensors)
-    settings = (-1, event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
-    return apply(_KLNormal, *tensors, *settings)
+    settings = Settings(event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
+    return apply(NormalFunction, KL_NORMAL, -1, settings, *tensors, None, None)

@@ -26,26 +26,27 @@ def mmd(
     MMD^2 = mean k(x_i, x_j) + mean k(y_i, y_j) - 2 mean k(x_i, y_j), with d^2 summed over the D dimensions and
     imq: k = sum_s C / (C + d^2), C = 2 D s;    rbf: k = sum_s exp(-d^2 / (2 D s))
 
-    For a Wasserstein autoencoder x are samples of the aggregate posterior and y as many of the prior. With s = 1 the
-    widths fit a prior N(0, I), where the mean of d^2 is 2 D. Pairs are gone through in blocks, once for value and
-    gradient and all scales: no N x M tensor is made.
+    For a Wasserstein autoencoder x are samples of the aggregate posterior and y as many samples of the prior. The width
+    of s = 1 suits a prior N(0, I), for which the mean of d^2 is 2 D. One sweep over blocks of pairs gives value,
+    gradient and all scales, without an N x M tensor.
 
     Args:
         x: one sample, [N, D], or [N, *event] with D elements.
         y: the other, [M, D]; N and M may differ.
-        kernel: "imq" (inverse multiquadric: its tails pull outliers in) or "rbf" (Gaussian).
+        kernel: "imq" (inverse multiquadric: its heavy tails give outliers a gradient) or "rbf" (Gaussian).
         scales: the s, each above 0.
-        estimator: "unbiased" leaves the pairs of a point with itself out, and can be below 0; "biased" is the squared
+        estimator: "unbiased" leaves out the pairs of a point with itself, and can be below 0; "biased" is the squared
             MMD of the two empirical distributions, never below 0.
-        group: a torch.distributed process group, whose processes' x and y together are the samples; every process then
-            gets the same value. None: this process's samples alone.
+        group: a torch.distributed process group; the samples are then the x and y of all its processes, and every
+            process gets the same value. None: this process's samples.
 
     Returns:
-        [], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients come in each input's
-        dtype; they are computed with the value, and kept in its dtype for the backward pass.
+        [], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients have each input's dtype;
+        they are computed with the value and saved for the backward pass.
 
     Raises:
-        TypeError: x or y is not a floating-point tensor, scales are no sequence of numbers, group is no process group.
+        TypeError: x or y is not a floating-point tensor, scales is not a sequence of numbers, group is not a process
+            group.
         ValueError: x and y have different dimensions or devices, fewer than two rows (biased: one), an unknown kernel
             or estimator, no scales, or one that is not above 0.
 

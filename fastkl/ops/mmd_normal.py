@@ -1,4 +1,4 @@
-"""Maximum mean discrepancy of samples, or of Gaussian posteriors, to N(0, I) itself."""
+"""Maximum mean discrepancy of samples, or of Gaussian posteriors, to N(0, I), without samples of it."""
 
 from __future__ import annotations
 
@@ -45,28 +45,27 @@ def mmd_normal(
     g = D s each expectation is, for every s, prod_d (g / (g + v))^(1/2) exp(-u^2 / (2 (g + v))), u and v the mean and
     the variance of the difference.
 
-    It is what `fastkl.mmd(z, e, kernel="rbf")` estimates, without the noise of e, and with logvar also without that of
-    z. Pairs are gone through in blocks: nothing of N x N elements is made.
+    `fastkl.mmd(z, e, kernel="rbf")` estimates the same, with the noise of e and z; here e is integrated out, and with
+    logvar also z. The sweep over blocks of pairs needs no tensor of N x N elements.
 
     Args:
         mu: points, or means of posteriors, [N, D] or [N, *event].
         logvar: ln sigma^2 of the posteriors, broadcasts with mu, or a number; None: mu are points.
         scales: the s, each above 0.
-        estimator: "unbiased" leaves the pairs of a point with itself out: an estimate for the distribution that the
-            data come from, which can be below 0. "biased" keeps them: the squared MMD of the points' empirical
-            distribution, or of the mixture of the N posteriors, never below 0.
-        group: a torch.distributed process group, whose processes' rows together are meant; every process then gets the
-            same value. None: this process's rows alone.
+        estimator: "unbiased" leaves out the pairs of a point with itself: an estimate for the distribution of the data,
+            which can be below 0. "biased" keeps them: the squared MMD of the points' empirical distribution, or of the
+            mixture of the N posteriors, never below 0.
+        group: a torch.distributed process group; the rows are then those of all its processes, and every process gets
+            the same value. None: this process's rows.
 
     Returns:
-        [], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients come in each input's
-        dtype.
+        [], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients have each input's dtype.
 
     Raises:
-        TypeError: mu or logvar is not a floating-point tensor, scales are no sequence of numbers, group is no process
-            group.
-        ValueError: shapes that do not broadcast, mixed devices, fewer than two rows (biased: one), an unknown
-            estimator, no scales, or one that is not above 0.
+        TypeError: mu or logvar is not a floating-point tensor, scales is not a sequence of numbers, group is not a
+            process group.
+        ValueError: shapes do not broadcast, devices differ, there are fewer than two rows (biased: one), estimator is
+            unknown, or scales is empty or has a number not above 0.
 
     Source: Rustamov 2019, "Closed-form Expressions for Maximum Mean Discrepancy with Applications to Wasserstein
     Auto-Encoders", arXiv:1901.03227; of points also Baringhaus and Henze 1988, "A consistent test for multivariate
@@ -84,7 +83,7 @@ def mmd_normal(
     scales = _mmd.check_scales(scales)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
     arguments.check_choice("estimator", estimator, reference.MMD_ESTIMATORS)
-    dtype = reference.compute_dtype(mu, logvar)  # in which the gradients of both parts are added up
+    dtype = reference.compute_dtype(mu, logvar)  # cast first: gradients of both parts are summed in this dtype
     tensors = [_mmd.check_points("mu", t.to(dtype).expand(shape)) for t in (mu, logvar) if t is not None]
     tensors, _ = _group.gather(group, *tensors)
     mu, logvar = (*tensors, None)[:2]

@@ -2,107 +2,49 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
-from fastkl.ops import _short as short
-from fastkl.ops._closed_form import empty_samples, fill_normal_gradients, normal_gradients, sample, samples_dtype
-from fastkl.ops._register import apply, differentiable, needs_closed_form, register
-from fastkl.reference import SoftBounds, Stream
+from fastkl.ops._closed_form import empty_samples, sample, samples_dtype, write_normal_gradients
+from fastkl.ops._normal import DQ, DRAWING_SETTINGS, NOISE, Drawing, NormalFunction, NormalOp, Q
+from fastkl.ops._register import apply, register
+from fastkl.reference import SoftBounds
 
-# As in rsample_kl, without an event or a prior; the noise of a seed is that of `stream`, a reference.Stream.
-_SETTINGS = (
-    "Tensor[] q, Tensor? seed, Tensor? eps, SymInt? num_samples, int packed_dim, str scale, float low, float high, "
-    "bool live, int stream"
-)
+# Every element is a sample by itself: no dimension is one of an event.
+_NO_EVENT = 0
 
 
-def _forward(q, seed, eps, num_samples, packed_dim, scale, low, high, live, stream) -> Tensor:
-    eps = sampling.draw(q, packed_dim, seed, eps, num_samples, stream)
-    return sample(q, packed_dim, eps, num_samples, scale, arguments.as_bounds(low, high, live))
+def _forward(mu, parameter, eps, seed, *settings) -> Tensor:
+    settings = Drawing(*settings)
+    eps = sampling.draw(mu.shape, eps, seed, settings.num_samples, settings.stream)
+    return sample(mu, parameter, eps, settings)
 
 
-def _gradients(dz, q, seed, eps, num_samples, packed_dim, scale, low, high, live, stream) -> list[Tensor]:
-    eps = sampling.noise(q, packed_dim, seed, eps, num_samples, stream)
-    return normal_gradients(q, packed_dim, [], scale, arguments.as_bounds(low, high, live), dz=dz, eps=eps)
+def _backward(dz, mu, parameter, eps, seed, dmu, dparameter, *settings) -> None:
+    settings = Drawing(*settings)
+    eps = sampling.draw(mu.shape, eps, seed, settings.num_samples, settings.stream)
+    write_normal_gradients((mu, parameter), (dmu, dparameter), settings, dz=dz, eps=eps)
 
 
-def _backward(dz, q, seed, eps, num_samples, packed_dim, scale, low, high, live, stream) -> list[Tensor]:
-    eps = sampling.draw(q, packed_dim, seed, eps, num_samples, stream)
-    return fill_normal_gradients(q, packed_dim, [], scale, arguments.as_bounds(low, high, live), dz=dz, eps=eps)
-
-
-def _fake_forward(q, seed, eps, num_samples, packed_dim, *settings) -> Tensor:
-    return empty_samples(q, packed_dim, num_samples)
-
-
-def _fake_backward(dz, q, *settings) -> list[Tensor]:
-    return [torch.empty_like(tensor) for tensor in q]
+def _fake_forward(mu, parameter, eps, seed, *settings) -> Tensor:
+    return empty_samples(mu, parameter, Drawing(*settings).num_samples)
 
 
 rsample_normal_fwd = register(
-    f"rsample_normal_fwd({_SETTINGS}) -> Tensor",
+    f"rsample_normal_fwd({Q}, {NOISE}, {DRAWING_SETTINGS}) -> Tensor",
     closed_form=_forward,
     fake=_fake_forward,
     kernel="rsample_normal.fwd",
     native="normal.rsample_normal_fwd",
 )
 rsample_normal_bwd = register(
-    f"rsample_normal_bwd(Tensor dz, {_SETTINGS}) -> Tensor[]",
+    f"rsample_normal_bwd(Tensor dz, {Q}, {NOISE}, {DQ}, {DRAWING_SETTINGS}) -> ()",
     closed_form=_backward,
-    fake=_fake_backward,
     kernel="rsample_normal.bwd",
     native="normal.rsample_normal_bwd",
 )
-
-
-def _differentiate(dz, q, seed, eps, settings) -> list[Tensor]:
-    return (_gradients if needs_closed_form(dz) else rsample_normal_bwd)(dz, q, seed, eps, *settings)
-
-
-def _differentiate_drawn(dz, mu, logvar, seed, settings) -> list[Tensor]:
-    num_samples, packed_dim, _, *rest = settings
-    return _differentiate(dz, [mu, logvar], seed, None, (num_samples, packed_dim, *rest, Stream.POSTERIOR))
-
-
-class _RsampleNormal(torch.autograd.Function):
-    @staticmethod
-    def forward(mu, parameter, eps, seed, num_samples, packed_dim, scale, low, high, live, stream):
-        q = [mu] if parameter is None else [mu, parameter]
-        return rsample_normal_fwd(q, seed, eps, num_samples, packed_dim, scale, low, high, live, stream)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:4])
-        ctx.settings = inputs[4:]
-
-    @staticmethod
-    def backward(ctx, dz):
-        mu, parameter, eps, seed = ctx.saved_tensors
-        _, packed_dim, scale, *bounds, _ = ctx.settings
-        q = [mu] if parameter is None else [mu, parameter]
-        dq = _differentiate(dz, q, seed, eps, ctx.settings)
-        deps = None
-        if ctx.needs_input_grad[2]:
-            deps = sampling.noise_gradient(dz, q, packed_dim, eps, scale, arguments.as_bounds(*bounds))
-        return (*arguments.padded(dq), deps, *[None] * (1 + len(ctx.settings)))
-
-    @staticmethod
-    def vmap(info, in_dims, mu, parameter, eps, seed, num_samples, packed_dim, *settings):
-        out_dtype = samples_dtype(mu, parameter)
-        q = arguments.batch_first_all((mu, parameter), in_dims, info.batch_size)
-        dims = (in_dims[3], in_dims[2])
-        seed, eps = sampling.batch_noise(info, q, packed_dim + 1, dims, seed, eps, num_samples, settings[-1])
-        parameter = q[1] if len(q) == 2 else None
-        z = apply(_RsampleNormal, q[0], parameter, eps, seed, num_samples, packed_dim + 1, *settings)
-        return z.to(out_dtype), 0 if num_samples is None else 1
-
-
-differentiable(
-    "rsample_normal_fwd", _RsampleNormal, lambda q, seed, eps, *settings: (*arguments.padded(q), eps, seed, *settings)
-)
+RSAMPLE_NORMAL = NormalOp(rsample_normal_fwd, rsample_normal_bwd, "rsample_normal_fwd", draws=True, has_value=False)
 
 
 def rsample_normal_packed(
@@ -112,9 +54,9 @@ def rsample_normal_packed(
     """rsample_normal(*head.chunk(2, dim), ...) whose gradient is one packed tensor, written by the kernel itself."""
     arguments.check_tensors(head=head, eps=eps)
     dim = arguments.check_packed(head, dim)
-    settings = (dim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
+    settings = Drawing(_NO_EVENT, arguments.check_scale(scale), *arguments.check_bounds(bounds), num_samples)
     seed, eps = sampling.check_noise(seed, eps, num_samples, head.chunk(2, dim)[0].shape, head.device)
-    return apply(_RsampleNormal, head, None, eps, seed, num_samples, *settings, Stream.POSTERIOR)
+    return apply(NormalFunction, RSAMPLE_NORMAL, dim, settings, head, None, None, None, eps, seed)
 
 
 def rsample_normal(
@@ -126,11 +68,11 @@ def rsample_normal(
     z = mu + exp(logvar / 2) eps, eps ~ N(0, I)
 
     Args:
-        mu, logvar: mean and log-variance (or what `scale` says), of any shapes that broadcast; one may be a number.
+        mu, logvar: mean and log-variance (or another parameter, see `scale`), which broadcast; one may be a number.
         num_samples, seed, eps, scale, bounds: as for `fastkl.rsample_kl`, which with the same seed draws the same z.
 
     Returns:
-        z in the parameters' dtype, [*shape], or [num_samples, *shape]. Only the 8-byte seed is kept beyond the inputs.
+        z in the parameters' dtype, [*shape], or [num_samples, *shape]. Only the inputs and the 8-byte seed are saved.
 
     Raises:
         TypeError, ValueError: as rsample_kl.
@@ -143,24 +85,26 @@ def rsample_normal(
     >>> f"{z.mean():.2f} {z.std():.2f}"
     '3.00 1.00'
     """
-    if isinstance(mu, Tensor) and arguments.usual(mu, logvar, mu.dim(), scale, num_samples, eps, bounds):
+    if arguments.event_ndim_of_common_call(None, (mu, logvar), scale, num_samples, eps, bounds):
         seed = sampling.check_seed(seed, mu.device, "mu")
-        if way := short.find("rsample_normal", mu, logvar, mu.dim(), scale, _differentiate_drawn, seed):
-            return short.sample(way, mu, logvar, seed)
-        return apply(_RsampleNormal, mu, logvar, None, seed, None, -1, scale, *arguments.NO_BOUNDS, Stream.POSTERIOR)
+        settings = Drawing(_NO_EVENT, scale, *arguments.NO_BOUNDS, None)
+        return apply(NormalFunction, RSAMPLE_NORMAL, -1, settings, mu, logvar, None, None, None, seed)
     given = (mu, logvar)
     mu, logvar = arguments.as_parameters(*given)
     arguments.check_tensors(mu=mu, logvar=logvar, eps=eps)
     shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
-    settings = (-1, arguments.check_scale(scale), *arguments.check_bounds(bounds))
+    settings = Drawing(_NO_EVENT, arguments.check_scale(scale), *arguments.check_bounds(bounds), num_samples)
     seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
-    inputs = (arguments.expand(mu, shape), arguments.expand(logvar, shape), eps, seed, num_samples)
-    return apply(_RsampleNormal, *inputs, *settings, Stream.POSTERIOR).to(samples_dtype(*given))
+    q = arguments.expand(mu, shape), arguments.expand(logvar, shape)
+    z = apply(NormalFunction, RSAMPLE_NORMAL, -1, settings, *q, None, None, eps, seed)
+    return z.to(samples_dtype(*given))
 
 
 def draw_normal(
     stream: int, shape: tuple[int, ...], mu: Tensor, logvar: Tensor, seed: Tensor, scale: str = "logvar"
 ) -> Tensor:
     """rsample_normal of a Gaussian that is no posterior, for the ops that draw from one: `stream` says which."""
-    inputs = (arguments.expand(mu, shape), arguments.expand(logvar, shape), None, seed, None, -1)
-    return apply(_RsampleNormal, *inputs, scale, *arguments.NO_BOUNDS, stream).to(samples_dtype(mu, logvar))
+    settings = Drawing(_NO_EVENT, scale, *arguments.NO_BOUNDS, None, stream)
+    q = arguments.expand(mu, shape), arguments.expand(logvar, shape)
+    z = apply(NormalFunction, RSAMPLE_NORMAL, -1, settings, *q, None, None, None, seed)
+    return z.to(samples_dtype(mu, logvar))

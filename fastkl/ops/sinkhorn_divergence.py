@@ -41,13 +41,13 @@ def solve(x, y, weights_x, weights_y, blur, scaling, debias, diameter, final_upd
 
 
 def _diameter(x: Points, y: Points) -> Tensor:
-    """Of the box around all points, which is at least that of the points."""
+    """The diameter of the box around all points, an upper bound of that of the points."""
     highest = torch.maximum(x.at.amax(0), y.at.amax(0))
     return torch.linalg.vector_norm(highest - torch.minimum(x.at.amin(0), y.at.amin(0)))
 
 
 class _Once(torch.autograd.Function):
-    """The gradient as it is; its own gradient, which the envelope theorem does not give, is refused and not 0."""
+    """The gradient unchanged. Its own gradient, which the envelope theorem does not give, raises an error."""
 
     generate_vmap_rule = True
 
@@ -68,7 +68,7 @@ class _Once(torch.autograd.Function):
 
 
 class _SinkhornDivergence(torch.autograd.Function):
-    """The gradient is made with the value, from the same last update."""
+    """The gradient is computed with the value, from the same last update."""
 
     @staticmethod
     def forward(x, y, weights_x, weights_y, blur, scaling, debias, diameter, final_updates, pulls):
@@ -116,7 +116,7 @@ def _weights(name: str, weights: Tensor | None, points: Tensor, dtype: torch.dty
 
 
 def _check_masses(weights_x: Tensor, weights_y: Tensor) -> None:
-    """Where looking costs no wait for a device and is possible at all."""
+    """Check the masses, if that needs no synchronisation with a device and the values are available."""
     if weights_x.device.type != "cpu" or torch.compiler.is_compiling():
         return
     for name, weights in (("weights_x", weights_x), ("weights_y", weights_y)):
@@ -139,31 +139,31 @@ def sinkhorn_divergence(
 
     S = OT(x, y) - (OT(x, x) + OT(y, y)) / 2, OT(x, y) = min over plans pi of <pi, C> + blur^2 KL(pi || a b^T)
 
-    As blur -> 0 it tends to W_2^2 / 2. The potentials are averaged with their updates while the temperature eps falls
-    from diameter^2 to blur^2, by scaling^2 each time, in the log domain, and updated once more at the end, through
-    which goes the gradient (envelope theorem).
+    As blur -> 0 it tends to W_2^2 / 2. The potentials are averaged with their updates, in the log domain, while the
+    temperature eps falls from diameter^2 to blur^2, times scaling^2 at each step. The gradient is that of one more
+    update at the end (envelope theorem).
 
     Args:
         x, y: points [N, D] and [M, D].
-        blur: the length below which details do not count, in units of x; above 0.
-        weights_x, weights_y: [N] and [M], 0 or more, with the same sum (looked at on a CPU only); absent, 1 / N and
-            1 / M. Their gradient is the potential.
-        scaling: between 0 and 1; nearer to 1 takes more steps and leaves a smaller error.
-        debias: False for OT(x, y) alone, which is not least at x = y.
-        diameter: the length to begin with, such as the distance of the farthest two points; absent, the diagonal of the
-            points' box, which a GPU has to be waited for (give it under torch.compile(fullgraph=True)).
-        final_updates: so many more updates at the last temperature. GeomLoss makes none; its potentials, and with them
-            the gradient, are then some tenths of a per cent off. Tens let them converge where blur is not small.
+        blur: the length below which details are smoothed out, in units of x; above 0.
+        weights_x, weights_y: [N] and [M], 0 or more, with equal sums (checked on a CPU only); None is 1 / N and 1 / M.
+            Their gradient is the potential.
+        scaling: between 0 and 1; values near 1 take more steps and give a smaller error.
+        debias: False gives OT(x, y), whose minimum is not at x = y.
+        diameter: the initial length, such as the distance of the farthest two points; None is the diagonal of the
+            points' box, which needs a synchronisation with a GPU (give it under torch.compile(fullgraph=True)).
+        final_updates: number of further updates at the last temperature. GeomLoss has none, and its potentials and
+            gradient are then some tenths of a per cent off. Some tens let them converge unless blur is small.
 
     Returns:
-        One number, float32 for float16, bfloat16 and float32 input, float64 if any input is. Nothing of size N x M is
-        kept or made, but for tiles of 3 MiB on a CPU; for the gradient, tensors of the inputs' sizes. A second
-        derivative is refused.
+        One number, float32 for float16, bfloat16 and float32 input, float64 if any input is. It needs no tensor of size
+        N x M, only tiles of 3 MiB on a CPU; the gradient needs tensors of the inputs' sizes. A second derivative raises
+        an error.
 
     Raises:
         TypeError: an argument is not a floating-point tensor or not a number.
-        ValueError: shapes that do not fit; an infinite coordinate; weights below 0 or of unequal sums; blur or diameter
-            not above 0, scaling not between 0 and 1.
+        ValueError: shapes do not match; a coordinate is infinite; weights are below 0 or have unequal sums; blur or
+            diameter is not above 0, or scaling is not between 0 and 1.
         RuntimeError: the gradient is differentiated.
 
     Source: Feydy et al. 2019, "Interpolating between Optimal Transport and MMD using Sinkhorn Divergences",

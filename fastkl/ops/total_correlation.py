@@ -60,12 +60,12 @@ def _fake_backward(z, mu, logvar, *_) -> list[Tensor]:
 
 
 def coefficients_of(dmutual: Tensor, dtotal: Tensor, ddimension: Tensor) -> list[Tensor]:
-    """What the loss has of ln q(z|x), ln q(z), each ln q(z_d), and -ln p(z)."""
+    """The loss's coefficients of ln q(z|x), ln q(z), each ln q(z_d), and -ln p(z)."""
     return [dmutual, dtotal - dmutual, ddimension - dtotal, ddimension]
 
 
 def _gradients(z, mu, logvar, first, dataset_size, stratified, dmutual, dtotal, ddimension) -> list[Tensor]:
-    """Differentiable, and so of all pairs at once."""
+    """The gradients in differentiable torch ops, with all pairs in memory."""
     dtype = reference.compute_dtype(z, mu, logvar)
     inputs = (z, mu, logvar)
     z, mu, logvar = (tensor.to(dtype) for tensor in inputs)
@@ -123,7 +123,7 @@ class _TotalCorrelation(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        """Example by example: each is a batch of its own."""
+        """One call per example, because each example is a separate batch."""
         examples = arguments.examples(info.batch_size, in_dims, inputs)
         results = [apply(_TotalCorrelation, *example) for example in examples]
         return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * 5
@@ -141,27 +141,27 @@ def total_correlation(
     KL = E[ln q(z|x) - ln q(z)] + E[ln q(z) - sum_d ln q(z_d)] + E[sum_d (ln q(z_d) - ln p(z_d))], with the aggregate
     posterior q(z) = sum_j w_ij N(z; mu_j, diag exp(logvar_j)), and its marginals q(z_d), estimated from the batch
 
-    Nothing of the size of all pairs is made, and the weight is counted once, not once for each dimension.
+    It needs no tensor of the size of all pairs, and the weight counts once, not once for each dimension.
 
     Args:
         z: [N, D], row i drawn from posterior i; differentiable, as from `fastkl.rsample_normal`.
         mu, logvar: mean and ln sigma^2 of the batch's posteriors; broadcast to z's shape, or numbers.
-        dataset_size: how many samples the data set has that the batch was drawn from.
+        dataset_size: size of the data set from which the batch was drawn.
         weights: "mss", minibatch stratified sampling: with M = N - 1 the own posterior weighs 1 / dataset_size, the
             next one (dataset_size - M) / (dataset_size M), the others 1 / M. "mws", minibatch weighted sampling:
             all weigh 1 / (dataset_size N), which is not normalised, as published.
-        group: a torch.distributed process group, whose processes' batches are parts of one (posteriors in order of
-            rank); None means this process's batch alone.
+        group: a torch.distributed process group; the batch is then that of all its processes (posteriors in order of
+            rank). None means this process's batch.
 
     Returns:
         (mutual_information, total_correlation, dimension_wise_kl), [N] each, in nats, whose means are the
         decomposition; they add up to ln q(z_i|x_i) - ln p(z_i). float32 for float16, bfloat16 and float32 input,
-        float64 if any input is. Saved for the backward pass beyond the inputs: the sums over j, [N, D] and [N].
+        float64 if any input is. The backward pass needs the inputs and the sums over j, [N, D] and [N].
 
     Raises:
-        TypeError: an argument is not a floating-point tensor, dataset_size is not an int, group is no process group.
-        ValueError: z is not [N, D], mu or logvar do not broadcast to it, mixed devices, a batch of 1, a dataset_size
-            smaller than the batch, unknown weights.
+        TypeError: an argument is not a floating-point tensor, dataset_size is not an int, group is not a process group.
+        ValueError: z is not [N, D], mu or logvar does not broadcast to it, devices differ, the batch has size 1,
+            dataset_size is smaller than the batch, or weights is unknown.
 
     Source: Chen et al. 2018, "Isolating Sources of Disentanglement in Variational Autoencoders", arXiv:1802.04942,
     equation 2 and appendix C.

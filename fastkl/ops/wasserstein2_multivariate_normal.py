@@ -1,4 +1,4 @@
-"""Squared 2-Wasserstein distance between Gaussians with full or diagonal covariance. One SVD, no kernel of our own."""
+"""Squared 2-Wasserstein distance between Gaussians with full or diagonal covariance, by torch's SVD."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastkl.reference import compute_dtype
 class _Rotation(torch.autograd.Function):
     """The orthogonal U that maximises tr(U^T A): U = W V^T of A = W diag(s) V^T.
 
-    Its derivative divides by s_i + s_j, not by s_i - s_j as that of W and V does: repeated values do no harm.
+    Its derivative divides by s_i + s_j, so repeated singular values are harmless; that of W and V divides by s_i - s_j.
     """
 
     generate_vmap_rule = True
@@ -40,9 +40,9 @@ class _Rotation(torch.autograd.Function):
 
 
 class _SquaredDistance(torch.autograd.Function):
-    """min over orthogonal U of |L_q - L_p U|^2 (Frobenius), and the gradient at that U, as the envelope theorem has it.
+    """min over orthogonal U of |L_q - L_p U|^2 (Frobenius), and the gradient at that U, by the envelope theorem.
 
-    The minimum is tr(S_q + S_p) - 2 sum s, but as a sum of squares it does not cancel between two close Gaussians.
+    The minimum is tr(S_q + S_p) - 2 sum s; as a sum of squares it avoids cancellation for two close Gaussians.
     """
 
     generate_vmap_rule = True
@@ -63,7 +63,7 @@ class _SquaredDistance(torch.autograd.Function):
         if ddistance is None:
             return None, None
         scale_q, scale_p, rotation = ctx.saved_tensors
-        if needs_closed_form(ddistance):  # differentiated again, the rotation moves
+        if needs_closed_form(ddistance):  # the second derivative includes that of the rotation
             rotation = apply(_Rotation, scale_p.mT @ scale_q)[0]
         weight = 2 * ddistance.unsqueeze(-1).unsqueeze(-1)
         return weight * (scale_q - scale_p @ rotation), weight * (scale_p - scale_q @ rotation.mT)
@@ -76,12 +76,12 @@ def wasserstein2_multivariate_normal(
 
     W_2^2(q, p) = |m_q - m_p|^2 + tr(S_q + S_p - 2 (S_p^1/2 S_q S_p^1/2)^1/2), S = L L^T (Bures), computed as
     |m_q - m_p|^2 + min_U |L_q - L_p U|^2 over orthogonal U, which the singular vectors of L_p^T L_q give: a sum of
-    squares, so that nothing cancels between two close Gaussians. The gradient, 2 (L_q - L_p U) in L_q, is finite where
-    the two are equal and where eigenvalues repeat, and so is the second derivative.
+    squares, which avoids cancellation for two close Gaussians. The gradient, 2 (L_q - L_p U) in L_q, and the second
+    derivative are finite for equal Gaussians and for repeated eigenvalues.
 
     Args:
         mu, scale_tril, prior_mu, prior_scale_tril: as for `fastkl.kl_multivariate_normal`: scales are lower triangles
-            [*batch, D, D] where they have more dimensions than their own mean, else standard deviations [*batch, D];
+            [*batch, D, D] if they have more dimensions than their own mean, else standard deviations [*batch, D];
             [1, D, D] is one matrix for all. A singular L is allowed.
 
     Returns:

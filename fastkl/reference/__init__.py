@@ -1,6 +1,6 @@
-"""Every op as plain, differentiable PyTorch: the definition, one page per family.
+"""Every op as plain, differentiable PyTorch: the definitions, one short file per family.
 
-Slow and clear. The kernels are tested against these functions in float64, and the arguments mean the same there.
+Slow and simple. The kernels are tested against these functions in float64, with the same arguments.
 Notation: q = N(mu, diag sigma^2), logvar = ln sigma^2, p the prior; everything is in nats.
 """
 

@@ -1,4 +1,4 @@
-"""What every family shares: dtypes, sums, and the ways a log-variance is parameterised."""
+"""Shared by all families: dtypes, sums, and parameterisations of the log-variance."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 SCALES = ("logvar", "log_std", "std", "softplus")
 
-# torch's softplus is the identity beyond a threshold; its default of 20 is visible in float64.
+# torch's softplus is the identity beyond a threshold; at its default of 20 the error shows in float64.
 SOFTPLUS_THRESHOLD = 40.0
 
 
 class SoftBounds(NamedTuple):
-    """Bounds on the log-variance whose gradient lives outside them.
+    """Bounds on the log-variance that let gradients through outside them.
 
     The value is clamped exactly as with a plain tuple `(low, high)`. The gradient passes through the clamp
-    (straight-through; Bengio et al. 2013, arXiv:1308.3432): it is taken at the bound, so a log-variance that has left
-    the interval is pulled back by the loss instead of staying where it is for ever.
+    (straight-through; Bengio et al. 2013, arXiv:1308.3432), with its value at the bound. So the loss can pull back a
+    log-variance that has left the interval, which would otherwise stay there.
 
     >>> import torch, fastkl
     >>> logvar = torch.tensor([[50.0]], requires_grad=True)
@@ -37,16 +37,16 @@ class SoftBounds(NamedTuple):
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any input is, else float32: what every op computes and accumulates in."""
+    """The dtype in which an op computes and accumulates: float64 if any input is, else float32."""
     wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if wide else torch.float32
 
 
 def to_logvar(parameter: Tensor, scale: str = "logvar") -> Tensor:
-    """The log-variance that a network's output stands for.
+    """The log-variance of `parameter`, which is what `scale` says.
 
-    `softplus` below -15 is exp(p) (1 - exp(p) / 2) to rounding; its logarithm is then taken in closed form, so that it
-    does not underflow.
+    Below -15, softplus(p) equals exp(p) (1 - exp(p) / 2) up to rounding. Its logarithm is then computed in closed form,
+    so that it does not underflow.
     """
     if scale == "logvar":
         return parameter
@@ -60,13 +60,13 @@ def to_logvar(parameter: Tensor, scale: str = "logvar") -> Tensor:
 
 
 def _log(std: Tensor) -> Tensor:
-    """ln, whose derivative stays above 0 at infinity: the gradient that it is multiplied by is infinite there."""
+    """ln whose derivative stays above 0 at infinity, because the incoming gradient is infinite there."""
     return torch.where(std == torch.inf, std * torch.finfo(std.dtype).tiny, std.log())
 
 
 def to_parameter_gradient(dlogvar: Tensor, parameter: Tensor, scale: str) -> Tensor:
-    """The gradient in the parameter from that in the log-variance. It is divided by sigma: 1 / sigma is no normal
-    number where sigma is large. An infinite sigma counts as the largest number: dlogvar is infinite there, too."""
+    """The gradient in the parameter, from that in the log-variance. Divides by sigma, because 1 / sigma is subnormal
+    for large sigma. An infinite sigma counts as the largest number, because dlogvar is infinite there too."""
     if scale == "logvar":
         return dlogvar
     if scale == "log_std":
@@ -84,7 +84,7 @@ def to_parameter_gradient(dlogvar: Tensor, parameter: Tensor, scale: str) -> Ten
 
 
 def bound(logvar: Tensor, bounds: SoftBounds | tuple[float, float] | None) -> Tensor:
-    """The clamped log-variance; with SoftBounds its gradient is that of the identity."""
+    """The clamped log-variance; with SoftBounds the clamp has the gradient of the identity."""
     if bounds is None:
         return logvar
     clamped = logvar.clamp(bounds[0], bounds[1])
@@ -95,17 +95,17 @@ def bound(logvar: Tensor, bounds: SoftBounds | tuple[float, float] | None) -> Te
 
 
 def bound_gradient(dlogvar: Tensor, logvar: Tensor, bounds: SoftBounds | tuple[float, float] | None) -> Tensor:
-    """The gradient in the log-variance before the clamp; NaN entries keep theirs."""
+    """The gradient in the log-variance before the clamp; it passes through NaN entries."""
     if bounds is None or isinstance(bounds, SoftBounds):
         return dlogvar
     return dlogvar.masked_fill((logvar < bounds[0]) | (logvar > bounds[1]), 0.0)
 
 
 def exp_minus_one_minus(x: Tensor) -> Tensor:
-    """exp(x) - 1 - x; infinity at infinity, although x itself is subtracted.
+    """exp(x) - 1 - x, accurate near 0 and infinite at infinity.
 
-    Next to 0 that loses the digits of x^2 / 2: with x = s + d, s within [-1, 1], it is r + exp(s) (exp(d) - 1) - d,
-    where r = exp(s) - 1 - s is the series s^2 / 2 (1 + s / 3 (1 + s / 4 (...))).
+    Near 0 the plain formula loses the digits of x^2 / 2. With x = s + d, s within [-1, 1], the value is
+    r + exp(s) (exp(d) - 1) - d, where r = exp(s) - 1 - s is the series s^2 / 2 (1 + s / 3 (1 + s / 4 (...))).
     """
     s = x.clamp(-1.0, 1.0)
     d = x - s
@@ -118,8 +118,8 @@ def exp_minus_one_minus(x: Tensor) -> Tensor:
 
 
 def log_ratio(a: Tensor, b: Tensor) -> Tensor:
-    """ln(a / b), by the quotient, which keeps the digits where the two are close, and where that is not a normal number
-    by the two logarithms."""
+    """ln(a / b), from the quotient, which is accurate when the two are close, or from the two logarithms if the
+    quotient is not a normal number."""
     ratio = a / b
     finite = torch.finfo(ratio.dtype)
     apart = ((ratio < finite.tiny) | (ratio > finite.max)) & (a > 0) & (b > 0)
@@ -128,23 +128,23 @@ def log_ratio(a: Tensor, b: Tensor) -> Tensor:
 
 
 def standardise(difference: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-    """(difference / sigma, the square root of 1 / sigma), sigma = exp(logvar / 2).
+    """(difference / sigma, sqrt(1 / sigma)), sigma = exp(logvar / 2).
 
-    What is divided by sigma is multiplied by that root twice: it overflows at twice the log-variance where 1 / sigma
-    does, and beyond that it stays finite, so that a difference of 0 is 0 however small sigma is.
+    Multiply by this root twice instead of dividing by sigma. It overflows only at twice the log-variance at which
+    1 / sigma does, and it is kept finite, so that a difference of 0 gives 0 however small sigma is.
     """
     root = torch.exp((-0.25 * logvar).clamp(max=709.0 if logvar.dtype == torch.float64 else 88.0))
     return difference * root * root, root
 
 
 def weighted(weight: Tensor, values: Tensor) -> Tensor:
-    """weight * values, where the values that have overflowed are 0 under a weight of 0. Differentiable in both."""
+    """weight * values, but 0 if the weight is 0, even if the value has overflowed. Differentiable in both."""
     most = torch.finfo(values.dtype).max
     return weight * torch.where(weight == 0, values.clamp(-most, most), values)
 
 
 def sum_event(values: Tensor, event_ndim: int | None) -> Tensor:
-    """The sum over the last `event_ndim` dimensions; None: over all after the first, or the only one."""
+    """The sum over the last `event_ndim` dimensions. None means all after the first, or the only one."""
     if event_ndim is None:
         event_ndim = max(1, values.dim() - 1)
     return values.flatten(values.dim() - event_ndim).sum(-1) if event_ndim else values

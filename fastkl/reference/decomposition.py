@@ -13,8 +13,8 @@ from fastkl.reference.likelihoods import normal_log_prob
 
 
 class Decomposition(NamedTuple):
-    """What `fastkl.total_correlation` returns: three estimates for each sample, [N], in nats, whose means are the
-    decomposition of the average KL(q(z|x) || N(0, I))."""
+    """The result of `fastkl.total_correlation`: three estimates per sample, [N], in nats. Their means decompose the
+    average KL(q(z|x) || N(0, I))."""
 
     mutual_information: Tensor  # ln q(z|x) - ln q(z)
     total_correlation: Tensor  # ln q(z) - sum_d ln q(z_d)
@@ -22,10 +22,10 @@ class Decomposition(NamedTuple):
 
 
 def sample_weights(rows: int, batch: int, dataset_size: int, weights: str, *, first: int = 0, **like) -> Tensor:
-    """[rows, batch] weights w_ij with which the batch's posteriors estimate q(z_i); row i's own is first + i.
+    """Weights w_ij [rows, batch] of the batch's posteriors in the estimate of q(z_i). Row i's own is first + i.
 
-    "mss": M = batch - 1; the own has 1 / dataset_size, the next one (the first after the last) what is left of
-    1 / M + 1 / M to that, the others 1 / M: each row sums to 1. "mws": all have 1 / (dataset_size batch).
+    "mss", with M = batch - 1: 1 / dataset_size for the row's own posterior, 1 / M - 1 / dataset_size for the next one
+    (cyclically), 1 / M for the others, so a row sums to 1. "mws": 1 / (dataset_size batch) for all.
     """
     if weights == "mws":
         return torch.full((rows, batch), 1.0 / (dataset_size * batch), **like)
@@ -38,7 +38,7 @@ def sample_weights(rows: int, batch: int, dataset_size: int, weights: str, *, fi
 
 
 def total_correlation(z, mu, logvar, dataset_size, *, weights="mss", first=0) -> Decomposition:
-    """Of samples z [n, D] and the posteriors N(mu_j, diag exp(logvar_j)) [B, D] of their batch.
+    """The decomposition for samples z [n, D] and the posteriors N(mu_j, diag exp(logvar_j)) [B, D] of their batch.
 
     ln q(z) = ln sum_j w_ij prod_d N(z_id; mu_jd, var_jd) and ln q(z_d) = ln sum_j w_ij N(z_id; mu_jd, var_jd).
     """
@@ -48,7 +48,7 @@ def total_correlation(z, mu, logvar, dataset_size, *, weights="mss", first=0) ->
         return Decomposition(*[(z + mu[:0] + logvar[:0]).sum(1)] * 3)
     like = {"dtype": dtype, "device": z.device}
     log_weights = sample_weights(z.shape[0], mu.shape[0], dataset_size, weights, first=first, **like).log()
-    # Finite distances: infinity times a share of 0 would be NaN.
+    # Clamp the distances: infinity times a share of 0 would be NaN.
     most = 0.25 * torch.finfo(dtype).max
     distance = standardise(z.unsqueeze(1) - mu, logvar)[0].clamp(-most, most)
     terms = -0.5 * (math.log(2 * math.pi) + logvar + distance.square())  # [n, B, D]

@@ -15,7 +15,7 @@ MMD_ESTIMATORS = ("unbiased", "biased")
 def mmd(
     x: Tensor, y: Tensor, *, kernel: str = "imq", scales: tuple[float, ...] = MMD_SCALES, estimator: str = "unbiased"
 ) -> Tensor:
-    """mean k(x, x') + mean k(y, y') - 2 mean k(x, y); "unbiased" leaves the pairs of a point with itself out."""
+    """mean k(x, x') + mean k(y, y') - 2 mean k(x, y); "unbiased" excludes the pairs of a point with itself."""
     dtype = compute_dtype(x, y)
     x, y = x.to(dtype).flatten(1), y.to(dtype).flatten(1)
     xx, yy, xy = (mmd_kernel(_half_mean_square(a, b), kernel, scales) for a, b in ((x, x), (y, y), (x, y)))
@@ -23,7 +23,7 @@ def mmd(
 
 
 def mmd_kernel(t: Tensor, kernel: str, scales: tuple[float, ...]) -> Tensor:
-    """Of t = d^2 / (2 D), D dimensions: sum_s C / (C + d^2) with C = 2 D s, or sum_s exp(-d^2 / (2 D s))."""
+    """The kernel as a function of t = d^2 / (2 D): sum_s C / (C + d^2), C = 2 D s, or sum_s exp(-d^2 / (2 D s))."""
     return sum(s / (s + t) if kernel == "imq" else torch.exp(-t / s) for s in scales)
 
 
@@ -35,7 +35,7 @@ def mmd_kernel_slope(t: Tensor, kernel: str, scales: tuple[float, ...]) -> Tenso
 def mmd_normal(
     mu: Tensor, logvar: Tensor | None = None, *, scales: tuple[float, ...] = MMD_SCALES, estimator: str = "unbiased"
 ) -> Tensor:
-    """mmd with the RBF kernel between the points mu, or the mixture of the N(mu, exp(logvar)), and N(0, I) itself."""
+    """mmd with the RBF kernel, exact for N(0, I), of the points mu or of the mixture of the N(mu, exp(logvar))."""
     dtype = compute_dtype(mu, logvar)
     mu = mu.to(dtype).flatten(1)
     variance = torch.zeros_like(mu) if logvar is None else logvar.to(dtype).exp().flatten(1).expand_as(mu)
@@ -44,7 +44,7 @@ def mmd_normal(
 
 
 def mmd_normal_terms(mu: Tensor, variance: Tensor, scales: tuple[float, ...]) -> Tensor:
-    """What does not go over pairs: -2 mean_i E k(z_i, e) + E k(e, e'), e and e' from N(0, I)."""
+    """The terms without pairs: -2 mean_i E k(z_i, e) + E k(e, e'), e and e' from N(0, I)."""
     prior = rbf_of_normals(torch.zeros_like(mu[:1]), torch.full_like(mu[:1], 2.0), scales)
     return prior.squeeze(0) - 2 * rbf_of_normals(mu, variance + 1, scales).mean()
 

@@ -1,4 +1,4 @@
-"""A discrete index that can be trained through: Gumbel noise and the relaxed one-hot vector."""
+"""Relaxed discrete sampling: Gumbel noise and the relaxed one-hot vector."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fastkl.reference.sampling import Stream, philox
 def gumbel_noise(seed: Tensor, shape: torch.Size | tuple[int, ...], stream: int = Stream.GUMBEL) -> Tensor:
     """-ln(-ln u), u = (w + 1/2) / 2^32 with w the Philox word i % 4 of the counter (i // 4, 0, stream); float32.
 
-    u is taken as (w + 1/2) 2^-32 in float32 below 1/2, and -ln u by ln(1 - v), v = (2^32 - 1 - w + 1/2) 2^-32, above:
-    both tails keep their relative precision, and the noise is finite always.
+    In float32, u below 1/2 is (w + 1/2) 2^-32; above, -ln u is -ln(1 - v) with v = (2^32 - 1 - w + 1/2) 2^-32. So both
+    tails keep their relative precision, and the noise is always finite.
     """
     count = math.prod(shape)
     group = torch.arange((count + 3) // 4, device=seed.device)
@@ -30,8 +30,8 @@ def gumbel_noise(seed: Tensor, shape: torch.Size | tuple[int, ...], stream: int 
 def relaxed_one_hot(perturbed, tau, hard=False, dim=-1) -> Tensor:
     """softmax(perturbed / tau); at tau = 0 its limit, one-hot at the first maximum, with gradient 0.
 
-    With `hard` the value is one-hot and the gradient that of the softmax. Entries of -inf weigh 0, also where all are;
-    they leave no NaN in any gradient. A tau below 0 or NaN gives NaN.
+    With `hard` the value is one-hot and the gradient is the softmax's. Entries of -inf get 0, even if all are -inf, and
+    cause no NaN in any gradient. A tau below 0 or NaN gives NaN.
     """
     dtype, infinity = perturbed.dtype, float("inf")
     tau = torch.as_tensor(tau, dtype=dtype, device=perturbed.device)

@@ -19,7 +19,7 @@ from fastkl.reference._parameters import (
 def kl_terms(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None = None, prior_logvar: Tensor | None = None) -> Tensor:
     """exp(x) - 1 - x + (mu - prior_mu)^2 / prior_var with x = logvar - prior_logvar: twice the KL of each element.
 
-    As a formula exp(x) - 1 - x is 3.3 times too large in float32 at x = 1e-4.
+    Evaluated directly, exp(x) - 1 - x is 3.3 times too large in float32 at x = 1e-4.
     """
     standard = mu if prior_mu is None else mu - prior_mu
     if prior_logvar is not None:
@@ -65,7 +65,7 @@ def kl_normal_per_dim(
 def kl_multivariate_normal(mu, scale_tril, prior_mu, prior_scale_tril) -> Tensor:
     """1/2 [tr(S_p^-1 S_q) + (m_p - m_q)^T S_p^-1 (m_p - m_q) - D + ln det S_p / det S_q], S = L L^T.
 
-    A scale with no more dimensions than its own mean is a diagonal.
+    A scale is a diagonal if it has no more dimensions than its mean.
     """
     dtype = compute_dtype(mu, scale_tril, prior_mu, prior_scale_tril)
     scales = [
@@ -73,9 +73,9 @@ def kl_multivariate_normal(mu, scale_tril, prior_mu, prior_scale_tril) -> Tensor
         for mean, scale in ((mu, scale_tril), (prior_mu, prior_scale_tril))
     ]
     difference = (prior_mu.to(dtype) - mu.to(dtype)).unsqueeze(-1)
-    # With M = L_p^-1 L_q: |M|^2 and the determinant of M M^T, element by element, so that nothing cancels.
+    # With M = L_p^-1 L_q: |M|^2 and the determinant of M M^T, summed per element so that nothing cancels.
     stds = [scale.diagonal(dim1=-2, dim2=-1) for scale in scales]
-    rows = stds[1].unsqueeze(-1)  # divided by these first, nothing of ordinary size overflows on the way
+    rows = stds[1].unsqueeze(-1)  # dividing by these first avoids overflow
     relative = torch.linalg.solve_triangular(scales[1] / rows, scales[0] / rows, upper=False)
     whitened = torch.linalg.solve_triangular(scales[1] / rows, difference / rows, upper=False)
     x = 2 * log_ratio(*stds)

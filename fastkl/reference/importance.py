@@ -1,7 +1,7 @@
-"""Importance weights w_l = p(x, z_l) / q(z_l | x): the bound on ln p(x) that they give, and how evenly they are spread.
+"""Importance weights w_l = p(x, z_l) / q(z_l | x): the bound on ln p(x) that they give, and how even they are.
 
-A weight may be 0, its logarithm -inf: where all of them are, nothing is known of p(x) but the bound -inf, no sample
-counts, and no gradient is handed back (that of torch.logsumexp is NaN there).
+A weight may be 0 (ln w = -inf). If all weights are 0, the bound is -inf, the effective sample size is 0 and gradients
+are 0 (torch.logsumexp's is NaN there).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from fastkl.reference._parameters import compute_dtype
 
 
 def _relative(log_w: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ln of the largest weight, and relative to it: ln of the weights, the weights, and their sum.
+    """ln of the largest weight; then, relative to it: ln of the weights, the weights, and their sum.
 
-    The largest is a constant, for the results are the same whatever it is. The sum is 1 or more, but 1/2 and without
-    gradient where there is no weight at all: neither its logarithm nor its quotients are NaN then.
+    The largest is detached, because the results do not depend on this reference. The sum is at least 1. If all weights
+    are 0 it is 1/2 without gradient, so that neither its logarithm nor quotients are NaN.
     """
     log_w = log_w.to(compute_dtype(log_w))
     largest = log_w.detach().amax(dim, keepdim=True)
@@ -47,6 +47,6 @@ def weight_entropy(log_w, dim=0) -> Tensor:
 
 
 def importance_weights(log_w, dim=0) -> Tensor:
-    """w / sum_l w_l; 0 where all are."""
+    """w / sum_l w_l; 0 if all are 0."""
     _, _, weights, total = _relative(log_w, dim)
     return weights / total.unsqueeze(dim)

@@ -1,4 +1,4 @@
-"""Log-likelihoods of data: what a decoder's output says about x."""
+"""Log-likelihoods of data x, given a decoder's output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def bernoulli_log_prob(x, logits, *, event_ndim=None) -> Tensor:
     """x ln sigmoid(logits) + (1 - x) ln sigmoid(-logits) = x logits - softplus(logits), summed over the event."""
     dtype = compute_dtype(logits, x)
     logits, x = torch.broadcast_tensors(logits.to(dtype), x.to(dtype))
-    against, low = _sides(logits)  # above 0, (x - 1) l - softplus(-l): else no digit is left where the logit is right
+    against, low = _sides(logits)  # l > 0: (x - 1) l - softplus(-l), to avoid cancellation
     values = weighted(x - against, logits) - F.softplus(low)
     return sum_event(values, event_ndim)
 
@@ -27,7 +27,7 @@ def bernoulli_terms_gradient(logits: Tensor, x: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _sides(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(1 where the logit is above 0 and else 0, -|logits|), whose derivative at 0 is 1 and not 0."""
+    """(1 if the logit is above 0 else 0, -|logits| with derivative 1 at 0)."""
     return (logits > 0).to(logits.dtype), logits.clamp(max=0) - logits.relu()
 
 
@@ -42,8 +42,8 @@ def normal_log_prob(x, mean, logvar, *, event_ndim=None) -> Tensor:
 def normal_terms_gradient(weight: Tensor, x: Tensor, mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
     """weight d ln N(x; mean, exp(logvar)) / d (mean, logvar); d / d x = -d / d mean.
 
-    The weight comes first: a square may overflow that a small weight makes finite. Under a weight of 0 what has
-    overflowed is 0.
+    The weight is multiplied first, because a small weight can keep an overflowing square finite. A weight of 0 gives 0
+    even after an overflow.
     """
     z, root = standardise(x - mean, logvar)
     most = torch.finfo(z.dtype).max

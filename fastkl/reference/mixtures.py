@@ -13,11 +13,11 @@ from fastkl.reference.sampling import normal_noise
 
 
 def gmm_joint_log_prob(z, logits, means, logvars=None, *, scale_tril=None, logvar=None, form="point") -> Tensor:
-    """ln pi_k + (what `form` says about component k at z), [..., K]; pi = softmax(logits).
+    """ln pi_k + (the term of component k at z, given by `form`), [..., K]; pi = softmax(logits).
 
     With q = N(z, diag exp(logvar)): "point" is ln N(z; m_k, S_k); "expected" is E_q[ln N(.; m_k, S_k)]; "convolved" is
     ln E_q[N(.; m_k, S_k)] = ln N(z; m_k, S_k + exp(logvar)). z is [..., D], means [..., K, D]; logvars broadcasts with
-    means, absent it is 0; scale_tril is [..., K, D, D], and its part above the diagonal is not read.
+    means, and is 0 if absent; scale_tril is [..., K, D, D], and its part above the diagonal is ignored.
     """
     dtype = compute_dtype(z, logits, means, logvars, scale_tril, logvar)
     log_weights = torch.log_softmax(logits.to(dtype), -1)
@@ -62,7 +62,7 @@ def gmm_responsibilities(z, logits, means, logvars=None, *, scale_tril=None) -> 
 
 
 def normal_entropy(logvar, dtype=None) -> Tensor:
-    """H(N(., diag exp(logvar))) = 1/2 sum_d [logvar_d + ln 2 pi e], in `dtype` or else in the one for logvar alone."""
+    """H(N(., diag exp(logvar))) = 1/2 sum_d [logvar_d + ln 2 pi e], in `dtype`, or else logvar's compute dtype."""
     return 0.5 * (logvar.to(dtype or compute_dtype(logvar)) + math.log(2 * math.pi * math.e)).sum(-1)
 
 
@@ -72,7 +72,7 @@ def kl_gmm(
 ) -> Tensor:  # fmt: skip
     """KL(q || mixture): by samples ("mc"), or a bound from above ("upper") or below ("lower").
 
-    gradient="stl" leaves out the gradient of ln q(z; mu, logvar) in mu and logvar at fixed z.
+    gradient="stl" omits the gradient of ln q(z; mu, logvar) in mu and logvar at fixed z.
     """
     mu, logvar = torch.broadcast_tensors(mu, logvar)
     if method != "mc":
@@ -86,7 +86,7 @@ def kl_gmm(
     cross = gmm_log_prob(z, logits, means, logvars, scale_tril=scale_tril).mean(0)
     fixed_mu, fixed_logvar = (mu.detach(), logvar.detach()) if gradient == "stl" else (mu, logvar)
     log_q = normal_log_prob(z, fixed_mu, fixed_logvar, event_ndim=1).mean(0)
-    if entropy == "closed":  # this value, with the gradient of log_q, which for "plain" is the same
+    if entropy == "closed":  # the entropy's value with log_q's gradient, which for "plain" is equal
         log_q = -normal_entropy(logvar).detach() + (log_q - log_q.detach())
     return log_q - cross
 

@@ -1,4 +1,4 @@
-"""Noise that a seed stands for, and Gaussian samples made of it."""
+"""Noise as a function of a seed, and Gaussian samples."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastkl.reference.divergences import kl_normal
 
 
 class Stream:
-    """What noise is drawn for: the last word of the Philox counter, so that ops given one seed draw independently.
+    """The last word of the Philox counter, one per use, so that ops given one seed draw independent noise.
 
-    None is 0, the word of torch's own generator on a GPU, whose key is a seed as well.
+    None is 0, which torch's own generator uses on a GPU, where its key is a seed too.
     """
 
-    POSTERIOR = 1  # rsample_normal, rsample_kl and kl_gmm, which promise the same samples of q
+    POSTERIOR = 1  # rsample_normal, rsample_kl and kl_gmm, which must draw the same samples of q
     GUMBEL = 2  # gumbel_softmax
     DIRECTIONS = 3  # sliced_wasserstein
     PRIOR = 4  # samples of a prior that is one Gaussian
@@ -39,7 +39,7 @@ def philox(
     key_0, key_1 = seed & mask, (seed >> 32) & mask
     word_0, word_1, word_2, word_3 = low, high, torch.zeros_like(low) + sample, torch.zeros_like(low) + stream
     for _ in range(rounds):
-        # int64 wraps, and the bits of the product are right all the same.
+        # int64 wraps around, which keeps the low bits of the product correct.
         product_0, product_2 = word_0 * 0xD2511F53, word_2 * 0xCD9E8D57
         word_0 = (product_2 >> 32) & mask ^ word_1 ^ key_0
         word_1 = product_2 & mask
@@ -55,7 +55,7 @@ def box_muller(word_0: Tensor, word_1: Tensor) -> tuple[Tensor, Tensor]:
     The radius takes (w + 1/2) / 2^32, which is never 0 (so |eps| < 6.8); the angle is 2 pi w / 2^32.
     """
     radius = (-2.0 * torch.log(word_0.float() * 2.0**-32 + 2.0**-33)).sqrt()
-    signed = word_1 - ((word_1 >> 31) << 32)  # the same angle in [-pi, pi), where float32 is finer
+    signed = word_1 - ((word_1 >> 31) << 32)  # the same angle modulo 2 pi, in [-pi, pi), where float32 is more precise
     angle = signed.float() * (2.0 * math.pi * 2.0**-32)
     return radius * angle.cos(), radius * angle.sin()
 
@@ -64,7 +64,7 @@ def normal_noise(
     seed: Tensor, shape: torch.Size | tuple[int, ...], num_samples: int | None = None, first_sample: int = 0,
     stream: int = Stream.POSTERIOR,
 ) -> Tensor:  # fmt: skip
-    """The noise that `seed` stands for, the same on every device: float32, [*shape] or [num_samples, *shape].
+    """The noise of `seed`, the same on every device: float32, [*shape] or [num_samples, *shape].
 
     Element i of a sample, counted in row-major order, is normal i % 4 of the Philox counter (i // 4, sample, stream).
     """

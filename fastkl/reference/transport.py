@@ -18,7 +18,7 @@ def wasserstein2_terms(mu, logvar, prior_mu=None, prior_logvar=None) -> Tensor:
 
 
 def wasserstein2_terms_gradient(mu, logvar, prior_mu=None, prior_logvar=None) -> tuple[Tensor, ...]:
-    """In mu and logvar, and with a prior also in prior_mu and prior_logvar."""
+    """Gradients in mu and logvar, and with a prior also in prior_mu and prior_logvar."""
     difference = _sigma_difference(logvar, prior_logvar)
     dlogvar = difference * torch.exp(0.5 * logvar)
     if prior_mu is None:
@@ -28,18 +28,18 @@ def wasserstein2_terms_gradient(mu, logvar, prior_mu=None, prior_logvar=None) ->
 
 
 def _sigma_difference(logvar: Tensor, prior_logvar: Tensor | None) -> Tensor:
-    """sigma - prior_sigma, which keeps its digits where the two are close."""
+    """sigma - prior_sigma, accurate when the two are close."""
     if prior_logvar is None:
         return torch.expm1(0.5 * logvar)
-    # A standard deviation e^40 times smaller than the other is 0 to rounding. No smaller one is computed with: neither
-    # does expm1 overflow, nor the smaller one flush to 0 and the other with it.
+    # A standard deviation e^40 times smaller than the other is 0 up to rounding. Clamp the ratio there, so that expm1
+    # does not overflow and the smaller one does not underflow, which would make the difference 0.
     logvar = logvar.clamp(-3000.0, 3000.0)
     prior_logvar = torch.maximum(prior_logvar, logvar - 80.0)
     return torch.exp(0.5 * prior_logvar) * torch.expm1(0.5 * (logvar - prior_logvar))
 
 
 def above_zero(parameter: Tensor, scale: str) -> Tensor:
-    """A standard deviation of 0, which a point has and whose logarithm has no gradient, is 1e-30 instead."""
+    """Replace a standard deviation of 0 (a point), whose logarithm has no gradient, by 1e-30."""
     return parameter + 1e-30 * (parameter == 0) if scale == "std" else parameter
 
 
@@ -59,7 +59,7 @@ def wasserstein2_normal(
 def wasserstein2_multivariate_normal(mu, scale_tril, prior_mu, prior_scale_tril) -> Tensor:
     """|m_q - m_p|^2 + tr(S_q + S_p - 2 (S_p^1/2 S_q S_p^1/2)^1/2), S = L L^T, by eigenvalues of symmetric matrices.
 
-    A scale with no more dimensions than its own mean is a diagonal.
+    A scale is a diagonal if it has no more dimensions than its mean.
     """
     dtype = compute_dtype(mu, scale_tril, prior_mu, prior_scale_tril)
     covariances = []
@@ -74,23 +74,24 @@ def wasserstein2_multivariate_normal(mu, scale_tril, prior_mu, prior_scale_tril)
 
 
 def projections(seed: Tensor, num_projections: int, dimensions: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Directions [P, D] on the unit sphere, uniformly distributed: normal noise over its length."""
+    """Directions [P, D], uniform on the unit sphere: normal noise divided by its length."""
     noise = normal_noise(seed, (num_projections, dimensions), stream=Stream.DIRECTIONS)
     return directions(noise.to(dtype))
 
 
 def directions(noise: Tensor) -> Tensor:
-    """Rows of noise over their lengths. float32 noise is 0 once in 2^25 times, which for D = 1 is no direction."""
+    """Rows of noise divided by their lengths. float32 noise is exactly 0 once in 2^25 times; for D = 1 that has to be
+    replaced."""
     noise = noise.masked_fill(noise == 0, 1e-6)
     return noise / torch.linalg.vector_norm(noise, dim=-1, keepdim=True)
 
 
 def quantile_segments(n: int, m: int, device=None) -> tuple[Tensor, Tensor, Tensor]:
-    """(length, index into x, index into y) of the pieces on which both quantile functions of n and of m equal masses
-    are constant. In integers, of which one unit is the mass 1 / (n m): no piece is lost or found by rounding."""
+    """(length, index into x, index into y) of the segments on which both quantile functions, of n and of m equal
+    masses, are constant. Lengths are integers in units of the mass 1 / (n m), so rounding cannot add or drop one."""
     ends = [torch.arange(1, a + 1, device=device) * b for a, b in ((n, m), (m, n))]
     ends = torch.cat(ends).sort().values
-    lengths = ends.diff(prepend=ends.new_zeros(1))  # 0 where both functions step
+    lengths = ends.diff(prepend=ends.new_zeros(1))  # 0 if both functions step
     return lengths, (ends - 1) // m, (ends - 1) // n
 
 
@@ -105,8 +106,9 @@ def sliced_wasserstein(x, y, num_projections, p=2, seed=None) -> Tensor:
 
 
 def sinkhorn_schedule(diameter: float, blur: float, scaling: float, final_updates: int) -> list[float]:
-    """Temperatures eps, from the squared diameter down to blur^2, each scaling^2 times the one before it; then some
-    more times blur^2. A blur below 1e-15 diameters, which says no more about the points, is as much: eps is divided by.
+    """Temperatures eps, from the squared diameter down to blur^2 by factors of scaling^2, then repeats of blur^2.
+
+    A blur below 1e-15 diameters is raised to that, because eps is a divisor.
     """
     blur = max(blur, 1e-15 * diameter if diameter > 0 else 1e-15)
     steps, eps = [], diameter * diameter
@@ -121,8 +123,8 @@ def sinkhorn_divergence(
 ) -> Tensor:
     """OT_eps(x, y) - (OT_eps(x, x) + OT_eps(y, y)) / 2 by Sinkhorn's algorithm on matrices of costs |x - y|^2 / 2.
 
-    Both potentials of a problem are averaged with their updates at every temperature. The gradient is the envelope
-    theorem's: that of one more update of potentials that are held fixed.
+    Both potentials of a problem are averaged with their updates at every temperature. The gradient follows from the
+    envelope theorem: it is that of one more update of fixed potentials.
     """
     dtype = compute_dtype(x, y, weights_x, weights_y)
     points = [x.to(dtype), y.to(dtype)]
@@ -142,7 +144,7 @@ def sinkhorn_divergence(
 
 
 def _potentials(points, weights, schedule: list[float]) -> list[Tensor]:
-    """[f on x, g on y] for the cost |x - y|^2 / 2, as functions of where their own points are."""
+    """[f on x, g on y] for the cost |x - y|^2 / 2, differentiable in the positions of their own points."""
     x, y = points
     log_x, log_y = (w.detach().log() for w in weights)
 

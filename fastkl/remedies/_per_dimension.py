@@ -94,9 +94,9 @@ class _SumOfParts(torch.autograd.Function):
         active = active.reshape(*active.shape, *[1] * joint_ndim)
 
         def gradients_of(rows):
-            q_mu, q_parameter, *prior = (arguments.rows_of(tensor, rows, mu) for tensor in tensors)
+            block = [arguments.rows_of(tensor, rows, mu) for tensor in tensors]
             dkl = torch.where(arguments.rows_of(active, rows, mu), arguments.rows_of(gradient, rows, mu), 0.0)
-            return normal_gradients([q_mu, q_parameter], -1, prior, scale, bounds, dkl=dkl)
+            return normal_gradients(block, scale, bounds, dvalue=dkl)
 
         if needs_closed_form(gradient) or len(arguments.row_blocks(mu)) == 1:
             return *gradients_of(arguments.EVERYTHING), *[None] * (11 - len(tensors))

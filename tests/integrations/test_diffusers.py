@@ -188,6 +188,6 @@ def test_an_autoencoder_trains_as_before():
 
 
 def test_the_classes_are_those_that_were_read():
-    """In diffusers 0.42.1. Another text may be as good: read it, run the tests above, and write its sum down here."""
+    """In diffusers 0.42.1. If their source changes, read it, run the tests above, and update the checksum here."""
     sums = [zlib.crc32(inspect.getsource(stock).encode()) for stock in (STOCK, OOBLECK)]
     assert sums == [1539867904, 1267459029]

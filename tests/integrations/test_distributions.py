@@ -140,14 +140,21 @@ def test_a_component_of_probability_0_has_none():
     components = Independent(Normal(torch.tensor([[0.0], [30.0]]), 1.0), 1)
     given = MixtureSameFamily(Categorical(probs=torch.tensor([1.0, 0.0])), components)
     at = torch.tensor([[30.0]])
-    assert given.log_prob(at) > -20
+    for _ in range(2):  # before and after somebody has asked for its logits
+        with distributions.enable():
+            torch.testing.assert_close(given.log_prob(at), Normal(0.0, 1.0).log_prob(at)[0])
+        assert given.log_prob(at) > -20
+    logits = Categorical(logits=torch.tensor([0.0, -200.0]))
+    assert logits.probs[1] == 0
     with distributions.enable():
-        torch.testing.assert_close(given.log_prob(at), Normal(0.0, 1.0).log_prob(at)[0])
+        torch.testing.assert_close(MixtureSameFamily(logits, components).log_prob(at), torch.tensor([-200.918945]))
 
 
 def test_values_outside_the_support_are_refused_as_before():
+    components = Independent(Normal(torch.zeros(2, 3), 1.0), 1)
+    given = MixtureSameFamily(Categorical(torch.ones(2)), components, validate_args=True)  # zuko turns the default off
     with distributions.enable(), pytest.raises(ValueError, match="within the support"):
-        mixture(torch.zeros(2), torch.zeros(2, 3), torch.ones(2, 3)).log_prob(torch.full((3,), float("nan")))
+        given.log_prob(torch.full((3,), float("nan")))
 
 
 def test_other_mixtures_stay_stock():
@@ -189,6 +196,13 @@ def test_a_changed_torch_is_refused_and_nothing_replaced():
         with pytest.raises(UnsupportedVersion, match="torch"):
             distributions.enable()
     assert torch_kl._KL_REGISTRY[Normal, Normal] is not distributions.kl_of_normals
+
+
+def test_without_the_registry_it_is_refused():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastkl.ops._torch.kl_registry", None)
+        with pytest.raises(UnsupportedVersion, match="registered"):
+            distributions.enable()
 
 
 def test_second_derivatives_and_vmap():

@@ -154,6 +154,6 @@ def test_other_methods_are_refused_and_nothing_is_replaced():
 
 
 def test_the_methods_are_those_that_were_read():
-    """In Pythae 0.1.2. Another text may be as good: read it, run the tests above, and write its sum down here."""
+    """In Pythae 0.1.2. If their source changes, read it, run the tests above, and update the checksum here."""
     texts = [inspect.getsource(getattr(getattr(models, name), method)) for name, (method, *_) in pythae.METHODS.items()]
     assert zlib.crc32("".join(texts).encode()) == 530976599

@@ -11,7 +11,7 @@ from fake_driver import DRIVER, LAUNCHES
 
 # A launcher and its settings.
 forward = kl_normal.fwd
-SETTINGS = (-1, [], 1, "logvar", float("-inf"), float("inf"), False)
+SETTINGS = (None, None, 1, "logvar", float("-inf"), float("inf"), False)
 
 
 def pair():
@@ -40,7 +40,7 @@ def test_the_current_device_and_stream(monkeypatch, cuda):
     for device in (0, 1, 0, 1, 0, 1, 1, 0):
         cuda(device)
         DRIVER.set_current_device(device)
-        forward(pair(), *SETTINGS)
+        forward(*pair(), *SETTINGS)
     assert [launch.device for launch in LAUNCHES] == [0, 1, 0, 1, 0, 1, 1, 0]
     assert {launch.stream for launch in LAUNCHES} == {7}
 
@@ -50,7 +50,7 @@ def test_a_launch_may_be_executed(monkeypatch):
     seen = []
     monkeypatch.setattr(fake_driver, "EXECUTE", lambda *args: seen.append(args))
     mu, logvar = pair()
-    kl = forward([mu, logvar], *SETTINGS)
+    kl = forward(mu, logvar, *SETTINGS)
     (compiled, grid, block, shared, parameters), launch = *seen, LAUNCHES[0]
     assert "kl_normal_fwd_kernel" in compiled.asm["ptx"]
     assert (grid, block, shared, parameters) == (launch.grid, launch.block, launch.shared, launch.parameters)
@@ -60,16 +60,16 @@ def test_a_launch_may_be_executed(monkeypatch):
 
 def test_a_kernel_of_another_device_is_refused(monkeypatch):
     """So that a launch on the wrong device cannot pass unseen."""
-    forward(pair(), *SETTINGS)
+    forward(*pair(), *SETTINGS)
     monkeypatch.setattr(DRIVER, "get_current_device", lambda: 0)
     with DRIVER.on(1), pytest.raises(RuntimeError, match="another device"):
-        forward(pair(), *SETTINGS)
+        forward(*pair(), *SETTINGS)
 
 
 def test_what_fails_while_executing_fails_the_launch(monkeypatch, capsys):
     monkeypatch.setattr(fake_driver, "EXECUTE", lambda *args: 1 / 0)
     with pytest.raises(RuntimeError, match="Triton Error"):
-        forward(pair(), *SETTINGS)
+        forward(*pair(), *SETTINGS)
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 

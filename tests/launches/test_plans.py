@@ -116,7 +116,7 @@ def test_other_tensors_are_another_launch(other, monkeypatch):
 
     def launches(tensors):
         LAUNCHES.clear()
-        kl_normal.fwd(tensors, -1, [], 1, "logvar", float("-inf"), float("inf"), False)
+        kl_normal.fwd(*tensors, None, None, 1, "logvar", float("-inf"), float("inf"), False)
         return labelled(tensors)
 
     base = [launches(pair()) for _ in range(2)]
