@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from bench.case import Case, leaves
 from fastkl import reference
-from fastkl.mixtures import rsample_gmm
+from fastkl.ops.mixture.rsample_gmm import rsample_gmm
 from fastkl.reference import Stream
 
 TAU = 0.7

@@ -108,7 +108,7 @@ def launches(op: str, name: str, small: bool) -> tuple[Callable[[], Any], Callab
     if op != tune.GMM_DOT:
         made = tune.calls(op, tune.DTYPES[name], DEVICE, SMALL if small else (ROWS, COLUMNS))
         return made["fwd"][1], made["bwd"][1]
-    from fastkl.kernels import gmm_dot
+    from fastkl.kernels.mixture import gmm_dot
 
     z, logits, means, logvars = (t.detach() for t in inputs(DEVICE, *(SMALL_MIXTURE if small else MIXTURE)))
     # The form in which gmm_log_prob calls the launcher, for a mixture shared by all rows.

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributions import Independent, MixtureSameFamily, MultivariateNormal, Normal, register_kl
 
 from fastkl.distributions import DiagonalNormal
-from fastkl.ops.kl_gmm import kl_gmm
-from fastkl.ops.kl_multivariate_normal import kl_multivariate_normal
+from fastkl.ops.mixture.kl_gmm import kl_gmm
+from fastkl.ops.multivariate.kl_multivariate_normal import kl_multivariate_normal
 from fastkl.priors import Prior
 
 

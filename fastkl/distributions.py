@@ -13,14 +13,14 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._closed_form import samples_dtype
 from fastkl.ops._scales import as_logvar
 from fastkl.ops._torch import register_container
-from fastkl.ops.kl_normal import kl_normal, kl_normal_packed
-from fastkl.ops.kl_normal_per_dim import kl_normal_per_dim
-from fastkl.ops.normal_log_prob import normal_log_prob
-from fastkl.ops.rsample_kl import rsample_kl, rsample_kl_packed
-from fastkl.ops.rsample_normal import rsample_normal, rsample_normal_packed
+from fastkl.ops.likelihood.normal_log_prob import normal_log_prob
+from fastkl.ops.normal._closed_form import samples_dtype
+from fastkl.ops.normal.kl_normal import kl_normal, kl_normal_packed
+from fastkl.ops.normal.kl_normal_per_dim import kl_normal_per_dim
+from fastkl.ops.normal.rsample_kl import rsample_kl, rsample_kl_packed
+from fastkl.ops.normal.rsample_normal import rsample_normal, rsample_normal_packed
 from fastkl.reference import SoftBounds
 
 

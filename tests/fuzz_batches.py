@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import fastkl
-from fastkl.ops.rsample_normal import draw_normal
+from fastkl.ops.normal.rsample_normal import draw_normal
 from fastkl.reference import Stream
 
 import fuzz_oracle as oracle

@@ -10,7 +10,7 @@ from fuzz_priors import KINDS, kl_components, log_prob_of, prior_of, rows_of
 
 import fastkl
 from fastkl import priors
-from fastkl.ops.gumbel_softmax import draw_choice
+from fastkl.ops.categorical.gumbel_softmax import draw_choice
 from fastkl.reference import Stream
 
 import fuzz_oracle as oracle

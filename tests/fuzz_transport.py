@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fuzz_objectives import _Task, decoded, outputs, record
 
 from fastkl import objectives
-from fastkl.ops.rsample_normal import draw_normal
+from fastkl.ops.normal.rsample_normal import draw_normal
 from fastkl.reference import Stream
 
 import fuzz_oracle as oracle

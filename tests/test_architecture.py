@@ -20,9 +20,9 @@ BEGIN, END = "<!-- written by: python tests/test_architecture.py -->\n", "<!-- e
 def table() -> str:
     lines = ["| op | closed form | C | Triton |", "|---|---|---|---|"]
     for name, (kernel, native) in sorted(_register.PLACES.items()):
-        module = _register.CLOSED_FORM[name].__module__.rpartition(".")[2]
+        module = _register.CLOSED_FORM[name].__module__.removeprefix("fastkl.ops.").replace(".", "/")
         loop = f"`{native.partition('.')[0]}.c`" if native else ""
-        lines.append(f"| `{name}` | `{module}.py` | {loop} | `{kernel.partition('.')[0]}.py` |")
+        lines.append(f"| `{name}` | `{module}.py` | {loop} | `{kernel.rpartition('.')[0].replace('.', '/')}.py` |")
     return "\n".join(lines) + "\n"
 
 
@@ -41,7 +41,7 @@ def test_every_file_of_the_table_is_there():
 def test_every_name_of_the_page_is_in_the_code():
     """Of a function in backquotes, which a rename would leave behind."""
     page = PAGE.read_text(encoding="utf-8")
-    code = "\n".join(path.read_text() for path in [*ROOT.glob("fastkl/**/*.[pch]*"), *ROOT.glob("kernels/*.py")])
+    code = "\n".join(path.read_text() for path in [*ROOT.glob("fastkl/**/*.[pch]*"), *ROOT.glob("kernels/**/*.py")])
     names = {name for name in re.findall(r"`(\w+)`", page) if not hasattr(fastkl, name)}
     assert "kl_terms_gradient" in names
     assert {name for name in names if not re.search(rf"\b{name}\b", code)} == set()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastkl import reference
-from fastkl.ops.bernoulli_log_prob import bernoulli_log_prob
+from fastkl.ops.likelihood.bernoulli_log_prob import bernoulli_log_prob
 
 from helpers import DEVICE, DTYPES, Package, assert_as_good_as_eager, implementation, launcher, leaf, on_any_threads
 

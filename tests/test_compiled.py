@@ -43,7 +43,7 @@ def test_core_calls_compile_without_a_fault(module, compiled):
 
 HELD_TO_FEW_REGISTERS = """
 import aot, torch
-from fastkl.kernels import kl_normal
+from fastkl.kernels.normal import kl_normal
 from triton.runtime.jit import JITFunction
 
 run = JITFunction.run

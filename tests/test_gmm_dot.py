@@ -79,7 +79,7 @@ def test_log_variances_that_broadcast(logvars):
 
 @pytest.mark.parametrize("bytes_", [4, 100, 1000])
 def test_blocks_of_rows(bytes_, monkeypatch):
-    import fastkl.kernels.gmm_dot as kernels
+    import fastkl.kernels.mixture.gmm_dot as kernels
 
     monkeypatch.setattr(kernels, "BUFFER_BYTES", bytes_)
     for logits in (1, 2, 4):
@@ -87,7 +87,7 @@ def test_blocks_of_rows(bytes_, monkeypatch):
 
 
 def test_several_splits_of_the_rows_and_of_the_components(monkeypatch):
-    import fastkl.kernels.gmm_dot as kernels
+    import fastkl.kernels.mixture.gmm_dot as kernels
 
     for programs in (1, 3):
         monkeypatch.setattr(kernels, "PROGRAMS", programs)

@@ -68,7 +68,7 @@ def test_dtypes(dtype):
 @pytest.mark.parametrize("bytes_", [4, 100, 1000])
 def test_blocks_of_rows_and_components(bytes_, monkeypatch):
     """Buffers of a few bytes: one row or one component at a time, or several."""
-    import fastkl.kernels.gmm_full as kernels
+    import fastkl.kernels.mixture.gmm_full as kernels
 
     monkeypatch.setattr(kernels, "BUFFER_BYTES", bytes_)
     for logits in (1, 2, 4):
@@ -113,7 +113,7 @@ def test_what_has_no_kernel_is_refused():
 
 
 def test_float64_has_no_kernel_where_dot_takes_none(monkeypatch):
-    from fastkl.kernels import gmm_log_prob
+    from fastkl.kernels.mixture import gmm_log_prob
 
     monkeypatch.setattr(gmm_log_prob, "DOT_TAKES_FLOAT64", False)
     for dtype, refused in ((torch.float64, True), (torch.float32, False)):

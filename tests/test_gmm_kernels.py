@@ -98,9 +98,9 @@ def test_shapes(shape, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_one_program_adds_up_many_tiles(form, monkeypatch):
     """As with millions of rows, where one program handles many tiles and accumulates in the outputs."""
-    kernels = importlib.import_module("fastkl.kernels._mixture_tiles")
+    kernels = importlib.import_module("fastkl.kernels.mixture._mixture_tiles")
     monkeypatch.setattr(kernels, "PROGRAMS", 1)
-    monkeypatch.setitem(importlib.import_module("fastkl.kernels._mixture_prepare").PREPARE, "LOGITS", 16)
+    monkeypatch.setitem(importlib.import_module("fastkl.kernels.mixture._mixture_prepare").PREPARE, "LOGITS", 16)
     check_log_prob(draw(520, 3, 2, form=form), form)
     check_log_prob(draw(3, 20, 2, form=form), form)
     monkeypatch.setattr(kernels, "PROGRAMS", 2)  # two programs share the components, one of them has two tiles
@@ -109,7 +109,7 @@ def test_one_program_adds_up_many_tiles(form, monkeypatch):
 
 def test_more_components_for_each_program(monkeypatch):
     """As on a full GPU: 16 lanes instead of 4 in the kernel by components."""
-    kernels = importlib.import_module("fastkl.kernels._mixture_tiles")
+    kernels = importlib.import_module("fastkl.kernels.mixture._mixture_tiles")
     monkeypatch.setattr(kernels, "ENOUGH", 1)
     settings = {"own": False, "scattered": "tail"}
     assert kernels.blocks(torch.float32, "point", "components", 210, 40, **settings)["LANES"] == 16
@@ -118,7 +118,7 @@ def test_more_components_for_each_program(monkeypatch):
 
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_parts_are_added_up_in_several_blocks(form, monkeypatch):
-    kernels = importlib.import_module("fastkl.kernels._mixture_gradient")
+    kernels = importlib.import_module("fastkl.kernels.mixture._mixture_gradient")
     monkeypatch.setitem(kernels.FINISH, "COMPONENTS", 2)
     monkeypatch.setitem(kernels.FINISH, "COLUMNS", 2)
     check_log_prob(draw(520, 3, 3, form=form), form)
@@ -141,7 +141,7 @@ def test_dtypes(dtype, form, monkeypatch):
     """Sums over several tiles, which one program adds up, are not rounded to 16 bits on the way."""
     check_log_prob(draw(12, 35, 3, form=form, dtype=dtype), form, units=2.0 if dtype.itemsize == 2 else 8.0)
     if dtype.itemsize == 2:
-        monkeypatch.setattr(importlib.import_module("fastkl.kernels._mixture_tiles"), "PROGRAMS", 1)
+        monkeypatch.setattr(importlib.import_module("fastkl.kernels.mixture._mixture_tiles"), "PROGRAMS", 1)
         check_log_prob(draw(520, 3, 2, form=form, dtype=dtype), form, units=2.0)
         check_log_prob(draw(3, 20, 2, form=form, dtype=dtype), form, units=2.0)
 
@@ -157,7 +157,7 @@ def test_logits_per_row(logit_rows, form):
 def test_sums_of_many_terms_are_rounded_once(monkeypatch):
     """Roundings to 16 bits after each row that shares logits, or after each tile of components, would add up."""
     check_log_prob(draw(96, 10, 3, logit_rows=3, dtype=torch.bfloat16), units=1.0)
-    monkeypatch.setattr(importlib.import_module("fastkl.kernels._mixture_tiles"), "PROGRAMS", 1)
+    monkeypatch.setattr(importlib.import_module("fastkl.kernels.mixture._mixture_tiles"), "PROGRAMS", 1)
     check_log_prob(draw(3, 130, 2, dtype=torch.bfloat16), units=1.0)
 
 
@@ -182,7 +182,7 @@ def test_gradient_of_a_sum_and_empty_batches():
 @pytest.mark.parametrize("form", FORMS)
 def test_components_of_no_weight(form, monkeypatch):
     """A whole tile of them, and a single one: exact value, no NaN, no gradient."""
-    monkeypatch.setitem(importlib.import_module("fastkl.kernels._mixture_prepare").PREPARE, "LOGITS", 16)
+    monkeypatch.setitem(importlib.import_module("fastkl.kernels.mixture._mixture_prepare").PREPARE, "LOGITS", 16)
     z, logvar, logits, means, logvars = draw(8, 40, 3, form=form)
     logits[:, :34] = -math.inf
     logits[:, 36] = -math.inf

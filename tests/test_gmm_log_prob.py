@@ -9,7 +9,7 @@ from torch import distributions
 
 import fastkl
 from fastkl import reference
-from fastkl.ops import _gmm
+from fastkl.ops.mixture import _gmm
 
 from gmm_helpers import BACKENDS, draw, gradients, ordinary, triangles
 from helpers import DEVICE, Package, implementation, leaf

@@ -6,7 +6,7 @@ import torch
 
 import fastkl
 from fastkl import reference
-from fastkl.ops import _gmm, _mixture
+from fastkl.ops.mixture import _gmm, _mixture
 
 from gmm_helpers import BACKENDS, MIB, draw, gradients, ordinary
 from helpers import DEVICE, assert_as_good_as_eager, implementation, leaf, peak_bytes
@@ -134,6 +134,6 @@ def test_slices_and_blocks_change_nothing(monkeypatch, op, samples, limit):
     monkeypatch.setattr(_gmm, "SMALL", 0)
     torch.testing.assert_close(gradients(op, *inputs), expected, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(_mixture, limit, 1000 if samples else 4000)
-    monkeypatch.setattr("fastkl.ops._expansion.PRODUCT_BYTES", 8000)
-    monkeypatch.setattr("fastkl.ops._components.DIFFERENCES_BYTES", 8000)
+    monkeypatch.setattr("fastkl.ops.mixture._expansion.PRODUCT_BYTES", 8000)
+    monkeypatch.setattr("fastkl.ops.mixture._components.DIFFERENCES_BYTES", 8000)
     torch.testing.assert_close(gradients(op, *inputs), expected, rtol=1e-4, atol=1e-4)

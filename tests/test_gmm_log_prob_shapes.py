@@ -5,7 +5,7 @@ import torch
 
 import fastkl
 from fastkl import reference
-from fastkl.ops import _mixture_arguments as arguments
+from fastkl.ops.mixture import _mixture_arguments as arguments
 
 from gmm_helpers import BACKENDS, MIB, draw, gradients, triangles
 from helpers import DEVICE, implementation, leaf, peak_bytes

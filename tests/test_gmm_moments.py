@@ -5,7 +5,7 @@ import torch
 
 import fastkl
 from fastkl import reference
-from fastkl.ops import _gmm
+from fastkl.ops.mixture import _gmm
 
 from gmm_helpers import BACKENDS, draw, ordinary, triangles
 from helpers import DTYPES, implementation

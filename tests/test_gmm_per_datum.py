@@ -72,7 +72,7 @@ def test_dtypes(dtype):
 @pytest.mark.parametrize("logvars", ["none", "spherical", "tied", "one", "scalar", "one spherical"])
 @pytest.mark.parametrize("shape", [(1, 5, 3, 8), (2, 2, 9, 33)], ids=str)
 def test_log_variances_that_broadcast(shape, logvars, monkeypatch):
-    import fastkl.kernels.gmm_per_datum as kernels
+    import fastkl.kernels.mixture.gmm_per_datum as kernels
 
     check(draw(*shape, logvars=logvars), "point")
     monkeypatch.setattr(kernels, "BUFFER_BYTES", 1)  # one datum at a time
@@ -87,7 +87,7 @@ def test_logits_of_all_rows_of_one_and_of_some(shape, logits):
 
 
 def test_rows_longer_than_a_tile(monkeypatch):
-    import fastkl.kernels._gmm_per_datum as kernels
+    import fastkl.kernels.mixture._gmm_per_datum as kernels
 
     monkeypatch.setitem(kernels.LONGEST, torch.float32, 16)
     monkeypatch.setitem(kernels.THREAD_TILE, torch.float32, 1)

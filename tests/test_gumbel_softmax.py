@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastkl import reference
-from fastkl.ops.gumbel_softmax import gumbel_softmax
+from fastkl.ops.categorical.gumbel_softmax import gumbel_softmax
 from fastkl.reference import Stream
 
 from helpers import DEVICE, DTYPES, Package, assert_as_good_as_eager, implementation, launcher, leaf, on_any_threads
@@ -121,7 +121,7 @@ def test_native_loops_keep_what_a_chunk_finds(shape, dim):
 def test_one_program_sweeps_many_tiles(monkeypatch, shape, dim, hard):
     """As with millions of classes: a program carries its result from tile to tile."""
     for name, value in (("WHOLE", 256), ("PART", 128), ("SPLITS", 2)):
-        monkeypatch.setattr(importlib.import_module("fastkl.kernels.gumbel_softmax"), name, value)
+        monkeypatch.setattr(importlib.import_module("fastkl.kernels.categorical.gumbel_softmax"), name, value)
     with implementation("triton"):
         check(draw(shape), 0.7 if hard else leaf(torch.tensor(0.7)), hard=hard, dim=dim)
 

@@ -13,7 +13,7 @@ from test_gumbel_softmax import GUMBEL, INFINITY, SEED, both, draw, hard_and_sof
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastkl import reference
-from fastkl.ops.gumbel_softmax import gumbel_softmax
+from fastkl.ops.categorical.gumbel_softmax import gumbel_softmax
 from fastkl.reference import discrete
 
 from helpers import DEVICE, Package, implementation, launcher, leaf
@@ -24,7 +24,7 @@ stats = Package("scipy.stats")
 @pytest.fixture
 def many_rows(monkeypatch):
     """Few programs for thousands of short rows: the interpreter's time is by program."""
-    monkeypatch.setattr(importlib.import_module("fastkl.kernels.gumbel_softmax"), "SHORT", 8192)
+    monkeypatch.setattr(importlib.import_module("fastkl.kernels.categorical.gumbel_softmax"), "SHORT", 8192)
 
 
 @both

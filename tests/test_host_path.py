@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastkl
 from fastkl.kernels import _launch
-from fastkl.kernels.kl_normal import kl_normal_fwd_kernel
+from fastkl.kernels.normal.kl_normal import kl_normal_fwd_kernel
 from fastkl.native import _build
 from fastkl.ops import _register
 

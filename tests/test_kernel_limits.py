@@ -46,7 +46,7 @@ COUNT = """
 import json, sys, torch
 from bench import tune
 from triton.runtime.jit import JITFunction
-from fastkl.kernels import kl_normal, rsample_kl
+from fastkl.kernels.normal import kl_normal, rsample_kl
 
 target = sys.argv[2]
 for op, name in json.loads(sys.argv[1]):

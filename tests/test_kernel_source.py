@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = sorted((Path(__file__).parent.parent / "kernels").glob("*.py"))
+KERNELS = sorted((Path(__file__).parent.parent / "kernels").rglob("*.py"))
 
 
 def device_functions(source: str) -> list[ast.FunctionDef]:

@@ -207,7 +207,7 @@ def test_memory_does_not_depend_on_the_samples():
 def test_blocks_of_rows_draw_the_same_noise(monkeypatch):
     inputs = posterior_and_mixture(50, d=7)  # 7 a row: blocks begin inside a Philox call
     expected = fastkl.kl_gmm(*inputs, num_samples=3, seed=4)
-    monkeypatch.setattr("fastkl.ops._gmm_samples.SAMPLES_BYTES", 7 * 8 * 5)
+    monkeypatch.setattr("fastkl.ops.mixture._gmm_samples.SAMPLES_BYTES", 7 * 8 * 5)
     torch.testing.assert_close(fastkl.kl_gmm(*inputs, num_samples=3, seed=4), expected)
 
 

@@ -106,7 +106,7 @@ def test_strided_inputs_are_read_where_they_lie(backend, view):
 
 @both
 def test_packed_head_gets_one_packed_gradient(backend):
-    from fastkl.ops.kl_normal import kl_normal_packed
+    from fastkl.ops.normal.kl_normal import kl_normal_packed
 
     for shape, dim, event_ndim in (((4, 6, 5), 1, 2), ((4, 5, 6), 2, 2), ((4, 5, 6), -1, 1), ((2, 4, 3, 3), 1, 3)):
         head, plain = leaf(torch.randn(shape)), None

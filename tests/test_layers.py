@@ -14,9 +14,7 @@ PUBLIC = (
     "fastkl.ops",
     "fastkl.reference",
     "fastkl.distributions",
-    "fastkl.mixtures",
     "fastkl.priors",
-    "fastkl.transport",
     "fastkl.remedies",
     "fastkl.monitors",
     "fastkl.objectives",
@@ -25,14 +23,26 @@ PUBLIC = (
 ARROWS = {
     "fastkl.reference": ("fastkl.reference",),
     "fastkl.ops._": ("fastkl.ops._", "fastkl.reference"),
-    "fastkl.ops": ("fastkl.ops._", "fastkl.reference"),  # ops never import ops, and kernels only by name, lazily
+    # A family imports its own modules, and kernels only by name, lazily.
+    **{
+        f"fastkl.ops.{family}": (f"fastkl.ops.{family}", "fastkl.ops._", "fastkl.reference", *others)
+        for family, others in {
+            "normal": (),
+            "likelihood": (),
+            "categorical": (),
+            "multivariate": (),
+            "importance": (),
+            "pairs": (),
+            "mixture": ("fastkl.ops.categorical", "fastkl.ops.normal"),
+            "transport": ("fastkl.ops.mixture", "fastkl.ops.normal"),
+        }.items()
+    },
+    "fastkl.ops": (),
     "fastkl.kernels": ("fastkl.kernels",),
     "fastkl.native": ("fastkl.native",),  # as kernels, found by name when a tensor arrives
     "fastkl.schedules": (),
     "fastkl.distributions": ("fastkl.ops", "fastkl.reference"),
-    "fastkl.mixtures": ("fastkl.ops", "fastkl.reference"),
-    "fastkl.priors": ("fastkl.ops", "fastkl.reference", "fastkl.distributions", "fastkl.mixtures", "fastkl.priors"),
-    "fastkl.transport": ("fastkl.ops", "fastkl.reference"),
+    "fastkl.priors": ("fastkl.ops", "fastkl.reference", "fastkl.distributions", "fastkl.priors"),
     "fastkl.remedies": ("fastkl.ops", "fastkl.reference", "fastkl.distributions", "fastkl.remedies"),
     "fastkl.monitors": (
         "fastkl.ops",
@@ -45,10 +55,8 @@ ARROWS = {
         "fastkl.ops",
         "fastkl.reference",
         "fastkl.distributions",
-        "fastkl.mixtures",
         "fastkl.priors",
         "fastkl.remedies",
-        "fastkl.transport",
         "fastkl.objectives",
     ),
     "fastkl.integrations": (
@@ -196,6 +204,9 @@ SHAPES = {
     "gmm_responsibilities": _GMM,
     "kl_gmm": [(3, 4), *_GMM],
     "kl_gmm_bounds": [(3, 4), *_GMM],
+    "rsample_gmm": [(5,), (5, 4)],
+    "sample_gmm": None,  # has no gradient
+    "sliced_wasserstein": None,  # also takes the number of projections
     "total_correlation": None,  # also takes the size of the data set
 }
 

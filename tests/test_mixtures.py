@@ -8,8 +8,8 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastkl import mixtures
-from fastkl.mixtures import rsample_gmm, sample_gmm
+from fastkl.ops.mixture import rsample_gmm as mixtures
+from fastkl.ops.mixture.rsample_gmm import rsample_gmm, sample_gmm
 
 from helpers import DEVICE, Package, implementation, leaf
 

@@ -5,7 +5,7 @@ import torch
 
 import fastkl
 from fastkl import reference
-from fastkl.ops import _pairs
+from fastkl.ops.pairs import _pairs
 
 from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf, peak_bytes
 

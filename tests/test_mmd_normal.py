@@ -7,7 +7,7 @@ import torch
 
 import fastkl
 from fastkl import reference
-from fastkl.ops import _mmd_posteriors
+from fastkl.ops.pairs import _mmd_posteriors
 
 from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf, peak_bytes
 

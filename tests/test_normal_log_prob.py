@@ -8,7 +8,7 @@ import torch
 
 import fastkl
 from fastkl import reference
-from fastkl.ops.normal_log_prob import normal_log_prob
+from fastkl.ops.likelihood.normal_log_prob import normal_log_prob
 
 from helpers import DEVICE, DTYPES, Package, assert_as_good_as_eager, implementation, launcher, leaf, on_any_threads
 

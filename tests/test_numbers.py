@@ -8,8 +8,8 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 import fastkl
-from fastkl.ops.kl_normal import kl_normal_packed
-from fastkl.ops.rsample_kl import rsample_kl_packed
+from fastkl.ops.normal.kl_normal import kl_normal_packed
+from fastkl.ops.normal.rsample_kl import rsample_kl_packed
 
 from helpers import DEVICE
 

@@ -86,8 +86,8 @@ def test_scales_and_dtypes(backend, dtype, bounds):
 
 @both
 def test_strided_and_packed(backend):
-    from fastkl.ops.rsample_kl import rsample_kl_packed
-    from fastkl.ops.rsample_normal import rsample_normal_packed
+    from fastkl.ops.normal.rsample_kl import rsample_kl_packed
+    from fastkl.ops.normal.rsample_normal import rsample_normal_packed
 
     head = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0))
     for dim, event_ndim in ((1, 2), (2, 2), (1, 1)):

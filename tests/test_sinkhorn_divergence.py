@@ -5,7 +5,7 @@ import torch
 
 import fastkl
 from fastkl import reference
-from fastkl.ops import _sinkhorn, sinkhorn_divergence
+from fastkl.ops.transport import _sinkhorn, sinkhorn_divergence
 
 from helpers import DEVICE, DTYPES, Package, assert_as_good_as_eager, implementation, leaf, peak_bytes
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import fastkl
-from fastkl import reference, transport
+from fastkl import reference
+from fastkl.ops.transport import sliced_wasserstein as transport
 
 from helpers import DEVICE, DTYPES, Package, assert_as_good_as_eager, implementation, leaf, peak_bytes
 

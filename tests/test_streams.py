@@ -7,9 +7,9 @@ import torch
 
 import fastkl
 from fastkl import reference
-from fastkl.mixtures import rsample_gmm, sample_gmm
-from fastkl.ops.gumbel_softmax import draw_choice
-from fastkl.ops.rsample_normal import draw_normal
+from fastkl.ops.categorical.gumbel_softmax import draw_choice
+from fastkl.ops.mixture.rsample_gmm import rsample_gmm, sample_gmm
+from fastkl.ops.normal.rsample_normal import draw_normal
 from fastkl.reference import Stream
 
 from helpers import DEVICE, implementation

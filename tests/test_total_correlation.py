@@ -9,7 +9,7 @@ import torch
 
 import fastkl
 from fastkl import reference
-from fastkl.ops import _few_pairs_normal as few_pairs
+from fastkl.ops.pairs import _few_pairs_normal as few_pairs
 
 import helpers
 from helpers import DEVICE, DTYPES, assert_as_good_as_eager, launcher, leaf, peak_bytes
@@ -30,9 +30,9 @@ def implementation(backend):
     """The closed form of few pairs, of blocks so small that tests have several each way, or the kernels."""
     with contextlib.ExitStack() as stack:
         if backend == "blocks":
-            stack.enter_context(mock.patch("fastkl.ops._few_pairs_normal.MOST", 0))
-            stack.enter_context(mock.patch("fastkl.ops._pairwise_normal.BLOCK", 480))
-            stack.enter_context(mock.patch("fastkl.ops._pairwise_normal.MOST_COLUMNS", 16))
+            stack.enter_context(mock.patch("fastkl.ops.pairs._few_pairs_normal.MOST", 0))
+            stack.enter_context(mock.patch("fastkl.ops.pairs._pairwise_normal.BLOCK", 480))
+            stack.enter_context(mock.patch("fastkl.ops.pairs._pairwise_normal.MOST_COLUMNS", 16))
         stack.enter_context(helpers.implementation("triton" if backend == "triton" else "torch"))
         yield
 

@@ -32,11 +32,12 @@ fastkl.kl_normal(mu, logvar).sum().backward()
 assert torch.allclose(logvar.grad, torch.full((2, 3), 5e-5))
 
 if importlib.util.find_spec("triton"):
-    for file in Path(fastkl.kernels.__file__).parent.glob("*.py"):
-        importlib.import_module(f"fastkl.kernels.{file.stem}")
+    folder = Path(fastkl.kernels.__file__).parent
+    for file in folder.rglob("*.py"):
+        importlib.import_module(".".join(("fastkl.kernels", *file.relative_to(folder).with_suffix("").parts)))
     free = (float("-inf"), float("inf"), False)
     if not torch.cuda.is_available():
-        kl = fastkl.kernels.kl_normal.fwd([mu.detach(), logvar.detach()], -1, [], 1, "logvar", *free)
+        kl = fastkl.kernels.normal.kl_normal.fwd([mu.detach(), logvar.detach()], -1, [], 1, "logvar", *free)
         assert torch.allclose(kl, torch.full((2,), 7.5e-9), rtol=1e-3, atol=0), kl
 print("fine")
 """
@@ -66,7 +67,7 @@ def test_wheel_has_every_module_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
         entry_points = archive.read(next(n for n in archive.namelist() if n.endswith("entry_points.txt"))).decode()
-    expected = {f"fastkl/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    expected = {f"fastkl/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
     sources = [path for path in (ROOT / "fastkl").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     expected |= {path.relative_to(ROOT).as_posix() for path in sources}
     assert files == expected

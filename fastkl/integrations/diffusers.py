@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastkl.distributions import DiagonalNormal
 from fastkl.integrations._switch import Attribute, Switch, UnsupportedVersion, check_method
-from fastkl.ops.normal_log_prob import normal_log_prob
+from fastkl.ops.likelihood.normal_log_prob import normal_log_prob
 
 BOUNDS = (-30.0, 20.0)  # diffusers clamps the log-variance to them
 DIMS = [1, 2, 3]  # the default of diffusers' nll

@@ -24,10 +24,10 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Mul
 
 from fastkl.integrations._switch import Attribute, Divergence, Switch, check_method, registered_kl
 from fastkl.ops._torch import validate_sample
-from fastkl.ops.gmm_log_prob import gmm_log_prob
-from fastkl.ops.kl_gmm import kl_gmm
-from fastkl.ops.kl_multivariate_normal import kl_multivariate_normal
-from fastkl.ops.kl_normal import kl_normal
+from fastkl.ops.mixture.gmm_log_prob import gmm_log_prob
+from fastkl.ops.mixture.kl_gmm import kl_gmm
+from fastkl.ops.multivariate.kl_multivariate_normal import kl_multivariate_normal
+from fastkl.ops.normal.kl_normal import kl_normal
 
 # On a CPU, plain torch is faster than an op's set-up below this number of elements, or of a mixture's terms.
 SMALL_NORMAL, SMALL_MIXTURE = 16_384, 131_072

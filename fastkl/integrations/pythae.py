@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 
 from fastkl.integrations._switch import Attribute, Switch, check_method
-from fastkl.ops.gmm_log_prob import gmm_log_prob
-from fastkl.ops.iwae import iwae
-from fastkl.ops.kl_normal import kl_normal
-from fastkl.ops.mmd import mmd
-from fastkl.ops.total_correlation import total_correlation
+from fastkl.ops.importance.iwae import iwae
+from fastkl.ops.mixture.gmm_log_prob import gmm_log_prob
+from fastkl.ops.normal.kl_normal import kl_normal
+from fastkl.ops.pairs.mmd import mmd
+from fastkl.ops.pairs.total_correlation import total_correlation
 
 
 def reconstruction_loss(model: Any, recon_x: Tensor, x: Tensor) -> Tensor:

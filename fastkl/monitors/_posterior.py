@@ -9,9 +9,9 @@ from fastkl import reference
 from fastkl.distributions import DiagonalNormal
 from fastkl.monitors._monitor import Monitor, State, check_posterior, posterior_rows
 from fastkl.ops import _arguments as arguments
-from fastkl.ops.gmm_log_prob import gmm_log_prob
-from fastkl.ops.normal_log_prob import normal_log_prob
-from fastkl.ops.rsample_normal import rsample_normal
+from fastkl.ops.likelihood.normal_log_prob import normal_log_prob
+from fastkl.ops.mixture.gmm_log_prob import gmm_log_prob
+from fastkl.ops.normal.rsample_normal import rsample_normal
 
 ACTIVE = 0.01
 

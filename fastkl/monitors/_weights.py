@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fastkl.monitors._monitor import Monitor, State
 from fastkl.ops import _arguments as arguments
-from fastkl.ops.gmm_moments import GMMMoments
-from fastkl.ops.iwae import effective_sample_size
+from fastkl.ops.importance.iwae import effective_sample_size
+from fastkl.ops.mixture.gmm_moments import GMMMoments
 from fastkl.priors.mixture import Usage, used
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from fastkl import distributions
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
-from fastkl.ops.normal_log_prob import normal_log_prob
-from fastkl.ops.rsample_normal import draw_normal
+from fastkl.ops.likelihood.normal_log_prob import normal_log_prob
+from fastkl.ops.normal.rsample_normal import draw_normal
 from fastkl.priors._prior import Prior
 from fastkl.reference import Stream
 

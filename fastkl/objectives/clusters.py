@@ -9,8 +9,8 @@ from fastkl import distributions, reference
 from fastkl.objectives._loss import LogLikelihood, Loss, check, draws, flat, made_of, reconstruction_of
 from fastkl.ops._arguments import check_weight
 from fastkl.ops._register import no_autocast
-from fastkl.ops.gmm_log_prob import gmm_log_prob
-from fastkl.ops.gmm_responsibilities import gmm_responsibilities
+from fastkl.ops.mixture.gmm_log_prob import gmm_log_prob
+from fastkl.ops.mixture.gmm_responsibilities import gmm_responsibilities
 from fastkl.priors.mixture import Mixture, MixturePrior
 
 

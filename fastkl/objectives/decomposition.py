@@ -9,7 +9,7 @@ from torch import Tensor
 from fastkl import distributions
 from fastkl.objectives._loss import LogLikelihood, Loss, check, draws, flat, made_of, reconstruction_of
 from fastkl.ops._arguments import check_weight
-from fastkl.ops.total_correlation import total_correlation
+from fastkl.ops.pairs.total_correlation import total_correlation
 from fastkl.priors import StandardNormal
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from fastkl.objectives import _loss
 from fastkl.objectives._loss import LogLikelihood, Loss
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._torch import forward_mode
-from fastkl.ops.normal_log_prob import normal_log_prob
+from fastkl.ops.likelihood.normal_log_prob import normal_log_prob
 from fastkl.priors._prior import Prior
 
 GRADIENTS = ("plain", "stl", "dreg")

@@ -25,7 +25,7 @@ from fastkl.objectives._loss import (
     sampled_kl,
 )
 from fastkl.ops._arguments import check_number, check_weight
-from fastkl.ops.mmd import mmd
+from fastkl.ops.pairs.mmd import mmd
 from fastkl.priors._prior import Prior
 
 if TYPE_CHECKING:

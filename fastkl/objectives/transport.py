@@ -9,9 +9,9 @@ from torch import Tensor
 from fastkl import distributions
 from fastkl.objectives._loss import LogLikelihood, Loss
 from fastkl.objectives.matching import matched
-from fastkl.ops.sinkhorn_divergence import sinkhorn_divergence
+from fastkl.ops.transport.sinkhorn_divergence import sinkhorn_divergence
+from fastkl.ops.transport.sliced_wasserstein import sliced_wasserstein
 from fastkl.priors._prior import Prior
-from fastkl.transport import sliced_wasserstein
 
 
 def swae(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkl.ops._sampling import running_sum
-from fastkl.ops.gmm_moments import gmm_moments
+from fastkl.ops.mixture.gmm_moments import gmm_moments
 
 BLOCK = 1 << 20  # numbers in one block of distances
 LLOYD_ITERATIONS = 20

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fastkl import distributions, reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
-from fastkl.ops._closed_form import samples_dtype
-from fastkl.ops.normal_log_prob import normal_log_prob
-from fastkl.ops.rsample_normal import rsample_normal
+from fastkl.ops.likelihood.normal_log_prob import normal_log_prob
+from fastkl.ops.normal._closed_form import samples_dtype
+from fastkl.ops.normal.rsample_normal import rsample_normal
 
 
 def check_shape(n: int | Sequence[int]) -> tuple[int, ...]:

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from fastkl import reference
-from fastkl.mixtures import relaxed_component
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._register import no_autocast
-from fastkl.ops.gmm_responsibilities import gmm_responsibilities
-from fastkl.ops.gumbel_softmax import check_tau, draw_choice
-from fastkl.ops.kl_normal import kl_normal
+from fastkl.ops.categorical.gumbel_softmax import check_tau, draw_choice
+from fastkl.ops.mixture.gmm_responsibilities import gmm_responsibilities
+from fastkl.ops.mixture.rsample_gmm import relaxed_component
+from fastkl.ops.normal.kl_normal import kl_normal
 
 
 def kl_relaxed(

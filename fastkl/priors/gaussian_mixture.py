@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastkl import distributions, reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops.rsample_normal import rsample_normal
+from fastkl.ops.normal.rsample_normal import rsample_normal
 from fastkl.priors._fit import FitRecord, em_step, hard_start, kmeans
 from fastkl.priors.mixture import Mixture, MixturePrior
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from fastkl import distributions, reference
-from fastkl.mixtures import rsample_gmm, sample_gmm
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
-from fastkl.ops.gmm_log_prob import gmm_log_prob
-from fastkl.ops.gmm_moments import gmm_moments
-from fastkl.ops.gmm_responsibilities import gmm_responsibilities
-from fastkl.ops.kl_gmm import kl_gmm
-from fastkl.ops.kl_gmm_bounds import kl_gmm_bounds
-from fastkl.ops.rsample_normal import rsample_normal
+from fastkl.ops.mixture.gmm_log_prob import gmm_log_prob
+from fastkl.ops.mixture.gmm_moments import gmm_moments
+from fastkl.ops.mixture.gmm_responsibilities import gmm_responsibilities
+from fastkl.ops.mixture.kl_gmm import kl_gmm
+from fastkl.ops.mixture.kl_gmm_bounds import kl_gmm_bounds
+from fastkl.ops.mixture.rsample_gmm import rsample_gmm, sample_gmm
+from fastkl.ops.normal.rsample_normal import rsample_normal
 from fastkl.priors import _relaxed
 from fastkl.priors._prior import Prior, check_shape
 

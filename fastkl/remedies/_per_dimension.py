@@ -10,8 +10,8 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.distributions import DiagonalNormal
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._closed_form import normal_gradients
 from fastkl.ops._register import apply, needs_closed_form
+from fastkl.ops.normal._closed_form import normal_gradients
 
 
 def sum_of_parts(q: DiagonalNormal, prior: DiagonalNormal | None, threshold: float | Tensor, joint_ndim: int) -> Tensor:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import fastkl
-from fastkl.kernels import _launch, kl_normal
+from fastkl.kernels import _launch
+from fastkl.kernels.normal import kl_normal
 
 import fake_driver
 from fake_driver import DRIVER, LAUNCHES

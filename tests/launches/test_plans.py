@@ -6,7 +6,8 @@ import torch
 import triton
 
 import fastkl
-from fastkl.kernels import _launch, kl_normal
+from fastkl.kernels import _launch
+from fastkl.kernels.normal import kl_normal
 
 from fake_driver import LAUNCHES
 

@@ -1,0 +1,104 @@
+"""Sufficient statistics of expectation maximisation for a Gaussian mixture, in one pass over the data."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkl import reference
+from fastkl.ops import _arguments as arguments
+from fastkl.ops._register import apply, register, without_autocast
+from fastkl.ops.mixture import _mixture as sweeps
+from fastkl.ops.mixture import _mixture_arguments as mixtures
+from fastkl.ops.mixture._gmm import MIXTURE, is_small, joint_of, prepare
+
+
+class GMMMoments(NamedTuple):
+    """The result of `fastkl.gmm_moments`: r_nk = p(k | z_n), and moments about the components' present means."""
+
+    log_prob: Tensor  # [*batch] ln p(z_n) in nats
+    counts: Tensor  # [K] sum_n r_nk
+    first: Tensor  # [K, D] sum_n r_nk (z_n - m_k)
+    second: Tensor  # [K, D] sum_n r_nk (z_n - m_k)^2; with scale_tril [K, D, D], of the outer products
+
+
+@without_autocast
+def _forward(z, logits, means, logvars, scale_tril) -> list[Tensor]:
+    if is_small(z, means, scale_tril):
+        part, prepared = prepare(z, None, logits, means, logvars, scale_tril, "point")
+        joint = joint_of(part, prepared)
+        return [joint.logsumexp(-1).flatten(), *part.moments(prepared, torch.softmax(joint, -1))]
+    sweep = sweeps.Sweep(z, None, logits, means, logvars, scale_tril, "point", "exact")
+    return sweeps.moments(sweep, sweeps.keep_for(z, logits, sweep.dtype))
+
+
+def _fake_forward(z, logits, means, logvars, scale_tril) -> list[Tensor]:
+    dtype = reference.compute_dtype(z, logits, means, logvars, scale_tril)
+    shapes = [z.shape[:1], means.shape[1:2], means.shape[1:], (means if scale_tril is None else scale_tril).shape[1:]]
+    return [z.new_empty(shape, dtype=dtype) for shape in shapes]
+
+
+gmm_moments_fwd = register(
+    f"gmm_moments_fwd(Tensor z, {MIXTURE}) -> Tensor[]",
+    closed_form=_forward,
+    fake=_fake_forward,
+    kernel="mixture.gmm_moments.fwd",
+)
+
+
+class _GMMMoments(torch.autograd.Function):
+    """The op with a rule for vmap; it has no gradient."""
+
+    @staticmethod
+    def forward(z, logits, means, logvars, scale_tril):
+        return tuple(gmm_moments_fwd(z, logits, means, logvars, scale_tril))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        """One call per example, because each example has separate sums."""
+        results = [apply(_GMMMoments, *example) for example in arguments.examples(info.batch_size, in_dims, inputs)]
+        return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * 4
+
+
+def gmm_moments(
+    z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
+    scale_tril: Tensor | None = None, scale: str = "logvar",
+) -> GMMMoments:  # fmt: skip
+    """Log-density and responsibility-weighted moments of data under a Gaussian mixture; not differentiable.
+
+    r_nk = p(k | z_n); counts_k = sum_n r_nk, first_k = sum_n r_nk (z_n - m_k), second_k = sum_n r_nk (z_n - m_k)^2
+
+    The moments are about the present means, which avoids cancellation: the M-step is m_k + first_k / counts_k and
+    second_k / counts_k - (first_k / counts_k)^2.
+
+    Args:
+        z: [*batch, D].
+        logits, means, logvars, scale_tril, scale: one mixture for all data, as for `fastkl.gmm_log_prob`.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: as `fastkl.gmm_log_prob`, and if the components differ by datum.
+
+    Source: Dempster, Laird and Rubin 1977; Bishop 2006, "Pattern Recognition and Machine Learning", section 9.2.2.
+
+    >>> import torch, fastkl
+    >>> z, means = torch.tensor([[-1.0], [1.0], [3.0]]), torch.tensor([[-1.0], [1.0]])
+    >>> moments = fastkl.gmm_moments(z, torch.zeros(2), means)
+    >>> means + moments.first / moments.counts[:, None]  # one step of EM
+    tensor([[-0.7523],
+            [ 1.8794]])
+    """
+    z, *mixture = (t.detach() if isinstance(t, Tensor) else t for t in (z, logits, means, logvars, scale_tril))
+    logits, means, logvars, scale_tril = mixture
+    logvars = mixtures.as_logvars(means, logvars, scale)
+    (rows,), mixture, batch = mixtures.canonical({"z": z}, logits, means, logvars, scale_tril)
+    if any(tensor is not None and tensor.shape[0] > 1 for tensor in mixture):
+        raise ValueError("gmm_moments sums over data of one mixture, but logits, means or covariances differ by datum")
+    log_prob, counts, first, second = apply(_GMMMoments, rows, *mixture)
+    return GMMMoments(log_prob.view(batch), counts, first, second)

@@ -1,0 +1,110 @@
+"""Reparameterised sampling from a diagonal Gaussian."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastkl.ops import _arguments as arguments
+from fastkl.ops import _sampling as sampling
+from fastkl.ops._register import apply, register
+from fastkl.ops.normal._closed_form import empty_samples, sample, samples_dtype, write_normal_gradients
+from fastkl.ops.normal._normal import DQ, DRAWING_SETTINGS, NOISE, Drawing, NormalFunction, NormalOp, Q
+from fastkl.reference import SoftBounds
+
+# Every element is a sample by itself: no dimension is one of an event.
+_NO_EVENT = 0
+
+
+def _forward(mu, parameter, eps, seed, *settings) -> Tensor:
+    settings = Drawing(*settings)
+    eps = sampling.draw(mu.shape, eps, seed, settings.num_samples, settings.stream)
+    return sample(mu, parameter, eps, settings)
+
+
+def _backward(dz, mu, parameter, eps, seed, dmu, dparameter, *settings) -> None:
+    settings = Drawing(*settings)
+    eps = sampling.draw(mu.shape, eps, seed, settings.num_samples, settings.stream)
+    write_normal_gradients((mu, parameter), (dmu, dparameter), settings, dz=dz, eps=eps)
+
+
+def _fake_forward(mu, parameter, eps, seed, *settings) -> Tensor:
+    return empty_samples(mu, parameter, Drawing(*settings).num_samples)
+
+
+rsample_normal_fwd = register(
+    f"rsample_normal_fwd({Q}, {NOISE}, {DRAWING_SETTINGS}) -> Tensor",
+    closed_form=_forward,
+    fake=_fake_forward,
+    kernel="normal.rsample_normal.fwd",
+    native="normal.rsample_normal_fwd",
+)
+rsample_normal_bwd = register(
+    f"rsample_normal_bwd(Tensor dz, {Q}, {NOISE}, {DQ}, {DRAWING_SETTINGS}) -> ()",
+    closed_form=_backward,
+    kernel="normal.rsample_normal.bwd",
+    native="normal.rsample_normal_bwd",
+)
+RSAMPLE_NORMAL = NormalOp(rsample_normal_fwd, rsample_normal_bwd, "rsample_normal_fwd", draws=True, has_value=False)
+
+
+def rsample_normal_packed(
+    head: Tensor, dim: int, *, num_samples: int | None = None, seed: int | Tensor | None = None,
+    eps: Tensor | None = None, scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
+) -> Tensor:  # fmt: skip
+    """rsample_normal(*head.chunk(2, dim), ...) whose gradient is one packed tensor, written by the kernel itself."""
+    arguments.check_tensors(head=head, eps=eps)
+    dim = arguments.check_packed(head, dim)
+    settings = Drawing(_NO_EVENT, arguments.check_scale(scale), *arguments.check_bounds(bounds), num_samples)
+    seed, eps = sampling.check_noise(seed, eps, num_samples, head.chunk(2, dim)[0].shape, head.device)
+    return apply(NormalFunction, RSAMPLE_NORMAL, dim, settings, head, None, None, None, eps, seed)
+
+
+def rsample_normal(
+    mu: Tensor | float, logvar: Tensor | float, *, num_samples: int | None = None, seed: int | Tensor | None = None,
+    eps: Tensor | None = None, scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
+) -> Tensor:  # fmt: skip
+    """A reparameterised sample of a diagonal Gaussian.
+
+    z = mu + exp(logvar / 2) eps, eps ~ N(0, I)
+
+    Args:
+        mu, logvar: mean and log-variance (or another parameter, see `scale`), which broadcast; one may be a number.
+        num_samples, seed, eps, scale, bounds: as for `fastkl.rsample_kl`, which with the same seed draws the same z.
+
+    Returns:
+        z in the parameters' dtype, [*shape], or [num_samples, *shape]. Only the inputs and the 8-byte seed are saved.
+
+    Raises:
+        TypeError, ValueError: as rsample_kl.
+
+    Source: Kingma and Welling 2014, arXiv:1312.6114, section 2.4; Salmon et al. 2011 (Philox4x32-7).
+
+    >>> import torch, fastkl
+    >>> _ = torch.manual_seed(0)
+    >>> z = fastkl.rsample_normal(torch.full((100_000,), 3.0), torch.zeros(1))
+    >>> f"{z.mean():.2f} {z.std():.2f}"
+    '3.00 1.00'
+    """
+    if arguments.event_ndim_of_common_call(None, (mu, logvar), scale, num_samples, eps, bounds):
+        seed = sampling.check_seed(seed, mu.device, "mu")
+        settings = Drawing(_NO_EVENT, scale, *arguments.NO_BOUNDS, None)
+        return apply(NormalFunction, RSAMPLE_NORMAL, -1, settings, mu, logvar, None, None, None, seed)
+    given = (mu, logvar)
+    mu, logvar = arguments.as_parameters(*given)
+    arguments.check_tensors(mu=mu, logvar=logvar, eps=eps)
+    shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
+    settings = Drawing(_NO_EVENT, arguments.check_scale(scale), *arguments.check_bounds(bounds), num_samples)
+    seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
+    q = arguments.expand(mu, shape), arguments.expand(logvar, shape)
+    z = apply(NormalFunction, RSAMPLE_NORMAL, -1, settings, *q, None, None, eps, seed)
+    return z.to(samples_dtype(*given))
+
+
+def draw_normal(
+    stream: int, shape: tuple[int, ...], mu: Tensor, logvar: Tensor, seed: Tensor, scale: str = "logvar"
+) -> Tensor:
+    """rsample_normal with the noise of `stream`, for other ops that draw Gaussian noise."""
+    settings = Drawing(_NO_EVENT, scale, *arguments.NO_BOUNDS, None, stream)
+    q = arguments.expand(mu, shape), arguments.expand(logvar, shape)
+    z = apply(NormalFunction, RSAMPLE_NORMAL, -1, settings, *q, None, None, None, seed)
+    return z.to(samples_dtype(mu, logvar))

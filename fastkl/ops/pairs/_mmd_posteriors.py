@@ -1,0 +1,174 @@
+"""The RBF kernel between Gaussian posteriors, summed over their pairs, as a registered op with its gradient.
+
+With w = exp(logvar_i) + exp(logvar_j), u = mu_i - mu_j and g = D s, the sum over i, j and s of
+
+    K_s = prod_d r_d^(1/2) exp(-u_d^2 r_d / (2 g)),  r_d = 1 / (1 + w_d / g)
+
+and, from the same sweep, its gradient: dK / dmu_i = -K u r / g and dK / dvariance_i = K (u^2 r^2 / g - r) / (2 g).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkl import reference
+from fastkl.ops import _arguments as arguments
+from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same
+from fastkl.ops.pairs._pairs import blocks, of_block, pair_weights
+
+BLOCK = 256  # posteriors per block side: two sums per pair and scale fit the CPU cache
+SMALL = 1 << 17  # up to this, pairs times dimensions are computed at once: a sweep has more call overhead
+
+
+def _sweep(mu, logvar, scales, unbiased, gradient) -> list[Tensor]:
+    dtype = reference.compute_dtype(mu, logvar)
+    rows, size = mu.shape
+    if rows * rows * size <= SMALL:
+        return _at_once(mu, logvar, scales, unbiased, gradient)
+    mean, variance = mu.to(dtype).T.contiguous(), logvar.to(dtype).exp().T.contiguous()
+    scaled = [variance / (size * s) for s in scales]
+    weight = pair_weights(rows, 0, unbiased)[0]
+    parts = blocks(rows, BLOCK)
+    longest = parts[0].stop
+    memory = mean.new_empty(2 * len(scales) + 6, longest * longest)
+    total = mean.new_zeros((), dtype=torch.float64)
+    dmean, dvariance = torch.zeros_like(mean), torch.zeros_like(mean)
+    for index, a in enumerate(parts):
+        for b in parts[index:]:
+            tiles = [of_block(buffer, a, b) for buffer in memory]
+            u, square, r, product, first, second = tiles[:6]
+            quadratic, kernels = tiles[6 : 6 + len(scales)], tiles[6 + len(scales) :]
+            for d in range(size):
+                _difference(mean[d], a, b, u)
+                torch.mul(u, u, out=square)
+                for own, q, k in zip(scaled, quadratic, kernels):
+                    _ratio(own[d], a, b, r)
+                    k.mul_(r) if d else k.copy_(r)  # underflows only if the true value is negligible
+                    q.addcmul_(square, r) if d else torch.mul(square, r, out=q)
+            for s, q, k in zip(scales, quadratic, kernels):
+                k.sqrt_().mul_(q.mul_(-0.5 / (size * s)).exp_())
+                if unbiased and a == b:
+                    k.fill_diagonal_(0.0)
+                k.mul_(weight)
+                total += (1 if a == b else 2) * k.sum(1).sum(dtype=torch.float64)
+                k.mul_(1 / (size * s))
+            for d in range(size) if gradient else ():
+                _difference(mean[d], a, b, u)
+                for position, (s, own, k) in enumerate(zip(scales, scaled, kernels)):
+                    _ratio(own[d], a, b, r)
+                    torch.mul(k, r, out=product)
+                    first.add_(product) if position else first.copy_(product)
+                    r.mul_(1 / (size * s))
+                    second.addcmul_(product, r) if position else torch.mul(product, r, out=second)
+                # A pair counts for both orders, and an off-diagonal block for its transpose.
+                torch.mul(u, first, out=product)
+                dmean[d, a] -= 2 * product.sum(1)
+                if a != b:
+                    dmean[d, b] += 2 * product.sum(0)
+                torch.mul(u, u, out=square)
+                torch.mul(square, second, out=product).sub_(first)
+                dvariance[d, a] += product.sum(1)
+                if a != b:
+                    dvariance[d, b] += product.sum(0)
+    gradients = [dmean.T.contiguous(), dvariance.mul_(variance).T.contiguous()] if gradient else []
+    return [total, *gradients]
+
+
+def _difference(mean: Tensor, a: slice, b: slice, out: Tensor) -> Tensor:
+    return torch.sub(mean[a].unsqueeze(1), mean[b], out=out)
+
+
+def _ratio(scaled: Tensor, a: slice, b: slice, out: Tensor) -> Tensor:
+    return torch.add(scaled[a].unsqueeze(1) + 1, scaled[b], out=out).reciprocal_()
+
+
+def _parts(mu, logvar, scales, unbiased):
+    """(u [N, N, D], variance [N, D], and per scale r [N, N, D] and the weighted K [N, N]), differentiable."""
+    dtype = reference.compute_dtype(mu, logvar)
+    mu, variance = mu.to(dtype), logvar.to(dtype).exp()
+    rows, size = mu.shape
+    u, w = mu.unsqueeze(1) - mu, variance.unsqueeze(1) + variance
+    weights = torch.full((rows, rows), pair_weights(rows, 0, unbiased)[0], dtype=dtype, device=mu.device)
+    weights = weights - torch.diag(weights.diagonal()) if unbiased else weights
+    each = []
+    for s in scales:
+        r = 1 / (1 + w / (size * s))
+        k = torch.exp(0.5 * (r.log() - u.square() * r / (size * s)).sum(-1))
+        each.append((r, weights * k))
+    return u, variance, each
+
+
+def gradients(dvalue, mu, logvar, scales, unbiased) -> list[Tensor]:
+    """The gradients in mu and logvar, in differentiable torch ops; allocates [N, N, D]."""
+    u, variance, each = _parts(mu, logvar, scales, unbiased)
+    return _gradients(u, variance, each, scales, dvalue.to(u.dtype), mu, logvar)
+
+
+def _gradients(u, variance, each, scales, dvalue, mu, logvar) -> list[Tensor]:
+    dmu, dvariance = torch.zeros_like(variance), torch.zeros_like(variance)
+    for s, (r, k) in zip(scales, each):
+        g = u.shape[-1] * s
+        weighted = k.unsqueeze(-1) * r / g
+        dmu = dmu - 2 * (weighted * u).sum(1)
+        dvariance = dvariance + (weighted * (u.square() * r / g - 1)).sum(1)
+    return [(dvalue * dmu).to(mu.dtype), (dvalue * dvariance * variance).to(logvar.dtype)]
+
+
+def _at_once(mu, logvar, scales, unbiased, gradient) -> list[Tensor]:
+    u, variance, each = _parts(mu, logvar, scales, unbiased)
+    total = sum(k.sum(1).sum(dtype=torch.float64) for _, k in each)
+    found = _gradients(u, variance, each, scales, 1.0, u, u) if gradient else []
+    return [total, *found]
+
+
+def _fake(mu, logvar, scales, unbiased, gradient) -> list[Tensor]:
+    dtype = reference.compute_dtype(mu, logvar)
+    rows = [mu.new_empty(mu.shape, dtype=dtype) for _ in range(2)]
+    return [mu.new_empty((), dtype=torch.float64), *rows[: 2 * gradient]]
+
+
+mmd_posteriors = register(
+    "mmd_posteriors(Tensor mu, Tensor logvar, float[] scales, bool unbiased, bool gradient) -> Tensor[]",
+    closed_form=_sweep,
+    fake=_fake,
+    kernel="pairs.mmd_normal.fwd",
+)
+
+
+class _Posteriors(torch.autograd.Function):
+    @staticmethod
+    def forward(mu, logvar, scales, unbiased, gradient):
+        return tuple(mmd_posteriors(mu, logvar, scales, unbiased, gradient))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2], *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.settings = inputs[2:4]
+
+    @staticmethod
+    def backward(ctx, dvalue, *_):
+        if dvalue is None:
+            return (None,) * 5
+        mu, logvar, *kept = ctx.saved_tensors
+        if needs_closed_form(dvalue):
+            return *gradients(dvalue, mu, logvar, *ctx.settings), *[None] * 3
+        kept = kept or mmd_posteriors(mu, logvar, *ctx.settings, True)[1:]
+        return *(part.mul(dvalue).to(z.dtype) for part, z in zip(kept, (mu, logvar))), *[None] * 3
+
+    @staticmethod
+    def vmap(info, in_dims, mu, logvar, *settings):
+        examples = arguments.examples(info.batch_size, in_dims[:2], (mu, logvar))
+        results = [apply(_Posteriors, *example, *settings) for example in examples]
+        return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * len(results[0])
+
+
+differentiable("mmd_posteriors", _Posteriors, same)
+
+
+def mean_kernel(mu: Tensor, logvar: Tensor, scales: tuple[float, ...], unbiased: bool) -> Tensor:
+    """The mean kernel over pairs, in float64."""
+    asked = torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad)
+    return apply(_Posteriors, mu, logvar, list(scales), unbiased, asked)[0]

@@ -1,0 +1,191 @@
+"""Mutual information, total correlation and dimension-wise KL of a batch of posteriors, streamed over its pairs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastkl import reference
+from fastkl.ops import _arguments as arguments
+from fastkl.ops import _group
+from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same, without_autocast
+from fastkl.ops.pairs import _few_pairs_normal as few_pairs
+from fastkl.ops.pairs import _pairwise_normal as pairwise
+from fastkl.reference import Decomposition
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# z is [n, D], mu and logvar [B, D] are the whole batch's; row i of z was drawn from posterior first + i.
+_INPUTS = "Tensor z, Tensor mu, Tensor logvar, SymInt first, SymInt dataset_size, bool stratified"
+WEIGHTS = ("mss", "mws")
+
+
+@without_autocast
+def _forward(z, mu, logvar, first, dataset_size, stratified) -> list[Tensor]:
+    if z.shape[0] == 0:
+        return _fake_forward(z, mu, logvar, first, dataset_size, stratified)
+    found = None
+    if z.numel() * mu.shape[0] <= few_pairs.MOST:
+        found = few_pairs.forward(few_pairs.Pairs(z, mu, logvar, first, dataset_size, stratified))
+    if found is None:
+        found = pairwise.forward(pairwise.Sweep(z, mu, logvar, first, dataset_size, stratified))
+    return found
+
+
+def _fake_forward(z, mu, logvar, first, dataset_size, stratified) -> list[Tensor]:
+    dtype = reference.compute_dtype(z, mu, logvar)
+    return [z.new_empty(shape, dtype=dtype) for shape in (*[z.shape[:1]] * 4, z.shape)]
+
+
+@without_autocast
+def _backward(
+    z, mu, logvar, first, dataset_size, stratified, dmutual, dtotal, ddimension, joint_sum, marginal_sum
+) -> list[Tensor]:
+    if z.shape[0] == 0:
+        return [torch.zeros_like(tensor) for tensor in (z, mu, logvar)]
+    coefficients = [tensor.to(joint_sum.dtype) for tensor in coefficients_of(dmutual, dtotal, ddimension)]
+    # A sum with its sign turned, of a row far from its own posterior, takes the sweep, and so does one that is NaN.
+    few = z.numel() * mu.shape[0] <= few_pairs.MOST and (joint_sum > 0).all()
+    way, pairs = (few_pairs, few_pairs.Pairs) if few else (pairwise, pairwise.Sweep)
+    prepared = pairs(z, mu, logvar, first, dataset_size, stratified)
+    found = way.gradients(prepared, coefficients, joint_sum, marginal_sum)
+    return [arguments.match(gradient, tensor) for gradient, tensor in zip(found, (z, mu, logvar))]
+
+
+def _fake_backward(z, mu, logvar, *_) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor in (z, mu, logvar)]
+
+
+def coefficients_of(dmutual: Tensor, dtotal: Tensor, ddimension: Tensor) -> list[Tensor]:
+    """The loss's coefficients of ln q(z|x), ln q(z), each ln q(z_d), and -ln p(z)."""
+    return [dmutual, dtotal - dmutual, ddimension - dtotal, ddimension]
+
+
+def _gradients(z, mu, logvar, first, dataset_size, stratified, dmutual, dtotal, ddimension) -> list[Tensor]:
+    """The gradients in differentiable torch ops, with all pairs in memory."""
+    dtype = reference.compute_dtype(z, mu, logvar)
+    inputs = (z, mu, logvar)
+    z, mu, logvar = (tensor.to(dtype) for tensor in inputs)
+    own, joint, marginal, prior = coefficients_of(dmutual, dtotal, ddimension)
+    like = {"dtype": dtype, "device": z.device}
+    sizes = (z.shape[0], mu.shape[0], dataset_size, WEIGHTS[not stratified])
+    log_weights = reference.sample_weights(*sizes, first=first, **like).log()
+    each = (tensor.unsqueeze(-1) for tensor in (z.unsqueeze(1), mu, logvar))
+    terms = reference.normal_log_prob(*each, event_ndim=1)
+    share = torch.softmax(log_weights + terms.sum(-1), 1) * joint.unsqueeze(1)
+    is_own = torch.arange(mu.shape[0], device=z.device) == torch.arange(z.shape[0], device=z.device)[:, None] + first
+    share = (share + is_own * own.unsqueeze(1)).unsqueeze(-1)
+    share = share + torch.softmax(log_weights.unsqueeze(-1) + terms, 1) * marginal[:, None, None]
+    dmean, dlogvar = reference.normal_terms_gradient(share, z.unsqueeze(1), mu, logvar)
+    dz = prior.unsqueeze(1) * z - dmean.sum(1)
+    return [g.to(tensor.dtype) for g, tensor in zip((dz, dmean.sum(0), dlogvar.sum(0)), inputs)]
+
+
+total_correlation_fwd = register(
+    f"total_correlation_fwd({_INPUTS}) -> Tensor[]",
+    closed_form=_forward,
+    fake=_fake_forward,
+    kernel="pairs.total_correlation.fwd",
+)
+total_correlation_bwd = register(
+    f"total_correlation_bwd({_INPUTS}, Tensor dmutual, Tensor dtotal, Tensor ddimension, Tensor joint_sum, "
+    "Tensor marginal_sum) -> Tensor[]",
+    closed_form=_backward,
+    fake=_fake_backward,
+    kernel="pairs.total_correlation.bwd",
+)
+
+
+class _TotalCorrelation(torch.autograd.Function):
+    @staticmethod
+    def forward(z, mu, logvar, first, dataset_size, stratified):
+        return tuple(total_correlation_fwd(z, mu, logvar, first, dataset_size, stratified))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[3:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:3], *output[3:])
+        ctx.settings = inputs[3:]
+
+    @staticmethod
+    def backward(ctx, dmutual, dtotal, ddimension, *_):
+        z, mu, logvar, joint_sum, marginal_sum = ctx.saved_tensors
+        given = [torch.zeros_like(joint_sum) if d is None else d for d in (dmutual, dtotal, ddimension)]
+        if needs_closed_form(*given):
+            gradients = _gradients(z, mu, logvar, *ctx.settings, *given)
+        else:
+            gradients = total_correlation_bwd(z, mu, logvar, *ctx.settings, *given, joint_sum, marginal_sum)
+        return (*gradients, *[None] * len(ctx.settings))
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        """One call per example, because each example is a separate batch."""
+        examples = arguments.examples(info.batch_size, in_dims, inputs)
+        results = [apply(_TotalCorrelation, *example) for example in examples]
+        return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * 5
+
+
+differentiable("total_correlation_fwd", _TotalCorrelation, same)
+
+
+def total_correlation(
+    z: Tensor, mu: Tensor | float, logvar: Tensor | float, dataset_size: int, *, weights: str = "mss",
+    group: ProcessGroup | None = None,
+) -> Decomposition:  # fmt: skip
+    """Estimates of the three parts of the KL to N(0, I): mutual information, total correlation, dimension-wise KL.
+
+    KL = E[ln q(z|x) - ln q(z)] + E[ln q(z) - sum_d ln q(z_d)] + E[sum_d (ln q(z_d) - ln p(z_d))], with the aggregate
+    posterior q(z) = sum_j w_ij N(z; mu_j, diag exp(logvar_j)), and its marginals q(z_d), estimated from the batch
+
+    It needs no tensor of the size of all pairs, and the weight counts once, not once for each dimension.
+
+    Args:
+        z: [N, D], row i drawn from posterior i; differentiable, as from `fastkl.rsample_normal`.
+        mu, logvar: mean and ln sigma^2 of the batch's posteriors; broadcast to z's shape, or numbers.
+        dataset_size: size of the data set from which the batch was drawn.
+        weights: "mss", minibatch stratified sampling: with M = N - 1 the own posterior weighs 1 / dataset_size, the
+            next one (dataset_size - M) / (dataset_size M), the others 1 / M. "mws", minibatch weighted sampling:
+            all weigh 1 / (dataset_size N), which is not normalised, as published.
+        group: a torch.distributed process group; the batch is then that of all its processes (posteriors in order of
+            rank). None means this process's batch.
+
+    Returns:
+        (mutual_information, total_correlation, dimension_wise_kl), [N] each, in nats, whose means are the
+        decomposition; they add up to ln q(z_i|x_i) - ln p(z_i). float32 for float16, bfloat16 and float32 input,
+        float64 if any input is. The backward pass needs the inputs and the sums over j, [N, D] and [N].
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, dataset_size is not an int, group is not a process group.
+        ValueError: z is not [N, D], mu or logvar does not broadcast to it, devices differ, the batch has size 1,
+            dataset_size is smaller than the batch, or weights is unknown.
+
+    Source: Chen et al. 2018, "Isolating Sources of Disentanglement in Variational Autoencoders", arXiv:1802.04942,
+    equation 2 and appendix C.
+
+    >>> import torch, fastkl
+    >>> mu, logvar = torch.tensor([[-9.0], [9.0]]), torch.zeros(2, 1)
+    >>> fastkl.total_correlation(mu, mu, logvar, 2).mutual_information  # ln 2: z tells which of two it belongs to
+    tensor([0.6931, 0.6931])
+    """
+    mu, logvar = arguments.as_tensors(z, mu, logvar)
+    arguments.check_tensors(z=z, mu=mu, logvar=logvar)
+    if z.dim() != 2:
+        raise ValueError(f"z must be [N, D], got shape {tuple(z.shape)}")
+    for name, tensor in (("mu", mu), ("logvar", logvar)):
+        if not arguments.fits(tensor, z.shape):
+            raise ValueError(f"{name} {tuple(tensor.shape)} does not broadcast to z's shape {tuple(z.shape)}")
+    dataset_size = arguments.check_int("dataset_size", dataset_size, 1)
+    stratified = arguments.check_choice("weights", weights, WEIGHTS) == "mss"
+    posteriors, first = [arguments.expand(tensor, z.shape) for tensor in (mu, logvar)], 0
+    if group is not None:
+        posteriors, first = _group.gather(group, *posteriors)
+    batch = posteriors[0].shape[0]
+    if batch == 1:
+        raise ValueError("a batch of 1 says nothing about the aggregate posterior; z must have 2 rows or more")
+    if dataset_size < batch:
+        raise ValueError(f"dataset_size must be at least the batch's {batch}, got {dataset_size}")
+    return Decomposition(*apply(_TotalCorrelation, z, *posteriors, first, dataset_size, stratified)[:3])

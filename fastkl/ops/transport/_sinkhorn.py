@@ -1,0 +1,155 @@
+"""Sinkhorn's algorithm between two weighted sets of points for the cost |x - y|^2 / 2; nothing of size N x M is stored.
+
+Potentials f [N] and g [M] are updated together, at decreasing temperatures eps:
+f_i <- -eps ln sum_j b_j exp((g_j - C_ij) / eps), and g alike. `Products` does so on a CPU, `Softmin` everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkl.ops.mixture import _gmm
+
+# Rows and columns of a tile of exponents: its float64 and float32 values together fit the cache.
+TILE = (256, 1024)
+# The largest |x|^2 / eps for which exponents are computed by float32 products, with an error of 2^-23 times that.
+FLOAT32_LIMIT = 300.0
+# Exponents are clamped to at least this, and sums are then correct if their logarithms are at most that.
+LEAST = {torch.float32: -60.0, torch.float64: -600.0}
+MOST = {torch.float32: 46.0, torch.float64: 460.0}
+
+
+class Points(NamedTuple):
+    """The positions of the points [N, D] and their weights [N]."""
+
+    at: Tensor
+    weights: Tensor
+
+
+class Softmin:
+    """Updates by the mixture log-density: -eps ln sum_j exp(h_j - |x - y_j|^2 / (2 eps)) with components at y."""
+
+    def __init__(self, x: Points, y: Points):
+        self.x, self.y = x, y
+
+    def _one(self, source: Points, target: Points, potential: Tensor, eps: float, pulls: bool):
+        dimensions, shift = source.at.shape[1], potential.mean()
+        logits = target.weights.log() + ((potential - shift) / eps).to(source.at.dtype)  # small, so float32 is enough
+        logvars = logits.new_full((1, 1, 1), math.log(eps))
+        mixture = (source.at, None, logits[None], target.at[None], logvars, None, "point", "exact")
+        lp, wide = _gmm.gmm_log_prob_fwd(*mixture, 1)
+        new = -eps * (lp + 0.5 * dimensions * math.log(2 * math.pi * eps) + logits.logsumexp(0)) - shift
+        if not pulls:
+            return new, None
+        (gradient,) = _gmm.gmm_log_prob_bwd(torch.ones_like(lp), [wide], *mixture, True, False)
+        return new, -eps * gradient
+
+    def update(self, f: Tensor, g: Tensor, eps: float, pulls: bool = False):
+        """(new f, new g, x_i - sum_j pi_ij y_j, the same for y); the last two only if `pulls`."""
+        new_f, pull_x = self._one(self.x, self.y, g, eps, pulls)
+        if self.x is self.y:
+            return new_f, new_f, pull_x, pull_x
+        new_g, pull_y = self._one(self.y, self.x, f, eps, pulls)
+        return new_f, new_g, pull_x, pull_y
+
+
+class Products(Softmin):
+    """Both updates from one matrix exp((f_i + g_j - C_ij) / eps), tile by tile. Its exponents are one matrix product;
+    its rows and columns sum to exp((f - new f) / eps) and exp((g - new g) / eps). If both sets are the same points,
+    half of the tiles suffice.
+
+    The sums may underflow or overflow if the potentials are far from their update, in float32 sooner than in float64;
+    then `Softmin` does that update.
+    """
+
+    def __init__(self, x: Points, y: Points, centre: Tensor):
+        super().__init__(x, y)
+        self.dtype = x.at.dtype
+        self.buffers: dict[torch.dtype, Tensor] = {}
+        self.weights = {
+            dtype: [points.weights.unsqueeze(1).to(dtype) for points in (x, y)] for dtype in (self.dtype, torch.float64)
+        }
+        (self.left, self.half_x), (self.right, self.half_y) = (self._factor(points, centre) for points in (x, y))
+        self.radius = torch.maximum(self.half_x.amax(), self.half_y.amax()).item()
+
+    @staticmethod
+    def _factor(points: Points, centre: Tensor) -> tuple[Tensor, Tensor]:
+        """(float64 [N, D + 2]: positions and two columns of ones; half of the squared lengths [N])."""
+        factor = torch.ones(len(points.at), len(centre) + 2, dtype=torch.float64, device=centre.device)
+        places = factor[:, :-2].copy_(points.at).sub_(centre)
+        return factor, 0.5 * places.square().sum(1)
+
+    def update(self, f: Tensor, g: Tensor, eps: float, pulls: bool = False):
+        # With [x, f - |x|^2 / 2, 1] on the left and [y, 1, g - |y|^2 / 2] on the right, the product is f + g - C.
+        torch.sub(f, self.half_x, out=self.left[:, -2])
+        torch.sub(g, self.half_y, out=self.right[:, -1])
+        left, right = self.left / eps, self.right
+        if not (self.dtype == torch.float64 or pulls or self.radius > FLOAT32_LIMIT * eps):
+            left, right = left.float(), right.float()
+        for dtype in dict.fromkeys((self.dtype, torch.float64)):
+            rows, columns = self._sums(left, right, dtype, pulls)
+            logs = [rows[:, 0].log()]
+            if self.x is not self.y:
+                logs.append(columns[:, 0].log())
+            if all(log.abs().amax().item() < MOST[dtype] for log in logs):  # NaN fails this
+                break
+        else:
+            return super().update(f, g, eps, pulls)
+        pull_x, pull_y = (
+            factor[:, :-2] - total[:, 1:] / total[:, :1] if pulls else None
+            for factor, total in ((self.left, rows), (self.right, columns))
+        )
+        new_f = torch.sub(f, logs[0], alpha=eps)
+        return new_f, new_f if len(logs) == 1 else torch.sub(g, logs[1], alpha=eps), pull_x, pull_y
+
+    def _sums(self, left: Tensor, right: Tensor, dtype: torch.dtype, pulls: bool) -> tuple[Tensor, Tensor]:
+        """Sums of the matrix's rows times each y's weight, and of its columns times each x's; with `pulls` also times
+        the position."""
+        same = self.x is self.y
+        carry_x, carry_y = self.weights[dtype]
+        if pulls:
+            carry_x, carry_y = (
+                torch.cat([weights, weights * factor[:, :-2].to(dtype)], 1)
+                for weights, factor in ((carry_x, self.left), (carry_y, self.right))
+            )
+        rows = torch.zeros_like(carry_x, dtype=torch.float64)
+        columns = rows if same else torch.zeros_like(carry_y, dtype=torch.float64)
+        for i in range(0, len(left), TILE[0]):
+            down = slice(i, i + TILE[0])
+            for j in range(i if same else 0, len(right), TILE[1]):
+                across = slice(j, j + TILE[1])
+                plan = self._exponentials(left[down], right[across], dtype)
+                rows[down] += plan @ carry_y[across]
+                if not same:
+                    columns[across] += plan.T @ carry_x[down]
+                elif across.stop > down.stop:  # mirror the tile's part beyond the block of rows
+                    beyond = max(0, down.stop - j)
+                    columns[j + beyond : across.stop] += plan[:, beyond:].T @ carry_x[down]
+        return rows, columns
+
+    def _exponentials(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+        shape = len(left), len(right)
+        exponents = torch.mm(left, right.T, out=self._buffer(shape, left.dtype))
+        if exponents.dtype != dtype:
+            exponents = self._buffer(shape, dtype).copy_(exponents)
+        return exponents.clamp_(min=LEAST[dtype]).exp_()
+
+    def _buffer(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Memory that all tiles share: fresh memory costs a page fault every 4 KB."""
+        if dtype not in self.buffers:
+            self.buffers[dtype] = torch.empty(TILE[0] * TILE[1], dtype=dtype, device=self.left.device)
+        return self.buffers[dtype][: math.prod(shape)].view(shape)
+
+
+def potentials(problem: Softmin, schedule: list[float], pulls: bool):
+    """(f, g, pulls of x, pulls of y) at the last temperature, as `update` returns them."""
+    zeros = [points.weights.new_zeros(points.at.shape[0], dtype=torch.float64) for points in (problem.x, problem.y)]
+    f, g, *_ = problem.update(*zeros, schedule[0])
+    for eps in schedule:
+        new_f, new_g, *_ = problem.update(f, g, eps)
+        f, g = 0.5 * (f + new_f), 0.5 * (g + new_g)
+    return problem.update(f, g, schedule[-1], pulls)

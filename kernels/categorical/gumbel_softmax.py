@@ -1,0 +1,335 @@
+"""Gumbel-Softmax: 1R + 1W forward, 2R + 1W backward. The noise comes from Philox in registers and is never stored.
+
+Logits are [outer, classes, inner]. With AXIS 1 (inner is 1) a tile is ROWS distributions by COLUMNS classes, with AXIS
+0 ROWS classes by COLUMNS distributions; columns are contiguous in the noise, and mostly in memory. Classes that do not
+fit one tile take two passes, which read the logits twice: first statistics, split over programs, then the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from fastkl.kernels._device import LN2, TRITON_DTYPE, finite
+from fastkl.kernels._launch import Plan, planned
+from fastkl.kernels._layout import (
+    PROGRAMS,
+    SPILLS_A_FEW,
+    View,
+    cdiv,
+    compute_dtype,
+    next_power_of_2,
+    registers,
+    share,
+    views,
+)
+from fastkl.kernels.categorical._gumbel_softmax import (
+    NOT_A_CLASS,
+    first_maximum,
+    log,
+    offsets,
+    perturbed,
+    temperature,
+    tile,
+)
+
+# Elements of a tile that holds all classes, of one that does not, and of a tile of short rows.
+WHOLE, PART, SHORT = 8192, 2048, 512
+# Programs that share a distribution at most; each reads what all of them found.
+SPLITS = 32
+
+
+def blocks(classes: int, inner: int, wide: bool, odd: bool) -> tuple[dict[str, int], bool]:
+    """(tile, whether it holds all classes); its columns are a multiple of 4, one Philox call each."""
+    whole, part, short = (size // 2 for size in (WHOLE, PART, SHORT)) if wide else (WHOLE, PART, SHORT)
+    if inner == 1:
+        columns = max(4, next_power_of_2(classes + 3 * odd))
+        fits = columns <= whole
+        rows, columns = (max(1, short // columns), columns) if fits else (1, part)
+    else:
+        if odd:  # a Philox call for each element takes registers
+            whole, part, short = whole // 2, part // 2, short // 2
+        rows, columns = next_power_of_2(classes), max(4, min(64, next_power_of_2(inner)))
+        narrow = min(columns, max(16, short // rows))
+        fits = rows * narrow <= whole
+        rows, columns = (rows, narrow) if fits else (part // columns, columns)
+    warps = max(1, rows * columns // (256 if wide else 512))  # 16 elements a thread: fewer shuffles than with 8
+    held = {} if fits else registers(255)
+    held = registers(128) if fits and wide and SPILLS_A_FEW else held
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, **held}, fits
+
+
+@triton.jit
+def combine(found, found_third, distribution, count, scale, splits, AXIS: tl.constexpr, SPLITS: tl.constexpr,
+            INTEGER: tl.constexpr):  # fmt: skip
+    """(maximum, sum, class of the maximum or weighted gradient), merged over the splits."""
+    split = tl.arange(0, SPLITS)[:, None]
+    mask = (split < splits) & (distribution < count)[None, :]
+    at = split.to(tl.int64) * count + distribution[None, :]
+    tops = tl.load(found + at, mask, other=float("-inf"))  # the maximum of an empty split
+    top = finite(tl.max(tops, axis=0))
+    weight = tl.exp2((tops - top[None, :]) * scale)
+    total = tl.sum(weight * tl.load(found + at + splits * count, mask, other=0.0), axis=0)
+    if INTEGER:
+        third = tl.load(found_third + at, mask, other=NOT_A_CLASS)
+        third = tl.min(tl.where(tops == top[None, :], third, NOT_A_CLASS), axis=0)
+    else:
+        third = tl.sum(weight * tl.load(found_third + at, mask, other=0.0), axis=0)
+    return tl.expand_dims(top, AXIS), tl.expand_dims(total, AXIS), tl.expand_dims(third, AXIS)
+
+
+@triton.jit
+def statistics_kernel(
+    logits, dy, tau, seed, stream, found, found_third, shape, strides, dy_strides, column_blocks, classes_per_program,
+    splits, count, SOFT: tl.constexpr, TENSOR: tl.constexpr, AXIS: tl.constexpr, ODD: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Maximum and sum of exponentials of each split of the classes, and the first class with the maximum or, given dy,
+    the sum weighted by dy. With SOFT, `logits` holds the weights."""
+    block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    scale = temperature(tau, TENSOR, DTYPE)[0]
+    key = tl.load(seed)
+    begin = split * classes_per_program
+    top = tl.full([ROWS, 1] if AXIS == 1 else [1, COLUMNS], 0.0 if SOFT else float("-inf"), DTYPE)
+    best = tl.full([ROWS, 1] if AXIS == 1 else [1, COLUMNS], NOT_A_CLASS, tl.int32)
+    total = tl.zeros([ROWS, COLUMNS], DTYPE)
+    dot = tl.zeros([ROWS, COLUMNS], DTYPE)
+    last = tl.minimum(begin + classes_per_program, shape[1] + 3 if AXIS == 1 and ODD else shape[1])
+    for start in range(begin, last, COLUMNS if AXIS == 1 else ROWS):
+        line, first, column, index, _own, mask = tile(block, start, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)
+        at = offsets(block, line, column, index, strides, column_blocks, AXIS)
+        if SOFT:
+            weight = tl.load(logits + at, mask, other=0.0).to(DTYPE)  # a weight of 0
+        else:
+            values = perturbed(
+                logits + at, mask, key, stream, line, first, column, shape, AXIS, ODD, ROWS, COLUMNS, DTYPE
+            )
+            highest = tl.max(values, axis=AXIS, keep_dims=True)
+            if dy is None:
+                best = tl.where(highest > top, first_maximum(values, index, highest, AXIS), best)
+            new = tl.maximum(top, highest)
+            weight = tl.exp2((values - finite(new)) * scale)
+            shrink = tl.exp2((top - finite(new)) * scale)
+            total *= shrink
+            dot *= shrink
+            top = new
+        total += weight
+        if dy is not None:
+            at = offsets(block, line, column, index, dy_strides, column_blocks, AXIS)
+            dot += weight * tl.load(dy + at, mask, other=0.0).to(DTYPE)  # masked entries have weight 0
+    distribution = tile(block, begin, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)[4]
+    at = tl.expand_dims(split.to(tl.int64) * count + distribution, AXIS)
+    # Columns past the end of an inner block would belong to the next outer index.
+    inside = distribution < count if AXIS == 1 else tl.arange(0, COLUMNS) + block % column_blocks * COLUMNS < shape[2]
+    inside = tl.expand_dims(inside, AXIS)
+    tl.store(found + at, top, inside)
+    tl.store(found + at + splits * count, tl.sum(total, axis=AXIS, keep_dims=True), inside)
+    third = best if dy is None else tl.sum(dot, axis=AXIS, keep_dims=True)
+    tl.store(found_third + at, third, inside)
+
+
+@triton.jit
+def gumbel_softmax_fwd_kernel(
+    logits, y, tau, seed, stream, found, found_third, shape, strides, y_strides, column_blocks, classes_per_program,
+    splits, count, HARD: tl.constexpr, TENSOR: tl.constexpr, AXIS: tl.constexpr, ODD: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """y; without `found` one tile holds all classes."""
+    block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    scale, _inverse, limit = temperature(tau, TENSOR, DTYPE)
+    key = tl.load(seed)
+    begin = split * classes_per_program
+    if found is not None:
+        distribution = tile(block, begin, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)[4]
+        top, total, best = combine(found, found_third, distribution, count, scale, splits, AXIS, SPLITS, True)
+    last = tl.minimum(begin + classes_per_program, shape[1] + 3 if AXIS == 1 and ODD else shape[1])
+    for start in range(begin, last if found is not None else 1, COLUMNS if AXIS == 1 else ROWS):
+        line, first, column, index, _own, mask = tile(block, start, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)
+        at = offsets(block, line, column, index, strides, column_blocks, AXIS)
+        values = perturbed(logits + at, mask, key, stream, line, first, column, shape, AXIS, ODD, ROWS, COLUMNS, DTYPE)
+        if found is None:
+            top = finite(tl.max(values, axis=AXIS, keep_dims=True))
+        weight = tl.exp2((values - top) * scale)
+        if found is None:
+            total = tl.sum(weight, axis=AXIS, keep_dims=True)
+        result = weight * (1.0 / tl.where(total == 0.0, 1.0, total))
+        if HARD or TENSOR:
+            if found is None:
+                best = first_maximum(values, index, top, AXIS)
+            one_hot = tl.where(index == best, 1.0, 0.0) + total * 0.0  # keeps NaN of a logit or tau
+            result = one_hot if HARD else tl.where(limit, one_hot, result)
+        tl.store(y + offsets(block, line, column, index, y_strides, column_blocks, AXIS), result, mask)
+
+
+@triton.jit
+def gumbel_softmax_bwd_kernel(
+    dy, logits, dlogits, dtau, tau, seed, stream, found, found_third, shape, dy_strides, strides, dlogits_strides,
+    column_blocks, classes_per_program, splits, count, SOFT: tl.constexpr, TENSOR: tl.constexpr, AXIS: tl.constexpr,
+    ODD: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """dx = y (dy - sum y dy), dlogits = dx / tau, dtau = -sum dx ln y / tau; with SOFT, `logits` is y, and the division
+    by its sum removes its rounding error."""
+    block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    scale, inverse, _limit = temperature(tau, TENSOR, DTYPE)
+    key = tl.load(seed)
+    begin = split * classes_per_program
+    if found is not None:
+        distribution = tile(block, begin, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)[4]
+        top, total, dot = combine(found, found_third, distribution, count, scale, splits, AXIS, SPLITS, False)
+    if dtau is not None:
+        tau_sum = tl.zeros([ROWS, COLUMNS], DTYPE)
+    last = tl.minimum(begin + classes_per_program, shape[1] + 3 if AXIS == 1 and ODD else shape[1])
+    for start in range(begin, last if found is not None else 1, COLUMNS if AXIS == 1 else ROWS):
+        line, first, column, index, _own, mask = tile(block, start, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)
+        at = offsets(block, line, column, index, strides, column_blocks, AXIS)
+        dy_at = offsets(block, line, column, index, dy_strides, column_blocks, AXIS)
+        d = tl.load(dy + dy_at, mask, other=0.0).to(DTYPE)  # masked entries have weight 0
+        if SOFT:
+            weight = tl.load(logits + at, mask, other=0.0).to(DTYPE)  # a weight of 0
+        else:
+            values = perturbed(
+                logits + at, mask, key, stream, line, first, column, shape, AXIS, ODD, ROWS, COLUMNS, DTYPE
+            )
+            if found is None:
+                top = finite(tl.max(values, axis=AXIS, keep_dims=True))
+            weight = tl.exp2((values - top) * scale)
+        if found is None:
+            total = tl.sum(weight, axis=AXIS, keep_dims=True)
+            dot = tl.sum(weight * d, axis=AXIS, keep_dims=True)
+        norm = 1.0 / tl.where(total == 0.0, 1.0, total)
+        dx = weight * norm * (d - dot * norm)
+        at = offsets(block, line, column, index, dlogits_strides, column_blocks, AXIS)
+        tl.store(dlogits + at, dx * inverse, mask)
+        if dtau is not None:
+            if not SOFT:
+                logarithm = (values - top) * (scale * LN2)
+            else:
+                share = tl.where(weight > 0.0, weight * norm, 1.0)
+                logarithm = tl.log(share) if share.dtype == tl.float64 else log(share)
+            tau_sum += tl.where(weight > 0.0, dx * logarithm, 0.0)
+    if dtau is not None:
+        tl.store(dtau + tl.program_id(0), -inverse * tl.sum(tau_sum))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Work:
+    """Shared by both directions: the three dimensions, the tile, and the programs' shares."""
+
+    shape: tuple[int, int, int]
+    whole: bool  # one tile holds all classes
+    splits: int
+    grid: tuple[int]
+    numbers: tuple[int, ...]
+    options: dict[str, Any]
+
+    @property
+    def count(self) -> int:
+        return self.numbers[-1]
+
+    def view(self, tensor):
+        """[outer, classes, inner]; a copy where a view needs more than one stride for the dimensions on either side."""
+        return tensor.reshape(self.shape)
+
+
+@planned
+def work_of(tensor: View, dim: int, tensor_tau: bool, noisy: bool = True) -> Work:
+    dtype = compute_dtype([tensor])
+    shape = (tensor.shape[:dim].numel(), tensor.shape[dim], tensor.shape[dim + 1 :].numel())
+    outer, classes, inner = shape
+    wide, axis = dtype == torch.float64, int(inner == 1)
+    odd = noisy and (classes if axis else inner) % 4 != 0  # lines begin anywhere in a Philox call
+    block, whole = blocks(classes, inner, wide, odd)
+    column_blocks = 1 if axis else cdiv(inner, block["COLUMNS"])
+    units = cdiv(outer, block["ROWS"]) if axis else outer * column_blocks
+    step, splits = block["COLUMNS" if axis else "ROWS"], 1
+    classes_per_program = step
+    if not whole:
+        # What the splits found is read by each of them: a tenth of the logits at most.
+        programs = min(SPLITS, math.isqrt(classes // 24), PROGRAMS // max(1, units))
+        classes_per_program, splits = share(classes + 3 * (odd and axis), step, programs)
+    numbers = (column_blocks, classes_per_program, splits, outer * inner)
+    options = {"TENSOR": tensor_tau, "AXIS": axis, "ODD": odd, "DTYPE": TRITON_DTYPE[dtype], "enable_fp_fusion": True}
+    return Work(shape, whole, splits, (units * splits,), numbers, options | block)
+
+
+@planned
+def plan_statistics(work, strides, dy_strides, soft):
+    return Plan(statistics_kernel, work.grid, work.shape, strides, dy_strides, *work.numbers, SOFT=soft, **work.options)
+
+
+def statistics(work, x, dy, tau, seed, stream, soft):
+    """(maxima and sums, third) of each split, or None where one tile holds all classes."""
+    if work.whole:
+        return None, None
+    dtype = compute_dtype([x])
+    found = torch.empty((2, work.splits, work.count), dtype=dtype, device=x.device)
+    third = torch.empty(found.shape[1:], dtype=torch.int32 if dy is None else dtype, device=x.device)
+    plan = plan_statistics(work, x.stride(), x.stride() if dy is None else dy.stride(), soft)
+    plan.launch(x, dy, tau, seed, stream, found, third)
+    return found, third
+
+
+def finish(tensor, written):
+    """`tensor`, of which `written` is the view or the copy."""
+    return tensor if written.data_ptr() == tensor.data_ptr() else tensor.copy_(written.view(tensor.shape))
+
+
+def temperature_of(tau, constant, tensor) -> torch.Tensor | float:
+    """tau, or of a number 1 / tau, which may change at every call."""
+    if tau is not None:
+        return tau
+    dtype = compute_dtype([tensor])
+    if dtype == torch.float64:  # a number would be passed in float32
+        return torch.full((), constant, dtype=dtype, device=tensor.device)
+    return 1 / max(constant, torch.finfo(torch.float32).tiny)
+
+
+def fwd(logits, tau, seed, constant, hard, dim, stream):
+    hard = hard or (tau is None and constant == 0)
+    y = torch.empty_like(logits)
+    if y.numel() == 0:
+        return y
+    tau = temperature_of(tau, constant, logits)
+    work = work_of(*views(logits), dim, isinstance(tau, torch.Tensor))
+    x, out = work.view(logits), work.view(y)
+    plan = plan_fwd(work, x.stride(), out.stride(), hard)
+    plan.launch(x, out, tau, seed, stream, *statistics(work, x, None, tau, seed, stream, False))
+    return finish(y, out)
+
+
+@planned
+def plan_fwd(work, strides, y_strides, hard):
+    return Plan(
+        gumbel_softmax_fwd_kernel, work.grid, work.shape, strides, y_strides, *work.numbers,
+        HARD=hard, SPLITS=next_power_of_2(work.splits), **work.options,
+    )  # fmt: skip
+
+
+def bwd(dy, y, logits, tau, seed, constant, hard, dim, stream, tau_gradient):
+    like, soft = (y, True) if logits is None else (logits, False)
+    if tau is None and constant == 0:
+        return [torch.zeros_like(like)]
+    gradient = torch.empty_like(like)
+    if gradient.numel() == 0:
+        return [gradient.zero_(), *([torch.zeros_like(tau)] if tau_gradient else [])]
+    temperature = temperature_of(tau, constant, like)
+    work = work_of(*views(like), dim, isinstance(temperature, torch.Tensor), not soft)
+    x, d, out = work.view(like), work.view(dy), work.view(gradient)
+    dtau = torch.empty(work.grid, dtype=compute_dtype([like]), device=like.device) if tau_gradient else None
+    plan = plan_bwd(work, d.stride(), x.stride(), out.stride(), soft)
+    found = statistics(work, x, d, temperature, seed, stream, soft)
+    plan.launch(d, x, out, dtau, temperature, seed, stream, *found)
+    return [finish(gradient, out), *([dtau.sum().to(tau.dtype)] if tau_gradient else [])]
+
+
+@planned
+def plan_bwd(work, dy_strides, strides, dlogits_strides, soft):
+    return Plan(
+        gumbel_softmax_bwd_kernel, work.grid, work.shape, dy_strides, strides, dlogits_strides, *work.numbers,
+        SOFT=soft, SPLITS=next_power_of_2(work.splits), **work.options,
+    )  # fmt: skip

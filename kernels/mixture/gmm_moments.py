@@ -1,0 +1,29 @@
+"""The statistics of expectation maximisation, [lp [R], counts [K], first [K, D], second [K, D]], by components."""
+
+from __future__ import annotations
+
+import torch
+
+from fastkl.kernels._layout import compute_dtype
+from fastkl.kernels.mixture._mixture_gradient import by_components
+from fastkl.kernels.mixture._mixture_prepare import prepare
+from fastkl.kernels.mixture.gmm_log_prob import launch_fwd
+
+
+def fwd(z, logits, means, logvars, scale_tril):
+    """counts = sum_n r, first = sum_n r (z - m), second = sum_n r (z - m)^2."""
+    if scale_tril is not None:
+        return NotImplemented
+    lp, _ = launch_fwd(z, None, logits, means, logvars, "point")
+    dtype = compute_dtype([tensor for tensor in (z, logits, means, logvars) if tensor is not None])
+    if z.shape[0] == 0:
+        zeros = torch.zeros(means.shape[1:], dtype=dtype, device=z.device)
+        counts = torch.zeros(means.shape[1], dtype=dtype, device=z.device)
+        return [lp.to(dtype), counts, zeros, zeros.clone()]
+    mixture = prepare(logits, means, logvars, "point", dtype)
+    ones = torch.ones((), dtype=dtype, device=z.device).expand(z.shape[0])
+    given = (ones, lp, None, None)
+    counts, first, second = by_components(
+        given, z, None, logits, means, logvars, mixture, "point", "moments", second=True
+    )  # fmt: skip
+    return [lp.to(dtype), counts, first[0], second[0]]

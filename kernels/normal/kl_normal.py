@@ -1,0 +1,274 @@
+"""KL(q || p) of diagonal Gaussians: one pass forward (2R, 4R with a prior), one backward (2R + 2W, 4R + 4W)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastkl.kernels._device import (
+    bound,
+    bound_gradient,
+    exp,
+    kl_terms,
+    kl_terms_gradient,
+    kl_terms_prior,
+    kl_terms_prior_gradient,
+    offsets,
+    tile,
+    to_logvar,
+    to_parameter_gradient,
+    weighted,
+)
+from fastkl.kernels._launch import Plan, planned
+from fastkl.kernels._layout import (
+    PROGRAMS,
+    SPILLS_A_FEW,
+    View,
+    cdiv,
+    clear,
+    compute_dtype,
+    contiguous,
+    contiguous_strides,
+    expanded,
+    finish,
+    is_bounded,
+    layout,
+    next_power_of_2,
+    on_copies,
+    present,
+    registers,
+    share,
+    views,
+)
+from fastkl.kernels._tuned import TILES
+from fastkl.kernels.normal._wasserstein2 import (
+    above_zero,
+    wasserstein2_terms,
+    wasserstein2_terms_gradient,
+    wasserstein2_terms_prior,
+    wasserstein2_terms_prior_gradient,
+)
+
+# Minimum rows per program for a prior shared by the batch, so that partial sums stay a small part of the traffic.
+SHARED_ROWS = 32
+# Bytes of a row of a tall tile: whole cache lines, and narrow, so that many programs share the columns, few the rows.
+TALL_ROW_BYTES = 256
+# Elements of a tile whose rows cannot be read 16 bytes at a time: every element then has an address and a mask, which
+# cost registers; float64 has half as many.
+ODD_TILE = {2: 1024, 4: 1024, 8: 256}
+
+
+def blocks(rows: int, columns: int, tensors: list[torch.Tensor], *, tall: bool = False) -> dict[str, int]:
+    """A tile of rows x columns: short rows packed many to a program, long rows in runs; `tall` for sums over rows."""
+    itemsize = max(tensor.itemsize for tensor in tensors)
+    # 64 to 128 bytes of all tensors for each thread; less in float64, whose exponential takes many registers.
+    tile, warps = TILES["kl_normal_per_dim" if tall else "kl_normal"][itemsize]
+    tile = 2 * tile // next_power_of_2(len(tensors)) if columns % 16 == 0 else ODD_TILE[itemsize]
+    tile = max(tile, 2048) if itemsize == 2 and columns % 16 == 0 and not tall else tile  # 16 bytes for 256 lanes
+    block_columns = min(next_power_of_2(columns), TALL_ROW_BYTES // itemsize if tall else tile)
+    block_rows = min(next_power_of_2(rows), tile // block_columns)
+    held = registers(168) if SPILLS_A_FEW else {}
+    return {
+        "ROWS": block_rows,
+        "COLUMNS": min(next_power_of_2(columns), tile // block_rows),
+        "num_warps": warps,
+        **held,
+    }
+
+
+@triton.jit
+def kl_normal_fwd_kernel(
+    mu, parameter, prior_mu, prior_logvar, kl, shape, mu_strides, parameter_strides, prior_mu_strides,
+    prior_logvar_strides, columns_per_program, splits,
+    low: tl.constexpr, high: tl.constexpr,
+    DISTANCE: tl.constexpr, SCALE: tl.constexpr, BOUNDED: tl.constexpr, NESTED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """kl [splits, rows], with DISTANCE "wasserstein2" the squared distance; `splits` programs share a block of rows."""
+    rows, columns = shape[0], shape[2]
+    split = tl.program_id(0) % splits
+    row = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
+    first = split * columns_per_program
+    last = tl.minimum(first + columns_per_program, columns)
+    dtype: tl.constexpr = kl.dtype.element_ty
+    kl += split.to(tl.int64) * rows + row
+    total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
+    for start in range(first, last, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        # A masked element has mean 0 and log-variance 0 on both sides, so its term is exactly 0, unless a clamp or
+        # softplus changes the log-variance.
+        mask = (row < rows)[:, None] & (column < last)[None, :]
+        m = tl.load(mu + tile(row, column, shape, mu_strides, NESTED), mask, other=0.0).to(dtype)
+        fill: tl.constexpr = 1.0 if SCALE == "std" else 0.0
+        v = tl.load(parameter + tile(row, column, shape, parameter_strides, NESTED), mask, other=fill).to(dtype)
+        if DISTANCE == "wasserstein2":
+            v = above_zero(v, SCALE)
+        logvar = bound(to_logvar(v, SCALE), low, high, BOUNDED)
+        if prior_mu is None:
+            terms = kl_terms(m, logvar, exp(logvar)) if DISTANCE == "kl" else wasserstein2_terms(m, logvar)
+        else:
+            at = tile(row, column, shape, prior_mu_strides, NESTED)
+            pm = tl.load(prior_mu + at, mask, other=0.0).to(dtype)
+            at = tile(row, column, shape, prior_logvar_strides, NESTED)
+            pv = tl.load(prior_logvar + at, mask, other=0.0).to(dtype)
+            if DISTANCE == "kl":
+                terms = kl_terms_prior(m, logvar, pm, pv)
+            else:
+                terms = wasserstein2_terms_prior(m, logvar, pm, pv)
+        if BOUNDED or SCALE == "softplus":
+            terms = tl.where(mask, terms, 0.0)
+        total += terms
+    tl.store(kl, tl.sum(total, axis=1), mask=row < rows)
+
+
+@triton.jit
+def kl_normal_bwd_kernel(
+    dkl, mu, parameter, prior_mu, prior_logvar, dmu, dparameter, dprior_mu, dprior_logvar,
+    shape, dkl_strides, mu_strides, parameter_strides, prior_mu_strides, prior_logvar_strides, dmu_strides,
+    dparameter_strides, dprior_mu_strides, dprior_logvar_strides, weight, rows_per_program, column_blocks,
+    partial_stride,
+    low: tl.constexpr, high: tl.constexpr,
+    DISTANCE: tl.constexpr, SCALE: tl.constexpr, BOUNDED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr,
+    PER_COLUMN: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a block of columns by `rows_per_program` rows. dkl has one value per row, with PER_COLUMN one per
+    column. With SHARED the prior is one row, and dprior the program's partial sum, `partial_stride` apart."""
+    rows, columns = shape[0], shape[2]
+    group = tl.program_id(0) // column_blocks
+    column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    first = group * rows_per_program
+    dtype: tl.constexpr = dkl.dtype.element_ty
+    if SHARED:
+        total_mu = tl.zeros([ROWS, COLUMNS], dtype=dtype)
+        total_logvar = tl.zeros([ROWS, COLUMNS], dtype=dtype)
+    for start in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
+        row = start + tl.arange(0, ROWS)
+        # Masked elements are neither stored nor summed; 1 is a valid mean, log-variance and standard deviation.
+        mask = (row < rows)[:, None] & (column < columns)[None, :]
+        if PER_COLUMN:
+            at = offsets(column, shape[3], dkl_strides[2], dkl_strides[3], NESTED >= 2)
+            d = tl.load(dkl + at, column < columns, other=0.0)[None, :] * tl.where(row < rows, weight, 0.0)[:, None]
+        else:
+            at = offsets(row, shape[1], dkl_strides[0], dkl_strides[1], NESTED % 2 == 1)
+            d = tl.load(dkl + at, row < rows, other=0.0)[:, None] * weight
+        m = tl.load(mu + tile(row, column, shape, mu_strides, NESTED), mask, other=1.0).to(dtype)
+        v = tl.load(parameter + tile(row, column, shape, parameter_strides, NESTED), mask, other=1.0).to(dtype)
+        if DISTANCE == "wasserstein2":
+            v = above_zero(v, SCALE)
+        raw = to_logvar(v, SCALE)
+        logvar = bound(raw, low, high, BOUNDED)
+        if prior_mu is None:
+            if DISTANCE == "kl":
+                gradient_mu, gradient_logvar = kl_terms_gradient(m, logvar, exp(logvar))
+            else:
+                gradient_mu, gradient_logvar = wasserstein2_terms_gradient(m, logvar)
+        else:
+            at = tile(row, column, shape, prior_mu_strides, NESTED)
+            pm = tl.load(prior_mu + at, mask, other=1.0).to(dtype)
+            at = tile(row, column, shape, prior_logvar_strides, NESTED)
+            pv = tl.load(prior_logvar + at, mask, other=1.0).to(dtype)
+            if DISTANCE == "kl":
+                gradient_mu, gradient_logvar, gradient_pv = kl_terms_prior_gradient(m, logvar, pm, pv)
+            else:
+                gradient_mu, gradient_logvar, gradient_pv = wasserstein2_terms_prior_gradient(m, logvar, pm, pv)
+            if SHARED:
+                total_mu -= weighted(d, gradient_mu)  # 0 in masked rows, because d is 0
+                total_logvar += weighted(d, gradient_pv)
+            elif dprior_mu is not None:
+                at = tile(row, column, shape, dprior_mu_strides, NESTED)
+                tl.store(dprior_mu + at, -weighted(d, gradient_mu), mask)
+                at = tile(row, column, shape, dprior_logvar_strides, NESTED)
+                tl.store(dprior_logvar + at, weighted(d, gradient_pv), mask)
+        gradient = to_parameter_gradient(weighted(d, gradient_logvar), v, SCALE)
+        gradient = bound_gradient(gradient, raw, low, high, BOUNDED, LIVE)
+        tl.store(dmu + tile(row, column, shape, dmu_strides, NESTED), weighted(d, gradient_mu), mask)
+        tl.store(dparameter + tile(row, column, shape, dparameter_strides, NESTED), gradient, mask)
+    if SHARED:
+        at = offsets(column, shape[3], dprior_mu_strides[2], dprior_mu_strides[3], NESTED >= 2)
+        at += group.to(tl.int64) * partial_stride
+        tl.store(dprior_mu + at, tl.sum(total_mu, axis=0), mask=column < columns)
+        tl.store(dprior_logvar + at, tl.sum(total_logvar, axis=0), mask=column < columns)
+
+
+@planned
+def plan_fwd(inputs, event_ndim, scale, low, high, distance):
+    """(the launch, kl's shape with the splits in front, its dtype); None for views that no two dimensions describe."""
+    shape = inputs[0].shape
+    inputs = expanded(inputs, shape)
+    found = layout(inputs, event_ndim)
+    if found is None:
+        return None
+    block = blocks(found.rows, found.columns, present(inputs))
+    row_blocks = cdiv(found.rows, block["ROWS"])
+    columns_per_program, splits = share(found.columns, block["COLUMNS"], PROGRAMS // max(1, row_blocks))
+    plan = Plan(
+        kl_normal_fwd_kernel, (row_blocks * splits,), found.shape, *found.strides, columns_per_program, splits,
+        low, high, DISTANCE=distance, SCALE=scale, BOUNDED=is_bounded(low, high), NESTED=found.nested,
+        enable_fp_fusion=True, **block,
+    )  # fmt: skip
+    return plan, (splits, *shape[: len(shape) - event_ndim]), compute_dtype(inputs)
+
+
+def fwd(mu, parameter, prior_mu, prior_logvar, event_ndim, scale, low, high, live, distance="kl") -> torch.Tensor:
+    inputs = (mu, parameter, prior_mu, prior_logvar)
+    found = plan_fwd(views(*inputs), event_ndim, scale, low, high, distance)
+    if found is None:
+        return fwd(*contiguous(*inputs), event_ndim, scale, low, high, live, distance)
+    plan, shape, dtype = found
+    return plan.sums(shape, dtype, *inputs)
+
+
+def bwd(
+    dkl, mu, parameter, prior_mu, prior_logvar, dmu, dparameter, dprior_mu, dprior_logvar, event_ndim, scale, low, high,
+    live, distance="kl",
+) -> None:  # fmt: skip
+    inputs, outputs = (dkl, mu, parameter, prior_mu, prior_logvar), (dmu, dparameter, dprior_mu, dprior_logvar)
+    launch_bwd(inputs, outputs, 1.0, event_ndim, scale, low, high, live, distance, False)
+
+
+@planned
+def plan_bwd(inputs, outputs, weight, event_ndim, scale, low, high, live, distance, per_column):
+    """(the launch, how many partial sums there are of a shared prior's gradient, or 0), or None as plan_fwd."""
+    dkl, *inputs = inputs
+    shape, dtype = inputs[0].shape, compute_dtype(inputs)
+    event = shape[len(shape) - event_ndim :]
+    rows, columns = shape[: len(shape) - event_ndim].numel(), event.numel()
+    shared = outputs[2] is not None and inputs[2].dim() < len(shape)
+    inputs, outputs = expanded(inputs, shape), expanded(outputs, shape)
+    # Where both dkl and the prior vary along columns, their registers halve the tile.
+    given = present(inputs)
+    block = blocks(rows, columns, given * 2 if shared and per_column else given, tall=shared or per_column)
+    column_blocks = cdiv(columns, block["COLUMNS"])
+    rows_per_program, groups = block["ROWS"], cdiv(rows, block["ROWS"])
+    if shared:
+        rows_per_program, groups = share(rows, block["ROWS"], min(PROGRAMS // column_blocks, cdiv(rows, SHARED_ROWS)))
+        outputs[2:] = [View(event, contiguous_strides(event), dtype).expand(shape)] * 2
+    found = layout([dkl.expand(shape) if per_column else dkl.of_rows(shape), *inputs, *outputs], event_ndim)
+    if found is None:
+        return None
+    plan = Plan(
+        kl_normal_bwd_kernel, (groups * column_blocks,), found.shape, *found.strides,
+        weight, rows_per_program, column_blocks, 2 * columns, low, high,
+        DISTANCE=distance, SCALE=scale, BOUNDED=is_bounded(low, high), LIVE=live, SHARED=shared, PER_COLUMN=per_column,
+        NESTED=found.nested, enable_fp_fusion=True, **block,
+    )  # fmt: skip
+    return plan, groups if shared else 0
+
+
+def launch_bwd(inputs, outputs, weight, event_ndim, *settings) -> None:
+    """The gradients `outputs` of q and, if they are not None, of the prior. inputs: dkl, which has one value for each
+    row, or (the last setting) for each column, and those of the forward pass."""
+    dkl, mu, *rest = inputs
+    if mu.numel() == 0:
+        return clear(outputs)
+    inputs = (dkl.to(compute_dtype((mu, *rest))), mu, *rest)
+    found = plan_bwd(views(*inputs), views(*outputs), weight, event_ndim, *settings)
+    if found is None:
+        return on_copies(lambda *copies: launch_bwd(*copies, weight, event_ndim, *settings), inputs, outputs)
+    plan, groups = found
+    if not groups:
+        return plan.launch(*inputs, *outputs)
+    partial = mu.new_empty((groups, 2, *mu.shape[mu.dim() - event_ndim :]), dtype=inputs[0].dtype)
+    plan.launch(*inputs, *outputs[:2], *partial[0])
+    return finish(outputs[2:], partial.sum(0))
