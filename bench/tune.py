@@ -17,6 +17,7 @@ import argparse
 import ast
 import collections
 import csv
+import importlib
 import os
 import sys
 import time
@@ -28,6 +29,7 @@ import torch
 
 from bench.estimate import Code, compiled, estimate
 from bench.store import cores, rounded
+from fastkl.reference import Stream
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "kernels" / "_tuned.py"
@@ -43,28 +45,30 @@ def calls(
     op: str, dtype: torch.dtype, device: str, shape: tuple[int, int] = SHAPE
 ) -> dict[str, tuple[int, Callable[[], Any]]]:
     """Direction -> (tensors moved, a call of the launcher), of every elementwise kernel."""
-    import importlib
 
-    kernels = importlib.import_module(f"fastkl.kernels.{op}")
+    from fastkl.ops._register import PLACES
+
+    kernels = importlib.import_module(f"fastkl.kernels.{PLACES[f'{op}_fwd'][0].rpartition('.')[0]}")
     generator = torch.Generator(device).manual_seed(0)
     a, b, c = (torch.randn(shape, device=device, generator=generator).to(dtype) for _ in range(3))
     rows, columns = (torch.randn(size, device=device, generator=generator) for size in shape)
     seed = torch.zeros((), dtype=torch.int64, device=device)
+    da, db, dc = (torch.empty_like(a) for _ in range(3))
+    q, dq, none, alone = (a, b), (da, db), (None, None), (1, *NO_BOUNDS)
+    drawing = (*alone, None, Stream.POSTERIOR)
     settings = {
-        "bernoulli_log_prob": (2, (a, b, 1), 3, (rows, a, b, 1, [True, False])),
-        "kl_normal": (2, ([a, b], -1, [], 1, *NO_BOUNDS), 4, (rows, [a, b], -1, [], 1, *NO_BOUNDS, False)),
-        "kl_normal_per_dim": (2, (a, b, [], 1, *NO_BOUNDS), 4, (columns, a, b, [], 1, *NO_BOUNDS, False)),
-        "normal_log_prob": (3, (a, b, c, 1), 6, (rows, a, b, c, 1, [True] * 3)),
+        "bernoulli_log_prob": (2, (*q, 1), 3, (rows, *q, da, None, 1)),
+        "kl_normal": (2, (*q, *none, *alone), 4, (rows, *q, *none, *dq, *none, *alone)),
+        "kl_normal_per_dim": (2, (*q, *none, *alone), 4, (columns, *q, *none, *dq, *none, *alone)),
+        "normal_log_prob": (3, (*q, c, 1), 6, (rows, *q, c, *dq, dc, 1)),
         "rsample_kl": (
-            3, ([a, b], seed, None, None, -1, [], 1, *NO_BOUNDS),
-            5, (c, rows, [a, b], seed, None, None, -1, [], 1, *NO_BOUNDS, False),
+            3, (*q, *none, None, seed, *drawing),
+            5, (c, rows, *q, *none, None, seed, *dq, *none, *drawing),
         ),
         # Not in the table: these have fixed tiles, or those of another op.
         "gumbel_softmax": (2, (a, None, seed, 0.7, False, 1, 2), 3, (b, None, a, None, seed, 0.7, False, 1, 2, False)),
-        "rsample_normal": (
-            3, ([a, b], seed, None, None, -1, *NO_BOUNDS, 1), 4, (c, [a, b], seed, None, None, -1, *NO_BOUNDS, 1),
-        ),
-        "wasserstein2_normal": (2, (a, b, [], 1, *NO_BOUNDS), 4, (rows, a, b, [], 1, *NO_BOUNDS, False)),
+        "rsample_normal": (3, (*q, None, seed, *drawing), 4, (c, *q, None, seed, *dq, *drawing)),
+        "wasserstein2_normal": (2, (*q, *none, *alone), 4, (rows, *q, *none, *dq, *none, *alone)),
     }  # fmt: skip
     forward, fwd, backward, bwd = settings[op]
     return {"fwd": (forward, lambda: kernels.fwd(*fwd)), "bwd": (backward, lambda: kernels.bwd(*bwd))}

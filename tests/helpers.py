@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastkl
 from fastkl.ops import _register
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,8 +85,10 @@ def search_path(first: Path) -> str:
 
 
 def launcher(path: str) -> Callable:
+    """Of a kernel: "kl_normal.fwd", in whichever family it is."""
     module, function = path.rsplit(".", 1)
-    return getattr(importlib.import_module(f"fastkl.kernels.{module}"), function)
+    (file,) = (Path(fastkl.__file__).parents[1] / "kernels").rglob(f"{module}.py")
+    return getattr(importlib.import_module(f"fastkl.kernels.{file.parent.name}.{module}"), function)
 
 
 def assert_as_good_as_eager(actual, eager, exact, *, units: float = 4.0, scale=None) -> None:
