@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from fastkl import reference
 from fastkl.ops.categorical.gumbel_softmax import gumbel_softmax
-from fastkl.reference import discrete
+from fastkl.reference import categorical
 
 from helpers import DEVICE, Package, implementation, launcher, leaf
 
@@ -42,7 +42,7 @@ def test_noise_is_gumbel_in_both_tails(backend, many_rows):
     u = (words + 0.5) / 2**32
     exact = -torch.log(torch.where(u < 0.5, -torch.log(u), -torch.log1p(-(1 - u))))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(discrete, "philox", lambda *_: list(words.long().view(-1, 3)[:, :, None].unbind(1)) * 2)
+        patch.setattr(categorical, "philox", lambda *_: list(words.long().view(-1, 3)[:, :, None].unbind(1)) * 2)
         drawn = reference.gumbel_noise(torch.tensor(0), (12,)).view(2, 6)[:, :3].flatten().double()
     torch.testing.assert_close(drawn.sort()[0], exact.sort()[0], rtol=1e-6, atol=1e-7)
 

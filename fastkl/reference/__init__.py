@@ -19,34 +19,15 @@ from fastkl.reference._parameters import (
     to_parameter_gradient,
     weighted,
 )
-from fastkl.reference.decomposition import Decomposition, sample_weights, total_correlation
-from fastkl.reference.discrepancies import (
-    MMD_ESTIMATORS,
-    MMD_KERNELS,
-    MMD_SCALES,
-    mmd,
-    mmd_kernel,
-    mmd_kernel_slope,
-    mmd_normal,
-    mmd_normal_terms,
-    rbf_of_normals,
-)
-from fastkl.reference.discrete import gumbel_noise, gumbel_softmax, relaxed_one_hot
-from fastkl.reference.divergences import (
-    kl_multivariate_normal,
-    kl_normal,
-    kl_normal_per_dim,
-    kl_terms,
-    kl_terms_gradient,
-)
+from fastkl.reference.categorical import gumbel_noise, gumbel_softmax, relaxed_one_hot
 from fastkl.reference.importance import effective_sample_size, importance_weights, iwae, weight_entropy
-from fastkl.reference.likelihoods import (
+from fastkl.reference.likelihood import (
     bernoulli_log_prob,
     bernoulli_terms_gradient,
     normal_log_prob,
     normal_terms_gradient,
 )
-from fastkl.reference.mixtures import (
+from fastkl.reference.mixture import (
     gmm_joint_log_prob,
     gmm_log_prob,
     gmm_responsibilities,
@@ -54,19 +35,41 @@ from fastkl.reference.mixtures import (
     kl_gmm_bounds,
     normal_entropy,
 )
-from fastkl.reference.sampling import Stream, box_muller, normal_noise, philox, rsample_kl, rsample_normal
-from fastkl.reference.transport import (
+from fastkl.reference.multivariate import kl_multivariate_normal, wasserstein2_multivariate_normal
+from fastkl.reference.noise import Stream, box_muller, normal_noise, philox
+from fastkl.reference.normal import (
     above_zero,
+    kl_normal,
+    kl_normal_per_dim,
+    kl_terms,
+    kl_terms_gradient,
+    rsample_kl,
+    rsample_normal,
+    wasserstein2_normal,
+    wasserstein2_terms,
+    wasserstein2_terms_gradient,
+)
+from fastkl.reference.pairs import (
+    MMD_ESTIMATORS,
+    MMD_KERNELS,
+    MMD_SCALES,
+    Decomposition,
+    mmd,
+    mmd_kernel,
+    mmd_kernel_slope,
+    mmd_normal,
+    mmd_normal_terms,
+    rbf_of_normals,
+    sample_weights,
+    total_correlation,
+)
+from fastkl.reference.transport import (
     directions,
     projections,
     quantile_segments,
     sinkhorn_divergence,
     sinkhorn_schedule,
     sliced_wasserstein,
-    wasserstein2_multivariate_normal,
-    wasserstein2_normal,
-    wasserstein2_terms,
-    wasserstein2_terms_gradient,
 )
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Optimal transport: between Gaussians in closed form, between samples by projections or by entropic regularisation."""
+"""Optimal transport between samples, by projections or by entropic regularisation."""
 
 from __future__ import annotations
 
@@ -7,70 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastkl.reference._parameters import bound, compute_dtype, sum_event, to_logvar
-from fastkl.reference.sampling import Stream, normal_noise
-
-
-def wasserstein2_terms(mu, logvar, prior_mu=None, prior_logvar=None) -> Tensor:
-    """(mu - prior_mu)^2 + (sigma - prior_sigma)^2 of each element."""
-    difference = mu if prior_mu is None else mu - prior_mu
-    return difference * difference + _sigma_difference(logvar, prior_logvar).square()
-
-
-def wasserstein2_terms_gradient(mu, logvar, prior_mu=None, prior_logvar=None) -> tuple[Tensor, ...]:
-    """Gradients in mu and logvar, and with a prior also in prior_mu and prior_logvar."""
-    difference = _sigma_difference(logvar, prior_logvar)
-    dlogvar = difference * torch.exp(0.5 * logvar)
-    if prior_mu is None:
-        return 2 * mu, dlogvar
-    dmu = 2 * (mu - prior_mu)
-    return dmu, dlogvar, -dmu, -difference * torch.exp(0.5 * prior_logvar)
-
-
-def _sigma_difference(logvar: Tensor, prior_logvar: Tensor | None) -> Tensor:
-    """sigma - prior_sigma, accurate when the two are close."""
-    if prior_logvar is None:
-        return torch.expm1(0.5 * logvar)
-    # A standard deviation e^40 times smaller than the other is 0 up to rounding. Clamp the ratio there, so that expm1
-    # does not overflow and the smaller one does not underflow, which would make the difference 0.
-    logvar = logvar.clamp(-3000.0, 3000.0)
-    prior_logvar = torch.maximum(prior_logvar, logvar - 80.0)
-    return torch.exp(0.5 * prior_logvar) * torch.expm1(0.5 * (logvar - prior_logvar))
-
-
-def above_zero(parameter: Tensor, scale: str) -> Tensor:
-    """Replace a standard deviation of 0 (a point), whose logarithm has no gradient, by 1e-30."""
-    return parameter + 1e-30 * (parameter == 0) if scale == "std" else parameter
-
-
-def wasserstein2_normal(
-    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=None, scale="logvar", prior_scale="logvar", bounds=None
-) -> Tensor:
-    """The squared 2-Wasserstein distance, summed over the last `event_ndim` dimensions."""
-    dtype = compute_dtype(mu, logvar, prior_mu, prior_logvar)
-    prior = [None if tensor is None else tensor.to(dtype) for tensor in (prior_mu, prior_logvar)]
-    if prior_logvar is not None:
-        prior[1] = to_logvar(above_zero(prior[1], prior_scale), prior_scale)
-    logvar = bound(to_logvar(above_zero(logvar.to(dtype), scale), scale), bounds)
-    mu, logvar = torch.broadcast_tensors(mu.to(dtype), logvar)
-    return sum_event(wasserstein2_terms(mu, logvar, *prior), event_ndim)
-
-
-def wasserstein2_multivariate_normal(mu, scale_tril, prior_mu, prior_scale_tril) -> Tensor:
-    """|m_q - m_p|^2 + tr(S_q + S_p - 2 (S_p^1/2 S_q S_p^1/2)^1/2), S = L L^T, by eigenvalues of symmetric matrices.
-
-    A scale is a diagonal if it has no more dimensions than its mean.
-    """
-    dtype = compute_dtype(mu, scale_tril, prior_mu, prior_scale_tril)
-    covariances = []
-    for mean, scale in ((mu, scale_tril), (prior_mu, prior_scale_tril)):
-        matrix = (scale.tril() if scale.dim() > mean.dim() else torch.diag_embed(scale)).to(dtype)
-        covariances.append(matrix @ matrix.mT)
-    values, vectors = torch.linalg.eigh(covariances[1])
-    root = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
-    fidelity = torch.linalg.eigvalsh(root @ covariances[0] @ root).clamp(min=0).sqrt().sum(-1)
-    traces = sum(covariance.diagonal(dim1=-2, dim2=-1).sum(-1) for covariance in covariances)
-    return (mu.to(dtype) - prior_mu.to(dtype)).square().sum(-1) + traces - 2 * fidelity
+from fastkl.reference._parameters import compute_dtype
+from fastkl.reference.noise import Stream, normal_noise
 
 
 def projections(seed: Tensor, num_projections: int, dimensions: int, dtype: torch.dtype = torch.float32) -> Tensor:

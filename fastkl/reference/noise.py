@@ -1,4 +1,4 @@
-"""Noise as a function of a seed, and Gaussian samples."""
+"""Noise that is a function of a seed: Philox, and normal numbers from it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-
-from fastkl.reference._parameters import bound, compute_dtype, to_logvar
-from fastkl.reference.divergences import kl_normal
 
 
 class Stream:
@@ -78,23 +75,3 @@ def normal_noise(
     if num_samples is None:
         return samples[0]
     return torch.stack(samples) if samples else torch.empty((0, *shape), dtype=torch.float32, device=seed.device)
-
-
-def rsample_normal(mu, logvar, *, num_samples=None, seed=None, eps=None, scale="logvar", bounds=None) -> Tensor:
-    """mu + sigma eps, in the parameters' dtype; float64 noise has float32's 2^24 values."""
-    dtype, out_dtype = compute_dtype(mu, logvar), torch.promote_types(mu.dtype, logvar.dtype)
-    logvar = bound(to_logvar(logvar.to(dtype), scale), bounds)
-    shape = torch.broadcast_shapes(mu.shape, logvar.shape)
-    if eps is None:
-        eps = normal_noise(seed, shape, num_samples)
-    return (mu.to(dtype) + torch.exp(0.5 * logvar) * eps.to(dtype)).to(out_dtype)
-
-
-def rsample_kl(
-    mu, logvar, prior_mu=None, prior_logvar=None, *, event_ndim=None, num_samples=None, seed=None, eps=None,
-    scale="logvar", prior_scale="logvar", bounds=None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(rsample_normal, kl_normal)."""
-    z = rsample_normal(mu, logvar, num_samples=num_samples, seed=seed, eps=eps, scale=scale, bounds=bounds)
-    settings = {"event_ndim": event_ndim, "scale": scale, "prior_scale": prior_scale, "bounds": bounds}
-    return z, kl_normal(mu, logvar, prior_mu, prior_logvar, **settings)

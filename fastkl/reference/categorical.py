@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkl.reference._parameters import compute_dtype
-from fastkl.reference.sampling import Stream, philox
+from fastkl.reference.noise import Stream, philox
 
 
 def gumbel_noise(seed: Tensor, shape: torch.Size | tuple[int, ...], stream: int = Stream.GUMBEL) -> Tensor:

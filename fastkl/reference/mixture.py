@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastkl.reference._parameters import compute_dtype
-from fastkl.reference.likelihoods import normal_log_prob
-from fastkl.reference.sampling import normal_noise
+from fastkl.reference.likelihood import normal_log_prob
+from fastkl.reference.noise import normal_noise
 
 
 def gmm_joint_log_prob(z, logits, means, logvars=None, *, scale_tril=None, logvar=None, form="point") -> Tensor:
