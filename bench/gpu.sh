@@ -136,10 +136,11 @@ KERNELS="kl_normal kl_normal_per_dim wasserstein2_normal rsample_kl distribution
   contract"
 export KERNELS
 tests() {
-  local name files=()
-  [ -n "$DRY" ] && { run_tests tests/test_kl_normal.py -k "test_shapes and 37 and None-triton"; return; }
+  local name file files=()
+  [ -n "$DRY" ] && { run_tests tests/normal/test_kl_normal.py -k "test_shapes and 37 and None-triton"; return; }
   for name in $KERNELS; do
-    if [ -e "tests/test_$name.py" ]; then files+=("tests/test_$name.py"); else echo "no tests/test_$name.py"; fi
+    file=$(find tests -name "test_$name.py")
+    if [ -n "$file" ]; then files+=("$file"); else echo "no test_$name.py"; fi
   done
   run_tests "${files[@]}" -k "not torch] and not torch- and not native] and not native- and not group"
 }

@@ -21,6 +21,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,7 +32,9 @@ from helpers import TARGETS
 
 HERE = Path(__file__).parent
 SHARED_LIMIT = 64 * 1024  # bytes; gfx942 has the smallest
-MODULES = sorted(path.stem for path in HERE.glob("test_*.py") if "\ndef aot_calls" in path.read_text())
+FILES = [path for path in HERE.rglob("test_*.py") if "\ndef aot_calls" in path.read_text()]
+MODULES = sorted(path.stem for path in FILES)
+sys.path += sorted({str(path.parent) for path in FILES})
 
 
 class Driver:

@@ -168,7 +168,7 @@ EXTRAS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.stem)
 def test_tests_ask_for_what_may_be_missing(path):
     """By pytest.importorskip, or Package of helpers.py: an import would stop all tests where it fails."""
     assert not {name for name in imports(path) if name.partition(".")[0] in EXTRAS}

@@ -158,7 +158,7 @@ def test_missing_packages_are_named_with_install_command():
     with pytest.raises(UserError, match=r"pip install nobody_has$"):
         check_installed("nobody_has", "This")
     assert "pip install scikit-learn;" in str(not_installed("sklearn", "This"))
-    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert f"train = {list(TRAIN)}".replace("'", '"') in project
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from bench import estimate, tune
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_ranks_candidates_without_a_gpu():

@@ -173,7 +173,7 @@ def test_long_steps_count_but_one_that_sets_things_up(first, kept, sleep, monkey
 
 def run_alone(arguments, environment):
     """Python in a process of its own."""
-    environment = environment | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = environment | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert not done.returncode, done.stderr

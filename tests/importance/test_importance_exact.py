@@ -67,7 +67,7 @@ def test_below_the_evidence_and_tighter_with_more_samples():
         torch.testing.assert_close(loss, -mean)
 
 
-BENCH = runpy.run_path(Path(__file__).parent.parent / "bench" / "iwae_snr.py")
+BENCH = runpy.run_path(Path(__file__).parents[2] / "bench" / "iwae_snr.py")
 
 
 def test_dreg_is_unbiased_and_stl_is_not():

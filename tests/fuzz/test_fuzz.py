@@ -1,6 +1,6 @@
 """Random calls of every op: value and gradients, compared with independent formulas in float64.
 
-A failure names its case: `FASTKL_FUZZ=<name> make test ARGS=tests/test_fuzz.py` runs it alone, and FASTKL_FUZZ=<number>
+A failure names its case: `FASTKL_FUZZ=<name> make test ARGS=tests/fuzz/test_fuzz.py` runs it alone, FASTKL_FUZZ=<number>
 runs so many times as many.
 """
 
