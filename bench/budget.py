@@ -1,8 +1,7 @@
 """The memory traffic of fastkl's kernels: the tensors that each reads and writes, once.
-tests/benchmarks/test_bench_budget.py
-compares it with counted loads and stores.
 
 Other ops read their inputs again for every tile of components or pairs, mostly from L2.
+tests/benchmarks/test_bench_budget.py compares the figures with counted loads and stores.
 """
 
 from __future__ import annotations

@@ -23,10 +23,10 @@ class Case(NamedTuple):
     tolerance: float = 1e-4
 
     def arguments(self) -> tuple[Any, ...]:
-        return tuple(torch.tensor(x, dtype=self.dtype) if isinstance(x, list) else x for x in self.inputs)
+        return tuple(torch.tensor(x, dtype=self.dtype, device="cpu") if isinstance(x, list) else x for x in self.inputs)
 
     def values(self) -> Tensor:
-        return torch.tensor(self.exact, dtype=torch.float64).reshape(self.shape)
+        return torch.tensor(self.exact, dtype=torch.float64, device="cpu").reshape(self.shape)
 
 
 def full(value: float, *shape: int) -> Any:

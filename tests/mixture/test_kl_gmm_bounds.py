@@ -98,7 +98,7 @@ def test_covariances_that_broadcast(spread):
 def test_one_program_adds_up_many_tiles(monkeypatch):
     """As with millions of rows, where one program handles many tiles and accumulates in the outputs."""
     for module in ("_mixture_tiles", "_bounds"):
-        monkeypatch.setattr(importlib.import_module(f"fastkl.kernels.{module}"), "PROGRAMS", 1)
+        monkeypatch.setattr(importlib.import_module(f"fastkl.kernels.mixture.{module}"), "PROGRAMS", 1)
     check(draw(70, 20, 2))
     check(draw(33, 60, 2, dtype=torch.bfloat16), units=2.0)  # sums are not rounded to 16 bits on the way
 
