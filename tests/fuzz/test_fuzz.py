@@ -1,7 +1,7 @@
 """Random calls of every op: value and gradients, compared with independent formulas in float64.
 
-A failure names its case: `FASTKL_FUZZ=<name> make test ARGS=tests/fuzz/test_fuzz.py` runs it alone, FASTKL_FUZZ=<number>
-runs so many times as many.
+A failure names its case. `FASTKL_FUZZ=<name> make test ARGS=tests/fuzz/test_fuzz.py` runs it alone;
+FASTKL_FUZZ=<number> runs so many times as many.
 """
 
 import os
