@@ -45,7 +45,7 @@ HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
 STANDARD = {"scale": "std", "prior_scale": "std"}  # as in torch.distributions
 
 
-def _is_small(tensor: Tensor, count: int, limit: int) -> bool:
+def is_small(tensor: Tensor, count: int, limit: int) -> bool:
     return count < limit and tensor.device.type == "cpu" and tensor.itemsize > 2
 
 
@@ -57,7 +57,7 @@ def _kl_by_torch(p: Normal, q: Normal) -> Tensor:
 
 
 def kl_of_normals(p: Normal, q: Normal) -> Tensor:
-    if _is_small(p.loc, max(p.loc.numel(), q.loc.numel()), SMALL_NORMAL):
+    if is_small(p.loc, max(p.loc.numel(), q.loc.numel()), SMALL_NORMAL):
         return _kl_by_torch(p, q)
     return kl_normal(p.loc, p.scale, q.loc, q.scale, event_ndim=0, **STANDARD)
 
@@ -68,7 +68,7 @@ def kl_of_independents(stock: Callable[..., Tensor]) -> Callable[[Independent, I
         if not (_is_normal(p) and _is_normal(q)) or ndim != q.reinterpreted_batch_ndims:
             return stock(p, q)
         p, q = p.base_dist, q.base_dist
-        if _is_small(p.loc, max(p.loc.numel(), q.loc.numel()), SMALL_NORMAL):
+        if is_small(p.loc, max(p.loc.numel(), q.loc.numel()), SMALL_NORMAL):
             kl = _kl_by_torch(p, q)
             return kl.sum(tuple(range(-ndim, 0))) if ndim else kl  # torch sums all dimensions for ()
         return kl_normal(p.loc, p.scale, q.loc, q.scale, event_ndim=ndim, **STANDARD)
@@ -128,7 +128,7 @@ def mixture_log_prob(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
         validate_sample(self, x)
         logits = log_weights(self.mixture_distribution)
         means, stds = normal.loc, normal.scale
-        if _is_small(x, x.numel() * count, SMALL_MIXTURE):
+        if is_small(x, x.numel() * count, SMALL_MIXTURE):
             standard = (x.unsqueeze(-2) - means) / stds
             log_density = -0.5 * (standard * standard).sum(-1) - (stds.log().sum(-1) + x.shape[-1] * HALF_LOG_2_PI)
             return torch.logsumexp(log_density + logits.log_softmax(-1), -1)

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkl.integrations import distributions
 from fastkl.integrations._switch import Attribute, Switch, check_method
 from fastkl.ops.importance.iwae import iwae
 from fastkl.ops.mixture.gmm_log_prob import gmm_log_prob
@@ -44,7 +45,10 @@ def reconstruction_loss(model: Any, recon_x: Tensor, x: Tensor) -> Tensor:
     x = x.reshape(len(x), *[1] * len(samples), -1).expand_as(recon_x)
     if model.model_config.reconstruction_loss == "bce":
         return torch.nn.functional.binary_cross_entropy(recon_x, x, reduction="none").sum(-1)
-    return 0.5 * (recon_x - x).square().sum(-1)
+    return 0.5 * torch.nn.functional.mse_loss(recon_x, x, reduction="none").sum(-1)
+
+
+STOCK: dict[str, Any] = {}  # Pythae's own methods by class
 
 
 def vae(self, recon_x, x, mu, log_var, z):
@@ -60,6 +64,8 @@ def beta_vae(self, recon_x, x, mu, log_var, z):
 def vamp_log_p_z(self, z):
     """ln p(z) without -D/2 ln(2 pi), which Pythae leaves out of ln q(z | x) as well."""
     count = self.number_components
+    if distributions.is_small(z, z.numel() * count, distributions.SMALL_MIXTURE):
+        return STOCK["VAMP"](self, z)
     x = self.pseudo_inputs(self.idle_input.to(z.device)).reshape((count, *self.model_config.input_dim))
     encoded = self.encoder(x)
     logits = z.new_zeros(count)
@@ -146,6 +152,7 @@ def changes() -> list[Attribute]:
     models, version = importlib.import_module("pythae.models"), importlib.metadata.version("pythae")
     for name, (method, parameters, _) in METHODS.items():
         check_method(getattr(models, name), method, parameters, f"Pythae {version}")
+        STOCK.setdefault(name, getattr(getattr(models, name), method))
     return [Attribute(getattr(models, name), method, new) for name, (method, _, new) in METHODS.items()]
 
 

@@ -8,10 +8,15 @@ import torch
 
 models = pytest.importorskip("pythae.models")
 
-from fastkl.integrations import pythae  # noqa: E402
+from fastkl.integrations import distributions, pythae  # noqa: E402
 from fastkl.integrations._switch import UnsupportedVersion  # noqa: E402
 
 SIZE, LATENT, BATCH = (1, 4, 3), 5, 7
+
+
+@pytest.fixture(autouse=True, params=["by ops", "small"])
+def size(request, monkeypatch):
+    monkeypatch.setattr(distributions, "SMALL_MIXTURE", 0 if request.param == "by ops" else 10**9)
 
 
 @pytest.fixture(autouse=True)
