@@ -186,3 +186,9 @@ def test_an_unknown_scale_is_named():
         fastkl.kl_gmm(mu, mu, LOGITS, means, means, prior_scale="sigma")
     with pytest.raises(ValueError, match=r"^scale must be one of 'logvar'.*got 'sigma'"):
         fastkl.kl_gmm(mu, mu, LOGITS, means, means, scale="sigma")
+
+
+@pytest.mark.parametrize("op", ["kl_normal", "kl_normal_per_dim", "rsample_kl", "wasserstein2_normal"])
+def test_an_unknown_prior_scale_is_refused_without_a_prior_too(op):
+    with pytest.raises(ValueError, match="prior_scale must be one of"):
+        getattr(fastkl, op)(torch.zeros(2, 3), torch.zeros(2, 3), prior_scale="variance")

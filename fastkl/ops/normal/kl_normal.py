@@ -109,7 +109,8 @@ def kl_normal(
     >>> [f"{kl:.1e}" for kl in fastkl.kl_normal(mu, logvar)]
     ['7.5e-09', '7.5e-09']
     """
-    if known := arguments.event_ndim_of_common_call(event_ndim, (mu, logvar), scale, prior_mu, prior_logvar, bounds):
+    unusual = (prior_mu, prior_logvar, bounds, None if prior_scale == "logvar" else prior_scale)
+    if known := arguments.event_ndim_of_common_call(event_ndim, (mu, logvar), scale, *unusual):
         settings = Settings(known, scale, *arguments.NO_BOUNDS)
         return apply(NormalFunction, KL_NORMAL, -1, settings, mu, logvar, None, None, None, None)
     mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)

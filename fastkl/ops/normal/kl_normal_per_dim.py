@@ -100,7 +100,8 @@ def kl_normal_per_dim(
     >>> fastkl.kl_normal_per_dim(mu, logvar)
     tensor([0.0000, 2.5000])
     """
-    if known := arguments.event_ndim_of_common_call(event_ndim, (mu, logvar), scale, prior_mu, prior_logvar, bounds):
+    unusual = (prior_mu, prior_logvar, bounds, None if prior_scale == "logvar" else prior_scale)
+    if known := arguments.event_ndim_of_common_call(event_ndim, (mu, logvar), scale, *unusual):
         settings = Settings(known, scale, *arguments.NO_BOUNDS)
         return apply(NormalFunction, KL_NORMAL_PER_DIM, -1, settings, mu, logvar, None, None, None, None)
     mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)

@@ -124,9 +124,8 @@ def rsample_kl(
     >>> z.shape, kl
     (torch.Size([5, 2, 3]), tensor([0., 0.]))
     """
-    if known := arguments.event_ndim_of_common_call(
-        event_ndim, (mu, logvar), scale, prior_mu, prior_logvar, bounds, eps, num_samples
-    ):
+    unusual = (prior_mu, prior_logvar, bounds, None if prior_scale == "logvar" else prior_scale, eps, num_samples)
+    if known := arguments.event_ndim_of_common_call(event_ndim, (mu, logvar), scale, *unusual):
         seed = sampling.check_seed(seed, mu.device, "mu")
         settings = Drawing(known, scale, *arguments.NO_BOUNDS, None)
         return apply(NormalFunction, RSAMPLE_KL, -1, settings, mu, logvar, None, None, None, seed)

@@ -87,7 +87,8 @@ def wasserstein2_normal(
     >>> [f"{distance:.2g}" for distance in fastkl.wasserstein2_normal(mu, logvar)]
     ['9', '2e-08']
     """
-    if known := arguments.event_ndim_of_common_call(event_ndim, (mu, logvar), scale, prior_mu, prior_logvar, bounds):
+    unusual = (prior_mu, prior_logvar, bounds, None if prior_scale == "logvar" else prior_scale)
+    if known := arguments.event_ndim_of_common_call(event_ndim, (mu, logvar), scale, *unusual):
         settings = Settings(known, scale, *arguments.NO_BOUNDS)
         return apply(NormalFunction, WASSERSTEIN2_NORMAL, -1, settings, mu, logvar, None, None, None, None)
     mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)
