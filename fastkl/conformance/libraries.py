@@ -64,7 +64,7 @@ def torch_answers(distributions: Any = torch.distributions, kl_divergence: Any =
     def mixture(z: Tensor, weights: Tensor, means: Tensor, stds: Tensor) -> Tensor:
         return d.MixtureSameFamily(d.Categorical(probs=weights), d.Independent(d.Normal(means, stds), 1)).log_prob(z)
 
-    answers = {"kl": by_std(kl_of_std), "kl of std": kl_of_std, "kl of two": kl_of_two, "mixture": mixture}
+    answers: Answers = {"kl": by_std(kl_of_std), "kl of std": kl_of_std, "kl of two": kl_of_two, "mixture": mixture}
     if d is torch.distributions:
         choice = torch.nn.functional.gumbel_softmax
         answers["choice"] = lambda logits, tau: choice(logits, tau).max(-1).values

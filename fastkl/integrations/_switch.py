@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.distributions import register_kl
@@ -71,9 +71,9 @@ class Switch:
     ImportError, nothing has been replaced.
     """
 
-    def __init__(self, changes: Callable[..., list[Attribute | Divergence]]) -> None:
+    def __init__(self, changes: Callable[..., Sequence[Attribute | Divergence]]) -> None:
         self.changes = changes
-        self.made: list[tuple[dict[str, Any], list[Attribute | Divergence]]] = []
+        self.made: list[tuple[dict[str, Any], Sequence[Attribute | Divergence]]] = []
 
     def enable(self, **options: Any) -> Switch:
         with _LOCK:

@@ -36,6 +36,14 @@ DIMS = [1, 2, 3]  # the default of diffusers' nll
 class Posterior:
     """The methods that replace diffusers' own. Only `parameters` and `deterministic` are stored."""
 
+    parameters: Tensor
+    deterministic: bool
+    stock: type  # diffusers' own class
+
+    @functools.cached_property
+    def _q(self) -> DiagonalNormal:
+        raise NotImplementedError
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self).stock, (self.parameters, self.deterministic)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def _is_vector(distribution: Independent) -> bool:
 
 
 HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
-STANDARD = {"scale": "std", "prior_scale": "std"}  # as in torch.distributions
+STANDARD: dict[str, Any] = {"scale": "std", "prior_scale": "std"}  # as in torch.distributions
 
 
 def is_small(tensor: Tensor, count: int, limit: int) -> bool:
@@ -67,11 +68,11 @@ def kl_of_independents(stock: Callable[..., Tensor]) -> Callable[[Independent, I
         ndim = p.reinterpreted_batch_ndims
         if not (_is_normal(p) and _is_normal(q)) or ndim != q.reinterpreted_batch_ndims:
             return stock(p, q)
-        p, q = p.base_dist, q.base_dist
-        if is_small(p.loc, max(p.loc.numel(), q.loc.numel()), SMALL_NORMAL):
-            kl = _kl_by_torch(p, q)
+        first, second = p.base_dist, q.base_dist
+        if is_small(first.loc, max(first.loc.numel(), second.loc.numel()), SMALL_NORMAL):
+            kl = _kl_by_torch(first, second)
             return kl.sum(tuple(range(-ndim, 0))) if ndim else kl  # torch sums all dimensions for ()
-        return kl_normal(p.loc, p.scale, q.loc, q.scale, event_ndim=ndim, **STANDARD)
+        return kl_normal(first.loc, first.scale, second.loc, second.scale, event_ndim=ndim, **STANDARD)
 
     return kl_of_independent
 
@@ -113,8 +114,8 @@ def kl_to_mixture(stock: Callable[..., Tensor] = _unknown) -> Callable[..., Tens
         components = q.component_distribution
         if not (_is_vector(p) and isinstance(components, Independent) and _is_vector(components)):
             return stock(p, q)
-        p, normal = p.base_dist, components.base_dist
-        return kl_gmm(p.loc, p.scale, log_weights(q.mixture_distribution), normal.loc, normal.scale, **STANDARD)
+        own, normal = p.base_dist, components.base_dist
+        return kl_gmm(own.loc, own.scale, log_weights(q.mixture_distribution), normal.loc, normal.scale, **STANDARD)
 
     return kl
 

@@ -36,6 +36,9 @@ class VAEModule(pl.LightningModule):
     Logs every term of the objective, and the loss on validation data as "val_loss".
     """
 
+    vae: Any
+    beta: float | Callable[[int], float] | None
+
     def __init__(
         self, vae: nn.Module, prior: nn.Module | None = None, *,
         objective: Callable[..., objectives.Loss] = objectives.elbo,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def gmm_joint_log_prob(z, logits, means, logvars=None, *, scale_tril=None, logva
     dtype = compute_dtype(z, logits, means, logvars, scale_tril, logvar)
     log_weights = torch.log_softmax(logits.to(dtype), -1)
     difference = z.to(dtype).unsqueeze(-2) - means.to(dtype)
-    variance = None if logvar is None else logvar.to(dtype).exp().unsqueeze(-2)
+    variance: Any = None if logvar is None else logvar.to(dtype).exp().unsqueeze(-2)
     if scale_tril is not None:
         scale = scale_tril.to(dtype).tril()
         if form == "convolved":
@@ -94,4 +95,5 @@ def kl_gmm(
 def kl_gmm_bounds(mu, logvar, logits, means, logvars=None, *, scale_tril=None) -> tuple[Tensor, Tensor]:
     """(lower, upper) bounds on KL(q || mixture)."""
     inputs = (mu, logvar, logits, means, logvars)
-    return tuple(kl_gmm(*inputs, scale_tril=scale_tril, method=method) for method in ("lower", "upper"))
+    lower, upper = (kl_gmm(*inputs, scale_tril=scale_tril, method=method) for method in ("lower", "upper"))
+    return lower, upper

@@ -92,12 +92,12 @@ def wasserstein2_normal(
 ) -> Tensor:
     """The squared 2-Wasserstein distance, summed over the last `event_ndim` dimensions."""
     dtype = compute_dtype(mu, logvar, prior_mu, prior_logvar)
-    prior = [None if tensor is None else tensor.to(dtype) for tensor in (prior_mu, prior_logvar)]
+    prior_mu = None if prior_mu is None else prior_mu.to(dtype)
     if prior_logvar is not None:
-        prior[1] = to_logvar(above_zero(prior[1], prior_scale), prior_scale)
+        prior_logvar = to_logvar(above_zero(prior_logvar.to(dtype), prior_scale), prior_scale)
     logvar = bound(to_logvar(above_zero(logvar.to(dtype), scale), scale), bounds)
     mu, logvar = torch.broadcast_tensors(mu.to(dtype), logvar)
-    return sum_event(wasserstein2_terms(mu, logvar, *prior), event_ndim)
+    return sum_event(wasserstein2_terms(mu, logvar, prior_mu, prior_logvar), event_ndim)
 
 
 def rsample_normal(mu, logvar, *, num_samples=None, seed=None, eps=None, scale="logvar", bounds=None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -28,12 +29,13 @@ def mmd(
 
 def mmd_kernel(t: Tensor, kernel: str, scales: tuple[float, ...]) -> Tensor:
     """The kernel as a function of t = d^2 / (2 D): sum_s C / (C + d^2), C = 2 D s, or sum_s exp(-d^2 / (2 D s))."""
-    return sum(s / (s + t) if kernel == "imq" else torch.exp(-t / s) for s in scales)
+    return functools.reduce(torch.add, (s / (s + t) if kernel == "imq" else torch.exp(-t / s) for s in scales))
 
 
 def mmd_kernel_slope(t: Tensor, kernel: str, scales: tuple[float, ...]) -> Tensor:
     """The derivative of mmd_kernel."""
-    return -sum(s / (s + t).square() if kernel == "imq" else torch.exp(-t / s) / s for s in scales)
+    slopes = (s / (s + t).square() if kernel == "imq" else torch.exp(-t / s) / s for s in scales)
+    return -functools.reduce(torch.add, slopes)
 
 
 def mmd_normal(

@@ -27,8 +27,8 @@ def directions(noise: Tensor) -> Tensor:
 def quantile_segments(n: int, m: int, device=None) -> tuple[Tensor, Tensor, Tensor]:
     """(length, index into x, index into y) of the segments on which both quantile functions, of n and of m equal
     masses, are constant. Lengths are integers in units of the mass 1 / (n m), so rounding cannot add or drop one."""
-    ends = [torch.arange(1, a + 1, device=device) * b for a, b in ((n, m), (m, n))]
-    ends = torch.cat(ends).sort().values
+    steps = [torch.arange(1, a + 1, device=device) * b for a, b in ((n, m), (m, n))]
+    ends = torch.cat(steps).sort().values
     lengths = ends.diff(prepend=ends.new_zeros(1))  # 0 if both functions step
     return lengths, (ends - 1) // m, (ends - 1) // n
 
