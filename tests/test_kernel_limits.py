@@ -61,10 +61,11 @@ JITFunction.run = run
 seed, rows = torch.zeros((), dtype=torch.int64), torch.zeros(1)
 for shape in ((1, 1 << 24), (1 << 16, 64), (1 << 16, 3)):
     q, rows = [torch.empty(shape)] * 2, torch.empty(shape[0])
-    kl_normal.fwd(q, -1, [], 1, *tune.NO_BOUNDS)
-    kl_normal.bwd(rows, q, -1, [], 1, *tune.NO_BOUNDS, False)
-    rsample_kl.fwd(q, seed, None, None, -1, [], 1, *tune.NO_BOUNDS)
-    rsample_kl.bwd(q[0], rows, q, seed, None, None, -1, [], 1, *tune.NO_BOUNDS, False)
+    none, settings = (None, None), (1, *tune.NO_BOUNDS)
+    kl_normal.fwd(*q, *none, *settings)
+    kl_normal.bwd(rows, *q, *none, *q, *none, *settings)
+    rsample_kl.fwd(*q, *none, None, seed, *settings, None, 1)
+    rsample_kl.bwd(q[0], rows, *q, *none, None, seed, *q, *none, *settings, None, 1)
 """
 
 
