@@ -33,7 +33,7 @@ def ahead(function: Callable, items: list[Any], jobs: int, seconds: float) -> It
             process.kill()
         for process in processes:  # waits, so that the GPU is free for the measurement
             process.join(5)
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # its thread reaps them as well: until it has, they count as alive
 
 
 def error_of(function: Callable, item: Any) -> str:
