@@ -13,7 +13,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._register import apply, differentiable, needs_closed_form
 from fastkl.ops.normal._closed_form import bounds_of, normal_gradients, samples_dtype
-from fastkl.reference import Stream
+from fastkl.reference import SoftBounds, Stream
 
 # Parts of the ops' schemas. mu and the parameter have one shape. The prior is None, of that shape, or of the event's
 # shape if the batch shares it. Exactly one of eps ([L, *shape], or [*shape] without num_samples) and seed (int64, no
@@ -174,3 +174,17 @@ class NormalFunction(torch.autograd.Function):
         z, *values = found if op.has_value else (found,)
         z, dim_of_z = z.to(dtype), 0 if settings.num_samples is None else 1
         return ((z, *values), (dim_of_z, 0)) if values else (z, dim_of_z)
+
+
+def value_of(
+    op: NormalOp, mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None,
+    event_ndim: int | None, scale: str, bounds: SoftBounds | tuple[float, float] | None,
+) -> Tensor:  # fmt: skip
+    """The op's value per datum of checked tensors that broadcast; the prior's second one is a log-variance."""
+    shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
+    event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
+    prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
+    tensors = arguments.expand(mu, shape), arguments.expand(logvar, shape), *prior
+    event_ndim, *tensors = arguments.as_events(event_ndim, *tensors)
+    settings = Settings(event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
+    return apply(NormalFunction, op, -1, settings, *tensors, None, None)

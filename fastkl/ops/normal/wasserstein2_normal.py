@@ -20,6 +20,7 @@ from fastkl.ops.normal._normal import (
     Settings,
     fake_value,
     of_rows,
+    value_of,
 )
 from fastkl.reference import SoftBounds
 
@@ -96,10 +97,4 @@ def wasserstein2_normal(
     if prior_logvar is not None and prior_scale == "std":  # 0 for a point prior
         prior_logvar = reference.above_zero(prior_logvar.to(reference.compute_dtype(prior_logvar)), prior_scale)
     prior_logvar = as_logvar("prior_scale", prior_logvar, prior_scale, mu, logvar, prior_mu)
-    shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
-    event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
-    prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
-    tensors = arguments.expand(mu, shape), arguments.expand(logvar, shape), *prior
-    event_ndim, *tensors = arguments.as_events(event_ndim, *tensors)
-    settings = Settings(event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
-    return apply(NormalFunction, WASSERSTEIN2_NORMAL, -1, settings, *tensors, None, None)
+    return value_of(WASSERSTEIN2_NORMAL, mu, logvar, prior_mu, prior_logvar, event_ndim, scale, bounds)
