@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
 
+from bench.counting import peak_bytes
+
 
 class Case(NamedTuple):
     integration: str
@@ -151,18 +153,6 @@ def pyro() -> list[Case]:
     return cases
 
 
-def peak(step: Callable[[], Tensor]) -> int:
-    """Most bytes that a step has allocated at one time."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    now = most = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
-
-
 def timed(step: Callable[[], Tensor], seconds: float) -> tuple[float, Tensor]:
     """CPU seconds of a step, the mean of as many as take this long together."""
     count, began = 0, time.thread_time()
@@ -180,11 +170,11 @@ def measure(case: Case, rounds: int, seconds: float) -> str:
         with switch.enable():
             if number == 0:
                 with_fastkl = timed(case.step, seconds)
-                losses, memory = [loss, with_fastkl[1]], [peak(case.step)]
+                losses, memory = [loss, with_fastkl[1]], [peak_bytes(case.step, "cpu")]
                 continue
             inside.append(timed(case.step, seconds)[0])
         stock.append(spent)
-    memory.append(peak(case.step))
+    memory.append(peak_bytes(case.step, "cpu"))
     if case.same and not torch.allclose(*(loss.double() for loss in losses), rtol=1e-3):
         return f"| {case.integration} | {case.name} | losses differ: {losses[0]:.6g}, {losses[1]:.6g} | | |"
     before, after = statistics.median(stock), statistics.median(inside)
