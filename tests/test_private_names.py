@@ -88,7 +88,7 @@ NAMES = (
     "_C._are_functorch_transforms_active",
     "_C._get_tracing_state",
     "autograd._profiler_enabled",
-    "_C._dispatch_keys",
+    "Tensor._is_zerotensor",
     "autograd.forward_ad._current_level",
     "autograd.forward_ad._set_fwd_grad_enabled",
     "_C._functorch.is_batchedtensor",
