@@ -66,35 +66,6 @@ def as_parameters(mu: Tensor | float | None, parameter: Tensor | float | None, *
     return as_tensors(mu if isinstance(mu, Tensor) else parameter, mu, parameter, *others)
 
 
-def event_ndim_of_common_call(
-    event_ndim: int | None, tensors: tuple[Tensor, ...], scale: str = "logvar", *absent: Any
-) -> int:
-    """event_ndim, above 0, if the tensors have one shape, dtype and device, and nothing else is given: no check can
-    fail.
-
-    Else 0. For small latents the full checks take as long as the eager formula's forward pass.
-    """
-    if torch.compiler.is_compiling() or scale not in SCALES:
-        return 0
-    for each in absent:
-        if each is not None:
-            return 0
-    first = tensors[0]
-    if not isinstance(first, Tensor) or first.is_nested:
-        return 0
-    shape, dtype, device = first.shape, first.dtype, first.device
-    if dtype not in DTYPES or first.layout is not torch.strided:
-        return 0
-    for other in tensors[1:]:
-        if not isinstance(other, Tensor) or other.is_nested or other.layout is not torch.strided:
-            return 0
-        if other.dtype is not dtype or other.shape != shape or other.device != device:
-            return 0
-    if event_ndim is None:
-        return len(shape) - 1 if len(shape) > 1 else len(shape)
-    return event_ndim if type(event_ndim) is int and 0 < event_ndim <= len(shape) else 0
-
-
 def number_in(tensor: Tensor) -> float | None:
     """The value of a tensor without dimensions. None if reading it would synchronise with a device or is impossible:
     while tracing, on "meta", or if it differs between the examples of torch.func.vmap."""

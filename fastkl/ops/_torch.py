@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable
-from types import NoneType
 from typing import Any
 
 import torch
@@ -36,10 +35,10 @@ def _always(*args: Any) -> bool:
 
 
 # Whether something intercepts a call: a dispatch mode, a transform of torch.func, a profiler, a tracer.
-_modes_active = _private("_C._len_torch_dispatch_stack") or _always
+modes_active = _private("_C._len_torch_dispatch_stack") or _always
 transforms_active: Callable[[], bool] = _private("_C._are_functorch_transforms_active") or _always
-_profiling = _private("autograd._profiler_enabled") or _always
-_tracing = _private("_C._get_tracing_state") or _always
+profiling = _private("autograd._profiler_enabled") or _always
+tracing = _private("_C._get_tracing_state") or _always
 
 # The innermost level of tangents: -1 if there is none, 0 if torch does not tell.
 _forward_ad = torch.autograd.forward_ad
@@ -84,30 +83,7 @@ def validate_sample(distribution: torch.distributions.Distribution, value: Tenso
         _say("distributions.Distribution._validate_sample")
 
 
-_is_zero = _private("Tensor._is_zerotensor") or _always  # zeros that were never written to memory
-_TENSORS = frozenset((Tensor, torch.nn.Parameter))
-_PLAIN = _TENSORS | {int, float, bool, str, NoneType}
-
-
-def plain_device(args: tuple) -> str | None:
-    """The device type if an op can be called without torch's dispatcher, else None.
-
-    That needs an idle dispatcher and tensors whose values can be read from their memory: no subclass, strided, not
-    lazily negated, not never-written zeros. Saves a third of a small loss's host time."""
-    if _modes_active() or transforms_active() or _profiling() or _tracing():
-        return None
-    if not _PLAIN.issuperset(map(type, args)):
-        args = tuple(item for arg in args for item in (arg if type(arg) is list else (arg,)))
-        if not _PLAIN.issuperset(map(type, args)):
-            return None
-    device = None
-    for arg in args:
-        if type(arg) in _TENSORS:
-            if arg.layout is not torch.strided or arg.is_neg() or _is_zero(arg):
-                return None
-            device = "cpu" if arg.is_cpu else "cuda" if arg.is_cuda else None
-    return device
-
+is_zero = _private("Tensor._is_zerotensor") or _always  # zeros that were never written to memory
 
 _is_batched = _private("_C._functorch.is_batchedtensor") or _always
 _is_legacy_batched = _private("_C._functorch.is_legacy_batchedtensor") or _always

@@ -7,7 +7,6 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._register import apply, register
-from fastkl.ops._scales import as_logvar
 from fastkl.ops.normal._closed_form import by_rows, write_normal_gradients
 from fastkl.ops.normal._normal import (
     DPRIOR,
@@ -20,7 +19,6 @@ from fastkl.ops.normal._normal import (
     Settings,
     fake_value,
     of_rows,
-    value_of,
 )
 from fastkl.reference import SoftBounds
 
@@ -110,11 +108,4 @@ def kl_normal(
     >>> [f"{kl:.1e}" for kl in fastkl.kl_normal(mu, logvar)]
     ['7.5e-09', '7.5e-09']
     """
-    unusual = (prior_mu, prior_logvar, bounds, None if prior_scale == "logvar" else prior_scale)
-    if known := arguments.event_ndim_of_common_call(event_ndim, (mu, logvar), scale, *unusual):
-        settings = Settings(known, scale, *arguments.NO_BOUNDS)
-        return apply(NormalFunction, KL_NORMAL, -1, settings, mu, logvar, None, None, None, None)
-    mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)
-    arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
-    prior_logvar = as_logvar("prior_scale", prior_logvar, prior_scale, mu, logvar, prior_mu)
-    return value_of(KL_NORMAL, mu, logvar, prior_mu, prior_logvar, event_ndim, scale, bounds)
+    return KL_NORMAL.value(mu, logvar, prior_mu, prior_logvar, event_ndim, scale, prior_scale, bounds)

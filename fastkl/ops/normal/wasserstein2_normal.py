@@ -6,21 +6,18 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import apply, register
-from fastkl.ops._scales import as_logvar
+from fastkl.ops._register import register
 from fastkl.ops.normal._closed_form import by_rows, write_normal_gradients
 from fastkl.ops.normal._normal import (
     DPRIOR,
     DQ,
     PRIOR,
     SETTINGS,
-    NormalFunction,
     NormalOp,
     Q,
     Settings,
     fake_value,
     of_rows,
-    value_of,
 )
 from fastkl.reference import SoftBounds
 
@@ -88,13 +85,8 @@ def wasserstein2_normal(
     >>> [f"{distance:.2g}" for distance in fastkl.wasserstein2_normal(mu, logvar)]
     ['9', '2e-08']
     """
-    unusual = (prior_mu, prior_logvar, bounds, None if prior_scale == "logvar" else prior_scale)
-    if known := arguments.event_ndim_of_common_call(event_ndim, (mu, logvar), scale, *unusual):
-        settings = Settings(known, scale, *arguments.NO_BOUNDS)
-        return apply(NormalFunction, WASSERSTEIN2_NORMAL, -1, settings, mu, logvar, None, None, None, None)
-    mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)
-    arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
-    if prior_logvar is not None and prior_scale == "std":  # 0 for a point prior
+    if prior_scale == "std" and prior_logvar is not None:  # 0 for a point prior
+        (prior_logvar,) = arguments.as_tensors(mu if isinstance(mu, Tensor) else logvar, prior_logvar)
+        arguments.check_tensors(prior_logvar=prior_logvar)
         prior_logvar = reference.above_zero(prior_logvar.to(reference.compute_dtype(prior_logvar)), prior_scale)
-    prior_logvar = as_logvar("prior_scale", prior_logvar, prior_scale, mu, logvar, prior_mu)
-    return value_of(WASSERSTEIN2_NORMAL, mu, logvar, prior_mu, prior_logvar, event_ndim, scale, bounds)
+    return WASSERSTEIN2_NORMAL.value(mu, logvar, prior_mu, prior_logvar, event_ndim, scale, prior_scale, bounds)
