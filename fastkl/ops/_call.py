@@ -65,7 +65,7 @@ def direct(name: str, dispatched: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def event_ndim_of_common_call(
-    event_ndim: int | None, tensors: tuple[Tensor, ...], scale: str = "logvar", *absent: Any
+    event_ndim: int | None, tensors: tuple[Any, ...], scale: str = "logvar", *absent: Any
 ) -> int:
     """event_ndim, above 0, if the tensors have one shape, dtype and device, and nothing else is given: no check can
     fail.

@@ -104,7 +104,7 @@ if not _binds_only:
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """function.apply without binding its signature, for use when no transform is active."""
-    return super(torch.autograd.Function, function).apply if _binds_only else function.apply
+    return super(torch.autograd.Function, function).apply if _binds_only else function.apply  # type: ignore[misc]
 
 
 _softmax_gradient = _private("_softmax_backward_data")

@@ -102,8 +102,8 @@ class NormalOp:
         shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
         event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
         prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
-        tensors = arguments.expand(mu, shape), arguments.expand(logvar, shape), *prior
-        event_ndim, *tensors = arguments.as_events(event_ndim, *tensors)
+        q = arguments.expand(mu, shape), arguments.expand(logvar, shape)
+        event_ndim, *tensors = arguments.as_events(event_ndim, *q, *prior)
         settings = Settings(event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
         return apply(NormalFunction, self, -1, settings, *tensors, None, None)
 

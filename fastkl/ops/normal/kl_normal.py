@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from fastkl import reference
@@ -53,7 +55,7 @@ KL_NORMAL = NormalOp(kl_normal_fwd, kl_normal_bwd, "kl_normal_fwd")
 
 
 def kl_normal_packed(
-    head: Tensor, dim: int, prior_mu: Tensor | float | None = None, prior_logvar: Tensor | float | None = None, *,
+    head: Tensor, dim: int, prior_mu: Any = None, prior_logvar: Any = None, *,
     event_ndim: int, scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """kl_normal(*head.chunk(2, dim), ...) whose gradient is one packed tensor, written by the kernel itself."""
@@ -64,9 +66,9 @@ def kl_normal_packed(
     event_ndim = arguments.event_ndim_of_datum(event_ndim, half.shape, "the posterior's shape")
     arguments.check_prior_fits(half.shape, prior_mu=prior_mu, prior_logvar=prior_logvar)
     prior = arguments.expand_prior(prior_mu, prior_logvar, head, half.shape, event_ndim)
-    event_ndim, head, *prior = arguments.as_events(event_ndim, head, *prior)
+    event_ndim, head, *tensors = arguments.as_events(event_ndim, head, *prior)
     settings = Settings(event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
-    return apply(NormalFunction, KL_NORMAL, dim, settings, head, None, *prior, None, None)
+    return apply(NormalFunction, KL_NORMAL, dim, settings, head, None, *tensors, None, None)
 
 
 def kl_normal(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from fastkl import reference
@@ -39,11 +41,11 @@ def _backward(
     settings, incoming = Drawing(*settings), {"dz": dz}
     if dz is not None:
         incoming["eps"] = sampling.draw(mu.shape, eps, seed, settings.num_samples, settings.stream)
-    if dkl is None:  # not a KL gradient of zero, which would turn an infinite KL into NaN
-        inputs, outputs = inputs[:2], outputs[:2]
-    else:
+    if dkl is not None:
         incoming["dvalue"] = of_rows(dkl, mu, settings.event_ndim)
-    write_normal_gradients(inputs, outputs, settings, **incoming)
+        write_normal_gradients(inputs, outputs, settings, **incoming)
+    else:  # not a KL gradient of zero, which would turn an infinite KL into NaN
+        write_normal_gradients(inputs[:2], outputs[:2], settings, **incoming)
 
 
 def _fake_forward(mu, parameter, prior_mu, prior_logvar, eps, seed, *settings) -> tuple[Tensor, Tensor]:
@@ -69,7 +71,7 @@ RSAMPLE_KL = NormalOp(rsample_kl_fwd, rsample_kl_bwd, "rsample_kl_fwd", draws=Tr
 
 
 def rsample_kl_packed(
-    head: Tensor, dim: int, prior_mu: Tensor | float | None = None, prior_logvar: Tensor | float | None = None, *,
+    head: Tensor, dim: int, prior_mu: Any = None, prior_logvar: Any = None, *,
     event_ndim: int, num_samples: int | None = None, seed: int | Tensor | None = None, eps: Tensor | None = None,
     scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip

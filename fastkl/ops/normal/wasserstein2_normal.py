@@ -31,9 +31,8 @@ def _backward(
 ) -> None:  # fmt: skip
     inputs, outputs = (mu, parameter, prior_mu, prior_logvar), (dmu, dparameter, dprior_mu, dprior_logvar)
     settings = Settings(*settings)
-    incoming = {"dvalue": of_rows(ddistance, mu, settings.event_ndim)}
-    incoming["terms_gradient"] = reference.wasserstein2_terms_gradient
-    write_normal_gradients(inputs, outputs, settings, **incoming)
+    dvalue, terms_gradient = of_rows(ddistance, mu, settings.event_ndim), reference.wasserstein2_terms_gradient
+    write_normal_gradients(inputs, outputs, settings, dvalue=dvalue, terms_gradient=terms_gradient)
 
 
 wasserstein2_normal_fwd = register(
@@ -86,7 +85,7 @@ def wasserstein2_normal(
     ['9', '2e-08']
     """
     if prior_scale == "std" and prior_logvar is not None:  # 0 for a point prior
-        (prior_logvar,) = arguments.as_tensors(mu if isinstance(mu, Tensor) else logvar, prior_logvar)
-        arguments.check_tensors(prior_logvar=prior_logvar)
-        prior_logvar = reference.above_zero(prior_logvar.to(reference.compute_dtype(prior_logvar)), prior_scale)
+        (std,) = arguments.as_tensors(mu if isinstance(mu, Tensor) else logvar, prior_logvar)
+        arguments.check_tensors(prior_logvar=std)
+        prior_logvar = reference.above_zero(std.to(reference.compute_dtype(std)), prior_scale)
     return WASSERSTEIN2_NORMAL.value(mu, logvar, prior_mu, prior_logvar, event_ndim, scale, prior_scale, bounds)
