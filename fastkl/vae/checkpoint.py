@@ -16,7 +16,7 @@ from fastkl.vae.errors import UserError
 from fastkl.vae.files import load_tensors
 
 NAME = "checkpoint.pt"
-FORMAT = "fastkl.vae 3"
+FORMAT = "fastkl.vae 4"
 PARTS = (
     "format",
     "settings",
@@ -28,6 +28,8 @@ PARTS = (
     "model",
     "optimizers",
     "discriminator",
+    "average",
+    "scaler",
     "window",
     "watch",
     "guard",

@@ -79,6 +79,9 @@ def parser() -> argparse.ArgumentParser:
             meta = fields[name].metadata
             told = "" if "(default" in meta["help"] else f" (default: {meta['by_default'] or fields[name].default})"
             text = f"{meta['help']}{told}".replace("%", "%%")
+            if meta["kind"] is bool:
+                group.add_argument(flag(name), action="store_true", help=meta["help"])
+                continue
             metavar = None if meta["choices"] else {int: "N", float: "X", str: "PATH"}[meta["kind"]]
             group.add_argument(flag(name), type=meta["kind"], choices=meta["choices"], metavar=metavar, help=text)
     return top
@@ -182,6 +185,11 @@ def opening(run: Run, state: Any, resuming: bool, forecast: list[str]) -> list[s
 
 
 def report(run: Run, began: float) -> None:
+    with run.averaged():
+        report_on(run, began)
+
+
+def report_on(run: Run, began: float) -> None:
     # Imported here, so that a run without a report does not need matplotlib.
     from fastkl.vae import memory
     from fastkl.vae.evaluate import evaluate

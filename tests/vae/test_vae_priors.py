@@ -70,7 +70,7 @@ def test_stopped_runs_go_on_bit_for_bit(tmp_path, monkeypatch, name):
 def test_prior_starts_if_the_last_warm_up_step_is_skipped(tmp_path, monkeypatch):
     began, real = [], loop.start_prior
     monkeypatch.setattr(loop, "start_prior", lambda run: (began.append(run.step), real(run)))
-    monkeypatch.setattr(Guard, "admit", lambda self, loss, parameters, step: step not in (5, 6))
+    monkeypatch.setattr(Guard, "admit", lambda self, loss, parameters, step, scaled: step not in (5, 6))
     assert train(tmp_path, *PRIORS["gmm"], *WARM, *BARE) == 0
     assert began == [5]
     state = checkpoint.load(tmp_path)
