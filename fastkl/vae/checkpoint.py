@@ -21,6 +21,8 @@ PARTS = (
     "format",
     "settings",
     "fingerprint",
+    "shape",
+    "scaling",
     "ranks",
     "threads",
     "step",

@@ -171,6 +171,8 @@ def save(run: Run, monitored: dict[str, Any]) -> None:
         {
             "settings": asdict(run.settings),
             "fingerprint": run.data.fingerprint,
+            "shape": list(run.data.shape),
+            "scaling": run.data.scaling.state_dict(),
             "ranks": run.ranks.size,
             "threads": torch.get_num_threads(),
             "step": run.step,

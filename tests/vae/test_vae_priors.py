@@ -20,7 +20,7 @@ from fastkl.vae.model import VAE
 from fastkl.vae.rules import resolve
 from fastkl.vae.settings import Settings
 
-from vae_helpers import BARE, SMALL, assert_same_state, refused, torchrun_each, train
+from vae_helpers import BARE, SMALL, assert_same_state, refused, scaling, torchrun_each, train
 
 CPU = torch.device("cpu")
 PRIORS = {
@@ -147,7 +147,7 @@ class Clusters(nn.Module):
 def test_mixture_begins_at_the_clusters_as_wide_as_the_posteriors(covariance):
     x = torch.arange(3.0).repeat_interleave(100).view(300, 1)
     vae = VAE(Clusters(), nn.Linear(2, 1), (1,), (2,), "normal")
-    source = Data("x", "", "normal", x, x, None, None, None)
+    source = Data("x", "", scaling("normal"), x, x, None, None, None)
     settings = Settings(prior="gmm", components=3, covariance=covariance, latent=2)
     found = []
     for _ in range(2):
@@ -165,7 +165,7 @@ def test_mixture_begins_at_the_clusters_as_wide_as_the_posteriors(covariance):
 
 def test_pseudo_inputs_are_data_and_stay_in_their_range():
     x = torch.rand(50, 1, 4, 4)
-    source = Data("x", "", "bernoulli", x, x, None, None, None)
+    source = Data("x", "", scaling("bernoulli"), x, x, None, None, None)
     settings = Settings(prior="vamp", components=60, hidden=8, latent=2)
     first, second = (prior.pseudo_inputs(settings, source) for _ in range(2))
     assert first.equal(second)
