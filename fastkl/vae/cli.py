@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 import fastkl
-from fastkl.vae import checkpoint, data, facts, folders, pace, parallel, train
+from fastkl.vae import checkpoint, data, facts, folders, loop, pace, parallel
 from fastkl.vae.commands import add_parsers, write_report_of
 from fastkl.vae.errors import UserError, check_installed
 from fastkl.vae.progress import Display, Terminal, say
 from fastkl.vae.rules import defaults, flag, prolonging, resolve, resume
-from fastkl.vae.run import Run, restore, start
+from fastkl.vae.run import NOTHING, Own, Run, restore, start
 from fastkl.vae.settings import GROUPS, Settings
 
 EXAMPLES = """examples:
@@ -103,7 +103,7 @@ def train_command(options: argparse.Namespace) -> int:
         parallel.stop(ranks)
 
 
-def train_on(ranks: Any, options: argparse.Namespace, given: dict[str, Any], began: float) -> int:
+def train_on(ranks: Any, options: argparse.Namespace, given: dict[str, Any], began: float, own: Own = NOTHING) -> int:
     resuming, out = "resume" in options, getattr(options, "out", None)
     if out is not None and not out.strip():
         raise UserError("--out is empty: name a folder")
@@ -119,21 +119,22 @@ def train_on(ranks: Any, options: argparse.Namespace, given: dict[str, Any], beg
                 folders.refuse_taken(out)  # early, before the data are read; the claim follows when they are valid
         state, begun = ranks.broadcast((state, begun))
         settings = resume(state["settings"] if state else begun, given) if state or begun else resolve(given)
-        source = data.load(settings)
+        source = data.load(settings, own.data)
         if not resuming:
             settings = pace.fit_defaults(settings, given, source, ranks.size)
             if ranks.main:
                 claim = folders.claim_new(out, settings.name)
         folder = ranks.broadcast(claim.folder if claim else None)
-        return train_in(folder, ranks, options, settings, source, state, began)
+        return train_in(folder, ranks, options, settings, source, state, began, own)
     finally:
         if claim:
             claim.release()
 
 
 def train_in(
-    folder: Path, ranks: Any, options: argparse.Namespace, settings: Settings, source: Any, state: Any, began: float
-) -> int:
+    folder: Path, ranks: Any, options: argparse.Namespace, settings: Settings, source: Any, state: Any, began: float,
+    own: Own,
+) -> int:  # fmt: skip
     """Train in a folder that this process has locked, from the beginning or from a checkpoint."""
     if threads := settings.threads or (state or {}).get("threads", 0):
         torch.set_num_threads(threads)  # a different number of threads would round sums differently
@@ -141,7 +142,7 @@ def train_in(
         check_installed("matplotlib", "The report (--no-report skips it)")
         if settings.prior in ("gmm", "vamp") and source.test_labels is not None:
             check_installed("sklearn", "The comparison of clusters with labels")
-    run = start(settings, source, ranks, folder)
+    run = start(settings, source, ranks, folder, own)
     step_time = pace.seconds_per_step(run)
     if state:
         restore(run, state)
@@ -157,7 +158,7 @@ def train_in(
     if run.step < run.total_steps:
         events = None if "no_tensorboard" in options else folder / "tensorboard"
         with Terminal(run, events) if ranks.main else Display() as display:
-            finished = train.train(run, display)
+            finished = loop.train(run, display)
         if not finished:
             if ranks.main:
                 say(f"stopped at step {run.step}; go on with: fastkl train --resume --out {shlex.quote(str(folder))}")

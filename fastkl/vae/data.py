@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,9 +73,13 @@ class Data:
         return digest.hexdigest()
 
 
-def load(settings: Settings) -> Data:
+def load(settings: Settings, given: Any = None) -> Data:
+    """The data that the settings name, or `given`: an array or tensor [N, ...], a pair with labels [N], or a dictionary
+    with names such as x, y, x_test and y_test."""
     builtin = {"digits": digits, "mnist5k": mnist5k, "pbmc": pbmc}
-    if settings.data in builtin:
+    if given is not None:
+        held, name, source, note = files.choose(files.arrays_of(given), "data"), "array", "an array", ""
+    elif settings.data in builtin:
         values, labels, names, note = builtin[settings.data]()
         held, name, source = Held({"train": Part(values, labels)}, names), settings.data, settings.data
     else:

@@ -17,6 +17,7 @@ from fastkl.vae.settings import Settings
 
 # Values of x per chunk, encoded and decoded. They bound the memory of large images and of 1,000 samples.
 ENCODED, DECODED = 2**17, 2**20
+OWN = "own"  # the name of a model that is given as an object
 
 
 class VAE(nn.Module):
@@ -96,7 +97,16 @@ class VAE(nn.Module):
         return torch.normal(output, (self.logvar.expand(self.shape).flatten()[index] / 2).exp())
 
 
-def build(settings: Settings, shape: tuple[int, ...], likelihood: str) -> VAE:
+def build(settings: Settings, shape: tuple[int, ...], likelihood: str, own: VAE | None = None) -> VAE:
+    """The model that the settings name, or the given one."""
+    if settings.model == OWN:
+        if own is None:
+            raise UserError("this run has a model of its own: give it by model=")
+        if (own.shape, own.likelihood) != (shape, likelihood):
+            given = f"{list(own.shape)} with a {own.likelihood} likelihood"
+            raise UserError(f"model= is for data of shape {given}; these have {list(shape)} and {likelihood}")
+        own.activation_checkpointing = settings.activation_checkpointing
+        return own
     make = {"mlp": mlp, "conv": conv, "autoregressive": autoregressive}[settings.model]
     encoder, decoder, latent_shape = make(shape, settings.latent, settings.hidden, settings.layers)
     vae = VAE(encoder, decoder, shape, latent_shape, likelihood)

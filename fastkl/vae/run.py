@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,18 @@ from fastkl.vae.objective import Objective
 from fastkl.vae.parallel import Ranks
 from fastkl.vae.settings import Settings
 from fastkl.vae.watch import Watch
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a caller in Python gives instead of naming it."""
+
+    data: Any = None  # arrays, see data.load
+    model: VAE | None = None
+    objective: Callable[..., Any] | None = None  # (posterior, prior, log_likelihood) -> fastkl.objectives.Loss
+
+
+NOTHING = Own()
 
 
 @dataclass
@@ -96,7 +108,7 @@ class Run:
                 own.data, mean.data = mean.data, own.data
 
 
-def start(settings: Settings, data: Data, ranks: Ranks, folder: Path) -> Run:
+def start(settings: Settings, data: Data, ranks: Ranks, folder: Path, own: Own = NOTHING) -> Run:
     """A run at step 0."""
     if settings.batch_size * ranks.size * settings.accumulate > len(data.train):
         several = f" with --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
@@ -104,11 +116,11 @@ def start(settings: Settings, data: Data, ranks: Ranks, folder: Path) -> Run:
         raise UserError(f"{requested} is more than the {len(data.train)} training data")
     device = choose_device(settings.device, ranks)
     torch.manual_seed(streams.seed_for(settings.seed, "weights"))
-    vae = build(settings, data.shape, data.likelihood)
+    vae = build(settings, data.shape, data.likelihood, own.model)
     vae.prior = prior.build(settings, vae, data)
     vae = vae.to(device)
     learned = vae.prior is not None
-    objective = Objective(vae, settings, len(data.train), ranks.group).to(device)
+    objective = Objective(vae, settings, len(data.train), ranks.group, own.objective).to(device)
     optimizers = make_optimizers(settings, vae, objective.discriminator)
     # During the warm-up the loss does not use the learned prior's parameters.
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(settings.ema)) if settings.ema else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from os import PathLike
@@ -117,13 +118,16 @@ class Trained:
         return torch.cat(found)
 
 
-def load(run: str | PathLike, *, device: str | torch.device = "cpu", average: bool = True) -> Trained:
+def load(
+    run: str | PathLike, *, device: str | torch.device = "cpu", average: bool = True, model: VAE | None = None
+) -> Trained:
     """The model in a run's folder.
 
     Args:
         run: the folder, such as "runs/digits".
         device: the device of the networks.
         average: use the average of the weights, if the run keeps one (--ema).
+        model: the networks of a run that was given a model of its own; their weights are read from the run.
 
     Raises:
         UserError: the folder holds no checkpoint, or a damaged one.
@@ -138,7 +142,7 @@ def load(run: str | PathLike, *, device: str | torch.device = "cpu", average: bo
     settings, shape, scaling = (
         rules.resume(state["settings"], {}), tuple(state["shape"]), Scaling.of_state(state["scaling"])
     )  # fmt: skip
-    vae = build(settings, shape, scaling.likelihood)
+    vae = build(settings, shape, scaling.likelihood, copy.deepcopy(model))
     # The prior's constructor needs data of the right shape; its numbers are those of the checkpoint.
     blank = torch.zeros(max(1, settings.components), *shape)
     vae.prior = prior.build(settings, vae, Data("", "", scaling, blank, blank, None, None, None))

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fastkl.vae import checkpoint
-from fastkl.vae import train as loop
+from fastkl.vae import checkpoint, loop
 from fastkl.vae.guard import Diverged, Guard
 
 from vae_helpers import BARE, assert_same_state, refused, torchrun_each, train
