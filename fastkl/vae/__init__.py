@@ -23,7 +23,7 @@ Read `loop.py` first: the loss is a few lines of `fastkl`. The other files serve
     memory.py       the memory of the loss, beside the eager formula
     trained.py      the model of a run, for use elsewhere; commands.py, the same on the command line
     api.py          training from Python, with data, a model or an objective of your own
-    errors.py       one-line errors; cli.py, the command line
+    errors.py       one-line errors; cli.py, the command line; config.py, options in a file
 """
 
 from fastkl.vae.api import train

@@ -65,6 +65,9 @@ class Settings:
     accumulate: int = option(1, "batches whose gradients each step adds up; terms that compare data see one of them")
     clip: float = option(0.0, "largest norm of the gradient of all weights together (0: off)")
     ema: float = option(0.0, "decay of the average of the weights, which tests and report use (0: off)")
+    patience: int = option(
+        0, "stop after this many points of the curves without a better ELBO, and report the best weights (0: off)"
+    )
     compile: bool = option(False, "compile the model and its loss by torch.compile")
     activation_checkpointing: bool = option(
         False, "keep only the inputs of the networks' layers, and compute the rest again in the backward pass"
@@ -167,7 +170,7 @@ GROUPS = {
     "model": ("model", "latent", "hidden", "layers"),
     "training": (
         "batch_size", "accumulate", "epochs", "steps", "learning_rate", "schedule", "weight_decay", "clip", "ema",
-        "precision", "compile", "activation_checkpointing", "noise", "bad_steps",
+        "patience", "precision", "compile", "activation_checkpointing", "noise", "bad_steps",
     ),
     "prior": (
         "prior", "components", "covariance", "kl", "samples", "prior_learning_rate", "tau", "final_tau", "tau_schedule",

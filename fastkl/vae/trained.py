@@ -119,18 +119,18 @@ class Trained:
 
 
 def load(
-    run: str | PathLike, *, device: str | torch.device = "cpu", average: bool = True, model: VAE | None = None
+    run: str | PathLike, *, device: str | torch.device = "cpu", weights: str = "", model: VAE | None = None
 ) -> Trained:
     """The model in a run's folder.
 
     Args:
         run: the folder, such as "runs/digits".
         device: the device of the networks.
-        average: use the average of the weights, if the run keeps one (--ema).
+        weights: "best" (with --patience), "average" (with --ema) or "last". By default the first that the run keeps.
         model: the networks of a run that was given a model of its own; their weights are read from the run.
 
     Raises:
-        UserError: the folder holds no checkpoint, or a damaged one.
+        UserError: the folder holds no checkpoint, a damaged one, or not these weights.
 
     >>> from fastkl import vae
     >>> vae.load("nothing")
@@ -147,13 +147,17 @@ def load(
     blank = torch.zeros(max(1, settings.components), *shape)
     vae.prior = prior.build(settings, vae, Data("", "", scaling, blank, blank, None, None, None))
     try:
-        if average and state["average"]:
+        kept = {"best": state["best"].get("model"), "average": state["average"], "last": state["model"]}
+        weights = weights or next(name for name in kept if kept[name])
+        if not kept.get(weights):
+            raise UserError(f"weights must be one of {', '.join(name for name in kept if kept[name])}, got {weights!r}")
+        if weights == "average":
             mean = AveragedModel(vae)
             mean.load_state_dict(state["average"])
             averaged: Any = mean.module
             vae = averaged
         else:
-            vae.load_state_dict(state["model"])
+            vae.load_state_dict(kept[weights])
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: the checkpoint does not fit its own settings ({first_line(error)})") from None
     vae = vae.to(device).requires_grad_(False).eval()
