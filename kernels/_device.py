@@ -154,13 +154,22 @@ def softplus_parts(x):
 
 
 @triton.jit
+def above_zero(std):
+    """The standard deviation, with 1e-30 for 0 (a point mass), whose logarithm has no gradient."""
+    return tl.where(std == 0.0, 1e-30, std)
+
+
+@triton.jit
 def to_logvar(parameter, SCALE: tl.constexpr):
+    """The scale is one of reference.SCALES or "std_or_0", a standard deviation that may be 0."""
     if SCALE == "logvar":
         return parameter
     if SCALE == "log_std":
         return 2.0 * parameter
     if SCALE == "std":
         return 2.0 * tl.log(parameter)
+    if SCALE == "std_or_0":
+        return 2.0 * tl.log(above_zero(parameter))
     # Below -15 softplus is u (1 - u / 2), u = exp(p), up to rounding; its logarithm does not underflow.
     u, value = softplus_parts(parameter)
     return 2.0 * tl.where(parameter < -15.0, parameter - 0.5 * u, tl.log(value))
@@ -174,8 +183,10 @@ def to_parameter_gradient(dlogvar, parameter, SCALE: tl.constexpr):
         return dlogvar
     if SCALE == "log_std":
         return 2.0 * dlogvar
+    if SCALE == "std_or_0":
+        parameter = above_zero(parameter)
     most = 1.7976931348623157e308 if parameter.dtype == tl.float64 else 3.4028234e38
-    if SCALE == "std":
+    if SCALE == "std" or SCALE == "std_or_0":
         nothing = (dlogvar == 0.0) & (parameter == 0.0)
         divisor = tl.where(nothing, 1.0, tl.minimum(parameter, most, tl.PropagateNan.ALL))
         return 2.0 * (dlogvar / divisor)
@@ -218,30 +229,38 @@ def weighted(weight, value):
 
 
 @triton.jit
-def kl_terms(mu, logvar, variance):
+def standard_kl_terms(mu, logvar, variance):
     """KL(N(mu, variance) || N(0, 1)), variance = exp(logvar)."""
     return 0.5 * (exp_minus_one_minus(logvar, variance) + mu * mu)
 
 
 @triton.jit
-def kl_terms_gradient(mu, logvar, variance):
+def standard_kl_terms_gradient(mu, logvar, variance):
     return mu, 0.5 * expm1(logvar, variance)
 
 
 @triton.jit
-def kl_terms_prior(mu, logvar, prior_mu, prior_logvar):
-    x = logvar - prior_logvar
-    standard, _ = standardise(mu - prior_mu, prior_logvar)
-    return 0.5 * (exp_minus_one_minus(x, exp(x)) + standard * standard)
+def kl_terms(mu, logvar, prior_mu, prior_logvar):
+    """KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar))). A prior of None is N(0, 1)."""
+    if prior_mu is None:
+        return standard_kl_terms(mu, logvar, exp(logvar))
+    else:
+        x = logvar - prior_logvar
+        standard, _ = standardise(mu - prior_mu, prior_logvar)
+        return 0.5 * (exp_minus_one_minus(x, exp(x)) + standard * standard)
 
 
 @triton.jit
-def kl_terms_prior_gradient(mu, logvar, prior_mu, prior_logvar):
-    """Gradients in mu, logvar and prior_logvar. The gradient in prior_mu is minus that in mu."""
-    x = logvar - prior_logvar
-    standard, root = standardise(mu - prior_mu, prior_logvar)
-    dlogvar = 0.5 * expm1(x, exp(x))
-    return standard * root * root, dlogvar, -dlogvar - 0.5 * standard * standard
+def kl_terms_gradient(mu, logvar, prior_mu, prior_logvar):
+    """Gradients in mu, logvar and prior_logvar (0 without a prior). The gradient in prior_mu is minus that in mu."""
+    if prior_mu is None:
+        gradient_mu, gradient_logvar = standard_kl_terms_gradient(mu, logvar, exp(logvar))
+        return gradient_mu, gradient_logvar, 0.0
+    else:
+        x = logvar - prior_logvar
+        standard, root = standardise(mu - prior_mu, prior_logvar)
+        dlogvar = 0.5 * expm1(x, exp(x))
+        return standard * root * root, dlogvar, -dlogvar - 0.5 * standard * standard
 
 
 @triton.jit

@@ -9,11 +9,8 @@ import triton.language as tl
 from fastkl.kernels._device import (
     bound,
     bound_gradient,
-    exp,
     kl_terms,
     kl_terms_gradient,
-    kl_terms_prior,
-    kl_terms_prior_gradient,
     offsets,
     tile,
     to_logvar,
@@ -42,13 +39,6 @@ from fastkl.kernels._layout import (
     views,
 )
 from fastkl.kernels._tuned import TILES
-from fastkl.kernels.normal._wasserstein2 import (
-    above_zero,
-    wasserstein2_terms,
-    wasserstein2_terms_gradient,
-    wasserstein2_terms_prior,
-    wasserstein2_terms_prior_gradient,
-)
 
 # Minimum rows per program for a prior shared by the batch, so that partial sums stay a small part of the traffic.
 SHARED_ROWS = 32
@@ -82,10 +72,10 @@ def kl_normal_fwd_kernel(
     mu, parameter, prior_mu, prior_logvar, kl, shape, mu_strides, parameter_strides, prior_mu_strides,
     prior_logvar_strides, columns_per_program, splits,
     low: tl.constexpr, high: tl.constexpr,
-    DISTANCE: tl.constexpr, SCALE: tl.constexpr, BOUNDED: tl.constexpr, NESTED: tl.constexpr,
+    terms: tl.constexpr, SCALE: tl.constexpr, BOUNDED: tl.constexpr, NESTED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """kl [splits, rows], with DISTANCE "wasserstein2" the squared distance; `splits` programs share a block of rows."""
+    """kl [splits, rows], the sums of `terms` (kl_terms or another distance); `splits` programs share a block of rows."""
     rows, columns = shape[0], shape[2]
     split = tl.program_id(0) % splits
     row = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
@@ -100,25 +90,20 @@ def kl_normal_fwd_kernel(
         # softplus changes the log-variance.
         mask = (row < rows)[:, None] & (column < last)[None, :]
         m = tl.load(mu + tile(row, column, shape, mu_strides, NESTED), mask, other=0.0).to(dtype)
-        fill: tl.constexpr = 1.0 if SCALE == "std" else 0.0
+        fill: tl.constexpr = 1.0 if SCALE == "std" or SCALE == "std_or_0" else 0.0
         v = tl.load(parameter + tile(row, column, shape, parameter_strides, NESTED), mask, other=fill).to(dtype)
-        if DISTANCE == "wasserstein2":
-            v = above_zero(v, SCALE)
         logvar = bound(to_logvar(v, SCALE), low, high, BOUNDED)
         if prior_mu is None:
-            terms = kl_terms(m, logvar, exp(logvar)) if DISTANCE == "kl" else wasserstein2_terms(m, logvar)
+            value = terms(m, logvar, None, None)
         else:
             at = tile(row, column, shape, prior_mu_strides, NESTED)
             pm = tl.load(prior_mu + at, mask, other=0.0).to(dtype)
             at = tile(row, column, shape, prior_logvar_strides, NESTED)
             pv = tl.load(prior_logvar + at, mask, other=0.0).to(dtype)
-            if DISTANCE == "kl":
-                terms = kl_terms_prior(m, logvar, pm, pv)
-            else:
-                terms = wasserstein2_terms_prior(m, logvar, pm, pv)
+            value = terms(m, logvar, pm, pv)
         if BOUNDED or SCALE == "softplus":
-            terms = tl.where(mask, terms, 0.0)
-        total += terms
+            value = tl.where(mask, value, 0.0)
+        total += value
     tl.store(kl, tl.sum(total, axis=1), mask=row < rows)
 
 
@@ -129,8 +114,8 @@ def kl_normal_bwd_kernel(
     dparameter_strides, dprior_mu_strides, dprior_logvar_strides, weight, rows_per_program, column_blocks,
     partial_stride,
     low: tl.constexpr, high: tl.constexpr,
-    DISTANCE: tl.constexpr, SCALE: tl.constexpr, BOUNDED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr,
-    PER_COLUMN: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    terms_gradient: tl.constexpr, SCALE: tl.constexpr, BOUNDED: tl.constexpr, LIVE: tl.constexpr,
+    SHARED: tl.constexpr, PER_COLUMN: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of columns by `rows_per_program` rows. dkl has one value per row, with PER_COLUMN one per
     column. With SHARED the prior is one row, and dprior the program's partial sum, `partial_stride` apart."""
@@ -154,24 +139,16 @@ def kl_normal_bwd_kernel(
             d = tl.load(dkl + at, row < rows, other=0.0)[:, None] * weight
         m = tl.load(mu + tile(row, column, shape, mu_strides, NESTED), mask, other=1.0).to(dtype)
         v = tl.load(parameter + tile(row, column, shape, parameter_strides, NESTED), mask, other=1.0).to(dtype)
-        if DISTANCE == "wasserstein2":
-            v = above_zero(v, SCALE)
         raw = to_logvar(v, SCALE)
         logvar = bound(raw, low, high, BOUNDED)
         if prior_mu is None:
-            if DISTANCE == "kl":
-                gradient_mu, gradient_logvar = kl_terms_gradient(m, logvar, exp(logvar))
-            else:
-                gradient_mu, gradient_logvar = wasserstein2_terms_gradient(m, logvar)
+            gradient_mu, gradient_logvar, _ = terms_gradient(m, logvar, None, None)
         else:
             at = tile(row, column, shape, prior_mu_strides, NESTED)
             pm = tl.load(prior_mu + at, mask, other=1.0).to(dtype)
             at = tile(row, column, shape, prior_logvar_strides, NESTED)
             pv = tl.load(prior_logvar + at, mask, other=1.0).to(dtype)
-            if DISTANCE == "kl":
-                gradient_mu, gradient_logvar, gradient_pv = kl_terms_prior_gradient(m, logvar, pm, pv)
-            else:
-                gradient_mu, gradient_logvar, gradient_pv = wasserstein2_terms_prior_gradient(m, logvar, pm, pv)
+            gradient_mu, gradient_logvar, gradient_pv = terms_gradient(m, logvar, pm, pv)
             if SHARED:
                 total_mu -= weighted(d, gradient_mu)  # 0 in masked rows, because d is 0
                 total_logvar += weighted(d, gradient_pv)
@@ -192,7 +169,7 @@ def kl_normal_bwd_kernel(
 
 
 @planned
-def plan_fwd(inputs, event_ndim, scale, low, high, distance):
+def plan_fwd(inputs, event_ndim, scale, low, high, terms):
     """(the launch, kl's shape with the splits in front, its dtype); None for views that no two dimensions describe."""
     shape = inputs[0].shape
     inputs = expanded(inputs, shape)
@@ -204,31 +181,31 @@ def plan_fwd(inputs, event_ndim, scale, low, high, distance):
     columns_per_program, splits = share(found.columns, block["COLUMNS"], PROGRAMS // max(1, row_blocks))
     plan = Plan(
         kl_normal_fwd_kernel, (row_blocks * splits,), found.shape, *found.strides, columns_per_program, splits,
-        low, high, DISTANCE=distance, SCALE=scale, BOUNDED=is_bounded(low, high), NESTED=found.nested,
+        low, high, terms=terms, SCALE=scale, BOUNDED=is_bounded(low, high), NESTED=found.nested,
         enable_fp_fusion=True, **block,
     )  # fmt: skip
     return plan, (splits, *shape[: len(shape) - event_ndim]), compute_dtype(inputs)
 
 
-def fwd(mu, parameter, prior_mu, prior_logvar, event_ndim, scale, low, high, live, distance="kl") -> torch.Tensor:
+def fwd(mu, parameter, prior_mu, prior_logvar, event_ndim, scale, low, high, live, terms=kl_terms) -> torch.Tensor:
     inputs = (mu, parameter, prior_mu, prior_logvar)
-    found = plan_fwd(views(*inputs), event_ndim, scale, low, high, distance)
+    found = plan_fwd(views(*inputs), event_ndim, scale, low, high, terms)
     if found is None:
-        return fwd(*contiguous(*inputs), event_ndim, scale, low, high, live, distance)
+        return fwd(*contiguous(*inputs), event_ndim, scale, low, high, live, terms)
     plan, shape, dtype = found
     return plan.sums(shape, dtype, *inputs)
 
 
 def bwd(
     dkl, mu, parameter, prior_mu, prior_logvar, dmu, dparameter, dprior_mu, dprior_logvar, event_ndim, scale, low, high,
-    live, distance="kl",
+    live, terms_gradient=kl_terms_gradient,
 ) -> None:  # fmt: skip
     inputs, outputs = (dkl, mu, parameter, prior_mu, prior_logvar), (dmu, dparameter, dprior_mu, dprior_logvar)
-    launch_bwd(inputs, outputs, 1.0, event_ndim, scale, low, high, live, distance, False)
+    launch_bwd(inputs, outputs, 1.0, event_ndim, scale, low, high, live, terms_gradient, False)
 
 
 @planned
-def plan_bwd(inputs, outputs, weight, event_ndim, scale, low, high, live, distance, per_column):
+def plan_bwd(inputs, outputs, weight, event_ndim, scale, low, high, live, terms_gradient, per_column):
     """(the launch, how many partial sums there are of a shared prior's gradient, or 0), or None as plan_fwd."""
     dkl, *inputs = inputs
     shape, dtype = inputs[0].shape, compute_dtype(inputs)
@@ -250,8 +227,8 @@ def plan_bwd(inputs, outputs, weight, event_ndim, scale, low, high, live, distan
     plan = Plan(
         kl_normal_bwd_kernel, (groups * column_blocks,), found.shape, *found.strides,
         weight, rows_per_program, column_blocks, 2 * columns, low, high,
-        DISTANCE=distance, SCALE=scale, BOUNDED=is_bounded(low, high), LIVE=live, SHARED=shared, PER_COLUMN=per_column,
-        NESTED=found.nested, enable_fp_fusion=True, **block,
+        terms_gradient=terms_gradient, SCALE=scale, BOUNDED=is_bounded(low, high), LIVE=live, SHARED=shared,
+        PER_COLUMN=per_column, NESTED=found.nested, enable_fp_fusion=True, **block,
     )  # fmt: skip
     return plan, groups if shared else 0
 

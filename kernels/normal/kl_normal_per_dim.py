@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import bound, exp, kl_terms, kl_terms_prior, offsets, tile, to_logvar
+from fastkl.kernels._device import bound, kl_terms, kl_terms_gradient, offsets, tile, to_logvar
 from fastkl.kernels._launch import Plan, planned
 from fastkl.kernels._layout import (
     PROGRAMS,
@@ -56,13 +56,13 @@ def kl_normal_per_dim_fwd_kernel(
         v = tl.load(parameter + tile(row, column, shape, parameter_strides, NESTED), mask, other=1.0).to(dtype)
         logvar = bound(to_logvar(v, SCALE), low, high, BOUNDED)
         if prior_mu is None:
-            terms = kl_terms(m, logvar, exp(logvar))
+            terms = kl_terms(m, logvar, None, None)
         else:
             at = tile(row, column, shape, prior_mu_strides, NESTED)
             pm = tl.load(prior_mu + at, mask, other=1.0).to(dtype)
             at = tile(row, column, shape, prior_logvar_strides, NESTED)
             pv = tl.load(prior_logvar + at, mask, other=1.0).to(dtype)
-            terms = kl_terms_prior(m, logvar, pm, pv)
+            terms = kl_terms(m, logvar, pm, pv)
         total = tl.where(mask, total + terms, total)
     tl.store(kl, tl.sum(total, axis=0) / rows, mask=column < columns)
 
@@ -109,4 +109,4 @@ def bwd(
     if dkl.dtype == torch.float64:  # a kernel's float argument is a float32
         dkl, weight = dkl * weight, 1.0
     inputs, outputs = (dkl, mu, parameter, prior_mu, prior_logvar), (dmu, dparameter, dprior_mu, dprior_logvar)
-    kl_normal.launch_bwd(inputs, outputs, weight, event_ndim, scale, low, high, live, "kl", True)
+    kl_normal.launch_bwd(inputs, outputs, weight, event_ndim, scale, low, high, live, kl_terms_gradient, True)

@@ -18,10 +18,10 @@ from fastkl.kernels._device import (
     exp_to_half,
     kl_terms,
     kl_terms_gradient,
-    kl_terms_prior,
-    kl_terms_prior_gradient,
     normals,
     offsets,
+    standard_kl_terms,
+    standard_kl_terms_gradient,
     to_logvar,
     to_parameter_gradient,
     weighted,
@@ -127,13 +127,13 @@ def rsample_kl_fwd_kernel(
         sigma = exp_to_half(logvar, 0.5) if HALF and kl is None else exp(logvar, 0.5)
         if kl is not None:
             if prior_mu is None:
-                terms = kl_terms(m, logvar, sigma * sigma)
+                terms = standard_kl_terms(m, logvar, sigma * sigma)
             else:
                 prior_at = elements(at, column, shape, prior_mu_strides, NESTED)
                 pm = tl.load(prior_mu + prior_at, mask, other=0.0).to(DTYPE)
                 prior_at = elements(at, column, shape, prior_logvar_strides, NESTED)
                 pv = tl.load(prior_logvar + prior_at, mask, other=0.0).to(DTYPE)
-                terms = kl_terms_prior(m, logvar, pm, pv)
+                terms = kl_terms(m, logvar, pm, pv)
             terms = tl.where(mask, terms, 0.0) if BOUNDED or SCALE == "softplus" else terms
             total += tl.sum(terms.reshape(ROWS, COLUMNS // 4, 4), axis=2)  # within a thread, which saves registers
         given, drawn = noise, z
@@ -201,13 +201,13 @@ def rsample_kl_bwd_kernel(
             weight = tl.load(dkl + row_at, row < rows, other=0.0)[:, None]
             m = tl.load(mu + elements(at, column, shape, mu_strides, NESTED), mask, other=1.0).to(DTYPE)
             if prior_mu is None:
-                kl_mu, kl_logvar = kl_terms_gradient(m, logvar, sigma * sigma)
+                kl_mu, kl_logvar = standard_kl_terms_gradient(m, logvar, sigma * sigma)
             else:
                 prior_at = elements(at, column, shape, prior_mu_strides, NESTED)
                 pm = tl.load(prior_mu + prior_at, mask, other=1.0).to(DTYPE)
                 prior_at = elements(at, column, shape, prior_logvar_strides, NESTED)
                 pv = tl.load(prior_logvar + prior_at, mask, other=1.0).to(DTYPE)
-                kl_mu, kl_logvar, kl_pv = kl_terms_prior_gradient(m, logvar, pm, pv)
+                kl_mu, kl_logvar, kl_pv = kl_terms_gradient(m, logvar, pm, pv)
                 kl_pv = weighted(weight, kl_pv)
             kl_mu, kl_logvar = weighted(weight, kl_mu), weighted(weight, kl_logvar)
             if prior_mu is not None:
