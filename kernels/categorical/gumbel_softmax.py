@@ -28,10 +28,10 @@ from fastkl.kernels._layout import (
     share,
     views,
 )
+from fastkl.kernels._noise import log
 from fastkl.kernels.categorical._gumbel_softmax import (
     NOT_A_CLASS,
     first_maximum,
-    log,
     offsets,
     perturbed,
     temperature,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import log1p, offsets, tile, weighted
+from fastkl.kernels._device import log1p, weighted
 from fastkl.kernels._launch import Plan, planned
 from fastkl.kernels._layout import (
     PROGRAMS,
@@ -20,6 +20,7 @@ from fastkl.kernels._layout import (
     share,
     views,
 )
+from fastkl.kernels._tile import load_rows, run_of_columns, tile
 from fastkl.kernels._tuned import TILES
 
 # Where rows cannot be read 16 bytes at a time, every element has an address and a mask.
@@ -56,12 +57,8 @@ def bernoulli_log_prob_fwd_kernel(
 ):  # fmt: skip
     """log_prob [splits, rows]; `splits` programs share a block of rows."""
     rows, columns = shape[0], shape[2]
-    split = tl.program_id(0) % splits
-    row = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
-    first = split * columns_per_program
-    last = tl.minimum(first + columns_per_program, columns)
+    row, first, last, place = run_of_columns(columns, columns_per_program, splits, rows, ROWS)
     dtype: tl.constexpr = log_prob.dtype.element_ty
-    log_prob += split.to(tl.int64) * rows + row
     total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
     for start in range(first, last, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
@@ -70,7 +67,7 @@ def bernoulli_log_prob_fwd_kernel(
         logit = tl.load(logits + tile(row, column, shape, logits_strides, NESTED), mask, other=1024.0).to(dtype)
         value = tl.load(x + tile(row, column, shape, x_strides, NESTED), mask, other=1.0).to(dtype)
         total += bernoulli_terms(logit, value)
-    tl.store(log_prob, tl.sum(total, axis=1), mask=row < rows)
+    tl.store(log_prob + place, tl.sum(total, axis=1), mask=row < rows)
 
 
 @triton.jit
@@ -86,8 +83,7 @@ def bernoulli_log_prob_bwd_kernel(
     # Masked elements are not stored, so any fill is valid.
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     dtype: tl.constexpr = dlog_prob.dtype.element_ty
-    at = offsets(row, shape[1], dlog_prob_strides[0], dlog_prob_strides[1], NESTED % 2 == 1)
-    d = tl.load(dlog_prob + at, row < rows, other=0.0)[:, None]
+    d = load_rows(dlog_prob, row, shape, dlog_prob_strides, NESTED)
     logit = tl.load(logits + tile(row, column, shape, logits_strides, NESTED), mask, other=0.0).to(dtype)
     if dlogits is not None:
         value = tl.load(x + tile(row, column, shape, x_strides, NESTED), mask, other=0.0).to(dtype)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import offsets, standardise, tile
+from fastkl.kernels._device import standardise
 from fastkl.kernels._launch import Plan, planned
 from fastkl.kernels._layout import (
     PROGRAMS,
@@ -27,6 +27,7 @@ from fastkl.kernels._layout import (
     share,
     views,
 )
+from fastkl.kernels._tile import load_rows, row_offsets, run_of_columns, store_columns, tile
 from fastkl.kernels._tuned import TILES
 
 # Rows that one program sums at least where the batch shares logvar: its partial sums stay a small part of the traffic.
@@ -54,13 +55,6 @@ def spread_of(logvar: torch.Tensor, x: torch.Tensor) -> str:
 
 
 @triton.jit
-def load_rows(pointer, row, shape, strides, NESTED: tl.constexpr):
-    """One value for each row, [ROWS, 1]; 0 for rows past the end."""
-    at = offsets(row, shape[1], strides[0], strides[1], NESTED % 2 == 1)
-    return tl.load(pointer + at, row < shape[0], other=0.0)[:, None]
-
-
-@triton.jit
 def load_tile(pointer, row, column, shape, strides, NESTED: tl.constexpr):
     mask = (row < shape[0])[:, None] & (column < shape[2])[None, :]
     return tl.load(pointer + tile(row, column, shape, strides, NESTED), mask, other=0.0)
@@ -82,13 +76,8 @@ def normal_log_prob_fwd_kernel(
     SPREAD: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """log_prob [splits, rows]; `splits` programs share a block of rows."""
-    rows = shape[0]
-    split = tl.program_id(0) % splits
-    row = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
-    first = split * columns_per_program
-    last = tl.minimum(first + columns_per_program, shape[2])
+    row, first, last, place = run_of_columns(shape[2], columns_per_program, splits, shape[0], ROWS)
     dtype: tl.constexpr = log_prob.dtype.element_ty
-    log_prob += split.to(tl.int64) * rows + row
     if SPREAD == "row":
         row_logvar = load_rows(logvar, row, shape, logvar_strides, NESTED).to(dtype)
     total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
@@ -108,10 +97,10 @@ def normal_log_prob_fwd_kernel(
     if SPREAD == "row":
         # Reloaded, because a value live across the loop would spill. The different `other=` keeps the compiler from
         # merging the loads.
-        at = offsets(row, shape[1], logvar_strides[0], logvar_strides[1], NESTED % 2 == 1)
-        constant += tl.load(logvar + at, row < rows, other=1.0).to(dtype)
+        at = row_offsets(row, shape, logvar_strides, NESTED)
+        constant += tl.load(logvar + at, row < shape[0], other=1.0).to(dtype)
     value = -0.5 * (tl.sum(total, axis=1) + (last - first) * constant)
-    tl.store(log_prob, value, mask=row < rows)
+    tl.store(log_prob + place, value, mask=row < shape[0])
 
 
 @triton.jit
@@ -184,9 +173,8 @@ def normal_log_prob_bwd_kernel(
             )  # fmt: skip
             total += twice
         if dlogvar is not None:
-            at = offsets(column, shape[3], dlogvar_strides[2], dlogvar_strides[3], NESTED >= 2)
-            at += group.to(tl.int64) * columns
-            tl.store(dlogvar + at, 0.5 * tl.sum(total, axis=0), mask=column < columns)
+            sums = 0.5 * tl.sum(total, axis=0)
+            store_columns(dlogvar, sums, column, shape, dlogvar_strides, group, columns, NESTED)
 
 
 @planned

@@ -11,8 +11,6 @@ from fastkl.kernels._device import (
     bound_gradient,
     kl_terms,
     kl_terms_gradient,
-    offsets,
-    tile,
     to_logvar,
     to_parameter_gradient,
     weighted,
@@ -38,6 +36,7 @@ from fastkl.kernels._layout import (
     share,
     views,
 )
+from fastkl.kernels._tile import column_offsets, load_rows, run_of_columns, run_of_rows, store_columns, tile
 from fastkl.kernels._tuned import TILES
 
 # Minimum rows per program for a prior shared by the batch, so that partial sums stay a small part of the traffic.
@@ -75,14 +74,10 @@ def kl_normal_fwd_kernel(
     terms: tl.constexpr, SCALE: tl.constexpr, BOUNDED: tl.constexpr, NESTED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """kl [splits, rows], the sums of `terms` (kl_terms or another distance); `splits` programs share a block of rows."""
+    """kl [splits, rows], the sums of `terms`: kl_terms or another distance. `splits` programs share a block of rows."""
     rows, columns = shape[0], shape[2]
-    split = tl.program_id(0) % splits
-    row = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
-    first = split * columns_per_program
-    last = tl.minimum(first + columns_per_program, columns)
+    row, first, last, place = run_of_columns(columns, columns_per_program, splits, rows, ROWS)
     dtype: tl.constexpr = kl.dtype.element_ty
-    kl += split.to(tl.int64) * rows + row
     total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
     for start in range(first, last, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
@@ -104,7 +99,7 @@ def kl_normal_fwd_kernel(
         if BOUNDED or SCALE == "softplus":
             value = tl.where(mask, value, 0.0)
         total += value
-    tl.store(kl, tl.sum(total, axis=1), mask=row < rows)
+    tl.store(kl + place, tl.sum(total, axis=1), mask=row < rows)
 
 
 @triton.jit
@@ -120,23 +115,21 @@ def kl_normal_bwd_kernel(
     """Gradients of a block of columns by `rows_per_program` rows. dkl has one value per row, with PER_COLUMN one per
     column. With SHARED the prior is one row, and dprior the program's partial sum, `partial_stride` apart."""
     rows, columns = shape[0], shape[2]
-    group = tl.program_id(0) // column_blocks
-    column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
-    first = group * rows_per_program
+    first, last, group, block = run_of_rows(rows, rows_per_program, column_blocks)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
     dtype: tl.constexpr = dkl.dtype.element_ty
     if SHARED:
         total_mu = tl.zeros([ROWS, COLUMNS], dtype=dtype)
         total_logvar = tl.zeros([ROWS, COLUMNS], dtype=dtype)
-    for start in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
+    for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
         # Masked elements are neither stored nor summed; 1 is a valid mean, log-variance and standard deviation.
         mask = (row < rows)[:, None] & (column < columns)[None, :]
         if PER_COLUMN:
-            at = offsets(column, shape[3], dkl_strides[2], dkl_strides[3], NESTED >= 2)
+            at = column_offsets(column, shape, dkl_strides, NESTED)
             d = tl.load(dkl + at, column < columns, other=0.0)[None, :] * tl.where(row < rows, weight, 0.0)[:, None]
         else:
-            at = offsets(row, shape[1], dkl_strides[0], dkl_strides[1], NESTED % 2 == 1)
-            d = tl.load(dkl + at, row < rows, other=0.0)[:, None] * weight
+            d = load_rows(dkl, row, shape, dkl_strides, NESTED) * weight
         m = tl.load(mu + tile(row, column, shape, mu_strides, NESTED), mask, other=1.0).to(dtype)
         v = tl.load(parameter + tile(row, column, shape, parameter_strides, NESTED), mask, other=1.0).to(dtype)
         raw = to_logvar(v, SCALE)
@@ -162,10 +155,9 @@ def kl_normal_bwd_kernel(
         tl.store(dmu + tile(row, column, shape, dmu_strides, NESTED), weighted(d, gradient_mu), mask)
         tl.store(dparameter + tile(row, column, shape, dparameter_strides, NESTED), gradient, mask)
     if SHARED:
-        at = offsets(column, shape[3], dprior_mu_strides[2], dprior_mu_strides[3], NESTED >= 2)
-        at += group.to(tl.int64) * partial_stride
-        tl.store(dprior_mu + at, tl.sum(total_mu, axis=0), mask=column < columns)
-        tl.store(dprior_logvar + at, tl.sum(total_logvar, axis=0), mask=column < columns)
+        sums_mu, sums_logvar = tl.sum(total_mu, axis=0), tl.sum(total_logvar, axis=0)
+        store_columns(dprior_mu, sums_mu, column, shape, dprior_mu_strides, group, partial_stride, NESTED)
+        store_columns(dprior_logvar, sums_logvar, column, shape, dprior_logvar_strides, group, partial_stride, NESTED)
 
 
 @planned

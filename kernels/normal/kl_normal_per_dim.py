@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import bound, kl_terms, kl_terms_gradient, offsets, tile, to_logvar
+from fastkl.kernels._device import bound, kl_terms, kl_terms_gradient, to_logvar
 from fastkl.kernels._launch import Plan, planned
 from fastkl.kernels._layout import (
     PROGRAMS,
@@ -25,6 +25,7 @@ from fastkl.kernels._layout import (
     share,
     views,
 )
+from fastkl.kernels._tile import run_of_rows, store_columns, tile
 from fastkl.kernels.normal import kl_normal
 
 # Rows that one program sums at least, while there are more: its partial sums are written and read again once for them.
@@ -41,14 +42,11 @@ def kl_normal_per_dim_fwd_kernel(
     """The share of the mean of a block of columns by `rows_per_program` rows, in kl, `partial_stride` apart for each
     group of rows."""
     rows, columns = shape[0], shape[2]
-    group = tl.program_id(0) // column_blocks
-    column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
-    first = group * rows_per_program
+    first, last, group, block = run_of_rows(rows, rows_per_program, column_blocks)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
     dtype: tl.constexpr = kl.dtype.element_ty
-    kl += group.to(tl.int64) * partial_stride
-    kl += offsets(column, shape[3], kl_strides[2], kl_strides[3], NESTED >= 2)
     total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
-    for start in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
+    for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
         # The sum below leaves out masked elements, so any finite fill is valid; 1 is also a valid standard deviation.
         mask = (row < rows)[:, None] & (column < columns)[None, :]
@@ -64,7 +62,7 @@ def kl_normal_per_dim_fwd_kernel(
             pv = tl.load(prior_logvar + at, mask, other=1.0).to(dtype)
             terms = kl_terms(m, logvar, pm, pv)
         total = tl.where(mask, total + terms, total)
-    tl.store(kl, tl.sum(total, axis=0) / rows, mask=column < columns)
+    store_columns(kl, tl.sum(total, axis=0) / rows, column, shape, kl_strides, group, partial_stride, NESTED)
 
 
 @planned

@@ -13,13 +13,10 @@ from fastkl.kernels._device import (
     TRITON_DTYPE,
     bound,
     bound_gradient,
-    elements,
     exp,
     exp_to_half,
     kl_terms,
     kl_terms_gradient,
-    normals,
-    offsets,
     standard_kl_terms,
     standard_kl_terms_gradient,
     to_logvar,
@@ -48,6 +45,8 @@ from fastkl.kernels._layout import (
     share,
     views,
 )
+from fastkl.kernels._noise import row_noise, shifted_columns
+from fastkl.kernels._tile import elements, load_rows, run_of_columns, run_of_rows, store_columns
 from fastkl.kernels._tuned import TILES
 
 # Minimum rows per program for a prior shared by the batch, so that partial sums stay a small part of the traffic.
@@ -70,29 +69,6 @@ def blocks(rows: int, columns: int, tensors: list[torch.Tensor]) -> dict[str, in
 
 
 @triton.jit
-def shifted_columns(row, start, columns, SHIFT: tl.constexpr, COLUMNS: tl.constexpr):
-    """Columns [ROWS or 1, COLUMNS] from `start`, shifted left so that each row begins at the start of a Philox call.
-
-    A row of D elements begins at element row * D of the noise, in the middle of a call unless 4 divides D.
-    """
-    column = start + tl.arange(0, COLUMNS)[None, :]
-    if SHIFT:
-        column -= ((row.to(tl.int64) * columns) & 3).to(tl.int32)[:, None]
-    return column
-
-
-@triton.jit
-def row_noise(
-    seed, row, start, sample, stream, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr,
-    SHIFT: tl.constexpr,
-):  # fmt: skip
-    """The noise of the elements that `shifted_columns` gives; `start` is a multiple of 4."""
-    first = row.to(tl.int64)[:, None] * columns + start
-    WIDE: tl.constexpr = HALF and not SHIFT  # shifted rows are stored element by element
-    return normals(seed, first >> 2, sample, stream, ROWS, COLUMNS, HALF, WIDE)
-
-
-@triton.jit
 def rsample_kl_fwd_kernel(
     mu, parameter, prior_mu, prior_logvar, noise, z, kl, seed, shape, mu_strides, parameter_strides, prior_mu_strides,
     prior_logvar_strides, noise_strides, z_strides, noise_sample_stride, z_sample_stride, samples, stream,
@@ -104,14 +80,11 @@ def rsample_kl_fwd_kernel(
     """z and kl [splits, rows] or None; noise is None or given. `splits` programs share a block of rows."""
     rows, columns = shape[0], shape[2]
     HALF: tl.constexpr = z.dtype.element_ty.primitive_bitwidth == 16
-    split = tl.program_id(0) % splits
-    row = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
-    first = split * columns_per_program
-    last = tl.minimum(first + columns_per_program, columns + 3 if SHIFT else columns)
+    last_column = columns + 3 if SHIFT else columns
+    row, first, last, place = run_of_columns(last_column, columns_per_program, splits, rows, ROWS)
     if noise is None:
         key = tl.load(seed)
     if kl is not None:
-        kl += split.to(tl.int64) * rows + row
         total = tl.zeros([ROWS, COLUMNS // 4], dtype=DTYPE)
     for start in range(first, last, COLUMNS):
         column = shifted_columns(row, start, columns, SHIFT, COLUMNS)
@@ -146,7 +119,7 @@ def rsample_kl_fwd_kernel(
             tl.store(drawn + elements(at, column, shape, z_strides, NESTED), m + sigma * eps, mask)
             drawn += z_sample_stride
     if kl is not None:
-        tl.store(kl, tl.sum(total, axis=1), mask=row < rows)
+        tl.store(kl + place, tl.sum(total, axis=1), mask=row < rows)
 
 
 @triton.jit
@@ -163,15 +136,14 @@ def rsample_kl_bwd_kernel(
     prior is one row, and dprior the program's partial sum, `partial_stride` apart."""
     rows, columns = shape[0], shape[2]
     HALF: tl.constexpr = dmu.dtype.element_ty.primitive_bitwidth + dparameter.dtype.element_ty.primitive_bitwidth == 32
-    group = tl.program_id(0) // column_blocks
-    start_column = tl.program_id(0) % column_blocks * COLUMNS
-    first = group * rows_per_program
+    first, last, group, block = run_of_rows(rows, rows_per_program, column_blocks)
+    start_column = block * COLUMNS
     if noise is None:
         key = tl.load(seed)
     if SHARED:
         total_mu = tl.zeros([ROWS, COLUMNS], dtype=DTYPE)
         total_logvar = tl.zeros([ROWS, COLUMNS], dtype=DTYPE)
-    for start in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
+    for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
         at = row[:, None]
         column = shifted_columns(row, start_column, columns, SHIFT, COLUMNS)
@@ -197,8 +169,7 @@ def rsample_kl_bwd_kernel(
             gradient_sigma += d * eps
         gradient_logvar = 0.5 * weighted(gradient_sigma, sigma)
         if dkl is not None:
-            row_at = offsets(row, shape[1], dkl_strides[0], dkl_strides[1], NESTED % 2 == 1)
-            weight = tl.load(dkl + row_at, row < rows, other=0.0)[:, None]
+            weight = load_rows(dkl, row, shape, dkl_strides, NESTED)
             m = tl.load(mu + elements(at, column, shape, mu_strides, NESTED), mask, other=1.0).to(DTYPE)
             if prior_mu is None:
                 kl_mu, kl_logvar = standard_kl_terms_gradient(m, logvar, sigma * sigma)
@@ -227,10 +198,9 @@ def rsample_kl_bwd_kernel(
         tl.store(dparameter + elements(at, column, shape, dparameter_strides, NESTED), gradient, mask)
     if SHARED:
         column = start_column + tl.arange(0, COLUMNS)
-        at_column = offsets(column, shape[3], dprior_mu_strides[2], dprior_mu_strides[3], NESTED >= 2)
-        at_column += group.to(tl.int64) * partial_stride
-        tl.store(dprior_mu + at_column, tl.sum(total_mu, axis=0), mask=column < columns)
-        tl.store(dprior_logvar + at_column, tl.sum(total_logvar, axis=0), mask=column < columns)
+        sums_mu, sums_logvar = tl.sum(total_mu, axis=0), tl.sum(total_logvar, axis=0)
+        store_columns(dprior_mu, sums_mu, column, shape, dprior_mu_strides, group, partial_stride, NESTED)
+        store_columns(dprior_logvar, sums_logvar, column, shape, dprior_logvar_strides, group, partial_stride, NESTED)
 
 
 def first_sample(view: View | None, num_samples: int | None, like: View) -> tuple[View, int]:
