@@ -13,6 +13,9 @@ import torch
 import triton
 from torch import Tensor
 
+# Rows that a program sums at least for a prior or a scale that the batch shares: the partial sums stay a small part of
+# the traffic.
+SHARED_ROWS = 32
 # Enough programs to fill a large GPU several times. Fixed, so that the order of summation is the same on every GPU.
 PROGRAMS = 1024
 NO_STRIDES = (0, 0, 0, 0)  # of a missing tensor
@@ -29,6 +32,10 @@ class View(NamedTuple):
     shape: torch.Size
     strides: tuple[int, ...]
     dtype: torch.dtype
+
+    @staticmethod
+    def dense(shape: torch.Size, dtype: torch.dtype) -> View:
+        return View(shape, contiguous_strides(shape), dtype)
 
     @property
     def itemsize(self) -> int:
@@ -197,3 +204,28 @@ def share(total: int, block: int, programs: int) -> tuple[int, int]:
     """(length, count): `total` split into at most `programs` equal lengths, each a multiple of `block`."""
     length = max(1, cdiv(cdiv(total, max(1, programs)), block)) * block
     return length, max(1, cdiv(total, length))
+
+
+def share_rows(rows: int, block_rows: int, column_blocks: int, at_least: int = SHARED_ROWS) -> tuple[int, int]:
+    """(rows per program, groups of rows) where each group sums its rows for every block of columns."""
+    return share(rows, block_rows, min(PROGRAMS // column_blocks, cdiv(rows, at_least)))
+
+
+def first_sample(view: View | None, num_samples: int | None, like: View) -> tuple[View, int]:
+    """(the first sample's view, the stride to the next); no strides if the tensor is missing."""
+    if view is None or num_samples == 0:
+        return View(like.shape, (0,) * like.dim(), like.dtype), 0
+    if num_samples is None:
+        return view, 0
+    return View(view.shape[1:], view.strides[1:], view.dtype), view.strides[0]
+
+
+def longest_event(views: list[View]) -> int:
+    """How many dimensions to treat as columns when only samples are wanted, which need no event: as many as are
+    contiguous, so that no Philox calls are wasted at the ends of short rows, but below 2^31 columns (32-bit counts)."""
+    ndim = views[0].dim()
+    for candidate in range(ndim, 0, -1):
+        found = layout(views, candidate, reorder=False)
+        if found is not None and found.nested < 2 and found.columns < 2**31:
+            return candidate
+    return min(1, ndim)

@@ -19,19 +19,17 @@ from fastkl.kernels._layout import (
     clear,
     compute_dtype,
     contiguous,
-    contiguous_strides,
     finish,
     layout,
     next_power_of_2,
     on_copies,
     share,
+    share_rows,
     views,
 )
 from fastkl.kernels._tile import load_rows, row_offsets, run_of_columns, store_columns, tile
 from fastkl.kernels._tuned import TILES
 
-# Rows that one program sums at least where the batch shares logvar: its partial sums stay a small part of the traffic.
-SHARED_ROWS = 32
 # Where rows cannot be read 16 bytes at a time, every element has an address and a mask.
 ODD_TILE = 1024
 
@@ -219,9 +217,9 @@ def plan_bwd(dlog_prob, x, mean, logvar, outputs, event_ndim):
         columns_per_program, splits = share(columns, columns_per_program, PROGRAMS // groups)
         partial, outputs = (splits, rows), (*outputs[:2], None)
     elif wanted and spread == "shared":
-        rows_per_program, groups = share(rows, rows_per_program, min(PROGRAMS // splits, cdiv(rows, SHARED_ROWS)))
+        rows_per_program, groups = share_rows(rows, rows_per_program, splits)
         partial = (groups, *event)
-        outputs = (*outputs[:2], View(event, contiguous_strides(event), dlog_prob.dtype).expand(shape))
+        outputs = (*outputs[:2], View.dense(event, dlog_prob.dtype).expand(shape))
     found = layout([dlog_prob.of_rows(shape), x, mean, logvar.expand(shape), *outputs], event_ndim)
     if found is None:
         return None

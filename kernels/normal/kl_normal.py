@@ -24,7 +24,6 @@ from fastkl.kernels._layout import (
     clear,
     compute_dtype,
     contiguous,
-    contiguous_strides,
     expanded,
     finish,
     is_bounded,
@@ -34,13 +33,12 @@ from fastkl.kernels._layout import (
     present,
     registers,
     share,
+    share_rows,
     views,
 )
 from fastkl.kernels._tile import column_offsets, load_rows, run_of_columns, run_of_rows, store_columns, tile
 from fastkl.kernels._tuned import TILES
 
-# Minimum rows per program for a prior shared by the batch, so that partial sums stay a small part of the traffic.
-SHARED_ROWS = 32
 # Bytes of a row of a tall tile: whole cache lines, and narrow, so that many programs share the columns, few the rows.
 TALL_ROW_BYTES = 256
 # Elements of a tile whose rows cannot be read 16 bytes at a time: every element then has an address and a mask, which
@@ -211,8 +209,8 @@ def plan_bwd(inputs, outputs, weight, event_ndim, scale, low, high, live, terms_
     column_blocks = cdiv(columns, block["COLUMNS"])
     rows_per_program, groups = block["ROWS"], cdiv(rows, block["ROWS"])
     if shared:
-        rows_per_program, groups = share(rows, block["ROWS"], min(PROGRAMS // column_blocks, cdiv(rows, SHARED_ROWS)))
-        outputs[2:] = [View(event, contiguous_strides(event), dtype).expand(shape)] * 2
+        rows_per_program, groups = share_rows(rows, block["ROWS"], column_blocks)
+        outputs[2:] = [View.dense(event, dtype).expand(shape)] * 2
     found = layout([dkl.expand(shape) if per_column else dkl.of_rows(shape), *inputs, *outputs], event_ndim)
     if found is None:
         return None

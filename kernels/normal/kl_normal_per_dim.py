@@ -12,17 +12,15 @@ import triton.language as tl
 from fastkl.kernels._device import bound, kl_terms, kl_terms_gradient, to_logvar
 from fastkl.kernels._launch import Plan, planned
 from fastkl.kernels._layout import (
-    PROGRAMS,
     View,
     cdiv,
     compute_dtype,
     contiguous,
-    contiguous_strides,
     expanded,
     is_bounded,
     layout,
     present,
-    share,
+    share_rows,
     views,
 )
 from fastkl.kernels._tile import run_of_rows, store_columns, tile
@@ -74,9 +72,8 @@ def plan_fwd(inputs, event_ndim, scale, low, high):
     inputs = expanded(inputs, shape)
     dtype, block = compute_dtype(inputs), kl_normal.blocks(rows, columns, present(inputs), tall=True)
     column_blocks = cdiv(columns, block["COLUMNS"])
-    most = min(PROGRAMS // column_blocks, cdiv(rows, MIN_ROWS))
-    rows_per_program, groups = share(rows, block["ROWS"], most)
-    found = layout([*inputs, View(event, contiguous_strides(event), dtype).expand(shape)], event_ndim)
+    rows_per_program, groups = share_rows(rows, block["ROWS"], column_blocks, MIN_ROWS)
+    found = layout([*inputs, View.dense(event, dtype).expand(shape)], event_ndim)
     if found is None:
         return None
     plan = Plan(
