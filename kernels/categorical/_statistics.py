@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import finite
 from fastkl.kernels._launch import Plan, planned
@@ -89,11 +92,13 @@ def statistics_kernel(
 
 
 @planned
-def plan_statistics(work, strides, dy_strides, soft):
+def plan_statistics(work: Any, strides: tuple[int, ...], dy_strides: tuple[int, ...], soft: bool) -> Plan:
     return Plan(statistics_kernel, work.grid, work.shape, strides, dy_strides, *work.numbers, SOFT=soft, **work.options)
 
 
-def statistics(work, x, dy, tau, seed, stream, soft):
+def statistics(
+    work: Any, x: Tensor, dy: Tensor | None, tau: Tensor | float, seed: Tensor, stream: int, soft: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """(maxima and sums, third) of each split, or None where one tile holds all classes."""
     if work.whole:
         return None, None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import LN2, TRITON_DTYPE, finite
 from fastkl.kernels._launch import Plan, planned
@@ -26,7 +27,7 @@ from fastkl.kernels._layout import (
     next_power_of_2,
     registers,
     share,
-    views,
+    view,
 )
 from fastkl.kernels._noise import log
 from fastkl.kernels.categorical._gumbel_softmax import first_maximum, offsets, perturbed, temperature, tile
@@ -148,7 +149,7 @@ class Work:
     shape: tuple[int, int, int]
     whole: bool  # one tile holds all classes
     splits: int
-    grid: tuple[int]
+    grid: tuple[int, ...]
     numbers: tuple[int, ...]
     options: dict[str, Any]
 
@@ -156,7 +157,7 @@ class Work:
     def count(self) -> int:
         return self.numbers[-1]
 
-    def view(self, tensor):
+    def view(self, tensor: Tensor) -> Tensor:
         """[outer, classes, inner]; a copy where a view needs more than one stride for the dimensions on either side."""
         return tensor.reshape(self.shape)
 
@@ -182,12 +183,12 @@ def work_of(tensor: View, dim: int, tensor_tau: bool, noisy: bool = True) -> Wor
     return Work(shape, whole, splits, (units * splits,), numbers, options | block)
 
 
-def finish(tensor, written):
+def finish(tensor: Tensor, written: Tensor) -> Tensor:
     """`tensor`, of which `written` is the view or the copy."""
     return tensor if written.data_ptr() == tensor.data_ptr() else tensor.copy_(written.view(tensor.shape))
 
 
-def temperature_of(tau, constant, tensor) -> torch.Tensor | float:
+def temperature_of(tau: Tensor | None, constant: float, tensor: Tensor) -> Tensor | float:
     """tau, or of a number 1 / tau, which may change at every call."""
     if tau is not None:
         return tau
@@ -197,46 +198,52 @@ def temperature_of(tau, constant, tensor) -> torch.Tensor | float:
     return 1 / max(constant, torch.finfo(torch.float32).tiny)
 
 
-def fwd(logits, tau, seed, constant, hard, dim, stream):
+def fwd(logits: Tensor, tau: Tensor | None, seed: Tensor, constant: float, hard: bool, dim: int, stream: int) -> Tensor:
     hard = hard or (tau is None and constant == 0)
     y = torch.empty_like(logits)
     if y.numel() == 0:
         return y
-    tau = temperature_of(tau, constant, logits)
-    work = work_of(*views(logits), dim, isinstance(tau, torch.Tensor))
+    temperature = temperature_of(tau, constant, logits)
+    work = work_of(view(logits), dim, isinstance(temperature, Tensor))
     x, out = work.view(logits), work.view(y)
     plan = plan_fwd(work, x.stride(), out.stride(), hard)
-    plan.launch(x, out, tau, seed, stream, *statistics(work, x, None, tau, seed, stream, False))
+    plan.launch(x, out, temperature, seed, stream, *statistics(work, x, None, temperature, seed, stream, False))
     return finish(y, out)
 
 
 @planned
-def plan_fwd(work, strides, y_strides, hard):
+def plan_fwd(work: Work, strides: tuple[int, ...], y_strides: tuple[int, ...], hard: bool) -> Plan:
     return Plan(
         gumbel_softmax_fwd_kernel, work.grid, work.shape, strides, y_strides, *work.numbers,
         HARD=hard, SPLITS=next_power_of_2(work.splits), **work.options,
     )  # fmt: skip
 
 
-def bwd(dy, y, logits, tau, seed, constant, hard, dim, stream, tau_gradient):
+def bwd(
+    dy: Tensor, y: Tensor, logits: Tensor | None, tau: Tensor | None, seed: Tensor, constant: float, hard: bool,
+    dim: int, stream: int, tau_gradient: bool,
+) -> list[Tensor]:  # fmt: skip
     like, soft = (y, True) if logits is None else (logits, False)
     if tau is None and constant == 0:
         return [torch.zeros_like(like)]
     gradient = torch.empty_like(like)
     if gradient.numel() == 0:
-        return [gradient.zero_(), *([torch.zeros_like(tau)] if tau_gradient else [])]
+        return [gradient, torch.zeros_like(tau)] if tau_gradient and tau is not None else [gradient]
     temperature = temperature_of(tau, constant, like)
-    work = work_of(*views(like), dim, isinstance(temperature, torch.Tensor), not soft)
+    work = work_of(view(like), dim, isinstance(temperature, Tensor), not soft)
     x, d, out = work.view(like), work.view(dy), work.view(gradient)
     dtau = torch.empty(work.grid, dtype=compute_dtype([like]), device=like.device) if tau_gradient else None
     plan = plan_bwd(work, d.stride(), x.stride(), out.stride(), soft)
     found = statistics(work, x, d, temperature, seed, stream, soft)
     plan.launch(d, x, out, dtau, temperature, seed, stream, *found)
-    return [finish(gradient, out), *([dtau.sum().to(tau.dtype)] if tau_gradient else [])]
+    dlogits = finish(gradient, out)
+    return [dlogits] if dtau is None or tau is None else [dlogits, dtau.sum().to(tau.dtype)]
 
 
 @planned
-def plan_bwd(work, dy_strides, strides, dlogits_strides, soft):
+def plan_bwd(
+    work: Work, dy_strides: tuple[int, ...], strides: tuple[int, ...], dlogits_strides: tuple[int, ...], soft: bool
+) -> Plan:
     return Plan(
         gumbel_softmax_bwd_kernel, work.grid, work.shape, dy_strides, strides, dlogits_strides, *work.numbers,
         SOFT=soft, SPLITS=next_power_of_2(work.splits), **work.options,

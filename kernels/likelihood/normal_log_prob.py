@@ -6,19 +6,20 @@ gradient leaves the kernel as one partial sum per row, or per column.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import standardise
-from fastkl.kernels._launch import Plan, planned
+from fastkl.kernels._launch import Plan, Sums, planned, sums
 from fastkl.kernels._layout import (
     PROGRAMS,
     View,
     cdiv,
     clear,
     compute_dtype,
-    contiguous,
     finish,
     layout,
     next_power_of_2,
@@ -45,7 +46,7 @@ def blocks(rows: int, columns: int, itemsize: int) -> dict[str, int]:
     return {"ROWS": min(elements // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": warps}
 
 
-def spread_of(logvar: torch.Tensor, x: torch.Tensor) -> str:
+def spread_of(logvar: View, x: View) -> str:
     """The layout of logvar in x [*batch, *event]: "full", "row" ([*batch, 1, ..., 1]) or "shared" ([*event])."""
     if logvar.dim() < x.dim():
         return "shared"
@@ -176,8 +177,9 @@ def normal_log_prob_bwd_kernel(
 
 
 @planned
-def plan_fwd(x, mean, logvar, event_ndim):
+def plan_fwd(inputs: Sequence[View], event_ndim: int) -> Sums | None:
     """(the launch, the shape of the splits' sums, their dtype); None for views that no two dimensions describe."""
+    x, mean, logvar = inputs
     inputs, shape = [x, mean, logvar.expand(x.shape)], x.shape
     found = layout(inputs, event_ndim)
     if found is None:
@@ -193,20 +195,19 @@ def plan_fwd(x, mean, logvar, event_ndim):
     return plan, (splits, *shape[: len(shape) - event_ndim]), compute_dtype(inputs)
 
 
-def fwd(x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor, event_ndim: int) -> torch.Tensor:
+def fwd(x: Tensor, mean: Tensor, logvar: Tensor, event_ndim: int) -> Tensor:
     if x.numel() == 0:
         return x.new_zeros(x.shape[: x.dim() - event_ndim], dtype=compute_dtype([x, mean, logvar]))
-    found = plan_fwd(*views(x, mean, logvar), event_ndim)
-    if found is None:
-        return fwd(*contiguous(x, mean, logvar), event_ndim)
-    plan, shape, dtype = found
-    return plan.sums(shape, dtype, x, mean, logvar)
+    return sums(plan_fwd, (x, mean, logvar), event_ndim)
 
 
 @planned
-def plan_bwd(dlog_prob, x, mean, logvar, outputs, event_ndim):
+def plan_bwd(
+    inputs: Sequence[View], outputs: Sequence[View | None], event_ndim: int
+) -> tuple[Plan, tuple[int, ...] | None] | None:
     """(the launch, the shape of the partial sums of logvar's gradient, or None); None as in plan_fwd. Unwanted
     outputs are None."""
+    dlog_prob, x, mean, logvar = inputs
     shape, spread, wanted = x.shape, spread_of(logvar, x), outputs[2] is not None
     event = shape[len(shape) - event_ndim :]
     rows, columns = shape[: len(shape) - event_ndim].numel(), event.numel()
@@ -230,14 +231,17 @@ def plan_bwd(dlog_prob, x, mean, logvar, outputs, event_ndim):
     return plan, partial
 
 
-def bwd(dlog_prob, x, mean, logvar, dx, dmean, dlogvar, event_ndim: int) -> None:
+def bwd(
+    dlog_prob: Tensor, x: Tensor, mean: Tensor, logvar: Tensor, dx: Tensor | None, dmean: Tensor | None,
+    dlogvar: Tensor | None, event_ndim: int,
+) -> None:  # fmt: skip
     """A gradient that is not wanted is None."""
     inputs, outputs = (dlog_prob.to(compute_dtype((x, mean, logvar))), x, mean, logvar), (dx, dmean, dlogvar)
     if x.numel() == 0:
         return clear(outputs)
-    found = plan_bwd(*views(*inputs), views(*outputs), event_ndim)
+    found = plan_bwd(views(*inputs), views(*outputs), event_ndim)
     if found is None:
-        return on_copies(lambda *copies: bwd(*copies[0], *copies[1], event_ndim), inputs, outputs)
+        return on_copies(lambda given, wanted: bwd(*[*given, *wanted, event_ndim]), inputs, outputs)
     plan, shape = found
     if shape is None:
         return plan.launch(*inputs, *outputs)

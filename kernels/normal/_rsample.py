@@ -5,7 +5,8 @@ The noise comes from Philox in registers. Backward draws it again from the 8-byt
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 
@@ -22,7 +23,7 @@ from fastkl.kernels._device import (
     to_parameter_gradient,
     weighted,
 )
-from fastkl.kernels._layout import SPILLS_A_FEW, next_power_of_2, registers
+from fastkl.kernels._layout import SPILLS_A_FEW, View, next_power_of_2, registers
 from fastkl.kernels._noise import row_noise, shifted_columns
 from fastkl.kernels._tile import elements, load_rows, run_of_columns, run_of_rows, store_columns
 from fastkl.kernels._tuned import TILES
@@ -31,7 +32,7 @@ from fastkl.kernels._tuned import TILES
 ODD_TILE = {2: 512, 4: 512, 8: 256}
 
 
-def blocks(rows: int, columns: int, tensors: list[torch.Tensor]) -> dict[str, int]:
+def blocks(rows: int, columns: int, tensors: Sequence[View]) -> dict[str, int]:
     """A tile of rows x columns; its columns are a multiple of 4, one Philox call each."""
     itemsize = max(tensor.itemsize for tensor in tensors)
     tile, warps = TILES["rsample_kl"][itemsize]  # 32 bytes of each tensor for a thread: sampling needs registers, too

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import (
     bound,
@@ -15,7 +18,7 @@ from fastkl.kernels._device import (
     to_parameter_gradient,
     weighted,
 )
-from fastkl.kernels._launch import Plan, planned
+from fastkl.kernels._launch import Plan, Sums, planned, sums
 from fastkl.kernels._layout import (
     PROGRAMS,
     SPILLS_A_FEW,
@@ -23,7 +26,6 @@ from fastkl.kernels._layout import (
     cdiv,
     clear,
     compute_dtype,
-    contiguous,
     expanded,
     finish,
     is_bounded,
@@ -46,7 +48,7 @@ TALL_ROW_BYTES = 256
 ODD_TILE = {2: 1024, 4: 1024, 8: 256}
 
 
-def blocks(rows: int, columns: int, tensors: list[torch.Tensor], *, tall: bool = False) -> dict[str, int]:
+def blocks(rows: int, columns: int, tensors: Sequence[View], *, tall: bool = False) -> dict[str, int]:
     """A tile of rows x columns: short rows packed many to a program, long rows in runs; `tall` for sums over rows."""
     itemsize = max(tensor.itemsize for tensor in tensors)
     # 64 to 128 bytes of all tensors for each thread; less in float64, whose exponential takes many registers.
@@ -159,9 +161,11 @@ def kl_normal_bwd_kernel(
 
 
 @planned
-def plan_fwd(inputs, event_ndim, scale, low, high, terms):
+def plan_fwd(
+    inputs: Sequence[View | None], event_ndim: int, scale: str, low: float, high: float, terms: Any
+) -> Sums | None:
     """(the launch, kl's shape with the splits in front, its dtype); None for views that no two dimensions describe."""
-    shape = inputs[0].shape
+    shape = present(inputs)[0].shape
     inputs = expanded(inputs, shape)
     found = layout(inputs, event_ndim)
     if found is None:
@@ -177,25 +181,28 @@ def plan_fwd(inputs, event_ndim, scale, low, high, terms):
     return plan, (splits, *shape[: len(shape) - event_ndim]), compute_dtype(inputs)
 
 
-def fwd(mu, parameter, prior_mu, prior_logvar, event_ndim, scale, low, high, live, terms=kl_terms) -> torch.Tensor:
+def fwd(
+    mu: Tensor, parameter: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None,
+    event_ndim: int, scale: str, low: float, high: float, live: bool, terms: Any = kl_terms,
+) -> Tensor:  # fmt: skip
     inputs = (mu, parameter, prior_mu, prior_logvar)
-    found = plan_fwd(views(*inputs), event_ndim, scale, low, high, terms)
-    if found is None:
-        return fwd(*contiguous(*inputs), event_ndim, scale, low, high, live, terms)
-    plan, shape, dtype = found
-    return plan.sums(shape, dtype, *inputs)
+    return sums(plan_fwd, inputs, event_ndim, scale, low, high, terms)
 
 
 def bwd(
-    dkl, mu, parameter, prior_mu, prior_logvar, dmu, dparameter, dprior_mu, dprior_logvar, event_ndim, scale, low, high,
-    live, terms_gradient=kl_terms_gradient,
+    dkl: Tensor, mu: Tensor, parameter: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None,
+    dmu: Tensor, dparameter: Tensor, dprior_mu: Tensor | None, dprior_logvar: Tensor | None,
+    event_ndim: int, scale: str, low: float, high: float, live: bool, terms_gradient: Any = kl_terms_gradient,
 ) -> None:  # fmt: skip
     inputs, outputs = (dkl, mu, parameter, prior_mu, prior_logvar), (dmu, dparameter, dprior_mu, dprior_logvar)
     launch_bwd(inputs, outputs, 1.0, event_ndim, scale, low, high, live, terms_gradient, False)
 
 
 @planned
-def plan_bwd(inputs, outputs, weight, event_ndim, scale, low, high, live, terms_gradient, per_column):
+def plan_bwd(
+    inputs: Sequence[Any], outputs: Sequence[View | None], weight: float, event_ndim: int, scale: str, low: float,
+    high: float, live: bool, terms_gradient: Any, per_column: bool,
+) -> tuple[Plan, int] | None:  # fmt: skip
     """(the launch, how many partial sums there are of a shared prior's gradient, or 0), or None as plan_fwd."""
     dkl, *inputs = inputs
     shape, dtype = inputs[0].shape, compute_dtype(inputs)
@@ -223,7 +230,9 @@ def plan_bwd(inputs, outputs, weight, event_ndim, scale, low, high, live, terms_
     return plan, groups if shared else 0
 
 
-def launch_bwd(inputs, outputs, weight, event_ndim, *settings) -> None:
+def launch_bwd(
+    inputs: Sequence[Any], outputs: Sequence[Tensor | None], weight: float, event_ndim: int, *settings: Any
+) -> None:
     """The gradients `outputs` of q and, if they are not None, of the prior. inputs: dkl, which has one value for each
     row, or (the last setting) for each column, and those of the forward pass."""
     dkl, mu, *rest = inputs

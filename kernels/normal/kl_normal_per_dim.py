@@ -5,23 +5,24 @@ The backward pass is kl_normal's, with one incoming value per column in place of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import bound, kl_terms, kl_terms_gradient, to_logvar
-from fastkl.kernels._launch import Plan, planned
+from fastkl.kernels._launch import Plan, Sums, planned, sums
 from fastkl.kernels._layout import (
     View,
     cdiv,
     compute_dtype,
-    contiguous,
     expanded,
     is_bounded,
     layout,
     present,
     share_rows,
-    views,
 )
 from fastkl.kernels._tile import run_of_rows, store_columns, tile
 from fastkl.kernels.normal import kl_normal
@@ -64,9 +65,9 @@ def kl_normal_per_dim_fwd_kernel(
 
 
 @planned
-def plan_fwd(inputs, event_ndim, scale, low, high):
+def plan_fwd(inputs: Sequence[View | None], event_ndim: int, scale: str, low: float, high: float) -> Sums | None:
     """(the launch, the shape of the groups' sums, their dtype); None for views that no two dimensions describe."""
-    shape = inputs[0].shape
+    shape = present(inputs)[0].shape
     event = shape[len(shape) - event_ndim :]
     rows, columns = shape[: len(shape) - event_ndim].numel(), event.numel()
     inputs = expanded(inputs, shape)
@@ -84,21 +85,21 @@ def plan_fwd(inputs, event_ndim, scale, low, high):
     return plan, (groups, *event), dtype
 
 
-def fwd(mu, parameter, prior_mu, prior_logvar, event_ndim, scale, low, high, live) -> torch.Tensor:
+def fwd(
+    mu: Tensor, parameter: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None,
+    event_ndim: int, scale: str, low: float, high: float, live: bool,
+) -> Tensor:  # fmt: skip
     inputs = (mu, parameter, prior_mu, prior_logvar)
     if mu.numel() == 0:  # the mean of nothing
         return mu.new_full(mu.shape[mu.dim() - event_ndim :], float("nan"), dtype=compute_dtype(inputs))
-    found = plan_fwd(views(*inputs), event_ndim, scale, low, high)
-    if found is None:
-        return fwd(*contiguous(*inputs), event_ndim, scale, low, high, live)
-    plan, shape, dtype = found
     # Two stages, no atomics: the same sum in every run.
-    return plan.sums(shape, dtype, *inputs)
+    return sums(plan_fwd, inputs, event_ndim, scale, low, high)
 
 
 def bwd(
-    dkl, mu, parameter, prior_mu, prior_logvar, dmu, dparameter, dprior_mu, dprior_logvar, event_ndim, scale, low, high,
-    live,
+    dkl: Tensor, mu: Tensor, parameter: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None,
+    dmu: Tensor, dparameter: Tensor, dprior_mu: Tensor | None, dprior_logvar: Tensor | None,
+    event_ndim: int, scale: str, low: float, high: float, live: bool,
 ) -> None:  # fmt: skip
     weight = 1.0 / max(1, mu.shape[: mu.dim() - event_ndim].numel())
     if dkl.dtype == torch.float64:  # a kernel's float argument is a float32

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import exp, exp_minus_one_minus_series, expm1
 from fastkl.kernels.normal import kl_normal
@@ -46,14 +46,18 @@ def of_points(scale: str) -> str:
     return "std_or_0" if scale == "std" else scale
 
 
-def fwd(mu, parameter, prior_mu, prior_logvar, event_ndim, scale, low, high, live) -> torch.Tensor:
+def fwd(
+    mu: Tensor, parameter: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None,
+    event_ndim: int, scale: str, low: float, high: float, live: bool,
+) -> Tensor:  # fmt: skip
     inputs = (mu, parameter, prior_mu, prior_logvar)
     return kl_normal.fwd(*inputs, event_ndim, of_points(scale), low, high, live, wasserstein2_terms)
 
 
 def bwd(
-    dkl, mu, parameter, prior_mu, prior_logvar, dmu, dparameter, dprior_mu, dprior_logvar, event_ndim, scale, low, high,
-    live,
+    dkl: Tensor, mu: Tensor, parameter: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None,
+    dmu: Tensor, dparameter: Tensor, dprior_mu: Tensor | None, dprior_logvar: Tensor | None,
+    event_ndim: int, scale: str, low: float, high: float, live: bool,
 ) -> None:  # fmt: skip
     inputs, outputs = (dkl, mu, parameter, prior_mu, prior_logvar), (dmu, dparameter, dprior_mu, dprior_logvar)
     kl_normal.bwd(*inputs, *outputs, event_ndim, of_points(scale), low, high, live, wasserstein2_terms_gradient)
