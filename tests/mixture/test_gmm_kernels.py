@@ -8,6 +8,7 @@ import torch
 
 from fastkl import reference
 
+from gmm_helpers import outputs
 from helpers import DEVICE, assert_as_good_as_eager, launcher, poisoned_memory
 
 FORMS = ("point", "expected", "convolved")
@@ -73,17 +74,25 @@ def compare(actual, tensors, function, cotangent, form, units):
 def check_log_prob(tensors, form="point", dlp=None, units=8.0, separately=False):
     fwd, bwd = launcher("gmm_log_prob.fwd"), launcher("gmm_log_prob.bwd")
     z, logvar, logits, means, logvars = tensors
-    arguments = (z, logvar, logits, means, logvars, None, form, "exact")
+    inputs = (z, logvar, logits, means, logvars, None)
     with poisoned_memory():
-        lp, kept = fwd(*arguments, 1)
+        lp, kept = fwd(*inputs, form, "exact", 1)
         assert torch.equal(kept.to(lp.dtype), lp)
         dlp = torch.linspace(-1, 2, z.shape[0], dtype=lp.dtype, device=lp.device) if dlp is None else dlp
-        everything = bwd(dlp, [kept], *arguments, True, True)
+
+        def gradients(*wanted):
+            found = outputs(inputs, wanted)
+            assert bwd(dlp, kept, None, *inputs, *found, form, "exact") is None
+            return [t for t in found if t is not None]
+
+        everything = gradients(*range(6))
         if separately:
-            parts = [*bwd(dlp, [kept], *arguments, True, False), *bwd(dlp, [kept], *arguments, False, True)]
+            parts = [*gradients(0, 1), *gradients(2, 3, 4)]
+            alone = [gradient for place in range(5) for gradient in gradients(place)]
             # Logits of their own make the kernel by rows another one, which rounds otherwise.
             close = 0.0 if logits.shape[0] == 1 else 1e-6
-            torch.testing.assert_close(everything, parts, rtol=close, atol=close)
+            for found in (parts, alone):
+                torch.testing.assert_close(everything, found, rtol=close, atol=close)
     assert [g.dtype for g in everything] == [t.dtype for t in tensors if t is not None]
     compare([lp, *everything], tensors, lambda values: values.logsumexp(-1), dlp, form, units)
     return lp, everything
@@ -118,7 +127,7 @@ def test_more_components_for_each_program(monkeypatch):
 
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_parts_are_added_up_in_several_blocks(form, monkeypatch):
-    kernels = importlib.import_module("fastkl.kernels.mixture._mixture_gradient")
+    kernels = importlib.import_module("fastkl.kernels.mixture._mixture_components")
     monkeypatch.setitem(kernels.FINISH, "COMPONENTS", 2)
     monkeypatch.setitem(kernels.FINISH, "COLUMNS", 2)
     check_log_prob(draw(520, 3, 3, form=form), form)
@@ -234,11 +243,15 @@ def test_responsibilities(dtype, logit_rows):
     fwd, bwd = launcher("gmm_responsibilities.fwd"), launcher("gmm_responsibilities.bwd")
     tensors = draw(36, 20, 3, dtype=dtype, logit_rows=logit_rows)
     z, _, logits, means, logvars = tensors
-    arguments = (z, logits, means, logvars, None, "exact")
+    inputs = (z, logits, means, logvars, None)
     with poisoned_memory():
-        log_r = fwd(*arguments)
+        log_r = fwd(*inputs, "exact")
         dlog_r = torch.randn(20, 36, dtype=log_r.dtype, generator=torch.Generator().manual_seed(1)).to(DEVICE).t()
-        gradients = [*bwd(dlog_r, log_r, *arguments, True, False), *bwd(dlog_r, log_r, *arguments, False, True)]
+        gradients = []
+        for wanted in ({0}, {1, 2, 3}):
+            found = outputs(inputs, wanted)
+            assert bwd(dlog_r, log_r, *inputs, *found, "exact") is None
+            gradients += [t for t in found if t is not None]
     units = 2.0 if dtype.itemsize == 2 else 8.0
     compare([log_r, *gradients], tensors, lambda values: values.log_softmax(-1), dlog_r, "point", units)
 
@@ -273,14 +286,15 @@ def aot_calls():
     def add(name, rows, components, columns, form="point", dtype=torch.float32, logit_rows=1):
         z, means = torch.empty(rows, columns, dtype=dtype), torch.empty(1, components, columns, dtype=dtype)
         logits, logvar = torch.empty(logit_rows, components, dtype=dtype), None if form == "point" else z
-        settings = (z, logvar, logits, means, means, None, form, "exact")
+        inputs = (z, logvar, logits, means, means, None)
         dlp, lp = torch.empty(rows, dtype=reference.compute_dtype(z)), torch.empty(rows, dtype=torch.float64)
         few = "few rows" in name  # where only the kernel by rows is another
         if not few:
-            calls[f"{name} {form} fwd"] = lambda: log_prob(*settings, 1)
+            calls[f"{name} {form} fwd"] = lambda: log_prob(*inputs, form, "exact", 1)
         # Sums over rows read z by fewer bytes: a whole tile of four columns has less than 16 bytes for each thread.
+        own = outputs(inputs, {0, 1} if few else None)
         calls[f"{name.replace('aligned', 'whole rows')} {form} bwd"] = lambda: dlog_prob(
-            dlp, [lp], *settings, True, not few
+            dlp, lp, None, *inputs, *own, form, "exact"
         )
 
     many, few = 70000, 4096  # rows; fewer than 32768 choose the tiles in which warps share sums
@@ -307,10 +321,10 @@ def aot_calls():
 
     z, logits, means = torch.empty(few, 64), torch.empty(1, 512), torch.empty(1, 512, 64)
     for name, own in (("", logits), (", logits per row", torch.empty(few, 512))):
-        settings, log_r = (z, own, means, means, None, "exact"), torch.empty(few, 512)
-        calls[f"responsibilities{name} fwd"] = lambda settings=settings: responsibilities(*settings)
-        calls[f"responsibilities{name} bwd"] = lambda settings=settings, log_r=log_r: dresponsibilities(
-            log_r, log_r, *settings, True, True
+        inputs, log_r = (z, own, means, means, None), torch.empty(few, 512)
+        calls[f"responsibilities{name} fwd"] = lambda inputs=inputs: responsibilities(*inputs, "exact")
+        calls[f"responsibilities{name} bwd"] = lambda inputs=inputs, log_r=log_r: dresponsibilities(
+            log_r, log_r, *inputs, *inputs, "exact"
         )
     calls["moments"] = lambda: moments(z, logits, means, means, None)
     return calls
