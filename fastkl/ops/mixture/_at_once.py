@@ -25,11 +25,10 @@ def is_small(z: Tensor, mixture: Mixture) -> bool:
 
 def prepare(z: Tensor, logvar: Tensor | None, mixture: Mixture, form: str) -> tuple[Differences | Full, Any]:
     """(part, prepared) for all components and rows."""
-    dtype, data = reference.compute_dtype(z, logvar, *mixture), mixture.data
-    kind = Differences if mixture.scale_tril is None else Full
-    part = kind(mixture, arguments.EVERYTHING, form, dtype)
-    logvar = None if logvar is None else by_datum(logvar.to(dtype), data)
-    return part, part.prepare(by_datum(z.to(dtype), data), logvar, arguments.EVERYTHING)
+    dtype = reference.compute_dtype(z, logvar, *mixture)
+    part = (Differences if mixture.scale_tril is None else Full)(mixture, arguments.EVERYTHING, form, dtype)
+    logvar = None if logvar is None else by_datum(logvar.to(dtype), part.data)
+    return part, part.prepare(by_datum(z.to(dtype), part.data), logvar, arguments.EVERYTHING)
 
 
 def joint_of(part: Differences | Full, prepared: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,13 +35,12 @@ def as_logvars(
 ) -> Tensor | None:
     """The components' log-variances, converted from what `scale` (the argument called `name`) says. A number applies to
     all components: [1], in the means' dtype."""
-    if logvars is None or isinstance(logvars, Tensor):
-        found = logvars
-    else:
+    found: Any = logvars
+    if logvars is not None and not isinstance(logvars, Tensor):
         (found,) = arguments.as_tensors(means, logvars)
-        if isinstance(found, Tensor):
-            found = found.to(means.dtype).reshape(1)
-    arguments.check_tensors(logvars=found)
+        found = found.to(means.dtype).reshape(1) if isinstance(found, Tensor) else found
+    if scale != "logvar":  # else check_shapes does
+        arguments.check_tensors(logvars=found)
     return as_logvar(name, found, scale, means)
 
 

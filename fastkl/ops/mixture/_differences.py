@@ -49,9 +49,6 @@ class _ByDifferences:
         size = count * dimensions * (dimensions if matrices else 1)
         self.rows = max(1, DIFFERENCES_BYTES // (4 * dtype.itemsize * size))
 
-    def part(self, tensor: Any, data: slice) -> Tensor:
-        return part_of(tensor, data, self.components)
-
     def finite(self, distance: Tensor) -> Tensor:
         """Clamp infinite distances. Their weight is 0, and 0 times infinity would be NaN."""
         most = 0.25 * torch.finfo(self.dtype).max
@@ -70,7 +67,7 @@ class _ByDifferences:
             return
         for total, gradient in zip((self.first, self.second), self.parameter_gradients(prepared, weights, scale)):
             if total is not None:
-                target = self.part(total, prepared[-1])
+                target = part_of(total, prepared[-1], self.components)
                 target += gradient.sum_to_size(target.shape)
 
     def gradients(self, prepared, weights: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -101,12 +98,12 @@ class Differences(_ByDifferences):
         z, logvar = z.unsqueeze(-2), None if logvar is None else logvar.unsqueeze(-2)
         logvars = z.new_zeros((1, 1, 1))
         if self.mixture.logvars is not None:
-            logvars = self.part(self.mixture.logvars, data).to(self.dtype)
+            logvars = part_of(self.mixture.logvars, data, self.components).to(self.dtype)
         spread = torch.logaddexp(logvars, logvar) if self.form == "convolved" else logvars
         # Keep 1 / sigma finite: a difference or a weight of 0 times infinity would be NaN.
         most = 709.0 if self.dtype == torch.float64 else 88.0
         root = (-0.5 * spread).clamp(max=most).exp()
-        standard = (z - self.part(self.mixture.means, data).to(self.dtype)) * root
+        standard = (z - part_of(self.mixture.means, data, self.components).to(self.dtype)) * root
         return standard, root, spread, logvar, logvars, data
 
     def joint(self, prepared, log_weights: Tensor) -> Tensor:
@@ -171,8 +168,8 @@ class Full(_ByDifferences):
 
     def prepare(self, z: Tensor, logvar: Any, data: slice, for_gradient: bool = False) -> tuple:
         shape = z.shape[:2]
-        scale = self.part(self.mixture.scale_tril, data).to(self.dtype).tril()
-        means = self.part(self.mixture.means, data).to(self.dtype).unsqueeze(-2)
+        scale = part_of(self.mixture.scale_tril, data, self.components).to(self.dtype).tril()
+        means = part_of(self.mixture.means, data, self.components).to(self.dtype).unsqueeze(-2)
         difference = self._inward(z).unsqueeze(1) - means
         variance: Any = None if logvar is None else self._inward(logvar.exp()).unsqueeze(1)
         eye = torch.eye(z.shape[-1], dtype=self.dtype, device=z.device)

@@ -10,7 +10,7 @@ is E_q[ln N(.; m, S)], "convolved" is ln N(z; m, S + exp(logvar)).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ def outputs_for(inputs: Sequence[Tensor | None], needed: Iterable[bool]) -> list
     return [torch.empty_like(t) if need and t is not None else None for t, need in zip(inputs, needed)]
 
 
-def part_of(tensor: Tensor, data: slice, components: slice) -> Tensor:
+def part_of(tensor: Any, data: slice, components: slice) -> Tensor:
     """A slice of a parameter or its gradient [M, K, ...], whose sizes of 1 are shared."""
     rows = data if tensor.shape[0] > 1 else slice(None)
     return tensor[rows, components if tensor.shape[1] > 1 else slice(None)]

@@ -47,20 +47,24 @@ def _backward(
     inputs = (mu, logvar, logits, means, logvars, scale_tril)
     outputs = Gradients(dmu, dlogvar, dlogits, dmeans, dlogvars, dscale_tril)
     dtype = reference.compute_dtype(*inputs)
-    wide = [t.to(dtype) if t is not None and t.itemsize == 2 else t for t in inputs]  # sums are rounded once, below
-    total: list[Tensor | None] = []
-    for form, gradient, kept in (
-        ("convolved", dlower, (lower_lp, lower_responsibilities)),
-        ("expected", dupper, (upper_lp, upper_responsibilities)),
-    ):
-        if gradient is None:
-            continue
-        found = outputs_for(wide, [output is not None for output in outputs])
+    wide = [t.to(dtype) if t is not None and t.itemsize == 2 else t for t in inputs]
+    wanted = [output is not None for output in outputs]
+    narrow = any(output is not None and output.itemsize == 2 for output in outputs)
+    total = Gradients(*outputs_for(wide, wanted)) if narrow else outputs  # sums are rounded once, when written
+    given = []
+    if dlower is not None:
+        given.append(("convolved", dlower, lower_lp, lower_responsibilities))
+    if dupper is not None:
+        given.append(("expected", dupper, upper_lp, upper_responsibilities))
+    for place, (form, gradient, *kept) in enumerate(given):
+        found = Gradients(*outputs_for(wide, wanted)) if place else total
         density.gmm_log_prob_bwd(-gradient, *kept, *wide, *found, form, precision)
-        if found[1] is not None:
-            found[1].sub_(gradient.to(found[1].dtype).unsqueeze(-1), alpha=0.5)  # -H(q)
-        total = [None if a is None or b is None else a + b for a, b in zip(total, found)] if total else found
-    write(outputs, Gradients(*total))
+        if found.dlogvar is not None:
+            found.dlogvar.sub_(gradient.to(found.dlogvar.dtype).unsqueeze(-1), alpha=0.5)  # -H(q)
+        for output, more in zip(total, found if place else ()):
+            if output is not None and more is not None:
+                output += more
+    write(outputs, total)
 
 
 kl_gmm_bounds_fwd = register(
