@@ -21,7 +21,7 @@ DMIXTURE = "Tensor(c!)? dlogits, Tensor(d!)? dmeans, Tensor(e!)? dlogvars, Tenso
 
 
 class Mixture(NamedTuple):
-    """The parameters in canonical form; logvars, scale_tril or both are None."""
+    """The parameters in canonical form; at most one of logvars and scale_tril is given."""
 
     logits: Tensor
     means: Tensor
