@@ -30,22 +30,20 @@ def gumbel_softmax_fwd(logits, tau, seed, constant, hard, dim, stream):
     return y
 
 
-def gumbel_softmax_bwd(dy, y, logits, tau, seed, constant, hard, dim, stream, tau_gradient):
-    like = y if logits is None else logits
-    gradient = torch.empty_like(like)
+def gumbel_softmax_bwd(dy, y, logits, tau, seed, dlogits, dtau, constant, hard, dim, stream):
     y = y if logits is None else None
-    plan = _plan("backward", hard, dim, stream, logits, y, dy, gradient)
+    plan = _plan("backward", hard, dim, stream, logits, y, dy, dlogits)
     if plan is None:
         return NotImplemented
-    gradients = [gradient]
-    if tau_gradient:
-        gradients.append(like.new_empty((), dtype=plan.dtype))
-    if like.numel() == 0:
-        gradients = [each.zero_() for each in gradients]
-    else:
-        addresses = (seed.data_ptr(), address(logits), address(y), dy.data_ptr(), gradient.data_ptr())
-        dtau = gradients[1].data_ptr() if tau_gradient else 0
-        plan.run_at(constant if tau is None else tau.item(), 0.0, *addresses, dtau)
-    if tau_gradient and tau.dtype is not plan.dtype:
-        gradients[1] = gradients[1].to(tau.dtype)
-    return gradients
+    if dlogits.numel() == 0:
+        if dtau is not None:
+            dtau.zero_()
+        return None
+    of_tau = dtau  # the sum in the compute dtype
+    if dtau is not None and dtau.dtype is not plan.dtype:
+        of_tau = dtau.new_empty((), dtype=plan.dtype)
+    addresses = (seed.data_ptr(), address(logits), address(y), dy.data_ptr(), dlogits.data_ptr(), address(of_tau))
+    plan.run_at(constant if tau is None else tau.item(), 0.0, *addresses)
+    if of_tau is not dtau:
+        dtau.copy_(of_tau)
+    return None

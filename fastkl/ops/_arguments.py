@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Real
 from typing import Any
 
@@ -257,6 +257,11 @@ def examples(size: int, dims, inputs) -> Iterator[tuple]:
     """The inputs of each example under vmap, for an op that needs one call per example."""
     for index in range(size):
         yield tuple(x if dim is None else x.select(dim, index) for x, dim in zip(inputs, dims))
+
+
+def stacked(results: Sequence[tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """What a Function's vmap returns, from the outputs of the calls for `examples`."""
+    return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * len(results[0])
 
 
 def match(gradient: Tensor, like: Tensor) -> Tensor:

@@ -310,21 +310,23 @@ def plan_fwd(work, strides, y_strides, hard):
     )  # fmt: skip
 
 
-def bwd(dy, y, logits, tau, seed, constant, hard, dim, stream, tau_gradient):
+def bwd(dy, y, logits, tau, seed, dlogits, dtau, constant, hard, dim, stream) -> None:
     like, soft = (y, True) if logits is None else (logits, False)
-    if tau is None and constant == 0:
-        return [torch.zeros_like(like)]
-    gradient = torch.empty_like(like)
-    if gradient.numel() == 0:
-        return [gradient.zero_(), *([torch.zeros_like(tau)] if tau_gradient else [])]
+    if like.numel() == 0 or (tau is None and constant == 0):
+        dlogits.zero_()
+        if dtau is not None:
+            dtau.zero_()
+        return
     temperature = temperature_of(tau, constant, like)
     work = work_of(*views(like), dim, isinstance(temperature, torch.Tensor), not soft)
-    x, d, out = work.view(like), work.view(dy), work.view(gradient)
-    dtau = torch.empty(work.grid, dtype=compute_dtype([like]), device=like.device) if tau_gradient else None
+    x, d, out = work.view(like), work.view(dy), work.view(dlogits)
+    parts = None if dtau is None else torch.empty(work.grid, dtype=compute_dtype([like]), device=like.device)
     plan = plan_bwd(work, d.stride(), x.stride(), out.stride(), soft)
     found = statistics(work, x, d, temperature, seed, stream, soft)
-    plan.launch(d, x, out, dtau, temperature, seed, stream, *found)
-    return [finish(gradient, out), *([dtau.sum().to(tau.dtype)] if tau_gradient else [])]
+    plan.launch(d, x, out, parts, temperature, seed, stream, *found)
+    finish(dlogits, out)
+    if dtau is not None:
+        dtau.copy_(parts.sum())
 
 
 @planned

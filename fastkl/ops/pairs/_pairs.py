@@ -10,6 +10,7 @@ are computed together, each pair once: block (a, b) also counts for (b, a). t co
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,7 +168,14 @@ def blocks(count: int, most: int, first: int = 0) -> list[slice]:
     return [slice(start, min(start + step, first + count)) for start in range(first, first + count, max(1, step))]
 
 
-def mmd_gradients(dvalue, x: Tensor, y: Tensor, kernel: str, scales: list[float], unbiased: bool) -> list[Tensor]:
+def fake(first: Tensor, second: Tensor, *rest: Any) -> list[Tensor]:
+    """[value in float64, the wanted gradients] of an op of two tensors whose last arguments say which are wanted."""
+    dtype = reference.compute_dtype(first, second)
+    gradients = [z.new_empty(z.shape, dtype=dtype) for z, wanted in zip((first, second), rest[-2:]) if wanted]
+    return [first.new_empty((), dtype=torch.float64), *gradients]
+
+
+def mmd_gradients(x: Tensor, y: Tensor, kernel: str, scales: list[float], unbiased: bool, *_wanted: bool):
     """The gradients in x and y, in differentiable torch ops; allocates [N + M, N + M], in float64 for the expansion."""
     n, m = x.shape[0], y.shape[0]
     z = torch.cat([x.double(), y.double()])
@@ -180,5 +188,5 @@ def mmd_gradients(dvalue, x: Tensor, y: Tensor, kernel: str, scales: list[float]
     weights[:n, :n] = own
     weights[n:, n:] = other
     weights = weights * reference.mmd_kernel_slope(t, kernel, scales)
-    gradient = (weights.sum(1, keepdim=True) * z - weights @ z) * (dvalue.double() * 2 / size)
-    return [part.to(like.dtype) for part, like in zip(gradient.split([n, m]), (x, y))]
+    gradient = (weights.sum(1, keepdim=True) * z - weights @ z) * (2 / size)
+    return gradient.split([n, m])

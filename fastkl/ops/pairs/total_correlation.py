@@ -18,8 +18,9 @@ from fastkl.reference import Decomposition
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# z is [n, D], mu and logvar [B, D] are the whole batch's; row i of z was drawn from posterior first + i.
-_INPUTS = "Tensor z, Tensor mu, Tensor logvar, SymInt first, SymInt dataset_size, bool stratified"
+# z is [n, D], mu and logvar [B, D] are the whole batch's; row i of z was drawn from posterior first + i. The sums over
+# posteriors, [n] and [n, D], are those that the forward op returns for the backward op.
+INPUTS, SETTINGS = "Tensor z, Tensor mu, Tensor logvar", "SymInt first, SymInt dataset_size, bool stratified"
 WEIGHTS = ("mss", "mws")
 
 
@@ -42,21 +43,21 @@ def _fake_forward(z, mu, logvar, first, dataset_size, stratified) -> list[Tensor
 
 @without_autocast
 def _backward(
-    z, mu, logvar, first, dataset_size, stratified, dmutual, dtotal, ddimension, joint_sum, marginal_sum
-) -> list[Tensor]:
+    dmutual, dtotal, ddimension, z, mu, logvar, joint_sum, marginal_sum, dz, dmu, dlogvar, first, dataset_size,
+    stratified,
+) -> None:  # fmt: skip
+    outputs = (dz, dmu, dlogvar)
     if z.shape[0] == 0:
-        return [torch.zeros_like(tensor) for tensor in (z, mu, logvar)]
+        for output in outputs:
+            output.zero_()
+        return
     coefficients = [tensor.to(joint_sum.dtype) for tensor in coefficients_of(dmutual, dtotal, ddimension)]
     # A sum with its sign turned, of a row far from its own posterior, takes the sweep, and so does one that is NaN.
     few = z.numel() * mu.shape[0] <= few_pairs.MOST and (joint_sum > 0).all()
     way, pairs = (few_pairs, few_pairs.Pairs) if few else (pairwise, pairwise.Sweep)
     prepared = pairs(z, mu, logvar, first, dataset_size, stratified)
-    found = way.gradients(prepared, coefficients, joint_sum, marginal_sum)
-    return [arguments.match(gradient, tensor) for gradient, tensor in zip(found, (z, mu, logvar))]
-
-
-def _fake_backward(z, mu, logvar, *_) -> list[Tensor]:
-    return [torch.empty_like(tensor) for tensor in (z, mu, logvar)]
+    for output, gradient in zip(outputs, way.gradients(prepared, coefficients, joint_sum, marginal_sum)):
+        output.copy_(gradient)
 
 
 def coefficients_of(dmutual: Tensor, dtotal: Tensor, ddimension: Tensor) -> list[Tensor]:
@@ -85,16 +86,15 @@ def _gradients(z, mu, logvar, first, dataset_size, stratified, dmutual, dtotal, 
 
 
 total_correlation_fwd = register(
-    f"total_correlation_fwd({_INPUTS}) -> Tensor[]",
+    f"total_correlation_fwd({INPUTS}, {SETTINGS}) -> Tensor[]",
     closed_form=_forward,
     fake=_fake_forward,
     kernel="pairs.total_correlation.fwd",
 )
 total_correlation_bwd = register(
-    f"total_correlation_bwd({_INPUTS}, Tensor dmutual, Tensor dtotal, Tensor ddimension, Tensor joint_sum, "
-    "Tensor marginal_sum) -> Tensor[]",
+    f"total_correlation_bwd(Tensor dmutual, Tensor dtotal, Tensor ddimension, {INPUTS}, Tensor joint_sum, "
+    f"Tensor marginal_sum, Tensor(a!) dz, Tensor(b!) dmu, Tensor(c!) dlogvar, {SETTINGS}) -> ()",
     closed_form=_backward,
-    fake=_fake_backward,
     kernel="pairs.total_correlation.bwd",
 )
 
@@ -118,15 +118,15 @@ class _TotalCorrelation(torch.autograd.Function):
         if needs_closed_form(*given):
             gradients = _gradients(z, mu, logvar, *ctx.settings, *given)
         else:
-            gradients = total_correlation_bwd(z, mu, logvar, *ctx.settings, *given, joint_sum, marginal_sum)
+            gradients = [torch.empty_like(tensor) for tensor in (z, mu, logvar)]
+            total_correlation_bwd(*given, z, mu, logvar, joint_sum, marginal_sum, *gradients, *ctx.settings)
         return (*gradients, *[None] * len(ctx.settings))
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
         """One call per example, because each example is a separate batch."""
         examples = arguments.examples(info.batch_size, in_dims, inputs)
-        results = [apply(_TotalCorrelation, *example) for example in examples]
-        return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * 5
+        return arguments.stacked([apply(_TotalCorrelation, *example) for example in examples])
 
 
 differentiable("total_correlation_fwd", _TotalCorrelation, same)
