@@ -101,7 +101,8 @@ def _parts(mu, logvar, scales, unbiased):
 
 def gradients(mu, logvar, scales, unbiased, *_wanted) -> list[Tensor]:
     """The gradients in mu and logvar, in differentiable torch ops; allocates [N, N, D]."""
-    return _gradients(*_parts(mu, logvar, scales, unbiased), scales)
+    u, variance, each = _parts(mu, logvar, scales, unbiased)
+    return _gradients(u, variance, each, scales)
 
 
 def _gradients(u, variance, each, scales) -> list[Tensor]:

@@ -11,6 +11,7 @@ from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _group
 from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same, without_autocast
+from fastkl.ops._scales import as_logvar
 from fastkl.ops.pairs import _few_pairs_normal as few_pairs
 from fastkl.ops.pairs import _pairwise_normal as pairwise
 from fastkl.reference import Decomposition
@@ -134,7 +135,7 @@ differentiable("total_correlation_fwd", _TotalCorrelation, same)
 
 def total_correlation(
     z: Tensor, mu: Tensor | float, logvar: Tensor | float, dataset_size: int, *, weights: str = "mss",
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | None = None, scale: str = "logvar",
 ) -> Decomposition:  # fmt: skip
     """Estimates of the three parts of the KL to N(0, I): mutual information, total correlation, dimension-wise KL.
 
@@ -152,6 +153,7 @@ def total_correlation(
             all weigh 1 / (dataset_size N), which is not normalised, as published.
         group: a torch.distributed process group; the batch is then that of all its processes (posteriors in order of
             rank). None means this process's batch.
+        scale: the meaning of logvar: "logvar", "log_std", "std" or "softplus" (sigma = softplus of it).
 
     Returns:
         (mutual_information, total_correlation, dimension_wise_kl), [N] each, in nats, whose means are the
@@ -161,7 +163,7 @@ def total_correlation(
     Raises:
         TypeError: an argument is not a floating-point tensor, dataset_size is not an int, group is not a process group.
         ValueError: z is not [N, D], mu or logvar does not broadcast to it, devices differ, the batch has size 1,
-            dataset_size is smaller than the batch, or weights is unknown.
+            dataset_size is smaller than the batch, or weights or scale is unknown.
 
     Source: Chen et al. 2018, "Isolating Sources of Disentanglement in Variational Autoencoders", arXiv:1802.04942,
     equation 2 and appendix C.
@@ -171,16 +173,17 @@ def total_correlation(
     >>> fastkl.total_correlation(mu, mu, logvar, 2).mutual_information  # ln 2: z tells which of two it belongs to
     tensor([0.6931, 0.6931])
     """
-    mu, logvar = arguments.as_tensors(z, mu, logvar)
-    arguments.check_tensors(z=z, mu=mu, logvar=logvar)
+    means, logvars = arguments.as_tensors(z, mu, logvar)
+    arguments.check_tensors(z=z, mu=means, logvar=logvars)
     if z.dim() != 2:
         raise ValueError(f"z must be [N, D], got shape {tuple(z.shape)}")
-    for name, tensor in (("mu", mu), ("logvar", logvar)):
+    for name, tensor in (("mu", means), ("logvar", logvars)):
         if not arguments.fits(tensor, z.shape):
             raise ValueError(f"{name} {tuple(tensor.shape)} does not broadcast to z's shape {tuple(z.shape)}")
     dataset_size = arguments.check_int("dataset_size", dataset_size, 1)
     stratified = arguments.check_choice("weights", weights, WEIGHTS) == "mss"
-    posteriors, first = [arguments.expand(tensor, z.shape) for tensor in (mu, logvar)], 0
+    logvars = as_logvar("scale", logvars, scale, z, means)
+    posteriors, first = [arguments.expand(tensor, z.shape) for tensor in (means, logvars)], 0
     if group is not None:
         posteriors, first = _group.gather(group, *posteriors)
     batch = posteriors[0].shape[0]

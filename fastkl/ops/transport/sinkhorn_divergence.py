@@ -75,13 +75,9 @@ def _check_masses(weights_x: Tensor, weights_y: Tensor) -> None:
     for name, weights in (("weights_x", weights_x), ("weights_y", weights_y)):
         if arguments.number_in((weights >= 0).all()) is False:
             raise ValueError(f"{name} must be 0 or more")
-    masses = [arguments.number_in(weights.detach().double().sum()) for weights in (weights_x, weights_y)]
-    if None in masses:
-        return
-    if not abs(masses[0] - masses[1]) <= 1e-2 * max(masses) or masses[0] == 0:
-        raise ValueError(
-            f"weights_x and weights_y must have the same sum above 0, got {masses[0]:.6g} and {masses[1]:.6g}"
-        )
+    x, y = (arguments.number_in(weights.detach().double().sum()) for weights in (weights_x, weights_y))
+    if x is not None and y is not None and (not abs(x - y) <= 1e-2 * max(x, y) or x == 0):
+        raise ValueError(f"weights_x and weights_y must have the same sum above 0, got {x:.6g} and {y:.6g}")
 
 
 def sinkhorn_divergence(

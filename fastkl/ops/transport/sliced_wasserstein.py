@@ -53,9 +53,9 @@ def _block(
     """(sum over projections of W_p^p, its wanted gradients in x and y), differentiable."""
     n, m = x.shape[0], y.shape[0]
     (first, first_order), (second, second_order) = (_sort(unit @ points.T) for points in (x, y))
-    mass: Tensor | float
+    mass: Tensor | float = 1 / n
+    pieces: list[Tensor] = []
     if known_equal(n, m):
-        mass, pieces = 1 / n, []
         difference = first - second
     else:
         lengths, *pieces = reference.quantile_segments(n, m, x.device)
