@@ -17,6 +17,7 @@ mmd_sums = register(
     closed_form=_pairs.mmd,
     fake=_pairs.fake,
     kernel="pairs.mmd.fwd",
+    native="pairs.mmd",
 )
 MMD = Sweep(mmd_sums, _pairs.mmd_gradients, name="mmd")
 
