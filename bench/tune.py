@@ -55,7 +55,7 @@ def calls(
     seed = torch.zeros((), dtype=torch.int64, device=device)
     da, db, dc = (torch.empty_like(a) for _ in range(3))
     q, dq, none, alone = (a, b), (da, db), (None, None), (1, *NO_BOUNDS)
-    drawing = (*alone, None, Stream.POSTERIOR)
+    drawing, choice = (*alone, None, Stream.POSTERIOR), (0.7, False, 1, Stream.GUMBEL)
     settings = {
         "bernoulli_log_prob": (2, (*q, 1), 3, (rows, *q, da, None, 1)),
         "kl_normal": (2, (*q, *none, *alone), 4, (rows, *q, *none, *dq, *none, *alone)),
@@ -66,7 +66,7 @@ def calls(
             5, (c, rows, *q, *none, None, seed, *dq, *none, *drawing),
         ),
         # Not in the table: these have fixed tiles, or those of another op.
-        "gumbel_softmax": (2, (a, None, seed, 0.7, False, 1, 2), 3, (b, None, a, None, seed, 0.7, False, 1, 2, False)),
+        "gumbel_softmax": (2, (a, None, seed, *choice), 3, (b, None, a, None, seed, da, None, *choice)),
         "rsample_normal": (3, (*q, None, seed, *drawing), 4, (c, *q, None, seed, *dq, *drawing)),
         "wasserstein2_normal": (2, (*q, *none, *alone), 4, (rows, *q, *none, *dq, *none, *alone)),
     }  # fmt: skip

@@ -220,24 +220,25 @@ def plan_fwd(work: Work, strides: tuple[int, ...], y_strides: tuple[int, ...], h
 
 
 def bwd(
-    dy: Tensor, y: Tensor, logits: Tensor | None, tau: Tensor | None, seed: Tensor, constant: float, hard: bool,
-    dim: int, stream: int, tau_gradient: bool,
-) -> list[Tensor]:  # fmt: skip
+    dy: Tensor, y: Tensor, logits: Tensor | None, tau: Tensor | None, seed: Tensor, dlogits: Tensor,
+    dtau: Tensor | None, constant: float, hard: bool, dim: int, stream: int,
+) -> None:  # fmt: skip
     like, soft = (y, True) if logits is None else (logits, False)
-    if tau is None and constant == 0:
-        return [torch.zeros_like(like)]
-    gradient = torch.empty_like(like)
-    if gradient.numel() == 0:
-        return [gradient, torch.zeros_like(tau)] if tau_gradient and tau is not None else [gradient]
+    if like.numel() == 0 or (tau is None and constant == 0):
+        dlogits.zero_()
+        if dtau is not None:
+            dtau.zero_()
+        return
     temperature = temperature_of(tau, constant, like)
     work = work_of(view(like), dim, isinstance(temperature, Tensor), not soft)
-    x, d, out = work.view(like), work.view(dy), work.view(gradient)
-    dtau = torch.empty(work.grid, dtype=compute_dtype([like]), device=like.device) if tau_gradient else None
+    x, d, out = work.view(like), work.view(dy), work.view(dlogits)
+    parts = None if dtau is None else torch.empty(work.grid, dtype=compute_dtype([like]), device=like.device)
     plan = plan_bwd(work, d.stride(), x.stride(), out.stride(), soft)
     found = statistics(work, x, d, temperature, seed, stream, soft)
-    plan.launch(d, x, out, dtau, temperature, seed, stream, *found)
-    dlogits = finish(gradient, out)
-    return [dlogits] if dtau is None or tau is None else [dlogits, dtau.sum().to(tau.dtype)]
+    plan.launch(d, x, out, parts, temperature, seed, stream, *found)
+    finish(dlogits, out)
+    if dtau is not None and parts is not None:
+        dtau.copy_(parts.sum())
 
 
 @planned

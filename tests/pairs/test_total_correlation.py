@@ -120,14 +120,16 @@ def test_a_part_of_the_batch_has_its_rows_of_the_whole(backend):
     cotangents = [torch.linspace(a, b, 7, device=DEVICE) for a, b in COTANGENTS]
     with implementation(backend):
         whole = forward(z, mu, logvar, 0, 50, True)
-        gradients = backward(z, mu, logvar, 0, 50, True, *cotangents, *whole[3:])
+        gradients = [torch.empty_like(tensor) for tensor in (z, mu, logvar)]
+        backward(*cotangents, z, mu, logvar, *whole[3:], *gradients, 0, 50, True)
         of_posteriors = []
         for first, last in ((0, 3), (3, 7)):
             part = forward(z[first:last], mu, logvar, first, 50, True)
             for actual, full in zip(part, whole):
                 torch.testing.assert_close(actual, full[first:last])
-            given = (*(cotangent[first:last] for cotangent in cotangents), *part[3:])
-            dz, *others = backward(z[first:last], mu, logvar, first, 50, True, *given)
+            given, rows = [cotangent[first:last] for cotangent in cotangents], z[first:last]
+            dz, *others = [torch.empty_like(tensor) for tensor in (rows, mu, logvar)]
+            backward(*given, rows, mu, logvar, *part[3:], dz, *others, first, 50, True)
             torch.testing.assert_close(dz, gradients[0][first:last])
             of_posteriors.append(others)
         for *parts, full in zip(*of_posteriors, gradients[1:]):
@@ -302,11 +304,11 @@ def aot_calls():
 
     def add(name, n, d, dtype=torch.float32, stratified=True):
         z = torch.empty(n, d, dtype=dtype)
-        inputs = (z, z, z, 0, 60000, stratified)
+        inputs, settings = (z, z, z), (0, 60000, stratified)
         result = torch.float64 if dtype == torch.float64 else torch.float32
         row, sums = torch.empty(n, dtype=result), torch.ones(n, d, dtype=result)
-        calls[f"{name} fwd"] = lambda: fwd(*inputs)
-        calls[f"{name} bwd"] = lambda: bwd(*inputs, row, row, row, row, sums)
+        calls[f"{name} fwd"] = lambda: fwd(*inputs, *settings)
+        calls[f"{name} bwd"] = lambda: bwd(row, row, row, *inputs, row, sums, *inputs, *settings)
 
     add("core aligned float32", 256, 32)
     add("many rows", 16384, 32)

@@ -65,7 +65,7 @@ def kl_multivariate_normal(mu: Tensor, scale_tril: Tensor, prior_mu: Tensor, pri
     x = 2 * log_ratio(std_q, std_p)
     # L_p is diag(std_p) times a triangle with unit diagonal. Dividing by std_p before the solve keeps the elements and
     # their squares in range when those of L_p^-1 overflow.
-    unit_p = scale_p / std_p.unsqueeze(-1) if matrix_p else None
+    unit_p = scale_p / std_p.unsqueeze(-1) if matrix_p else scale_p
     whitened = difference / std_p
     whitened = _solve(unit_p, whitened.unsqueeze(-1)).squeeze(-1) if matrix_p else whitened
     total = exp_minus_one_minus(x).sum(-1) + whitened.square().sum(-1)
