@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ def keep(key: tuple, plan: Plan | None) -> Plan | None:
 
 def known(tensors) -> tuple:
     """The part of a key for these tensors: shape, stride and dtype, or None for a missing one."""
-    found = []
+    found: list[Any] = []
     for tensor in tensors:
         found += (None,) if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
     return tuple(found)
