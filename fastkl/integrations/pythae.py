@@ -37,6 +37,8 @@ from fastkl.ops.normal.kl_normal import kl_normal
 from fastkl.ops.pairs.mmd import mmd
 from fastkl.ops.pairs.total_correlation import total_correlation
 
+TESTED = "0.1.2"
+
 
 def reconstruction_loss(model: Any, recon_x: Tensor, x: Tensor) -> Tensor:
     """-ln p(x | z) by the model's configuration, up to a constant: [N], or [N, *samples] if recon_x has samples."""
@@ -154,9 +156,10 @@ METHODS = {
 
 
 def changes() -> list[Attribute]:
-    models, version = importlib.import_module("pythae.models"), importlib.metadata.version("pythae")
+    models = importlib.import_module("pythae.models")
+    version = f"Pythae {importlib.metadata.version('pythae')} (tested with {TESTED})"
     for name, (method, parameters, _) in METHODS.items():
-        check_method(getattr(models, name), method, parameters, f"Pythae {version}")
+        check_method(getattr(models, name), method, parameters, version)
     return [Attribute(getattr(models, name), method, new) for name, (method, _, new) in METHODS.items()]
 
 

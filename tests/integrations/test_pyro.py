@@ -12,6 +12,7 @@ from torch.distributions import kl_divergence  # noqa: E402
 
 from fastkl.integrations import distributions  # noqa: E402
 from fastkl.integrations import pyro as integration  # noqa: E402
+from fastkl.integrations._switch import UnsupportedVersion  # noqa: E402
 
 N, D, K = 9, 4, 6
 
@@ -97,3 +98,9 @@ def test_other_families_stay_pyros():
     stock = kl_divergence(p, q)
     with integration.enable():
         assert torch.equal(kl_divergence(p, q), stock)
+
+
+def test_a_mixture_with_a_density_of_its_own_is_refused(monkeypatch):
+    monkeypatch.setattr(dist.MixtureSameFamily, "log_prob", lambda self, value: None)
+    with pytest.raises(UnsupportedVersion, match="tested with 1"):
+        integration.enable()
