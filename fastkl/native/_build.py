@@ -67,8 +67,8 @@ def _compiler() -> tuple[str, ...] | None:
 def _run(command: list[str], env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command and capture its output as text; undecodable bytes are replaced."""
     return subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-        errors="replace", timeout=SECONDS, env=env,
+        command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS,
+        env=env,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastkl.native._pack import NO_MEMORY, Plan, address, keep, known, plans, prepare
+from fastkl.native._pack import NO_MEMORY, Plan, keep, known, plans, prepare
 
 KL, WASSERSTEIN2 = 0, 1
 POSTERIOR = 1  # reference.Stream.POSTERIOR
@@ -138,7 +138,7 @@ def _samples(settings: tuple, mu, parameter, prior_mu, prior_logvar, eps, seed, 
     value = mu.new_empty(plan.result, dtype=plan.dtype) if with_value else None
     if mu.numel() == 0:
         return z, None if value is None else value.zero_()
-    plan.run(address(seed), *map(address, inputs), z.data_ptr(), address(value))
+    plan.run(seed, *inputs, z, value)
     return z, value
 
 

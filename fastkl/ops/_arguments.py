@@ -49,7 +49,10 @@ def check_tensors(**tensors: Tensor | None) -> None:
 
 def as_tensors(like: Any, *values: Any) -> tuple[Any, ...]:
     """Numbers become tensors without dimensions, on `like`'s device in its compute dtype; all else is unchanged."""
-    if all(value is None or isinstance(value, Tensor) for value in values):
+    for value in values:
+        if value is not None and not isinstance(value, Tensor):
+            break
+    else:
         return values
     if not isinstance(like, Tensor) or like.dtype not in DTYPES:
         return values
@@ -299,8 +302,12 @@ def row_blocks(tensor: Tensor) -> list[slice]:
 
 def fits(tensor: Tensor, shape: torch.Size) -> bool:
     """Whether the tensor broadcasts to exactly this shape."""
-    sizes = zip(reversed(tensor.shape), reversed(shape))
-    return tensor.dim() <= len(shape) and all(size in (1, full) for size, full in sizes)
+    if tensor.dim() > len(shape):
+        return False
+    for size, full in zip(reversed(tensor.shape), reversed(shape)):  # noqa: SIM110 (a generator takes twice as long)
+        if size != 1 and size != full:
+            return False
+    return True
 
 
 def expand(tensor: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:

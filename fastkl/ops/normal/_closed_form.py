@@ -76,7 +76,7 @@ def _element_gradients(inputs, scale, bounds, terms_gradient, dvalue, dz, eps):
     raw = reference.to_logvar(parameter, scale)
     logvar = reference.bound(raw, bounds)
     dmu = dlogvar = None
-    dprior: list[Tensor] = []
+    dprior = []
     if dvalue is not None:
         weight = dvalue.to(dtype)
         dmu, dlogvar, *dprior = (reference.weighted(weight, each) for each in terms_gradient(mu, logvar, *prior))
