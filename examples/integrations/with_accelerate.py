@@ -10,10 +10,10 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from fastkl.vae import data, parallel
+from fastkl.vae.loop import train
 from fastkl.vae.progress import Display
 from fastkl.vae.run import start
 from fastkl.vae.settings import Settings
-from fastkl.vae.train import train
 
 accelerator = Accelerator(cpu=True, mixed_precision="bf16")
 settings = Settings(steps=200, hidden=64, latent=8, batch_size=64, checkpoint_every=1000, device="cpu")

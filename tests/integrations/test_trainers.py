@@ -49,10 +49,10 @@ def test_the_reference_loop_runs_under_accelerate(tmp_path):
     accelerate = pytest.importorskip("accelerate")
     pytest.importorskip("sklearn")
     from fastkl.vae import data, parallel
+    from fastkl.vae.loop import train
     from fastkl.vae.progress import Display
     from fastkl.vae.run import start
     from fastkl.vae.settings import Settings
-    from fastkl.vae.train import train
 
     settings = Settings(steps=8, hidden=16, latent=3, batch_size=64, log_every=2, device="cpu")
 
