@@ -5,7 +5,7 @@ Read `loop.py` first: the loss is a few lines of `fastkl`. The other files serve
     settings.py     every option and the presets; rules.py, valid combinations and the options a resumed run may change
     data.py         the built-in data sets and the split; files.py and images.py read untrusted files into the types of
                     arrays.py; scaling.py chooses layout, scale and likelihood
-    model.py        encoder and decoder, MLP or convolutional
+    model.py        encoder and decoder, MLP or convolutional; likelihood.py, the distributions of a datum
     loop.py         the loop
     objective.py    the loss of a step, from fastkl.objectives
     guard.py        non-finite steps are skipped; watch.py, the monitors and their warnings
@@ -23,7 +23,7 @@ Read `loop.py` first: the loss is a few lines of `fastkl`. The other files serve
     memory.py       the memory of the loss, beside the eager formula
     trained.py      the model of a run, for use elsewhere; commands.py, the same on the command line
     api.py          training from Python, with data, a model or an objective of your own
-    errors.py       one-line errors; cli.py, the command line
+    errors.py       one-line errors; cli.py, the command line; config.py, options in a file
 """
 
 from fastkl.vae.api import train

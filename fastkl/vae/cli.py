@@ -16,6 +16,7 @@ import torch
 import fastkl
 from fastkl.vae import checkpoint, data, facts, folders, loop, pace, parallel
 from fastkl.vae.commands import add_parsers, write_report_of
+from fastkl.vae.config import read_config
 from fastkl.vae.errors import UserError, check_installed
 from fastkl.vae.progress import Display, Terminal, say
 from fastkl.vae.rules import defaults, flag, prolonging, resolve, resume
@@ -71,6 +72,10 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--resume", action="store_true", help="continue the run in --out, or without --out the latest run of this name"
     )
+    run.add_argument(
+        "--config", metavar="FILE", type=Path,
+        help="a .toml file of options, such as steps = 500, or the settings.json of a run; other options override it",
+    )  # fmt: skip
     run.add_argument("--no-report", action="store_true", help="stop after training, without evaluation and report")
     run.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard events")
     fields = {item.name: item for item in dataclasses.fields(Settings)}
@@ -92,6 +97,8 @@ def parser() -> argparse.ArgumentParser:
 def train_command(options: argparse.Namespace) -> int:
     began = time.perf_counter()
     given = {item.name: getattr(options, item.name) for item in dataclasses.fields(Settings) if item.name in options}
+    if "config" in options:
+        given = {**read_config(options.config), **given}
     ranks = parallel.start()
     try:
         return train_on(ranks, options, given, began)
@@ -155,7 +162,7 @@ def train_in(
         forecast = pace.forecast(run, step_time, "no_report" not in options)
         for line in opening(run, state, "resume" in options, forecast):
             say(line)
-    if run.step < run.total_steps:
+    if not run.ended:
         events = None if "no_tensorboard" in options else folder / "tensorboard"
         with Terminal(run, events) if ranks.main else Display() as display:
             finished = loop.train(run, display)
@@ -171,7 +178,7 @@ def train_in(
 def opening(run: Run, state: Any, resuming: bool, forecast: list[str]) -> list[str]:
     """The lines printed before a run begins: model, expected time, data and their scaling."""
     source, settings = run.data, run.settings
-    if run.step >= run.total_steps:
+    if run.ended:
         return [f"{run.folder}: finished at step {run.step:,}; {prolonging(settings)}"]
     time_needed, *hints = forecast
     if state:

@@ -134,7 +134,7 @@ def check(settings: Settings) -> None:
         "test_count",
         "threads",
     )
-    zeros += ("warm_up",)
+    zeros += ("warm_up", "patience")
     for name, minimum in {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)}.items():
         if getattr(settings, name) < minimum:
             raise UserError(f"{flag(name)} must be at least {minimum}, got {getattr(settings, name)}")
