@@ -1,9 +1,13 @@
 """scale= and prior_scale= give the parameterisation: values and gradients equal those with a log-variance."""
 
+import math
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import distributions as td
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkl
 from fastkl.ops._scales import as_logvar
@@ -234,3 +238,20 @@ def test_an_unknown_scale_is_named():
 def test_an_unknown_prior_scale_is_refused_without_a_prior_too(op):
     with pytest.raises(ValueError, match="prior_scale must be one of"):
         getattr(fastkl, op)(torch.zeros(2, 3), torch.zeros(2, 3), prior_scale="variance")
+
+
+def test_a_standard_deviation_is_converted_in_two_passes():
+    """Its logarithm, doubled in place. The rest of the definition is for a derivative that the op has itself."""
+
+    class Passes(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    std = torch.tensor([0.5, 0.0, math.inf])
+    with Passes() as passes:
+        logvar = as_logvar("scale", std, "std")
+    assert passes.names == ["log", "mul_", "expand"]
+    assert torch.equal(logvar, 2 * std.log())
