@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkl.ops import _torch
+from fastkl.ops import _sharding, _torch
 from fastkl.ops._forward_mode import Context, with_tangents
 
 NAMESPACE = "fastkl"
@@ -172,6 +172,8 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     signature of a Function with setup_context at every call: a third of a small loss's host time.
 
     forward must name each of its arguments: torch.compile without gradients treats *settings as one argument."""
+    if _torch.is_sharded(args):
+        return _sharding.apply(functools.partial(apply, function), function, args)
     if torch.compiler.is_compiling():
         if _torch.forward_mode():  # without fullgraph, the frame then runs eagerly
             raise NotImplementedError("fastkl has no forward-mode derivatives inside torch.compile")

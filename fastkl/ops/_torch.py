@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Callable, Iterable
 from types import NoneType
 from typing import Any
@@ -133,6 +134,13 @@ def plain_device(args: tuple) -> str | None:
         elif kind not in _NUMBERS:
             return None
     return device
+
+
+def is_sharded(args: Iterable[Any]) -> bool:
+    """Whether one of them is a DTensor. Its module takes as long to import as all of torch, and if nobody did so there
+    is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and getattr(module, "DTensor", None) in map(type, args)
 
 
 _is_batched = _private("_C._functorch.is_batchedtensor") or _always

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastkl.ops._sharding import by_parts
 from fastkl.ops.mixture import _gmm
 from fastkl.ops.mixture import _mixture_arguments as mixtures
 
 
+@by_parts
 def gmm_log_prob(
     z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
     scale_tril: Tensor | None = None, scale: str = "logvar", precision: str = "exact",

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._register import apply, register, without_autocast
+from fastkl.ops._sharding import by_parts
 from fastkl.ops.mixture import _mixture as sweeps
 from fastkl.ops.mixture import _mixture_arguments as mixtures
 from fastkl.ops.mixture._gmm import MIXTURE, is_small, joint_of, prepare
@@ -66,6 +67,7 @@ class _GMMMoments(torch.autograd.Function):
         return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * 4
 
 
+@by_parts
 def gmm_moments(
     z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
     scale_tril: Tensor | None = None, scale: str = "logvar",

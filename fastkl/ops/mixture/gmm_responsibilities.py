@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same, without_autocast
+from fastkl.ops._sharding import by_parts
 from fastkl.ops.mixture import _mixture as sweeps
 from fastkl.ops.mixture import _mixture_arguments as mixtures
 from fastkl.ops.mixture._gmm import (
@@ -117,6 +118,7 @@ class _GMMResponsibilities(torch.autograd.Function):
 differentiable("gmm_responsibilities_fwd", _GMMResponsibilities, same)
 
 
+@by_parts
 def gmm_responsibilities(
     z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
     scale_tril: Tensor | None = None, scale: str = "logvar", precision: str = "exact",

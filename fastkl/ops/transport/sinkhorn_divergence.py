@@ -8,6 +8,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._register import apply, without_autocast
+from fastkl.ops._sharding import by_parts
 from fastkl.ops._torch import forward_mode
 from fastkl.ops.transport._sinkhorn import Points, Products, Softmin, potentials
 
@@ -131,6 +132,7 @@ def _check_masses(weights_x: Tensor, weights_y: Tensor) -> None:
         )
 
 
+@by_parts
 def sinkhorn_divergence(
     x: Tensor, y: Tensor, blur: float = 0.05, *, weights_x: Tensor | None = None, weights_y: Tensor | None = None,
     scaling: float = 0.5, debias: bool = True, diameter: float | None = None, final_updates: int = 0,
