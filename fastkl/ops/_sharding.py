@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _sampling as sampling
-from fastkl.ops._torch import is_sharded
+from fastkl.ops._torch import is_sharded, uncompiled
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DeviceMesh, DTensor
@@ -86,8 +86,8 @@ def _choice(args: tuple, lead: Tensor, dim: int) -> Places | None:
 def _draw_choice(call: Callable[..., Any], args: list, shape: list[int], region: Region) -> Any:
     """As the Function's rule for vmap."""
     logits, tau, seed, constant, hard, dim, stream = args
-    draw = reference.gumbel_noise if torch.compiler.is_compiling() else sampling.draw_gumbel
-    perturbed = logits.to(reference.compute_dtype(logits)) + draw(seed, torch.Size(shape), stream)[tuple(region)]
+    gumbel = sampling.draw_gumbel(seed, torch.Size(shape), stream)[tuple(region)]
+    perturbed = logits.to(reference.compute_dtype(logits)) + gumbel
     return reference.relaxed_one_hot(perturbed, constant if tau is None else tau, hard, dim).to(logits.dtype)
 
 
@@ -142,6 +142,7 @@ RULES = {
 }
 
 
+@uncompiled
 def apply(call: Callable[..., Any], function: Any, args: tuple) -> Any:
     """call(*args) of a function, with DTensors among the arguments and in the result."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -150,7 +151,7 @@ def apply(call: Callable[..., Any], function: Any, args: tuple) -> Any:
     mesh = next(arg.device_mesh for arg in args if isinstance(arg, DTensor))
     # For each dimension of the mesh: the places, or None to gather; the lead's sharded dimension. The lead's shape.
     found: list[Places | None] = [None] * mesh.ndim
-    along, shape = [-1] * mesh.ndim, list[int]()
+    along, shape = [-1] * mesh.ndim, []
     for number, lead in itertools.product(range(mesh.ndim), rule.leads):
         placement = args[lead].placements[number] if isinstance(args[lead], DTensor) else None
         if found[number] is None and type(placement) is Shard:

@@ -136,6 +136,11 @@ def plain_device(args: tuple) -> str | None:
     return device
 
 
+# A decorator: the compiler calls the function as it is, and goes on behind it. torch.compiler.disable would import the
+# compiler at once.
+uncompiled: Callable[[Any], Any] = _private("_disable_dynamo") or (lambda function: function)
+
+
 def is_sharded(args: Iterable[Any]) -> bool:
     """Whether one of them is a DTensor. Its module takes as long to import as all of torch, and if nobody did so there
     is none."""
