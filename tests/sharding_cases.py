@@ -202,6 +202,19 @@ def own_seeds(mesh):
     return fastkl.rsample_normal(zero, zero).full_tensor()
 
 
+def plain_noise(seed=None):
+    """Of a plain tensor, which knows no rank."""
+    return fastkl.rsample_normal(torch.zeros(4, 3), torch.zeros(4, 3), seed=seed)
+
+
+def noises(rank: int):
+    found = {}
+    for name, state in (("alike", 0), ("by rank", rank)):
+        torch.manual_seed(state)
+        found[name] = plain_noise()
+    return {**found, "seed": plain_noise(7), "seed by rank": plain_noise(7 + rank)}
+
+
 def work(rank: int, folder: Path) -> None:
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=4)
@@ -212,6 +225,7 @@ def work(rank: int, folder: Path) -> None:
         found[layout, name] = run(case, [place(leaf, leaves[0], LAYOUTS[layout], mesh) for leaf in leaves])
     for name in PRIORS:
         found["prior", name] = train_prior(name, torch.arange(8).tensor_split(4)[rank], fully_shard)
+    found["noise"] = noises(rank)
     found["refusals"], found["own seeds"] = refusals(mesh), own_seeds(mesh)
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -74,3 +74,12 @@ def test_all_processes_of_a_mesh_draw_from_one_seed(found):
     expected = cases.fastkl.rsample_normal(zero, zero)
     for rank in found:
         torch.testing.assert_close(rank["own seeds"], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "same"), [("alike", True), ("seed", True), ("by rank", False), ("seed by rank", False)]
+)
+def test_plain_tensors_have_the_same_noise_where_generators_or_seeds_are_the_same(found, name, same):
+    """As docs/distributed.md says: nothing knows the rank."""
+    first, *others = (rank["noise"][name] for rank in found)
+    assert [torch.equal(first, other) for other in others] == [same] * 3
