@@ -6,6 +6,8 @@ returned. In eager mode each of them goes straight to the implementation for its
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from types import NoneType
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkl.ops import _torch
+from fastkl.ops import _sharding, _torch
 from fastkl.ops._arguments import DTYPES
 from fastkl.ops._forward_mode import with_tangents
 from fastkl.reference import SCALES
@@ -111,6 +113,9 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     signature of a Function with setup_context at every call: a third of a small loss's host time.
 
     forward must name each of its arguments: torch.compile without gradients treats *settings as one argument."""
+    sharding = sys.modules.get("torch.distributed.tensor")  # takes as long to import as all of torch
+    if sharding is not None and getattr(sharding, "DTensor", None) in map(type, args):
+        return _sharding.apply(functools.partial(apply, function), function, args)
     if torch.compiler.is_compiling():
         if _torch.forward_mode():  # without fullgraph, the frame then runs eagerly
             raise NotImplementedError("fastkl has no forward-mode derivatives inside torch.compile")

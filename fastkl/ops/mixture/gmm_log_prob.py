@@ -8,6 +8,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same, without_autocast
+from fastkl.ops._sharding import by_parts
 from fastkl.ops.mixture import _at_once as at_once
 from fastkl.ops.mixture._canonical import PRECISIONS, as_logvars, canonical
 from fastkl.ops.mixture._mixture import DMIXTURE, MIXTURE, Gradients, Mixture, by_datum, outputs_for
@@ -159,6 +160,7 @@ def nothing(rows: list[Tensor], mixture: Mixture) -> Tensor:
     return rows[0].to(dtype).sum(-1) + touched
 
 
+@by_parts
 def gmm_log_prob(
     z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
     scale_tril: Tensor | None = None, scale: str = "logvar", precision: str = "exact",

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._register import apply, register, without_autocast
+from fastkl.ops._sharding import by_parts
 from fastkl.ops.mixture import _at_once as at_once
 from fastkl.ops.mixture._canonical import as_logvars, canonical
 from fastkl.ops.mixture._mixture import MIXTURE, Mixture
@@ -69,6 +70,7 @@ class _GMMMoments(torch.autograd.Function):
         return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * 4
 
 
+@by_parts
 def gmm_moments(
     z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
     scale_tril: Tensor | None = None, scale: str = "logvar",

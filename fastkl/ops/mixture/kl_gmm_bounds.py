@@ -9,6 +9,7 @@ from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same
 from fastkl.ops._scales import as_logvar
+from fastkl.ops._sharding import by_parts
 from fastkl.ops.mixture import gmm_log_prob as density
 from fastkl.ops.mixture._canonical import PRECISIONS, as_logvars, canonical
 from fastkl.ops.mixture._mixture import DMIXTURE, MIXTURE, Gradients, outputs_for
@@ -131,6 +132,7 @@ class _Bounds(torch.autograd.Function):
 differentiable("kl_gmm_bounds_fwd", _Bounds, same)
 
 
+@by_parts
 def kl_gmm_bounds(
     mu: Tensor, logvar: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
     scale_tril: Tensor | None = None, scale: str = "logvar", prior_scale: str = "logvar", precision: str = "exact",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastkl.ops._sharding import by_parts
 from fastkl.ops.multivariate._covariances import check_pair
 from fastkl.reference import compute_dtype, exp_minus_one_minus, log_ratio
 
@@ -20,6 +21,7 @@ def _solve(scale_tril: Tensor, columns: Tensor) -> Tensor:
     return solved.reshape(side_by_side.shape).movedim(0, -2)
 
 
+@by_parts
 def kl_multivariate_normal(mu: Tensor, scale_tril: Tensor, prior_mu: Tensor, prior_scale_tril: Tensor) -> Tensor:
     """KL divergence KL(q || p) of multivariate Gaussians N(mu, L L^T), in nats, one value per sample.
 

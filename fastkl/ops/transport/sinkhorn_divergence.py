@@ -11,6 +11,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._register import without_autocast
+from fastkl.ops._sharding import by_parts
 from fastkl.ops._sweep import Sweep
 from fastkl.ops.transport._sinkhorn import Points, Products, Softmin, potentials
 
@@ -80,6 +81,7 @@ def _check_masses(weights_x: Tensor, weights_y: Tensor) -> None:
         raise ValueError(f"weights_x and weights_y must have the same sum above 0, got {x:.6g} and {y:.6g}")
 
 
+@by_parts
 def sinkhorn_divergence(
     x: Tensor, y: Tensor, blur: float = 0.05, *, weights_x: Tensor | None = None, weights_y: Tensor | None = None,
     scaling: float = 0.5, debias: bool = True, diameter: float | None = None, final_updates: int = 0,

@@ -10,6 +10,7 @@ from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._register import no_autocast
+from fastkl.ops._sharding import by_parts
 from fastkl.ops._sweep import Sweep
 from fastkl.ops._torch import forward_mode, known_equal
 from fastkl.ops.normal.rsample_normal import draw_normal
@@ -105,6 +106,7 @@ def _gradients(x: Tensor, y: Tensor, unit: Tensor, p: float, *wanted: bool) -> l
 SLICED = Sweep(_blocks, _gradients)
 
 
+@by_parts
 def sliced_wasserstein(
     x: Tensor, y: Tensor, num_projections: int, p: float = 2, seed: int | Tensor | None = None
 ) -> Tensor:
