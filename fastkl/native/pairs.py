@@ -7,7 +7,7 @@ import struct
 import torch
 from torch import Tensor
 
-from fastkl.native._pack import Plan, address, keep, known, plans, prepare
+from fastkl.native._pack import Plan, keep, known, plans, prepare
 
 KERNELS = {"imq": 0, "rbf": 1}
 
@@ -32,5 +32,5 @@ def mmd(x: Tensor, y: Tensor, kernel: str, scales: list[float], unbiased: bool, 
         return NotImplemented
     value = x.new_empty((), dtype=torch.float64)
     gradients = [z.new_empty(z.shape, dtype=plan.dtype) if want else None for z, want in ((x, dx), (y, dy))]
-    plan.run(address(x), address(y), *map(address, gradients), value.data_ptr())
+    plan.run(x, y, *gradients, value)
     return [value, *(gradient for gradient in gradients if gradient is not None)]
