@@ -5,7 +5,7 @@ Read `loop.py` first: the loss is a few lines of `fastkl`. The other files serve
     settings.py     every option and the presets; rules.py, valid combinations and the options a resumed run may change
     data.py         the built-in data sets and the split; files.py and images.py read untrusted files into the types of
                     arrays.py; scaling.py chooses layout, scale and likelihood
-    model.py        encoder and decoder, MLP or convolutional
+    model.py        encoder and decoder, MLP or convolutional; likelihood.py, the distributions of a datum
     loop.py         the loop
     objective.py    the loss of a step, from fastkl.objectives
     guard.py        non-finite steps are skipped; watch.py, the monitors and their warnings

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastkl.vae import files, streams
 from fastkl.vae.arrays import Held, Part, first_line
 from fastkl.vae.errors import UserError, require
-from fastkl.vae.scaling import Scaling, arrange, resized, scale
+from fastkl.vae.scaling import Scaling, arrange, scale
 from fastkl.vae.settings import Settings
 
 TEST_FRACTION = 0.2
@@ -101,7 +101,7 @@ def load(settings: Settings, given: Any = None) -> Data:
     labels_of, names = arrange_labels(parts, held.names, settings, notes)
     rows = split(parts, settings)
     scaling, what, meaning = scale(parts, rows["train"][1], settings.likelihood)
-    scaled = {name: resized(scaling.apply(part.values), settings.image_size) for name, part in parts.items()}
+    scaled = {name: scaling.resize(scaling.apply(part.values), settings.image_size) for name, part in parts.items()}
     if scaled["train"].shape[1:] != shape:
         what += f", resized to {settings.image_size} x {settings.image_size}"
     found = {name: scaled[part][torch.from_numpy(index)] for name, (part, index) in rows.items()}

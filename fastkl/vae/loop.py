@@ -213,7 +213,6 @@ def save_if_due(run: Run, display: Display, stopping: bool) -> None:
 def gradients(run: Run) -> dict[str, float]:
     """Gradient norms of encoder, decoder and every other trained part, at this step."""
     parts = {name: list(part.parameters()) for name, part in run.vae.named_children()}
-    parts["logvar"] = list(run.vae.parameters(recurse=False))  # the normal likelihood's
     if (discriminator := discriminator_of(run)) is not None:
         parts["discriminator"] = list(discriminator.parameters())
     norms = monitors.gradient_norms({name: part for name, part in parts.items() if part})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+LIKELIHOODS = ("bernoulli", "logistic", "categorical", "normal", "laplace", "poisson", "negative_binomial")
 LEARNED = ("gmm", "vamp", "flow")
 OBJECTIVES = (
     "elbo", "beta_vae", "iwae", "miwae", "piwae", "ciwae", "wae_mmd", "info_vae", "swae", "sinkhorn_ae", "aae",
@@ -35,7 +36,10 @@ class Settings:
     )
     image_size: int = option(0, "resize images to this many pixels a side (0: keep their size)")
     likelihood: str = option(
-        "auto", "distribution of a value given the latent", choices=("auto", "bernoulli", "normal")
+        "auto",
+        "distribution of a value given the latent; auto is bernoulli or normal, logistic and categorical are of pixels "
+        "with whole numbers, poisson and negative_binomial of counts, laplace is L1",
+        choices=("auto", *LIKELIHOODS),
     )
     model: str = option(
         "mlp",

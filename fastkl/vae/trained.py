@@ -23,7 +23,7 @@ from fastkl.vae.errors import UserError
 from fastkl.vae.evaluate import importance_weighted
 from fastkl.vae.files import as_array
 from fastkl.vae.model import DECODED, ENCODED, VAE, build
-from fastkl.vae.scaling import Scaling, arrange, resized
+from fastkl.vae.scaling import Scaling, arrange
 from fastkl.vae.settings import Settings
 
 
@@ -54,7 +54,7 @@ class Trained:
             UserError: x has another shape than the training data, is not numeric, or is not finite.
         """
         part, _ = arrange(Part(np.asarray(as_array(x))), name)
-        values = resized(self.scaling.apply(part.values), self.settings.image_size)
+        values = self.scaling.resize(self.scaling.apply(part.values), self.settings.image_size)
         if values.shape[1:] != self.shape:
             raise UserError(f"{name} must be data of shape {list(self.shape)}, got {list(part.values.shape[1:])}")
         return values
@@ -142,7 +142,7 @@ def load(
     settings, shape, scaling = (
         rules.resume(state["settings"], {}), tuple(state["shape"]), Scaling.of_state(state["scaling"])
     )  # fmt: skip
-    vae = build(settings, shape, scaling.likelihood, copy.deepcopy(model))
+    vae = build(settings, shape, scaling.likelihood, copy.deepcopy(model), scaling.levels)
     # The prior's constructor needs data of the right shape; its numbers are those of the checkpoint.
     blank = torch.zeros(max(1, settings.components), *shape)
     vae.prior = prior.build(settings, vae, Data("", "", scaling, blank, blank, None, None, None))
