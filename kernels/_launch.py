@@ -84,7 +84,7 @@ class Plan:
 Sums = tuple[Plan, tuple[int, ...], torch.dtype]
 
 
-def sums(plan_fwd: Callable[..., Sums | None], inputs: Sequence[Tensor | None], *settings: Any) -> Tensor:
+def sums(plan_fwd: Callable[..., Sums | None], inputs: Sequence[Any], *settings: Any) -> Tensor:
     """The launch of `plan_fwd` with an output [splits, ...] after the inputs, summed over the splits.
 
     Inputs whose views have no plan, because no two dimensions an axis describe them, are copied.
@@ -93,6 +93,6 @@ def sums(plan_fwd: Callable[..., Sums | None], inputs: Sequence[Tensor | None], 
     if found is None:
         return sums(plan_fwd, contiguous(*inputs), *settings)
     plan, shape, dtype = found
-    output = torch.empty(shape[shape[0] == 1 :], dtype=dtype, device=device_of(inputs))
+    output = inputs[0].new_empty(shape[shape[0] == 1 :], dtype=dtype)
     plan.launch(*inputs, output)
     return output if shape[0] == 1 else output.sum(0)
