@@ -65,11 +65,11 @@ class StandardNormal(_Gaussian):
     def __init__(self, dim: int):
         super().__init__(dim)
         # Empty, it has only a dtype and a device: to_empty() leaves no values that nothing would restore.
-        self.register_buffer("_place", torch.empty(0), persistent=False)
+        self.register_buffer("place", torch.empty(0), persistent=False)
 
     @property
     def mu(self) -> Tensor:  # type: ignore[override]
-        return self._place.new_zeros(()).expand(self.dim)
+        return self.place.new_zeros(()).expand(self.dim)
 
     logvar = mu  # type: ignore[assignment]
 
