@@ -113,8 +113,8 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     signature of a Function with setup_context at every call: a third of a small loss's host time.
 
     forward must name each of its arguments: torch.compile without gradients treats *settings as one argument."""
-    sharding = sys.modules.get("torch.distributed.tensor")
-    if sharding is not None and getattr(sharding, "DTensor", None) in map(type, args):  # is_sharded without its call
+    sharding: Any = sys.modules.get("torch.distributed.tensor")
+    if sharding is not None and getattr(sharding, "DTensor", None) in {*map(type, args)}:  # is_sharded without its call
         return _sharding.apply(functools.partial(apply, function), function, args)
     if torch.compiler.is_compiling():
         if _torch.forward_mode():  # without fullgraph, the frame then runs eagerly

@@ -13,7 +13,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -107,8 +107,8 @@ def _batch(*events: int, results: tuple[str, ...] = (DATUM,), eps: int = -1) -> 
         batch = torch.broadcast_shapes(*batches)
         if dim >= len(batch) or lead.shape[:-1] != batch:
             return None
-        places = [dim - len(batch) + len(own) for own in batches]
-        places = [place if place >= 0 and own[place] == batch[dim] else None for own, place in zip(batches, places)]
+        of_each = [dim - len(batch) + len(own) for own in batches]
+        places = [place if place >= 0 and own[place] == batch[dim] else None for own, place in zip(batches, of_each)]
         return {eps: dim + 1, **dict(enumerate(places))}, [dim if each == DATUM else each for each in results]
 
     return along
@@ -158,7 +158,7 @@ def apply(call: Callable[..., Any], function: Any, args: tuple) -> Any:
             found[number], along[number] = rule.along(args, args[lead], placement.dim), placement.dim
             shape = list(args[lead].shape)
 
-    def placements(dims: list[int | str | None], shared: Any) -> list[Any]:
+    def placements(dims: Sequence[Any], shared: Any) -> list[Any]:
         """From a tensor's sharded dimensions; `shared` where it is not sharded but others are."""
         parts = [Partial() if dim == SUM else shared if dim is None else Shard(dim) for dim in dims]
         return [Replicate() if places is None else part for places, part in zip(found, parts)]
@@ -250,7 +250,8 @@ def _part_of_normals(
     rows, *others = region
     row, samples = math.prod(shape[1:]), range(1 if num_samples is None else num_samples)
     eps = sampling.normals(seed, samples, rows.start * row, rows.stop * row, stream)
-    eps = eps.reshape(len(samples), rows.stop - rows.start, *shape[1:])[(slice(None), slice(None), *others)]
+    index = slice(None), slice(None), *others
+    eps = eps.reshape(len(samples), rows.stop - rows.start, *shape[1:])[index]
     return eps[0] if num_samples is None else eps
 
 

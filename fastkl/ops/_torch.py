@@ -94,8 +94,8 @@ uncompiled: Callable[[Any], Any] = _private("_disable_dynamo") or (lambda functi
 def is_sharded(args: Iterable[Any]) -> bool:
     """Whether one of them is a DTensor. Its module takes as long to import as all of torch, and if nobody did so there
     is none."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and getattr(module, "DTensor", None) in map(type, args)
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return module is not None and getattr(module, "DTensor", None) in [type(arg) for arg in args]
 
 
 _is_batched = _private("_C._functorch.is_batchedtensor") or _always

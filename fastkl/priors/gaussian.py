@@ -62,6 +62,8 @@ class StandardNormal(_Gaussian):
     tensor([1.5000, 1.5000])
     """
 
+    place: Tensor
+
     def __init__(self, dim: int):
         super().__init__(dim)
         # Empty, it has only a dtype and a device: to_empty() leaves no values that nothing would restore.

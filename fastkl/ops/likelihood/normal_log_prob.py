@@ -106,12 +106,11 @@ def normal_log_prob(
     unusual = None if scale == "logvar" else scale
     if known := event_ndim_of_common_call(event_ndim, (x, mean, logvar), "logvar", unusual):
         return apply(LikelihoodFunction, NORMAL, known, x, mean, logvar)
-    mean, logvar = arguments.as_tensors(x, mean, logvar)
-    arguments.check_tensors(x=x, mean=mean, logvar=logvar)
-    shape = arguments.broadcast_shape(x=x, mean=mean, logvar=logvar)
+    location, spread = arguments.as_tensors(x, mean, logvar)
+    arguments.check_tensors(x=x, mean=location, logvar=spread)
+    shape = arguments.broadcast_shape(x=x, mean=location, logvar=spread)
     event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
-    logvar = as_logvar("scale", logvar, scale, x, mean)
-    logvar = _fit_logvar(logvar, shape, event_ndim)
-    tensors = arguments.expand(x, shape), arguments.expand(mean, shape), logvar
-    event_ndim, *tensors = arguments.as_events(event_ndim, *tensors)
+    spread = _fit_logvar(as_logvar("scale", spread, scale, x, location), shape, event_ndim)
+    given = arguments.expand(x, shape), arguments.expand(location, shape), spread
+    event_ndim, *tensors = arguments.as_events(event_ndim, *given)
     return apply(LikelihoodFunction, NORMAL, event_ndim, *tensors)
