@@ -17,7 +17,6 @@ import argparse
 import ast
 import collections
 import csv
-import importlib
 import os
 import sys
 import time
@@ -46,9 +45,9 @@ def calls(
 ) -> dict[str, tuple[int, Callable[[], Any]]]:
     """Direction -> (tensors moved, a call of the launcher), of every elementwise kernel."""
 
-    from fastkl.ops._register import PLACES
+    from fastkl.ops._register import LOADERS
 
-    kernels = importlib.import_module(f"fastkl.kernels.{PLACES[f'{op}_fwd'][0].rpartition('.')[0]}")
+    kernels = sys.modules[LOADERS[f"{op}_fwd"][0]().__module__]
     generator = torch.Generator(device).manual_seed(0)
     a, b, c = (torch.randn(shape, device=device, generator=generator).to(dtype) for _ in range(3))
     rows, columns = (torch.randn(size, device=device, generator=generator) for size in shape)

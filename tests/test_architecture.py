@@ -10,19 +10,25 @@ import pytest
 import torch
 
 import fastkl
-from fastkl.ops import _register
+from fastkl.ops import _call, _register
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- written by: python tests/test_architecture.py -->\n", "<!-- end -->\n"
 
 
+def place(function, folder: str) -> str:
+    """The path of a function's file in a folder of fastkl."""
+    module = getattr(function, "func", function).__module__  # of a partial function, that of its function
+    return module.removeprefix(f"fastkl.{folder}.").replace(".", "/")
+
+
 def table() -> str:
     lines = ["| op | closed form | C | Triton |", "|---|---|---|---|"]
-    for name, (kernel, native) in sorted(_register.PLACES.items()):
-        module = _register.CLOSED_FORM[name].__module__.removeprefix("fastkl.ops.").replace(".", "/")
-        loop = f"`{native.partition('.')[0]}.c`" if native else ""
-        lines.append(f"| `{name}` | `{module}.py` | {loop} | `{kernel.rpartition('.')[0].replace('.', '/')}.py` |")
+    for name, (kernel, native) in sorted(_register.LOADERS.items()):
+        module, launcher = place(_call.CLOSED_FORM[name], "ops"), place(kernel(), "kernels")
+        loop = f"`{place(native(), 'native')}.c`" if native else ""
+        lines.append(f"| `{name}` | `{module}.py` | {loop} | `{launcher}.py` |")
     return "\n".join(lines) + "\n"
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastkl
 from fastkl import reference
 from fastkl.native import _build, _pack
-from fastkl.ops import _register
+from fastkl.ops import _call
 
 from helpers import DEVICE, implementation
 
@@ -166,7 +166,7 @@ def test_a_plan_is_made_once_for_a_shape_and_kept_within_bounds(monkeypatch):
             kl = fastkl.kl_normal(mu, mu, bounds=(-1.0, 1.0))
             torch.testing.assert_close(kl, torch.full((2,), columns * 0.5 * 1.7182818))
     assert 1 <= len(_pack.plans) <= 4
-    assert set(_register.NATIVE) < set(_register.CPU)
+    assert set(_call.NATIVE) < set(_call.CPU)
 
 
 def test_sources_have_no_warnings():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import apply
+from fastkl.ops._call import apply
 
 
 class _Collapse(torch.autograd.Function):

@@ -13,7 +13,8 @@ from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops import _torch
-from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same
+from fastkl.ops._call import apply, needs_closed_form
+from fastkl.ops._register import differentiable, register, same
 from fastkl.reference import Stream
 
 # tau is a tensor without dimensions, or None where the number `constant` is the temperature; stream is a
@@ -66,20 +67,32 @@ def _backward(dy, y, logits, tau, seed, dlogits, dtau, constant, hard, dim, stre
         dtau.copy_(of_tau)
 
 
+def _kernels():
+    from fastkl.kernels.categorical import gumbel_softmax
+
+    return gumbel_softmax
+
+
+def _loops():
+    from fastkl.native import gumbel
+
+    return gumbel
+
+
 gumbel_softmax_fwd = register(
     f"gumbel_softmax_fwd(Tensor logits, {TAU}, {SETTINGS}) -> Tensor",
     closed_form=_forward,
     fake=lambda logits, *settings: torch.empty_like(logits),
-    kernel="categorical.gumbel_softmax.fwd",
-    native="gumbel.gumbel_softmax_fwd",
+    kernel=lambda: _kernels().fwd,
+    native=lambda: _loops().gumbel_softmax_fwd,
 )
 # y is the sample, for a soft one; a hard one is drawn again from the logits. The other of the two is None.
 gumbel_softmax_bwd = register(
     f"gumbel_softmax_bwd(Tensor dy, Tensor? y, Tensor? logits, {TAU}, Tensor(a!) dlogits, Tensor(b!)? dtau, {SETTINGS})"
     " -> ()",
     closed_form=_backward,
-    kernel="categorical.gumbel_softmax.bwd",
-    native="gumbel.gumbel_softmax_bwd",
+    kernel=lambda: _kernels().bwd,
+    native=lambda: _loops().gumbel_softmax_bwd,
 )
 
 

@@ -53,19 +53,31 @@ def _fake_forward(x, mean, logvar, event_ndim) -> Tensor:
     return x.new_empty(x.shape[: x.dim() - event_ndim], dtype=reference.compute_dtype(x, mean, logvar))
 
 
+def _kernels():
+    from fastkl.kernels.likelihood import normal_log_prob
+
+    return normal_log_prob
+
+
+def _loops():
+    from fastkl.native import likelihood
+
+    return likelihood
+
+
 normal_log_prob_fwd = register(
     "normal_log_prob_fwd(Tensor x, Tensor mean, Tensor logvar, int event_ndim) -> Tensor",
     closed_form=_forward,
     fake=_fake_forward,
-    kernel="likelihood.normal_log_prob.fwd",
-    native="likelihood.normal_log_prob_fwd",
+    kernel=lambda: _kernels().fwd,
+    native=lambda: _loops().normal_log_prob_fwd,
 )
 normal_log_prob_bwd = register(
     "normal_log_prob_bwd(Tensor dlog_prob, Tensor x, Tensor mean, Tensor logvar, Tensor(a!)? dx, Tensor(b!)? dmean, "
     "Tensor(c!)? dlogvar, int event_ndim) -> ()",
     closed_form=_backward,
-    kernel="likelihood.normal_log_prob.bwd",
-    native="likelihood.normal_log_prob_bwd",
+    kernel=lambda: _kernels().bwd,
+    native=lambda: _loops().normal_log_prob_bwd,
 )
 NORMAL = Likelihood(normal_log_prob_fwd, normal_log_prob_bwd, "normal_log_prob_fwd", _gradients, _fit_logvar)
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same, without_autocast
+from fastkl.ops._call import apply, needs_closed_form
+from fastkl.ops._register import differentiable, register, same, without_autocast
 from fastkl.ops._sharding import by_parts
 from fastkl.ops.mixture import _at_once as at_once
 from fastkl.ops.mixture._canonical import PRECISIONS, as_logvars, canonical
@@ -70,17 +71,23 @@ def _backward(
     write(outputs, found, logits)
 
 
+def _kernels():
+    from fastkl.kernels.mixture import gmm_log_prob
+
+    return gmm_log_prob
+
+
 gmm_log_prob_fwd = register(
     f"gmm_log_prob_fwd({_INPUTS}, str form, str precision, int keep) -> Tensor[]",
     closed_form=values,
     fake=fake_values,
-    kernel="mixture.gmm_log_prob.fwd",
+    kernel=lambda: _kernels().fwd,
 )
 gmm_log_prob_bwd = register(
     f"gmm_log_prob_bwd(Tensor dlp, Tensor lp, Tensor? responsibilities, {_INPUTS}, "
     f"Tensor(a!)? dz, Tensor(b!)? dlogvar, {DMIXTURE}, str form, str precision) -> ()",
     closed_form=_backward,
-    kernel="mixture.gmm_log_prob.bwd",
+    kernel=lambda: _kernels().bwd,
 )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
-from fastkl.ops._register import apply
+from fastkl.ops._call import apply
 from fastkl.ops._scales import as_logvar
 from fastkl.ops._sharding import by_parts
 from fastkl.ops.mixture._canonical import PRECISIONS, as_logvars, batch_shape, canonical, check_shapes

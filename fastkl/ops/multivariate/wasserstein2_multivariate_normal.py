@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkl.ops._register import apply, needs_closed_form, no_autocast
+from fastkl.ops._call import apply, needs_closed_form
+from fastkl.ops._register import no_autocast
 from fastkl.ops._sharding import by_parts
 from fastkl.ops.multivariate._covariances import check_pair
 from fastkl.reference import compute_dtype

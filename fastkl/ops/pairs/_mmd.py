@@ -12,12 +12,25 @@ from fastkl.ops._register import register
 from fastkl.ops._sweep import Sweep
 from fastkl.ops.pairs import _pairs
 
+
+def _kernels():
+    from fastkl.kernels.pairs import mmd
+
+    return mmd
+
+
+def _loops():
+    from fastkl.native import pairs
+
+    return pairs
+
+
 mmd_sums = register(
     "mmd(Tensor x, Tensor y, str kernel, float[] scales, bool unbiased, bool dx, bool dy) -> Tensor[]",
     closed_form=_pairs.mmd,
     fake=_pairs.fake,
-    kernel="pairs.mmd.fwd",
-    native="pairs.mmd",
+    kernel=lambda: _kernels().fwd,
+    native=lambda: _loops().mmd,
 )
 MMD = Sweep(mmd_sums, _pairs.mmd_gradients, name="mmd")
 

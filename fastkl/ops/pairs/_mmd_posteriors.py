@@ -122,11 +122,17 @@ def _at_once(mu, logvar, scales, unbiased, dmu, dlogvar) -> list[Tensor]:
     return [total, *(gradient for wanted, gradient in zip((dmu, dlogvar), found) if wanted)]
 
 
+def _kernels():
+    from fastkl.kernels.pairs import mmd_normal
+
+    return mmd_normal
+
+
 mmd_posteriors = register(
     "mmd_posteriors(Tensor mu, Tensor logvar, float[] scales, bool unbiased, bool dmu, bool dlogvar) -> Tensor[]",
     closed_form=_sweep,
     fake=fake,
-    kernel="pairs.mmd_normal.fwd",
+    kernel=lambda: _kernels().fwd,
 )
 MMD_POSTERIORS = Sweep(mmd_posteriors, gradients, name="mmd_posteriors")
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _group
-from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same, without_autocast
+from fastkl.ops._call import apply, needs_closed_form
+from fastkl.ops._register import differentiable, register, same, without_autocast
 from fastkl.ops._scales import as_logvar
 from fastkl.ops.pairs import _few_pairs_normal as few_pairs
 from fastkl.ops.pairs import _pairwise_normal as pairwise
@@ -86,17 +87,23 @@ def _gradients(z, mu, logvar, first, dataset_size, stratified, dmutual, dtotal, 
     return [g.to(tensor.dtype) for g, tensor in zip((dz, dmean.sum(0), dlogvar.sum(0)), inputs)]
 
 
+def _kernels():
+    from fastkl.kernels.pairs import total_correlation
+
+    return total_correlation
+
+
 total_correlation_fwd = register(
     f"total_correlation_fwd({INPUTS}, {SETTINGS}) -> Tensor[]",
     closed_form=_forward,
     fake=_fake_forward,
-    kernel="pairs.total_correlation.fwd",
+    kernel=lambda: _kernels().fwd,
 )
 total_correlation_bwd = register(
     f"total_correlation_bwd(Tensor dmutual, Tensor dtotal, Tensor ddimension, {INPUTS}, Tensor joint_sum, "
     f"Tensor marginal_sum, Tensor(a!) dz, Tensor(b!) dmu, Tensor(c!) dlogvar, {SETTINGS}) -> ()",
     closed_form=_backward,
-    kernel="pairs.total_correlation.bwd",
+    kernel=lambda: _kernels().bwd,
 )
 
 
