@@ -220,3 +220,18 @@ def test_large_results_ask_for_large_pages():
         assert "hg" not in flags(torch.zeros(2048, 8192))
     small = fastkl.rsample_normal(torch.zeros(2047, 4096), torch.zeros(2047, 4096))  # malloc may have it at hand
     assert "hg" not in flags(small)
+
+
+def test_the_compiler_gets_the_closed_form_of_the_kl_on_a_cpu():
+    """It fuses that with its neighbours; a call of an op costs more than a small latent's arithmetic."""
+    found, (mu, logvar) = [], torch.randn(2, 6, 5, device="cpu")
+
+    def backend(graph, inputs):
+        found.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    with torch.no_grad():
+        value = torch.compile(fastkl.kl_normal, backend=backend, fullgraph=True)(mu, logvar)
+    assert len(found) > 3
+    assert not any("fastkl" in name for name in found)
+    torch.testing.assert_close(value, fastkl.kl_normal(mu, logvar))
