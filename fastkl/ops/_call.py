@@ -27,10 +27,10 @@ NATIVE: dict[str, Callable[..., Any]] = {}
 TRITON: dict[str, Callable[..., Any]] = {}
 CPU: dict[str, Callable[..., Any]] = {}
 
-# Ops of which the compiler gets the closed form on a CPU, for up to this many numbers. It fuses that with its neighbours,
-# and a call of an op from compiled code costs more than a small latent's arithmetic: the step of a VAE with latents
-# [128, 64] took 1.3 times as long with the op. From [1024, 64] on that makes no difference, and then the loop in C is
-# faster.
+# Ops of which the compiler gets the closed form on a CPU, for up to this many numbers. It fuses that with its
+# neighbours, and a call of an op from compiled code costs more than a small latent's arithmetic: the step of a VAE with
+# latents [128, 64] took 1.3 times as long with the op. From [1024, 64] on that makes no difference, and then the loop
+# in C is faster.
 FUSED, FUSED_NUMBERS = frozenset(("kl_normal_fwd", "kl_normal_bwd")), 1 << 15
 
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
@@ -51,8 +51,10 @@ def direct(name: str, dispatched: Callable[..., Any]) -> Callable[..., Any]:
 
     def op(*args: Any) -> Any:
         if torch.compiler.is_compiling():
-            small = fused and args[1].is_cpu and args[1].numel() <= FUSED_NUMBERS
-            return CLOSED_FORM[name](*args) if small and not torch.compiler.is_exporting() else dispatched(*args)
+            inlined = fused and not torch.compiler.is_exporting() and args[1].is_cpu
+            if inlined and args[1].numel() <= FUSED_NUMBERS:  # asked last: it adds a guard to the graph
+                return CLOSED_FORM[name](*args)
+            return dispatched(*args)
         if _torch.modes_active() or _torch.transforms_active() or _torch.profiling() or _torch.tracing():
             return dispatched(*args)
         each = args
