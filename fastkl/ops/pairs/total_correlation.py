@@ -91,12 +91,14 @@ total_correlation_fwd = register(
     closed_form=_forward,
     fake=_fake_forward,
     kernel="pairs.total_correlation.fwd",
+    native="pairs.total_correlation_fwd",
 )
 total_correlation_bwd = register(
     f"total_correlation_bwd(Tensor dmutual, Tensor dtotal, Tensor ddimension, {INPUTS}, Tensor joint_sum, "
     f"Tensor marginal_sum, Tensor(a!) dz, Tensor(b!) dmu, Tensor(c!) dlogvar, {SETTINGS}) -> ()",
     closed_form=_backward,
     kernel="pairs.total_correlation.bwd",
+    native="pairs.total_correlation_bwd",
 )
 
 
