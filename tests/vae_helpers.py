@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import distributions, nn
@@ -18,6 +19,7 @@ import fastkl
 from fastkl.vae import checkpoint
 from fastkl.vae.cli import main
 from fastkl.vae.model import VAE
+from fastkl.vae.scaling import Scaling
 
 # What a run trains on, unless it is told. Read once: it is a third of the time of a small run.
 datasets = pytest.importorskip("sklearn.datasets")
@@ -57,6 +59,11 @@ def environment() -> dict[str, str]:
 def run(arguments: list[str], timeout: int = 120) -> subprocess.CompletedProcess:
     options = {"env": environment(), "cwd": tempfile.gettempdir(), "timeout": timeout}
     return subprocess.run(arguments, capture_output=True, text=True, check=False, **options)
+
+
+def scaling(likelihood: str) -> Scaling:
+    """The map that changes no number."""
+    return Scaling(likelihood, np.zeros(()), np.ones(()))
 
 
 def torchrun(*options: str) -> subprocess.CompletedProcess:
@@ -116,6 +123,6 @@ def linear_gaussian(features: int = 5, latent: int = 2) -> tuple[VAE, torch.Tens
         encoder.weight.copy_(torch.cat([mean, torch.zeros_like(mean)]))
         encoder.bias.copy_(torch.cat([-mean @ bias, -precision.diagonal().log() + 0.2]))
     vae = VAE(encoder, decoder, (features,), (latent,), "normal")
-    nn.init.constant_(vae.logvar, math.log(0.49))
+    nn.init.constant_(vae.observation.logvar, math.log(0.49))
     marginal = distributions.MultivariateNormal(bias, weight @ weight.T + 0.49 * torch.eye(features))
     return vae, marginal.sample((40,)), marginal

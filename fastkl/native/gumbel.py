@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastkl.native._pack import address, keep, known, plans, prepare
+from fastkl.native._pack import keep, known, plans, prepare
 
 
 def _plan(name: str, hard: bool, dim: int, stream: int, *tensors):
@@ -26,7 +26,7 @@ def gumbel_softmax_fwd(logits, tau, seed, constant, hard, dim, stream):
     if plan is None:
         return NotImplemented
     if y.numel():
-        plan.run_at(constant if tau is None else tau.item(), 0.0, seed.data_ptr(), logits.data_ptr(), y.data_ptr())
+        plan.run_at(constant if tau is None else tau.item(), 0.0, seed, logits, y)
     return y
 
 
@@ -42,8 +42,7 @@ def gumbel_softmax_bwd(dy, y, logits, tau, seed, dlogits, dtau, constant, hard, 
     of_tau = dtau  # the sum in the compute dtype
     if dtau is not None and dtau.dtype is not plan.dtype:
         of_tau = dtau.new_empty((), dtype=plan.dtype)
-    addresses = (seed.data_ptr(), address(logits), address(y), dy.data_ptr(), dlogits.data_ptr(), address(of_tau))
-    plan.run_at(constant if tau is None else tau.item(), 0.0, *addresses)
+    plan.run_at(constant if tau is None else tau.item(), 0.0, seed, logits, y, dy, dlogits, of_tau)
     if of_tau is not dtau:
         dtau.copy_(of_tau)
     return None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import struct
 
 import torch
 from torch import Tensor
 
-from fastkl.native._pack import Plan, address, keep, known, plans, prepare
+from fastkl.native._pack import Plan, keep, known, plans, prepare
 
 KERNELS = {"imq": 0, "rbf": 1}
 
@@ -34,7 +33,7 @@ def mmd(x: Tensor, y: Tensor, kernel: str, scales: list[float], unbiased: bool, 
         return NotImplemented
     value = x.new_empty((), dtype=torch.float64)
     gradients = [z.new_empty(z.shape, dtype=plan.dtype) if want else None for z, want in ((x, dx), (y, dy))]
-    plan.run(address(x), address(y), *map(address, gradients), value.data_ptr())
+    plan.run(x, y, *gradients, value)
     return [value, *(gradient for gradient in gradients if gradient is not None)]
 
 
@@ -58,10 +57,10 @@ def total_correlation_fwd(z: Tensor, mu: Tensor, logvar: Tensor, first: int, dat
     if plan is None:
         return NotImplemented
     results = [z.new_empty(shape, dtype=plan.dtype) for shape in (*[z.shape[:1]] * 4, z.shape)]
-    far, batch = ctypes.c_int64(0), len(mu)
+    far, batch = z.new_zeros((), dtype=torch.int64), len(mu)
     base = -math.log(batch - 1 if stratified else dataset_size * batch)
-    plan.run_at(base, 0.0, ctypes.addressof(far), *map(address, (z, mu, logvar, *results)))
-    return NotImplemented if far.value else results
+    plan.run_at(base, 0.0, far, z, mu, logvar, *results)
+    return NotImplemented if far.item() else results
 
 
 def total_correlation_bwd(
@@ -72,7 +71,6 @@ def total_correlation_bwd(
     plan = _sums_plan("backward", (first, dataset_size, stratified), z, mu, logvar, *more)
     if plan is None:
         return NotImplemented
-    joint_sum, marginal_sum = joint_sum.contiguous(), marginal_sum.contiguous()
-    far = ctypes.c_int64(0)
-    plan.run(ctypes.addressof(far), *map(address, (z, mu, logvar, *more, joint_sum, marginal_sum)))
-    return NotImplemented if far.value else None
+    far = z.new_zeros((), dtype=torch.int64)
+    plan.run(far, z, mu, logvar, *more, joint_sum.contiguous(), marginal_sum.contiguous())
+    return NotImplemented if far.item() else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import warnings
 from pathlib import Path
@@ -79,7 +80,22 @@ def load_tensors(path: Path) -> Any:
     """Load a file of torch.save with tensors and plain containers only; warnings are muted in favour of our errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise ValueError("its end is missing") from None  # torch has looked for it before the beginning
+
+
+def arrays_of(given: Any) -> dict[str, np.ndarray]:
+    """Arrays by name, from an array, a pair of data and labels, or a dictionary."""
+    if isinstance(given, dict):
+        return {str(name): as_array(value) for name, value in given.items()}
+    values, *labels = given if isinstance(given, tuple) else (given,)
+    if len(labels) > 1:
+        raise UserError(f"data must be an array, a pair (data, labels) or a dictionary, got {1 + len(labels)} parts")
+    return {name: as_array(value) for name, value in zip("xy", (values, *labels))}
 
 
 def named(held: Any, where: str) -> dict[str, np.ndarray]:

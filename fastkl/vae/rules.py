@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from typing import Any
 
 from fastkl.vae.errors import UserError
@@ -116,6 +117,7 @@ def check(settings: Settings) -> None:
         "hidden",
         "layers",
         "batch_size",
+        "accumulate",
         "epochs",
         "importance_samples",
         "log_every",
@@ -132,12 +134,12 @@ def check(settings: Settings) -> None:
         "test_count",
         "threads",
     )
-    zeros += ("warm_up",)
+    zeros += ("warm_up", "patience")
     for name, minimum in {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)}.items():
         if getattr(settings, name) < minimum:
             raise UserError(f"{flag(name)} must be at least {minimum}, got {getattr(settings, name)}")
     rates = ("learning_rate", "prior_learning_rate", "discriminator_learning_rate")
-    for name in (*rates, "weight_decay", "beta", "free_bits", "penalty", "alpha", "elbo_share"):
+    for name in (*rates, "weight_decay", "beta", "free_bits", "penalty", "alpha", "elbo_share", "clip"):
         value = getattr(settings, name)
         if not 0 <= value < float("inf"):
             raise UserError(f"{flag(name)} must be a finite number, 0 or more, got {value}")
@@ -147,6 +149,8 @@ def check(settings: Settings) -> None:
             raise UserError(f"{flag(name)} must be a finite number above 0, got {value}")
     if not 0 <= settings.validation < 1:
         raise UserError(f"--validation must be a share, 0 or more and below 1, got {settings.validation}")
+    if not 0 <= settings.ema < 1:
+        raise UserError(f"--ema must be a decay, 0 or more and below 1, got {settings.ema}")
     for name in ("alpha", "elbo_share"):
         if getattr(settings, name) > 1:
             raise UserError(f"{flag(name)} must be a share, at most 1, got {getattr(settings, name)}")
@@ -170,7 +174,8 @@ def resume(saved: dict[str, Any], given: dict[str, Any]) -> Settings:
         raise UserError(f"the checkpoint has settings unknown here ({', '.join(unknown)}); it is from another version")
     for name, value in saved.items():
         kind = fields[name].metadata["kind"]
-        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
+        number = isinstance(value, bool) and kind is not bool
+        if not isinstance(value, (int, float) if kind is float else kind) or number:
             raise UserError(f"the run's {flag(name)} must be of type {kind.__name__}, got {value!r}")
     before = Settings(**saved)
     for name, value in given.items():
@@ -203,6 +208,21 @@ def prolonging(settings: Settings) -> str:
     if why := planned(settings):
         return f"it cannot be made longer: {why}"
     return "larger --steps or --epochs make it longer"
+
+
+def check_names(given: dict[str, Any]) -> None:
+    """Raise a TypeError for the first option that is unknown or has a value of a wrong type."""
+    fields = {item.name: item.metadata for item in dataclasses.fields(Settings)}
+    for name, value in given.items():
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            raise TypeError(f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        kind, choices = fields[name]["kind"], fields[name]["choices"]
+        right = isinstance(value, (int, float) if kind is float else kind)
+        if not right or isinstance(value, bool) != (kind is bool):
+            raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r}")
+        if choices and value not in choices:
+            raise UserError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def flag(name: str) -> str:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import apply, register
+from fastkl.ops._call import apply, event_ndim_of_common_call
+from fastkl.ops._register import register
 from fastkl.ops._scales import as_logvar
 from fastkl.ops.likelihood._likelihood import Likelihood, LikelihoodFunction, write
 
@@ -103,7 +104,7 @@ def normal_log_prob(
     tensor([-3.8379])
     """
     unusual = None if scale == "logvar" else scale
-    if known := arguments.event_ndim_of_common_call(event_ndim, (x, mean, logvar), "logvar", unusual):
+    if known := event_ndim_of_common_call(event_ndim, (x, mean, logvar), "logvar", unusual):
         return apply(LikelihoodFunction, NORMAL, known, x, mean, logvar)
     mean, logvar = arguments.as_tensors(x, mean, logvar)
     arguments.check_tensors(x=x, mean=mean, logvar=logvar)

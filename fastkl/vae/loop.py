@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 
 import torch
 from torch import Tensor
 
-from fastkl import monitors, reference
+from fastkl import DiagonalNormal, monitors, reference
 from fastkl.vae import prior, streams
 from fastkl.vae.evaluate import quick_elbo, quick_mixture
 from fastkl.vae.objective import Noise, Weights, draws_of
@@ -27,7 +29,7 @@ def train(run: Run, display: Display) -> bool:
     # Tensors refilled each step: a compiled objective is not recompiled for new values.
     weights = Weights(*(torch.ones((), dtype=torch.float32, device=run.device) for _ in Weights._fields))
     with Stop() as stop:
-        while run.step < run.total_steps:
+        while not run.ended:
             for optimizer in run.optimizers.values():
                 for group in optimizer.param_groups:
                     rate = group.get("rate", settings.learning_rate)
@@ -35,17 +37,13 @@ def train(run: Run, display: Display) -> bool:
             weights.beta.fill_(kl_weight(settings, run.step))
             weights.tau.fill_(temperature(settings, run.step, run.total_steps))
             weights.capacity.fill_(capacity(settings, run.step))
-            x, noise = batch(run)
             learned = run.prior
-            loss, terms, posterior = run.objective(x, noise, weights, learned is not None)
             for optimizer in run.optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss, terms, posterior = backward(run, weights)
             run.step += 1
-            good = run.guard.admit(loss, run.objective.parameters(), run.step)
+            good = update(run, loss)
             if good:
-                for optimizer in run.optimizers.values():
-                    optimizer.step()
                 run.watch.record(run.step, posterior, learned)
             if run.step == settings.warm_up and run.prior is not None:
                 start_prior(run)
@@ -59,6 +57,42 @@ def train(run: Run, display: Display) -> bool:
     return True
 
 
+def backward(run: Run, weights: Weights) -> tuple[Tensor, dict[str, Tensor], DiagonalNormal]:
+    """(loss, its terms, posterior) of the batches of a step, whose gradients are added up."""
+    parts, losses, terms, posteriors = batches(run), [], [], []  # type: ignore[var-annotated]
+    for x, noise in parts:
+        last = len(losses) == len(parts) - 1
+        with contextlib.nullcontext() if last else run.ranks.without_exchange(run.objective):
+            with run.autocast():
+                loss, own, posterior = run.objective(x, noise, weights, run.prior is not None)
+            run.scaler.scale(loss / len(parts)).backward()
+        losses.append(loss.detach())
+        terms.append(own)
+        posteriors.append(posterior)
+    if len(parts) == 1:
+        return losses[0], terms[0], posteriors[0]
+    means = {name: torch.stack([own[name] for own in terms]).mean(0) for name in terms[0]}
+    mu, logvar = (torch.cat([getattr(q, name) for q in posteriors]) for name in ("mean", "logvar"))
+    return torch.stack(losses).mean(), means, DiagonalNormal(mu, logvar)
+
+
+def update(run: Run, loss: Tensor) -> bool:
+    """Update the weights, unless the loss or a gradient is not finite; whether it was."""
+    for optimizer in run.optimizers.values():
+        run.scaler.unscale_(optimizer)
+    smaller = run.scaler.is_enabled() and run.scaler.get_scale() > 1  # a smaller scale may give finite gradients
+    good = run.guard.admit(loss, run.objective.parameters(), run.step, smaller)
+    if good:
+        if run.settings.clip:
+            torch.nn.utils.clip_grad_norm_(run.objective.parameters(), run.settings.clip)
+        for optimizer in run.optimizers.values():
+            run.scaler.step(optimizer)
+        if run.average is not None:
+            run.average.update_parameters(run.vae)
+    run.scaler.update()
+    return good
+
+
 def start_prior(run: Run) -> None:
     """Start the learned prior at the end of the warm-up, before the checkpoint of this step is written."""
     learned = run.vae.prior
@@ -67,6 +101,18 @@ def start_prior(run: Run) -> None:
         prior.initialise(learned, run.vae, run.data, run.settings, run.device)
     state = {name: value.cpu() for name, value in learned.state_dict().items()}
     learned.load_state_dict(run.ranks.broadcast(state))
+    if run.average is not None:
+        run.average.module.get_submodule("prior").load_state_dict(learned.state_dict())
+
+
+def batches(run: Run) -> list[tuple[Tensor, Noise]]:
+    """The data of this step and process, split into --accumulate batches."""
+    x, noise = batch(run)
+    count = run.settings.accumulate
+    if count == 1:
+        return [(x, noise)]
+    parts = [[None] * count if tensor is None else tensor.chunk(count) for tensor in noise]
+    return [(part, Noise(*own)) for part, *own in zip(x.chunk(count), *parts)]
 
 
 def batch(run: Run) -> tuple[Tensor, Noise]:
@@ -128,16 +174,32 @@ def test(run: Run, display: Display) -> None:
     """Log the monitors at the end of an epoch, and the ELBO of held-out data at TEST_POINTS steps of the run."""
     if run.step % run.steps_per_epoch == 0 or run.ended:
         log_monitors(run, display)
-    if run.ranks.main and (run.ended or run.step % max(1, run.total_steps // TEST_POINTS) == 0):
+    due = run.ended or run.step % max(1, run.total_steps // TEST_POINTS) == 0
+    if run.ranks.main and due:
         learned, about = run.prior, (run.vae, run.data.watched, run.settings.seed, run.device)
-        elbo, kl, reconstruction = quick_elbo(*about, learned)
-        run.history[run.data.watched_name].append([run.step, elbo, kl, reconstruction])
-        if prior.is_mixture(learned):
-            bracket = [run.step, *quick_mixture(*about, learned)]
-            if run.settings.kl == "relaxed":
-                bracket.append(temperature(run.settings, run.step - 1, run.total_steps))
-            run.history.setdefault("mixture", []).append(bracket)
-        display.tested(run, run.step, elbo, kl, reconstruction)
+        with run.averaged():
+            elbo, kl, reconstruction = quick_elbo(*about, learned)
+            run.history[run.data.watched_name].append([run.step, elbo, kl, reconstruction])
+            if prior.is_mixture(learned):
+                bracket = [run.step, *quick_mixture(*about, learned)]
+                if run.settings.kl == "relaxed":
+                    bracket.append(temperature(run.settings, run.step - 1, run.total_steps))
+                run.history.setdefault("mixture", []).append(bracket)
+            keep_best(run, elbo)
+            display.tested(run, run.step, elbo, kl, reconstruction)
+    if due and run.settings.patience:
+        run.best["points"] = run.ranks.broadcast(run.best.get("points", 0))  # all processes end together
+
+
+def keep_best(run: Run, elbo: float) -> None:
+    """With --patience, keep the weights of the best ELBO of held-out data since the warm-up."""
+    if not run.settings.patience or run.step < run.settings.warm_up:
+        return
+    if elbo > run.best.get("elbo", -math.inf):
+        state = {name: value.detach().cpu().clone() for name, value in run.vae.state_dict().items()}
+        run.best = {"step": run.step, "elbo": elbo, "model": state, "points": 0}
+    else:
+        run.best["points"] = run.best.get("points", 0) + 1  # also if no ELBO was a number yet
 
 
 def save_if_due(run: Run, display: Display, stopping: bool) -> None:
@@ -151,7 +213,6 @@ def save_if_due(run: Run, display: Display, stopping: bool) -> None:
 def gradients(run: Run) -> dict[str, float]:
     """Gradient norms of encoder, decoder and every other trained part, at this step."""
     parts = {name: list(part.parameters()) for name, part in run.vae.named_children()}
-    parts["logvar"] = list(run.vae.parameters(recurse=False))  # the normal likelihood's
     if (discriminator := discriminator_of(run)) is not None:
         parts["discriminator"] = list(discriminator.parameters())
     norms = monitors.gradient_norms({name: part for name, part in parts.items() if part})
