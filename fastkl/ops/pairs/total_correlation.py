@@ -93,17 +93,25 @@ def _kernels():
     return total_correlation
 
 
+def _loops():
+    from fastkl.native import pairs
+
+    return pairs
+
+
 total_correlation_fwd = register(
     f"total_correlation_fwd({INPUTS}, {SETTINGS}) -> Tensor[]",
     closed_form=_forward,
     fake=_fake_forward,
     kernel=lambda: _kernels().fwd,
+    native=lambda: _loops().total_correlation_fwd,
 )
 total_correlation_bwd = register(
     f"total_correlation_bwd(Tensor dmutual, Tensor dtotal, Tensor ddimension, {INPUTS}, Tensor joint_sum, "
     f"Tensor marginal_sum, Tensor(a!) dz, Tensor(b!) dmu, Tensor(c!) dlogvar, {SETTINGS}) -> ()",
     closed_form=_backward,
     kernel=lambda: _kernels().bwd,
+    native=lambda: _loops().total_correlation_bwd,
 )
 
 
