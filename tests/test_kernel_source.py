@@ -40,8 +40,7 @@ def recursive(function: ast.FunctionDef) -> bool:
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
 def test_a_file_is_read_in_one_sitting(path):
-    most = 270 if path.parent.name == "mixture" else 250
-    assert len(path.read_text().splitlines()) <= most
+    assert len(path.read_text().splitlines()) <= 250
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
