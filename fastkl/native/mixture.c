@@ -15,9 +15,8 @@ enum { POINT, EXPECTED, CONVOLVED };
 #define LANES (VECTOR / (int)sizeof(REAL))
 #define ROWS 4         /* rows that share a load */
 #define FEW 64         /* dimensions per addition to the joint; the product of as many numbers up to 2 is finite */
-#define FOLD 256       /* rows summed in a REAL, further ones in double */
-#define JOBS 64        /* at most, because each has sums of its own */
-#define SUMS (8 << 20) /* bytes of all these sums */
+#define FOLD 256       /* rows added one after the other */
+#define SUMS (8 << 20) /* bytes of the sums of jobs */
 #ifdef FLOAT64
 #define LIMIT 1e154 /* its square is finite */
 #else
@@ -49,8 +48,8 @@ typedef struct {
     REAL most_mean, most_root;
 } slice;
 
-/* Up to ROWS rows of D or width elements, and the sums over rows: of weights, of their products with z - mean and its
- * square [D, width]. */
+/* Up to ROWS rows of D or width elements, and the sums over rows [D, width] of the weighed terms whose gradients those of
+ * the means and log-variances are. */
 typedef struct {
     int64_t row[ROWS];
     int count;
@@ -62,10 +61,12 @@ typedef struct {
 typedef struct {
     int form, columns, failed;
     int64_t threads, step, rows, count, sets, weight_sets, data, samples, each, jobs;
-    int64_t size[3], sums, spread; /* sizes of dlogvars; doubles of a job; doubles of its sum for dlogvars, or 0 */
+    int64_t size[3], spread; /* sizes of dlogvars; their product if they are less than the components', else 0 */
+    int64_t first_job, wave, sums; /* jobs that run together; REALs of the sums of each */
     tensor z, logvar, dlp, dz, dlogvar, logits, dlogits, means, logvars, dmeans, dlogvars;
     REAL *lp, *kept;
-    double *log_density, *normaliser, *partial, *counts, *spreads;
+    REAL *partial;
+    double *log_density, *normaliser, *totals, *counts, *spreads, *spread_parts;
     slice shared;
 } problem;
 
@@ -94,11 +95,12 @@ static problem open_problem(const int64_t *numbers, const int64_t *addresses) {
     return p;
 }
 
-/* Jobs of about CHUNK * 4 elements, of whole groups of ROWS data. */
-static void cut_data(problem *p, int64_t most) {
-    int64_t work = p->samples * p->columns * (p->count < p->step ? p->count : p->step), each = 4 * CHUNK / work + 1;
-    if (each < (p->data + most - 1) / most) each = (p->data + most - 1) / most;
-    p->each = (each + ROWS - 1) / ROWS * ROWS;
+/* Jobs of about CHUNK * 4 elements, of at least `least` rows and whole groups of ROWS data. */
+static void cut_data(problem *p, int64_t least) {
+    int64_t work = p->columns * (p->count < p->step ? p->count : p->step), rows = 4 * CHUNK / work;
+    if (rows < least) rows = least;
+    if (rows > FOLD) rows = FOLD;
+    p->each = (rows / p->samples + ROWS) / ROWS * ROWS;
     p->jobs = (p->data + p->each - 1) / p->each;
 }
 
@@ -159,9 +161,24 @@ static int open_slice(slice *t, const problem *p) {
     return 0;
 }
 
-static void transpose(const REAL *from, int count, int columns, REAL *restrict to, int width) {
-    for (int d = 0; d < columns; d++)
-        for (int i = 0; i < LANES; i++) to[d * width + i] = from[(i < count ? i : count - 1) * columns + d];
+/* [count, columns] -> [columns, LANES], the last row repeated */
+static void transpose(const REAL *restrict from, int count, int columns, REAL *restrict to, int width) {
+    if (count == LANES)
+        for (int d = 0; d < columns; d++)
+            for (int i = 0; i < LANES; i++) to[d * width + i] = from[i * columns + d];
+    else
+        for (int d = 0; d < columns; d++)
+            for (int i = 0; i < LANES; i++) to[d * width + i] = from[(i < count ? i : count - 1) * columns + d];
+}
+
+/* The largest size of `values` and of `before` */
+static REAL largest(const REAL *values, int64_t count, REAL before) {
+#pragma omp simd reduction(max : before)
+    for (int64_t i = 0; i < count; i++) {
+        REAL size = values[i] < 0 ? -values[i] : values[i];
+        before = size > before ? size : before;
+    }
+    return before;
 }
 
 /* Fill the slice from a set of components. ln pi is part of the constant if all rows share the weights. */
@@ -176,24 +193,20 @@ static void fill_slice(slice *t, const problem *p, int64_t set, int64_t first) {
         int count = t->count - k < LANES ? t->count - k : LANES, all = count * n;
         tile at = {set * p->count + first + k, 0, count, n};
         const REAL *m = read_tile(&p->means, at, own);
-        for (int i = 0; i < all; i++) {
-            REAL size = m[i] < 0 ? -m[i] : m[i];
-            t->most_mean = size > t->most_mean ? size : t->most_mean;
-        }
+        t->most_mean = largest(m, all, t->most_mean);
         transpose(m, count, n, t->mean + k, t->width);
         if (p->logvars.data) m = read_tile(&p->logvars, at, own);
         else m = memset(own, 0, (size_t)all * sizeof *own);
         for (int i = 0; i < LANES; i++) {
-            double logs = 0;
-            if (p->form != CONVOLVED && i < count) for (int d = 0; d < n; d++) logs += m[i * n + d];
-            REAL weight = p->weight_sets == 1 && i < count ? t->constant[k + i] : 0;
-            t->constant[k + i] = i < count ? weight - (REAL)(0.5 * (logs + n * 1.8378770664093453)) : -(REAL)INFINITY;
+            REAL weight = p->weight_sets == 1 && i < count ? t->constant[k + i] : 0, logs = n * (REAL)1.8378770664093453;
+            if (p->form != CONVOLVED && i < count) logs += sum(m + i * n, n);
+            t->constant[k + i] = i < count ? weight - (REAL)0.5 * logs : -(REAL)INFINITY;
         }
         for (int i = 0; i < all; i++) {
             REAL e = exponential((REAL)-0.5 * m[i]);
             out[i] = e > MOST ? MOST : e; /* 0 times infinity would be NaN */
-            t->most_root = out[i] > t->most_root ? out[i] : t->most_root;
         }
+        t->most_root = largest(out, all, t->most_root);
         transpose(out, count, n, t->root + k, t->width);
         if (p->form == POINT) continue;
         transpose(m, count, n, t->logvar + k, t->width);
@@ -289,11 +302,11 @@ INLINE void add_terms(const problem *p, const slice *t, const block *b, int form
                 int i = r * n + d;
                 if (form == CONVOLVED) {
                     convolved c = convolve(t, b, at, i);
-                    vec x = (b->z[i] - mean) * c.root;
+                    vec x = (mean - b->z[i]) * c.root;
                     sums[r][v] += x * x / (1 + c.ratio) + c.spread, products[r][v] *= 1 + c.ratio;
                     continue;
                 }
-                vec x = (b->z[i] - mean) * root;
+                vec x = (mean - b->z[i]) * root;
                 sums[r][v] += x * x;
                 if (form == EXPECTED) x = sigma_ratio(t, b, at, i), sums[r][v] += x * x;
             }
@@ -398,7 +411,7 @@ static void settle_job(void *context, int64_t job) {
 int forward(const int64_t *numbers, const int64_t *addresses, double low, double high) {
     problem p = open_problem(numbers, addresses);
     (void)low, (void)high;
-    cut_data(&p, p.data);
+    cut_data(&p, 1);
     p.failed = normalise_all(&p) || (p.sets == 1 && open_slice(&p.shared, &p));
     for (int64_t first = 0; first < p.count && !p.failed; first += p.step) {
         if (p.sets == 1) fill_slice(&p.shared, &p, 0, first);
@@ -432,13 +445,13 @@ INLINE void add_gradients(const problem *p, const slice *t, const block *b, int 
                 vec w = load(b->joint + r * width + k);
                 if (form == CONVOLVED) {
                     convolved c = convolve(t, b, at, i);
-                    vec one = c.ratio - c.ratio + 1, x = within((b->z[i] - mean) * c.root, rows == 1), share = 1 / (1 + c.ratio);
+                    vec one = c.ratio - c.ratio + 1, x = within((mean - b->z[i]) * c.root, rows == 1), share = 1 / (1 + c.ratio);
                     vec pulled = w * x * share * c.root, widened = w * (x * x * share - 1) * share;
                     pull[r] += pulled, first += pulled;
                     widen[r] += widened * either(c.component, c.ratio, one), second += widened * either(c.component, one, c.ratio);
                     continue;
                 }
-                vec x = within((b->z[i] - mean) * root, rows == 1), weighed = w * x;
+                vec x = within((mean - b->z[i]) * root, rows == 1), weighed = w * x;
                 pull[r] += weighed * root, first += weighed, second += weighed * x;
                 if (form == EXPECTED) {
                     vec ratio = within(sigma_ratio(t, b, at, i), rows == 1), widened = w * ratio * ratio;
@@ -448,7 +461,7 @@ INLINE void add_gradients(const problem *p, const slice *t, const block *b, int 
             store(b->first + at, first), store(b->second + at, second);
         }
         for (int r = 0; r < rows; r++) {
-            b->dz[r * n + d] = -total(pull[r]);
+            b->dz[r * n + d] = total(pull[r]);
             if (form != POINT) b->dlogvar[r * n + d] = (REAL)0.5 * total(widen[r]);
         }
     }
@@ -456,18 +469,10 @@ INLINE void add_gradients(const problem *p, const slice *t, const block *b, int 
 
 /* Whether no term of the block can exceed LIMIT. */
 static int is_tame(const problem *p, const slice *t, const block *b) {
-    REAL most = 0, root = t->most_root, wide = 0;
-    int all = b->count * p->columns;
-    for (int i = 0; i < all; i++) {
-        REAL size = b->z[i] < 0 ? -b->z[i] : b->z[i];
-        most = size > most ? size : most;
-    }
-    if (p->form != POINT)
-        for (int i = 0; i < all; i++) {
-            root = b->root[i] > root ? b->root[i] : root;
-            wide = b->quarter[i] > wide ? b->quarter[i] : wide;
-        }
-    return (most + t->most_mean) * root < LIMIT / 4 && wide * wide * root < LIMIT / 4;
+    int64_t all = b->count * (int64_t)p->columns;
+    REAL root = p->form == POINT ? t->most_root : largest(b->root, all, t->most_root);
+    REAL wide = p->form == POINT ? 0 : largest(b->quarter, all, 0);
+    return (largest(b->z, all, 0) + t->most_mean) * root < LIMIT / 4 && wide * wide * root < LIMIT / 4;
 }
 
 /* The weights of the block's rows and components, in place of the joint. */
@@ -525,7 +530,7 @@ static void finish_components(const problem *p, const slice *t, int64_t set, int
     for (int d = 0; p->dmeans.data && d < n; d++)
         for (int i = 0; i < count; i++) {
             REAL x = first[d * stride + i];
-            out[i * n + d] = p->form == CONVOLVED ? x : x * t->root[d * (int64_t)t->width + k + i];
+            out[i * n + d] = p->form == CONVOLVED ? -x : -x * t->root[d * (int64_t)t->width + k + i];
         }
     if (p->dmeans.data) write_tile(&p->dmeans, at, out, out);
     if (!p->dlogvars.data) return;
@@ -554,37 +559,37 @@ static void write_logits(const problem *p, const slice *t, int64_t set, REAL *re
     write_tile(&p->dlogits, (tile){set, t->first, 1, t->count}, weights, weights);
 }
 
-/* A job's sums in `partial`: counts [width], then first and second [D, width] of shared components, or `spread`. */
-static void fold(const problem *p, const slice *t, block *b, double *sums) {
+/* Add to the job's sums [2, D, width]: few rows are added one after the other. */
+static void fold(const problem *p, const slice *t, block *b, REAL *restrict sums) {
     int64_t all = (int64_t)t->width * p->columns;
-    double *to = sums + t->width;
-    for (int64_t i = 0; i < all; i++) to[i] += b->first[i], to[all + i] += b->second[i];
+    for (int64_t i = 0; i < all; i++) sums[i] += b->first[i], sums[all + i] += b->second[i];
     memset(b->first, 0, (size_t)all * sizeof(REAL)), memset(b->second, 0, (size_t)all * sizeof(REAL));
 }
 
-static void backward_job(void *context, int64_t job) {
+/* A job's sums in `partial`: of the weights [width], then [2, D, width]. */
+static void backward_job(void *context, int64_t place) {
     problem *p = context;
     slice owned = {.mean = NULL}, *t = p->sets > 1 ? &owned : &p->shared;
     block b;
-    int own = p->sets > 1, since = 0;
-    int64_t end = (job + 1) * p->each < p->data ? (job + 1) * p->each : p->data;
+    int own = p->sets > 1;
+    int64_t job = p->first_job + place, end = (job + 1) * p->each < p->data ? (job + 1) * p->each : p->data;
     int64_t groups = own ? (p->samples + ROWS - 1) / ROWS : p->samples;
     if (open_block(&b, p, 1)) { p->failed = 1; return; }
     if (own && open_slice(&owned, p)) { p->failed = 1; free(b.joint); return; }
-    double *sums = p->partial + job * p->sums, *counts = sums, *spread;
     int width = own ? padded(p->count) : t->width;
-    spread = own && p->spread ? sums + width : NULL;
     size_t all = (size_t)width * (size_t)p->columns;
-    memset(sums, 0, (size_t)p->sums * sizeof *sums);
+    REAL *counts = p->partial + place * p->sums, *sums = counts + width;
+    double *spread = own && p->spread ? p->spread_parts + place * p->spread : NULL;
+    memset(counts, 0, (size_t)p->sums * sizeof *counts);
+    if (spread) memset(spread, 0, (size_t)p->spread * sizeof *spread);
     memset(b.first, 0, all * sizeof(REAL)), memset(b.second, 0, all * sizeof(REAL));
+    int since = 0, folded = 0;
     for (int64_t datum = job * p->each; datum < end; datum += own ? 1 : ROWS) {
         double scales[ROWS] = {0};
-        if (own) {
-            fill_slice(t, p, datum, 0);
-            memset(b.first, 0, all * sizeof(REAL)), memset(b.second, 0, all * sizeof(REAL));
-        }
+        if (own) fill_slice(t, p, datum, 0);
         memset(b.weights, 0, (size_t)(ROWS * width) * sizeof(REAL));
         for (int64_t group = 0; group < groups; group++) {
+            if (since >= FOLD) fold(p, t, &b, sums), since = 0, folded = 1;
             place_rows(p, &b, datum, end, group);
             read_block(p, &b);
             weigh(p, t, &b);
@@ -595,18 +600,20 @@ static void backward_job(void *context, int64_t job) {
                 scales[own ? 0 : r] += b.scale[r];
             }
             since += b.count;
-            if (!own && since >= FOLD) fold(p, t, &b, sums), since = 0;
         }
-        for (int r = 0; r < (own ? 1 : ROWS); r++) {
-            REAL *weights = b.weights + r * width;
-            for (int k = 0; k < width; k++) counts[k] += weights[k];
-        }
-        if (own)
+        for (int r = 0; r < (own ? 1 : ROWS); r++)
+            for (int k = 0; k < width; k++) counts[k] += b.weights[r * width + k];
+        if (own) {
+            if (folded) fold(p, t, &b, sums);
+            REAL *found = folded ? sums : b.first;
             for (int k = 0; k < width; k += LANES)
-                finish_components(p, t, datum, k, b.first + k, b.second + k, b.weights + k, width, b.out, spread);
-        if (spread && own && p->size[0] > 1) {
-            write_spread(p, datum, spread, b.out);
-            memset(spread, 0, (size_t)p->spread * sizeof *spread);
+                finish_components(p, t, datum, k, found + k, found + all + k, b.weights + k, width, b.out, spread);
+            memset(found, 0, 2 * all * sizeof *found);
+            since = folded = 0;
+            if (spread && p->size[0] > 1) {
+                write_spread(p, datum, spread, b.out);
+                memset(spread, 0, (size_t)p->spread * sizeof *spread);
+            }
         }
         if (p->weight_sets > 1)
             for (int64_t r = 0; r < (own ? 1 : end - datum < ROWS ? end - datum : ROWS); r++)
@@ -616,31 +623,58 @@ static void backward_job(void *context, int64_t job) {
     free(owned.mean), free(b.joint);
 }
 
-/* The gradients of LANES shared components, from the sums of all jobs. */
+/* Add the sums of a wave of jobs for LANES shared components, and after the last wave write the gradients. */
 static void sum_job(void *context, int64_t group) {
     problem *p = context;
     const slice *t = &p->shared;
-    int k = (int)group * LANES, n = p->columns;
-    int64_t all = (int64_t)t->width * n;
-    REAL none[LANES] = {0}, *first = allocate(3 * LANES * (size_t)n), *second = first + LANES * n, *out = second + LANES * n;
-    double counts[LANES] = {0};
-    if (!first) { p->failed = 1; return; }
-    for (int64_t job = 0; job < p->jobs; job++)
-        for (int i = 0; i < LANES; i++) counts[i] += p->partial[job * p->sums + k + i];
-    for (int d = 0; d < n; d++) {
-        double a[LANES] = {0}, b[LANES] = {0};
-        for (int64_t job = 0; job < p->jobs; job++) {
-            const double *from = p->partial + job * p->sums + t->width + d * (int64_t)t->width + k;
-            for (int i = 0; i < LANES; i++) a[i] += from[i], b[i] += from[all + i];
+    int k = (int)group * LANES, n = p->columns, waves = (int)(p->jobs - p->first_job < p->wave ? p->jobs - p->first_job : p->wave);
+    int64_t width = t->width, all = width * n;
+    for (int64_t d = 0; d < 2 * n + 1; d++) { /* the counts, then both sums */
+        double a[LANES];
+        memcpy(a, p->totals + d * width + k, sizeof a);
+        for (int64_t job = 0; job < waves; job++) {
+            const REAL *from = p->partial + job * p->sums + d * width + k;
+            for (int i = 0; i < LANES; i++) a[i] += from[i];
         }
-        for (int i = 0; i < LANES; i++) {
-            first[d * LANES + i] = (REAL)a[i];
-            second[d * LANES + i] = (REAL)(p->form == CONVOLVED ? b[i] : b[i] - counts[i]);
-        }
+        memcpy(p->totals + d * width + k, a, sizeof a);
     }
+    if (p->first_job + waves < p->jobs) return;
+    REAL none[LANES] = {0}, *first = allocate(3 * LANES * (size_t)n), *second = first + LANES * n, *out = second + LANES * n;
+    if (!first) { p->failed = 1; return; }
+    const double *counts = p->totals + k, *a = counts + width, *b = a + all;
+    for (int64_t d = 0; d < n; d++)
+        for (int i = 0; i < LANES; i++) {
+            first[d * LANES + i] = (REAL)a[d * width + i];
+            second[d * LANES + i] = (REAL)(b[d * width + i] - (p->form == CONVOLVED ? 0 : counts[i]));
+        }
     for (int i = 0; i < LANES && k + i < t->count; i++) p->counts[t->first + k + i] = counts[i];
     finish_components(p, t, 0, k, first, second, none, LANES, out, p->spread ? p->spreads : NULL);
     free(first);
+}
+
+static void run_wave(problem *p, int64_t width) {
+    int64_t left = p->jobs - p->first_job, jobs = left < p->wave ? left : p->wave;
+    run(jobs, p->rows * p->columns * p->count, p->threads, backward_job, p);
+    if (p->failed) return;
+    if (p->sets == 1) { /* one after the other where components share a log-variance */
+        run(width / LANES, p->spread ? 0 : jobs * width * p->columns, p->threads, sum_job, p);
+        return;
+    }
+    for (int64_t job = 0; job < jobs; job++) {
+        const REAL *counts = p->partial + job * p->sums;
+        for (int64_t k = 0; k < p->count; k++) p->counts[k] += counts[k];
+        for (int64_t i = 0; i < p->spread; i++) p->spreads[i] += p->spread_parts[job * p->spread + i];
+    }
+}
+
+/* The gradient in the logits that all rows share. */
+static void write_shared_logits(const problem *p, REAL *restrict own) {
+    slice every = {.first = 0, .count = (int)p->count};
+    double scale = 0;
+    for (int64_t k = 0; k < p->count; k++) scale += p->counts[k];
+    log_weights(p, &every, 0, own);
+    for (int64_t k = 0; k < p->count; k++) own[k] = (REAL)(p->counts[k] - exponential(own[k]) * scale);
+    write_tile(&p->dlogits, (tile){0, 0, 1, (int)p->count}, own, own);
 }
 
 /* Returns 0, or 1 if out of memory. Every gradient may be absent; `kept` has the responsibilities, or is absent. */
@@ -648,38 +682,27 @@ int backward(const int64_t *numbers, const int64_t *addresses, double low, doubl
     problem p = open_problem(numbers, addresses);
     (void)low, (void)high;
     int own = p.sets > 1, reduced = p.size[0] < p.sets || p.size[1] < p.count || p.size[2] < p.columns;
-    int64_t width = padded(p.step), all = width * p.columns;
+    int64_t width = padded(p.step), all = (2 * p.columns + 1) * width;
     p.spread = p.dlogvars.data && reduced ? p.size[1] * p.size[2] : 0;
-    p.sums = width + (own ? p.spread : 2 * all);
-    int64_t most = SUMS / (p.sums * (int64_t)sizeof(double));
-    cut_data(&p, most < 1 ? 1 : most < JOBS ? most : JOBS);
-    p.partial = malloc((size_t)(p.jobs * p.sums) * sizeof *p.partial);
-    p.counts = calloc((size_t)(p.count + p.spread), sizeof *p.counts), p.spreads = p.counts + p.count;
-    p.failed = !p.partial || !p.counts || normalise_all(&p) || (!own && open_slice(&p.shared, &p));
+    p.sums = all;
+    cut_data(&p, FOLD / 4);
+    p.wave = SUMS / (p.sums * (int64_t)sizeof(REAL) + p.spread * (int64_t)sizeof(double));
+    p.wave = p.wave < 1 ? 1 : p.wave < p.jobs ? p.wave : p.jobs;
+    REAL *last = malloc((size_t)(p.count + p.size[2]) * sizeof *last);
+    p.partial = allocate((size_t)(p.wave * p.sums));
+    p.totals = malloc((size_t)(all + p.count + (1 + p.wave) * p.spread) * sizeof *p.totals);
+    p.failed = !last || !p.partial || !p.totals || normalise_all(&p) || (!own && open_slice(&p.shared, &p));
+    if (!p.failed) {
+        p.counts = p.totals + all, p.spreads = p.counts + p.count, p.spread_parts = p.spreads + p.spread;
+        memset(p.counts, 0, (size_t)(p.count + p.spread) * sizeof *p.counts);
+    }
     for (int64_t first = 0; first < p.count && !p.failed; first += p.step) {
-        if (!own) fill_slice(&p.shared, &p, 0, first);
-        for_jobs(&p, backward_job);
-        if (own || p.failed) continue;
-        int64_t elements = p.spread ? 0 : p.jobs * p.shared.width * p.columns;
-        run(p.shared.width / LANES, elements, p.threads, sum_job, &p);
+        if (!own) fill_slice(&p.shared, &p, 0, first), width = p.shared.width;
+        memset(p.totals, 0, (size_t)all * sizeof *p.totals);
+        for (p.first_job = 0; p.first_job < p.jobs && !p.failed; p.first_job += p.wave) run_wave(&p, width);
     }
-    for (int64_t job = 0; own && !p.failed && job < p.jobs; job++) {
-        const double *sums = p.partial + job * p.sums;
-        for (int64_t k = 0; k < p.count; k++) p.counts[k] += sums[k];
-        for (int64_t i = 0; i < p.spread; i++) p.spreads[i] += sums[width + i];
-    }
-    REAL *last = malloc((size_t)(p.count + p.size[2]) * 2 * sizeof *last);
-    if (!last) p.failed = 1;
     if (!p.failed && p.spread && p.size[0] == 1) write_spread(&p, 0, p.spreads, last);
-    if (!p.failed && p.dlogits.data && p.weight_sets == 1) {
-        double scale = 0;
-        for (int64_t k = 0; k < p.count; k++) scale += p.counts[k];
-        slice whole_set = {.first = 0, .count = (int)p.count};
-        REAL *pi = last + p.count;
-        log_weights(&p, &whole_set, 0, pi);
-        for (int64_t k = 0; k < p.count; k++) last[k] = (REAL)(p.counts[k] - exponential(pi[k]) * scale);
-        write_tile(&p.dlogits, (tile){0, 0, 1, (int)p.count}, last, last);
-    }
-    free(last), free(p.partial), free(p.counts), free(p.normaliser), free(p.shared.mean);
+    if (!p.failed && p.dlogits.data && p.weight_sets == 1) write_shared_logits(&p, last);
+    free(last), free(p.partial), free(p.totals), free(p.normaliser), free(p.shared.mean);
     return p.failed;
 }
