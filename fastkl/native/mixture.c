@@ -561,9 +561,9 @@ static void write_logits(const problem *p, const slice *t, int64_t set, REAL *re
 
 /* Add to the job's sums [2, D, width]: few rows are added one after the other. */
 static void fold(const problem *p, const slice *t, block *b, REAL *restrict sums) {
-    int64_t all = (int64_t)t->width * p->columns;
-    for (int64_t i = 0; i < all; i++) sums[i] += b->first[i], sums[all + i] += b->second[i];
-    memset(b->first, 0, (size_t)all * sizeof(REAL)), memset(b->second, 0, (size_t)all * sizeof(REAL));
+    int64_t all = 2 * (int64_t)t->width * p->columns;
+    for (int64_t i = 0; i < all; i++) sums[i] += b->first[i];
+    memset(b->first, 0, (size_t)all * sizeof(REAL));
 }
 
 /* A job's sums in `partial`: of the weights [width], then [2, D, width]. */
@@ -578,18 +578,21 @@ static void backward_job(void *context, int64_t place) {
     if (own && open_slice(&owned, p)) { p->failed = 1; free(b.joint); return; }
     int width = own ? padded(p->count) : t->width;
     size_t all = (size_t)width * (size_t)p->columns;
+    b.second = b.first + all;
     REAL *counts = p->partial + place * p->sums, *sums = counts + width;
     double *spread = own && p->spread ? p->spread_parts + place * p->spread : NULL;
+    int direct = !own && p->each * p->samples <= FOLD; /* few rows: no sums of sums */
+    if (direct) b.first = sums, b.second = sums + all;
     memset(counts, 0, (size_t)p->sums * sizeof *counts);
     if (spread) memset(spread, 0, (size_t)p->spread * sizeof *spread);
-    memset(b.first, 0, all * sizeof(REAL)), memset(b.second, 0, all * sizeof(REAL));
+    if (!direct) memset(b.first, 0, 2 * all * sizeof(REAL));
     int since = 0, folded = 0;
     for (int64_t datum = job * p->each; datum < end; datum += own ? 1 : ROWS) {
         double scales[ROWS] = {0};
         if (own) fill_slice(t, p, datum, 0);
         memset(b.weights, 0, (size_t)(ROWS * width) * sizeof(REAL));
         for (int64_t group = 0; group < groups; group++) {
-            if (since >= FOLD) fold(p, t, &b, sums), since = 0, folded = 1;
+            if (!direct && since >= FOLD) fold(p, t, &b, sums), since = 0, folded = 1;
             place_rows(p, &b, datum, end, group);
             read_block(p, &b);
             weigh(p, t, &b);
@@ -619,29 +622,28 @@ static void backward_job(void *context, int64_t place) {
             for (int64_t r = 0; r < (own ? 1 : end - datum < ROWS ? end - datum : ROWS); r++)
                 write_logits(p, t, datum + r, b.weights + r * width, scales[r], b.product);
     }
-    if (!own) fold(p, t, &b, sums);
+    if (!own && !direct) fold(p, t, &b, sums);
     free(owned.mean), free(b.joint);
 }
 
-/* Add the sums of a wave of jobs for LANES shared components, and after the last wave write the gradients. */
-static void sum_job(void *context, int64_t group) {
+/* Add the sums of a wave of jobs to the totals, a piece of them. */
+static void sum_job(void *context, int64_t piece) {
+    problem *p = context;
+    int64_t start = piece * CHUNK, end = start + CHUNK < p->sums ? start + CHUNK : p->sums;
+    int64_t left = p->jobs - p->first_job, jobs = left < p->wave ? left : p->wave;
+    for (int64_t job = 0; job < jobs; job++)
+        for (int64_t i = start; i < end; i++) p->totals[i] += p->partial[job * p->sums + i];
+}
+
+/* The gradients of LANES shared components, from the totals. */
+static void finish_job(void *context, int64_t group) {
     problem *p = context;
     const slice *t = &p->shared;
-    int k = (int)group * LANES, n = p->columns, waves = (int)(p->jobs - p->first_job < p->wave ? p->jobs - p->first_job : p->wave);
-    int64_t width = t->width, all = width * n;
-    for (int64_t d = 0; d < 2 * n + 1; d++) { /* the counts, then both sums */
-        double a[LANES];
-        memcpy(a, p->totals + d * width + k, sizeof a);
-        for (int64_t job = 0; job < waves; job++) {
-            const REAL *from = p->partial + job * p->sums + d * width + k;
-            for (int i = 0; i < LANES; i++) a[i] += from[i];
-        }
-        memcpy(p->totals + d * width + k, a, sizeof a);
-    }
-    if (p->first_job + waves < p->jobs) return;
+    int k = (int)group * LANES, n = p->columns;
+    int64_t width = t->width;
     REAL none[LANES] = {0}, *first = allocate(3 * LANES * (size_t)n), *second = first + LANES * n, *out = second + LANES * n;
     if (!first) { p->failed = 1; return; }
-    const double *counts = p->totals + k, *a = counts + width, *b = a + all;
+    const double *counts = p->totals + k, *a = counts + width, *b = a + width * n;
     for (int64_t d = 0; d < n; d++)
         for (int i = 0; i < LANES; i++) {
             first[d * LANES + i] = (REAL)a[d * width + i];
@@ -652,15 +654,14 @@ static void sum_job(void *context, int64_t group) {
     free(first);
 }
 
-static void run_wave(problem *p, int64_t width) {
+static void run_wave(problem *p) {
     int64_t left = p->jobs - p->first_job, jobs = left < p->wave ? left : p->wave;
     run(jobs, p->rows * p->columns * p->count, p->threads, backward_job, p);
-    if (p->failed) return;
-    if (p->sets == 1) { /* one after the other where components share a log-variance */
-        run(width / LANES, p->spread ? 0 : jobs * width * p->columns, p->threads, sum_job, p);
+    if (p->sets == 1) {
+        run((p->sums + CHUNK - 1) / CHUNK, jobs * p->sums, p->threads, sum_job, p);
         return;
     }
-    for (int64_t job = 0; job < jobs; job++) {
+    for (int64_t job = 0; job < jobs && !p->failed; job++) {
         const REAL *counts = p->partial + job * p->sums;
         for (int64_t k = 0; k < p->count; k++) p->counts[k] += counts[k];
         for (int64_t i = 0; i < p->spread; i++) p->spreads[i] += p->spread_parts[job * p->spread + i];
@@ -697,9 +698,11 @@ int backward(const int64_t *numbers, const int64_t *addresses, double low, doubl
         memset(p.counts, 0, (size_t)(p.count + p.spread) * sizeof *p.counts);
     }
     for (int64_t first = 0; first < p.count && !p.failed; first += p.step) {
-        if (!own) fill_slice(&p.shared, &p, 0, first), width = p.shared.width;
+        if (!own) fill_slice(&p.shared, &p, 0, first), p.sums = (2 * p.columns + 1) * (int64_t)p.shared.width;
         memset(p.totals, 0, (size_t)all * sizeof *p.totals);
-        for (p.first_job = 0; p.first_job < p.jobs && !p.failed; p.first_job += p.wave) run_wave(&p, width);
+        for (p.first_job = 0; p.first_job < p.jobs && !p.failed; p.first_job += p.wave) run_wave(&p);
+        /* one after the other where components share a log-variance */
+        if (!own && !p.failed) run(p.shared.width / LANES, p.spread ? 0 : p.sums, p.threads, finish_job, &p);
     }
     if (!p.failed && p.spread && p.size[0] == 1) write_spread(&p, 0, p.spreads, last);
     if (!p.failed && p.dlogits.data && p.weight_sets == 1) write_shared_logits(&p, last);
