@@ -15,7 +15,7 @@ enum { POINT, EXPECTED, CONVOLVED };
 #define LANES (VECTOR / (int)sizeof(REAL))
 #define ROWS 4         /* rows that share a load */
 #define FEW 64         /* dimensions per addition to the joint; the product of as many numbers up to 2 is finite */
-#define FOLD 256       /* rows added one after the other */
+#define FOLD 512       /* rows added one after the other */
 #define SUMS (8 << 20) /* bytes of the sums of jobs */
 #ifdef FLOAT64
 #define LIMIT 1e154 /* its square is finite */
@@ -32,11 +32,14 @@ INLINE void store(REAL *to, vec v) { memcpy(to, &v, sizeof v); }
 INLINE vec either(mask m, vec a, vec b) { return (vec)((m & (mask)a) | (~m & (mask)b)); }
 
 INLINE REAL total(vec v) {
-    REAL lanes[LANES];
-    memcpy(lanes, &v, sizeof v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
+    typedef REAL part __attribute__((vector_size(16)));
+    part parts[VECTOR / 16];
+    REAL lanes[16 / sizeof(REAL)], all = 0;
+    memcpy(parts, &v, sizeof v);
+    for (int i = 1; i < VECTOR / 16; i++) parts[0] += parts[i];
+    memcpy(lanes, parts, sizeof lanes);
+    for (int i = 0; i < 16 / (int)sizeof(REAL); i++) all += lanes[i];
+    return all;
 }
 
 /* Components [first, first + count), each array [D, width]. Those past the last repeat it with a weight of 0.
@@ -291,22 +294,23 @@ INLINE vec sigma_ratio(const slice *t, const block *b, int64_t at, int i) {
 /* joint += the term of each component, without its constant, for dimensions [start, end) */
 INLINE void add_terms(const problem *p, const slice *t, const block *b, int form, int rows, int vectors, int k, int start, int end) {
     int n = p->columns, width = t->width;
+    const REAL *restrict means = t->mean, *restrict roots = t->root, *restrict z = b->z;
     vec sums[ROWS][2], products[ROWS][2];
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) sums[r][v] = (vec){0}, products[r][v] = sums[r][v] + 1;
     for (int d = start; d < end; d++)
         for (int v = 0; v < vectors; v++) {
             int64_t at = (int64_t)d * width + k + v * LANES;
-            vec mean = load(t->mean + at), root = load(t->root + at);
+            vec mean = load(means + at), root = load(roots + at);
             for (int r = 0; r < rows; r++) {
                 int i = r * n + d;
                 if (form == CONVOLVED) {
                     convolved c = convolve(t, b, at, i);
-                    vec x = (mean - b->z[i]) * c.root;
+                    vec x = (mean - z[i]) * c.root;
                     sums[r][v] += x * x / (1 + c.ratio) + c.spread, products[r][v] *= 1 + c.ratio;
                     continue;
                 }
-                vec x = (mean - b->z[i]) * root;
+                vec x = (mean - z[i]) * root;
                 sums[r][v] += x * x;
                 if (form == EXPECTED) x = sigma_ratio(t, b, at, i), sums[r][v] += x * x;
             }
@@ -434,35 +438,39 @@ INLINE vec within(vec x, int careful) {
 /* Add the block's gradients: dz and dlogvar of its rows, and the sums over rows. */
 INLINE void add_gradients(const problem *p, const slice *t, const block *b, int form, int rows) {
     int n = p->columns, width = t->width;
+    const REAL *restrict means = t->mean, *restrict roots = t->root, *restrict z = b->z, *restrict weights = b->joint;
+    REAL *restrict firsts = b->first, *restrict seconds = b->second, *restrict dz = b->dz, *restrict dlogvar = b->dlogvar;
+    const slice components = *t;
+    const block given = *b;
     for (int d = 0; d < n; d++) {
         vec pull[ROWS], widen[ROWS];
         for (int r = 0; r < rows; r++) pull[r] = widen[r] = (vec){0};
         for (int k = 0; k < width; k += LANES) {
             int64_t at = (int64_t)d * width + k;
-            vec mean = load(t->mean + at), root = load(t->root + at), first = load(b->first + at), second = load(b->second + at);
+            vec mean = load(means + at), root = load(roots + at), first = load(firsts + at), second = load(seconds + at);
             for (int r = 0; r < rows; r++) {
                 int i = r * n + d;
-                vec w = load(b->joint + r * width + k);
+                vec w = load(weights + r * width + k);
                 if (form == CONVOLVED) {
-                    convolved c = convolve(t, b, at, i);
-                    vec one = c.ratio - c.ratio + 1, x = within((mean - b->z[i]) * c.root, rows == 1), share = 1 / (1 + c.ratio);
+                    convolved c = convolve(&components, &given, at, i);
+                    vec one = c.ratio - c.ratio + 1, x = within((mean - z[i]) * c.root, rows == 1), share = 1 / (1 + c.ratio);
                     vec pulled = w * x * share * c.root, widened = w * (x * x * share - 1) * share;
                     pull[r] += pulled, first += pulled;
                     widen[r] += widened * either(c.component, c.ratio, one), second += widened * either(c.component, one, c.ratio);
                     continue;
                 }
-                vec x = within((mean - b->z[i]) * root, rows == 1), weighed = w * x;
+                vec x = within((mean - z[i]) * root, rows == 1), weighed = w * x;
                 pull[r] += weighed * root, first += weighed, second += weighed * x;
                 if (form == EXPECTED) {
-                    vec ratio = within(sigma_ratio(t, b, at, i), rows == 1), widened = w * ratio * ratio;
+                    vec ratio = within(sigma_ratio(&components, &given, at, i), rows == 1), widened = w * ratio * ratio;
                     widen[r] -= widened, second += widened;
                 }
             }
-            store(b->first + at, first), store(b->second + at, second);
+            store(firsts + at, first), store(seconds + at, second);
         }
         for (int r = 0; r < rows; r++) {
-            b->dz[r * n + d] = total(pull[r]);
-            if (form != POINT) b->dlogvar[r * n + d] = (REAL)0.5 * total(widen[r]);
+            dz[r * n + d] = total(pull[r]);
+            if (form != POINT) dlogvar[r * n + d] = (REAL)0.5 * total(widen[r]);
         }
     }
 }
