@@ -42,6 +42,39 @@ INLINE REAL total(vec v) {
     return all;
 }
 
+/* The largest value; NaN does not count. By vectors, because compilers leave such a loop scalar. */
+static REAL highest(const REAL *values, int64_t count) {
+    vec most = (vec){0} - (REAL)INFINITY;
+    REAL lanes[LANES], found = -(REAL)INFINITY;
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        vec next = load(values + i);
+        most = either(next > most, next, most);
+    }
+    memcpy(lanes, &most, sizeof most);
+    for (int k = 0; k < LANES; k++) found = lanes[k] > found ? lanes[k] : found;
+    for (; i < count; i++) found = values[i] > found ? values[i] : found;
+    return found;
+}
+
+INLINE REAL maximum(REAL a, REAL b) { return a > b ? a : b; }
+
+/* The largest size of a value */
+static REAL largest(const REAL *values, int64_t count) {
+    vec most = (vec){0};
+    REAL lanes[LANES], found = 0;
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        vec next = load(values + i);
+        next = either(next < 0, -next, next);
+        most = either(next > most, next, most);
+    }
+    memcpy(lanes, &most, sizeof most);
+    for (int k = 0; k < LANES; k++) found = lanes[k] > found ? lanes[k] : found;
+    for (; i < count; i++) found = values[i] > found ? values[i] : -values[i] > found ? -values[i] : found;
+    return found;
+}
+
 /* Components [first, first + count), each array [D, width]. Those past the last repeat it with a weight of 0.
  * root = 1 / sigma, and quarter = sigma^1/2 and inverse = sigma^-1/2 serve ratios of two sigmas that overflow alone. */
 typedef struct {
@@ -174,16 +207,6 @@ static void transpose(const REAL *restrict from, int count, int columns, REAL *r
             for (int i = 0; i < LANES; i++) to[d * width + i] = from[(i < count ? i : count - 1) * columns + d];
 }
 
-/* The largest size of `values` and of `before` */
-static REAL largest(const REAL *values, int64_t count, REAL before) {
-#pragma omp simd reduction(max : before)
-    for (int64_t i = 0; i < count; i++) {
-        REAL size = values[i] < 0 ? -values[i] : values[i];
-        before = size > before ? size : before;
-    }
-    return before;
-}
-
 /* Fill the slice from a set of components. ln pi is part of the constant if all rows share the weights. */
 static void fill_slice(slice *t, const problem *p, int64_t set, int64_t first) {
     int64_t left = p->count - first;
@@ -196,7 +219,7 @@ static void fill_slice(slice *t, const problem *p, int64_t set, int64_t first) {
         int count = t->count - k < LANES ? t->count - k : LANES, all = count * n;
         tile at = {set * p->count + first + k, 0, count, n};
         const REAL *m = read_tile(&p->means, at, own);
-        t->most_mean = largest(m, all, t->most_mean);
+        t->most_mean = maximum(t->most_mean, largest(m, all));
         transpose(m, count, n, t->mean + k, t->width);
         if (p->logvars.data) m = read_tile(&p->logvars, at, own);
         else m = memset(own, 0, (size_t)all * sizeof *own);
@@ -209,7 +232,7 @@ static void fill_slice(slice *t, const problem *p, int64_t set, int64_t first) {
             REAL e = exponential((REAL)-0.5 * m[i]);
             out[i] = e > MOST ? MOST : e; /* 0 times infinity would be NaN */
         }
-        t->most_root = largest(out, all, t->most_root);
+        t->most_root = maximum(t->most_root, largest(out, all));
         transpose(out, count, n, t->root + k, t->width);
         if (p->form == POINT) continue;
         transpose(m, count, n, t->logvar + k, t->width);
@@ -360,7 +383,7 @@ static void fill_joint(const problem *p, const slice *t, block *b) {
 static void finish_row(const problem *p, const slice *t, const block *b, int r) {
     REAL *restrict joint = b->joint + r * t->width, most = -(REAL)INFINITY;
     int64_t row = b->row[r];
-    for (int k = 0; k < t->count; k++) most = joint[k] > most ? joint[k] : most;
+    most = highest(joint, t->count);
     int several = t->count < p->count;
     REAL *restrict kept = p->kept ? p->kept + row * p->count + t->first : b->product;
     if (several && p->kept) memcpy(kept, joint, (size_t)t->count * sizeof *kept);
@@ -478,9 +501,9 @@ INLINE void add_gradients(const problem *p, const slice *t, const block *b, int 
 /* Whether no term of the block can exceed LIMIT. */
 static int is_tame(const problem *p, const slice *t, const block *b) {
     int64_t all = b->count * (int64_t)p->columns;
-    REAL root = p->form == POINT ? t->most_root : largest(b->root, all, t->most_root);
-    REAL wide = p->form == POINT ? 0 : largest(b->quarter, all, 0);
-    return (largest(b->z, all, 0) + t->most_mean) * root < LIMIT / 4 && wide * wide * root < LIMIT / 4;
+    REAL root = p->form == POINT ? t->most_root : maximum(t->most_root, largest(b->root, all));
+    REAL wide = p->form == POINT ? 0 : largest(b->quarter, all);
+    return (largest(b->z, all) + t->most_mean) * root < LIMIT / 4 && wide * wide * root < LIMIT / 4;
 }
 
 /* The weights of the block's rows and components, in place of the joint. */
