@@ -557,18 +557,22 @@ static void gradient_block(const problem *p, const slice *t, block *b) {
 static void finish_components(const problem *p, const slice *t, int64_t set, int k, const REAL *first, const REAL *second,
                               const REAL *counts, int64_t stride, REAL *restrict out, double *spread) {
     int n = p->columns, count = t->count - k < LANES ? t->count - k : LANES;
+    int64_t width = t->width;
     tile at = {set * p->count + t->first + k, 0, count, n};
-    for (int d = 0; p->dmeans.data && d < n; d++)
-        for (int i = 0; i < count; i++) {
-            REAL x = first[d * stride + i];
-            out[i * n + d] = p->form == CONVOLVED ? -x : -x * t->root[d * (int64_t)t->width + k + i];
-        }
-    if (p->dmeans.data) write_tile(&p->dmeans, at, out, out);
+    REAL *restrict to = p->dmeans.data ? target_tile(&p->dmeans, at, out) : out;
+    const REAL *restrict roots = t->root + k;
+    for (int i = 0; p->dmeans.data && i < count; i++) {
+        if (p->form == CONVOLVED) for (int d = 0; d < n; d++) to[i * n + d] = -first[d * stride + i];
+        else for (int d = 0; d < n; d++) to[i * n + d] = -first[d * stride + i] * roots[d * width + i];
+    }
+    if (p->dmeans.data) write_tile(&p->dmeans, at, to, out);
     if (!p->dlogvars.data) return;
-    for (int d = 0; d < n; d++)
-        for (int i = 0; i < count; i++)
-            out[i * n + d] = (REAL)0.5 * (second[d * stride + i] - (p->form == CONVOLVED ? 0 : counts[i]));
-    if (!spread) { write_tile(&p->dlogvars, at, out, out); return; }
+    to = spread ? out : target_tile(&p->dlogvars, at, out);
+    for (int i = 0; i < count; i++) {
+        REAL weight = p->form == CONVOLVED ? 0 : counts[i];
+        for (int d = 0; d < n; d++) to[i * n + d] = (REAL)0.5 * (second[d * stride + i] - weight);
+    }
+    if (!spread) { write_tile(&p->dlogvars, at, to, out); return; }
     int64_t down = p->size[1] > 1 ? p->size[2] : 0, along = p->size[2] > 1;
     for (int i = 0; i < count; i++)
         for (int d = 0; d < n; d++) spread[(t->first + k + i) * down + d * along] += out[i * n + d];
@@ -662,8 +666,11 @@ static void sum_job(void *context, int64_t piece) {
     problem *p = context;
     int64_t start = piece * CHUNK, end = start + CHUNK < p->sums ? start + CHUNK : p->sums;
     int64_t left = p->jobs - p->first_job, jobs = left < p->wave ? left : p->wave;
-    for (int64_t job = 0; job < jobs; job++)
-        for (int64_t i = start; i < end; i++) p->totals[i] += p->partial[job * p->sums + i];
+    double *restrict totals = p->totals;
+    for (int64_t job = 0; job < jobs; job++) {
+        const REAL *restrict from = p->partial + job * p->sums;
+        for (int64_t i = start; i < end; i++) totals[i] += from[i];
+    }
 }
 
 /* The gradients of LANES shared components, from the totals. */
