@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from test_layers import MODULES
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastkl.ops import _torch
+from fastkl.ops import _call, _torch
 
 OWNER = "fastkl.ops._torch"
 
@@ -88,7 +89,7 @@ NAMES = (
     "_C._are_functorch_transforms_active",
     "_C._get_tracing_state",
     "autograd._profiler_enabled",
-    "_C._dispatch_keys",
+    "Tensor._is_zerotensor",
     "autograd.forward_ad._current_level",
     "autograd.forward_ad._set_fwd_grad_enabled",
     "_C._functorch.is_batchedtensor",
@@ -107,7 +108,25 @@ def test_every_private_name_is_tried():
              if isinstance(node, ast.Call) and ast.unparse(node.func) == "_private"]  # fmt: skip
     assert {*asked, "autograd.Function"} == set(NAMES)
     assert all(functools.reduce(getattr, name.split("."), torch) is not None for name in NAMES), "here they are"
-    assert _torch.plain_device((torch.ones(3), 1.0, None)) == "cpu"
+
+
+class Quiet(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        return op(*args, **(kwargs or {}))
+
+
+def test_an_op_passes_by_an_idle_dispatcher():
+    def dispatched(*args):
+        raise AssertionError("called through the dispatcher")
+
+    op = _call.direct("kl_normal_fwd", dispatched)
+    inputs = torch.ones(2, 3), torch.zeros(2, 3), None, None, 1, "logvar", float("-inf"), float("inf"), False
+    torch.testing.assert_close(op(*inputs), torch.full((2,), 1.5))
+    for mode in (Quiet(), torch.autograd.profiler.profile()):
+        with mode, pytest.raises(AssertionError, match="through the dispatcher"):
+            op(*inputs)
+    with pytest.raises(AssertionError, match="through the dispatcher"):
+        op(torch._neg_view(-inputs[0]), *inputs[1:])
 
 
 # fastkl.ops._torch sees a torch without some names; everything else, torch itself too, sees all of them.

@@ -64,10 +64,12 @@ def _compiler() -> tuple[str, ...] | None:
     return None
 
 
-def _run(command: list[str], **more) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command and capture its output as text; undecodable bytes are replaced."""
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.run(command, **pipes, encoding="utf-8", errors="replace", timeout=SECONDS, **more)
+    return subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS,
+        env=env,
+    )  # fmt: skip
 
 
 @functools.cache
@@ -78,7 +80,7 @@ def _machine() -> str:
         processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         processor = platform.processor()
-    return f"{platform.machine()}\n{processor}\n{_run([*_compiler(), '--version']).stdout}"
+    return f"{platform.machine()}\n{processor}\n{_run([*(_compiler() or ()), '--version']).stdout}"
 
 
 def folder() -> Path:
@@ -125,7 +127,7 @@ def _compile(source: Path, options: tuple[str, ...], path: Path) -> None:
     with _scratch(dir=path.parent, prefix=".build-") as scratch:
         made = Path(scratch) / "library.so"
         sources = [str(source), str(SOURCES / BOUNDS)]
-        command = [*_compiler(), *FLAGS, *options, "-shared", *sources, "-o", str(made), "-lm"]
+        command = [*(_compiler() or ()), *FLAGS, *options, "-shared", *sources, "-o", str(made), "-lm"]
         done = _run(command, env={**os.environ, "TMPDIR": scratch})  # so that its temporary files are deleted too
         if done.returncode:
             raise OSError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,11 +44,14 @@ class Plan(NamedTuple):
     dtype: torch.dtype = torch.float32  # compute dtype, also of one value per row
     result: tuple[int, ...] = ()  # its shape
 
-    def run(self, *addresses: int) -> None:
-        """Call with all addresses of the C function, 0 for a missing tensor."""
-        self.run_at(self.low, self.high, *addresses)
+    def run(self, *tensors: Tensor | None) -> None:
+        """Call with all tensors of the C function, None for a missing one."""
+        self.run_at(self.low, self.high, *tensors)
 
-    def run_at(self, low: float, high: float, *addresses: int) -> None:
+    def run_at(self, low: float, high: float, *tensors: Tensor | None) -> None:
+        addresses = []
+        for tensor in tensors:
+            addresses.append(0 if tensor is None else tensor.data_ptr())
         if self.function(self.numbers, self.pack(torch.get_num_threads(), *addresses), low, high):
             raise MemoryError(NO_MEMORY)
 
@@ -95,11 +98,7 @@ def keep(key: tuple, plan: Plan | None) -> Plan | None:
 
 def known(tensors) -> tuple:
     """The part of a key for these tensors: shape, stride and dtype, or None for a missing one."""
-    found = []
+    found: list[Any] = []
     for tensor in tensors:
         found += (None,) if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
     return tuple(found)
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

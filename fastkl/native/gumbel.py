@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastkl.native._pack import address, keep, known, plans, prepare
+from fastkl.native._pack import keep, known, plans, prepare
 
 
 def _plan(name: str, hard: bool, dim: int, stream: int, *tensors):
@@ -26,7 +26,7 @@ def gumbel_softmax_fwd(logits, tau, seed, constant, hard, dim, stream):
     if plan is None:
         return NotImplemented
     if y.numel():
-        plan.run_at(constant if tau is None else tau.item(), 0.0, seed.data_ptr(), logits.data_ptr(), y.data_ptr())
+        plan.run_at(constant if tau is None else tau.item(), 0.0, seed, logits, y)
     return y
 
 
@@ -43,9 +43,8 @@ def gumbel_softmax_bwd(dy, y, logits, tau, seed, constant, hard, dim, stream, ta
     if like.numel() == 0:
         gradients = [each.zero_() for each in gradients]
     else:
-        addresses = (seed.data_ptr(), address(logits), address(y), dy.data_ptr(), gradient.data_ptr())
-        dtau = gradients[1].data_ptr() if tau_gradient else 0
-        plan.run_at(constant if tau is None else tau.item(), 0.0, *addresses, dtau)
+        dtau = gradients[1] if tau_gradient else None
+        plan.run_at(constant if tau is None else tau.item(), 0.0, seed, logits, y, dy, gradient, dtau)
     if tau_gradient and tau.dtype is not plan.dtype:
         gradients[1] = gradients[1].to(tau.dtype)
     return gradients

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from fastkl.native._pack import address, keep, known, plans, prepare
+from fastkl.native._pack import keep, known, plans, prepare
 
 NORMAL, BERNOULLI = 0, 1
 FULL, ROW, SHARED = 0, 1, 2
@@ -48,7 +48,7 @@ def _forward(density: int, first, second, logvar, event_ndim: int):
     value = first.new_empty(plan.result, dtype=plan.dtype)
     if 0 in first.shape:
         return value.zero_()
-    plan.run(*map(address, tensors), value.data_ptr())
+    plan.run(*tensors, value)
     return value
 
 
@@ -59,7 +59,7 @@ def _backward(density: int, inputs: tuple, dlog_prob, outputs: tuple, event_ndim
     if plan is None:
         return NotImplemented
     if inputs[0].numel():
-        plan.run(*map(address, tensors))
+        plan.run(*tensors)
     else:
         for output in outputs:
             if output is not None:

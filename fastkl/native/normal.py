@@ -7,11 +7,11 @@ up to float32 rounding, which would be visible in float64.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from fastkl.native._pack import NO_MEMORY, Plan, address, keep, known, plans, prepare
+from fastkl.native._pack import NO_MEMORY, Plan, keep, known, plans, prepare
 
 KL, WASSERSTEIN2 = 0, 1
 POSTERIOR = 1  # reference.Stream.POSTERIOR
@@ -67,11 +67,12 @@ def make(name: str, settings: tuple, tensors: tuple) -> Plan | None:
 
 def _value(distance: int, per_column: bool, mu, parameter, prior_mu, prior_logvar, *settings):
     """One value per row or column, or NotImplemented."""
-    key, addresses = [distance, per_column, settings], []
+    parts: list[Any] = [distance, per_column, settings]
+    addresses = []
     for tensor in (mu, parameter, prior_mu, prior_logvar):
-        key += (None,) if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+        parts += (None,) if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
         addresses.append(0 if tensor is None else tensor.data_ptr())
-    key = tuple(key)
+    key = tuple(parts)
     try:
         plan = plans[key]
     except KeyError:
@@ -94,11 +95,12 @@ def _gradients(settings: tuple, seed, inputs: tuple, incoming: tuple, outputs: t
     mu = inputs[0]
     if seed is not None and mu.dtype is torch.float64:
         return NotImplemented
-    key, addresses = ["backward", settings], []
+    parts: list[Any] = ["backward", settings]
+    addresses = []
     for tensor in (*inputs, *incoming, *outputs):
-        key += (None,) if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+        parts += (None,) if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
         addresses.append(0 if tensor is None else tensor.data_ptr())
-    key = tuple(key)
+    key = tuple(parts)
     try:
         plan = plans[key]
     except KeyError:
@@ -135,8 +137,8 @@ def _samples(settings: tuple, mu, parameter, prior_mu, prior_logvar, eps, seed, 
         return NotImplemented
     value = mu.new_empty(plan.result, dtype=plan.dtype) if with_value else None
     if mu.numel() == 0:
-        return z, value.zero_() if with_value else None
-    plan.run(address(seed), *map(address, inputs), z.data_ptr(), address(value))
+        return z, None if value is None else value.zero_()
+    plan.run(seed, *inputs, z, value)
     return z, value
 
 

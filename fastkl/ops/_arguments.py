@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Real
 from typing import Any
 
@@ -47,16 +47,21 @@ def check_tensors(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} is on {tensor.device}, but {first_name} is on {first_device}; move one of them")
 
 
-def as_tensors(like: Tensor, *values: Any) -> tuple[Any, ...]:
+def as_tensors(like: Any, *values: Any) -> tuple[Any, ...]:
     """Numbers become tensors without dimensions, on `like`'s device in its compute dtype; all else is unchanged."""
-    if all(value is None or isinstance(value, Tensor) for value in values):
+    for value in values:
+        if value is not None and not isinstance(value, Tensor):
+            break
+    else:
         return values
     if not isinstance(like, Tensor) or like.dtype not in DTYPES:
         return values
-    numbers = (Real, torch.SymFloat, torch.SymInt)
-    place = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
+    numbers: Any = (Real, torch.SymFloat, torch.SymInt)
+    dtype = torch.promote_types(like.dtype, torch.float32)
     return tuple(
-        torch.full((), value, **place) if isinstance(value, numbers) and not isinstance(value, bool) else value
+        torch.full((), value, dtype=dtype, device=like.device)
+        if isinstance(value, numbers) and not isinstance(value, bool)
+        else value
         for value in values
     )
 
@@ -64,35 +69,6 @@ def as_tensors(like: Tensor, *values: Any) -> tuple[Any, ...]:
 def as_parameters(mu: Tensor | float | None, parameter: Tensor | float | None, *others: Any) -> tuple[Any, ...]:
     """as_tensors for a Gaussian's parameters, at least one of them a tensor, and its prior's."""
     return as_tensors(mu if isinstance(mu, Tensor) else parameter, mu, parameter, *others)
-
-
-def event_ndim_of_common_call(
-    event_ndim: int | None, tensors: tuple[Tensor, ...], scale: str = "logvar", *absent: Any
-) -> int:
-    """event_ndim, above 0, if the tensors have one shape, dtype and device, and nothing else is given: no check can
-    fail.
-
-    Else 0. For small latents the full checks take as long as the eager formula's forward pass.
-    """
-    if torch.compiler.is_compiling() or scale not in SCALES:
-        return 0
-    for each in absent:
-        if each is not None:
-            return 0
-    first = tensors[0]
-    if not isinstance(first, Tensor) or first.is_nested:
-        return 0
-    shape, dtype, device = first.shape, first.dtype, first.device
-    if dtype not in DTYPES or first.layout is not torch.strided:
-        return 0
-    for other in tensors[1:]:
-        if not isinstance(other, Tensor) or other.is_nested or other.layout is not torch.strided:
-            return 0
-        if other.dtype is not dtype or other.shape != shape or other.device != device:
-            return 0
-    if event_ndim is None:
-        return len(shape) - 1 if len(shape) > 1 else len(shape)
-    return event_ndim if type(event_ndim) is int and 0 < event_ndim <= len(shape) else 0
 
 
 def number_in(tensor: Tensor) -> float | None:
@@ -120,7 +96,7 @@ def check_samples(**samples: Tensor) -> None:
         raise ValueError(f"{first} and {second} must have as many dimensions, got {shapes}")
 
 
-def check_int(name: str, value: Any, minimum: int) -> int:
+def check_int(name: str, value: Any, minimum: int) -> Any:
     if isinstance(value, np.integer):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
@@ -142,9 +118,10 @@ def check_number(name: str, value: Any, *, above: bool = False) -> float:
     """Require a finite number, >= 0 or (`above`) > 0."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 <= value < float("inf") or (above and value == 0):
+    number = float(value)
+    if not 0 <= number < float("inf") or (above and number == 0):
         raise ValueError(f"{name} must be a finite number{' above 0' if above else ', 0 or more'}, got {value}")
-    return float(value)
+    return number
 
 
 def check_weight(name: str, value: Any) -> Tensor | float:
@@ -222,7 +199,7 @@ def expand_prior(
     batch_ndim = len(shape) - event_ndim
     event = shape[batch_ndim:]
     if is_shared(prior_mu, event_ndim) and is_shared(prior_logvar, event_ndim):
-        return tuple(expand(_drop_batch(tensor, event_ndim), event) for tensor in (prior_mu, prior_logvar))
+        return expand(_drop_batch(prior_mu, event_ndim), event), expand(_drop_batch(prior_logvar, event_ndim), event)
     return expand(prior_mu, shape), expand(prior_logvar, shape)
 
 
@@ -278,7 +255,7 @@ def batch_first_prior(prior, dims, shape: torch.Size, event_ndim: int) -> list[T
     """The prior's two tensors under vmap: still shared by the batch, or of the full shape with the new dimension."""
     if all(tensor is None or (dim is None and tensor.dim() == event_ndim) for tensor, dim in zip(prior, dims)):
         return list(prior)
-    full = []
+    full: list[Tensor | None] = []
     for tensor, dim in zip(prior, dims):
         tensor = batch_first(tensor, dim, shape[0])
         missing = len(shape) - tensor.dim()
@@ -325,8 +302,12 @@ def row_blocks(tensor: Tensor) -> list[slice]:
 
 def fits(tensor: Tensor, shape: torch.Size) -> bool:
     """Whether the tensor broadcasts to exactly this shape."""
-    sizes = zip(reversed(tensor.shape), reversed(shape))
-    return tensor.dim() <= len(shape) and all(size in (1, full) for size, full in sizes)
+    if tensor.dim() > len(shape):
+        return False
+    for size, full in zip(reversed(tensor.shape), reversed(shape)):  # noqa: SIM110 (a generator takes twice as long)
+        if size != 1 and size != full:
+            return False
+    return True
 
 
 def expand(tensor: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
@@ -337,7 +318,7 @@ def expand(tensor: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     return (tensor.float() if tensor.itemsize == 2 else tensor).expand(shape)
 
 
-def rows_of(tensor: Tensor | None, rows: slice, like: Tensor) -> Tensor | None:
+def rows_of(tensor: Any, rows: slice, like: Tensor) -> Any:
     """The rows of a tensor with like's dimensions, or with samples before them; all of a tensor that rows share."""
     if tensor is None or rows is EVERYTHING or tensor.dim() < like.dim():
         return tensor
@@ -346,7 +327,7 @@ def rows_of(tensor: Tensor | None, rows: slice, like: Tensor) -> Tensor | None:
     return tensor if tensor.shape[0] == 1 else tensor[rows]
 
 
-def by_rows(function, like: Tensor, event_ndim: int, tensors: list[Tensor]) -> Tensor:
+def by_rows(function, like: Tensor, event_ndim: int, tensors: Sequence[Tensor | None]) -> Tensor:
     """function(*tensors), which gives one value per row of `like`, evaluated in blocks of rows."""
     blocks = row_blocks(like)
     if len(blocks) == 1 or like.dim() == event_ndim:  # one datum: there is no value per row

@@ -47,7 +47,7 @@ def with_tangents(function: type[torch.autograd.Function]) -> Callable[..., Any]
         function.setup_context(own, tuple(inputs), saved[count] if ctx.single else tuple(saved[count:]))
         return own
 
-    class WithTangents(function):
+    class WithTangents(function):  # type: ignore[valid-type, misc]
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
             own = Context()
@@ -82,9 +82,9 @@ def with_tangents(function: type[torch.autograd.Function]) -> Callable[..., Any]
                 moved[:] = [tangent for tangent, _ in pairs]
                 return tuple(gradient for _, gradient in pairs)
 
-            zeros = [torch.zeros_like(output) for output, is_ in zip(outputs, ctx.differentiable) if is_]
+            zeros = [torch.zeros_like(output) for output, is_ in zip(outputs, ctx.differentiable) if is_]  # type: ignore[arg-type]
             with outer_tangents():
-                _, transposed = torch.func.vjp(backward, *zeros)
+                _, transposed = torch.func.vjp(backward, *zeros)  # type: ignore[misc]
                 found = iter(transposed(tuple(moved)))
             results = tuple(next(found) if is_ else None for is_ in ctx.differentiable)
             return results[0] if ctx.single else results

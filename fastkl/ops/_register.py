@@ -3,9 +3,9 @@
 `register` gives an op its schema, a closed form in torch ops that runs on any device, a fake for tracing, the Triton
 implementation for CUDA (and ROCm) tensors, and, if there is one, the native loop for CPU tensors. The last two are
 imported at the first such tensor, so a machine without Triton or a C compiler works too.
-Each op is called through an autograd.Function, which costs about 60 us less per forward and backward pass than
-torch.library.register_autograd. `differentiable` registers the same gradient with torch as well, because an exported
-program contains only the op, without the Function.
+Each op is called through an autograd.Function (`_call.apply`), which costs about 60 us less per forward and backward
+pass than torch.library.register_autograd. `differentiable` registers the same gradient with torch as well, because an
+exported program contains only the op, without the Function.
 """
 
 from __future__ import annotations
@@ -19,17 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkl.ops import _torch
-from fastkl.ops._forward_mode import Context, with_tangents
+from fastkl.ops._call import CLOSED_FORM, CPU, NATIVE, TRITON, apply, direct, needs_closed_form, run  # noqa: F401
+from fastkl.ops._forward_mode import Context
 
 NAMESPACE = "fastkl"
-
-# Name of each op -> its implementation. `CPU` is the table in use for CPU tensors. Tests swap in `TRITON` to run the
-# kernels in the interpreter.
-CLOSED_FORM: dict[str, Callable[..., Any]] = {}
-NATIVE: dict[str, Callable[..., Any]] = {}
-TRITON: dict[str, Callable[..., Any]] = {}
-CPU: dict[str, Callable[..., Any]] = {}
 # Name of each op -> "module.function" of its Triton launcher in fastkl.kernels and its loop in fastkl.native (or "").
 PLACES: dict[str, tuple[str, str]] = {}
 
@@ -51,28 +44,12 @@ def register(
     TRITON[name] = _lazily(name, f"kernels.{kernel}")
     if native:
         NATIVE[name] = CPU[name] = _lazily(name, f"native.{native}")
-
-    def run(table: dict[str, Callable[..., Any]], args: tuple) -> Any:
-        result = table[name](*args)
-        return closed_form(*args) if result is NotImplemented else result
-
     torch.library.define(qualified, schema[len(name) :], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(qualified, "default", closed_form)
-    torch.library.impl(qualified, "CPU", lambda *args: run(CPU, args))
-    torch.library.impl(qualified, "CUDA", lambda *args: run(TRITON, args))
+    torch.library.impl(qualified, "CPU", functools.partial(run, CPU, name))
+    torch.library.impl(qualified, "CUDA", functools.partial(run, TRITON, name))
     torch.library.register_fake(qualified, fake or _nothing)
-    dispatched = getattr(torch.ops.fastkl, name).default
-
-    def op(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return dispatched(*args)
-        device = _torch.plain_device(args)
-        if device == "cpu":
-            result = CPU[name](*args)  # inlines `run`, to save a call
-            return closed_form(*args) if result is NotImplemented else result
-        return run(TRITON, args) if device == "cuda" else dispatched(*args)
-
-    return op
+    return direct(name, getattr(torch.ops.fastkl, name).default)
 
 
 def _nothing(*args: Any) -> None:
@@ -152,42 +129,3 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args)
 
     return run
-
-
-def needs_closed_form(*cotangents: Tensor | None) -> bool:
-    """Whether a backward pass must use plain differentiable torch ops instead of the fused op.
-
-    That is the case if the gradient is differentiated again (create_graph, torch.func, forward over reverse mode) or
-    batched (is_grads_batched). once_differentiable would not catch every silently wrong second derivative.
-    """
-    if torch.is_grad_enabled():
-        return True
-    if torch.compiler.is_compiling():
-        return _torch.forward_mode()
-    return _torch.forward_level() >= 0 or _torch.may_be_batched(cotangents)
-
-
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """function.apply(*args), faster. In eager mode without torch.func it bypasses Function.apply, which binds the
-    signature of a Function with setup_context at every call: a third of a small loss's host time.
-
-    forward must name each of its arguments: torch.compile without gradients treats *settings as one argument."""
-    if torch.compiler.is_compiling():
-        if _torch.forward_mode():  # without fullgraph, the frame then runs eagerly
-            raise NotImplementedError("fastkl has no forward-mode derivatives inside torch.compile")
-        # torch.export drops Functions; with strict=True it would trace their no-gradient path.
-        return function.forward(*args) if torch.compiler.is_exporting() else function.apply(*args)
-    if _torch.forward_level() >= 0:  # even with gradients disabled
-        return with_tangents(function)(*args)
-    if _torch.transforms_active():
-        return function.apply(*args)
-    if not torch.is_grad_enabled():
-        return function.forward(*args)
-    try:
-        run = _APPLY[function]
-    except KeyError:
-        run = _APPLY[function] = _torch.apply_of(function)
-    return run(*args)
-
-
-_APPLY: dict[type[torch.autograd.Function], Callable[..., Any]] = {}

@@ -45,10 +45,10 @@ def check_seed(seed: int | Tensor | None, device: torch.device, name: str) -> Te
         if seed.device != device:
             raise ValueError(f"seed is on {seed.device}, but {name} is on {device}; move one of them")
         return seed
-    seed = arguments.check_int("seed", seed, -(2**63))
-    if seed >= 2**63:
-        raise ValueError(f"seed must be below 2**63, got {seed}")
-    return torch.full((), seed, dtype=torch.int64, device=device)
+    number = arguments.check_int("seed", seed, -(2**63))
+    if number >= 2**63:
+        raise ValueError(f"seed must be below 2**63, got {number}")
+    return torch.full((), number, dtype=torch.int64, device=device)
 
 
 def running_sum(values: Tensor) -> Tensor:
@@ -63,14 +63,20 @@ def noise(
     shape: torch.Size, eps: Tensor | None, seed: Tensor | None, num_samples: int | None, stream: int = Stream.POSTERIOR
 ) -> Tensor:
     """The noise in torch ops, for any device and for second derivatives."""
-    return reference.normal_noise(seed, shape, num_samples, stream=stream) if eps is None else eps
+    if eps is not None:
+        return eps
+    assert seed is not None
+    return reference.normal_noise(seed, shape, num_samples, stream=stream)
 
 
 def draw(
     shape: torch.Size, eps: Tensor | None, seed: Tensor | None, num_samples: int | None, stream: int = Stream.POSTERIOR
 ) -> Tensor:
     """The noise inside an op; on a CPU the same as reference.normal_noise, about ten times faster."""
-    if eps is not None or seed.device.type != "cpu":
+    if eps is not None:
+        return eps
+    assert seed is not None
+    if seed.device.type != "cpu":
         return noise(shape, eps, seed, num_samples, stream)
     samples = range(1 if num_samples is None else num_samples)
     out = normals(seed, samples, 0, shape.numel(), stream)
@@ -89,7 +95,7 @@ def normals(seed: Tensor, samples: range, first: int, last: int, stream: int = S
         numbers = np.array(samples[index : index + together])
         for begin in range(start, groups, GROUPS):
             group = np.arange(begin, min(groups, begin + GROUPS))
-            words = _philox(seed.item(), np.tile(group, len(numbers)), np.repeat(numbers, len(group)), stream)
+            words = _philox(int(seed.item()), np.tile(group, len(numbers)), np.repeat(numbers, len(group)), stream)
             # float32(word) rounds as in the kernel. The angle's word is signed, which gives the same angle modulo 2 pi.
             radius, angle = (torch.from_numpy(word.astype(np.float32)) for word in (words[0], words[1].view(np.int32)))
             radius.mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2.0).sqrt_()
@@ -111,7 +117,7 @@ def draw_gumbel(seed: Tensor, shape: torch.Size, stream: int) -> Tensor:
     out = torch.empty(groups, 2, 2, dtype=torch.float32, device=seed.device)
     for first in range(0, groups, GROUPS):
         last = min(groups, first + GROUPS)
-        for pair, words in enumerate(_philox(seed.item(), np.arange(first, last), 0, stream)):
+        for pair, words in enumerate(_philox(int(seed.item()), np.arange(first, last), 0, stream)):
             # The distance from the nearer end, so that u is as fine near 1 as near 0.
             signed = torch.from_numpy(words.view(np.int32))
             tail = (signed ^ (signed >> 31)).float().mul_(2.0**-32).add_(2.0**-33)  # u or 1 - u, at most 1/2
@@ -159,6 +165,7 @@ def batch_noise(
     """(eps, seed) under vmap, for one op call whose first dimension is the vmapped one. `shape` is one example's."""
     eps_dim, seed_dim = dims
     if eps is None:  # one seed, hence the same noise, for all examples, or one each
+        assert seed is not None
         seeds = [seed] if seed_dim is None else seed.unbind(seed_dim)
         drawn = [reference.normal_noise(each, shape, num_samples, stream=stream) for each in seeds]
         eps, eps_dim = (drawn[0], None) if seed_dim is None else (torch.stack(drawn), 0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable
-from types import NoneType
 from typing import Any
 
 import torch
@@ -36,10 +35,10 @@ def _always(*args: Any) -> bool:
 
 
 # Whether something intercepts a call: a dispatch mode, a transform of torch.func, a profiler, a tracer.
-_modes_active = _private("_C._len_torch_dispatch_stack") or _always
+modes_active = _private("_C._len_torch_dispatch_stack") or _always
 transforms_active: Callable[[], bool] = _private("_C._are_functorch_transforms_active") or _always
-_profiling = _private("autograd._profiler_enabled") or _always
-_tracing = _private("_C._get_tracing_state") or _always
+profiling = _private("autograd._profiler_enabled") or _always
+tracing = _private("_C._get_tracing_state") or _always
 
 # The innermost level of tangents: -1 if there is none, 0 if torch does not tell.
 _forward_ad = torch.autograd.forward_ad
@@ -84,56 +83,7 @@ def validate_sample(distribution: torch.distributions.Distribution, value: Tenso
         _say("distributions.Distribution._validate_sample")
 
 
-_keys = _private("_C._dispatch_keys")
-_devices: dict[int, str | None] = {}
-
-
-def memory_device(tensor: Tensor) -> str | None:
-    """The device type of a tensor whose values can be read directly from its memory.
-
-    None for any other tensor, which needs torch's dispatcher: lazily negated or conjugated, never-written zeros, the
-    wrapper of a transform, a subclass with its own dispatch, sparse.
-    """
-    if _keys is None:
-        return None
-    keys = _keys(tensor).raw_repr()
-    try:
-        return _devices[keys]
-    except KeyError:
-        _devices[keys] = tensor.device.type if keys in _keys_of_memory(tensor.device) else None
-        return _devices[keys]
-
-
-def _keys_of_memory(device: torch.device) -> list[int]:
-    found = []
-    for inference in (False, True):
-        with torch.inference_mode(inference):
-            found.append(_keys(torch.empty(0, dtype=torch.float32, device=device)).raw_repr())
-    return found
-
-
-_TENSORS = frozenset((Tensor, torch.nn.Parameter))
-_NUMBERS = frozenset((int, float, bool, str, NoneType))
-
-
-def plain_device(args: tuple) -> str | None:
-    """The device type if an op can be called without torch's dispatcher, else None. That needs an idle dispatcher, no
-    subclass of Tensor, and values in plain memory. Saves a third of a small loss's host time."""
-    if _modes_active() or transforms_active() or _profiling() or _tracing() or _keys is None:
-        return None
-    if list in map(type, args):
-        args = tuple(item for arg in args for item in (arg if type(arg) is list else (arg,)))
-    device = None
-    for arg in args:
-        kind = type(arg)
-        if kind in _TENSORS:
-            device = _devices.get(_keys(arg).raw_repr()) or memory_device(arg)
-            if device is None:
-                return None
-        elif kind not in _NUMBERS:
-            return None
-    return device
-
+is_zero = _private("Tensor._is_zerotensor") or _always  # zeros that were never written to memory
 
 _is_batched = _private("_C._functorch.is_batchedtensor") or _always
 _is_legacy_batched = _private("_C._functorch.is_legacy_batchedtensor") or _always
@@ -154,7 +104,7 @@ if not _binds_only:
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """function.apply without binding its signature, for use when no transform is active."""
-    return super(torch.autograd.Function, function).apply if _binds_only else function.apply
+    return super(torch.autograd.Function, function).apply if _binds_only else function.apply  # type: ignore[misc]
 
 
 _softmax_gradient = _private("_softmax_backward_data")

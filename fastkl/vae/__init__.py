@@ -21,5 +21,10 @@ Read `train.py` first: the loss is a few lines of `fastkl`. The other files serv
     evaluate.py     the test figures; pictures.py draws them, report.py puts them in one page
     clusters.py     used components of a mixture, and their agreement with the labels
     memory.py       the memory of the loss, beside the eager formula
+    trained.py      the model of a run, for use elsewhere; commands.py, the same on the command line
     errors.py       one-line errors; cli.py, the command line
 """
+
+from fastkl.vae.trained import Trained, load
+
+__all__ = ["Trained", "load"]

@@ -16,11 +16,13 @@ from fastkl.vae.errors import UserError
 from fastkl.vae.files import load_tensors
 
 NAME = "checkpoint.pt"
-FORMAT = "fastkl.vae 3"
+FORMAT = "fastkl.vae 4"
 PARTS = (
     "format",
     "settings",
     "fingerprint",
+    "shape",
+    "scaling",
     "ranks",
     "threads",
     "step",
@@ -28,6 +30,8 @@ PARTS = (
     "model",
     "optimizers",
     "discriminator",
+    "average",
+    "scaler",
     "window",
     "watch",
     "guard",

@@ -15,6 +15,7 @@ import torch
 
 import fastkl
 from fastkl.vae import checkpoint, data, facts, folders, pace, parallel, train
+from fastkl.vae.commands import add_parsers, write_report_of
 from fastkl.vae.errors import UserError, check_installed
 from fastkl.vae.progress import Display, Terminal, say
 from fastkl.vae.rules import defaults, flag, prolonging, resolve, resume
@@ -51,10 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="fastkl", description="Train variational autoencoders through fastkl.",
-        epilog="fastkl train --help lists the options of a run, with examples.",
+        epilog="fastkl COMMAND --help lists the options of a command.",
     )  # fmt: skip
     top.add_argument("--version", action="version", version=f"fastkl {fastkl.__version__} (torch {torch.__version__})")
-    commands = top.add_subparsers(title="commands", required=True, metavar="train")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     about = "train the reference VAE and write a report"
     train = commands.add_parser(
         "train", help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=EXAMPLES, add_help=False,
@@ -79,8 +80,12 @@ def parser() -> argparse.ArgumentParser:
             meta = fields[name].metadata
             told = "" if "(default" in meta["help"] else f" (default: {meta['by_default'] or fields[name].default})"
             text = f"{meta['help']}{told}".replace("%", "%%")
+            if meta["kind"] is bool:
+                group.add_argument(flag(name), action="store_true", help=meta["help"])
+                continue
             metavar = None if meta["choices"] else {int: "N", float: "X", str: "PATH"}[meta["kind"]]
             group.add_argument(flag(name), type=meta["kind"], choices=meta["choices"], metavar=metavar, help=text)
+    add_parsers(commands)
     return top
 
 
@@ -158,7 +163,7 @@ def train_in(
                 say(f"stopped at step {run.step}; go on with: fastkl train --resume --out {shlex.quote(str(folder))}")
             return 130
     if ranks.main and "no_report" not in options:
-        report(run, began)
+        write_report_of(run, began)
     return 0
 
 
@@ -179,23 +184,3 @@ def opening(run: Run, state: Any, resuming: bool, forecast: list[str]) -> list[s
         f"data: {source.source}: {counts}, each {shape}; {source.values}; {source.likelihood} likelihood",
         *(f"      {line}" for line in source.notes),
     ]
-
-
-def report(run: Run, began: float) -> None:
-    # Imported here, so that a run without a report does not need matplotlib.
-    from fastkl.vae import memory
-    from fastkl.vae.evaluate import evaluate
-    from fastkl.vae.report import summary, write_report
-
-    asked = (run.settings.importance_samples, run.settings.seed, run.device, run.prior, run.data.test_labels)
-    evaluation = evaluate(run.vae, run.data.test, *asked)
-    more: dict[str, Any] = {}
-    if run.settings.model == "conv":
-        more["loss_memory"] = memory.compare(run.vae.latent_shape)
-        say(more["loss_memory"]["what"])
-        for name, row in more["loss_memory"]["rows"].items():
-            say(f"  {name:8} kept {row['saved']:7.1f} MiB   peak {row['peak']:7.1f} MiB   {row['time']:7.1f} ms")
-    metrics = write_report(run, evaluation, more)
-    for name, value, text in summary(metrics):
-        say(f"  {name:19} {value:>18}  {text}")
-    say(f"{time.perf_counter() - began:.1f} s; report: {run.folder / 'report.html'}")

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastkl.vae import files, streams
 from fastkl.vae.arrays import Held, Part, first_line
 from fastkl.vae.errors import UserError, require
-from fastkl.vae.scaling import arrange, scale
+from fastkl.vae.scaling import Scaling, arrange, resized, scale
 from fastkl.vae.settings import Settings
 
 TEST_FRACTION = 0.2
@@ -29,7 +28,7 @@ class Data:
 
     name: str
     note: str
-    likelihood: str
+    scaling: Scaling
     train: Tensor
     test: Tensor
     train_labels: Tensor | None
@@ -44,6 +43,10 @@ class Data:
     def shape(self) -> tuple[int, ...]:
         """The shape of one datum: (features,) or (channels, height, width)."""
         return tuple(self.train.shape[1:])
+
+    @property
+    def likelihood(self) -> str:
+        return self.scaling.likelihood
 
     @property
     def watched(self) -> Tensor:
@@ -92,13 +95,10 @@ def load(settings: Settings) -> Data:
             raise UserError(f"{where(part, settings)}: {got}")
     labels_of, names = arrange_labels(parts, held.names, settings, notes)
     rows = split(parts, settings)
-    scaled, likelihood, what, meaning = scale(parts, rows["train"][1], settings.likelihood)
-    if settings.image_size and len(shape) == 3 and shape[-2:] != (settings.image_size,) * 2:
-        size = (settings.image_size,) * 2
-        scaled = {
-            part: F.interpolate(values, size=size, mode="bilinear", antialias=True) for part, values in scaled.items()
-        }
-        what += f", resized to {size[0]} x {size[1]}"
+    scaling, what, meaning = scale(parts, rows["train"][1], settings.likelihood)
+    scaled = {name: resized(scaling.apply(part.values), settings.image_size) for name, part in parts.items()}
+    if scaled["train"].shape[1:] != shape:
+        what += f", resized to {settings.image_size} x {settings.image_size}"
     found = {name: scaled[part][torch.from_numpy(index)] for name, (part, index) in rows.items()}
     kept = {
         name: None if labels_of.get(part) is None else labels_of[part][torch.from_numpy(index)]
@@ -106,7 +106,7 @@ def load(settings: Settings) -> Data:
     }
     note = " ".join(filter(None, (note, *(f"{line[0].upper()}{line[1:]}." for line in notes), meaning)))
     return Data(
-        name, note, likelihood, found["train"], found["test"], kept["train"], kept["test"], names,
+        name, note, scaling, found["train"], found["test"], kept["train"], kept["test"], names,
         found.get("validation"), source, what, tuple(notes),
     )  # fmt: skip
 

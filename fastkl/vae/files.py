@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import warnings
 from pathlib import Path
@@ -79,7 +80,12 @@ def load_tensors(path: Path) -> Any:
     """Load a file of torch.save with tensors and plain containers only; warnings are muted in favour of our errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise ValueError("its end is missing") from None  # torch has looked for it before the beginning
 
 
 def named(held: Any, where: str) -> dict[str, np.ndarray]:

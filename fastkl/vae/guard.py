@@ -42,8 +42,10 @@ class Guard:
         self.skipped = self.in_a_row = 0
 
     @torch.no_grad()
-    def admit(self, loss: Tensor, parameters: Iterable[Tensor], step: int | None = None) -> bool:
+    def admit(self, loss: Tensor, parameters: Iterable[Tensor], step: int | None = None, scaled: bool = False) -> bool:
         """Whether the loss of every process and all gradients are finite. It synchronises once with the device if so.
+
+        `scaled`: a smaller scale of the loss may make the gradients finite, so a skipped step does not count.
 
         Raises:
             Diverged: this is bad step number `patience` in a row.
@@ -57,6 +59,8 @@ class Guard:
         if bad_loss == bad_gradient == 0:
             self.in_a_row = 0
             return True
+        if scaled and not bad_loss:
+            return False
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row >= self.patience:

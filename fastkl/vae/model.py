@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastkl
 from fastkl.priors import Prior
@@ -29,13 +30,22 @@ class VAE(nn.Module):
         self.encoder, self.decoder = encoder, decoder
         self.register_module("prior", None)  # None is N(0, I); a learned prior starts after the warm-up (prior.py)
         self.shape, self.latent_shape, self.likelihood = tuple(shape), tuple(latent_shape), likelihood
+        self.activation_checkpointing = False
         if likelihood == "normal":
             # One variance per feature of a vector, one for all pixels of an image.
             self.logvar = nn.Parameter(torch.zeros(shape if len(shape) == 1 else ()))
 
     def posterior(self, x: Tensor) -> fastkl.DiagonalNormal:
         """q(z | x), views of the packed head [N, 2 * latent, ...]."""
-        return fastkl.DiagonalNormal.from_packed(self.encoder(x), dim=1)
+        return fastkl.DiagonalNormal.from_packed(self.through(self.encoder, x), dim=1)
+
+    def through(self, network: nn.Module, x: Tensor) -> Tensor:
+        """network(x); with activation checkpointing only the inputs of its layers are kept for the backward pass."""
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return network(x)
+        for layer in network if isinstance(network, nn.Sequential) else [network]:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
 
     @property
     def autoregressive(self) -> bool:
@@ -48,7 +58,7 @@ class VAE(nn.Module):
         if self.autoregressive:
             return self.decoder(z, x)
         leading = z.shape[: z.dim() - len(self.latent_shape)]
-        return self.decoder(z.reshape(-1, *self.latent_shape)).reshape(*leading, *self.shape)
+        return self.through(self.decoder, z.reshape(-1, *self.latent_shape)).reshape(*leading, *self.shape)
 
     @property
     def draws_data(self) -> bool:
@@ -89,7 +99,9 @@ class VAE(nn.Module):
 def build(settings: Settings, shape: tuple[int, ...], likelihood: str) -> VAE:
     make = {"mlp": mlp, "conv": conv, "autoregressive": autoregressive}[settings.model]
     encoder, decoder, latent_shape = make(shape, settings.latent, settings.hidden, settings.layers)
-    return VAE(encoder, decoder, shape, latent_shape, likelihood)
+    vae = VAE(encoder, decoder, shape, latent_shape, likelihood)
+    vae.activation_checkpointing = settings.activation_checkpointing
+    return vae
 
 
 def mlp(shape: tuple, latent: int, hidden: int, layers: int) -> tuple[nn.Module, nn.Module, tuple]:

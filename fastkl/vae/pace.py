@@ -41,8 +41,8 @@ def fit_defaults(settings: Settings, given: dict[str, Any], data: Data, processe
     batch = settings.batch_size
     if "batch_size" not in chosen:
         batch = BATCH if not conv else max(LEAST_BATCH, min(BATCH, BATCH_PIXELS // math.prod(data.shape[1:])))
-        batch = fitted["batch_size"] = max(1, min(batch, len(data.train) // processes))
-    per_epoch = max(1, len(data.train) // (batch * processes))
+        batch = fitted["batch_size"] = max(1, min(batch, len(data.train) // (processes * settings.accumulate)))
+    per_epoch = max(1, len(data.train) // (batch * processes * settings.accumulate))
     epochs = settings.epochs
     if not {"epochs", "steps"} & chosen.keys():
         budget = TRAINED_PIXELS / (len(data.train) * pixels) if conv else TRAINED_DATA / len(data.train)
@@ -63,12 +63,13 @@ def seconds_per_step(run: Run) -> float:
     draws, taken = draws_of(run.settings, run.prior is not None), 0.0
     for _ in range(2):
         began = time.perf_counter()
-        posterior = run.vae.posterior(x)
-        z = posterior.rsample(num_samples=draws)
-        loss = posterior.kl().mean() - run.vae.log_likelihood(z, x).mean()
+        with run.autocast():
+            posterior = run.vae.posterior(x)
+            z = posterior.rsample(num_samples=draws)
+            loss = posterior.kl().mean() - run.vae.log_likelihood(z, x).mean()
         loss.backward()
         loss.item()  # synchronises with the device
-        taken = time.perf_counter() - began
+        taken = (time.perf_counter() - began) * run.settings.accumulate
         for parameter in run.vae.parameters():
             parameter.grad = None
     return taken
@@ -78,7 +79,7 @@ def forecast(run: Run, step: float, reported: bool = True) -> list[str]:
     """The expected time of a run from the seconds of a step, as lines to print; `reported`: log p(x) is estimated."""
     settings, left = run.settings, run.total_steps - run.step
     # A forward pass is about a third of a step, and decoding is half of a forward pass.
-    datum = step / settings.batch_size / 3
+    datum = step / settings.batch_size / settings.accumulate / 3
     watching = TEST_POINTS * min(1000, len(run.data.watched)) * datum
     report = settings.importance_samples * len(run.data.test) * datum / 2 if reported else 0.0
     total = left * step + watching + report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
@@ -51,6 +52,12 @@ class Ranks:
         if self.size == 1:
             return module
         return nn.parallel.DistributedDataParallel(module, find_unused_parameters=partly)
+
+    def without_exchange(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """A context in which a backward pass only adds to this process's gradients."""
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            return module.no_sync()
+        return contextlib.nullcontext()
 
     def share(self, indices: Tensor) -> Tensor:
         """This process's contiguous part of a batch."""

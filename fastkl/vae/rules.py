@@ -116,6 +116,7 @@ def check(settings: Settings) -> None:
         "hidden",
         "layers",
         "batch_size",
+        "accumulate",
         "epochs",
         "importance_samples",
         "log_every",
@@ -137,7 +138,7 @@ def check(settings: Settings) -> None:
         if getattr(settings, name) < minimum:
             raise UserError(f"{flag(name)} must be at least {minimum}, got {getattr(settings, name)}")
     rates = ("learning_rate", "prior_learning_rate", "discriminator_learning_rate")
-    for name in (*rates, "weight_decay", "beta", "free_bits", "penalty", "alpha", "elbo_share"):
+    for name in (*rates, "weight_decay", "beta", "free_bits", "penalty", "alpha", "elbo_share", "clip"):
         value = getattr(settings, name)
         if not 0 <= value < float("inf"):
             raise UserError(f"{flag(name)} must be a finite number, 0 or more, got {value}")
@@ -147,6 +148,8 @@ def check(settings: Settings) -> None:
             raise UserError(f"{flag(name)} must be a finite number above 0, got {value}")
     if not 0 <= settings.validation < 1:
         raise UserError(f"--validation must be a share, 0 or more and below 1, got {settings.validation}")
+    if not 0 <= settings.ema < 1:
+        raise UserError(f"--ema must be a decay, 0 or more and below 1, got {settings.ema}")
     for name in ("alpha", "elbo_share"):
         if getattr(settings, name) > 1:
             raise UserError(f"{flag(name)} must be a share, at most 1, got {getattr(settings, name)}")
@@ -170,7 +173,8 @@ def resume(saved: dict[str, Any], given: dict[str, Any]) -> Settings:
         raise UserError(f"the checkpoint has settings unknown here ({', '.join(unknown)}); it is from another version")
     for name, value in saved.items():
         kind = fields[name].metadata["kind"]
-        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
+        number = isinstance(value, bool) and kind is not bool
+        if not isinstance(value, (int, float) if kind is float else kind) or number:
             raise UserError(f"the run's {flag(name)} must be of type {kind.__name__}, got {value!r}")
     before = Settings(**saved)
     for name, value in given.items():

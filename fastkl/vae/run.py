@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastkl.priors import Prior
 from fastkl.vae import checkpoint, prior, streams
@@ -33,6 +36,7 @@ class Run:
     vae: VAE
     objective: nn.Module  # an Objective, in DistributedDataParallel if there are several processes
     optimizers: dict[str, torch.optim.Optimizer]  # of the autoencoder and, for aae, of the discriminator
+    average: AveragedModel | None = None  # of the weights over the steps, with --ema
     step: int = 0
     seconds: float = 0.0  # training time, summed over all starts of this run
     # Sums since the last point of the curves: the objective's terms, and the number of steps.
@@ -48,11 +52,12 @@ class Run:
         self.history.setdefault(self.data.watched_name, [])
         self.watch = Watch(self.settings, self.ranks)
         self.guard = Guard(self.settings.bad_steps, self.ranks, self.folder / checkpoint.NAME)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
 
     @property
     def batch_size(self) -> int:
-        """The batch size of all processes together."""
-        return self.settings.batch_size * self.ranks.size
+        """The data of a step: all batches of all processes."""
+        return self.settings.batch_size * self.ranks.size * self.settings.accumulate
 
     @property
     def steps_per_epoch(self) -> int:
@@ -71,11 +76,31 @@ class Run:
         """The learned prior, or None for N(0, I): during the warm-up and in a run without a learned prior."""
         return self.vae.prior if self.step >= self.settings.warm_up else None
 
+    def autocast(self) -> torch.autocast:
+        """The networks' dtype; fastkl's ops compute in float32 in any case."""
+        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.settings.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A context in which the model has the average of the weights, if the run keeps one."""
+        self._exchange_weights()
+        try:
+            yield
+        finally:
+            self._exchange_weights()
+
+    def _exchange_weights(self) -> None:
+        if self.average is not None and self.average.n_averaged:
+            for own, mean in zip(self.vae.parameters(), self.average.module.parameters(), strict=True):
+                own.data, mean.data = mean.data, own.data
+
 
 def start(settings: Settings, data: Data, ranks: Ranks, folder: Path) -> Run:
     """A run at step 0."""
-    if settings.batch_size * ranks.size > len(data.train):
-        requested = f"--batch-size {settings.batch_size} on {ranks.size} processes"
+    if settings.batch_size * ranks.size * settings.accumulate > len(data.train):
+        several = f" with --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
+        requested = f"--batch-size {settings.batch_size}{several} on {ranks.size} processes"
         raise UserError(f"{requested} is more than the {len(data.train)} training data")
     device = choose_device(settings.device, ranks)
     torch.manual_seed(streams.seed_for(settings.seed, "weights"))
@@ -86,7 +111,11 @@ def start(settings: Settings, data: Data, ranks: Ranks, folder: Path) -> Run:
     objective = Objective(vae, settings, len(data.train), ranks.group).to(device)
     optimizers = make_optimizers(settings, vae, objective.discriminator)
     # During the warm-up the loss does not use the learned prior's parameters.
-    run = Run(settings, data, ranks, device, folder, vae, ranks.wrap(objective, partly=learned), optimizers)
+    average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(settings.ema)) if settings.ema else None
+    wrapped = ranks.wrap(objective, partly=learned)
+    if settings.compile:
+        wrapped.compile()
+    run = Run(settings, data, ranks, device, folder, vae, wrapped, optimizers, average)
     if learned and 0 < run.total_steps <= settings.warm_up:
         problem = f"--warm-up {settings.warm_up} leaves none of the {run.total_steps} steps to --prior {settings.prior}"
         raise UserError(f"{problem}: choose fewer, or train for longer")
@@ -142,12 +171,16 @@ def save(run: Run, monitored: dict[str, Any]) -> None:
         {
             "settings": asdict(run.settings),
             "fingerprint": run.data.fingerprint,
+            "shape": list(run.data.shape),
+            "scaling": run.data.scaling.state_dict(),
             "ranks": run.ranks.size,
             "threads": torch.get_num_threads(),
             "step": run.step,
             "model": run.vae.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
             "discriminator": {} if discriminator is None else discriminator.state_dict(),
+            "average": {} if run.average is None else run.average.state_dict(),
+            "scaler": run.scaler.state_dict(),
             "seconds": run.seconds,
             "window": run.window,
             "watch": monitored,
@@ -171,6 +204,9 @@ def restore(run: Run, state: dict[str, Any]) -> None:
             optimizer.load_state_dict(state["optimizers"][name])
         if (discriminator := discriminator_of(run)) is not None:
             discriminator.load_state_dict(state["discriminator"])
+        if run.average is not None:
+            run.average.load_state_dict(state["average"])
+        run.scaler.load_state_dict(state["scaler"])
         run.window = dict(state["window"])
         run.watch.load_state_dict(state["watch"], run.ranks.main, run.device)
         run.guard.load_state_dict(state["guard"])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastkl.vae.arrays import Part, Span
@@ -15,6 +18,43 @@ FEW = 4  # the most channels of a picture
 DEPTHS = (8, 10, 12, 14, 16, 32)  # bits of a pixel
 ROUNDING = 1e-5  # tolerance of the range [0, 1]
 AT_ONCE = 2**22  # numbers in float64 at a time
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The map from the numbers of a file to the numbers of the model, and back.
+
+    Bernoulli: x / deviation, clamped to [0, 1]. Normal: (x - mean) / deviation, by moments of the training data, one
+    for each feature of a vector or one for all pixels.
+    """
+
+    likelihood: str
+    mean: np.ndarray
+    deviation: np.ndarray
+
+    def apply(self, values: np.ndarray) -> Tensor:
+        if self.likelihood == "bernoulli":
+            return divided(values, float(self.deviation))
+        return standardised(values, self.mean, self.deviation)
+
+    def undo(self, x: Tensor) -> Tensor:
+        mean, deviation = (torch.from_numpy(np.asarray(each)).to(x) for each in (self.mean, self.deviation))
+        return x * deviation + mean
+
+    def state_dict(self) -> dict[str, Any]:
+        named = {"mean": self.mean, "deviation": self.deviation}
+        return {"likelihood": self.likelihood, **{name: torch.tensor(value) for name, value in named.items()}}
+
+    @staticmethod
+    def of_state(state: dict[str, Any]) -> Scaling:
+        return Scaling(state["likelihood"], state["mean"].numpy(), state["deviation"].numpy())
+
+
+def resized(values: Tensor, size: int) -> Tensor:
+    """Images [N, C, H, W] with `size` pixels a side; size 0, or vectors: unchanged."""
+    if not size or values.dim() != 4 or values.shape[-2:] == (size, size):
+        return values
+    return F.interpolate(values, size=(size, size), mode="bilinear", antialias=True)
 
 
 def arrange(part: Part, where: str) -> tuple[Part, str]:
@@ -89,8 +129,8 @@ def divisor(span: Span, vectors: bool, likelihood: str) -> float | None:
     return whole_range(span.high) if pixels else None
 
 
-def scale(parts: dict[str, Part], train: np.ndarray, asked: str) -> tuple[dict[str, Tensor], str, str, str]:
-    """(values in float32, likelihood, description of the scaling, meaning of the figures); one scale for all parts.
+def scale(parts: dict[str, Part], train: np.ndarray, asked: str) -> tuple[Scaling, str, str]:
+    """(the scaling of all parts, its description, meaning of the figures).
 
     `train`: rows of the training part, whose mean and deviation standardise the data for a normal likelihood.
     """
@@ -107,17 +147,16 @@ def scale(parts: dict[str, Part], train: np.ndarray, asked: str) -> tuple[dict[s
             raise UserError(
                 f"--likelihood bernoulli needs values in [0, 1], got values in [{span.low:.4g}, {span.high:.4g}]"
             )
-        scaled = {name: divided(part.values, by) for name, part in parts.items()}
-        return scaled, likelihood, f"{span}" + (f", divided by {by}" if by > 1 else ""), (
+        scaling = Scaling(likelihood, np.zeros(()), np.asarray(float(by)))
+        return scaling, f"{span}" + (f", divided by {by}" if by > 1 else ""), (
             "Bernoulli likelihood on values in [0, 1]: a value between 0 and 1 is taken as the probability of a 1, so "
             "these figures are lower bounds on the mean log-probability of the binarised data."
         )  # fmt: skip
     mean, deviation = moments(parts["train"].values, train, vectors)
-    scaled = {name: standardised(part.values, mean, deviation) for name, part in parts.items()}
     what = f"{span}, standardised{' per feature' if vectors else ''}"
     if span.integer and span.low >= 0 and vectors and asked == "auto":
         what += " (if they are pixels: --likelihood bernoulli)"
-    return scaled, likelihood, what, (
+    return Scaling(likelihood, mean, deviation), what, (
         "Normal likelihood on standardised values (mean 0, deviation 1 over the training data), with a learned "
         f"variance {'per feature' if vectors else 'for all pixels'}: log p(x) is a log-density of these."
     )  # fmt: skip

@@ -57,6 +57,18 @@ class Settings:
     )
     schedule: str = option("cosine", "schedule of the learning rate", choices=("cosine", "constant"))
     weight_decay: float = option(0.0, "weight decay of AdamW")
+    precision: str = option(
+        "fp32",
+        "dtype of the networks: bf16 and fp16 by autocast, fp16 with a scaled loss; KL and likelihood stay in float32",
+        choices=("fp32", "bf16", "fp16"),
+    )
+    accumulate: int = option(1, "batches whose gradients each step adds up; terms that compare data see one of them")
+    clip: float = option(0.0, "largest norm of the gradient of all weights together (0: off)")
+    ema: float = option(0.0, "decay of the average of the weights, which tests and report use (0: off)")
+    compile: bool = option(False, "compile the model and its loss by torch.compile")
+    activation_checkpointing: bool = option(
+        False, "keep only the inputs of the networks' layers, and compute the rest again in the backward pass"
+    )
     objective: str = option("elbo", "the loss, one of fastkl.objectives", choices=OBJECTIVES)
     beta: float = option(1.0, "weight of the KL term (beta_tc_vae: of the total correlation)")
     warm_up: int = option(
@@ -154,7 +166,8 @@ GROUPS = {
     ),
     "model": ("model", "latent", "hidden", "layers"),
     "training": (
-        "batch_size", "epochs", "steps", "learning_rate", "schedule", "weight_decay", "noise", "bad_steps",
+        "batch_size", "accumulate", "epochs", "steps", "learning_rate", "schedule", "weight_decay", "clip", "ema",
+        "precision", "compile", "activation_checkpointing", "noise", "bad_steps",
     ),
     "prior": (
         "prior", "components", "covariance", "kl", "samples", "prior_learning_rate", "tau", "final_tau", "tau_schedule",

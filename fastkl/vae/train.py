@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import torch
 from torch import Tensor
 
-from fastkl import monitors, reference
+from fastkl import DiagonalNormal, monitors, reference
 from fastkl.vae import prior, streams
 from fastkl.vae.evaluate import quick_elbo, quick_mixture
 from fastkl.vae.objective import Noise, Weights, draws_of
@@ -35,17 +36,13 @@ def train(run: Run, display: Display) -> bool:
             weights.beta.fill_(kl_weight(settings, run.step))
             weights.tau.fill_(temperature(settings, run.step, run.total_steps))
             weights.capacity.fill_(capacity(settings, run.step))
-            x, noise = batch(run)
             learned = run.prior
-            loss, terms, posterior = run.objective(x, noise, weights, learned is not None)
             for optimizer in run.optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss, terms, posterior = backward(run, weights)
             run.step += 1
-            good = run.guard.admit(loss, run.objective.parameters(), run.step)
+            good = update(run, loss)
             if good:
-                for optimizer in run.optimizers.values():
-                    optimizer.step()
                 run.watch.record(run.step, posterior, learned)
             if run.step == settings.warm_up and run.prior is not None:
                 start_prior(run)
@@ -59,6 +56,42 @@ def train(run: Run, display: Display) -> bool:
     return True
 
 
+def backward(run: Run, weights: Weights) -> tuple[Tensor, dict[str, Tensor], DiagonalNormal]:
+    """(loss, its terms, posterior) of the batches of a step, whose gradients are added up."""
+    parts, losses, terms, posteriors = batches(run), [], [], []  # type: ignore[var-annotated]
+    for x, noise in parts:
+        last = len(losses) == len(parts) - 1
+        with contextlib.nullcontext() if last else run.ranks.without_exchange(run.objective):
+            with run.autocast():
+                loss, own, posterior = run.objective(x, noise, weights, run.prior is not None)
+            run.scaler.scale(loss / len(parts)).backward()
+        losses.append(loss.detach())
+        terms.append(own)
+        posteriors.append(posterior)
+    if len(parts) == 1:
+        return losses[0], terms[0], posteriors[0]
+    means = {name: torch.stack([own[name] for own in terms]).mean(0) for name in terms[0]}
+    mu, logvar = (torch.cat([getattr(q, name) for q in posteriors]) for name in ("mean", "logvar"))
+    return torch.stack(losses).mean(), means, DiagonalNormal(mu, logvar)
+
+
+def update(run: Run, loss: Tensor) -> bool:
+    """Update the weights, unless the loss or a gradient is not finite; whether it was."""
+    for optimizer in run.optimizers.values():
+        run.scaler.unscale_(optimizer)
+    smaller = run.scaler.is_enabled() and run.scaler.get_scale() > 1  # a smaller scale may give finite gradients
+    good = run.guard.admit(loss, run.objective.parameters(), run.step, smaller)
+    if good:
+        if run.settings.clip:
+            torch.nn.utils.clip_grad_norm_(run.objective.parameters(), run.settings.clip)
+        for optimizer in run.optimizers.values():
+            run.scaler.step(optimizer)
+        if run.average is not None:
+            run.average.update_parameters(run.vae)
+    run.scaler.update()
+    return good
+
+
 def start_prior(run: Run) -> None:
     """Start the learned prior at the end of the warm-up, before the checkpoint of this step is written."""
     learned = run.vae.prior
@@ -67,6 +100,18 @@ def start_prior(run: Run) -> None:
         prior.initialise(learned, run.vae, run.data, run.settings, run.device)
     state = {name: value.cpu() for name, value in learned.state_dict().items()}
     learned.load_state_dict(run.ranks.broadcast(state))
+    if run.average is not None:
+        run.average.module.get_submodule("prior").load_state_dict(learned.state_dict())
+
+
+def batches(run: Run) -> list[tuple[Tensor, Noise]]:
+    """The data of this step and process, split into --accumulate batches."""
+    x, noise = batch(run)
+    count = run.settings.accumulate
+    if count == 1:
+        return [(x, noise)]
+    parts = [[None] * count if tensor is None else tensor.chunk(count) for tensor in noise]
+    return [(part, Noise(*own)) for part, *own in zip(x.chunk(count), *parts)]
 
 
 def batch(run: Run) -> tuple[Tensor, Noise]:
@@ -130,14 +175,15 @@ def test(run: Run, display: Display) -> None:
         log_monitors(run, display)
     if run.ranks.main and (run.ended or run.step % max(1, run.total_steps // TEST_POINTS) == 0):
         learned, about = run.prior, (run.vae, run.data.watched, run.settings.seed, run.device)
-        elbo, kl, reconstruction = quick_elbo(*about, learned)
-        run.history[run.data.watched_name].append([run.step, elbo, kl, reconstruction])
-        if prior.is_mixture(learned):
-            bracket = [run.step, *quick_mixture(*about, learned)]
-            if run.settings.kl == "relaxed":
-                bracket.append(temperature(run.settings, run.step - 1, run.total_steps))
-            run.history.setdefault("mixture", []).append(bracket)
-        display.tested(run, run.step, elbo, kl, reconstruction)
+        with run.averaged():
+            elbo, kl, reconstruction = quick_elbo(*about, learned)
+            run.history[run.data.watched_name].append([run.step, elbo, kl, reconstruction])
+            if prior.is_mixture(learned):
+                bracket = [run.step, *quick_mixture(*about, learned)]
+                if run.settings.kl == "relaxed":
+                    bracket.append(temperature(run.settings, run.step - 1, run.total_steps))
+                run.history.setdefault("mixture", []).append(bracket)
+            display.tested(run, run.step, elbo, kl, reconstruction)
 
 
 def save_if_due(run: Run, display: Display, stopping: bool) -> None:

@@ -16,13 +16,13 @@ from fastkl.vae.parallel import Ranks
 from fastkl.vae.rules import resolve
 from fastkl.vae.settings import Settings
 
-from vae_helpers import BARE, refused, train
+from vae_helpers import BARE, refused, scaling, train
 
 
 def sized(count: int, *shape: int) -> Data:
     """So many data, which take no memory."""
     values = torch.zeros(()).expand(count, *shape)
-    return Data("x", "", "bernoulli", values[count // 5 :], values[: count // 5], None, None, None)
+    return Data("x", "", scaling("bernoulli"), values[count // 5 :], values[: count // 5], None, None, None)
 
 
 def suited(source: Data, **given) -> Settings:

@@ -20,7 +20,7 @@ from fastkl.vae.model import VAE
 from fastkl.vae.rules import resolve
 from fastkl.vae.settings import Settings
 
-from vae_helpers import BARE, SMALL, assert_same_state, refused, torchrun_each, train
+from vae_helpers import BARE, SMALL, assert_same_state, refused, scaling, torchrun_each, train
 
 CPU = torch.device("cpu")
 PRIORS = {
@@ -70,7 +70,7 @@ def test_stopped_runs_go_on_bit_for_bit(tmp_path, monkeypatch, name):
 def test_prior_starts_if_the_last_warm_up_step_is_skipped(tmp_path, monkeypatch):
     began, real = [], loop.start_prior
     monkeypatch.setattr(loop, "start_prior", lambda run: (began.append(run.step), real(run)))
-    monkeypatch.setattr(Guard, "admit", lambda self, loss, parameters, step: step not in (5, 6))
+    monkeypatch.setattr(Guard, "admit", lambda self, loss, parameters, step, scaled: step not in (5, 6))
     assert train(tmp_path, *PRIORS["gmm"], *WARM, *BARE) == 0
     assert began == [5]
     state = checkpoint.load(tmp_path)
@@ -147,7 +147,7 @@ class Clusters(nn.Module):
 def test_mixture_begins_at_the_clusters_as_wide_as_the_posteriors(covariance):
     x = torch.arange(3.0).repeat_interleave(100).view(300, 1)
     vae = VAE(Clusters(), nn.Linear(2, 1), (1,), (2,), "normal")
-    source = Data("x", "", "normal", x, x, None, None, None)
+    source = Data("x", "", scaling("normal"), x, x, None, None, None)
     settings = Settings(prior="gmm", components=3, covariance=covariance, latent=2)
     found = []
     for _ in range(2):
@@ -165,7 +165,7 @@ def test_mixture_begins_at_the_clusters_as_wide_as_the_posteriors(covariance):
 
 def test_pseudo_inputs_are_data_and_stay_in_their_range():
     x = torch.rand(50, 1, 4, 4)
-    source = Data("x", "", "bernoulli", x, x, None, None, None)
+    source = Data("x", "", scaling("bernoulli"), x, x, None, None, None)
     settings = Settings(prior="vamp", components=60, hidden=8, latent=2)
     first, second = (prior.pseudo_inputs(settings, source) for _ in range(2))
     assert first.equal(second)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops._register import apply, differentiable, needs_closed_form
 
 
-def write(outputs: tuple[Tensor | None, ...], gradients: list[Tensor | None]) -> None:
+def write(outputs: tuple[Tensor | None, ...], gradients: list[Any]) -> None:
     """Write the wanted gradients into the outputs of a backward op."""
     for output, gradient in zip(outputs, gradients, strict=True):
         if output is not None:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import apply, register
+from fastkl.ops._call import apply, event_ndim_of_common_call
+from fastkl.ops._register import register
 from fastkl.ops.likelihood._likelihood import Likelihood, LikelihoodFunction, write
 
 
@@ -83,7 +84,7 @@ def bernoulli_log_prob(x: Tensor, logits: Tensor, *, event_ndim: int | None = No
     >>> fastkl.bernoulli_log_prob(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [100.0, -100.0]]))
     tensor([  -1.3863, -100.0000])
     """
-    if known := arguments.event_ndim_of_common_call(event_ndim, (logits, x)):
+    if known := event_ndim_of_common_call(event_ndim, (logits, x)):
         return apply(LikelihoodFunction, BERNOULLI, known, logits, x, None)
     arguments.check_tensors(x=x, logits=logits)
     shape = arguments.broadcast_shape(x=x, logits=logits)

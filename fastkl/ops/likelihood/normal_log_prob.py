@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import apply, register
+from fastkl.ops._call import apply, event_ndim_of_common_call
+from fastkl.ops._register import register
 from fastkl.ops.likelihood._likelihood import Likelihood, LikelihoodFunction, write
 
 # x and mean are of the full shape [*batch, *event]. logvar is too, or it is [*batch, 1, ..., 1] (one value per row), or
@@ -99,7 +100,7 @@ def normal_log_prob(
     >>> fastkl.normal_log_prob(torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2), torch.tensor(0.0))
     tensor([-3.8379])
     """
-    if known := arguments.event_ndim_of_common_call(event_ndim, (x, mean, logvar)):
+    if known := event_ndim_of_common_call(event_ndim, (x, mean, logvar)):
         return apply(LikelihoodFunction, NORMAL, known, x, mean, logvar)
     mean, logvar = arguments.as_tensors(x, mean, logvar)
     arguments.check_tensors(x=x, mean=mean, logvar=logvar)

@@ -6,6 +6,7 @@ Five ops share these formulas; tests compare them with autograd of the definitio
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +20,11 @@ def bounds_of(settings) -> reference.SoftBounds | tuple[float, float] | None:
     return arguments.as_bounds(settings.low, settings.high, settings.live)
 
 
-def by_rows(definition: Callable[..., Tensor], inputs: Sequence[Tensor | None], settings) -> Tensor:
+def by_rows(definition: Callable[..., Tensor], inputs: Sequence[Any], settings) -> Tensor:
     """One value per row of a definition with these settings, computed in blocks of rows."""
     mu, *_ = inputs
     named = {"event_ndim": settings.event_ndim, "scale": settings.scale, "bounds": bounds_of(settings)}
-    return arguments.by_rows(lambda *rows: definition(*rows, **named), mu, settings.event_ndim, list(inputs))
+    return arguments.by_rows(lambda *rows: definition(*rows, **named), mu, settings.event_ndim, inputs)
 
 
 def samples_dtype(mu: Tensor | float | None, parameter: Tensor | float | None) -> torch.dtype:
@@ -60,13 +61,13 @@ def normal_gradients(
     dvalue broadcasts with mu: the incoming gradient of every element's KL, or of another divergence whose gradient is
     `terms_gradient`. dz is the incoming gradient of mu + sigma eps, of eps's shape. At least one of them is given.
     """
-    inputs = [tensor for tensor in inputs if tensor is not None]
-    found = _element_gradients(inputs, scale, bounds, dvalue, dz, eps, terms_gradient)
-    shared = [gradient.sum_to_size(tensor.shape) for gradient, tensor in zip(found[2:], inputs[2:])]
-    return [gradient.to(tensor.dtype) for gradient, tensor in zip([*found[:2], *shared], inputs)]
+    given = [tensor for tensor in inputs if tensor is not None]
+    found = _element_gradients(given, scale, bounds, terms_gradient, dvalue, dz, eps)
+    shared = [gradient.sum_to_size(tensor.shape) for gradient, tensor in zip(found[2:], given[2:])]
+    return [gradient.to(tensor.dtype) for gradient, tensor in zip([*found[:2], *shared], given)]
 
 
-def _element_gradients(inputs, scale, bounds, dvalue, dz, eps, terms_gradient) -> list[Tensor]:
+def _element_gradients(inputs, scale, bounds, terms_gradient, dvalue, dz, eps):
     """Gradients in mu, the parameter and the prior's two tensors, each of mu's shape."""
     dtype = reference.compute_dtype(*inputs)
     mu, parameter, *prior = (tensor.to(dtype) for tensor in inputs)
@@ -75,7 +76,7 @@ def _element_gradients(inputs, scale, bounds, dvalue, dz, eps, terms_gradient) -
     raw = reference.to_logvar(parameter, scale)
     logvar = reference.bound(raw, bounds)
     dmu = dlogvar = None
-    dprior: list[Tensor] = []
+    dprior = []
     if dvalue is not None:
         weight = dvalue.to(dtype)
         dmu, dlogvar, *dprior = (reference.weighted(weight, each) for each in terms_gradient(mu, logvar, *prior))
@@ -101,16 +102,16 @@ def write_normal_gradients(
     A block's temporaries stay in the CPU cache, and nothing else of the tensors' size is allocated. An unwanted output
     is None.
     """
-    inputs = [tensor for tensor in inputs if tensor is not None]
-    outputs = [tensor for tensor in outputs if tensor is not None]
-    mu, dprior = inputs[0], outputs[2:]
+    given = [tensor for tensor in inputs if tensor is not None]
+    wanted = [tensor for tensor in outputs if tensor is not None]
+    mu, dprior = given[0], wanted[2:]
     shared = bool(dprior) and dprior[0].dim() < mu.dim()
-    totals = [torch.zeros_like(output, dtype=reference.compute_dtype(*inputs)) for output in dprior if shared]
+    totals = [torch.zeros_like(output, dtype=reference.compute_dtype(*given)) for output in dprior if shared]
     for rows in arguments.row_blocks(mu):
-        block = [arguments.rows_of(tensor, rows, mu) for tensor in inputs]
-        incoming = (arguments.rows_of(tensor, rows, mu) for tensor in (dvalue, dz, eps))
-        found = _element_gradients(block, settings.scale, bounds_of(settings), *incoming, terms_gradient)
-        for output, gradient in zip(outputs[: 2 if shared else 4], found):
+        block = [arguments.rows_of(tensor, rows, mu) for tensor in given]
+        incoming = [arguments.rows_of(tensor, rows, mu) for tensor in (dvalue, dz, eps)]
+        found = _element_gradients(block, settings.scale, bounds_of(settings), terms_gradient, *incoming)
+        for output, gradient in zip(wanted[: 2 if shared else 4], found):
             arguments.rows_of(output, rows, mu).copy_(gradient)
         for total, gradient in zip(totals, found[2:]):
             total += gradient.sum_to_size(total.shape)

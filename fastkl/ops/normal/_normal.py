@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
-from fastkl.ops._register import apply, differentiable, needs_closed_form
+from fastkl.ops._call import apply, event_ndim_of_common_call, needs_closed_form
+from fastkl.ops._register import differentiable
+from fastkl.ops._scales import as_logvar
 from fastkl.ops.normal._closed_form import bounds_of, normal_gradients, samples_dtype
 from fastkl.reference import SoftBounds, Stream
 
@@ -22,6 +24,10 @@ Q, PRIOR, NOISE = "Tensor mu, Tensor parameter", "Tensor? prior_mu, Tensor? prio
 DQ, DPRIOR = "Tensor(a!) dmu, Tensor(b!) dparameter", "Tensor(c!)? dprior_mu, Tensor(d!)? dprior_logvar"
 SETTINGS = "int event_ndim, str scale, float low, float high, bool live"
 DRAWING_SETTINGS = f"{SETTINGS}, SymInt? num_samples, int stream"
+
+
+# event_ndim of an op that only draws: every element is a sample by itself.
+NO_EVENT = 0
 
 
 class Settings(NamedTuple):
@@ -80,6 +86,54 @@ class NormalOp:
         noise, rest = (rest[:2], rest[2:]) if self.draws else ((None, None), rest)
         settings = Drawing(*rest) if self.draws else Settings(*rest)
         return self, -1, settings, mu, parameter, *prior, *noise
+
+    def value(
+        self, mu: Any, logvar: Any, prior_mu: Any, prior_logvar: Any, event_ndim: int | None, scale: str,
+        prior_scale: str, bounds: SoftBounds | tuple[float, float] | None,
+    ) -> Tensor:  # fmt: skip
+        """The op's value of a public function's arguments, which are checked here and may broadcast."""
+        unusual = (prior_mu, prior_logvar, bounds, None if prior_scale == "logvar" else prior_scale)
+        if known := event_ndim_of_common_call(event_ndim, (mu, logvar), scale, *unusual):
+            settings = Settings(known, scale, *arguments.NO_BOUNDS)
+            return apply(NormalFunction, self, -1, settings, mu, logvar, None, None, None, None)
+        mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)
+        arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
+        prior_logvar = as_logvar("prior_scale", prior_logvar, prior_scale, mu, logvar, prior_mu)
+        shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
+        event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
+        prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
+        q = arguments.expand(mu, shape), arguments.expand(logvar, shape)
+        event_ndim, *tensors = arguments.as_events(event_ndim, *q, *prior)
+        settings = Settings(event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
+        return apply(NormalFunction, self, -1, settings, *tensors, None, None)
+
+    def samples(
+        self, mu: Any, logvar: Any, prior_mu: Any, prior_logvar: Any, event_ndim: int | None, num_samples: int | None,
+        seed: int | Tensor | None, eps: Tensor | None, scale: str, prior_scale: str,
+        bounds: SoftBounds | tuple[float, float] | None,
+    ) -> Any:  # fmt: skip
+        """z, or (z, value), of a public function's arguments, which are checked here and may broadcast."""
+        unusual = (prior_mu, prior_logvar, bounds, None if prior_scale == "logvar" else prior_scale, eps, num_samples)
+        if known := event_ndim_of_common_call(event_ndim, (mu, logvar), scale, *unusual):
+            seed = sampling.check_seed(seed, mu.device, "mu")
+            drawing = Drawing(known if self.has_value else NO_EVENT, scale, *arguments.NO_BOUNDS, None)
+            return apply(NormalFunction, self, -1, drawing, mu, logvar, None, None, None, seed)
+        given = mu, logvar
+        mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(*given, prior_mu, prior_logvar)
+        arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar, eps=eps)
+        prior_logvar = as_logvar("prior_scale", prior_logvar, prior_scale, mu, logvar, prior_mu)
+        shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
+        arguments.check_prior_fits(shape, prior_mu=prior_mu, prior_logvar=prior_logvar)
+        settings = (arguments.check_scale(scale), *arguments.check_bounds(bounds), num_samples)
+        seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
+        q, dtype = (arguments.expand(mu, shape), arguments.expand(logvar, shape)), samples_dtype(*given)
+        if not self.has_value:
+            return apply(NormalFunction, self, -1, Drawing(NO_EVENT, *settings), *q, None, None, eps, seed).to(dtype)
+        event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
+        prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
+        op_ndim, *tensors = arguments.as_events(event_ndim, *q, *prior, eps)
+        z, value = apply(NormalFunction, self, -1, Drawing(op_ndim, *settings), *tensors, seed)
+        return (z if event_ndim else z.squeeze(-1)).to(dtype), value
 
     def gradients(self, dz, dvalue, mu, parameter, prior_mu, prior_logvar, eps, seed, settings) -> list[Tensor]:
         """Gradients in mu, the parameter and, if dvalue is given, the prior's tensors, by differentiable torch ops."""
@@ -174,17 +228,3 @@ class NormalFunction(torch.autograd.Function):
         z, *values = found if op.has_value else (found,)
         z, dim_of_z = z.to(dtype), 0 if settings.num_samples is None else 1
         return ((z, *values), (dim_of_z, 0)) if values else (z, dim_of_z)
-
-
-def value_of(
-    op: NormalOp, mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None,
-    event_ndim: int | None, scale: str, bounds: SoftBounds | tuple[float, float] | None,
-) -> Tensor:  # fmt: skip
-    """The op's value per datum of checked tensors that broadcast; the prior's second one is a log-variance."""
-    shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
-    event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
-    prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
-    tensors = arguments.expand(mu, shape), arguments.expand(logvar, shape), *prior
-    event_ndim, *tensors = arguments.as_events(event_ndim, *tensors)
-    settings = Settings(event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
-    return apply(NormalFunction, op, -1, settings, *tensors, None, None)

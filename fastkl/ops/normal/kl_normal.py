@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._register import apply, register
-from fastkl.ops._scales import as_logvar
 from fastkl.ops.normal._closed_form import by_rows, write_normal_gradients
 from fastkl.ops.normal._normal import (
     DPRIOR,
@@ -20,7 +21,6 @@ from fastkl.ops.normal._normal import (
     Settings,
     fake_value,
     of_rows,
-    value_of,
 )
 from fastkl.reference import SoftBounds
 
@@ -55,7 +55,7 @@ KL_NORMAL = NormalOp(kl_normal_fwd, kl_normal_bwd, "kl_normal_fwd")
 
 
 def kl_normal_packed(
-    head: Tensor, dim: int, prior_mu: Tensor | float | None = None, prior_logvar: Tensor | float | None = None, *,
+    head: Tensor, dim: int, prior_mu: Any = None, prior_logvar: Any = None, *,
     event_ndim: int, scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """kl_normal(*head.chunk(2, dim), ...) whose gradient is one packed tensor, written by the kernel itself."""
@@ -66,9 +66,9 @@ def kl_normal_packed(
     event_ndim = arguments.event_ndim_of_datum(event_ndim, half.shape, "the posterior's shape")
     arguments.check_prior_fits(half.shape, prior_mu=prior_mu, prior_logvar=prior_logvar)
     prior = arguments.expand_prior(prior_mu, prior_logvar, head, half.shape, event_ndim)
-    event_ndim, head, *prior = arguments.as_events(event_ndim, head, *prior)
+    event_ndim, head, *tensors = arguments.as_events(event_ndim, head, *prior)
     settings = Settings(event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
-    return apply(NormalFunction, KL_NORMAL, dim, settings, head, None, *prior, None, None)
+    return apply(NormalFunction, KL_NORMAL, dim, settings, head, None, *tensors, None, None)
 
 
 def kl_normal(
@@ -110,11 +110,4 @@ def kl_normal(
     >>> [f"{kl:.1e}" for kl in fastkl.kl_normal(mu, logvar)]
     ['7.5e-09', '7.5e-09']
     """
-    unusual = (prior_mu, prior_logvar, bounds, None if prior_scale == "logvar" else prior_scale)
-    if known := arguments.event_ndim_of_common_call(event_ndim, (mu, logvar), scale, *unusual):
-        settings = Settings(known, scale, *arguments.NO_BOUNDS)
-        return apply(NormalFunction, KL_NORMAL, -1, settings, mu, logvar, None, None, None, None)
-    mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)
-    arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
-    prior_logvar = as_logvar("prior_scale", prior_logvar, prior_scale, mu, logvar, prior_mu)
-    return value_of(KL_NORMAL, mu, logvar, prior_mu, prior_logvar, event_ndim, scale, bounds)
+    return KL_NORMAL.value(mu, logvar, prior_mu, prior_logvar, event_ndim, scale, prior_scale, bounds)

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import apply, register
-from fastkl.ops._scales import as_logvar
+from fastkl.ops._register import register
 from fastkl.ops.normal._closed_form import write_normal_gradients
-from fastkl.ops.normal._normal import DPRIOR, DQ, PRIOR, SETTINGS, NormalFunction, NormalOp, Q, Settings
+from fastkl.ops.normal._normal import DPRIOR, DQ, PRIOR, SETTINGS, NormalOp, Q, Settings
 from fastkl.reference import SoftBounds
 
 
@@ -100,18 +99,6 @@ def kl_normal_per_dim(
     >>> fastkl.kl_normal_per_dim(mu, logvar)
     tensor([0.0000, 2.5000])
     """
-    unusual = (prior_mu, prior_logvar, bounds, None if prior_scale == "logvar" else prior_scale)
-    if known := arguments.event_ndim_of_common_call(event_ndim, (mu, logvar), scale, *unusual):
-        settings = Settings(known, scale, *arguments.NO_BOUNDS)
-        return apply(NormalFunction, KL_NORMAL_PER_DIM, -1, settings, mu, logvar, None, None, None, None)
-    mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)
-    arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
-    prior_logvar = as_logvar("prior_scale", prior_logvar, prior_scale, mu, logvar, prior_mu)
-    shape = arguments.broadcast_shape(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
-    event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
-    if event_ndim == 0:
+    if event_ndim is not None and arguments.check_int("event_ndim", event_ndim, 0) == 0:
         raise ValueError("event_ndim must be at least 1, got 0: there would be no latent dimension")
-    prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
-    settings = Settings(event_ndim, arguments.check_scale(scale), *arguments.check_bounds(bounds))
-    q = arguments.expand(mu, shape), arguments.expand(logvar, shape)
-    return apply(NormalFunction, KL_NORMAL_PER_DIM, -1, settings, *q, *prior, None, None)
+    return KL_NORMAL_PER_DIM.value(mu, logvar, prior_mu, prior_logvar, event_ndim, scale, prior_scale, bounds)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._register import apply, register
-from fastkl.ops._scales import as_logvar
-from fastkl.ops.normal._closed_form import by_rows, empty_samples, sample, samples_dtype, write_normal_gradients
+from fastkl.ops.normal._closed_form import by_rows, empty_samples, sample, write_normal_gradients
 from fastkl.ops.normal._normal import (
     DPRIOR,
     DQ,
@@ -40,11 +41,11 @@ def _backward(
     settings, incoming = Drawing(*settings), {"dz": dz}
     if dz is not None:
         incoming["eps"] = sampling.draw(mu.shape, eps, seed, settings.num_samples, settings.stream)
-    if dkl is None:  # not a KL gradient of zero, which would turn an infinite KL into NaN
-        inputs, outputs = inputs[:2], outputs[:2]
-    else:
+    if dkl is not None:
         incoming["dvalue"] = of_rows(dkl, mu, settings.event_ndim)
-    write_normal_gradients(inputs, outputs, settings, **incoming)
+        write_normal_gradients(inputs, outputs, settings, **incoming)
+    else:  # not a KL gradient of zero, which would turn an infinite KL into NaN
+        write_normal_gradients(inputs[:2], outputs[:2], settings, **incoming)
 
 
 def _fake_forward(mu, parameter, prior_mu, prior_logvar, eps, seed, *settings) -> tuple[Tensor, Tensor]:
@@ -70,7 +71,7 @@ RSAMPLE_KL = NormalOp(rsample_kl_fwd, rsample_kl_bwd, "rsample_kl_fwd", draws=Tr
 
 
 def rsample_kl_packed(
-    head: Tensor, dim: int, prior_mu: Tensor | float | None = None, prior_logvar: Tensor | float | None = None, *,
+    head: Tensor, dim: int, prior_mu: Any = None, prior_logvar: Any = None, *,
     event_ndim: int, num_samples: int | None = None, seed: int | Tensor | None = None, eps: Tensor | None = None,
     scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -124,22 +125,5 @@ def rsample_kl(
     >>> z.shape, kl
     (torch.Size([5, 2, 3]), tensor([0., 0.]))
     """
-    unusual = (prior_mu, prior_logvar, bounds, None if prior_scale == "logvar" else prior_scale, eps, num_samples)
-    if known := arguments.event_ndim_of_common_call(event_ndim, (mu, logvar), scale, *unusual):
-        seed = sampling.check_seed(seed, mu.device, "mu")
-        settings = Drawing(known, scale, *arguments.NO_BOUNDS, None)
-        return apply(NormalFunction, RSAMPLE_KL, -1, settings, mu, logvar, None, None, None, seed)
-    given = (mu, logvar)
-    mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(*given, prior_mu, prior_logvar)
-    arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar, eps=eps)
-    prior_logvar = as_logvar("prior_scale", prior_logvar, prior_scale, mu, logvar, prior_mu)
-    shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
-    arguments.check_prior_fits(shape, prior_mu=prior_mu, prior_logvar=prior_logvar)
-    event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
-    prior = arguments.expand_prior(prior_mu, prior_logvar, mu, shape, event_ndim)
-    settings = (arguments.check_scale(scale), *arguments.check_bounds(bounds), num_samples)
-    seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
-    q = arguments.expand(mu, shape), arguments.expand(logvar, shape)
-    op_ndim, *tensors = arguments.as_events(event_ndim, *q, *prior, eps)
-    z, kl = apply(NormalFunction, RSAMPLE_KL, -1, Drawing(op_ndim, *settings), *tensors, seed)
-    return (z if event_ndim else z.squeeze(-1)).to(samples_dtype(*given)), kl
+    noise = num_samples, seed, eps
+    return RSAMPLE_KL.samples(mu, logvar, prior_mu, prior_logvar, event_ndim, *noise, scale, prior_scale, bounds)

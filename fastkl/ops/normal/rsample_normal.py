@@ -8,11 +8,8 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._register import apply, register
 from fastkl.ops.normal._closed_form import empty_samples, sample, samples_dtype, write_normal_gradients
-from fastkl.ops.normal._normal import DQ, DRAWING_SETTINGS, NOISE, Drawing, NormalFunction, NormalOp, Q
+from fastkl.ops.normal._normal import DQ, DRAWING_SETTINGS, NO_EVENT, NOISE, Drawing, NormalFunction, NormalOp, Q
 from fastkl.reference import SoftBounds
-
-# Every element is a sample by itself: no dimension is one of an event.
-_NO_EVENT = 0
 
 
 def _forward(mu, parameter, eps, seed, *settings) -> Tensor:
@@ -54,7 +51,7 @@ def rsample_normal_packed(
     """rsample_normal(*head.chunk(2, dim), ...) whose gradient is one packed tensor, written by the kernel itself."""
     arguments.check_tensors(head=head, eps=eps)
     dim = arguments.check_packed(head, dim)
-    settings = Drawing(_NO_EVENT, arguments.check_scale(scale), *arguments.check_bounds(bounds), num_samples)
+    settings = Drawing(NO_EVENT, arguments.check_scale(scale), *arguments.check_bounds(bounds), num_samples)
     seed, eps = sampling.check_noise(seed, eps, num_samples, head.chunk(2, dim)[0].shape, head.device)
     return apply(NormalFunction, RSAMPLE_NORMAL, dim, settings, head, None, None, None, eps, seed)
 
@@ -85,26 +82,14 @@ def rsample_normal(
     >>> f"{z.mean():.2f} {z.std():.2f}"
     '3.00 1.00'
     """
-    if arguments.event_ndim_of_common_call(None, (mu, logvar), scale, num_samples, eps, bounds):
-        seed = sampling.check_seed(seed, mu.device, "mu")
-        settings = Drawing(_NO_EVENT, scale, *arguments.NO_BOUNDS, None)
-        return apply(NormalFunction, RSAMPLE_NORMAL, -1, settings, mu, logvar, None, None, None, seed)
-    given = (mu, logvar)
-    mu, logvar = arguments.as_parameters(*given)
-    arguments.check_tensors(mu=mu, logvar=logvar, eps=eps)
-    shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
-    settings = Drawing(_NO_EVENT, arguments.check_scale(scale), *arguments.check_bounds(bounds), num_samples)
-    seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
-    q = arguments.expand(mu, shape), arguments.expand(logvar, shape)
-    z = apply(NormalFunction, RSAMPLE_NORMAL, -1, settings, *q, None, None, eps, seed)
-    return z.to(samples_dtype(*given))
+    return RSAMPLE_NORMAL.samples(mu, logvar, None, None, None, num_samples, seed, eps, scale, "logvar", bounds)
 
 
 def draw_normal(
     stream: int, shape: tuple[int, ...], mu: Tensor, logvar: Tensor, seed: Tensor, scale: str = "logvar"
 ) -> Tensor:
     """rsample_normal with the noise of `stream`, for other ops that draw Gaussian noise."""
-    settings = Drawing(_NO_EVENT, scale, *arguments.NO_BOUNDS, None, stream)
+    settings = Drawing(NO_EVENT, scale, *arguments.NO_BOUNDS, None, stream)
     q = arguments.expand(mu, shape), arguments.expand(logvar, shape)
     z = apply(NormalFunction, RSAMPLE_NORMAL, -1, settings, *q, None, None, None, seed)
     return z.to(samples_dtype(mu, logvar))

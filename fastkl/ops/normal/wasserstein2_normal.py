@@ -6,21 +6,18 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import apply, register
-from fastkl.ops._scales import as_logvar
+from fastkl.ops._register import register
 from fastkl.ops.normal._closed_form import by_rows, write_normal_gradients
 from fastkl.ops.normal._normal import (
     DPRIOR,
     DQ,
     PRIOR,
     SETTINGS,
-    NormalFunction,
     NormalOp,
     Q,
     Settings,
     fake_value,
     of_rows,
-    value_of,
 )
 from fastkl.reference import SoftBounds
 
@@ -34,9 +31,8 @@ def _backward(
 ) -> None:  # fmt: skip
     inputs, outputs = (mu, parameter, prior_mu, prior_logvar), (dmu, dparameter, dprior_mu, dprior_logvar)
     settings = Settings(*settings)
-    incoming = {"dvalue": of_rows(ddistance, mu, settings.event_ndim)}
-    incoming["terms_gradient"] = reference.wasserstein2_terms_gradient
-    write_normal_gradients(inputs, outputs, settings, **incoming)
+    dvalue, terms_gradient = of_rows(ddistance, mu, settings.event_ndim), reference.wasserstein2_terms_gradient
+    write_normal_gradients(inputs, outputs, settings, dvalue=dvalue, terms_gradient=terms_gradient)
 
 
 wasserstein2_normal_fwd = register(
@@ -88,13 +84,8 @@ def wasserstein2_normal(
     >>> [f"{distance:.2g}" for distance in fastkl.wasserstein2_normal(mu, logvar)]
     ['9', '2e-08']
     """
-    unusual = (prior_mu, prior_logvar, bounds, None if prior_scale == "logvar" else prior_scale)
-    if known := arguments.event_ndim_of_common_call(event_ndim, (mu, logvar), scale, *unusual):
-        settings = Settings(known, scale, *arguments.NO_BOUNDS)
-        return apply(NormalFunction, WASSERSTEIN2_NORMAL, -1, settings, mu, logvar, None, None, None, None)
-    mu, logvar, prior_mu, prior_logvar = arguments.as_parameters(mu, logvar, prior_mu, prior_logvar)
-    arguments.check_tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
-    if prior_logvar is not None and prior_scale == "std":  # 0 for a point prior
-        prior_logvar = reference.above_zero(prior_logvar.to(reference.compute_dtype(prior_logvar)), prior_scale)
-    prior_logvar = as_logvar("prior_scale", prior_logvar, prior_scale, mu, logvar, prior_mu)
-    return value_of(WASSERSTEIN2_NORMAL, mu, logvar, prior_mu, prior_logvar, event_ndim, scale, bounds)
+    if prior_scale == "std" and prior_logvar is not None:  # 0 for a point prior
+        (std,) = arguments.as_tensors(mu if isinstance(mu, Tensor) else logvar, prior_logvar)
+        arguments.check_tensors(prior_logvar=std)
+        prior_logvar = reference.above_zero(std.to(reference.compute_dtype(std)), prior_scale)
+    return WASSERSTEIN2_NORMAL.value(mu, logvar, prior_mu, prior_logvar, event_ndim, scale, prior_scale, bounds)

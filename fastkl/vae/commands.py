@@ -1,0 +1,192 @@
+"""`fastkl encode`, `decode`, `sample`, `reconstruct`, `evaluate` and `report`: a run's model on the command line.
+
+Arrays are read and written in blocks of rows, so a .npy file may be larger than the memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastkl.vae import checkpoint, data, files, folders, parallel, rules, trained
+from fastkl.vae.arrays import BROKEN, first_line
+from fastkl.vae.errors import UserError
+from fastkl.vae.evaluate import evaluate as figures_of
+from fastkl.vae.progress import say
+from fastkl.vae.run import Run, restore, start
+from fastkl.vae.trained import Trained
+
+ROWS = 2**22  # numbers in a block of rows
+COMMANDS = {
+    "encode": "write the posterior means of data",
+    "decode": "write the data that latents stand for",
+    "sample": "write samples from the prior, decoded",
+    "reconstruct": "write the reconstructions of data",
+    "evaluate": "print ELBO, KL and log p(x) of held-out data as JSON",
+    "report": "write the report of the run again",
+}
+READS = {
+    "encode": ("DATA", "a .npy, .npz or .pt file, or a folder of images, like the training data"),
+    "decode": ("LATENTS", "a .npy file of latents [N, ...]"),
+    "reconstruct": ("DATA", "a .npy, .npz or .pt file, or a folder of images, like the training data"),
+}
+
+
+def add_parsers(commands: argparse._SubParsersAction) -> None:
+    for name, about in COMMANDS.items():
+        own = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
+        own.set_defaults(command=globals()[name])
+        own.add_argument("run", metavar="RUN", type=Path, help="the folder of the run, such as runs/digits")
+        if name in READS:
+            metavar, text = READS[name]
+            own.add_argument("data", metavar=metavar, type=Path, help=text)
+        if name in (*READS, "sample"):
+            own.add_argument("--out", metavar="PATH", type=Path, required=True, help="the .npy file to write, float32")
+        if name == "sample":
+            own.add_argument("--count", metavar="N", type=int, default=64, help="number of samples (default: 64)")
+            own.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the samples (default: 0)")
+        if name == "evaluate":
+            own.add_argument("--data", metavar="PATH", help="data to evaluate (default: the run's test data)")
+            text = "samples per datum for log p(x) (default: the run's)"
+            own.add_argument("--importance-samples", metavar="N", type=int, help=text)
+        if name != "report":
+            own.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+
+
+def loaded(options: argparse.Namespace) -> Trained:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine, or this build of torch, has no CUDA device")
+    return trained.load(options.run, device=options.device)
+
+
+def encode(options: argparse.Namespace) -> int:
+    model = loaded(options)
+    return write(model.encode, rows_of(options.data, model), options.out)
+
+
+def reconstruct(options: argparse.Namespace) -> int:
+    model = loaded(options)
+    return write(model.reconstruct, rows_of(options.data, model), options.out)
+
+
+def decode(options: argparse.Namespace) -> int:
+    model = loaded(options)
+    if options.data.suffix != ".npy":
+        raise UserError(f"LATENTS {options.data}: expected a .npy file, such as `fastkl encode` writes")
+    return write(model.decode, rows_of(options.data, model), options.out)
+
+
+def sample(options: argparse.Namespace) -> int:
+    if options.count < 1:
+        raise UserError(f"--count must be at least 1, got {options.count}")
+    model = loaded(options)
+    torch.manual_seed(options.seed)  # an autoregressive decoder draws values
+    return write(model.decode, model.latents(options.count, seed=options.seed).numpy(), options.out)
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    model = loaded(options)
+    if options.data is None:
+        source = data.load(model.settings)
+        x, labels = source.test, source.test_labels
+    else:
+        x, labels = model.scaled(whole(Path(options.data), model)), None
+    samples = options.importance_samples or model.settings.importance_samples
+    if samples < 1:
+        raise UserError(f"--importance-samples must be at least 1, got {samples}")
+    found = figures_of(model.vae, x, samples, model.settings.seed, model.device, model.prior, labels)
+    print(json.dumps(found.figures(), indent=2))
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    claim = folders.claim_old(options.run, "")
+    try:
+        state = checkpoint.load(claim.folder)
+        settings = rules.resume(state["settings"], {})
+        run = start(dataclasses.replace(settings, device="auto"), data.load(settings), parallel.Ranks(), claim.folder)
+        restore(run, {**state, "ranks": 1})
+        write_report_of(run, time.perf_counter())
+    finally:
+        claim.release()
+    return 0
+
+
+def rows_of(path: Path, model: Trained) -> np.ndarray:
+    """The rows of a file; of a .npy file, they are read when they are used."""
+    if path.suffix.lower() != ".npy":
+        values = whole(path, model)
+    else:
+        try:
+            values = np.load(path, mmap_mode="r", allow_pickle=False)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
+        except BROKEN as error:
+            raise UserError(f"{path}: truncated, or not a .npy file of plain arrays ({first_line(error)})") from None
+    if values.ndim < 2 or not len(values):
+        raise UserError(f"{path}: expected at least one row [N, ...], got shape {list(values.shape)}")
+    return values
+
+
+def whole(path: Path, model: Trained) -> np.ndarray:
+    parts = files.read(path, model.settings.image_size, "DATA").parts
+    return next(iter(parts.values())).values
+
+
+def write(function: Callable[[np.ndarray], Tensor], rows: np.ndarray, path: Path) -> int:
+    """Write function(rows) to a .npy file, block by block; the file gets its name when it is complete."""
+    if path.suffix != ".npy":
+        raise UserError(f"--out {path}: the name must end in .npy")
+    temporary, target, size = path.with_name(f".{path.name}.tmp"), None, max(1, ROWS // math.prod(rows.shape[1:]))
+    try:
+        for first in range(0, len(rows), size):
+            values = function(np.array(rows[first : first + size])).numpy()
+            if target is None:
+                shape = (len(rows), *values.shape[1:])
+                target = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+            target[first : first + size] = values
+        assert target is not None
+        target.flush()
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written: {checkpoint.reason(error)}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    say(f"{path}: {len(rows):,} rows of shape {list(target.shape[1:])}")
+    return 0
+
+
+def write_report_of(run: Run, began: float) -> None:
+    """Evaluate the run, write its report and print the figures."""
+    with run.averaged():
+        _write_report_of(run, began)
+
+
+def _write_report_of(run: Run, began: float) -> None:
+    # Imported here, so that a run without a report does not need matplotlib.
+    from fastkl.vae import memory
+    from fastkl.vae.report import summary, write_report
+
+    asked = (run.settings.importance_samples, run.settings.seed, run.device, run.prior, run.data.test_labels)
+    evaluation = figures_of(run.vae, run.data.test, *asked)
+    more: dict[str, Any] = {}
+    if run.settings.model == "conv":
+        more["loss_memory"] = memory.compare(run.vae.latent_shape)
+        say(more["loss_memory"]["what"])
+        for name, row in more["loss_memory"]["rows"].items():
+            say(f"  {name:8} kept {row['saved']:7.1f} MiB   peak {row['peak']:7.1f} MiB   {row['time']:7.1f} ms")
+    metrics = write_report(run, evaluation, more)
+    for name, value, text in summary(metrics):
+        say(f"  {name:19} {value:>18}  {text}")
+    say(f"{time.perf_counter() - began:.1f} s; report: {run.folder / 'report.html'}")
