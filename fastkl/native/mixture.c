@@ -144,6 +144,9 @@ static void for_jobs(problem *p, void (*work)(void *, int64_t)) {
     run(p->jobs, p->rows * p->columns * p->count, p->threads, work, p);
 }
 
+/* All components, without arrays of their own. */
+static slice every(const problem *p) { return (slice){.first = 0, .count = (int)p->count, .width = (int)p->count}; }
+
 static int padded(int64_t count) { return (int)((count + LANES - 1) / LANES * LANES); }
 static REAL *allocate(size_t count) {
     return aligned_alloc(VECTOR, (count * sizeof(REAL) + VECTOR - 1) / VECTOR * VECTOR);
@@ -378,6 +381,62 @@ static void fill_joint(const problem *p, const slice *t, block *b) {
         }
 }
 
+/* ---- a row with components of its own: lanes are dimensions, because nothing is used twice */
+
+/* A row's z and log-variance of q, once for each of `each` components [each, D]. */
+typedef struct { int each; REAL z[TILE], q[TILE]; } repeated;
+
+static int is_single(const problem *p) { return p->sets > 1 && p->samples == 1 && p->columns <= TILE; }
+
+static void repeat(const problem *p, int64_t row, repeated *out) {
+    int n = p->columns;
+    out->each = (int)(TILE / n < p->count ? TILE / n : p->count);
+    REAL own[TILE];
+    for (int part = 0; part < (p->form == POINT ? 1 : 2); part++) {
+        REAL *restrict to = part ? out->q : out->z;
+        const REAL *from = read_tile(part ? &p->logvar : &p->z, (tile){row, 0, 1, n}, own);
+        for (int k = 0; k < out->each; k++) memcpy(to + k * n, from, (size_t)n * sizeof *to);
+    }
+}
+
+static const REAL *read_logvars(const problem *p, tile at, REAL *own) {
+    if (p->logvars.data) return read_tile(&p->logvars, at, own);
+    return memset(own, 0, (size_t)(at.rows * at.columns) * sizeof *own);
+}
+
+static inline REAL bounded_root(REAL logvar) {
+    REAL root = exponential((REAL)-0.5 * logvar);
+    return root > MOST ? MOST : root; /* 0 times infinity would be NaN */
+}
+
+/* ln pi + the term of each component at a row */
+static void fill_single(const problem *p, const slice *t, int64_t row, REAL *restrict joint) {
+    REAL m_own[TILE], v_own[TILE], terms[TILE], sums[TILE];
+    repeated r;
+    int n = p->columns;
+    repeat(p, row, &r);
+    log_weights(p, t, p->weight_sets > 1 ? row : 0, joint);
+    for (int k = 0; k < t->count; k += r.each) {
+        int count = t->count - k < r.each ? t->count - k : r.each, all = count * n;
+        tile at = {row * p->count + k, 0, count, n};
+        const REAL *restrict m = read_tile(&p->means, at, m_own), *restrict v = read_logvars(p, at, v_own);
+        if (p->form == CONVOLVED)
+            for (int i = 0; i < all; i++) {
+                REAL gap = v[i] - r.q[i], wider = gap > 0 ? v[i] : r.q[i], ratio = exponential(gap > 0 ? -gap : gap);
+                REAL x = (m[i] - r.z[i]) * bounded_root(wider);
+                terms[i] = x * x / (1 + ratio) + wider + log_one_plus(ratio);
+            }
+        else
+            for (int i = 0; i < all; i++) {
+                REAL x = (m[i] - r.z[i]) * bounded_root(v[i]);
+                terms[i] = x * x + v[i];
+            }
+        if (p->form == EXPECTED) for (int i = 0; i < all; i++) terms[i] += exponential(r.q[i] - v[i]);
+        sum_each(terms, count, n, sums);
+        for (int i = 0; i < count; i++) joint[k + i] -= (REAL)0.5 * (sums[i] + n * (REAL)1.8378770664093453);
+    }
+}
+
 /* ---- forward */
 
 static void finish_row(const problem *p, const slice *t, const block *b, int r) {
@@ -406,9 +465,16 @@ static void forward_job(void *context, int64_t job) {
     block b;
     int64_t end = (job + 1) * p->each < p->data ? (job + 1) * p->each : p->data;
     if (open_block(&b, p, 0)) { p->failed = 1; return; }
-    if (p->sets > 1 && open_slice(&own, p)) { p->failed = 1; free(b.joint); return; }
+    if (is_single(p)) own = every(p);
+    else if (p->sets > 1 && open_slice(&own, p)) { p->failed = 1; free(b.joint); return; }
     int64_t groups = p->sets > 1 ? (p->samples + ROWS - 1) / ROWS : p->samples;
     for (int64_t datum = job * p->each; datum < end; datum += p->sets > 1 ? 1 : ROWS) {
+        if (is_single(p)) {
+            b.row[0] = datum;
+            fill_single(p, t, datum, b.joint);
+            finish_row(p, t, &b, 0);
+            continue;
+        }
         if (p->sets > 1) fill_slice(t, p, datum, 0);
         for (int64_t group = 0; group < groups; group++) {
             place_rows(p, &b, datum, end, group);
@@ -509,7 +575,8 @@ static int is_tame(const problem *p, const slice *t, const block *b) {
 /* The weights of the block's rows and components, in place of the joint. */
 static void weigh(const problem *p, const slice *t, block *b) {
     int width = t->width;
-    if (!p->kept) fill_joint(p, t, b);
+    if (!p->kept && is_single(p)) fill_single(p, t, b->row[0], b->joint);
+    else if (!p->kept) fill_joint(p, t, b);
     for (int r = 0; r < b->count; r++) {
         REAL *restrict weights = b->joint + r * width, own;
         double log_density = p->log_density[b->row[r]];
@@ -552,6 +619,13 @@ static void gradient_block(const problem *p, const slice *t, block *b) {
     if (p->form != POINT) write_rows(p, t, b, &p->dlogvar, b->dlogvar);
 }
 
+/* Add the gradients of components' log-variances [count, D] where they share some of them. */
+static void add_spread(const problem *p, int64_t first, int count, const REAL *gradients, double *restrict spread) {
+    int64_t down = p->size[1] > 1 ? p->size[2] : 0, along = p->size[2] > 1;
+    for (int k = 0; k < count; k++)
+        for (int d = 0; d < p->columns; d++) spread[(first + k) * down + d * along] += gradients[k * p->columns + d];
+}
+
 /* Write the gradients of components [k, k + LANES) of the slice, from [D, stride] sums of weighed terms; or add that of the
  * log-variances to `spread`, where some of their sizes are 1. */
 static void finish_components(const problem *p, const slice *t, int64_t set, int k, const REAL *first, const REAL *second,
@@ -573,9 +647,7 @@ static void finish_components(const problem *p, const slice *t, int64_t set, int
         for (int d = 0; d < n; d++) to[i * n + d] = (REAL)0.5 * (second[d * stride + i] - weight);
     }
     if (!spread) { write_tile(&p->dlogvars, at, to, out); return; }
-    int64_t down = p->size[1] > 1 ? p->size[2] : 0, along = p->size[2] > 1;
-    for (int i = 0; i < count; i++)
-        for (int d = 0; d < n; d++) spread[(t->first + k + i) * down + d * along] += out[i * n + d];
+    add_spread(p, t->first + k, count, out, spread);
 }
 
 static void write_spread(const problem *p, int64_t set, const double *spread, REAL *own) {
@@ -592,6 +664,52 @@ static void write_logits(const problem *p, const slice *t, int64_t set, REAL *re
     log_weights(p, t, set, pi);
     for (int k = 0; k < t->count; k++) weights[k] -= exponential(pi[k]) * (REAL)scale;
     write_tile(&p->dlogits, (tile){set, t->first, 1, t->count}, weights, weights);
+}
+
+/* The gradients of a row with components of its own, from its weights; those of the means are -pulls. */
+static void single_gradients(const problem *p, const slice *t, const block *b, double *spread) {
+    REAL m_own[TILE], v_own[TILE], dm_own[TILE], dv_own[TILE], w[TILE], widened[TILE];
+    REAL *restrict dz = b->dz, *restrict dq = b->dlogvar;
+    repeated r;
+    int n = p->columns;
+    repeat(p, b->row[0], &r);
+    memset(dz, 0, (size_t)n * sizeof *dz), memset(dq, 0, (size_t)n * sizeof *dq);
+    for (int k = 0; k < t->count; k += r.each) {
+        int count = t->count - k < r.each ? t->count - k : r.each, all = count * n;
+        tile at = {b->row[0] * p->count + k, 0, count, n};
+        const REAL *restrict m = read_tile(&p->means, at, m_own), *restrict v = read_logvars(p, at, v_own);
+        REAL *restrict dm = p->dmeans.data ? target_tile(&p->dmeans, at, dm_own) : dm_own;
+        REAL *restrict dv = p->dlogvars.data && !spread ? target_tile(&p->dlogvars, at, dv_own) : dv_own;
+        for (int i = 0; i < count; i++)
+            for (int d = 0; d < n; d++) w[i * n + d] = b->joint[k + i];
+        if (p->form == CONVOLVED)
+            for (int i = 0; i < all; i++) {
+                REAL gap = v[i] - r.q[i], ratio = exponential(gap > 0 ? -gap : gap), share = 1 / (1 + ratio);
+                REAL root = bounded_root(gap > 0 ? v[i] : r.q[i]), x = w[i] == 0 ? 0 : (m[i] - r.z[i]) * root;
+                REAL half = (REAL)0.5 * w[i] * (x * x * share - 1) * share;
+                dm[i] = -w[i] * x * share * root;
+                dv[i] = half * (gap > 0 ? 1 : ratio), widened[i] = half * (gap > 0 ? ratio : 1);
+            }
+        else
+            for (int i = 0; i < all; i++) {
+                REAL root = bounded_root(v[i]), x = w[i] == 0 ? 0 : (m[i] - r.z[i]) * root, weighed = w[i] * x;
+                dm[i] = -weighed * root, dv[i] = (REAL)0.5 * (weighed * x - w[i]);
+            }
+        if (p->form == EXPECTED)
+            for (int i = 0; i < all; i++) {
+                REAL half = weighted(w[i], (REAL)0.5 * exponential(r.q[i] - v[i]));
+                widened[i] = -half, dv[i] += half;
+            }
+        for (int i = 0; i < count; i++)
+            for (int d = 0; d < n; d++) dz[d] -= dm[i * n + d];
+        for (int i = 0; p->form != POINT && i < count; i++)
+            for (int d = 0; d < n; d++) dq[d] += widened[i * n + d];
+        if (p->dmeans.data) write_tile(&p->dmeans, at, dm, dm_own);
+        if (spread) add_spread(p, k, count, dv, spread);
+        else if (p->dlogvars.data) write_tile(&p->dlogvars, at, dv, dv_own);
+    }
+    write_rows(p, t, b, &p->dz, b->dz);
+    if (p->form != POINT) write_rows(p, t, b, &p->dlogvar, b->dlogvar);
 }
 
 /* Add to the job's sums [2, D, width]: few rows are added one after the other. */
@@ -661,6 +779,32 @@ static void backward_job(void *context, int64_t place) {
     free(owned.mean), free(b.joint);
 }
 
+/* backward_job for rows with components of their own. */
+static void single_job(void *context, int64_t place) {
+    problem *p = context;
+    slice t = every(p);
+    block b;
+    int64_t job = p->first_job + place, end = (job + 1) * p->each < p->data ? (job + 1) * p->each : p->data;
+    if (open_block(&b, p, 0)) { p->failed = 1; return; }
+    REAL *counts = p->partial + place * p->sums;
+    double *spread = p->spread ? p->spread_parts + place * p->spread : NULL;
+    memset(counts, 0, (size_t)p->sums * sizeof *counts);
+    if (spread) memset(spread, 0, (size_t)p->spread * sizeof *spread);
+    b.count = 1;
+    for (int64_t row = job * p->each; row < end; row++) {
+        b.row[0] = row;
+        weigh(p, &t, &b);
+        single_gradients(p, &t, &b, spread);
+        for (int k = 0; k < t.count; k++) counts[k] += b.joint[k];
+        if (spread && p->size[0] > 1) {
+            write_spread(p, row, spread, b.dz);
+            memset(spread, 0, (size_t)p->spread * sizeof *spread);
+        }
+        if (p->weight_sets > 1) write_logits(p, &t, row, b.joint, b.scale[0], b.product);
+    }
+    free(b.joint);
+}
+
 /* Add the sums of a wave of jobs to the totals, a piece of them. */
 static void sum_job(void *context, int64_t piece) {
     problem *p = context;
@@ -694,7 +838,7 @@ static void finish_job(void *context, int64_t group) {
 
 static void run_wave(problem *p) {
     int64_t left = p->jobs - p->first_job, jobs = left < p->wave ? left : p->wave;
-    run(jobs, p->rows * p->columns * p->count, p->threads, backward_job, p);
+    run(jobs, p->rows * p->columns * p->count, p->threads, is_single(p) ? single_job : backward_job, p);
     if (p->sets == 1) {
         run((p->sums + CHUNK - 1) / CHUNK, jobs * p->sums, p->threads, sum_job, p);
         return;
@@ -708,10 +852,10 @@ static void run_wave(problem *p) {
 
 /* The gradient in the logits that all rows share. */
 static void write_shared_logits(const problem *p, REAL *restrict own) {
-    slice every = {.first = 0, .count = (int)p->count};
+    slice all = every(p);
     double scale = 0;
     for (int64_t k = 0; k < p->count; k++) scale += p->counts[k];
-    log_weights(p, &every, 0, own);
+    log_weights(p, &all, 0, own);
     for (int64_t k = 0; k < p->count; k++) own[k] = (REAL)(p->counts[k] - exponential(own[k]) * scale);
     write_tile(&p->dlogits, (tile){0, 0, 1, (int)p->count}, own, own);
 }
@@ -723,7 +867,7 @@ int backward(const int64_t *numbers, const int64_t *addresses, double low, doubl
     int own = p.sets > 1, reduced = p.size[0] < p.sets || p.size[1] < p.count || p.size[2] < p.columns;
     int64_t width = padded(p.step), all = (2 * p.columns + 1) * width;
     p.spread = p.dlogvars.data && reduced ? p.size[1] * p.size[2] : 0;
-    p.sums = all;
+    p.sums = is_single(&p) ? width : all;
     cut_data(&p, FOLD / 4);
     p.wave = SUMS / (p.sums * (int64_t)sizeof(REAL) + p.spread * (int64_t)sizeof(double));
     p.wave = p.wave < 1 ? 1 : p.wave < p.jobs ? p.wave : p.jobs;

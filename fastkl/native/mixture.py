@@ -7,7 +7,7 @@ import struct
 import torch
 from torch import Tensor
 
-from fastkl.native._pack import DOUBLE, KINDS, NO_MEMORY, Plan, address, function, keep, known, plans
+from fastkl.native._pack import DOUBLE, KINDS, Plan, function, keep, known, plans
 
 FORMS = {"point": 0, "expected": 1, "convolved": 2}
 # Elements of the means of a slice of shared components: with their scales and sums of gradients they stay in the cache.
@@ -71,9 +71,7 @@ def _run(name: str, form: str, rows, weights, components, dlogvars, results) -> 
         return NotImplemented
     made = results(plan.dtype)
     if rows[0].shape[0]:
-        tensors = (*made, *rows, *weights, *components, dlogvars)
-        if plan.function(plan.numbers, plan.pack(torch.get_num_threads(), *map(address, tensors)), 0.0, 0.0):
-            raise MemoryError(NO_MEMORY)
+        plan.run(*made, *rows, *weights, *components, dlogvars)
     return made
 
 
