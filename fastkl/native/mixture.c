@@ -448,7 +448,7 @@ static void finish_row(const problem *p, const slice *t, const block *b, int r) 
     if (several && p->kept) memcpy(kept, joint, (size_t)t->count * sizeof *kept);
     REAL origin = most > -(REAL)INFINITY ? most : 0;
     for (int k = 0; k < t->count; k++) joint[k] = exponential(joint[k] - origin);
-    REAL all = sum(joint, t->count), share = all > 0 ? 1 / all : all; /* 0: a row of density 0; NaN stays */
+    REAL all = sum(joint, t->count), share = 1 / all; /* NaN in a row of density 0, whose gradient may be anything */
     if (!several && p->kept) for (int k = 0; k < t->count; k++) kept[k] = joint[k] * share;
     double found = (double)origin + logarithm(all);
     if (t->first) {
@@ -489,7 +489,6 @@ static void forward_job(void *context, int64_t job) {
 /* ln p as the sum of two REALs: one rounding of it would scale all responsibilities by a wrong factor. */
 static void responsibilities(REAL *restrict joint, int count, double log_density) {
     REAL high = (REAL)log_density, low = (REAL)(log_density - (double)high);
-    low = log_density == -INFINITY ? 0 : low;
     for (int k = 0; k < count; k++) joint[k] = exponential((joint[k] - high) - low);
 }
 
@@ -580,7 +579,7 @@ static void weigh(const problem *p, const slice *t, block *b) {
     for (int r = 0; r < b->count; r++) {
         REAL *restrict weights = b->joint + r * width, own;
         double log_density = p->log_density[b->row[r]];
-        b->scale[r] = log_density == -INFINITY ? 0 : *read_tile(&p->dlp, (tile){b->row[r], 0, 1, 1}, &own);
+        b->scale[r] = *read_tile(&p->dlp, (tile){b->row[r], 0, 1, 1}, &own);
         if (p->kept) memcpy(weights, p->kept + b->row[r] * p->count + t->first, (size_t)t->count * sizeof *weights);
         else responsibilities(weights, t->count, log_density);
         REAL scale = b->scale[r];

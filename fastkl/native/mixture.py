@@ -96,7 +96,19 @@ def log_prob_gradients(dlp, kept, z, logvar, logits, means, logvars, scale_tril,
     if scale_tril is not None:
         return NotImplemented
     dz, dlogvar, dlogits, dmeans, dlogvars = outputs
-    own = kept[1] if len(kept) == 2 else None
+    density, own = (*(tensor.contiguous() for tensor in kept), None)[:2]  # a saved tensor may come back in any layout
     rows, weights, components = (z, logvar, dlp, dz, dlogvar), (logits, dlogits), (means, logvars, dmeans)
-    made = _run("backward", form, rows, weights, components, dlogvars, lambda dtype: (None, kept[0], own))
+    made = _run("backward", form, rows, weights, components, dlogvars, lambda dtype: (None, density, own))
     return made if made is NotImplemented else None
+
+
+gmm_log_prob_fwd = log_prob
+
+
+def gmm_log_prob_bwd(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, precision, data, parameters):
+    inputs = (z, logvar, logits, means, logvars)
+    outputs = [
+        torch.empty_like(t) if t is not None and want else None for t, want in zip(inputs, [data] * 2 + [parameters] * 3)
+    ]
+    done = log_prob_gradients(dlp, kept, *inputs, scale_tril, form, precision, outputs)
+    return done if done is NotImplemented else [t for t in outputs if t is not None]

@@ -146,12 +146,14 @@ gmm_log_prob_fwd = register(
     closed_form=values,
     fake=fake_values,
     kernel="mixture.gmm_log_prob.fwd",
+    native="mixture.gmm_log_prob_fwd",
 )
 gmm_log_prob_bwd = register(
     f"gmm_log_prob_bwd(Tensor dlp, Tensor[] kept, {_ARGUMENTS}, bool data, bool parameters) -> Tensor[]",
     closed_form=_backward,
     fake=_fake_backward,
     kernel="mixture.gmm_log_prob.bwd",
+    native="mixture.gmm_log_prob_bwd",
 )
 
 
