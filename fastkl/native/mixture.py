@@ -96,10 +96,20 @@ def log_prob_gradients(dlp, kept, z, logvar, logits, means, logvars, scale_tril,
     if scale_tril is not None:
         return NotImplemented
     dz, dlogvar, dlogits, dmeans, dlogvars = outputs
+    if means.shape[0] == 1 and _step(*means.shape[1:]) < means.shape[1]:  # each slice of components adds to these
+        dz, dlogvar = (t.float() if t is not None and t.itemsize == 2 else t for t in (dz, dlogvar))
     density, own = (*(tensor.contiguous() for tensor in kept), None)[:2]  # a saved tensor may come back in any layout
     rows, weights, components = (z, logvar, dlp, dz, dlogvar), (logits, dlogits), (means, logvars, dmeans)
     made = _run("backward", form, rows, weights, components, dlogvars, lambda dtype: (None, density, own))
-    return made if made is NotImplemented else None
+    if made is NotImplemented:
+        return made
+    for output in outputs:
+        if output is not None and z.shape[0] == 0:
+            output.zero_()
+    for output, found in zip(outputs, (dz, dlogvar)):
+        if found is not output:
+            output.copy_(found)
+    return None
 
 
 gmm_log_prob_fwd = log_prob
