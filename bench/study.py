@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from fastkl.vae import data, train
+from fastkl.vae import data, loop
 from fastkl.vae.cli import parser
 from fastkl.vae.evaluate import evaluate
 from fastkl.vae.parallel import Ranks
@@ -100,7 +100,7 @@ class Study:
         source = data.load(settings)
         with tempfile.TemporaryDirectory() as folder:
             run = start(settings, source, Ranks(), Path(folder))
-            if not train.train(run, Display()):
+            if not loop.train(run, Display()):
                 sys.exit("stopped; results are kept, and the same command continues")
         seconds = time.perf_counter() - began
         seed = settings.seed if self.evaluation is None else self.evaluation

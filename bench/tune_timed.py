@@ -112,10 +112,15 @@ def launches(op: str, name: str, small: bool) -> tuple[Callable[[], Any], Callab
 
     z, logits, means, logvars = (t.detach() for t in inputs(DEVICE, *(SMALL_MIXTURE if small else MIXTURE)))
     # The form in which gmm_log_prob calls the launcher, for a mixture shared by all rows.
-    given = (z, None, logits[None], means[None], logvars[None], None, "point", PRECISION)
-    lp = gmm_dot.fwd(*given)
-    dlp = torch.ones(len(z), device=DEVICE)
-    return lambda: gmm_dot.fwd(*given), lambda: gmm_dot.bwd(dlp, lp, *given, True, True)
+    given = (z, None, logits[None], means[None], logvars[None], None)
+    lp = gmm_dot.fwd(*given, "point", PRECISION)
+    dlp, outputs = torch.ones(len(z), device=DEVICE), [None if t is None else torch.empty_like(t) for t in given]
+
+    def backward() -> list[Tensor | None]:
+        gmm_dot.bwd(dlp, lp, given, outputs, "point", PRECISION)
+        return outputs
+
+    return lambda: gmm_dot.fwd(*given, "point", PRECISION), backward
 
 
 def with_tile(table: dict, key: Any, tile: tuple[int, ...], call: tuple[Callable, Callable]) -> Contender:

@@ -143,6 +143,11 @@ def finish(outputs: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> 
             output.copy_(own)
 
 
+def places(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The outputs, and new tensors for results that a kernel writes along with them and nobody wants."""
+    return [torch.empty_like(t) if output is None and t is not None else output for output, t in zip(outputs, inputs)]
+
+
 def clear(outputs: Sequence[Tensor | None]) -> None:
     """Gradients of tensors without elements: those of a prior that an empty batch shares are 0."""
     for output in outputs:

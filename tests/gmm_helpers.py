@@ -6,7 +6,7 @@ import torch
 
 from fastkl import reference
 
-from helpers import DEVICE, assert_as_good_as_eager, leaf
+from helpers import DEVICE, assert_as_good_as_eager, empty_like, leaf
 
 BACKENDS = ("torch", "native", "triton")
 MIB = 1 << 20
@@ -73,12 +73,24 @@ def check_launch(launch, tensors, form):
     return actual
 
 
+def outputs(inputs, wanted=None):
+    """Outputs of a backward launcher: for all inputs, or for those in the places `wanted`."""
+    return empty_like(*(t if wanted is None or place in wanted else None for place, t in enumerate(inputs)))
+
+
+def written(bwd, dlp, lp, inputs, form, precision, wanted=None):
+    """The outputs of a launcher behind gmm_log_prob's."""
+    own = outputs(inputs, wanted)
+    assert bwd(dlp, lp, inputs, own, form, precision) is None
+    return [t for t in own if t is not None]
+
+
 def check_parts(launch, tensors):
-    """What is asked for alone, of data (z, logvar) or of three parameters, has the bits that it has among all."""
+    """A gradient that is asked for alone has the bits that it has among all five."""
     weights = torch.linspace(-1, 1, len(tensors[0]), device=DEVICE)
+    given = [place for place, tensor in enumerate(tensors) if tensor is not None]
     both = launch(tensors, weights, "expected")[1:]
-    data = launch(tensors, weights, "expected", parameters=False)[1:]
-    parameters = launch(tensors, weights, "expected", data=False)[1:]
-    assert len(data) == 2
-    assert len(parameters) == 3
-    assert all(torch.equal(got, expected) for got, expected in zip(data + parameters, both))
+    assert len(both) == len(given) == 5
+    for place, expected in zip(given, both):
+        (alone,) = launch(tensors, weights, "expected", wanted={place})[1:]
+        assert torch.equal(alone, expected), place

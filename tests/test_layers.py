@@ -154,7 +154,7 @@ def test_the_map_names_every_folder_and_only_what_is_there():
     for depth, name in re.findall(r"^((?:    )+)([a-z]+)/ ", "\n".join(lines), re.MULTILINE):
         inside[len(depth) // 4] = name
         named.add("/".join(inside[level] for level in range(1, len(depth) // 4 + 1)))
-    tops = ("fastkl", "kernels", "docs", "tests", "bench")
+    tops = ("fastkl", "kernels", "docs", "tests", "bench", "examples")
     files = [path for top in tops for path in (ROOT / top).rglob("*") if path.is_file()]
     found = {path.parent.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
     found = {folder for folder in found if not folder.startswith(("fastkl/kernels", "bench/results/"))}

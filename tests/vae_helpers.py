@@ -123,6 +123,6 @@ def linear_gaussian(features: int = 5, latent: int = 2) -> tuple[VAE, torch.Tens
         encoder.weight.copy_(torch.cat([mean, torch.zeros_like(mean)]))
         encoder.bias.copy_(torch.cat([-mean @ bias, -precision.diagonal().log() + 0.2]))
     vae = VAE(encoder, decoder, (features,), (latent,), "normal")
-    nn.init.constant_(vae.logvar, math.log(0.49))
+    nn.init.constant_(vae.observation.logvar, math.log(0.49))
     marginal = distributions.MultivariateNormal(bias, weight @ weight.T + 0.49 * torch.eye(features))
     return vae, marginal.sample((40,)), marginal

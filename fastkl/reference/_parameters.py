@@ -38,8 +38,10 @@ class SoftBounds(NamedTuple):
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype in which an op computes and accumulates: float64 if any input is, else float32."""
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
+    for tensor in tensors:  # a generator would cost more than the questions
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def to_logvar(parameter: Tensor, scale: str = "logvar") -> Tensor:

@@ -1,12 +1,12 @@
 """The reference VAE: `fastkl train`, and the loop it runs, written to be read. `import fastkl` does not import it.
 
-Read `train.py` first: the loss is a few lines of `fastkl`. The other files serve a real run:
+Read `loop.py` first: the loss is a few lines of `fastkl`. The other files serve a real run:
 
     settings.py     every option and the presets; rules.py, valid combinations and the options a resumed run may change
     data.py         the built-in data sets and the split; files.py and images.py read untrusted files into the types of
                     arrays.py; scaling.py chooses layout, scale and likelihood
-    model.py        encoder and decoder, MLP or convolutional
-    train.py        the loop
+    model.py        encoder and decoder, MLP or convolutional; likelihood.py, the distributions of a datum
+    loop.py         the loop
     objective.py    the loss of a step, from fastkl.objectives
     guard.py        non-finite steps are skipped; watch.py, the monitors and their warnings
     pace.py         defaults that follow data and model, and the forecast of the run's time
@@ -22,9 +22,12 @@ Read `train.py` first: the loss is a few lines of `fastkl`. The other files serv
     clusters.py     used components of a mixture, and their agreement with the labels
     memory.py       the memory of the loss, beside the eager formula
     trained.py      the model of a run, for use elsewhere; commands.py, the same on the command line
-    errors.py       one-line errors; cli.py, the command line
+    api.py          training from Python, with data, a model or an objective of your own
+    errors.py       one-line errors; cli.py, the command line; config.py, options in a file
 """
 
+from fastkl.vae.api import train
+from fastkl.vae.model import VAE
 from fastkl.vae.trained import Trained, load
 
-__all__ = ["Trained", "load"]
+__all__ = ["VAE", "Trained", "load", "train"]

@@ -31,6 +31,7 @@ PARTS = (
     "optimizers",
     "discriminator",
     "average",
+    "best",
     "scaler",
     "window",
     "watch",

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 import fastkl
-from fastkl.vae import checkpoint, data, facts, folders, pace, parallel, train
+from fastkl.vae import checkpoint, data, facts, folders, loop, pace, parallel
 from fastkl.vae.commands import add_parsers, write_report_of
+from fastkl.vae.config import read_config
 from fastkl.vae.errors import UserError, check_installed
 from fastkl.vae.progress import Display, Terminal, say
 from fastkl.vae.rules import defaults, flag, prolonging, resolve, resume
-from fastkl.vae.run import Run, restore, start
+from fastkl.vae.run import NOTHING, Own, Run, restore, start
 from fastkl.vae.settings import GROUPS, Settings
 
 EXAMPLES = """examples:
@@ -71,6 +72,10 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--resume", action="store_true", help="continue the run in --out, or without --out the latest run of this name"
     )
+    run.add_argument(
+        "--config", metavar="FILE", type=Path,
+        help="a .toml file of options, such as steps = 500, or the settings.json of a run; other options override it",
+    )  # fmt: skip
     run.add_argument("--no-report", action="store_true", help="stop after training, without evaluation and report")
     run.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard events")
     fields = {item.name: item for item in dataclasses.fields(Settings)}
@@ -92,6 +97,8 @@ def parser() -> argparse.ArgumentParser:
 def train_command(options: argparse.Namespace) -> int:
     began = time.perf_counter()
     given = {item.name: getattr(options, item.name) for item in dataclasses.fields(Settings) if item.name in options}
+    if "config" in options:
+        given = {**read_config(options.config), **given}
     ranks = parallel.start()
     try:
         return train_on(ranks, options, given, began)
@@ -103,7 +110,7 @@ def train_command(options: argparse.Namespace) -> int:
         parallel.stop(ranks)
 
 
-def train_on(ranks: Any, options: argparse.Namespace, given: dict[str, Any], began: float) -> int:
+def train_on(ranks: Any, options: argparse.Namespace, given: dict[str, Any], began: float, own: Own = NOTHING) -> int:
     resuming, out = "resume" in options, getattr(options, "out", None)
     if out is not None and not out.strip():
         raise UserError("--out is empty: name a folder")
@@ -119,21 +126,22 @@ def train_on(ranks: Any, options: argparse.Namespace, given: dict[str, Any], beg
                 folders.refuse_taken(out)  # early, before the data are read; the claim follows when they are valid
         state, begun = ranks.broadcast((state, begun))
         settings = resume(state["settings"] if state else begun, given) if state or begun else resolve(given)
-        source = data.load(settings)
+        source = data.load(settings, own.data)
         if not resuming:
             settings = pace.fit_defaults(settings, given, source, ranks.size)
             if ranks.main:
                 claim = folders.claim_new(out, settings.name)
         folder = ranks.broadcast(claim.folder if claim else None)
-        return train_in(folder, ranks, options, settings, source, state, began)
+        return train_in(folder, ranks, options, settings, source, state, began, own)
     finally:
         if claim:
             claim.release()
 
 
 def train_in(
-    folder: Path, ranks: Any, options: argparse.Namespace, settings: Settings, source: Any, state: Any, began: float
-) -> int:
+    folder: Path, ranks: Any, options: argparse.Namespace, settings: Settings, source: Any, state: Any, began: float,
+    own: Own,
+) -> int:  # fmt: skip
     """Train in a folder that this process has locked, from the beginning or from a checkpoint."""
     if threads := settings.threads or (state or {}).get("threads", 0):
         torch.set_num_threads(threads)  # a different number of threads would round sums differently
@@ -141,7 +149,7 @@ def train_in(
         check_installed("matplotlib", "The report (--no-report skips it)")
         if settings.prior in ("gmm", "vamp") and source.test_labels is not None:
             check_installed("sklearn", "The comparison of clusters with labels")
-    run = start(settings, source, ranks, folder)
+    run = start(settings, source, ranks, folder, own)
     step_time = pace.seconds_per_step(run)
     if state:
         restore(run, state)
@@ -154,10 +162,10 @@ def train_in(
         forecast = pace.forecast(run, step_time, "no_report" not in options)
         for line in opening(run, state, "resume" in options, forecast):
             say(line)
-    if run.step < run.total_steps:
+    if not run.ended:
         events = None if "no_tensorboard" in options else folder / "tensorboard"
         with Terminal(run, events) if ranks.main else Display() as display:
-            finished = train.train(run, display)
+            finished = loop.train(run, display)
         if not finished:
             if ranks.main:
                 say(f"stopped at step {run.step}; go on with: fastkl train --resume --out {shlex.quote(str(folder))}")
@@ -170,7 +178,7 @@ def train_in(
 def opening(run: Run, state: Any, resuming: bool, forecast: list[str]) -> list[str]:
     """The lines printed before a run begins: model, expected time, data and their scaling."""
     source, settings = run.data, run.settings
-    if run.step >= run.total_steps:
+    if run.ended:
         return [f"{run.folder}: finished at step {run.step:,}; {prolonging(settings)}"]
     time_needed, *hints = forecast
     if state:

@@ -169,7 +169,7 @@ def write(function: Callable[[np.ndarray], Tensor], rows: np.ndarray, path: Path
 
 def write_report_of(run: Run, began: float) -> None:
     """Evaluate the run, write its report and print the figures."""
-    with run.averaged():
+    with run.reported():
         _write_report_of(run, began)
 
 

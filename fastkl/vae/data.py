@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from fastkl.vae import files, streams
 from fastkl.vae.arrays import Held, Part, first_line
 from fastkl.vae.errors import UserError, require
-from fastkl.vae.scaling import Scaling, arrange, resized, scale
+from fastkl.vae.scaling import Scaling, arrange, scale
 from fastkl.vae.settings import Settings
 
 TEST_FRACTION = 0.2
@@ -72,9 +73,13 @@ class Data:
         return digest.hexdigest()
 
 
-def load(settings: Settings) -> Data:
+def load(settings: Settings, given: Any = None) -> Data:
+    """The data that the settings name, or `given`: an array or tensor [N, ...], a pair with labels [N], or a dictionary
+    with names such as x, y, x_test and y_test."""
     builtin = {"digits": digits, "mnist5k": mnist5k, "pbmc": pbmc}
-    if settings.data in builtin:
+    if given is not None:
+        held, name, source, note = files.choose(files.arrays_of(given), "data"), "array", "an array", ""
+    elif settings.data in builtin:
         values, labels, names, note = builtin[settings.data]()
         held, name, source = Held({"train": Part(values, labels)}, names), settings.data, settings.data
     else:
@@ -96,7 +101,7 @@ def load(settings: Settings) -> Data:
     labels_of, names = arrange_labels(parts, held.names, settings, notes)
     rows = split(parts, settings)
     scaling, what, meaning = scale(parts, rows["train"][1], settings.likelihood)
-    scaled = {name: resized(scaling.apply(part.values), settings.image_size) for name, part in parts.items()}
+    scaled = {name: scaling.resize(scaling.apply(part.values), settings.image_size) for name, part in parts.items()}
     if scaled["train"].shape[1:] != shape:
         what += f", resized to {settings.image_size} x {settings.image_size}"
     found = {name: scaled[part][torch.from_numpy(index)] for name, (part, index) in rows.items()}

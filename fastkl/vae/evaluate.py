@@ -14,6 +14,7 @@ from fastkl.objectives import sample_kl
 from fastkl.objectives._loss import log_prior
 from fastkl.priors import MixturePrior, Prior
 from fastkl.vae import clusters, streams
+from fastkl.vae.likelihood import DISCRETE, bits_per_dimension
 from fastkl.vae.model import DECODED, ENCODED, VAE
 from fastkl.vae.prior import is_mixture
 
@@ -36,6 +37,7 @@ class Evaluation:
     bounds: tuple[Tensor, Tensor] | None = None
     responsibilities: Tensor | None = None
     labels: Tensor | None = None
+    bits: float | None = None  # -log p(x) in bits per value, for pixels with levels
 
     @property
     def elbo(self) -> Tensor:
@@ -56,7 +58,7 @@ class Evaluation:
         return {
             **means, **errors, **units, "mutual_information": self.mutual_information,
             "importance_samples": self.samples, "test_data": len(self.kl),
-            **self.mixture_figures(),
+            **({} if self.bits is None else {"bits_per_dimension": self.bits}), **self.mixture_figures(),
         }  # fmt: skip
 
     def mixture_figures(self) -> dict[str, float]:
@@ -125,10 +127,12 @@ def evaluate(
     reconstruction, log_prob_x, kl, means, logvars, *mixture = columns
     information = mutual_information(means, logvars, seed)
     own = (reconstruction, kl, log_prob_x, means, (per_dim / len(x)).float(), samples, information)
+    discrete = vae.likelihood in DISCRETE
+    bits = bits_per_dimension(log_prob_x.double().mean().item(), vae.shape) if discrete else None
     if not mixture:
-        return Evaluation(*own)
+        return Evaluation(*own, bits=bits)
     lower, upper, responsibilities = mixture
-    return Evaluation(*own, (lower, upper), responsibilities, labels)
+    return Evaluation(*own, (lower, upper), responsibilities, labels, bits)
 
 
 @torch.no_grad()
@@ -146,7 +150,7 @@ def importance_weighted(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(E_q log p(x | z), log 1/L sum_l p(x, z_l) / q(z_l | x), E_q log p(z)) with L samples, in chunks that bound the
     memory."""
-    at_once = max(1, DECODED // x.numel())
+    at_once = max(1, DECODED // (x.numel() * vae.observation.outputs))
     total = torch.full((len(x),), float("-inf"), dtype=torch.float32, device=x.device)
     reconstruction, cross = (torch.zeros(len(x), dtype=torch.float32, device=x.device) for _ in range(2))
     for first in range(0, samples, at_once):

@@ -88,6 +88,16 @@ def load_tensors(path: Path) -> Any:
             raise ValueError("its end is missing") from None  # torch has looked for it before the beginning
 
 
+def arrays_of(given: Any) -> dict[str, np.ndarray]:
+    """Arrays by name, from an array, a pair of data and labels, or a dictionary."""
+    if isinstance(given, dict):
+        return {str(name): as_array(value) for name, value in given.items()}
+    values, *labels = given if isinstance(given, tuple) else (given,)
+    if len(labels) > 1:
+        raise UserError(f"data must be an array, a pair (data, labels) or a dictionary, got {1 + len(labels)} parts")
+    return {name: as_array(value) for name, value in zip("xy", (values, *labels))}
+
+
 def named(held: Any, where: str) -> dict[str, np.ndarray]:
     """Arrays by name, from a tensor, a dictionary, a tuple (images, labels), or a list of one tensor per datum."""
     if isinstance(held, Tensor):

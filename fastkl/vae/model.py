@@ -13,31 +13,34 @@ import fastkl
 from fastkl.priors import Prior
 from fastkl.vae.autoregressive import MaskedDecoder
 from fastkl.vae.errors import UserError
+from fastkl.vae.likelihood import Normal, make
 from fastkl.vae.settings import Settings
 
 # Values of x per chunk, encoded and decoded. They bound the memory of large images and of 1,000 samples.
 ENCODED, DECODED = 2**17, 2**20
+OWN = "own"  # the name of a model that is given as an object
 
 
 class VAE(nn.Module):
     """x [N, *shape] -> posterior over z [N, *latent_shape] -> log p(x | z) [N], in nats."""
 
     prior: Prior | None
-    logvar: nn.Parameter
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, shape: tuple, latent_shape: tuple, likelihood: str):
+    def __init__(
+        self, encoder: nn.Module, decoder: nn.Module, shape: tuple, latent_shape: tuple, likelihood: str,
+        levels: int = 256,
+    ) -> None:  # fmt: skip
+        """`likelihood`: a name of likelihood.py; `levels`: of the pixels of a discrete one."""
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.register_module("prior", None)  # None is N(0, I); a learned prior starts after the warm-up (prior.py)
         self.shape, self.latent_shape, self.likelihood = tuple(shape), tuple(latent_shape), likelihood
         self.activation_checkpointing = False
-        if likelihood == "normal":
-            # One variance per feature of a vector, one for all pixels of an image.
-            self.logvar = nn.Parameter(torch.zeros(shape if len(shape) == 1 else ()))
+        self.levels, self.observation = levels, make(likelihood, self.shape, levels)
 
     def posterior(self, x: Tensor) -> fastkl.DiagonalNormal:
         """q(z | x), views of the packed head [N, 2 * latent, ...]."""
-        return fastkl.DiagonalNormal.from_packed(self.through(self.encoder, x), dim=1)
+        return fastkl.DiagonalNormal.from_packed(self.through(self.encoder, self.observation.seen(x)), dim=1)
 
     def through(self, network: nn.Module, x: Tensor) -> Tensor:
         """network(x); with activation checkpointing only the inputs of its layers are kept for the backward pass."""
@@ -53,12 +56,17 @@ class VAE(nn.Module):
         return isinstance(self.decoder, MaskedDecoder)
 
     def decode(self, z: Tensor, x: Tensor | None = None) -> Tensor:
-        """Logits (bernoulli) or means (normal) [..., *shape] for z [..., *latent_shape]; only an autoregressive decoder
-        reads x."""
+        """The likelihood's parameters [..., *shape], such as logits or means, for z [..., *latent_shape]; only an
+        autoregressive decoder reads x. With several outputs for each value they are [..., outputs, *shape]."""
         if self.autoregressive:
             return self.decoder(z, x)
         leading = z.shape[: z.dim() - len(self.latent_shape)]
-        return self.through(self.decoder, z.reshape(-1, *self.latent_shape)).reshape(*leading, *self.shape)
+        return self.through(self.decoder, z.reshape(-1, *self.latent_shape)).reshape(*leading, *self.output_shape)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        outputs = self.observation.outputs
+        return self.shape if outputs == 1 else (outputs, *self.shape)
 
     @property
     def draws_data(self) -> bool:
@@ -78,40 +86,57 @@ class VAE(nn.Module):
         """log p(x | z) in nats, one per leading index of z; x may lack the first one (samples of a datum)."""
         x = self.observed(x)
         output = self.decode(z, x)
-        x = x.expand_as(output)
-        if self.likelihood == "bernoulli":
-            return fastkl.bernoulli_log_prob(x, output, event_ndim=len(self.shape))
-        return fastkl.normal_log_prob(x, output, self.logvar.expand_as(output), event_ndim=len(self.shape))
+        leading = output.shape[: output.dim() - len(self.output_shape)]
+        return self.observation.log_prob(x.expand(*leading, *self.shape), output)
 
     def pictured(self, z: Tensor) -> Tensor:
         """The decoder's mean of x, for pictures. An autoregressive decoder gives the mean of each value given draws of
         the earlier ones."""
         output = self.decoder.sample(z, self.drawn)[1] if isinstance(self.decoder, MaskedDecoder) else self.decode(z)
-        return output.sigmoid() if self.likelihood == "bernoulli" else output
+        return self.observation.mean(output)
 
     def drawn(self, output: Tensor, index: int) -> Tensor:
         """A sample of one value of each datum, from the decoder's output for this value."""
-        if self.likelihood == "bernoulli":
+        if not isinstance(self.observation, Normal):
             return torch.bernoulli(output.sigmoid())
-        return torch.normal(output, (self.logvar.expand(self.shape).flatten()[index] / 2).exp())
+        return torch.normal(output, (self.observation.logvar.expand(self.shape).flatten()[index] / 2).exp())
 
 
-def build(settings: Settings, shape: tuple[int, ...], likelihood: str) -> VAE:
-    make = {"mlp": mlp, "conv": conv, "autoregressive": autoregressive}[settings.model]
-    encoder, decoder, latent_shape = make(shape, settings.latent, settings.hidden, settings.layers)
-    vae = VAE(encoder, decoder, shape, latent_shape, likelihood)
+def build(
+    settings: Settings, shape: tuple[int, ...], likelihood: str, own: VAE | None = None, levels: int = 256
+) -> VAE:
+    """The model that the settings name, or the given one."""
+    if settings.model == OWN:
+        if own is None:
+            raise UserError("this run has a model of its own: give it by model=")
+        if (own.shape, own.likelihood) != (shape, likelihood):
+            given = f"{list(own.shape)} with a {own.likelihood} likelihood"
+            raise UserError(f"model= is for data of shape {given}; these have {list(shape)} and {likelihood}")
+        own.activation_checkpointing = settings.activation_checkpointing
+        return own
+    networks = {"mlp": mlp, "conv": conv, "autoregressive": autoregressive}[settings.model]
+    if settings.model == "autoregressive" and likelihood not in ("bernoulli", "normal"):
+        raise UserError(f"--model autoregressive has --likelihood bernoulli or normal, got {likelihood}")
+    outputs = levels if likelihood == "categorical" else 1
+    encoder, decoder, latent_shape = networks(shape, settings.latent, settings.hidden, settings.layers, outputs)
+    vae = VAE(encoder, decoder, shape, latent_shape, likelihood, levels)
     vae.activation_checkpointing = settings.activation_checkpointing
     return vae
 
 
-def mlp(shape: tuple, latent: int, hidden: int, layers: int) -> tuple[nn.Module, nn.Module, tuple]:
+def mlp(shape: tuple, latent: int, hidden: int, layers: int, outputs: int = 1) -> tuple[nn.Module, nn.Module, tuple]:
     features = math.prod(shape)
     encoder = nn.Sequential(nn.Flatten(), *stack(features, 2 * latent, hidden, layers))
-    decoder = nn.Sequential(*stack(latent, features, hidden, layers), nn.Unflatten(1, shape))
+    decoder = nn.Sequential(
+        *stack(latent, outputs * features, hidden, layers),
+        nn.Unflatten(1, shape if outputs == 1 else (outputs, *shape)),
+    )
     return encoder, decoder, (latent,)
 
 
-def autoregressive(shape: tuple, latent: int, hidden: int, layers: int) -> tuple[nn.Module, nn.Module, tuple]:
+def autoregressive(
+    shape: tuple, latent: int, hidden: int, layers: int, outputs: int = 1
+) -> tuple[nn.Module, nn.Module, tuple]:
     """The encoder of mlp, and a masked decoder of the same size."""
     encoder = nn.Sequential(nn.Flatten(), *stack(math.prod(shape), 2 * latent, hidden, layers))
     return encoder, MaskedDecoder(shape, latent, hidden, layers), (latent,)
@@ -139,7 +164,7 @@ def norm(width: int) -> nn.Module:
     return nn.GroupNorm(math.gcd(8, width), width)
 
 
-def conv(shape: tuple, latent: int, hidden: int, layers: int) -> tuple[nn.Module, nn.Module, tuple]:
+def conv(shape: tuple, latent: int, hidden: int, layers: int, outputs: int = 1) -> tuple[nn.Module, nn.Module, tuple]:
     """A spatial latent [latent, H / 2^layers, W / 2^layers], as in the first stage of latent diffusion."""
     factor = 2**layers
     if len(shape) != 3:
@@ -157,5 +182,5 @@ def conv(shape: tuple, latent: int, hidden: int, layers: int) -> tuple[nn.Module
     up: list[nn.Module] = [nn.Conv2d(latent, widths[-1], 1), Residual(widths[-1])]
     for narrow, wide in reversed(list(pairwise(widths))):
         up += [nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(wide, narrow, 3, padding=1), Residual(narrow)]
-    up += [norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], channels, 3, padding=1)]
+    up += [norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], outputs * channels, 3, padding=1)]
     return nn.Sequential(*down), nn.Sequential(*up), (latent, height // factor, width // factor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
@@ -38,8 +39,12 @@ class Weights(NamedTuple):
 class Objective(nn.Module):
     """The loss as a module, because DistributedDataParallel needs a forward(). It owns the discriminator of aae."""
 
-    def __init__(self, vae: VAE, settings: Settings, dataset_size: int, group: ProcessGroup | None = None):
+    def __init__(
+        self, vae: VAE, settings: Settings, dataset_size: int, group: ProcessGroup | None = None,
+        own: Callable[..., Loss] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.own = own
         self.vae, self.settings, self.dataset_size, self.group = vae, settings, dataset_size, group
         self.discriminator = Discriminator(math.prod(vae.latent_shape)) if settings.objective == "aae" else None
 
@@ -62,6 +67,8 @@ class Objective(nn.Module):
         noise: Noise, weights: Weights,
     ) -> Loss:  # fmt: skip
         settings, problem = self.settings, (posterior, prior, log_likelihood)
+        if self.own is not None:
+            return self.own(*problem)
         name = settings.objective
         if name == "vade" and prior is None:  # N(0, I) during the warm-up has no components
             name = "elbo"

@@ -17,6 +17,7 @@ from fastkl.priors import FlowPrior, GaussianMixture, Prior, StandardNormal, Vam
 from fastkl.vae import streams
 from fastkl.vae.data import Data
 from fastkl.vae.errors import UserError, require
+from fastkl.vae.likelihood import PIXELS
 from fastkl.vae.model import ENCODED, VAE
 from fastkl.vae.settings import Settings
 
@@ -58,7 +59,7 @@ def pseudo_inputs(settings: Settings, data: Data) -> Tensor:
 def into_range(data: Data) -> nn.Module | None:
     """The map of pseudo-inputs into the range of the data, [0, 1] for Bernoulli data."""
     # Not Hardtanh as in the paper: at pixels of 0 or 1, the most frequent ones, its gradient vanishes.
-    return Clamp() if data.likelihood == "bernoulli" else None
+    return Clamp() if data.likelihood in PIXELS else None
 
 
 class Clamp(nn.Module):

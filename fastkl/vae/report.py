@@ -140,6 +140,8 @@ def summary(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("Active units", f"{metrics['active_units']:,} of {metrics['latent_units']:,}", "Var(E[z|x]) above 0.01"),
         ("I(x; z)", f"{metrics['mutual_information']:.2f}", "nats, mutual information of datum and latent"),
     ]  # fmt: skip
+    if "bits_per_dimension" in metrics:
+        figures.insert(2, ("Bits per dimension", f"{metrics['bits_per_dimension']:.3f}", "-log2 p(x) of a value"))
     if "components" in metrics:
         used, entropy = metrics["used_components"], metrics["usage_entropy"]
         figures += [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from typing import Any
 
 from fastkl.vae.errors import UserError
@@ -133,7 +134,7 @@ def check(settings: Settings) -> None:
         "test_count",
         "threads",
     )
-    zeros += ("warm_up",)
+    zeros += ("warm_up", "patience")
     for name, minimum in {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)}.items():
         if getattr(settings, name) < minimum:
             raise UserError(f"{flag(name)} must be at least {minimum}, got {getattr(settings, name)}")
@@ -207,6 +208,21 @@ def prolonging(settings: Settings) -> str:
     if why := planned(settings):
         return f"it cannot be made longer: {why}"
     return "larger --steps or --epochs make it longer"
+
+
+def check_names(given: dict[str, Any]) -> None:
+    """Raise a TypeError for the first option that is unknown or has a value of a wrong type."""
+    fields = {item.name: item.metadata for item in dataclasses.fields(Settings)}
+    for name, value in given.items():
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            raise TypeError(f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        kind, choices = fields[name]["kind"], fields[name]["choices"]
+        right = isinstance(value, (int, float) if kind is float else kind)
+        if not right or isinstance(value, bool) != (kind is bool):
+            raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r}")
+        if choices and value not in choices:
+            raise UserError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def flag(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,18 @@ from fastkl.vae.settings import Settings
 from fastkl.vae.watch import Watch
 
 
+@dataclass(frozen=True)
+class Own:
+    """What a caller in Python gives instead of naming it."""
+
+    data: Any = None  # arrays, see data.load
+    model: VAE | None = None
+    objective: Callable[..., Any] | None = None  # (posterior, prior, log_likelihood) -> fastkl.objectives.Loss
+
+
+NOTHING = Own()
+
+
 @dataclass
 class Run:
     """The state of a run, all of which a checkpoint holds or determines."""
@@ -37,6 +49,9 @@ class Run:
     objective: nn.Module  # an Objective, in DistributedDataParallel if there are several processes
     optimizers: dict[str, torch.optim.Optimizer]  # of the autoencoder and, for aae, of the discriminator
     average: AveragedModel | None = None  # of the weights over the steps, with --ema
+    # With --patience: step, ELBO and weights ("model") of the best point of the curve of held-out data, and the number
+    # of points since. Processes other than the main one know only the number.
+    best: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     seconds: float = 0.0  # training time, summed over all starts of this run
     # Sums since the last point of the curves: the objective's terms, and the number of steps.
@@ -69,7 +84,7 @@ class Run:
 
     @property
     def ended(self) -> bool:
-        return self.step == self.total_steps
+        return self.step == self.total_steps or self.best.get("points", 0) >= self.settings.patience > 0
 
     @property
     def prior(self) -> Prior | None:
@@ -90,13 +105,27 @@ class Run:
         finally:
             self._exchange_weights()
 
+    @contextlib.contextmanager
+    def reported(self) -> Iterator[None]:
+        """A context in which the model has the weights that the report is about: the best, if the run keeps them."""
+        if "model" not in self.best:
+            with self.averaged():
+                yield
+            return
+        last = {name: value.clone() for name, value in self.vae.state_dict().items()}
+        self.vae.load_state_dict(self.best["model"])
+        try:
+            yield
+        finally:
+            self.vae.load_state_dict(last)
+
     def _exchange_weights(self) -> None:
         if self.average is not None and self.average.n_averaged:
             for own, mean in zip(self.vae.parameters(), self.average.module.parameters(), strict=True):
                 own.data, mean.data = mean.data, own.data
 
 
-def start(settings: Settings, data: Data, ranks: Ranks, folder: Path) -> Run:
+def start(settings: Settings, data: Data, ranks: Ranks, folder: Path, own: Own = NOTHING) -> Run:
     """A run at step 0."""
     if settings.batch_size * ranks.size * settings.accumulate > len(data.train):
         several = f" with --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
@@ -104,11 +133,11 @@ def start(settings: Settings, data: Data, ranks: Ranks, folder: Path) -> Run:
         raise UserError(f"{requested} is more than the {len(data.train)} training data")
     device = choose_device(settings.device, ranks)
     torch.manual_seed(streams.seed_for(settings.seed, "weights"))
-    vae = build(settings, data.shape, data.likelihood)
+    vae = build(settings, data.shape, data.likelihood, own.model, data.scaling.levels)
     vae.prior = prior.build(settings, vae, data)
     vae = vae.to(device)
     learned = vae.prior is not None
-    objective = Objective(vae, settings, len(data.train), ranks.group).to(device)
+    objective = Objective(vae, settings, len(data.train), ranks.group, own.objective).to(device)
     optimizers = make_optimizers(settings, vae, objective.discriminator)
     # During the warm-up the loss does not use the learned prior's parameters.
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(settings.ema)) if settings.ema else None
@@ -180,6 +209,7 @@ def save(run: Run, monitored: dict[str, Any]) -> None:
             "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
             "discriminator": {} if discriminator is None else discriminator.state_dict(),
             "average": {} if run.average is None else run.average.state_dict(),
+            "best": run.best,
             "scaler": run.scaler.state_dict(),
             "seconds": run.seconds,
             "window": run.window,
@@ -206,6 +236,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
             discriminator.load_state_dict(state["discriminator"])
         if run.average is not None:
             run.average.load_state_dict(state["average"])
+        run.best = state["best"]
         run.scaler.load_state_dict(state["scaler"])
         run.window = dict(state["window"])
         run.watch.load_state_dict(state["watch"], run.ranks.main, run.device)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastkl.vae.arrays import Part, Span
 from fastkl.vae.errors import UserError
+from fastkl.vae.likelihood import COUNTS, DISCRETE, LEVELS, PIXELS
 
 FEW = 4  # the most channels of a picture
 DEPTHS = (8, 10, 12, 14, 16, 32)  # bits of a pixel
@@ -24,8 +25,8 @@ AT_ONCE = 2**22  # numbers in float64 at a time
 class Scaling:
     """The map from the numbers of a file to the numbers of the model, and back.
 
-    Bernoulli: x / deviation, clamped to [0, 1]. Normal: (x - mean) / deviation, by moments of the training data, one
-    for each feature of a vector or one for all pixels.
+    Pixels: x / deviation, clamped to [0, 1]. Counts: unchanged. Others: (x - mean) / deviation, by moments of the
+    training data, one for each feature of a vector or one for all pixels.
     """
 
     likelihood: str
@@ -33,13 +34,23 @@ class Scaling:
     deviation: np.ndarray
 
     def apply(self, values: np.ndarray) -> Tensor:
-        if self.likelihood == "bernoulli":
+        if self.likelihood in PIXELS:
             return divided(values, float(self.deviation))
         return standardised(values, self.mean, self.deviation)
+
+    @property
+    def levels(self) -> int:
+        """The number of levels of pixels that were whole numbers."""
+        return int(self.deviation) + 1 if self.likelihood in PIXELS else 0
 
     def undo(self, x: Tensor) -> Tensor:
         mean, deviation = (torch.from_numpy(np.asarray(each)).to(x) for each in (self.mean, self.deviation))
         return x * deviation + mean
+
+    def resize(self, values: Tensor, size: int) -> Tensor:
+        """Images with `size` pixels a side (0: as they are), rounded to the levels of the file if the levels count."""
+        values = resized(values, size)
+        return (values * (self.levels - 1)).round() / (self.levels - 1) if self.likelihood in DISCRETE else values
 
     def state_dict(self) -> dict[str, Any]:
         named = {"mean": self.mean, "deviation": self.deviation}
@@ -119,13 +130,13 @@ def divisor(span: Span, vectors: bool, likelihood: str) -> float | None:
     if not span.integer:
         # As for whole numbers, the upper half must be used: values from 0 to 0.01 are not pixels.
         unit = span.low >= -ROUNDING and span.high <= 1 + ROUNDING
-        return 1 if unit and (span.high > 0.5 or (likelihood == "bernoulli" and span.low >= 0)) else None
+        return 1 if unit and (span.high > 0.5 or (likelihood in PIXELS and span.low >= 0)) else None
     if span.low < 0:
         return None
     if span.high <= 1:
         return 1
     # Vectors of whole numbers may be counts; vectors of bytes are flattened pictures.
-    pixels = not vectors or 128 <= span.high <= 255 or likelihood == "bernoulli"
+    pixels = not vectors or 128 <= span.high <= 255 or likelihood in PIXELS
     return whole_range(span.high) if pixels else None
 
 
@@ -140,15 +151,25 @@ def scale(parts: dict[str, Part], train: np.ndarray, asked: str) -> tuple[Scalin
     span = Span.joined(spans.values())
     if span.low == span.high:
         raise UserError(f"--data: all values are {span.low:g}; a model needs values that differ")
+    if asked in COUNTS:
+        return counted(parts, span, asked)
     by = divisor(span, vectors, asked)
     likelihood = asked if asked != "auto" else "normal" if by is None else "bernoulli"
-    if likelihood == "bernoulli":
+    if likelihood in PIXELS:
         if by is None:
             raise UserError(
-                f"--likelihood bernoulli needs values in [0, 1], got values in [{span.low:.4g}, {span.high:.4g}]"
+                f"--likelihood {likelihood} needs values in [0, 1], got values in [{span.low:.4g}, {span.high:.4g}]"
             )
         scaling = Scaling(likelihood, np.zeros(()), np.asarray(float(by)))
-        return scaling, f"{span}" + (f", divided by {by}" if by > 1 else ""), (
+        what = f"{span}" + (f", divided by {by}" if by > 1 else "")
+        if likelihood in DISCRETE:
+            if not span.integer:
+                raise UserError(f"--likelihood {likelihood} needs whole numbers, the levels of pixels; got {span}")
+            if likelihood == "categorical" and scaling.levels > LEVELS:
+                raise UserError(f"--likelihood categorical takes at most {LEVELS} levels, got {scaling.levels}")
+            named = f"{likelihood.capitalize()} likelihood on {scaling.levels} levels"
+            return scaling, what, f"{named}: log p(x) is a log-probability of the pixels as they are in the file."
+        return scaling, what, (
             "Bernoulli likelihood on values in [0, 1]: a value between 0 and 1 is taken as the probability of a 1, so "
             "these figures are lower bounds on the mean log-probability of the binarised data."
         )  # fmt: skip
@@ -157,9 +178,20 @@ def scale(parts: dict[str, Part], train: np.ndarray, asked: str) -> tuple[Scalin
     if span.integer and span.low >= 0 and vectors and asked == "auto":
         what += " (if they are pixels: --likelihood bernoulli)"
     return Scaling(likelihood, mean, deviation), what, (
-        "Normal likelihood on standardised values (mean 0, deviation 1 over the training data), with a learned "
-        f"variance {'per feature' if vectors else 'for all pixels'}: log p(x) is a log-density of these."
+        f"{likelihood.capitalize()} likelihood on standardised values (mean 0, deviation 1 over the training data), "
+        f"with a learned {'variance' if likelihood == 'normal' else 'scale'} "
+        f"{'per feature' if vectors else 'for all pixels'}: log p(x) is a log-density of these."
     )  # fmt: skip
+
+
+def counted(parts: dict[str, Part], span: Span, likelihood: str) -> tuple[Scaling, str, str]:
+    """`scale` for counts, which are left as they are."""
+    whole = span.integer or all(bool((part.values == np.floor(part.values)).all()) for part in parts.values())
+    if not whole or span.low < 0:
+        raise UserError(f"--likelihood {likelihood} needs counts, whole numbers from 0; got {span}")
+    name = likelihood.replace("_", " ").capitalize()
+    meaning = f"{name} likelihood on counts: log p(x) is a log-probability of the counts as they are in the file."
+    return Scaling(likelihood, np.zeros(()), np.ones(())), f"{span}, counts", meaning
 
 
 def fit_together(spans: dict[str, Span], vectors: bool, likelihood: str) -> None:

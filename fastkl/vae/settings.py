@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+LIKELIHOODS = ("bernoulli", "logistic", "categorical", "normal", "laplace", "poisson", "negative_binomial")
 LEARNED = ("gmm", "vamp", "flow")
 OBJECTIVES = (
     "elbo", "beta_vae", "iwae", "miwae", "piwae", "ciwae", "wae_mmd", "info_vae", "swae", "sinkhorn_ae", "aae",
@@ -35,7 +36,10 @@ class Settings:
     )
     image_size: int = option(0, "resize images to this many pixels a side (0: keep their size)")
     likelihood: str = option(
-        "auto", "distribution of a value given the latent", choices=("auto", "bernoulli", "normal")
+        "auto",
+        "distribution of a value given the latent; auto is bernoulli or normal, logistic and categorical are of pixels "
+        "with whole numbers, poisson and negative_binomial of counts, laplace is L1",
+        choices=("auto", *LIKELIHOODS),
     )
     model: str = option(
         "mlp",
@@ -65,6 +69,9 @@ class Settings:
     accumulate: int = option(1, "batches whose gradients each step adds up; terms that compare data see one of them")
     clip: float = option(0.0, "largest norm of the gradient of all weights together (0: off)")
     ema: float = option(0.0, "decay of the average of the weights, which tests and report use (0: off)")
+    patience: int = option(
+        0, "stop after this many points of the curves without a better ELBO, and report the best weights (0: off)"
+    )
     compile: bool = option(False, "compile the model and its loss by torch.compile")
     activation_checkpointing: bool = option(
         False, "keep only the inputs of the networks' layers, and compute the rest again in the backward pass"
@@ -167,7 +174,7 @@ GROUPS = {
     "model": ("model", "latent", "hidden", "layers"),
     "training": (
         "batch_size", "accumulate", "epochs", "steps", "learning_rate", "schedule", "weight_decay", "clip", "ema",
-        "precision", "compile", "activation_checkpointing", "noise", "bad_steps",
+        "patience", "precision", "compile", "activation_checkpointing", "noise", "bad_steps",
     ),
     "prior": (
         "prior", "components", "covariance", "kl", "samples", "prior_learning_rate", "tau", "final_tau", "tau_schedule",

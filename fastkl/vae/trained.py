@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from os import PathLike
@@ -22,7 +23,7 @@ from fastkl.vae.errors import UserError
 from fastkl.vae.evaluate import importance_weighted
 from fastkl.vae.files import as_array
 from fastkl.vae.model import DECODED, ENCODED, VAE, build
-from fastkl.vae.scaling import Scaling, arrange, resized
+from fastkl.vae.scaling import Scaling, arrange
 from fastkl.vae.settings import Settings
 
 
@@ -53,7 +54,7 @@ class Trained:
             UserError: x has another shape than the training data, is not numeric, or is not finite.
         """
         part, _ = arrange(Part(np.asarray(as_array(x))), name)
-        values = resized(self.scaling.apply(part.values), self.settings.image_size)
+        values = self.scaling.resize(self.scaling.apply(part.values), self.settings.image_size)
         if values.shape[1:] != self.shape:
             raise UserError(f"{name} must be data of shape {list(self.shape)}, got {list(part.values.shape[1:])}")
         return values
@@ -117,16 +118,19 @@ class Trained:
         return torch.cat(found)
 
 
-def load(run: str | PathLike, *, device: str | torch.device = "cpu", average: bool = True) -> Trained:
+def load(
+    run: str | PathLike, *, device: str | torch.device = "cpu", weights: str = "", model: VAE | None = None
+) -> Trained:
     """The model in a run's folder.
 
     Args:
         run: the folder, such as "runs/digits".
         device: the device of the networks.
-        average: use the average of the weights, if the run keeps one (--ema).
+        weights: "best" (with --patience), "average" (with --ema) or "last". By default the first that the run keeps.
+        model: the networks of a run that was given a model of its own; their weights are read from the run.
 
     Raises:
-        UserError: the folder holds no checkpoint, or a damaged one.
+        UserError: the folder holds no checkpoint, a damaged one, or not these weights.
 
     >>> from fastkl import vae
     >>> vae.load("nothing")
@@ -138,18 +142,22 @@ def load(run: str | PathLike, *, device: str | torch.device = "cpu", average: bo
     settings, shape, scaling = (
         rules.resume(state["settings"], {}), tuple(state["shape"]), Scaling.of_state(state["scaling"])
     )  # fmt: skip
-    vae = build(settings, shape, scaling.likelihood)
+    vae = build(settings, shape, scaling.likelihood, copy.deepcopy(model), scaling.levels)
     # The prior's constructor needs data of the right shape; its numbers are those of the checkpoint.
     blank = torch.zeros(max(1, settings.components), *shape)
     vae.prior = prior.build(settings, vae, Data("", "", scaling, blank, blank, None, None, None))
     try:
-        if average and state["average"]:
+        kept = {"best": state["best"].get("model"), "average": state["average"], "last": state["model"]}
+        weights = weights or next(name for name in kept if kept[name])
+        if not kept.get(weights):
+            raise UserError(f"weights must be one of {', '.join(name for name in kept if kept[name])}, got {weights!r}")
+        if weights == "average":
             mean = AveragedModel(vae)
             mean.load_state_dict(state["average"])
             averaged: Any = mean.module
             vae = averaged
         else:
-            vae.load_state_dict(state["model"])
+            vae.load_state_dict(kept[weights])
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: the checkpoint does not fit its own settings ({first_line(error)})") from None
     vae = vae.to(device).requires_grad_(False).eval()

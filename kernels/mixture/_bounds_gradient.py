@@ -13,10 +13,10 @@ import triton.language as tl
 
 from fastkl.kernels._device import TRITON_DTYPE
 from fastkl.kernels._launch import launch
-from fastkl.kernels._layout import cdiv
+from fastkl.kernels._layout import cdiv, finish, places
 from fastkl.kernels.mixture._bounds import blocks, element, joint_tiles, load_four, together, weights
 from fastkl.kernels.mixture._mixture import quads
-from fastkl.kernels.mixture._mixture_gradient import FINISH, gmm_finish_kernel
+from fastkl.kernels.mixture._mixture_components import finish_parts
 from fastkl.kernels.mixture._mixture_prepare import SHRUNK
 from fastkl.kernels.mixture._mixture_tiles import scattered, split
 
@@ -136,21 +136,20 @@ def kl_gmm_bounds_components_kernel(
     tl.store(counts + part.to(tl.int64) * shape[2] + start_component + lanes, count)
 
 
-def by_rows(given, mu, logvar, components, mixture):
-    """[dmu, dlogvar]."""
+def by_rows(given, mu, logvar, components, mixture, outputs) -> None:
+    """Write (dmu, dlogvar); None is not wanted."""
     (rows, columns), dtype = mu.shape, mixture.roots.dtype
     odd = scattered(mu, logvar)
     block = blocks(dtype, "rows", rows, components, scattered=odd)
     row_blocks = cdiv(rows, block["ROWS"])
     length, splits = split(components, block["COMPONENTS"], row_blocks, 2 * rows * columns * dtype.itemsize)
-    outputs = [torch.empty_like(mu), torch.empty_like(logvar)]
     # What is added to more than once is added up in the compute dtype.
     again = splits > 1 or components > block["COMPONENTS"]
     written = [
         torch.empty((splits, rows, columns), dtype=dtype, device=mu.device)
         if splits > 1 or (again and output.dtype != dtype)
         else output
-        for output in outputs
+        for output in places(outputs, (mu, logvar))
     ]
     launch(
         kl_gmm_bounds_rows_kernel, (row_blocks * splits,), *given, mu, logvar, *mixture, *written, rows,
@@ -158,17 +157,18 @@ def by_rows(given, mu, logvar, components, mixture):
         *(w.stride()[-2:] for w in written), *(w.stride(0) if w.dim() == 3 else 0 for w in written), length, splits,
         TAIL=odd == "tail", DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
     )  # fmt: skip
-    return [o if o is w else o.copy_(w.sum(0)) for o, w in zip(outputs, written)]
+    finish(outputs, [w.sum(0) if w.dim() == 3 else w for w in written])
 
 
-def by_components(given, mu, logvar, logits, means, logvars, mixture):
-    """[dlogits, dmeans, dlogvars or None]."""
+def by_components(given, mu, logvar, logits, means, logvars, mixture, outputs) -> None:
+    """Write (dlogits, dmeans, dlogvars); None is not wanted."""
     (rows, columns), components, device = mu.shape, means.shape[1], mu.device
     (padded_columns, padded), dtype = mixture.roots.shape, mixture.roots.dtype
-    second, odd = logvars is not None, scattered(mu, logvar)
+    dlogits, dmeans, dlogvars = outputs
+    second, odd = dlogvars is not None, scattered(mu, logvar)
     block = blocks(dtype, "components", rows, components, scattered=odd)
     component_blocks, part = cdiv(components, block["COMPONENTS"]), padded_columns * padded
-    partial = part * (1 + second) * dtype.itemsize
+    partial = part * (1 + (logvars is not None)) * dtype.itemsize  # whatever is wanted, so that it has the same bits
     length, parts = split(rows, block["ROWS"], component_blocks, partial, 2 * mu.numel() * mu.itemsize)
     counts = torch.empty((parts, padded), dtype=dtype, device=device)
     sums = torch.empty((1 + second, parts, padded_columns, padded), dtype=dtype, device=device)
@@ -179,17 +179,13 @@ def by_components(given, mu, logvar, logits, means, logvars, mixture):
         mu.stride(), logvar.stride(), given[0].stride(0), given[1].stride(0), part, length, component_blocks,
         TAIL=odd == "tail", DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
     )  # fmt: skip
-    count, dmeans = torch.empty(components, dtype=dtype, device=device), torch.empty_like(means)
-    whole = second and logvars.shape == means.shape  # else summed afterwards
-    dlogvars = torch.empty_like(logvars) if whole else torch.empty(means.shape, dtype=dtype, device=device)
-    column_blocks = cdiv(columns, FINISH["COLUMNS"])
-    launch(
-        gmm_finish_kernel, (cdiv(components, FINISH["COMPONENTS"]) * column_blocks,),
-        counts, sums[0], squared, mixture.roots, dmeans, dlogvars, count, parts, shape, part, column_blocks,
-        dmeans.stride()[1:], dlogvars.stride()[1:], KIND="gradient", DTYPE=TRITON_DTYPE[dtype],
-        enable_fp_fusion=True, **FINISH,
-    )  # fmt: skip
-    count += torch.softmax(logits[0].to(dtype), 0) * (given[0].sum(dtype=dtype) + given[1].sum(dtype=dtype))
-    if second and not whole:
-        dlogvars = torch.empty_like(logvars).copy_(dlogvars.sum_to_size(logvars.shape))
-    return [torch.empty_like(logits).copy_(count), dmeans, dlogvars if second else None]
+    count = torch.empty(components, dtype=dtype, device=device)
+    first = torch.empty_like(means) if dmeans is None else dmeans
+    whole = not second or dlogvars.shape == means.shape  # else summed afterwards
+    squares = dlogvars if whole else torch.empty(means.shape, dtype=dtype, device=device)
+    finish_parts((counts, sums[0], squared), (first, squares, count), mixture.roots, parts, shape, "gradient")
+    if dlogits is not None:
+        count += torch.softmax(logits[0].to(dtype), 0) * (given[0].sum(dtype=dtype) + given[1].sum(dtype=dtype))
+        dlogits.copy_(count)
+    if not whole:
+        dlogvars.copy_(squares.sum_to_size(dlogvars.shape))

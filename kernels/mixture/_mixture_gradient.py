@@ -12,255 +12,30 @@ kernels (0.75), their gradients (0.25), and per-row numbers (0.15).
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
-from fastkl.kernels._device import TRITON_DTYPE, exp, two_parts, weighted
-from fastkl.kernels._launch import launch
-from fastkl.kernels._layout import OLD_COMPILER, cdiv, compute_dtype, registers
-from fastkl.kernels.mixture._mixture import (
-    finite_spread,
-    four,
-    joint_tile,
-    load_centred,
-    of_rows,
-    own_index,
-    quads,
-)
+from fastkl.kernels._layout import clear, compute_dtype, present
+from fastkl.kernels.mixture._mixture_components import by_components
 from fastkl.kernels.mixture._mixture_prepare import prepare
-from fastkl.kernels.mixture._mixture_rows import by_rows, given_weights, row_launch_arguments, stacked, summed
-from fastkl.kernels.mixture._mixture_tiles import blocks, scattered, split
-
-FINISH = {"COMPONENTS": 32, "COLUMNS": 32, **(registers(255) if OLD_COMPILER else {})}
+from fastkl.kernels.mixture._mixture_rows import by_rows
 
 
-@triton.jit
-def summed_both(x, y):
-    """`summed` of both at once."""
-    x = stacked(stacked(x[0], x[1]), stacked(x[2], x[3]))
-    y = stacked(stacked(y[0], y[1]), stacked(y[2], y[3]))
-    both = tl.sum(stacked(x, y), axis=4)
-    return tl.split(tl.reshape(tl.permute(both, [4, 3, 1, 2, 0]), [both.shape[4] * both.shape[3], 4, 2]))
-
-
-@triton.jit
-def finished(first, second, count, s, KIND: tl.constexpr):
-    """Sums over all rows in the form of KIND: "gradient", "convolved" (gradient), or "moments" of the differences."""
-    if KIND == "gradient":
-        return first * s, 0.5 * (second - count)
-    elif KIND == "convolved":
-        return first, second * (0.5 * s)
-    else:
-        return first / s, second / (s * s)
-
-
-@triton.jit
-def gmm_components_kernel(
-    dlp, lp, dlog_r, log_r, z, logvar, logits, normaliser, centre, constants, roots, scaled_means, counts, sums,
-    squared, rows, logit_rows, shape, z_strides, logvar_strides, logits_strides, dlp_stride, dlog_r_strides,
-    sums_strides, squared_strides, part_stride, rows_per_program, component_blocks,
-    FORM: tl.constexpr, GIVEN: tl.constexpr, TAIL: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr,
-    COMPONENTS: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Per part of the rows: counts [K] = sum w, sums [K, D] = sum w t and squared [K, D] = sum w t^2 (or None), t the
-    scaled difference. Convolved: sum w t u and sum w (t^2 u^2 - u), u the precision; expected: sum w (t^2 + scaled
-    variance of q). With a KIND the rows have one part, and the last two are `finished`."""
-    part = tl.program_id(0) // component_blocks
-    start_component = tl.program_id(0) % component_blocks * COMPONENTS
-    lanes = own_index(COMPONENTS, LANES)
-    component = start_component + tl.arange(0, COMPONENTS)
-    quad = tl.arange(0, 4)
-    steps = (z_strides[1] * 4, logvar_strides[1] * 4)
-    first_row = part * rows_per_program
-    end = tl.minimum(first_row + rows_per_program, rows)
-    sums += part.to(tl.int64) * part_stride
-    sums_start = quads(sums, component, sums_strides)
-    if squared is not None:
-        squared += part.to(tl.int64) * part_stride
-        squared_start = quads(squared, component, squared_strides)
-    count = tl.zeros([COMPONENTS], dtype=DTYPE)
-    for start in range(first_row, end, ROWS):
-        index = start + tl.arange(0, ROWS)
-        row = tl.minimum(index, rows - 1).to(tl.int64)  # past the end the last row, with weight 0
-        z_at, logvar_at = quads(z, row, z_strides), None
-        if logvar is not None:
-            logvar_at = quads(logvar, row, logvar_strides)
-        gradient = tl.load(dlp + row * dlp_stride, mask=index < rows, other=0.0).to(DTYPE)
-        if GIVEN:
-            weight = given_weights(
-                dlog_r, log_r, gradient, row, start_component + lanes, shape[1], dlog_r_strides, False, TERMS, LANES,
-                DTYPE,
-            )  # fmt: skip
-            weight = tl.where(of_rows(index < rows, False, TERMS, LANES), weight, 0.0)
-        else:
-            value, rest = two_parts(tl.load(lp + row), DTYPE)
-            joint = joint_tile(
-                z_at, logvar_at, logits, normaliser, centre, constants, roots, scaled_means, row % logit_rows,
-                start_component, shape, steps, logits_strides, FORM, TAIL, False, ROWS, COMPONENTS, TERMS, LANES, DTYPE,
-            )  # fmt: skip
-            value, rest = of_rows(value, False, TERMS, LANES), of_rows(rest, False, TERMS, LANES)
-            weight = weighted(of_rows(gradient, False, TERMS, LANES), exp(joint - value - rest))
-        count += tl.reshape(tl.permute(tl.sum(tl.sum(weight, axis=1), axis=1), [1, 0]), [COMPONENTS])
-        roots_at, means_at, sums_at = roots + start_component, scaled_means + start_component, sums_start
-        if squared is not None:
-            squared_at = squared_start
-        for d in range(0, shape[0], 4):
-            zs = four(load_centred(z_at, centre, d, shape[0], FORM, TAIL, DTYPE), ROWS)
-            z_at += steps[0]
-            if FORM != "point":
-                vs = four(finite_spread(logvar_at, d, shape[0], FORM, TAIL, DTYPE), ROWS)
-                logvar_at += steps[1]
-            firsts, seconds = (), ()
-            for i in tl.static_range(4):
-                s = tl.load(roots_at + lanes)
-                t = of_rows(zs[i], False, TERMS, LANES)
-                if FORM == "convolved":
-                    u = 1.0 / (s + of_rows(vs[i], False, TERMS, LANES))
-                    t = (t - tl.load(means_at + lanes)) * u
-                else:
-                    t = t * s - tl.load(means_at + lanes)
-                moment = weight * t
-                firsts += (tl.sum(moment, axis=1),)
-                if squared is not None:
-                    moment *= t
-                    if FORM == "convolved":
-                        moment -= weight * u
-                    if FORM == "expected":
-                        sigma = of_rows(vs[i], False, TERMS, LANES)
-                        moment += weight * s * sigma * s * sigma  # this order gives 0 for a weight of 0
-                    seconds += (tl.sum(moment, axis=1),)
-                roots_at += shape[2]
-                means_at += shape[2]
-            mask = (component < shape[1])[:, None] & (d + quad < shape[0])[None, :]
-            again = mask & (start + tl.arange(0, 1) > first_row)[:, None]  # the first block starts from 0
-            if squared is None:
-                first = summed(firsts)
-                second = first
-            else:
-                first, second = summed_both(firsts, seconds)
-                second += tl.load(squared_at, again, other=0.0)
-            first += tl.load(sums_at, again, other=0.0)
-            if KIND is not None:  # noqa: SIM102 (a compile-time condition; the next is not)
-                if start + ROWS >= end:
-                    factor = tl.load(roots + (d + quad).to(tl.int64)[None, :] * shape[2] + component[:, None])
-                    first, second = finished(first, second, count[:, None], factor, KIND)
-            tl.store(sums_at, first, mask)
-            sums_at += sums_strides[1] * 4
-            if squared is not None:
-                tl.store(squared_at, second, mask)
-                squared_at += squared_strides[1] * 4
-    tl.store(counts + part.to(tl.int64) * shape[2] + component, count)
-
-
-@triton.jit
-def gmm_finish_kernel(
-    counts, sums, squared, roots, first_out, second_out, count_out, parts, shape, part_stride, column_blocks,
-    first_strides, second_strides,
-    KIND: tl.constexpr, COMPONENTS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Add the parts; [K, D] outputs."""
-    component = tl.program_id(0) // column_blocks * COMPONENTS + tl.arange(0, COMPONENTS)
-    column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
-    mask = (component < shape[1])[None, :] & (column < shape[0])[:, None]
-    at = column.to(tl.int64)[:, None] * shape[2] + component[None, :]
-    count = tl.zeros([COMPONENTS], dtype=DTYPE)
-    first = tl.zeros([COLUMNS, COMPONENTS], dtype=DTYPE)
-    second = tl.zeros([COLUMNS, COMPONENTS], dtype=DTYPE)
-    real = component < shape[1]
-    for _ in range(parts):
-        count += tl.load(counts + component, real, other=0.0)
-        first += tl.load(sums + at, mask, other=0.0)
-        counts += shape[2]
-        sums += part_stride
-        if squared is not None:
-            second += tl.load(squared + at, mask, other=0.0)
-            squared += part_stride
-    s = tl.load(roots + at, mask, other=1.0)  # neutral as a divisor
-    first, second = finished(first, second, count[None, :], s, KIND)
-    component, column = component.to(tl.int64), column.to(tl.int64)
-    tl.store(first_out + component[None, :] * first_strides[0] + column[:, None] * first_strides[1], first, mask)
-    if squared is not None:
-        at = component[None, :] * second_strides[0] + column[:, None] * second_strides[1]
-        tl.store(second_out + at, second, mask)
-    if tl.program_id(0) % column_blocks == 0:
-        tl.store(count_out + component, count, real)
-
-
-def by_components(given, z, logvar, logits, means, logvars, mixture, form, kind, *, second):
-    """(counts [K], first [1, K, D], second or None): gradients in their dtypes and shapes, or moments."""
-    rows, columns = z.shape
-    components, padded = means.shape[1], mixture.padded
-    padded_columns, dtype, device = mixture.roots.shape[0], mixture.roots.dtype, z.device
-    own, odd = logits.shape[0] > 1, scattered(z, logvar)
-    block = blocks(
-        dtype, form, "components", rows, components, own=own, scattered=odd, given=given[2] is not None
-    )  # fmt: skip
-    component_blocks = cdiv(components, block["COMPONENTS"])
-    part = padded_columns * padded
-    partial = part * (1 + second) * dtype.itemsize
-    length, parts = split(rows, block["ROWS"], component_blocks, partial, z.numel() * z.itemsize)
-    moments = kind == "moments"
-    first_out = torch.empty(means.shape, dtype=dtype, device=device) if moments else torch.empty_like(means)
-    second_out = None
-    if second:  # broadcast logvars: summed afterwards
-        whole = not moments and logvars is not None and logvars.shape == means.shape
-        second_out = torch.empty_like(logvars) if whole else torch.empty(means.shape, dtype=dtype, device=device)
-    outputs = [output for output in (first_out, second_out) if output is not None]
-    # A single part's sums go on in the outputs, if these are not rounded on the way.
-    direct = parts == 1 and (rows <= block["ROWS"] or all(output.dtype == dtype for output in outputs))
-    counts = torch.empty((parts, padded), dtype=dtype, device=device)
-    sums, sums_strides = outputs, [output.stride()[1:] for output in outputs]
-    if not direct:
-        sums = torch.empty((1 + second, parts, padded_columns, padded), dtype=dtype, device=device)
-        sums_strides = [(1, padded)] * (1 + second)
-    pointers, strides = row_launch_arguments(given, z, logvar, logits, mixture)
-    shape = (columns, components, padded)
-    launch(
-        gmm_components_kernel, (component_blocks * parts,), *pointers, counts, sums[0], sums[1] if second else None,
-        rows, logits.shape[0], shape, *strides, sums_strides[0], sums_strides[1] if second else (0, 0), part, length,
-        component_blocks, FORM=form, GIVEN=given[2] is not None, TAIL=odd == "tail",
-        KIND=kind if direct else None, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
-    )  # fmt: skip
-    count_out = counts[0, :components]
-    if not direct:
-        count_out = torch.empty(components, dtype=dtype, device=device)
-        column_blocks = max(1, cdiv(columns, FINISH["COLUMNS"]))
-        launch(
-            gmm_finish_kernel, (cdiv(components, FINISH["COMPONENTS"]) * column_blocks,),
-            counts, sums[0], sums[1] if second else None, mixture.roots, first_out, second_out, count_out, parts, shape,
-            part, column_blocks, first_out.stride()[1:], second_out.stride()[1:] if second else (0, 0),
-            KIND=kind, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **FINISH,
-        )  # fmt: skip
-    if second and not moments and not whole:
-        total = second_out
-        for dim in (1, 2):
-            if logvars.shape[dim] == 1:
-                total = total.sum(dim, keepdim=True)
-        second_out = torch.empty_like(logvars).copy_(total)
-    return count_out, first_out, second_out
-
-
-def gradients(given, z, logvar, logits, means, logvars, form, data, parameters):
-    """The result of bwd. `given` is (dlp, lp, dlog_r, log_r); dlp may also be the sums of dlog_r."""
-    dtype = compute_dtype([t for t in (z, logvar, logits, means, logvars) if t is not None])
+def gradients(given, inputs, outputs, form) -> None:
+    """Write (dz, dlogvar, dlogits, dmeans, dlogvars); None is not wanted. inputs: (z, logvar, logits, means, logvars).
+    `given` is (dlp, lp, dlog_r, log_r); dlp may also be the sums of dlog_r."""
+    z, logvar, logits, means, logvars = inputs
+    dz, dlogvar, dlogits, dmeans, dlogvars = outputs
     if z.shape[0] == 0:
-        out = ([z, logvar] if data else []) + ([logits, means, logvars] if parameters else [])
-        return [torch.zeros_like(tensor) for tensor in out if tensor is not None]
+        return clear(outputs)
+    dtype = compute_dtype(inputs)
     mixture = prepare(logits, means, logvars, form, dtype)
-    own = logits.shape[0] > 1
-    out, dlogits = [], None
-    if data or (parameters and own):
-        *out, dlogits = by_rows(
-            given, z, logvar, logits, means.shape[1], mixture, form, data=data, own=own and parameters
-        )  # fmt: skip
-    if parameters:
+    own, shared = (dlogits, None) if logits.shape[0] > 1 else (None, dlogits)
+    if present((dz, dlogvar, own)):
+        by_rows(given, z, logvar, logits, means.shape[1], mixture, form, (dz, dlogvar, own))
+    if present((shared, dmeans, dlogvars)):
         kind = "convolved" if form == "convolved" else "gradient"
-        counts, dmeans, dlogvars = by_components(
-            given, z, logvar, logits, means, logvars, mixture, form, kind, second=logvars is not None
-        )  # fmt: skip
-        if not own:
+        counts = by_components(given, *inputs, mixture, form, kind, dmeans, dlogvars)
+        if shared is not None:
             if given[2] is None:
                 counts -= torch.softmax(logits[0].to(dtype), 0) * given[0].sum(dtype=dtype)
-            dlogits = torch.empty_like(logits).copy_(counts)
-        out += [dlogits, dmeans, dlogvars]
-    return [tensor for tensor in out if tensor is not None]
+            shared.copy_(counts)
+    return None

@@ -24,8 +24,8 @@ SHRUNK = tl.constexpr(2.0**-40)
 PREPARE = {"COMPONENTS": 32, "COLUMNS": 32, "ROWS": 8, "LOGITS": 128}
 
 
-class Mixture(NamedTuple):
-    """The output of the prepare kernel."""
+class Prepared(NamedTuple):
+    """A mixture as the prepare kernel writes it."""
 
     normaliser: torch.Tensor  # [I] ln sum exp logits
     centre: torch.Tensor  # [D padded], subtracted from z first
@@ -133,14 +133,14 @@ def prepare_kernel(
             tl.store(constants + component, tl.where(real, constant, float("-inf")), component < padded_components)
 
 
-def prepare(logits, means, logvars, form: str, dtype: torch.dtype) -> Mixture:
+def prepare(logits, means, logvars, form: str, dtype: torch.dtype) -> Prepared:
     """means is [1, K, D], logvars broadcasts with it."""
     _, components, columns = means.shape
     rows, device = logits.shape[0], means.device
     pad = min(PAD, max(32, next_power_of_2(components)))
     padded_components, padded_columns = cdiv(components, pad) * pad, cdiv(columns, STEP) * STEP
     empty = {"dtype": dtype, "device": device}
-    mixture = Mixture(
+    mixture = Prepared(
         torch.empty(rows, **empty), torch.empty(padded_columns, **empty), torch.empty(padded_components, **empty),
         torch.empty((padded_columns, padded_components), **empty),
         torch.empty((padded_columns, padded_components), **empty),

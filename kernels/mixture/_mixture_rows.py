@@ -8,7 +8,7 @@ import triton.language as tl
 
 from fastkl.kernels._device import TRITON_DTYPE, exp, two_parts, weighted
 from fastkl.kernels._launch import launch
-from fastkl.kernels._layout import cdiv, strides_of
+from fastkl.kernels._layout import cdiv, places, present, strides_of
 from fastkl.kernels.mixture._mixture import (
     finite_spread,
     four,
@@ -166,8 +166,8 @@ def row_launch_arguments(given, z, logvar, logits, mixture):
     return pointers, strides
 
 
-def by_rows(given, z, logvar, logits, components, mixture, form, *, data, own):
-    """(dz, dlogvar, dlogits): the first two if `data`, the last, for logits per row, if `own`; else None."""
+def by_rows(given, z, logvar, logits, components, mixture, form, outputs):
+    """Write (dz, dlogvar, dlogits), the last for logits per row; None is not wanted."""
     rows, columns = z.shape
     logit_rows, dtype = logits.shape[0], mixture.roots.dtype
     owners = logit_rows if logit_rows > 1 else rows
@@ -176,12 +176,13 @@ def by_rows(given, z, logvar, logits, components, mixture, form, *, data, own):
         dtype, form, "rows", owners, components, own=logit_rows > 1, scattered=odd, given=given[2] is not None
     )  # fmt: skip
     row_blocks = cdiv(owners, block["ROWS"])
-    outputs = [torch.empty_like(z), None if logvar is None else torch.empty_like(logvar)] if data else [None, None]
-    partial = rows * columns * dtype.itemsize * sum(output is not None for output in outputs)
+    *of_data, dlogits = outputs
+    if present(of_data):
+        of_data = places(of_data, (z, logvar))
+    partial = rows * columns * dtype.itemsize * len(present(of_data))
     length, splits = split(components, block["COMPONENTS"], row_blocks, partial, z.numel() * z.itemsize)
-    outputs.append(torch.empty_like(logits) if own else None)
-    written = list(outputs)
-    for i, output in enumerate(outputs):
+    written = [*of_data, dlogits]
+    for i, output in enumerate(written):
         # What is added to more than once is added up in the compute dtype.
         again = (splits > 1 or components > block["COMPONENTS"]) if i < 2 else rows > owners
         if output is not None and ((i < 2 and splits > 1) or (again and output.dtype != dtype)):
@@ -189,14 +190,12 @@ def by_rows(given, z, logvar, logits, components, mixture, form, *, data, own):
             written[i] = torch.empty(shape, dtype=dtype, device=z.device)
     pointers, strides = row_launch_arguments(given, z, logvar, logits, mixture)
     split_strides = [w.stride(0) if w is not None and w.dim() == 3 else 0 for w in written[:2]]
-    if rows:
-        launch(
-            gmm_rows_kernel, (row_blocks * splits,), *pointers, *written, owners, rows // owners,
-            (columns, components, mixture.padded), *strides, *(strides_of(w)[-2:] for w in written), *split_strides,
-            length, splits, FORM=form, GIVEN=given[2] is not None, TAIL=odd == "tail",
-            DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
-        )  # fmt: skip
-        for output, partials in zip(outputs, written):
-            if output is not partials:
-                output.copy_(partials.sum(0) if partials.dim() == 3 else partials)
-    return outputs
+    launch(
+        gmm_rows_kernel, (row_blocks * splits,), *pointers, *written, owners, rows // owners,
+        (columns, components, mixture.padded), *strides, *(strides_of(w)[-2:] for w in written), *split_strides,
+        length, splits, FORM=form, GIVEN=given[2] is not None, TAIL=odd == "tail",
+        DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
+    )  # fmt: skip
+    for output, found in zip(outputs, written):
+        if output is not None and output is not found:
+            output.copy_(found.sum(0) if found.dim() == 3 else found)

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from fastkl.kernels._device import TRITON_DTYPE
 from fastkl.kernels._launch import launch
-from fastkl.kernels._layout import OLD_COMPILER, cdiv, compute_dtype, next_power_of_2, registers
+from fastkl.kernels._layout import OLD_COMPILER, cdiv, clear, compute_dtype, next_power_of_2, present, registers
 
 INPUT_PRECISION = {"exact": "ieee", "tf32x3": "tf32x3", "tf32": "tf32"}
 BUFFER_BYTES = 32 << 20
@@ -119,11 +119,11 @@ def pieces(rows, components, elements):
             yield slice(first, min(first + length, rows.stop)), slice(k, min(k + some, components.stop))
 
 
-class Mixture:
+class Whitening:
     """Shared by the passes over the components; computes P for a chunk of components at a time."""
 
     def __init__(self, z, logvar, logits, means, scale_tril, form, precision):
-        self.dtype = compute_dtype([t for t in (z, logvar, logits, means, scale_tril) if t is not None])
+        self.dtype = compute_dtype((z, logvar, logits, means, scale_tril))
         self.z, self.logvar, self.means, self.scale, self.precision = z, logvar, means[0], scale_tril[0], precision
         self.log_weights = torch.log_softmax(logits, -1, dtype=self.dtype)
         components, columns = self.means.shape
@@ -173,7 +173,7 @@ class Mixture:
 
 
 def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision) -> torch.Tensor:
-    mixture = Mixture(z, logvar, logits, means, scale_tril, form, precision)
+    mixture = Whitening(z, logvar, logits, means, scale_tril, form, precision)
     lp = torch.zeros(len(z), dtype=mixture.dtype, device=z.device)  # 0 is the value without dimensions
     if z.numel():
         for rows in blocks_of_rows(len(z), len(logits), mixture.rows_per_block):
@@ -181,32 +181,32 @@ def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision) -> torch
     return lp
 
 
-def bwd(
-    dlp, lp, z, logvar, logits, means, logvars, scale_tril, form, precision, data: bool, parameters: bool
-) -> list[torch.Tensor]:  # fmt: skip
-    row_gradients = [torch.empty_like(t) for t in (z, logvar) if data and t is not None]
-    gradients = [torch.empty_like(t) for t in (logits, means, scale_tril) if parameters]
+def bwd(dlp, lp, inputs, outputs, form, precision) -> None:
+    """Write the outputs, the gradients of gmm_log_prob's inputs; None is not wanted."""
+    z, logvar, logits, means, _, scale_tril = inputs
+    dz, dlogvar, dlogits, dmeans, _, dscale_tril = outputs
     if z.numel() == 0:
-        return [gradient.zero_() for gradient in row_gradients + gradients]
-    mixture = Mixture(z, logvar, logits, means, scale_tril, form, precision)
+        return clear(outputs)
+    data, parameters = present((dz, dlogvar)), present((dlogits, dmeans, dscale_tril))
+    mixture = Whitening(z, logvar, logits, means, scale_tril, form, precision)
     components, columns = mixture.means.shape
     zeros = dict(dtype=mixture.dtype, device=z.device)
     if parameters:
         weight_sum, variance_sum = torch.zeros(components, **zeros), torch.zeros(components, columns, **zeros)
         first, second = torch.zeros(components, columns, **zeros), torch.zeros(components, columns, columns, **zeros)
-        dlogits = torch.zeros(logits.shape, **zeros)
+        sums = torch.zeros(logits.shape, **zeros)
     for rows in blocks_of_rows(len(z), len(logits), mixture.rows_per_block):
         incoming = dlp[rows, None].to(mixture.dtype)
         weight = mixture.joint(rows).softmax(1).mul_(incoming)
         weight.masked_fill_(incoming == 0, 0.0)  # NaN in rows of density 0
         variance = mixture.variance(rows)
-        dz = torch.zeros((len(weight), columns), **zeros)
+        of_z = torch.zeros((len(weight), columns), **zeros)
         per_chunk = max(1, BUFFER_BYTES // mixture.dtype.itemsize // columns)
-        dvariance = torch.zeros_like(dz)
+        of_variance = torch.zeros_like(of_z)
         for part in mixture.chunks:
             root = mixture.root(part)
             if data and variance is not None:
-                dvariance.addmm_(weight[:, part], root.square().sum(1), alpha=-0.5)
+                of_variance.addmm_(weight[:, part], root.square().sum(1), alpha=-0.5)
             if parameters and variance is not None:
                 variance_sum[part].addmm_(weight[:, part].mT, variance)
             for some_rows, some in pieces(rows, part, per_chunk):
@@ -216,25 +216,25 @@ def bwd(
                 mixture.launch(some_rows, some, some_root, None, y)
                 weighted = y * weight[inside, some, None]
                 if data:
-                    dz[inside].addmm_(weighted.flatten(1), some_root.flatten(0, 1), alpha=-1)
+                    of_z[inside].addmm_(weighted.flatten(1), some_root.flatten(0, 1), alpha=-1)
                 if parameters:
                     first[some] += weighted.sum(0)
                     second[some].baddbmm_(weighted.permute(1, 2, 0), y.transpose(0, 1))
-        if data:
-            row_gradients[0][rows] = dz.to(z.dtype)
-            if variance is not None:
-                row_gradients[1][rows] = dvariance.mul_(variance).to(logvar.dtype)
+        if dz is not None:
+            dz[rows] = of_z.to(z.dtype)
+        if dlogvar is not None:
+            dlogvar[rows] = of_variance.mul_(variance).to(logvar.dtype)
         if parameters:
             weight_sum += weight.sum(0)
-            add_logits_gradient(dlogits, weight, incoming, mixture.log_weights, rows.start)
-    if parameters:
-        gradients[0].copy_(dlogits)
-        for part in mixture.chunks:
-            root = mixture.root(part)
-            total = second[part]
-            if logvar is not None:
-                total = total + (root * variance_sum[part, None]) @ root.mT
-            gradients[1][0, part] = (root.mT @ first[part, :, None])[..., 0].to(means.dtype)
+            add_logits_gradient(sums, weight, incoming, mixture.log_weights, rows.start)
+    if dlogits is not None:
+        dlogits.copy_(sums)
+    for part in mixture.chunks if present((dmeans, dscale_tril)) else ():
+        root = mixture.root(part)
+        if dmeans is not None:
+            dmeans[0, part] = (root.mT @ first[part, :, None])[..., 0].to(means.dtype)
+        if dscale_tril is not None:
+            total = second[part] if logvar is None else second[part] + (root * variance_sum[part, None]) @ root.mT
             inverse = torch.diag_embed(weight_sum[part, None] * root.diagonal(dim1=-2, dim2=-1))
-            gradients[2][0, part] = ((root.mT @ total).tril() - inverse).to(scale_tril.dtype)
-    return row_gradients + gradients
+            dscale_tril[0, part] = ((root.mT @ total).tril() - inverse).to(scale_tril.dtype)
+    return None

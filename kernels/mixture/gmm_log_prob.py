@@ -78,8 +78,7 @@ def gmm_fwd_kernel(
 
 def launch_fwd(z, logvar, logits, means, logvars, form, *, joints=False):
     """(lp [R] in float64, joint log-densities [R, K] or None)."""
-    tensors = [tensor for tensor in (z, logvar, logits, means, logvars) if tensor is not None]
-    dtype, device = compute_dtype(tensors), z.device
+    dtype, device = compute_dtype((z, logvar, logits, means, logvars)), z.device
     (rows, columns), components = z.shape, means.shape[1]
     joint = torch.empty((rows, components), dtype=dtype, device=device) if joints else None
     if rows == 0:
@@ -106,7 +105,7 @@ def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision, keep):
     responsibility exp(joint - ln p).
     """
     inputs = (z, logvar, logits, means, logvars)
-    dtype = compute_dtype([tensor for tensor in (*inputs, scale_tril) if tensor is not None])
+    dtype = compute_dtype((*inputs, scale_tril))
     if not has_kernel(means, scale_tril, form, dtype):
         return NotImplemented
     other = module(inputs, scale_tril, form, precision)
@@ -114,14 +113,16 @@ def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision, keep):
     return [lp.to(dtype, copy=True), lp.double()][: 1 + (keep > 0)]
 
 
-def bwd(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, precision, data, parameters):
-    """[dz, dlogvar] of the data, then [dlogits, dmeans, dlogvars] of the parameters; missing ones are left out."""
-    inputs = (z, logvar, logits, means, logvars)
-    dtype = compute_dtype([tensor for tensor in (*inputs, scale_tril) if tensor is not None])
-    if not has_kernel(means, scale_tril, form, dtype):
+def bwd(
+    dlp, lp, responsibilities, z, logvar, logits, means, logvars, scale_tril,
+    dz, dlogvar, dlogits, dmeans, dlogvars, dscale_tril, form, precision,
+):  # fmt: skip
+    """Write the gradients; None is not wanted. lp is ln p in float64. Responsibilities are computed anew."""
+    inputs, outputs = (z, logvar, logits, means, logvars), (dz, dlogvar, dlogits, dmeans, dlogvars)
+    if not has_kernel(means, scale_tril, form, compute_dtype((*inputs, scale_tril))):
         return NotImplemented
     # A hook on saved tensors may lay out anew what was kept.
-    lp, other = kept[0].contiguous(), module(inputs, scale_tril, form, precision)
+    lp, other = lp.contiguous(), module(inputs, scale_tril, form, precision)
     if other is not None:
-        return other.bwd(dlp, lp, *inputs, scale_tril, form, precision, data, parameters)
-    return gradients((dlp, lp, None, None), z, logvar, logits, means, logvars, form, data, parameters)
+        return other.bwd(dlp, lp, (*inputs, scale_tril), (*outputs, dscale_tril), form, precision)
+    return gradients((dlp, lp, None, None), inputs, outputs, form)

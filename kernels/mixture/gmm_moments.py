@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastkl.kernels._layout import compute_dtype
-from fastkl.kernels.mixture._mixture_gradient import by_components
+from fastkl.kernels.mixture._mixture_components import by_components
 from fastkl.kernels.mixture._mixture_prepare import prepare
 from fastkl.kernels.mixture.gmm_log_prob import launch_fwd
 
@@ -15,7 +15,7 @@ def fwd(z, logits, means, logvars, scale_tril):
     if scale_tril is not None:
         return NotImplemented
     lp, _ = launch_fwd(z, None, logits, means, logvars, "point")
-    dtype = compute_dtype([tensor for tensor in (z, logits, means, logvars) if tensor is not None])
+    dtype = compute_dtype((z, logits, means, logvars))
     if z.shape[0] == 0:
         zeros = torch.zeros(means.shape[1:], dtype=dtype, device=z.device)
         counts = torch.zeros(means.shape[1], dtype=dtype, device=z.device)
@@ -23,7 +23,6 @@ def fwd(z, logits, means, logvars, scale_tril):
     mixture = prepare(logits, means, logvars, "point", dtype)
     ones = torch.ones((), dtype=dtype, device=z.device).expand(z.shape[0])
     given = (ones, lp, None, None)
-    counts, first, second = by_components(
-        given, z, None, logits, means, logvars, mixture, "point", "moments", second=True
-    )  # fmt: skip
+    first, second = (torch.empty(means.shape, dtype=dtype, device=z.device) for _ in range(2))
+    counts = by_components(given, z, None, logits, means, logvars, mixture, "point", "moments", first, second)
     return [lp.to(dtype), counts, first[0], second[0]]

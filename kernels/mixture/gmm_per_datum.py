@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fastkl.kernels._device import TRITON_DTYPE, finite
 from fastkl.kernels._launch import launch
-from fastkl.kernels._layout import PROGRAMS, cdiv, compute_dtype, share
+from fastkl.kernels._layout import PROGRAMS, cdiv, clear, compute_dtype, places, present, share
 from fastkl.kernels.mixture._gmm_per_datum import (
     blocks,
     by_sample,
@@ -110,7 +110,7 @@ def launch_fwd(z, logvar, log_weights, means, logvars, lp, joint, form):
 
 def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision) -> torch.Tensor:
     """log p [R] in float64. Every precision is exact here."""
-    dtype = compute_dtype([t for t in (z, logvar, logits, means, logvars) if t is not None])
+    dtype = compute_dtype((z, logvar, logits, means, logvars))
     if z.numel() == 0:  # without dimensions, the log of a sum of weights that is 1
         return torch.zeros(z.shape[0], dtype=dtype, device=z.device)
     inputs = canonical(z, logvar, logits, means, logvars, dtype)
@@ -119,39 +119,41 @@ def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision) -> torch
     return lp
 
 
-def bwd(
-    dlp, lp, z, logvar, logits, means, logvars, scale_tril, form, precision, data: bool, parameters: bool
-) -> list[torch.Tensor]:  # fmt: skip
-    row_gradients = [torch.empty_like(t) for t in (z, logvar) if data and t is not None]
-    gradients = [torch.empty_like(t) for t in (logits, means, logvars) if parameters and t is not None]
+def bwd(dlp, lp, inputs, outputs, form, precision) -> None:
+    """Write the outputs, the gradients of gmm_log_prob's inputs; None is not wanted."""
+    z, logvar, logits, means, logvars, _ = inputs
     if z.numel() == 0:
-        return [gradient.zero_() for gradient in row_gradients + gradients]
-    dtype = compute_dtype([t for t in (z, logvar, logits, means, logvars) if t is not None])
-    inputs = canonical(z, logvar, logits, means, logvars, dtype)
-    samples, (count, components, columns) = len(inputs[0]), means.shape
+        return clear(outputs)
+    dtype = compute_dtype((z, logvar, logits, means, logvars))
+    of_rows, parameters = outputs[:2], outputs[2:5]
+    data, all_of_mixture = present(of_rows), present(parameters)
+    # The kernel writes together what is of rows, and what is of the mixture.
+    of_rows = places(of_rows, (z, logvar)) if data else of_rows
+    dlogits, dmeans, dlogvars = places(parameters, (logits, means, logvars)) if all_of_mixture else parameters
+    tensors = canonical(z, logvar, logits, means, logvars, dtype)
+    samples, (count, components, columns) = len(tensors[0]), means.shape
     block, joint = blocks(*means.shape, dtype, form), None
     if columns > block["COLUMNS"]:
         joint = torch.empty((samples, count, components), dtype=dtype, device=z.device)
-        launch_fwd(*inputs, torch.empty_like(lp), joint, form)
-    rows = [by_sample(dlp, count), by_sample(lp, count), *inputs[:3], joint]
-    row_outputs = [by_sample(gradient, count) for gradient in row_gradients] + [None] * (2 - len(row_gradients))
+        launch_fwd(*tensors, torch.empty_like(lp), joint, form)
+    rows = [by_sample(dlp, count), by_sample(lp, count), *tensors[:3], joint]
+    row_outputs = [by_sample(gradient, count) for gradient in of_rows]
     separate = components > block["COMPONENTS"] and samples > 1
-    if data and (separate or not parameters):
+    if data and (separate or not all_of_mixture):
         settings = dict(each_sample=False, sum_columns=False, split=False)
-        launch_bwd(rows, row_outputs, inputs[3:], [None] * 3, form, **settings)
+        launch_bwd(rows, row_outputs, tensors[3:], [None] * 3, form, **settings)
         row_outputs = [None, None]
-    if not parameters:
-        return row_gradients
+    if not all_of_mixture:
+        return None
 
     # Logits that several rows share: one row per datum, or per row where neither all nor all samples share them.
-    weight_samples = len(inputs[2])
+    weight_samples = len(tensors[2])
     each_sample = weight_samples > 1
-    dlogits = gradients[0]
     direct_logits = len(logits) > 1 and (weight_samples in (1, samples))
-    if not direct_logits:
-        dlogits = torch.empty((samples if each_sample else 1, count, components), dtype=dtype, device=z.device)
+    if direct_logits:
+        of_logits = by_sample(dlogits, count)
     else:
-        dlogits = by_sample(dlogits, count)
+        of_logits = torch.empty((samples if each_sample else 1, count, components), dtype=dtype, device=z.device)
     # Log-variances that broadcast: their gradient for some of the data at a time, in full size, then summed.
     sum_columns = logvars is not None and logvars.shape[2] == 1 < columns <= block["COLUMNS"]
     full = (count, components, 1 if sum_columns else columns)
@@ -162,30 +164,24 @@ def bwd(
         part = slice(begin, begin + chunk)
         row_part = [None if t is None else t[:, part] for t in rows]
         output_part = [None if t is None else t[:, part] for t in row_outputs]
-        dmeans = gradients[1][part]
-        if logvars is None:
-            dlogvars = None
-        elif direct:
-            dlogvars = gradients[2]
-        else:
-            dlogvars = torch.empty((len(dmeans), *full[1:]), dtype=dtype, device=z.device)
-        outputs = [dlogits[:, part], dmeans, dlogvars]
+        some = dlogvars if direct else torch.empty((len(means[part]), *full[1:]), dtype=dtype, device=z.device)
         launch_bwd(
-            row_part, output_part, [None if t is None else t[part] for t in inputs[3:]], outputs, form,
+            row_part, output_part, [None if t is None else t[part] for t in tensors[3:]],
+            [of_logits[:, part], dmeans[part], some], form,
             each_sample=each_sample, sum_columns=sum_columns, split=separate,
         )  # fmt: skip
         if not direct:
-            summed = dlogvars.sum_to_size(1 if len(logvars) == 1 else len(dmeans), *logvars.shape[1:])
+            summed = some.sum_to_size(1 if len(logvars) == 1 else len(some), *logvars.shape[1:])
             if len(logvars) == 1:
                 total = summed if total is None else total + summed
             else:
-                gradients[2][part] = summed
+                dlogvars[part] = summed
     if total is not None:
-        gradients[2].copy_(total)
+        dlogvars.copy_(total)
     if not direct_logits:
-        gradients[0].copy_(
-            dlogits.sum((0, 1), keepdim=True)[0]
+        dlogits.copy_(
+            of_logits.sum((0, 1), keepdim=True)[0]
             if len(logits) == 1
-            else dlogits.unflatten(0, (-1, weight_samples)).sum(0).flatten(0, 1)
+            else of_logits.unflatten(0, (-1, weight_samples)).sum(0).flatten(0, 1)
         )
-    return row_gradients + gradients
+    return None

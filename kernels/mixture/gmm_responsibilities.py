@@ -15,10 +15,10 @@ def fwd(z, logits, means, logvars, scale_tril, precision):
     return joints.sub_(high[:, None]).sub_((lp - high).to(joints.dtype)[:, None])
 
 
-def bwd(dlog_r, log_r, z, logits, means, logvars, scale_tril, precision, data, parameters):
+def bwd(dlog_r, log_r, z, logits, means, logvars, scale_tril, dz, dlogits, dmeans, dlogvars, dscale_tril, precision):
     """As gmm_log_prob's bwd; the weights are dlog_r - exp(log_r) sum_k dlog_r."""
     if scale_tril is not None or means.shape[0] > 1:
         return NotImplemented
     log_r = log_r.contiguous()  # a hook on saved tensors may lay it out anew
-    total = dlog_r.sum(1, dtype=log_r.dtype)
-    return gradients((total, None, dlog_r, log_r), z, None, logits, means, logvars, "point", data, parameters)
+    given = (dlog_r.sum(1, dtype=log_r.dtype), None, dlog_r, log_r)
+    return gradients(given, (z, None, logits, means, logvars), (dz, None, dlogits, dmeans, dlogvars), "point")

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from fastkl.kernels._device import POSTERIOR, TRITON_DTYPE, exp, normals
 from fastkl.kernels._launch import launch
-from fastkl.kernels._layout import cdiv, compute_dtype
+from fastkl.kernels._layout import cdiv, compute_dtype, finish, present
 from fastkl.kernels.mixture import gmm_log_prob
 
 SAMPLES_BYTES = 32 << 20
@@ -116,7 +116,7 @@ def _samples(mu, logvar, seed, first, last, dtype, *, with_eps=False):
 def fwd(mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, precision, entropy, stl):
     """KL [R]; see fastkl.reference.kl_gmm."""
     mixture = (logits, means, logvars, scale_tril)
-    dtype = compute_dtype([t for t in (mu, logvar, *mixture) if t is not None])
+    dtype = compute_dtype((mu, logvar, *mixture))
     total = -0.5 * num_samples * (logvar.to(dtype) + math.log(2 * math.pi)).sum(-1)
     if entropy == "closed":
         total -= 0.5 * num_samples * mu.shape[1]
@@ -131,30 +131,35 @@ def fwd(mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, preci
     return total / num_samples
 
 
-def bwd(dkl, mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, precision, stl, data, parameters):
-    """Gradients of (mu, logvar) if `data`, of the mixture's tensors if `parameters`."""
-    mixture = [logits, means, logvars, scale_tril]
-    dtype = compute_dtype([t for t in (mu, logvar, *mixture) if t is not None])
-    chunks = _chunks(mu, num_samples, dtype)
+def bwd(
+    dkl, mu, logvar, seed, logits, means, logvars, scale_tril, dmu, dlogvar, dlogits, dmeans, dlogvars, dscale_tril,
+    num_samples, precision, stl,
+):  # fmt: skip
+    """Write the gradients of (mu, logvar) and of the mixture's tensors; None is not wanted."""
+    mixture, outputs = [logits, means, logvars, scale_tril], (dlogits, dmeans, dlogvars, dscale_tril)
+    dtype = compute_dtype((mu, logvar, *mixture))
+    chunks, sums = _chunks(mu, num_samples, dtype), outputs
     if len(chunks) > 1:  # sums over chunks are in the compute dtype
         mixture = [None if t is None else t.to(dtype) for t in mixture]
+        sums = [None if t is None else torch.zeros_like(t, dtype=dtype) for t in outputs]
+    data, block = present((dmu, dlogvar)), blocks(dtype)
     rows = [torch.empty(mu.shape, dtype=dtype, device=mu.device) for _ in range(2 if data else 0)]
-    sums: list[torch.Tensor] = []
-    block = blocks(dtype)
     for first, last in chunks:
         z = _samples(mu, logvar, seed, first, last, dtype)[0].flatten(0, 1)
         kept = gmm_log_prob.fwd(z, None, *mixture, "point", precision, 1)
         if kept is NotImplemented:
             return kept
         dlp = (dkl.to(dtype) / -num_samples).repeat(last - first)
-        found = gmm_log_prob.bwd(dlp, kept[1:], z, None, *mixture, "point", precision, data, parameters)
+        dz = torch.empty_like(z) if data else None
+        found = sums if len(chunks) == 1 else [None if t is None else torch.empty_like(t) for t in sums]
+        gmm_log_prob.bwd(dlp, kept[1], None, z, None, *mixture, dz, None, *found, "point", precision)
         if data:
             launch(
                 kl_gmm_samples_bwd_kernel, (cdiv(mu.numel(), block["BLOCK"]),),
-                dkl, found[0], logvar, seed, *rows, tuple(mu.shape), dkl.stride(0), logvar.stride(), first, last,
+                dkl, dz, logvar, seed, *rows, tuple(mu.shape), dkl.stride(0), logvar.stride(), first, last,
                 num_samples, STL=stl, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
             )  # fmt: skip
-        found = found[1 if data else 0 :]
-        sums = [a + b for a, b in zip(sums, found)] if sums else found
-    inputs = ([mu, logvar] if data else []) + ([t for t in (logits, means, logvars, scale_tril) if t is not None])
-    return [torch.empty_like(tensor).copy_(value) for tensor, value in zip(inputs, [*rows, *sums])]
+        if found is not sums:
+            sums = [None if a is None else a + b for a, b in zip(sums, found)]
+    finish((dmu, dlogvar, *outputs), [*(rows or (None, None)), *sums])
+    return None

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from fastkl.kernels._device import TRITON_DTYPE
 from fastkl.kernels._launch import launch
-from fastkl.kernels._layout import cdiv, compute_dtype
+from fastkl.kernels._layout import cdiv, compute_dtype, present
 from fastkl.kernels.mixture._bounds import blocks, joint_tiles
 from fastkl.kernels.mixture._bounds_gradient import by_components, by_rows
 from fastkl.kernels.mixture._mixture import load_rows, quads
@@ -61,7 +61,7 @@ def fwd(mu, logvar, logits, means, logvars, scale_tril, precision, keep):
     """[lower, upper], each [R], and with `keep` the two log-densities in float64."""
     if not fused(mu, logits, means, scale_tril, precision):
         return NotImplemented
-    dtype = compute_dtype([t for t in (mu, logvar, logits, means, logvars) if t is not None])
+    dtype = compute_dtype((mu, logvar, logits, means, logvars))
     (rows, columns), components, device = mu.shape, means.shape[1], mu.device
     mixture = prepare(logits, means, logvars, "bounds", dtype)
     odd = scattered(mu, logvar)
@@ -81,19 +81,23 @@ def fwd(mu, logvar, logits, means, logvars, scale_tril, precision, keep):
     return [*bounds, *lp] if keep else [*bounds]
 
 
-def bwd(dlower, dupper, kept, mu, logvar, logits, means, logvars, scale_tril, precision, data, parameters):
-    """Gradients of (mu, logvar) if `data`, of the mixture's tensors if `parameters`.
+def bwd(
+    dlower, dupper, lower_lp, lower_responsibilities, upper_lp, upper_responsibilities,
+    mu, logvar, logits, means, logvars, scale_tril, dmu, dlogvar, dlogits, dmeans, dlogvars, dscale_tril, precision,
+):  # fmt: skip
+    """Write the gradients of (mu, logvar) and of the mixture's tensors; None is not wanted.
 
     Those of the upper bound alone are cheaper by the mixture's kernels, which agree with these; those of the lower
     bound have a smaller range there.
     """
     if dlower is None or not fused(mu, logits, means, scale_tril, precision):
         return NotImplemented
-    dtype = compute_dtype([t for t in (mu, logvar, logits, means, logvars) if t is not None])
+    dtype = compute_dtype((mu, logvar, logits, means, logvars))
     dupper = torch.zeros_like(dlower) if dupper is None else dupper
-    kept = [lp.contiguous() for lp in kept]  # a hook on saved tensors may lay them out anew
+    kept = (lower_lp.contiguous(), upper_lp.contiguous())  # a hook on saved tensors may lay them out anew
     mixture, given = prepare(logits, means, logvars, "bounds", dtype), (dlower, dupper, *kept)
-    out = by_rows(given, mu, logvar, means.shape[1], mixture) if data else []
-    if parameters:
-        out += by_components(given, mu, logvar, logits, means, logvars, mixture)
-    return [tensor for tensor in out if tensor is not None]
+    if present((dmu, dlogvar)):
+        by_rows(given, mu, logvar, means.shape[1], mixture, (dmu, dlogvar))
+    if present((dlogits, dmeans, dlogvars)):
+        by_components(given, mu, logvar, logits, means, logvars, mixture, (dlogits, dmeans, dlogvars))
+    return None

@@ -10,7 +10,7 @@ import torch
 
 from fastkl import reference
 
-from gmm_helpers import check_parts, launch_and_differentiate
+from gmm_helpers import check_parts, launch_and_differentiate, written
 from helpers import DEVICE, launcher, leaf, poisoned_memory
 
 # (rows, components, columns): why
@@ -38,12 +38,13 @@ def draw(rows, components, columns, form="point", dtype=torch.float32, logits=1,
     ]
 
 
-def launch(tensors, weights, form, data=True, parameters=True, precision="tf32x3"):
+def launch(tensors, weights, form, wanted=None, precision="tf32x3"):
     with poisoned_memory():
-        inputs = (*(None if t is None else t.detach() for t in tensors), None, form, precision)
-        value = launcher("gmm_dot.fwd")(*inputs)
-        dlp = weights.to(reference.compute_dtype(*inputs[:5]))
-        return [value.to(dlp.dtype), *launcher("gmm_dot.bwd")(dlp, value, *inputs, data, parameters)]
+        inputs = (*(None if t is None else t.detach() for t in tensors), None)
+        value = launcher("gmm_dot.fwd")(*inputs, form, precision)
+        dlp = weights.to(reference.compute_dtype(*inputs))
+        gradients = written(launcher("gmm_dot.bwd"), dlp, value, inputs, form, precision, wanted)
+        return [value.to(dlp.dtype), *gradients]
 
 
 def check(tensors, form, precision="tf32x3"):
@@ -87,7 +88,7 @@ def test_blocks_of_rows(bytes_, monkeypatch):
 
 
 def test_several_splits_of_the_rows_and_of_the_components(monkeypatch):
-    import fastkl.kernels.mixture.gmm_dot as kernels
+    import fastkl.kernels.mixture._products as kernels
 
     for programs in (1, 3):
         monkeypatch.setattr(kernels, "PROGRAMS", programs)
@@ -108,7 +109,7 @@ def test_zero_weights_a_common_shift_and_strides():
         torch.testing.assert_close(rest, shift, rtol=1e-4, atol=1e-4)
 
 
-def test_only_what_is_asked_for():
+def test_a_gradient_asked_for_alone_has_the_same_bits():
     check_parts(launch, draw(9, 3, 5, "expected"))
 
 
@@ -122,11 +123,11 @@ def aot_calls():
     calls = {}
 
     def add(name, shape, form="point", dtype=torch.float32, precision="tf32x3", forward=False):
-        inputs = (*(None if t is None else t.detach() for t in draw(*shape, form, dtype=dtype)), None, form, precision)
+        inputs = (*(None if t is None else t.detach() for t in draw(*shape, form, dtype=dtype)), None)
         row = torch.zeros(shape[0])
         if forward:  # its only kernel is one of backward's without the weights
-            calls[f"{name} fwd"] = lambda: fwd(*inputs)
-        calls[f"{name} bwd"] = lambda: bwd(row, row.double(), *inputs, True, True)
+            calls[f"{name} fwd"] = lambda: fwd(*inputs, form, precision)
+        calls[f"{name} bwd"] = lambda: bwd(row, row.double(), inputs, inputs, form, precision)
 
     add("core aligned", (128, 128, 64), forward=True)
     add("expected bfloat16", (128, 128, 64), "expected", torch.bfloat16, forward=True)

@@ -6,7 +6,7 @@ import torch
 import fastkl
 from fastkl import reference
 
-from gmm_helpers import check_launch, check_parts
+from gmm_helpers import check_launch, check_parts, written
 from helpers import DEVICE, DTYPES, launcher, leaf, poisoned_memory
 
 # (rows, components, columns): why
@@ -37,12 +37,13 @@ def draw(rows, components, columns, form="point", dtype=torch.float32, logits=1)
     return [None if value is None else leaf(value.to(dtype)) for value in values]
 
 
-def launch(tensors, weights, form, data=True, parameters=True, precision="exact"):
+def launch(tensors, weights, form, wanted=None, precision="exact"):
     with poisoned_memory():
         z, logvar, logits, means, scale = (None if t is None else t.detach() for t in tensors)
-        inputs = (z, logvar, logits, means, None, scale, form, precision)
-        value = launcher("gmm_full.fwd")(*inputs)
-        return [value, *launcher("gmm_full.bwd")(weights.to(value.dtype), value, *inputs, data, parameters)]
+        inputs, places = (z, logvar, logits, means, None, scale), wanted and {5 if i == 4 else i for i in wanted}
+        value = launcher("gmm_full.fwd")(*inputs, form, precision)
+        dlp = weights.to(value.dtype)
+        return [value, *written(launcher("gmm_full.bwd"), dlp, value, inputs, form, precision, places)]
 
 
 def check(tensors, form):
@@ -95,7 +96,7 @@ def test_zero_weights_far_rows_ill_conditioned_and_strided():
         torch.testing.assert_close(got, expected)
 
 
-def test_only_what_is_asked_for():
+def test_a_gradient_asked_for_alone_has_the_same_bits():
     check_parts(launch, draw(9, 3, 5, "expected"))
 
 
@@ -107,9 +108,10 @@ def test_empty(shape):
 def test_what_has_no_kernel_is_refused():
     z, logvar, logits, means, scale = draw(4, 2, 3, "convolved")
     for m, form in ((means, "convolved"), (means.expand(4, -1, -1), "point")):
-        inputs = (z, logvar, logits, m, None, scale, form, "exact")
-        assert launcher("gmm_log_prob.fwd")(*inputs, 1) is NotImplemented
-        assert launcher("gmm_log_prob.bwd")(z[:, 0], [z[:, 0]], *inputs, True, True) is NotImplemented
+        inputs, settings = (z, logvar, logits, m, None, scale), (form, "exact")
+        assert launcher("gmm_log_prob.fwd")(*inputs, *settings, 1) is NotImplemented
+        refused = launcher("gmm_log_prob.bwd")(z[:, 0], z[:, 0], None, *inputs, *inputs, *settings)
+        assert refused is NotImplemented
 
 
 def test_float64_has_no_kernel_where_dot_takes_none(monkeypatch):
@@ -128,9 +130,9 @@ def aot_calls():
 
     def add(name, shape, form="point", dtype=torch.float32, precision="exact"):
         z, logvar, logits, means, scale = (None if t is None else t.detach() for t in draw(*shape, form, dtype=dtype))
-        inputs = (z, logvar, logits, means, None, scale, form, precision)
+        inputs = (z, logvar, logits, means, None, scale)
         row = torch.zeros(len(z), dtype=reference.compute_dtype(z))
-        calls[name] = lambda: bwd(row, row.double(), *inputs, True, True)  # launches all that fwd does
+        calls[name] = lambda: bwd(row, row.double(), inputs, inputs, form, precision)  # launches all that fwd does
 
     add("core exact", (128, 3, 64))  # gfx942's 512 threads load 8 bytes each
     add("aligned tf32x3", (128, 3, 64), precision="tf32x3")

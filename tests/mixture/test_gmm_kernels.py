@@ -8,9 +8,10 @@ import torch
 
 from fastkl import reference
 
-from helpers import DEVICE, assert_as_good_as_eager, launcher, poisoned_memory
+from gmm_helpers import outputs
+from helpers import DEVICE, launcher
+from shared_mixture import FORMS, check_log_prob, draw, joint
 
-FORMS = ("point", "expected", "convolved")
 # (rows, components, columns): why
 SHAPES = [
     (5, 3, 8),  # less than a tile of everything
@@ -21,72 +22,6 @@ SHAPES = [
     (5, 3, 35),  # many columns: two blocks of prepared parameters
     (4, 3, 0),  # no columns: the normaliser and the gradient of logits still have to cancel
 ]
-SHARED = {"diagonal": lambda k, d: (1, k, d), "spherical": lambda k, d: (1, k, 1), "tied": lambda k, d: (1, 1, d)}
-
-
-def draw(rows, components, columns, *, form="point", logit_rows=1, spread="diagonal", dtype=torch.float32, offset=0.0):
-    """(z, logvar, logits, means, logvars) on the device, in the launchers' canonical shapes."""
-    generator = torch.Generator().manual_seed(rows + components + columns)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    z, means = normal(rows, columns) + offset, normal(1, components, columns) + offset
-    logvar = None if form == "point" else 0.5 * normal(rows, columns) - 1
-    logvars = None if spread is None else 0.5 * normal(*SHARED[spread](components, columns))
-    tensors = (z, logvar, normal(logit_rows, components), means, logvars)
-    return [None if t is None else t.to(DEVICE, dtype) for t in tensors]
-
-
-def joint(tensors, form, dtype=torch.float64):
-    """The definition in `dtype` (as eager PyTorch would evaluate it), on leaves: (leaves, [R, K])."""
-    leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
-    z, logvar, logits, means, logvars = leaves
-    own = logits.repeat(z.shape[0] // logits.shape[0], 1) if logits.shape[0] > 1 else logits[0]
-    logvars = None if logvars is None else logvars[0]
-    return leaves, reference.gmm_joint_log_prob(z, own, means[0], logvars, logvar=logvar, form=form)
-
-
-def gradients(value, cotangent, leaves):
-    leaves = [leaf for leaf in leaves if leaf is not None]
-    return [value.detach(), *torch.autograd.grad((value * cotangent.to(value.dtype)).sum(), leaves)]
-
-
-def compare(actual, tensors, function, cotangent, form, units):
-    """The error against the float64 definition is at most that of the definition in the compute dtype, plus rounding.
-
-    A last place of the log-density, which is what forward saves, is a relative error of every weight.
-    """
-    dtype = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-    exact, eager = [], []
-    for results, precision in ((exact, torch.float64), (eager, dtype)):
-        leaves, values = joint(tensors, form, precision)
-        results += gradients(function(values), cotangent, leaves)
-    size = torch.finfo(dtype).eps * (2 + exact[0].abs().amax().item() if exact[0].numel() else 0)
-    for got, naive, truth in zip(actual, eager, exact, strict=True):
-        # Terms of a sum cancel: rounding is relative to the largest term, not to the result.
-        scale = max(1.0, truth.abs().max().item()) if truth.numel() else 1.0  # 1: terms of the weights' size
-        allowed = units + size / torch.finfo(got.dtype).eps
-        assert_as_good_as_eager(got, naive, truth, units=allowed, scale=scale)
-
-
-def check_log_prob(tensors, form="point", dlp=None, units=8.0, separately=False):
-    fwd, bwd = launcher("gmm_log_prob.fwd"), launcher("gmm_log_prob.bwd")
-    z, logvar, logits, means, logvars = tensors
-    arguments = (z, logvar, logits, means, logvars, None, form, "exact")
-    with poisoned_memory():
-        lp, kept = fwd(*arguments, 1)
-        assert torch.equal(kept.to(lp.dtype), lp)
-        dlp = torch.linspace(-1, 2, z.shape[0], dtype=lp.dtype, device=lp.device) if dlp is None else dlp
-        everything = bwd(dlp, [kept], *arguments, True, True)
-        if separately:
-            parts = [*bwd(dlp, [kept], *arguments, True, False), *bwd(dlp, [kept], *arguments, False, True)]
-            # Logits of their own make the kernel by rows another one, which rounds otherwise.
-            close = 0.0 if logits.shape[0] == 1 else 1e-6
-            torch.testing.assert_close(everything, parts, rtol=close, atol=close)
-    assert [g.dtype for g in everything] == [t.dtype for t in tensors if t is not None]
-    compare([lp, *everything], tensors, lambda values: values.logsumexp(-1), dlp, form, units)
-    return lp, everything
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -118,7 +53,7 @@ def test_more_components_for_each_program(monkeypatch):
 
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_parts_are_added_up_in_several_blocks(form, monkeypatch):
-    kernels = importlib.import_module("fastkl.kernels.mixture._mixture_gradient")
+    kernels = importlib.import_module("fastkl.kernels.mixture._mixture_components")
     monkeypatch.setitem(kernels.FINISH, "COMPONENTS", 2)
     monkeypatch.setitem(kernels.FINISH, "COLUMNS", 2)
     check_log_prob(draw(520, 3, 3, form=form), form)
@@ -228,59 +163,24 @@ def test_a_common_shift_changes_next_to_nothing():
     torch.testing.assert_close(at_rest, shifted, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("logit_rows", [1, 36, 18])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_responsibilities(dtype, logit_rows):
-    fwd, bwd = launcher("gmm_responsibilities.fwd"), launcher("gmm_responsibilities.bwd")
-    tensors = draw(36, 20, 3, dtype=dtype, logit_rows=logit_rows)
-    z, _, logits, means, logvars = tensors
-    arguments = (z, logits, means, logvars, None, "exact")
-    with poisoned_memory():
-        log_r = fwd(*arguments)
-        dlog_r = torch.randn(20, 36, dtype=log_r.dtype, generator=torch.Generator().manual_seed(1)).to(DEVICE).t()
-        gradients = [*bwd(dlog_r, log_r, *arguments, True, False), *bwd(dlog_r, log_r, *arguments, False, True)]
-    units = 2.0 if dtype.itemsize == 2 else 8.0
-    compare([log_r, *gradients], tensors, lambda values: values.log_softmax(-1), dlog_r, "point", units)
-
-
-@pytest.mark.parametrize("spread", ["diagonal", "spherical", None])
-def test_moments(spread):
-    fwd = launcher("gmm_moments.fwd")
-    tensors = draw(100, 20, 3, spread=spread)
-    z, _, logits, means, logvars = tensors
-    with poisoned_memory():
-        actual = fwd(z, logits, means, logvars, None)
-        empty = fwd(z[:0], logits, means, logvars, None)
-    assert [t.shape for t in empty] == [(0,), (20,), (20, 3), (20, 3)]
-    assert all((t == 0).all() for t in empty)
-    results = []
-    for dtype in (torch.float64, torch.float32):
-        values = joint(tensors, "point", dtype)[1].detach()
-        difference = z.to(dtype)[:, None] - means.to(dtype)
-        weight = values.softmax(-1)[..., None]
-        sums = [(weight * difference**i).sum(0) for i in range(3)]
-        results.append([values.logsumexp(-1), sums[0][:, 0], *sums[1:]])
-    for got, naive, truth in zip(actual, results[1], results[0], strict=True):
-        assert_as_good_as_eager(got, naive, truth, units=8.0, scale=truth.abs().max())
-
-
 def aot_calls():
     log_prob, responsibilities = launcher("gmm_log_prob.fwd"), launcher("gmm_responsibilities.fwd")
     moments, dlog_prob = launcher("gmm_moments.fwd"), launcher("gmm_log_prob.bwd")
     dresponsibilities = launcher("gmm_responsibilities.bwd")
     calls = {}
 
-    def add(name, rows, components, columns, form="point", dtype=torch.float32, logit_rows=1):
+    def add(name, rows, components, columns, form="point", dtype=torch.float32, logit_rows=1, wanted=None):
         z, means = torch.empty(rows, columns, dtype=dtype), torch.empty(1, components, columns, dtype=dtype)
         logits, logvar = torch.empty(logit_rows, components, dtype=dtype), None if form == "point" else z
-        settings = (z, logvar, logits, means, means, None, form, "exact")
+        inputs = (z, logvar, logits, means, means, None)
         dlp, lp = torch.empty(rows, dtype=reference.compute_dtype(z)), torch.empty(rows, dtype=torch.float64)
         few = "few rows" in name  # where only the kernel by rows is another
-        if not few:
-            calls[f"{name} {form} fwd"] = lambda: log_prob(*settings, 1)
+        if not few and wanted is None:
+            calls[f"{name} {form} fwd"] = lambda: log_prob(*inputs, form, "exact", 1)
         # Sums over rows read z by fewer bytes: a whole tile of four columns has less than 16 bytes for each thread.
+        own = outputs(inputs, {0, 1} if few else wanted)
         calls[f"{name.replace('aligned', 'whole rows')} {form} bwd"] = lambda: dlog_prob(
-            dlp, [lp], *settings, True, not few
+            dlp, lp, None, *inputs, *own, form, "exact"
         )
 
     many, few = 70000, 4096  # rows; fewer than 32768 choose the tiles in which warps share sums
@@ -295,6 +195,9 @@ def aot_calls():
     add("logits per row", many, 512, 64, logit_rows=many)
     add("float64, logits per row", many, 512, 64, "convolved", torch.float64, many)
     add("bfloat16", many, 512, 64, dtype=torch.bfloat16)
+    for form in FORMS:
+        add("aligned, means alone", many, 512, 64, form, wanted={3})
+    add("logits of each row alone", many, 512, 64, "expected", logit_rows=many, wanted={2})
     add("odd", many, 37, 37, "expected", torch.float16)
     add("small", 33, 20, 7)
     add("aligned, many components", few, 65536, 8)
@@ -307,10 +210,10 @@ def aot_calls():
 
     z, logits, means = torch.empty(few, 64), torch.empty(1, 512), torch.empty(1, 512, 64)
     for name, own in (("", logits), (", logits per row", torch.empty(few, 512))):
-        settings, log_r = (z, own, means, means, None, "exact"), torch.empty(few, 512)
-        calls[f"responsibilities{name} fwd"] = lambda settings=settings: responsibilities(*settings)
-        calls[f"responsibilities{name} bwd"] = lambda settings=settings, log_r=log_r: dresponsibilities(
-            log_r, log_r, *settings, True, True
+        inputs, log_r = (z, own, means, means, None), torch.empty(few, 512)
+        calls[f"responsibilities{name} fwd"] = lambda inputs=inputs: responsibilities(*inputs, "exact")
+        calls[f"responsibilities{name} bwd"] = lambda inputs=inputs, log_r=log_r: dresponsibilities(
+            log_r, log_r, *inputs, *inputs, "exact"
         )
     calls["moments"] = lambda: moments(z, logits, means, means, None)
     return calls

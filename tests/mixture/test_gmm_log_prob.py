@@ -9,10 +9,11 @@ from torch import distributions
 
 import fastkl
 from fastkl import reference
-from fastkl.ops.mixture import _gmm
+from fastkl.ops.mixture import _at_once
+from fastkl.ops.mixture.gmm_log_prob import gmm_log_prob_bwd, gmm_log_prob_fwd
 
-from gmm_helpers import BACKENDS, draw, gradients, ordinary, triangles
-from helpers import DEVICE, Package, implementation, leaf
+from gmm_helpers import BACKENDS, draw, gradients, ordinary, outputs, triangles
+from helpers import DEVICE, Package, implementation, leaf, poisoned_memory
 
 special = Package("scipy.special")
 stats = Package("scipy.stats")
@@ -82,7 +83,7 @@ def test_scikit_learn_scores(covariance):
 @pytest.mark.parametrize("backend", [*BACKENDS, "torch, in blocks"])
 def test_a_component_of_weight_zero_is_not_there(monkeypatch, backend):
     if "blocks" in backend:
-        monkeypatch.setattr(_gmm, "SMALL", 0)
+        monkeypatch.setattr(_at_once, "SMALL", 0)
         backend = "torch"
     z, logits, means, logvars = draw(N, D), draw(K, seed=1), draw(K, D, seed=2), draw(K, D, seed=3)
     without = [tensor[[0, 1, 3, 4]] for tensor in (logits, means, logvars)]
@@ -165,7 +166,7 @@ def test_gradients_of_weights_within_the_softmax():
 @pytest.mark.parametrize("components", [1, K])
 def test_a_point_infinitely_far_away(monkeypatch, small, components):
     """ln p = -inf, by expansion and by differences; NaN stays NaN, and other rows are unaffected."""
-    monkeypatch.setattr(_gmm, "SMALL", _gmm.SMALL if small else 0)
+    monkeypatch.setattr(_at_once, "SMALL", _at_once.SMALL if small else 0)
     z, logits, means = draw(N, D), draw(components, seed=1), draw(components, D, seed=2)
     expected = fastkl.gmm_log_prob(z, logits, means)
     infinity = float("inf")
@@ -186,19 +187,21 @@ def test_a_point_infinitely_far_away_in_the_kernels(form, components):
     z[0, 1], z[2], z[4, 0] = float("inf"), -float("inf"), math.nan
     logvar = None if form == "point" else draw(N, D, seed=3)
     with implementation("triton"):
-        (actual,) = _gmm.gmm_log_prob_fwd(z, logvar, logits, means, None, None, form, "exact", 0)
+        (actual,) = gmm_log_prob_fwd(z, logvar, logits, means, None, None, form, "exact", 0)
     assert (actual[[0, 2]] == -float("inf")).all()
     assert actual[4].isnan()
     assert actual[[1, 3, *range(5, N)]].isfinite().all()
 
 
 @pytest.mark.parametrize("small", [True, False])
-def test_only_the_gradients_asked_for(monkeypatch, small):
-    monkeypatch.setattr(_gmm, "SMALL", _gmm.SMALL if small else 0)
-    mixture = (draw(1, K), draw(1, K, D), draw(1, K, D), None)
-    settings = (draw(N, D), None, *mixture, "point", "exact")
-    dlp, *kept = _gmm.gmm_log_prob_fwd(*settings, 1)
-    for data in (False, True):
-        for parameters in (False, True):
-            found = _gmm.gmm_log_prob_bwd(dlp, kept, *settings, data, parameters)
-            assert len(found) == data + 3 * parameters
+def test_a_gradient_asked_for_alone_is_the_one_among_all(monkeypatch, small):
+    monkeypatch.setattr(_at_once, "SMALL", _at_once.SMALL if small else 0)
+    inputs, settings = (draw(N, D), None, draw(1, K), draw(1, K, D), draw(1, K, D), None), ("point", "exact")
+    dlp, lp = gmm_log_prob_fwd(*inputs, *settings, 1)
+    with poisoned_memory():
+        everything = outputs(inputs)
+        gmm_log_prob_bwd(dlp, lp, None, *inputs, *everything, *settings)
+        for place in (0, 2, 3, 4):
+            alone = outputs(inputs, {place})
+            gmm_log_prob_bwd(dlp, lp, None, *inputs, *alone, *settings)
+            assert torch.equal(alone[place], everything[place])

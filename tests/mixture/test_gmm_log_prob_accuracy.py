@@ -6,7 +6,8 @@ import torch
 
 import fastkl
 from fastkl import reference
-from fastkl.ops.mixture import _gmm, _mixture
+from fastkl.ops.mixture import _at_once, _sweep
+from fastkl.ops.mixture._mixture import Mixture
 
 from gmm_helpers import BACKENDS, MIB, draw, gradients, ordinary
 from helpers import DEVICE, assert_as_good_as_eager, implementation, leaf, peak_bytes
@@ -33,7 +34,7 @@ def narrow(distance, sigma):
 @pytest.mark.parametrize("small", [True, False])
 def test_as_exact_as_differences(monkeypatch, name, dtype, small):
     """The contract of every op holds for the CPU's expansion: no worse than broadcasting in the same dtype."""
-    monkeypatch.setattr(_gmm, "SMALL", _gmm.SMALL if small else 0)
+    monkeypatch.setattr(_at_once, "SMALL", _at_once.SMALL if small else 0)
     inputs = [tensor.to(dtype) for tensor in EXTREMES[name]()]
     expected, dexpected = gradients(reference.gmm_log_prob, *(tensor.double() for tensor in inputs))
     eager, deager = gradients(reference.gmm_log_prob, *inputs)
@@ -60,7 +61,7 @@ def test_narrow_and_distant_within_a_ten_thousandth_nat(backend):
 @pytest.mark.skipif(DEVICE != "cpu", reason="the closed form's expansion")
 def test_the_float32_expansion_is_worse_by_far(monkeypatch):
     """Known defect of |z|^2 - 2 z m + |m|^2 in float32, which precision="tf32x3" and "tf32" allow."""
-    monkeypatch.setattr(_gmm, "SMALL", 0)  # tensors that are made at once have no expansion
+    monkeypatch.setattr(_at_once, "SMALL", 0)  # tensors that are made at once have no expansion
     inputs = [tensor.float() for tensor in narrow(10.0, 0.1)]
     expected = reference.gmm_log_prob(*(tensor.double() for tensor in inputs))
     error = {
@@ -115,7 +116,7 @@ def test_memory_is_bounded_whatever_the_sizes(size):
     results = sum(tensor.nbytes for tensor in inputs)
     used = peak_bytes(lambda: torch.autograd.grad(fastkl.gmm_log_prob(*inputs).sum(), inputs))
     assert used < results + 32 * MIB + 64 * n
-    assert _mixture.keep_for(inputs[0], inputs[1][None], torch.float32) == 1 + SIZES[size]
+    assert _sweep.keep_for(inputs[:1], Mixture(*(t[None] for t in inputs[1:]), None)) == 1 + SIZES[size]
     used = peak_bytes(
         lambda: fastkl.kl_gmm(*(inputs[0].detach(),) * 2, *(t.detach() for t in inputs[1:]), num_samples=3)
     )
@@ -131,9 +132,9 @@ def test_slices_and_blocks_change_nothing(monkeypatch, op, samples, limit):
         shapes = [(samples, 40, 4), (40, 6), (40, 6, 4), (40, 6, 4)]
         inputs = [draw(*shape, seed=seed, dtype=torch.float32) for seed, shape in enumerate(shapes)]
     expected = gradients(op, *inputs)
-    monkeypatch.setattr(_gmm, "SMALL", 0)
+    monkeypatch.setattr(_at_once, "SMALL", 0)
     torch.testing.assert_close(gradients(op, *inputs), expected, rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(_mixture, limit, 1000 if samples else 4000)
+    monkeypatch.setattr(_sweep, limit, 1000 if samples else 4000)
     monkeypatch.setattr("fastkl.ops.mixture._expansion.PRODUCT_BYTES", 8000)
-    monkeypatch.setattr("fastkl.ops.mixture._components.DIFFERENCES_BYTES", 8000)
+    monkeypatch.setattr("fastkl.ops.mixture._differences.DIFFERENCES_BYTES", 8000)
     torch.testing.assert_close(gradients(op, *inputs), expected, rtol=1e-4, atol=1e-4)

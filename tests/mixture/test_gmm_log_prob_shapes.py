@@ -5,7 +5,7 @@ import torch
 
 import fastkl
 from fastkl import reference
-from fastkl.ops.mixture import _mixture_arguments as arguments
+from fastkl.ops.mixture._canonical import canonical
 
 from gmm_helpers import BACKENDS, MIB, draw, gradients, triangles
 from helpers import DEVICE, implementation, leaf, peak_bytes
@@ -113,9 +113,9 @@ def test_components_along_an_outer_dimension_are_not_copied(op, expanded):
 
 def test_weights_are_copied_where_rows_are_larger():
     z, means = draw(N, 4, 50), draw(K, 50, seed=1)
-    (rows,), _, restore = arguments.arranged({"z": z}, draw(N, 1, K), means, None, None)
-    assert rows.data_ptr() == z.data_ptr()
-    assert restore(rows).shape == z.shape
+    found = canonical({"z": z}, draw(N, 1, K), means, None, None)
+    assert found.rows[0].data_ptr() == z.data_ptr()
+    assert found.restore(found.rows[0]).shape == z.shape
 
 
 def test_leaf_expanded_along_an_inner_dimension():

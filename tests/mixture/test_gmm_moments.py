@@ -5,7 +5,7 @@ import torch
 
 import fastkl
 from fastkl import reference
-from fastkl.ops.mixture import _gmm
+from fastkl.ops.mixture import _at_once
 
 from gmm_helpers import BACKENDS, draw, ordinary, triangles
 from helpers import DTYPES, implementation
@@ -13,7 +13,7 @@ from helpers import DTYPES, implementation
 
 @pytest.mark.parametrize("small", [True, False])
 def test_moments_are_one_step_of_em(monkeypatch, small):
-    monkeypatch.setattr(_gmm, "SMALL", _gmm.SMALL if small else 0)
+    monkeypatch.setattr(_at_once, "SMALL", _at_once.SMALL if small else 0)
     z, logits, means, logvars = ordinary()
     found = fastkl.gmm_moments(z.view(4, 10, 16), logits, means, logvars)
     r = reference.gmm_responsibilities(z, logits, means, logvars).exp()
@@ -34,7 +34,7 @@ def test_moments_are_one_step_of_em(monkeypatch, small):
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("small", [True, False])
 def test_no_rows_are_sums_of_nothing(monkeypatch, backend, full, small):
-    monkeypatch.setattr(_gmm, "SMALL", _gmm.SMALL if small else 0)
+    monkeypatch.setattr(_at_once, "SMALL", _at_once.SMALL if small else 0)
     for batch in ((0,), (0, 3), (3, 0)):
         with implementation(backend):
             spread = {"scale_tril": triangles(5, size=2)} if full else {"logvars": draw(5, 2)}
@@ -81,7 +81,7 @@ def test_no_gradient():
 @pytest.mark.parametrize("small", [True, False])
 def test_dtypes(monkeypatch, small):
     """The sums of shared weights are taken in float64; what is returned is in the compute dtype."""
-    monkeypatch.setattr(_gmm, "SMALL", _gmm.SMALL if small else 0)
+    monkeypatch.setattr(_at_once, "SMALL", _at_once.SMALL if small else 0)
     for dtype in DTYPES:
         found = fastkl.gmm_moments(*(tensor.to(dtype) for tensor in ordinary()))
         assert {part.dtype for part in found} == {torch.promote_types(dtype, torch.float32)}

@@ -7,7 +7,7 @@ import torch
 
 from fastkl import reference
 
-from gmm_helpers import check_launch, check_parts
+from gmm_helpers import check_launch, check_parts, written
 from helpers import DEVICE, DTYPES, launcher, leaf, poisoned_memory
 
 FORMS = ("point", "expected", "convolved")
@@ -45,12 +45,12 @@ def draw(
     ]
 
 
-def launch(tensors, weights, form, data=True, parameters=True):
+def launch(tensors, weights, form, wanted=None):
     with poisoned_memory():
-        fixed = [None if t is None else t.detach() for t in tensors]
-        value = launcher("gmm_per_datum.fwd")(*fixed, None, form, "exact")
-        dlp = weights.to(reference.compute_dtype(*fixed))
-        gradients = launcher("gmm_per_datum.bwd")(dlp, value, *fixed, None, form, "exact", data, parameters)
+        inputs = (*(None if t is None else t.detach() for t in tensors), None)
+        value = launcher("gmm_per_datum.fwd")(*inputs, form, "exact")
+        dlp = weights.to(reference.compute_dtype(*inputs))
+        gradients = written(launcher("gmm_per_datum.bwd"), dlp, value, inputs, form, "exact", wanted)
         return [value.to(dlp.dtype), *gradients]
 
 
@@ -118,7 +118,7 @@ def test_strided_inputs_and_gradients():
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_only_what_is_asked_for():
+def test_a_gradient_asked_for_alone_has_the_same_bits():
     for shape in ((1, 3, 4, 8), (2, 2, 9, 33)):
         check_parts(launch, draw(*shape, "expected"))
 
@@ -136,7 +136,8 @@ def aot_calls():
         tensors = [None if t is None else t.detach() for t in draw(*shape, form, dtype=dtype, **settings)]
         rows = torch.empty(shape[0] * shape[1], dtype=reference.compute_dtype(tensors[0]))
         calls[f"{name} fwd"] = lambda: fwd(*tensors, None, form, "exact")
-        calls[f"{name} bwd"] = lambda: bwd(rows, rows.double(), *tensors, None, form, "exact", True, True)
+        inputs = (*tensors, None)
+        calls[f"{name} bwd"] = lambda: bwd(rows, rows.double(), inputs, inputs, form, "exact")
 
     add("core aligned point", (1, 64, 16, 64))
     add("expected bfloat16", (1, 64, 16, 64), "expected", torch.bfloat16)

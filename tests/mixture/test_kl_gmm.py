@@ -207,7 +207,7 @@ def test_memory_does_not_depend_on_the_samples():
 def test_blocks_of_rows_draw_the_same_noise(monkeypatch):
     inputs = posterior_and_mixture(50, d=7)  # 7 a row: blocks begin inside a Philox call
     expected = fastkl.kl_gmm(*inputs, num_samples=3, seed=4)
-    monkeypatch.setattr("fastkl.ops.mixture._gmm_samples.SAMPLES_BYTES", 7 * 8 * 5)
+    monkeypatch.setattr("fastkl.ops.mixture._kl_samples.SAMPLES_BYTES", 7 * 8 * 5)
     torch.testing.assert_close(fastkl.kl_gmm(*inputs, num_samples=3, seed=4), expected)
 
 
@@ -220,7 +220,7 @@ def aot_calls():
         wide = reference.compute_dtype(mu)
         mixture, dkl = (torch.zeros(1, 8, dtype=dtype), means, None, None), torch.zeros(64, dtype=wide)
         calls[f"{name} samples"] = lambda: samples(mu, mu, seed, 0, 2, wide, with_eps=True)
-        settings = (dkl, mu, mu, seed, *mixture, 2, "exact", stl, True, False)
+        settings = (dkl, mu, mu, seed, *mixture, mu, mu, *[None] * 4, 2, "exact", stl)
         # The mixture's own kernels, too, which do not all move 16 bytes.
         calls[f"{name.replace('aligned', 'gradients')} bwd"] = lambda: bwd(*settings)
 

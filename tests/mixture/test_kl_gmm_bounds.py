@@ -9,6 +9,7 @@ import torch
 import fastkl
 from fastkl import reference
 
+from gmm_helpers import outputs
 from helpers import DEVICE, assert_as_good_as_eager, implementation, launcher, leaf
 
 # (rows, components, columns): why
@@ -244,14 +245,15 @@ def aot_calls():
 
     def add(name, rows, components, columns, dtype=torch.float32, spread=True):
         mu, means = torch.empty(rows, columns, dtype=dtype), torch.empty(1, components, columns, dtype=dtype)
-        settings = (mu, mu, torch.empty(1, components, dtype=dtype), means, means if spread else None, None, "exact")
+        inputs = (mu, mu, torch.empty(1, components, dtype=dtype), means, means if spread else None, None)
         gradient, lp = torch.empty(rows, dtype=reference.compute_dtype(mu)), torch.empty(rows, dtype=torch.float64)
         few = "few rows" in name  # where only the kernel by rows is another
         if not few:
-            calls[f"{name} fwd"] = lambda: fwd(*settings, 1)
+            calls[f"{name} fwd"] = lambda: fwd(*inputs, "exact", 1)
+        own = outputs(inputs, {0, 1} if few else None)
         # Sums over rows read mu by fewer bytes: a whole tile of four columns has less than 16 bytes for each thread.
         calls[f"{name.replace('aligned', 'whole rows')} bwd"] = lambda: bwd(
-            gradient, gradient, [lp, lp], *settings, True, not few
+            gradient, gradient, lp, None, lp, None, *inputs, *own, "exact"
         )
 
     many, few = 70000, 4096  # rows; fewer than 32768 choose the tiles in which warps share sums

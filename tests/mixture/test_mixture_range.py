@@ -69,7 +69,7 @@ def check(way, case, form, per_datum, small=True):
         tensors[3:] = [tensor.expand(4, 3, 2) for tensor in tensors[3:]]
     weight = weight.to(DEVICE)
     exact, tensors = [leaf(t.double()) for t in tensors], [leaf(t.clone()) for t in tensors]
-    with implementation(way), mock.patch("fastkl.ops.mixture._gmm.SMALL", 1 << 17 if small else 0):
+    with implementation(way), mock.patch("fastkl.ops.mixture._at_once.SMALL", 1 << 17 if small else 0):
         found = ours(form, *tensors)
         gradients = torch.autograd.grad(found, tensors, weight, allow_unused=True)
     value = truth(form, *exact)
@@ -104,7 +104,7 @@ def test_responsibilities_of_weight_zero_have_no_gradient(per_datum, small):
     (z, _, logits, means, logvars), weight = inputs_of("far row")
     means, logvars = (t.expand(4, 3, 2) if per_datum else t for t in (means, logvars))
     tensors = [leaf(t.clone()) for t in (z, logits, means, logvars)]
-    with implementation("torch"), mock.patch("fastkl.ops.mixture._gmm.SMALL", 1 << 17 if small else 0):
+    with implementation("torch"), mock.patch("fastkl.ops.mixture._at_once.SMALL", 1 << 17 if small else 0):
         found = fastkl.gmm_responsibilities(*tensors)
         incoming = weight.to(DEVICE).unsqueeze(1) * torch.tensor([1.0, -2.0, 0.5], device=DEVICE)
         gradients = torch.autograd.grad(found, tensors, incoming)

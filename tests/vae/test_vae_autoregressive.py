@@ -68,7 +68,7 @@ def test_normal_likelihood_is_a_density():
     """Integrated over a grid; of two values, so that the second is conditional on the first."""
     vae = made((2,), likelihood="normal")
     with torch.no_grad():
-        vae.logvar.copy_(torch.tensor([-1.0, 0.5]))
+        vae.observation.logvar.copy_(torch.tensor([-1.0, 0.5]))
     axis = torch.linspace(-15, 15, 601)
     log_prob = vae.log_likelihood(torch.randn(2), torch.cartesian_prod(axis, axis))
     assert (log_prob.exp().sum() * 0.05**2).item() == pytest.approx(1, abs=1e-3)
@@ -99,10 +99,10 @@ def test_a_draw_comes_with_its_conditionals(shape, hidden, layers):
 @torch.no_grad()
 def test_normal_draws_have_the_moments_of_the_conditionals():
     vae = made((3,), likelihood="normal")
-    vae.logvar.copy_(torch.tensor([-2.0, 0.0, 2.0]))
+    vae.observation.logvar.copy_(torch.tensor([-2.0, 0.0, 2.0]))
     torch.manual_seed(1)
     drawn, means = vae.decoder.sample(torch.randn(20_000, 2), vae.drawn)
-    noise = (drawn - means) / (vae.logvar / 2).exp()
+    noise = (drawn - means) / (vae.observation.logvar / 2).exp()
     assert noise.mean(dim=0).abs().max() < 0.03
     assert (noise.std(dim=0) - 1).abs().max() < 0.03
     assert torch.corrcoef(noise.T).tril(-1).abs().max() < 0.03

@@ -9,8 +9,7 @@ import pickle
 import pytest
 import torch
 
-from fastkl.vae import checkpoint
-from fastkl.vae import train as loop
+from fastkl.vae import checkpoint, loop
 from fastkl.vae.errors import UserError
 
 from vae_helpers import BARE, assert_same, command, refused, run, train

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkl.vae import checkpoint, data, parallel
+from fastkl.vae import checkpoint, data, loop, parallel
 from fastkl.vae import run as runs
-from fastkl.vae import train as loop
 from fastkl.vae.errors import UserError
 from fastkl.vae.parallel import Ranks
 from fastkl.vae.rules import resolve

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastkl.vae import checkpoint, prior, streams
-from fastkl.vae import train as loop
+from fastkl.vae import checkpoint, loop, prior, streams
 from fastkl.vae.data import Data
 from fastkl.vae.errors import UserError
 from fastkl.vae.guard import Guard

@@ -10,8 +10,7 @@ import sys
 
 import pytest
 
-from fastkl.vae import checkpoint
-from fastkl.vae import train as loop
+from fastkl.vae import checkpoint, loop
 from fastkl.vae.stop import Stop
 
 from vae_helpers import BARE, SMALL, assert_same_state, command, environment, run, train
@@ -21,20 +20,20 @@ posix = pytest.mark.skipif(os.name != "posix", reason="needs fork and kill")
 # Torch is imported once; every run is a forked process of its own, which dies by a true kill -9.
 KILLER = """
 import os, signal, sys, time
-import fastkl.vae.train, fastkl.vae.cli, fastkl.vae.data, fastkl.vae.checkpoint
+import fastkl.vae.loop, fastkl.vae.cli, fastkl.vae.data, fastkl.vae.checkpoint
 import torch._dynamo  # what an optimiser imports at its first step
 import sklearn.datasets
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
 def child(options, where, at):
-    from fastkl.vae import train, checkpoint
+    from fastkl.vae import checkpoint, loop
     if where == "step":  # gradients are there, the weights are about to change
-        batch = train.batch
+        batch = loop.batch
         def dying_batch(run):
             if run.step == at: die()
             return batch(run)
-        train.batch = dying_batch
+        loop.batch = dying_batch
     elif where in ("fsync", "replace"):  # in the middle of the at-th checkpoint: content written, name not yet changed
         real, calls = getattr(os, where), [0]
         def dying(*arguments):

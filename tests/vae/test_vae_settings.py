@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 import fastkl
-from fastkl.vae import checkpoint, folders
-from fastkl.vae import train as loop
+from fastkl.vae import checkpoint, folders, loop
 from fastkl.vae.cli import main, parser
 from fastkl.vae.errors import TRAIN, UserError, check_installed, not_installed, require
 from fastkl.vae.rules import flag, resolve, resume
@@ -186,5 +185,5 @@ def test_module_form_and_lazy_import():
     check = "import sys, fastkl; print([name for name in sys.modules if name.startswith('fastkl.vae')])"
     assert run([sys.executable, "-c", check]).stdout == "[]\n"
     heavy = "{'matplotlib', 'tensorboard', 'sklearn', 'rich', 'PIL', 'h5py'}"
-    check = f"import sys, fastkl.vae.train, fastkl.vae.cli; print(sorted({heavy} & set(sys.modules)))"
+    check = f"import sys, fastkl.vae.loop, fastkl.vae.cli; print(sorted({heavy} & set(sys.modules)))"
     assert run([sys.executable, "-c", check]).stdout == "[]\n"

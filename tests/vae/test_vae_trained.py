@@ -77,10 +77,12 @@ def test_shapes_and_units(runs, name):
 
 def test_the_average_of_the_weights_is_the_default(runs):
     folder = runs("vamp")
-    mean, last = vae.load(folder), vae.load(folder, average=False)
+    mean, last = vae.load(folder), vae.load(folder, weights="last")
     state = checkpoint.load(folder)
     torch.testing.assert_close(dict(last.vae.state_dict()), state["model"], rtol=0, atol=0)
     assert not mean.encode(pixels()[:3]).equal(last.encode(pixels()[:3]))
+    with pytest.raises(UserError, match="weights must be one of average, last, got 'best'"):
+        vae.load(folder, weights="best")
 
 
 def test_scaled_data_return_to_their_units(runs):

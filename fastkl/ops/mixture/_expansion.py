@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastkl import reference
-from fastkl.ops.mixture._components import LN_2_PI, Mixture
+from fastkl.ops.mixture._differences import LN_2_PI
+from fastkl.ops.mixture._mixture import Mixture, part_of
 
 # Bytes of a block's temporaries: matrix products need many rows to be fast.
 PRODUCT_BYTES = 10 << 20
@@ -18,7 +19,7 @@ ROWS_IN_FLOAT32 = 512
 
 
 class Expansion:
-    """Diagonal components that all rows share; the interface is that of _components. Sums over dimensions are products
+    """Diagonal components that all rows share; the interface is that of _differences. Sums over dimensions are products
     of features [x^2, x, 1], x = z - centre, with coefficients [-1/2 s^2, (m - centre) s^2, the rest]."""
 
     def __init__(self, mixture: Mixture, components: slice, precision: str, centre: Tensor):
@@ -29,7 +30,7 @@ class Expansion:
         count, dimensions = means.shape
         logvars = means.new_zeros(())
         if mixture.logvars is not None:
-            logvars = mixture.part(mixture.logvars, slice(None), components)[0].to(self.dtype)
+            logvars = part_of(mixture.logvars, slice(None), components)[0].to(self.dtype)
         logvars = logvars.expand(means.shape)
         self.coefficients = means.new_empty(count, 2 * dimensions + 1)
         half_precision = torch.exp(-logvars, out=self.coefficients[:, :dimensions]).mul_(-0.5)
@@ -86,7 +87,7 @@ class Expansion:
 
     def start(self, dlogits=None, first=None, second=None) -> None:
         self.dlogits, self.first, self.second = dlogits, first, second
-        if first is not None:
+        if any(total is not None for total in (dlogits, first, second)):
             self.moments = self.coefficients.new_zeros(self.coefficients.shape, dtype=torch.float64)
         self.gradient_coefficients = self.coefficients[:, :-1].to(self.gradient_dtype)
 
@@ -130,8 +131,9 @@ class Expansion:
         if self.dlogits is not None:
             self.dlogits[0, self.components] += count.to(self.dlogits.dtype)
         precision = self.coefficients[:, : self.centre.numel()].mul(-2).to(first.dtype)
-        self.first[0, self.components] += (first * precision).to(self.first.dtype)
+        if self.first is not None:
+            self.first[0, self.components] += (first * precision).to(self.first.dtype)
         if self.second is not None:
             dlogvars = second.mul_(precision).sub_(count.unsqueeze(-1)).mul_(0.5)
-            target = self.mixture.part(self.second, slice(None), self.components)
+            target = part_of(self.second, slice(None), self.components)
             target += dlogvars.sum_to_size(target.shape[1:]).to(target.dtype)

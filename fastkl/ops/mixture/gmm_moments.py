@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +10,11 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._register import apply, register, without_autocast
-from fastkl.ops.mixture import _mixture as sweeps
-from fastkl.ops.mixture import _mixture_arguments as mixtures
-from fastkl.ops.mixture._gmm import MIXTURE, is_small, joint_of, prepare
+from fastkl.ops.mixture import _at_once as at_once
+from fastkl.ops.mixture._canonical import as_logvars, canonical
+from fastkl.ops.mixture._mixture import MIXTURE, Mixture
+from fastkl.ops.mixture._sweep import Sweep, keep_for
+from fastkl.ops.mixture._sweep_gradients import moments
 
 
 class GMMMoments(NamedTuple):
@@ -26,12 +28,13 @@ class GMMMoments(NamedTuple):
 
 @without_autocast
 def _forward(z, logits, means, logvars, scale_tril) -> list[Tensor]:
-    if is_small(z, means, scale_tril):
-        part, prepared = prepare(z, None, logits, means, logvars, scale_tril, "point")
-        joint = joint_of(part, prepared)
+    mixture = Mixture(logits, means, logvars, scale_tril)
+    if at_once.is_small(z, mixture):
+        part, prepared = at_once.prepare(z, None, mixture, "point")
+        joint = at_once.joint_of(part, prepared)
         return [joint.logsumexp(-1).flatten(), *part.moments(prepared, torch.softmax(joint, -1))]
-    sweep = sweeps.Sweep(z, None, logits, means, logvars, scale_tril, "point", "exact")
-    return sweeps.moments(sweep, sweeps.keep_for(z, logits, sweep.dtype))
+    sweep = Sweep(z, None, mixture, "point", "exact")
+    return moments(sweep, keep_for([z], mixture))
 
 
 def _fake_forward(z, logits, means, logvars, scale_tril) -> list[Tensor]:
@@ -94,11 +97,10 @@ def gmm_moments(
     tensor([[-0.7523],
             [ 1.8794]])
     """
-    z, *mixture = (t.detach() if isinstance(t, Tensor) else t for t in (z, logits, means, logvars, scale_tril))
-    logits, means, logvars, scale_tril = mixture
-    logvars = mixtures.as_logvars(means, logvars, scale)
-    (rows,), mixture, batch = mixtures.canonical({"z": z}, logits, means, logvars, scale_tril)
-    if any(tensor is not None and tensor.shape[0] > 1 for tensor in mixture):
+    given: Any = (z, logits, means, as_logvars(means, logvars, scale), scale_tril)
+    z, *parameters = (t.detach() if isinstance(t, Tensor) else t for t in given)
+    found = canonical({"z": z}, *parameters, reorder=False)
+    if any(tensor is not None and tensor.shape[0] > 1 for tensor in found.mixture):
         raise ValueError("gmm_moments sums over data of one mixture, but logits, means or covariances differ by datum")
-    log_prob, counts, first, second = apply(_GMMMoments, rows, *mixture)
-    return GMMMoments(log_prob.view(batch), counts, first, second)
+    log_prob, counts, first, second = apply(_GMMMoments, *found.rows, *found.mixture)
+    return GMMMoments(found.restore(log_prob), counts, first, second)

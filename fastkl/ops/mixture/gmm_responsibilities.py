@@ -6,33 +6,24 @@ import torch
 from torch import Tensor
 
 from fastkl import reference
+from fastkl.ops import _arguments as arguments
 from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same, without_autocast
-from fastkl.ops.mixture import _mixture as sweeps
-from fastkl.ops.mixture import _mixture_arguments as mixtures
-from fastkl.ops.mixture._gmm import (
-    MIXTURE,
-    at_once,
-    differentiable_gradients,
-    fake_gradients,
-    is_small,
-    joint_of,
-    matched,
-    nothing,
-    placed,
-    prepare,
-    softmax_of,
-    wanted,
-)
-
-_ARGUMENTS = f"Tensor z, {MIXTURE}, str precision"
+from fastkl.ops.mixture import _at_once as at_once
+from fastkl.ops.mixture._canonical import PRECISIONS, as_logvars, canonical
+from fastkl.ops.mixture._mixture import DMIXTURE, MIXTURE, Gradients, Mixture, by_datum, outputs_for
+from fastkl.ops.mixture._sweep import Sweep, log_responsibilities
+from fastkl.ops.mixture._sweep_gradients import ResponsibilityWeights, add_gradients, write, zeros_to_add_to
+from fastkl.ops.mixture._vmap import vmap_call
+from fastkl.ops.mixture.gmm_log_prob import nothing
 
 
 @without_autocast
 def _forward(z, logits, means, logvars, scale_tril, precision) -> Tensor:
-    if is_small(z, means, scale_tril):
-        joint = joint_of(*prepare(z, None, logits, means, logvars, scale_tril, "point"))
+    mixture = Mixture(logits, means, logvars, scale_tril)
+    if at_once.is_small(z, mixture):
+        joint = at_once.joint_of(*at_once.prepare(z, None, mixture, "point"))
         return torch.log_softmax(joint, -1).flatten(0, 1)
-    return sweeps.log_responsibilities(sweeps.Sweep(z, None, logits, means, logvars, scale_tril, "point", precision))
+    return log_responsibilities(Sweep(z, None, mixture, "point", precision))
 
 
 def _fake_forward(z, logits, means, logvars, scale_tril, precision) -> Tensor:
@@ -41,48 +32,48 @@ def _fake_forward(z, logits, means, logvars, scale_tril, precision) -> Tensor:
 
 
 @without_autocast
-def _backward(dlog_r, log_r, z, logits, means, logvars, scale_tril, precision, data, parameters) -> list[Tensor]:
-    mixture = (logits, means, logvars, scale_tril)
-    if is_small(z, means, scale_tril):
+def _backward(
+    dlog_r, log_r, z, logits, means, logvars, scale_tril, dz, dlogits, dmeans, dlogvars, dscale_tril, precision
+) -> None:
+    mixture = Mixture(logits, means, logvars, scale_tril)
+    outputs = Gradients(dz, None, dlogits, dmeans, dlogvars, dscale_tril)
+    if at_once.is_small(z, mixture):
         total = dlog_r.sum(-1, keepdim=True)
         weights = dlog_r - (log_r.exp() * total).masked_fill_(total == 0, 0.0)  # NaN in rows of density 0
-        found = at_once(lambda part, _: weights.view(-1, part.data, weights.shape[1]), z, None, *mixture, "point")
-        return matched(wanted(found, data, parameters), z, None, mixture, data, parameters)
-    sweep = sweeps.Sweep(z, None, *mixture, "point", precision)
-    buffers = sweeps.gradient_buffers(mixture, sweep.dtype) if parameters else []
-    rows = sweeps.gradients(sweep, sweeps.ResponsibilityWeights(sweep, dlog_r, log_r), data, buffers)
-    return matched([*rows, *buffers], z, None, mixture, data, parameters)
-
-
-def _fake_backward(dlog_r, log_r, z, logits, means, logvars, scale_tril, precision, data, parameters) -> list[Tensor]:
-    return fake_gradients(z, None, (logits, means, logvars, scale_tril), data, parameters)
+        found = at_once.gradients(lambda part, _: by_datum(weights, part.data), z, None, mixture, "point")
+    else:
+        sweep = Sweep(z, None, mixture, "point", precision)
+        found = zeros_to_add_to(outputs, sweep.dtype)
+        add_gradients(sweep, ResponsibilityWeights(sweep, dlog_r, log_r), found)
+    write(outputs, found)
 
 
 gmm_responsibilities_fwd = register(
-    f"gmm_responsibilities_fwd({_ARGUMENTS}) -> Tensor",
+    f"gmm_responsibilities_fwd(Tensor z, {MIXTURE}, str precision) -> Tensor",
     closed_form=_forward,
     fake=_fake_forward,
     kernel="mixture.gmm_responsibilities.fwd",
 )
 gmm_responsibilities_bwd = register(
-    f"gmm_responsibilities_bwd(Tensor dlog_r, Tensor log_r, {_ARGUMENTS}, bool data, bool parameters) -> Tensor[]",
+    f"gmm_responsibilities_bwd(Tensor dlog_r, Tensor log_r, Tensor z, {MIXTURE}, Tensor(a!)? dz, {DMIXTURE}, "
+    "str precision) -> ()",
     closed_form=_backward,
-    fake=_fake_backward,
     kernel="mixture.gmm_responsibilities.bwd",
 )
 
 
 @without_autocast
-def _gradients(dlog_r, z, logits, means, logvars, scale_tril) -> list[Tensor | None]:
+def _differentiable_gradients(dlog_r, z, logits, means, logvars, scale_tril) -> list[Tensor | None]:
     """_backward in differentiable torch ops."""
 
-    def weights(part, prepared) -> Tensor:
-        softmax = softmax_of(part, prepared)
+    def weights_of(part, prepared) -> Tensor:
+        softmax = at_once.softmax_of(part, prepared)
         gradient = dlog_r.to(part.dtype).reshape(softmax.shape)
         return gradient - softmax * gradient.sum(-1, keepdim=True)
 
-    found = differentiable_gradients(weights, z, None, logits, means, logvars, scale_tril, "point")
-    return [found[0], *found[2:]]
+    mixture = Mixture(logits, means, logvars, scale_tril)
+    dz, _, *dmixture = at_once.differentiable_gradients(weights_of, z, None, mixture, "point")
+    return [dz, *dmixture]
 
 
 class _GMMResponsibilities(torch.autograd.Function):
@@ -97,20 +88,19 @@ class _GMMResponsibilities(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dlog_r):
-        z, *mixture, log_r = ctx.saved_tensors
+        *inputs, log_r = ctx.saved_tensors
         if needs_closed_form(dlog_r):
-            return *_gradients(dlog_r, z, *mixture), None
-        data, parameters = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])
-        found = gmm_responsibilities_bwd(dlog_r, log_r, z, *mixture, ctx.precision, data, parameters)
-        dz, _, *dmixture = placed(found, (z, None, *mixture), data, parameters)
-        return dz, *dmixture, None
+            return *_differentiable_gradients(dlog_r, *inputs), None
+        outputs = outputs_for(inputs, ctx.needs_input_grad)
+        gmm_responsibilities_bwd(dlog_r, log_r, *inputs, *outputs, ctx.precision)
+        return *outputs, None
 
     @staticmethod
     def vmap(info, in_dims, z, logits, means, logvars, scale_tril, precision):
         def call(rows, mixture):
             return (apply(_GMMResponsibilities, *rows, *mixture, precision),)
 
-        (out,), _ = mixtures.vmap_call(call, info.batch_size, in_dims, (z,), (logits, means, logvars, scale_tril))
+        (out,), _ = vmap_call(call, info.batch_size, in_dims, (z,), (logits, means, logvars, scale_tril))
         return out, 0
 
 
@@ -139,9 +129,10 @@ def gmm_responsibilities(
     tensor([[0.5000, 0.5000],
             [0.1192, 0.8808]])
     """
-    mixtures.check_precision(precision)
-    logvars = mixtures.as_logvars(means, logvars, scale)
-    (z,), mixture, restore = mixtures.arranged({"z": z}, logits, means, logvars, scale_tril)
-    if z.shape[0] == 0:
-        return restore(nothing([z], mixture).unsqueeze(-1).expand(-1, means.shape[-2]))
-    return restore(apply(_GMMResponsibilities, z, *mixture, precision))
+    arguments.check_choice("precision", precision, PRECISIONS)
+    logvars = as_logvars(means, logvars, scale)
+    found = canonical({"z": z}, logits, means, logvars, scale_tril)
+    (rows,), mixture = found.rows, found.mixture
+    if rows.shape[0] == 0:
+        return found.restore(nothing([rows], mixture).unsqueeze(-1).expand(-1, means.shape[-2]))
+    return found.restore(apply(_GMMResponsibilities, rows, *mixture, precision))

@@ -10,9 +10,9 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._register import apply
 from fastkl.ops._scales import as_logvar
-from fastkl.ops.mixture import _gmm
-from fastkl.ops.mixture import _mixture_arguments as mixtures
-from fastkl.ops.mixture._gmm_samples import KLSamples
+from fastkl.ops.mixture._canonical import PRECISIONS, as_logvars, batch_shape, canonical, check_shapes
+from fastkl.ops.mixture._kl_samples import KLSamples
+from fastkl.ops.mixture.gmm_log_prob import density, nothing
 
 METHODS = {"mc": "point", "upper": "expected", "lower": "convolved"}
 
@@ -20,20 +20,21 @@ METHODS = {"mc": "point", "upper": "expected", "lower": "convolved"}
 def _bound(mu, logvar, logits, means, logvars, scale_tril, form: str, precision: str) -> Tensor:
     """-H(q) - logsumexp_k [ln pi_k + the term `form` of component k]."""
     logvar = logvar.to(reference.compute_dtype(logvar))  # cast first: gradients of both parts are summed in this dtype
-    log_prob = _gmm.log_prob({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril, form, precision)
+    log_prob = density({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril, form, precision)
     return -reference.normal_entropy(logvar, log_prob.dtype).expand(log_prob.shape) - log_prob
 
 
 def _by_noise(mu, logvar, mixture, seed, eps, num_samples: int, entropy: str, stl: bool, precision: str) -> Tensor:
     """ "mc" with given noise, which has the size of the samples."""
-    mixtures.check_shapes({"mu": mu, "logvar": logvar}, *mixture)
-    shape = torch.Size((*mixtures.batch_shape({"mu": mu, "logvar": logvar}, *mixture), mu.shape[-1]))
+    check_shapes({"mu": mu, "logvar": logvar}, *mixture)
+    shape = torch.Size((*batch_shape({"mu": mu, "logvar": logvar}, *mixture), mu.shape[-1]))
     _, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
     dtype = reference.compute_dtype(mu, logvar, *mixture)
     mu, logvar = (arguments.expand(tensor.to(dtype), shape) for tensor in (mu, logvar))
     eps = eps.to(dtype)
     z = mu + torch.exp(0.5 * logvar) * eps
-    cross = _gmm.log_prob({"z": z}, *mixture, "point", precision).mean(0)
+    logits, means, logvars, scale_tril = mixture
+    cross = density({"z": z}, logits, means, logvars, scale_tril, "point", precision).mean(0)
     log_q = -reference.normal_entropy(logvar)
     if entropy == "sampled":
         log_q = log_q - 0.5 * (eps.square() - 1).sum(-1).mean(0)
@@ -96,18 +97,19 @@ def kl_gmm(
     arguments.check_choice("entropy", entropy, ("closed", "sampled"))
     stl = arguments.check_choice("gradient", gradient, ("plain", "stl")) == "stl"
     num_samples = arguments.check_int("num_samples", num_samples, 1)
-    mixtures.check_precision(precision)
+    arguments.check_choice("precision", precision, PRECISIONS)
     arguments.check_tensors(mu=mu, logvar=logvar, eps=eps)
     logvar = as_logvar("scale", logvar, scale, mu)
-    logvars = mixtures.as_logvars(means, logvars, prior_scale, "prior_scale")
+    logvars = as_logvars(means, logvars, prior_scale, "prior_scale")
     if method != "mc":
         return _bound(mu, logvar, logits, means, logvars, scale_tril, form, precision)
     if eps is not None:
         return _by_noise(
             mu, logvar, (logits, means, logvars, scale_tril), seed, eps, num_samples, entropy, stl, precision
         )
-    rows, mixture, batch = mixtures.canonical({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril)
+    found = canonical({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril, reorder=False)
+    rows, mixture = found.rows, found.mixture
     seed = sampling.check_seed(seed, mu.device, "mu")
     if rows[0].shape[0] == 0:
-        return _gmm.nothing(rows, mixture).view(batch)
-    return apply(KLSamples, *rows, seed, *mixture, num_samples, precision, entropy, stl).view(batch)
+        return found.restore(nothing(rows, mixture))
+    return found.restore(apply(KLSamples, *rows, seed, *mixture, num_samples, precision, entropy, stl))

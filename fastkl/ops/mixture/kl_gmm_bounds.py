@@ -9,79 +9,85 @@ from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same
 from fastkl.ops._scales import as_logvar
-from fastkl.ops.mixture import _gmm
-from fastkl.ops.mixture import _mixture_arguments as mixtures
+from fastkl.ops.mixture import gmm_log_prob as density
+from fastkl.ops.mixture._canonical import PRECISIONS, as_logvars, canonical
+from fastkl.ops.mixture._mixture import DMIXTURE, MIXTURE, Gradients, outputs_for
+from fastkl.ops.mixture._sweep import keep_for
+from fastkl.ops.mixture._sweep_gradients import write
+from fastkl.ops.mixture._vmap import vmap_call
 
-_ARGUMENTS = f"Tensor mu, Tensor logvar, {_gmm.MIXTURE}, str precision"
+_INPUTS = f"Tensor mu, Tensor logvar, {MIXTURE}"
+# Of the mixture's log-density in each bound: ln p, and on a CPU the responsibilities, see keep_for.
+_KEPT = ", ".join(f"Tensor {bound}_lp, Tensor? {bound}_responsibilities" for bound in ("lower", "upper"))
 
 
 def _forward(mu, logvar, logits, means, logvars, scale_tril, precision, keep) -> list[Tensor]:
-    """[lower, upper], and the tensors that the two log-densities save for backward.
+    """[lower, upper], and the tensors that the two log-densities keep for backward.
 
     The two share no computation: in torch ops the upper bound's squares are matrix products; the lower bound's are not,
     because their variances depend on row and component. The mixture's kernels are used if there are any.
     """
     inputs = (mu, logvar, logits, means, logvars, scale_tril)
-    lower, *kept = _gmm.gmm_log_prob_fwd(*inputs, "convolved", precision, keep)
-    upper, *also_kept = _gmm.gmm_log_prob_fwd(*inputs, "expected", precision, keep)
+    lower, *kept = density.gmm_log_prob_fwd(*inputs, "convolved", precision, keep)
+    upper, *also_kept = density.gmm_log_prob_fwd(*inputs, "expected", precision, keep)
     negative_entropy = -reference.normal_entropy(logvar, lower.dtype)
     return [negative_entropy - lower, negative_entropy - upper, *kept, *also_kept]
 
 
 def _fake_forward(mu, logvar, logits, means, logvars, scale_tril, precision, keep) -> list[Tensor]:
     settings = (mu, logvar, logits, means, logvars, scale_tril, "convolved", precision, keep)
-    (lower, *kept), (upper, *also_kept) = (_gmm.fake_values(*settings) for _ in range(2))
+    (lower, *kept), (upper, *also_kept) = (density.fake_values(*settings) for _ in range(2))
     return [lower, upper, *kept, *also_kept]
 
 
-def _incoming(dlower, dupper, kept):
-    """(form, gradient, saved tensors) of each bound that has a gradient."""
-    half = len(kept) // 2
-    both = ("convolved", dlower, kept[:half]), ("expected", dupper, kept[half:])
-    return [each for each in both if each[1] is not None]
-
-
 def _backward(
-    dlower, dupper, kept, mu, logvar, logits, means, logvars, scale_tril, precision, data, parameters
-) -> list[Tensor]:
+    dlower, dupper, lower_lp, lower_responsibilities, upper_lp, upper_responsibilities,
+    mu, logvar, logits, means, logvars, scale_tril, dmu, dlogvar, dlogits, dmeans, dlogvars, dscale_tril, precision,
+) -> None:  # fmt: skip
     inputs = (mu, logvar, logits, means, logvars, scale_tril)
+    outputs = Gradients(dmu, dlogvar, dlogits, dmeans, dlogvars, dscale_tril)
     dtype = reference.compute_dtype(*inputs)
-    wide = [t.to(dtype) if t is not None and t.itemsize == 2 else t for t in inputs]  # sums are rounded once, below
-    total: list[Tensor] = []
-    for form, gradient, saved in _incoming(dlower, dupper, kept):
-        found = _gmm.gmm_log_prob_bwd(-gradient, saved, *wide, form, precision, data, parameters)
-        if data:
-            found[1] = torch.sub(found[1], gradient.to(found[1].dtype).unsqueeze(-1), alpha=0.5)  # -H(q)
-        total = [a + b for a, b in zip(total, found)] if total else found
-    return _gmm.matched(total, mu, logvar, inputs[2:], data, parameters)
-
-
-def _fake_backward(
-    dlower, dupper, kept, mu, logvar, logits, means, logvars, scale_tril, precision, data, parameters
-) -> list[Tensor]:
-    return _gmm.fake_gradients(mu, logvar, (logits, means, logvars, scale_tril), data, parameters)
+    wide = [t.to(dtype) if t is not None and t.itemsize == 2 else t for t in inputs]
+    wanted = [output is not None for output in outputs]
+    narrow = any(output is not None and output.itemsize == 2 for output in outputs)
+    total = Gradients(*outputs_for(wide, wanted)) if narrow else outputs  # sums are rounded once, when written
+    given = []
+    if dlower is not None:
+        given.append(("convolved", dlower, lower_lp, lower_responsibilities))
+    if dupper is not None:
+        given.append(("expected", dupper, upper_lp, upper_responsibilities))
+    for place, (form, gradient, *kept) in enumerate(given):
+        found = Gradients(*outputs_for(wide, wanted)) if place else total
+        density.gmm_log_prob_bwd(-gradient, *kept, *wide, *found, form, precision)
+        if found.dlogvar is not None:
+            found.dlogvar.sub_(gradient.to(found.dlogvar.dtype).unsqueeze(-1), alpha=0.5)  # -H(q)
+        for output, more in zip(total, found if place else ()):
+            if output is not None and more is not None:
+                output += more
+    write(outputs, total)
 
 
 kl_gmm_bounds_fwd = register(
-    f"kl_gmm_bounds_fwd({_ARGUMENTS}, int keep) -> Tensor[]",
+    f"kl_gmm_bounds_fwd({_INPUTS}, str precision, int keep) -> Tensor[]",
     closed_form=_forward,
     fake=_fake_forward,
     kernel="mixture.kl_gmm_bounds.fwd",
 )
 kl_gmm_bounds_bwd = register(
-    f"kl_gmm_bounds_bwd(Tensor? dlower, Tensor? dupper, Tensor[] kept, {_ARGUMENTS}, bool data, bool parameters)"
-    " -> Tensor[]",
+    f"kl_gmm_bounds_bwd(Tensor? dlower, Tensor? dupper, {_KEPT}, {_INPUTS}, Tensor(a!)? dmu, Tensor(b!)? dlogvar, "
+    f"{DMIXTURE}, str precision) -> ()",
     closed_form=_backward,
-    fake=_fake_backward,
     kernel="mixture.kl_gmm_bounds.bwd",
 )
 
 
-def _gradients(dlower, dupper, *inputs) -> list[Tensor | None]:
+def _differentiable_gradients(dlower, dupper, *inputs) -> list[Tensor | None]:
     """_backward in differentiable torch ops."""
     total: list[Tensor | None] = [None] * len(inputs)
-    for form, gradient, _ in _incoming(dlower, dupper, ()):
-        found = _gmm.log_prob_gradients(-gradient, *inputs, form)
+    for form, gradient in (("convolved", dlower), ("expected", dupper)):
+        if gradient is None:
+            continue
+        found = density.differentiable_gradients(-gradient, *inputs, form)
         found[1] = found[1] - 0.5 * gradient.unsqueeze(-1).to(found[1].dtype)  # -H(q)
         total = [a if b is None else b if a is None else a + b for a, b in zip(found, total)]
     return total
@@ -107,17 +113,19 @@ class _Bounds(torch.autograd.Function):
         saved = ctx.saved_tensors
         inputs, kept = saved[:6], saved[6:]
         if needs_closed_form(*given):
-            return *_gradients(dlower, dupper, *inputs), None, None
-        data, parameters = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[2:6])
-        found = kl_gmm_bounds_bwd(dlower, dupper, list(kept), *inputs, ctx.precision, data, parameters)
-        return *_gmm.placed(found, inputs, data, parameters), None, None
+            return *_differentiable_gradients(dlower, dupper, *inputs), None, None
+        outputs = outputs_for(inputs, ctx.needs_input_grad)
+        half = len(kept) // 2
+        kept = (*(*kept[:half], None)[:2], *(*kept[half:], None)[:2])
+        kl_gmm_bounds_bwd(dlower, dupper, *kept, *inputs, *outputs, ctx.precision)
+        return *outputs, None, None
 
     @staticmethod
     def vmap(info, in_dims, mu, logvar, logits, means, logvars, scale_tril, precision, keep):
         def call(rows, mixture):
-            return apply(_Bounds, *rows, *mixture, precision, min(keep, _gmm.keep_for_rows(rows, mixture)))
+            return apply(_Bounds, *rows, *mixture, precision, min(keep, keep_for(rows, mixture)))
 
-        return mixtures.vmap_call(call, info.batch_size, in_dims, (mu, logvar), (logits, means, logvars, scale_tril))
+        return vmap_call(call, info.batch_size, in_dims, (mu, logvar), (logits, means, logvars, scale_tril))
 
 
 differentiable("kl_gmm_bounds_fwd", _Bounds, same)
@@ -138,13 +146,14 @@ def kl_gmm_bounds(
     >>> bool(lower < upper)
     True
     """
-    mixtures.check_precision(precision)
+    arguments.check_choice("precision", precision, PRECISIONS)
     arguments.check_tensors(mu=mu, logvar=logvar)
     logvar = as_logvar("scale", logvar, scale, mu)
-    logvars = mixtures.as_logvars(means, logvars, prior_scale, "prior_scale")
-    rows, mixture, restore = mixtures.arranged({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril)
+    logvars = as_logvars(means, logvars, prior_scale, "prior_scale")
+    found = canonical({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril)
+    rows, mixture = found.rows, found.mixture
     if rows[0].shape[0] == 0:
-        nothing = restore(_gmm.nothing(rows, mixture))
+        nothing = found.restore(density.nothing(rows, mixture))
         return nothing, nothing.clone()
-    lower, upper, *_ = apply(_Bounds, *rows, *mixture, precision, _gmm.keep_now(rows, mixture))
-    return restore(lower), restore(upper)
+    lower, upper, *_ = apply(_Bounds, *rows, *mixture, precision, density.keep_now(rows, mixture))
+    return found.restore(lower), found.restore(upper)

@@ -15,7 +15,7 @@ from fastkl.ops._register import no_autocast
 from fastkl.ops._scales import as_logvar
 from fastkl.ops._torch import transforms_active
 from fastkl.ops.categorical.gumbel_softmax import draw_choice
-from fastkl.ops.mixture import _mixture_arguments as parameters
+from fastkl.ops.mixture import _canonical as parameters
 from fastkl.ops.normal.rsample_normal import draw_normal
 from fastkl.reference import Stream
 
@@ -113,9 +113,9 @@ def rsample_gmm(
     >>> means.grad.isfinite().all().item()
     True
     """
-    logvars = parameters.as_logvars(means, logvars)
-    batch, dtype = _check(logits, means, logvars, scale_tril, num_samples)
-    logvars = as_logvar("scale", logvars, scale, means)
+    spread = parameters.as_logvars(means, logvars)
+    batch, dtype = _check(logits, means, spread, scale_tril, num_samples)
+    spread = as_logvar("scale", spread, scale, means)
     components, size = means.shape[-2:]
     seed = sampling.check_seed(seed, logits.device, "logits")
     shape = (1 if num_samples is None else num_samples, *batch)
@@ -124,8 +124,7 @@ def rsample_gmm(
         out_dtype, dtype = dtype, dtype if dtype == torch.float64 else torch.float32
         logits = logits.to(dtype).expand(*shape, components)
         weights = draw_choice(Stream.RELAXED_CHOICE, logits, tau, hard, -1, seed)
-        spread = None if logvars is None else logvars.to(dtype)
-        mean, sigma = relaxed_component(weights, means.to(dtype), spread)
+        mean, sigma = relaxed_component(weights, means.to(dtype), None if spread is None else spread.to(dtype))
         if scale_tril is None:
             z = draw_normal(Stream.RELAXED_NOISE, (*shape, size), mean, sigma, seed, scale="std")
         else:
@@ -187,7 +186,8 @@ def _take(values: Tensor, component: Tensor, event_ndim: int) -> Tensor:
         return values[component]
     values = values.expand(*component.shape[1:], *values.shape[dim:])
     grid = torch.meshgrid(*(torch.arange(n, device=values.device) for n in component.shape[1:]), indexing="ij")
-    return values[(*grid, component)]
+    place = (*grid, component)
+    return values[place]
 
 
 @torch.no_grad()
@@ -221,10 +221,11 @@ def sample_gmm(
     """
     if num_samples is None:
         raise TypeError("num_samples must be an int, got None")
-    logvars = parameters.as_logvars(means, logvars)
-    batch, dtype = _check(logits, means, logvars, scale_tril, num_samples)
-    logvars = as_logvar("scale", logvars, scale, means)
-    logits, means, logvars, scale_tril = (t if t is None else t.detach() for t in (logits, means, logvars, scale_tril))
+    spread = parameters.as_logvars(means, logvars)
+    batch, dtype = _check(logits, means, spread, scale_tril, num_samples)
+    spread = as_logvar("scale", spread, scale, means)
+    logits, means = logits.detach(), means.detach()
+    spread, scale_tril = (None if t is None else t.detach() for t in (spread, scale_tril))
     seed = sampling.check_seed(seed, logits.device, "logits")
     component = _choose(logits, num_samples, batch, seed)
     # With 16-bit parameters the sum of full covariances is made in float32 and rounded at the end.
@@ -232,8 +233,8 @@ def sample_gmm(
     mean = _take(means.to(wide), component, 1).expand(*component.shape, means.shape[-1])
     zero = torch.zeros((), dtype=wide, device=mean.device)
     if scale_tril is None:
-        logvars = zero.expand(1, 1) if logvars is None else parameters.by_component(logvars)
-        logvar = _take(logvars.to(torch.promote_types(dtype, logvars.dtype)), component, 1)
+        spread = zero.expand(1, 1) if spread is None else parameters.by_component(spread)
+        logvar = _take(spread.to(torch.promote_types(dtype, spread.dtype)), component, 1)
         return draw_normal(Stream.CHOICE_NOISE, mean.shape, mean, logvar, seed).to(dtype), component
     eps = draw_normal(Stream.CHOICE_NOISE, mean.shape, zero, zero, seed)
     scale_tril, matrix = scale_tril.to(wide), means.shape[-1] ** 2 * wide.itemsize

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkl.ops.mixture import _gmm
+from fastkl.ops.mixture.gmm_log_prob import gmm_log_prob_bwd, gmm_log_prob_fwd
 
 # Rows and columns of a tile of exponents: its float64 and float32 values together fit the cache.
 TILE = (256, 1024)
@@ -40,12 +40,13 @@ class Softmin:
         dimensions, shift = source.at.shape[1], potential.mean()
         logits = target.weights.log() + ((potential - shift) / eps).to(source.at.dtype)  # small, so float32 is enough
         logvars = logits.new_full((1, 1, 1), math.log(eps))
-        mixture = (source.at, None, logits[None], target.at[None], logvars, None, "point", "exact")
-        lp, wide = _gmm.gmm_log_prob_fwd(*mixture, 1)
+        mixture, settings = (source.at, None, logits[None], target.at[None], logvars, None), ("point", "exact")
+        lp, wide = gmm_log_prob_fwd(*mixture, *settings, 1)
         new = -eps * (lp + 0.5 * dimensions * math.log(2 * math.pi * eps) + logits.logsumexp(0)) - shift
         if not pulls:
             return new, None
-        (gradient,) = _gmm.gmm_log_prob_bwd(torch.ones_like(lp), [wide], *mixture, True, False)
+        gradient = torch.empty_like(source.at)
+        gmm_log_prob_bwd(torch.ones_like(lp), wide, None, *mixture, gradient, *[None] * 5, *settings)
         return new, -eps * gradient
 
     def update(self, f: Tensor, g: Tensor, eps: float, pulls: bool = False):

@@ -2,13 +2,13 @@
 
 `Differences`, `Full` and `_expansion.Expansion` have one interface:
 
-    start(dlogits, first, second)   the buffers that gradients of the parameters are added to, or None: of the
-                                    parameters' shapes, in the compute dtype. dlogits gets the sum of the weights, and
-                                    is given only if all rows share the logits.
+    start(dlogits, first, second)   the sums that gradients of the parameters are added to, of the parameters' shapes;
+                                    None is not wanted. dlogits gets the sum of the weights, and is given only if all
+                                    rows share the logits.
     prepare(z, ...)                 a block of rows [S, B, D], prepared for the following
     joint                           ln pi + ln N [S, B, k]
     data_gradient                   (dz, dlogvar), for weights [S, B, k] and a scale per row [S, B, 1]
-    add                             add the block to the gradients of the parameters
+    add                             add the block to these sums
     finish                          after the last block
     add_moments, finish_moments     instead of add and finish, with one mixture for all rows: add up the weights, and
                                     the weighted z - m and its square (or outer product)
@@ -17,45 +17,37 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkl import reference
+from fastkl.ops.mixture._mixture import Mixture, part_of
 
 # Bytes of a block's temporaries: they should fit the CPU cache.
 DIFFERENCES_BYTES = 4 << 20
 LN_2_PI = math.log(2 * math.pi)
 
 
-class Mixture(NamedTuple):
-    """logits [I, K], means [M, K, D], logvars that broadcast with means or None, scale_tril [M, K, D, D] or None."""
-
-    logits: Tensor
-    means: Tensor
-    logvars: Tensor | None
-    scale_tril: Tensor | None
-
-    def part(self, tensor: Tensor, data: slice, components: slice) -> Tensor:
-        """A slice of a parameter or its gradient [M, K, ...], whose sizes of 1 are shared."""
-        rows = data if tensor.shape[0] > 1 else slice(None)
-        return tensor[rows, components if tensor.shape[1] > 1 else slice(None)]
-
-
 class _ByDifferences:
     """Base of `Differences` and `Full`: pure functions of a prepared block; `add` sums their results directly."""
 
+    dlogits: Any
+    first: Any
+    second: Any
+    data_gradient: Callable[..., tuple[Tensor, Tensor | None]]
+    parameter_gradients: Callable[..., tuple[Tensor, Tensor]]
+    central_moments: Callable[..., tuple[Tensor, Tensor]]
+
     def __init__(self, mixture: Mixture, components: slice, form: str, dtype: torch.dtype):
         self.mixture, self.components, self.form, self.dtype = mixture, components, form, dtype
-        self.gradient_dtype, self.data = dtype, max(mixture.logits.shape[0], mixture.means.shape[0])
+        self.gradient_dtype, self.data = dtype, mixture.data
         count, dimensions = len(range(*components.indices(mixture.means.shape[1]))), mixture.means.shape[2]
         matrices = mixture.scale_tril is not None and form == "convolved"
         size = count * dimensions * (dimensions if matrices else 1)
         self.rows = max(1, DIFFERENCES_BYTES // (4 * dtype.itemsize * size))
-
-    def part(self, tensor: Tensor, data: slice) -> Tensor:
-        return self.mixture.part(tensor, data, self.components)
 
     def finite(self, distance: Tensor) -> Tensor:
         """Clamp infinite distances. Their weight is 0, and 0 times infinity would be NaN."""
@@ -71,9 +63,11 @@ class _ByDifferences:
     def add(self, prepared, weights: Tensor, scale: Tensor) -> None:
         if self.dlogits is not None:
             self.dlogits[0, self.components] += weights.flatten(0, 1).T @ scale.flatten()
-        for buffer, gradient in zip((self.first, self.second), self.parameter_gradients(prepared, weights, scale)):
-            if buffer is not None:
-                target = self.part(buffer, prepared[-1])
+        if self.first is None and self.second is None:
+            return
+        for total, gradient in zip((self.first, self.second), self.parameter_gradients(prepared, weights, scale)):
+            if total is not None:
+                target = part_of(total, prepared[-1], self.components)
                 target += gradient.sum_to_size(target.shape)
 
     def gradients(self, prepared, weights: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -86,8 +80,8 @@ class _ByDifferences:
 
     def add_moments(self, prepared, weights: Tensor, scale: Tensor) -> None:
         self.dlogits[0, self.components] += weights.flatten(0, 1).T @ scale.flatten()
-        for buffer, moment in zip((self.first, self.second), self.central_moments(prepared, weights * scale)):
-            buffer[0, self.components] += moment
+        for total, moment in zip((self.first, self.second), self.central_moments(prepared, weights * scale)):
+            total[0, self.components] += moment
 
     def moments(self, prepared, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return weights.sum((0, 1)), *self.central_moments(prepared, weights)
@@ -98,18 +92,18 @@ class _ByDifferences:
 class Differences(_ByDifferences):
     """Diagonal components of any kind, by the differences z - m of every row, component and dimension."""
 
-    def prepare(self, z: Tensor, logvar: Tensor | None, data: slice, for_gradient: bool = False):
+    def prepare(self, z: Tensor, logvar: Any, data: slice, for_gradient: bool = False) -> tuple:
         """((z - m) / sigma, 1 / sigma, 2 ln sigma, the log-variances of q, those of the components, data). In the
         convolved form sigma^2 is the sum of both variances."""
         z, logvar = z.unsqueeze(-2), None if logvar is None else logvar.unsqueeze(-2)
         logvars = z.new_zeros((1, 1, 1))
         if self.mixture.logvars is not None:
-            logvars = self.part(self.mixture.logvars, data).to(self.dtype)
+            logvars = part_of(self.mixture.logvars, data, self.components).to(self.dtype)
         spread = torch.logaddexp(logvars, logvar) if self.form == "convolved" else logvars
         # Keep 1 / sigma finite: a difference or a weight of 0 times infinity would be NaN.
         most = 709.0 if self.dtype == torch.float64 else 88.0
         root = (-0.5 * spread).clamp(max=most).exp()
-        standard = (z - self.part(self.mixture.means, data).to(self.dtype)) * root
+        standard = (z - part_of(self.mixture.means, data, self.components).to(self.dtype)) * root
         return standard, root, spread, logvar, logvars, data
 
     def joint(self, prepared, log_weights: Tensor) -> Tensor:
@@ -172,12 +166,12 @@ class Full(_ByDifferences):
         """[M, n, x] -> [S, B, x]."""
         return tensor.reshape(*shape, tensor.shape[-1]) if self.mixture.means.shape[0] == 1 else tensor.transpose(0, 1)
 
-    def prepare(self, z: Tensor, logvar: Tensor | None, data: slice, for_gradient: bool = False):
+    def prepare(self, z: Tensor, logvar: Any, data: slice, for_gradient: bool = False) -> tuple:
         shape = z.shape[:2]
-        scale = self.part(self.mixture.scale_tril, data).to(self.dtype).tril()
-        means = self.part(self.mixture.means, data).to(self.dtype).unsqueeze(-2)
+        scale = part_of(self.mixture.scale_tril, data, self.components).to(self.dtype).tril()
+        means = part_of(self.mixture.means, data, self.components).to(self.dtype).unsqueeze(-2)
         difference = self._inward(z).unsqueeze(1) - means
-        variance = None if logvar is None else self._inward(logvar.exp()).unsqueeze(1)
+        variance: Any = None if logvar is None else self._inward(logvar.exp()).unsqueeze(1)
         eye = torch.eye(z.shape[-1], dtype=self.dtype, device=z.device)
         if self.form == "convolved":
             root = torch.linalg.cholesky((scale @ scale.mT).unsqueeze(2) + torch.diag_embed(variance))

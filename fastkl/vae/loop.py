@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 
 import torch
@@ -28,7 +29,7 @@ def train(run: Run, display: Display) -> bool:
     # Tensors refilled each step: a compiled objective is not recompiled for new values.
     weights = Weights(*(torch.ones((), dtype=torch.float32, device=run.device) for _ in Weights._fields))
     with Stop() as stop:
-        while run.step < run.total_steps:
+        while not run.ended:
             for optimizer in run.optimizers.values():
                 for group in optimizer.param_groups:
                     rate = group.get("rate", settings.learning_rate)
@@ -173,7 +174,8 @@ def test(run: Run, display: Display) -> None:
     """Log the monitors at the end of an epoch, and the ELBO of held-out data at TEST_POINTS steps of the run."""
     if run.step % run.steps_per_epoch == 0 or run.ended:
         log_monitors(run, display)
-    if run.ranks.main and (run.ended or run.step % max(1, run.total_steps // TEST_POINTS) == 0):
+    due = run.ended or run.step % max(1, run.total_steps // TEST_POINTS) == 0
+    if run.ranks.main and due:
         learned, about = run.prior, (run.vae, run.data.watched, run.settings.seed, run.device)
         with run.averaged():
             elbo, kl, reconstruction = quick_elbo(*about, learned)
@@ -183,7 +185,21 @@ def test(run: Run, display: Display) -> None:
                 if run.settings.kl == "relaxed":
                     bracket.append(temperature(run.settings, run.step - 1, run.total_steps))
                 run.history.setdefault("mixture", []).append(bracket)
+            keep_best(run, elbo)
             display.tested(run, run.step, elbo, kl, reconstruction)
+    if due and run.settings.patience:
+        run.best["points"] = run.ranks.broadcast(run.best.get("points", 0))  # all processes end together
+
+
+def keep_best(run: Run, elbo: float) -> None:
+    """With --patience, keep the weights of the best ELBO of held-out data since the warm-up."""
+    if not run.settings.patience or run.step < run.settings.warm_up:
+        return
+    if elbo > run.best.get("elbo", -math.inf):
+        state = {name: value.detach().cpu().clone() for name, value in run.vae.state_dict().items()}
+        run.best = {"step": run.step, "elbo": elbo, "model": state, "points": 0}
+    else:
+        run.best["points"] = run.best.get("points", 0) + 1  # also if no ELBO was a number yet
 
 
 def save_if_due(run: Run, display: Display, stopping: bool) -> None:
@@ -197,7 +213,6 @@ def save_if_due(run: Run, display: Display, stopping: bool) -> None:
 def gradients(run: Run) -> dict[str, float]:
     """Gradient norms of encoder, decoder and every other trained part, at this step."""
     parts = {name: list(part.parameters()) for name, part in run.vae.named_children()}
-    parts["logvar"] = list(run.vae.parameters(recurse=False))  # the normal likelihood's
     if (discriminator := discriminator_of(run)) is not None:
         parts["discriminator"] = list(discriminator.parameters())
     norms = monitors.gradient_norms({name: part for name, part in parts.items() if part})

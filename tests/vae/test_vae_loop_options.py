@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fastkl.vae import checkpoint
-from fastkl.vae import train as loop
+from fastkl.vae import checkpoint, load, loop
 from fastkl.vae.guard import Diverged, Guard
 
 from vae_helpers import BARE, assert_same_state, refused, torchrun_each, train
@@ -19,6 +18,7 @@ OPTIONS = {
     "clip": ("--clip", "0.5"),
     "average": ("--ema", "0.9", "--prior", "gmm", "--components", "3", "--warm-up", "4"),
     "compile": ("--compile",),
+    "patience": ("--patience", "20"),
     "activation checkpointing": ("--activation-checkpointing",),
     "all": (
         "--precision", "bf16", "--accumulate", "2", "--clip", "1", "--ema", "0.8", "--activation-checkpointing",
@@ -123,6 +123,48 @@ def test_tests_and_report_use_the_averaged_weights(tmp_path, monkeypatch):
     torch.testing.assert_close(seen[-1], mean)
     torch.testing.assert_close(list(weights(tmp_path).values()), steps[-1], rtol=0, atol=0)
     assert (seen[-1][0] - steps[-1][0]).abs().max() > 1e-4
+
+
+def falling(monkeypatch, best: int) -> None:
+    """The ELBO of held-out data rises up to this step, and falls after it."""
+    monkeypatch.setattr(loop, "quick_elbo", lambda vae, *rest: (-abs(next(steps) - best), 0.0, 0.0))
+    steps = iter(range(1, 100))
+
+
+def test_patience_ends_a_run_and_keeps_its_best_weights(tmp_path, monkeypatch):
+    seen, update = [], loop.update
+
+    def updated(run, loss):
+        good = update(run, loss)
+        seen.append({name: value.clone() for name, value in run.vae.state_dict().items()})
+        return good
+
+    monkeypatch.setattr(loop, "update", updated)
+    falling(monkeypatch, best=5)
+    assert train(tmp_path, *BARE, "--patience", "3") == 0
+    state = checkpoint.load(tmp_path)
+    assert (state["step"], state["best"]["step"], state["best"]["elbo"]) == (8, 5, 0)
+    torch.testing.assert_close(state["best"]["model"], seen[4], rtol=0, atol=0)
+    torch.testing.assert_close(dict(load(tmp_path).vae.state_dict()), seen[4], rtol=0, atol=0)
+    assert train(tmp_path, *BARE, "--resume") == 0, "it has ended"
+    assert checkpoint.load(tmp_path)["step"] == 8
+
+
+def test_patience_waits_for_a_learned_prior(tmp_path, monkeypatch):
+    falling(monkeypatch, best=2)
+    options = ("--patience", "3", "--prior", "gmm", "--components", "3", "--warm-up", "7")
+    assert train(tmp_path, *BARE, *options) == 0
+    state = checkpoint.load(tmp_path)
+    assert (state["step"], state["best"]["step"]) == (10, 7)
+
+
+def test_all_processes_end_together(tmp_path):
+    options = ("--hidden", "16", "--latent", "3", "--steps", "40", "--learning-rate", "10", *BARE, "--patience", "2")
+    done = torchrun_each(tmp_path, {"two": options})
+    assert done.returncode == 0, done.stderr
+    state = checkpoint.load(tmp_path / "two")
+    assert state["step"] < 40
+    assert state["best"]["points"] == 2
 
 
 def test_the_networks_run_in_the_precision_and_the_kl_in_float32(tmp_path, monkeypatch):

@@ -1,19 +1,16 @@
-"""Conversion of mixture arguments, as users give them, to the canonical form of the mixture ops and kernels.
-
-z [R, D]; logits [I, K]; means [M, K, D]; logvars [m, k, d], each size full or 1; scale_tril [M, K, D, D]. Row r uses
-logits[r % I] and means[r % M]; if M > 1, I and m are 1 or M.
-"""
+"""Conversion of mixture arguments, as users give them, to the canonical form of _mixture.py."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._scales import as_logvar, distinct
+from fastkl.ops.mixture._mixture import Mixture
 
 PRECISIONS = ("exact", "tf32x3", "tf32")
 EVENTS = (1, 2, 2, 3)  # number of dimensions of one mixture's logits, means, logvars, scale_tril
@@ -23,7 +20,7 @@ def collapse(tensor: Tensor, event_ndim: int) -> Tensor:
     """`tensor` without leading batch dimensions along which it does not vary; other expanded batch dimensions (of
     stride 0) get size 1."""
     batch = tensor.dim() - event_ndim
-    return _without_leading_ones(distinct(tensor, range(batch)), batch)
+    return _without_leading_ones(distinct(tensor, range(batch)), batch) if batch else tensor
 
 
 def _without_leading_ones(tensor: Tensor, batch: int) -> Tensor:
@@ -38,10 +35,13 @@ def as_logvars(
 ) -> Tensor | None:
     """The components' log-variances, converted from what `scale` (the argument called `name`) says. A number applies to
     all components: [1], in the means' dtype."""
-    (found,) = arguments.as_tensors(means, logvars)
-    logvars = logvars if found is logvars else found.to(means.dtype).reshape(1)
-    arguments.check_tensors(logvars=logvars)
-    return as_logvar(name, logvars, scale, means)
+    found: Any = logvars
+    if logvars is not None and not isinstance(logvars, Tensor):
+        (found,) = arguments.as_tensors(means, logvars)
+        found = found.to(means.dtype).reshape(1) if isinstance(found, Tensor) else found
+    if scale != "logvar":  # else check_shapes does
+        arguments.check_tensors(logvars=found)
+    return as_logvar(name, found, scale, means)
 
 
 def by_component(logvars: Tensor) -> Tensor:
@@ -53,26 +53,40 @@ def check_precision(precision: str) -> str:
     return arguments.check_choice("precision", precision, PRECISIONS)
 
 
-def canonical(
-    z: dict[str, Tensor], logits: Tensor, means: Tensor, logvars: Tensor | None, scale_tril: Tensor | None
-) -> tuple[list[Tensor], tuple, torch.Size]:
-    """(rows, each [R, D]; (logits, means, logvars, scale_tril); the batch shape, R in the caller's dimensions).
+class Canonical(NamedTuple):
+    """Arguments in canonical form, and the batch's dimensions that their rows are made of."""
 
-    `z` holds the tensors [..., D] by name: {"z": z}, or {"mu": mu, "logvar": logvar}. Rows keep the order of the batch;
+    rows: list[Tensor]  # each [R, D]
+    mixture: Mixture
+    batch: torch.Size
+    order: list[int] | None  # the place of each of these dimensions in the caller's batch; None if they are in order
+
+    def restore(self, result: Tensor) -> Tensor:
+        """A result [R, ...] in the caller's shape."""
+        result = result.view((*self.batch, *result.shape[1:]))
+        if self.order is None:
+            return result
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return result.permute((*back, *range(len(self.order), result.dim())))
+
+
+def canonical(
+    z: dict[str, Tensor], logits: Tensor, means: Tensor, logvars: Tensor | None, scale_tril: Tensor | None, *,
+    reorder: bool = True,
+) -> Canonical:  # fmt: skip
+    """Checked and flattened arguments. `z` holds tensors [..., D] by name: {"z": z}, or {"mu": mu, "logvar": logvar}.
+
+    With `reorder` the batch's dimensions are in the order that copies least. Else rows keep the order of the batch, and
     parameters that vary along other than its last dimensions are copied.
     """
-    batch, mixture = _collapsed(z, logits, means, logvars, scale_tril)
-    rows, mixture = _flattened(list(z.values()), mixture, batch)
-    return rows, mixture, batch
-
-
-def arranged(
-    z: dict[str, Tensor], logits: Tensor, means: Tensor, logvars: Tensor | None, scale_tril: Tensor | None
-) -> tuple[list[Tensor], tuple, Callable[[Tensor], Tensor]]:
-    """Like `canonical`, but with the batch's dimensions in the order that copies least, and instead of the batch shape
-    a function that gives a result [R, ...] the caller's shape."""
-    batch, mixture = _collapsed(z, logits, means, logvars, scale_tril)
-    rows, order = list(z.values()), _order(len(z), mixture, batch)
+    check_shapes(z, logits, means, logvars, scale_tril)
+    if scale_tril is not None:
+        check_triangles(scale_tril)
+    batch = batch_shape(z, logits, means, logvars, scale_tril)
+    logvars = None if logvars is None else by_component(logvars)
+    given = (logits, means, logvars, scale_tril)
+    mixture = [None if t is None else collapse(t, event) for t, event in zip(given, EVENTS)]
+    rows, order = list(z.values()), _order(len(z), mixture, batch) if reorder else None
     if order is not None:
         rows = [_permuted(tensor, order, 1) for tensor in rows]
         mixture = [
@@ -80,29 +94,7 @@ def arranged(
             for tensor, event in zip(mixture, EVENTS)
         ]
         batch = torch.Size([batch[dim] for dim in order])
-    rows, mixture = _flattened(rows, mixture, batch)
-
-    def restore(result: Tensor) -> Tensor:
-        result = result.view((*batch, *result.shape[1:]))
-        if order is None:
-            return result
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return result.permute((*back, *range(len(order), result.dim())))
-
-    return rows, mixture, restore
-
-
-def _collapsed(z: dict[str, Tensor], *parameters: Tensor | None) -> tuple[torch.Size, list[Tensor | None]]:
-    """(the batch shape, the mixture's collapsed tensors), checked."""
-    logits, means, logvars, scale_tril = parameters
-    logvars = as_logvars(means, logvars)
-    parameters = (logits, means, logvars, scale_tril)
-    check_shapes(z, *parameters)
-    if scale_tril is not None:
-        check_triangles(scale_tril)
-    logvars = None if logvars is None else by_component(logvars)
-    mixture = [None if t is None else collapse(t, n) for t, n in zip((logits, means, logvars, scale_tril), EVENTS)]
-    return batch_shape(z, *parameters), mixture
+    return Canonical(*_flattened(rows, mixture, batch), batch, order)
 
 
 def _permuted(tensor: Tensor, order: list[int], event: int) -> Tensor:
@@ -132,7 +124,7 @@ def _order(row_tensors: int, mixture, batch: torch.Size) -> list[int] | None:
     return sorted(range(len(batch)), key=varies.__contains__)
 
 
-def _flattened(rows: list[Tensor], mixture, batch: torch.Size) -> tuple[list[Tensor], tuple]:
+def _flattened(rows: list[Tensor], mixture, batch: torch.Size) -> tuple[list[Tensor], Mixture]:
     """Flatten the batch's dimensions to one of rows, and those along which parameters vary to one of data."""
     dimensions = mixture[1].shape[-1]
     rows = [arguments.expand(tensor, (*batch, dimensions)).reshape(-1, dimensions) for tensor in rows]
@@ -142,11 +134,12 @@ def _flattened(rows: list[Tensor], mixture, batch: torch.Size) -> tuple[list[Ten
     flat = []
     for index, (tensor, count, event) in enumerate(zip(mixture, ndim, EVENTS)):
         if tensor is not None and (count > 0 or (per_datum and index in (1, 3))):
-            tensor = arguments.expand(tensor, (*trailing, *tensor.shape[-event:])).reshape(-1, *tensor.shape[-event:])
+            own = tensor.shape[-event:]
+            tensor = arguments.expand(tensor, (*trailing, *own)).reshape(-1, *own)
         elif tensor is not None:
             tensor = tensor[None]
         flat.append(tensor)
-    return rows, tuple(flat)
+    return rows, Mixture(*flat)
 
 
 def batch_shape(z: dict[str, Tensor], logits, means, logvars, scale_tril) -> torch.Size:
@@ -155,7 +148,8 @@ def batch_shape(z: dict[str, Tensor], logits, means, logvars, scale_tril) -> tor
     batches = {name: tensor[..., 0] for name, tensor in z.items()}
     for name, (tensor, event_ndim) in parameters.items():
         if tensor is not None and tensor.dim() > event_ndim:
-            batches[name] = tensor[(..., *[0] * event_ndim)]
+            first = (..., *[0] * event_ndim)
+            batches[name] = tensor[first]
     return arguments.broadcast_shape(**batches) if batches else torch.Size()
 
 
@@ -192,49 +186,3 @@ def check_triangles(scale_tril: Tensor) -> None:
         index = tuple(bad.nonzero()[0].tolist())
         raise ValueError(f"scale_tril must have a positive diagonal, but that of component {index} has not: its "
                          "covariance is singular")  # fmt: skip
-
-
-def vmap_call(call, size: int, dims, rows, mixture) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The return value of a Function's vmap, by one call(rows, mixture) -> tensors [R, ...] for all examples."""
-    mixture, data, per_datum = _vmap_mixture(mixture, dims[len(rows) : len(rows) + 4], size)
-    rows = [None if t is None else _vmap_rows(t, dim, size, data, per_datum) for t, dim in zip(rows, dims)]
-    outputs = call(rows, mixture)
-    return tuple(_vmap_result(out, size, data, per_datum) for out in outputs), (0,) * len(outputs)
-
-
-def _vmap_rows(tensor: Tensor, dim: int | None, size: int, data: int, per_datum: bool) -> Tensor:
-    """Rows [R, ...] of each example as rows of one call: [examples, rows], or [samples, examples, data] if the mixture
-    differs by example."""
-    tensor = arguments.batch_first(tensor, dim, size)
-    if per_datum:
-        tensor = tensor.unflatten(1, (-1, data)).transpose(0, 1).flatten(1, 2)
-    return tensor.flatten(0, 1)
-
-
-def _vmap_result(tensor: Tensor, size: int, data: int, per_datum: bool) -> Tensor:
-    """The inverse of _vmap_rows for a result [R', ...]: [examples, R, ...]."""
-    if not per_datum:
-        return tensor.unflatten(0, (size, -1))
-    return tensor.unflatten(0, (-1, size, data)).transpose(0, 1).flatten(1, 2)
-
-
-def _vmap_mixture(mixture, dims, size: int) -> tuple[list[Tensor | None], int, bool]:
-    """(the mixture's tensors for all examples at once, data of each, whether parameters differ by example)."""
-    per_datum = any(dim is not None for tensor, dim in zip(mixture, dims) if tensor is not None)
-    lengths = [1 if t is None else t.shape[0 if dim is None or dim > 0 else 1] for t, dim in zip(mixture, dims)]
-    data = max(lengths)
-    if not per_datum:
-        return list(mixture), data, False
-    components_differ = any(dim is not None or length > 1 for dim, length in zip(dims[1:], lengths[1:]))
-    batched = []
-    for index, (tensor, dim, length) in enumerate(zip(mixture, dims, lengths)):
-        if tensor is None:
-            batched.append(None)
-            continue
-        must = components_differ and index in (1, 3)
-        if dim is None and length == 1 and not must:
-            batched.append(tensor)
-            continue
-        tensor = arguments.batch_first(tensor, dim, size)
-        batched.append(arguments.expand(tensor, (size, data, *tensor.shape[2:])).flatten(0, 1))
-    return batched, data, True

@@ -1,0 +1,63 @@
+"""Training from Python: the loop of `fastkl train`, with data, a model or an objective of your own."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from os import PathLike, fspath
+from typing import Any
+
+from fastkl.vae import cli, parallel, rules, trained
+from fastkl.vae.model import OWN, VAE
+from fastkl.vae.run import Own
+from fastkl.vae.trained import Trained
+
+
+def train(
+    data: Any = None, *, out: str | PathLike, model: VAE | None = None, objective: str | Callable[..., Any] = "",
+    resume: bool = False, report: bool = False, tensorboard: bool = False, **options: Any,
+) -> Trained:  # fmt: skip
+    """Train a VAE, keep the run in a folder, and return its model. Under torchrun all processes train together.
+
+    Args:
+        data: an array or tensor [N, features], [N, H, W] or [N, C, H, W]; a pair (data, labels), whose labels serve the
+            report only; a dictionary with names such as x, y, x_test and y_test; or a name or path as for
+            `fastkl train --data`. Numbers are scaled as there. None: the digits, or with `resume` the run's own data.
+        out: the folder of the run.
+        model: a `fastkl.vae.VAE` of your own encoder [N, *shape] -> [N, 2 * latent, ...] and decoder, trained in place.
+        objective: the name of one of `fastkl.objectives`, or a function of (posterior, prior, log_likelihood) that
+            gives a `fastkl.objectives.Loss`, whose terms include "kl" and "reconstruction".
+        resume: continue the run in `out`, with the same data and model.
+        report, tensorboard: write the report at the end, and events during the run.
+        **options: every option of `fastkl train`, with underscores: steps=1000, prior="gmm", precision="bf16".
+
+    Returns:
+        The model after the last step; after Ctrl-C, of the steps until then.
+
+    Raises:
+        TypeError: an option is unknown or of a wrong type.
+        UserError: the data, the folder or the options are not usable; the message is one line.
+    """
+    began = time.perf_counter()
+    if isinstance(data, (str, PathLike)):
+        options, data = {**options, "data": fspath(data)}, None
+    own = None
+    if callable(objective):
+        own = objective
+    elif objective:
+        options = {**options, "objective": objective}
+    rules.check_names(options)
+    if model is not None:
+        options = {**options, "model": OWN}
+    flags: dict[str, Any] = {"out": fspath(out), "typed": []}
+    for name, value in (("resume", resume), ("no_report", not report), ("no_tensorboard", not tensorboard)):
+        if value:
+            flags[name] = True
+    ranks = parallel.start()
+    try:
+        cli.train_on(ranks, argparse.Namespace(**flags), options, began, Own(data, model, own))
+        ranks.broadcast(None)  # the main process has written the checkpoint
+        return trained.load(out, model=model)
+    finally:
+        parallel.stop(ranks)

@@ -1,0 +1,171 @@
+"""The distributions of a datum given the latent: log-likelihood, mean and samples from the decoder's output.
+
+The decoder gives one number for each value of x, or `outputs` of them. Everything else that a distribution needs is a
+parameter of its own: one for each feature of a vector, one for all pixels of an image.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributions, nn
+
+import fastkl
+
+PIXELS = ("bernoulli", "logistic", "categorical")  # of values in [0, 1]
+COUNTS = ("poisson", "negative_binomial")
+SCALED = ("normal", "laplace")  # of standardised values
+NAMES = (*PIXELS, *SCALED, *COUNTS)
+DISCRETE = ("logistic", "categorical")  # with a figure in bits per dimension
+LEVELS = 256  # the most levels of categorical pixels
+
+
+class Likelihood(nn.Module):
+    """log p(x | z) summed over a datum, in nats."""
+
+    outputs = 1  # numbers of the decoder for each value
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.ndim = len(shape)
+        self.own_shape = tuple(shape) if len(shape) == 1 else ()
+
+    def parameter(self) -> nn.Parameter:
+        return nn.Parameter(torch.zeros(self.own_shape))
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What the encoder reads of x."""
+        return x
+
+    def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
+        """[*batch] for x and the decoder's output [*batch, *shape]."""
+        return self.terms(x, output).flatten(-self.ndim).sum(-1)
+
+    def terms(self, x: Tensor, output: Tensor) -> Tensor:
+        """log p of each value."""
+        raise NotImplementedError
+
+    def mean(self, output: Tensor) -> Tensor:
+        """E[x | z], in the units of x."""
+        return output
+
+
+class Bernoulli(Likelihood):
+    """x in [0, 1]: a value between 0 and 1 is the probability of a 1. The output is the logit."""
+
+    def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
+        return fastkl.bernoulli_log_prob(x, output, event_ndim=self.ndim)
+
+    def mean(self, output: Tensor) -> Tensor:
+        return output.sigmoid()
+
+
+class Normal(Likelihood):
+    """The output is the mean; the log-variance is learned."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__(shape)
+        self.logvar = self.parameter()
+
+    def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
+        return fastkl.normal_log_prob(x, output, self.logvar.expand_as(output), event_ndim=self.ndim)
+
+
+class Laplace(Likelihood):
+    """L1: the output is the mean, whose absolute error is weighed; the logarithm of the scale is learned."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__(shape)
+        self.log_scale = self.parameter()
+
+    def terms(self, x: Tensor, output: Tensor) -> Tensor:
+        output = output.float()
+        return distributions.Laplace(output, self.log_scale.exp().expand_as(output), validate_args=False).log_prob(x)
+
+
+class Logistic(Likelihood):
+    """Pixels with levels k / (levels - 1): the mass of a logistic distribution between the neighbours' midpoints.
+
+    ln [s((x + h - m) / b) - s((x - h - m) / b)], s the logistic function, h half a level; open at both ends. The output
+    is m, the logarithm of b is learned. Source: Kingma et al. 2016, arXiv:1606.04934, section 5.2 (the likelihood).
+    """
+
+    def __init__(self, shape: tuple[int, ...], levels: int):
+        super().__init__(shape)
+        self.half_level, self.log_scale = 0.5 / (levels - 1), nn.Parameter(torch.full(self.own_shape, -2.0))
+
+    def terms(self, x: Tensor, output: Tensor) -> Tensor:
+        inverse = (-self.log_scale).exp()
+        distance, half = (x - output.float()) * inverse, self.half_level * inverse
+        below, above = distance - half, distance + half
+        # s(b) - s(a) = s(b) s(-a) (1 - exp(a - b)), without the cancellation of the left-hand side
+        middle = F.logsigmoid(above) + F.logsigmoid(-below) + torch.log(-torch.expm1(-2 * half))
+        first, last = x < self.half_level, x > 1 - self.half_level
+        return torch.where(first, F.logsigmoid(above), torch.where(last, F.logsigmoid(-below), middle))
+
+    def mean(self, output: Tensor) -> Tensor:
+        return output.clamp(0, 1)
+
+
+class Categorical(Likelihood):
+    """Pixels with levels k / (levels - 1), each level with a probability of its own. The output [..., levels, *shape]
+    has their logits."""
+
+    def __init__(self, shape: tuple[int, ...], levels: int):
+        super().__init__(shape)
+        self.outputs = levels
+
+    def terms(self, x: Tensor, output: Tensor) -> Tensor:
+        level = (x * (self.outputs - 1)).round().long().unsqueeze(-self.ndim - 1)
+        log_p = output.float().log_softmax(-self.ndim - 1)
+        return log_p.gather(-self.ndim - 1, level).squeeze(-self.ndim - 1)
+
+    def mean(self, output: Tensor) -> Tensor:
+        levels = torch.linspace(0, 1, self.outputs, device=output.device).view(-1, *[1] * self.ndim)
+        return (output.softmax(-self.ndim - 1) * levels).sum(-self.ndim - 1)
+
+
+class Poisson(Likelihood):
+    """Counts. The output is the logarithm of the mean; the encoder reads ln(1 + x)."""
+
+    def seen(self, x: Tensor) -> Tensor:
+        return x.log1p()
+
+    def terms(self, x: Tensor, output: Tensor) -> Tensor:
+        output = output.float()
+        return x * output - output.exp() - torch.lgamma(x + 1)
+
+    def mean(self, output: Tensor) -> Tensor:
+        return output.exp()
+
+
+class NegativeBinomial(Poisson):
+    """Counts with mean m and variance m + m^2 / r; the logarithm of r is learned, and the output is ln m."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__(shape)
+        self.log_size = self.parameter()
+
+    def terms(self, x: Tensor, output: Tensor) -> Tensor:
+        output = output.float()
+        size = self.log_size.exp().expand_as(output)
+        distribution = distributions.NegativeBinomial(size, logits=output - self.log_size, validate_args=False)
+        return distribution.log_prob(x)
+
+
+def make(name: str, shape: tuple[int, ...], levels: int) -> Likelihood:
+    """The likelihood of this name for data of this shape; pixels have this number of levels."""
+    if name in DISCRETE:
+        return {"logistic": Logistic, "categorical": Categorical}[name](shape, levels)
+    kinds: dict[str, type[Likelihood]] = {
+        "bernoulli": Bernoulli, "normal": Normal, "laplace": Laplace, "poisson": Poisson,
+        "negative_binomial": NegativeBinomial,
+    }  # fmt: skip
+    return kinds[name](shape)
+
+
+def bits_per_dimension(nats: float, shape: tuple[int, ...]) -> float:
+    """Of a log-probability per datum."""
+    return -nats / (math.log(2) * math.prod(shape))

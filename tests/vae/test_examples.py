@@ -1,0 +1,29 @@
+"""The examples run as they are, by public names only."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from vae_helpers import run
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_the_example_of_sixty_lines_learns():
+    done = run([sys.executable, str(EXAMPLES / "train_vae.py"), "--steps", "300"])
+    assert done.returncode == 0, done.stderr
+    elbo, bound = (float(number) for number in re.findall(r"(-?\d+\.\d+) nats", done.stdout))
+    assert -27 < elbo < bound < -23, done.stdout  # after one step it is -42
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_an_example_is_short_and_public(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 100
+    names = [ast.unparse(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)]
+    imported = re.findall(r"^(?:from|import) (fastkl[\w.]*)", text, re.MULTILINE)
+    assert imported
+    assert not [name for name in [*names, *imported] if re.search(r"fastkl\.(ops|kernels|native|.*\b_)", name)]
