@@ -75,8 +75,9 @@ def _run(name: str, form: str, rows, weights, components, dlogvars, results) -> 
     return made
 
 
-def log_prob(z, logvar, logits, means, logvars, scale_tril, form: str, precision: str, kept: int):
-    """[ln p, ln p in float64, responsibilities [R, K]], the first 1 + kept of them; or NotImplemented."""
+def gmm_log_prob_fwd(z, logvar, logits, means, logvars, scale_tril, form: str, precision: str, kept: int):
+    """[ln p, ln p in float64, responsibilities [R, K]], the first 1 + kept of them; or NotImplemented. Every precision
+    is exact."""
     if scale_tril is not None:
         return NotImplemented
 
@@ -90,35 +91,25 @@ def log_prob(z, logvar, logits, means, logvars, scale_tril, form: str, precision
     return made if made is NotImplemented else list(made[: kept + 1])
 
 
-def log_prob_gradients(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form: str, precision: str, outputs):
-    """Write the outputs (dz, dlogvar, dlogits, dmeans, dlogvars), None for one not wanted, and return None; or return
-    NotImplemented."""
+def gmm_log_prob_bwd(
+    dlp, lp, responsibilities, z, logvar, logits, means, logvars, scale_tril,
+    dz, dlogvar, dlogits, dmeans, dlogvars, dscale_tril, form: str, precision: str,
+):  # fmt: skip
+    """Write the outputs that are wanted and return None, or return NotImplemented."""
     if scale_tril is not None:
         return NotImplemented
-    dz, dlogvar, dlogits, dmeans, dlogvars = outputs
+    outputs, of_rows = (dz, dlogvar, dlogits, dmeans, dlogvars), [dz, dlogvar]
     if means.shape[0] == 1 and _step(*means.shape[1:]) < means.shape[1]:  # each slice of components adds to these
-        dz, dlogvar = (t.float() if t is not None and t.itemsize == 2 else t for t in (dz, dlogvar))
-    density, own = (*(tensor.contiguous() for tensor in kept), None)[:2]  # a saved tensor may come back in any layout
-    rows, weights, components = (z, logvar, dlp, dz, dlogvar), (logits, dlogits), (means, logvars, dmeans)
-    made = _run("backward", form, rows, weights, components, dlogvars, lambda dtype: (None, density, own))
-    if made is NotImplemented:
-        return made
+        of_rows = [t.float() if t is not None and t.itemsize == 2 else t for t in of_rows]
+    # A saved tensor may come back in any layout.
+    kept = (None, lp.contiguous(), None if responsibilities is None else responsibilities.contiguous())
+    rows, weights, components = (z, logvar, dlp, *of_rows), (logits, dlogits), (means, logvars, dmeans)
+    if _run("backward", form, rows, weights, components, dlogvars, lambda dtype: kept) is NotImplemented:
+        return NotImplemented
+    for output, found in zip(outputs, of_rows):
+        if found is not output:
+            output.copy_(found)
     for output in outputs:
         if output is not None and z.shape[0] == 0:
             output.zero_()
-    for output, found in zip(outputs, (dz, dlogvar)):
-        if found is not output:
-            output.copy_(found)
     return None
-
-
-gmm_log_prob_fwd = log_prob
-
-
-def gmm_log_prob_bwd(dlp, kept, z, logvar, logits, means, logvars, scale_tril, form, precision, data, parameters):
-    inputs = (z, logvar, logits, means, logvars)
-    outputs = [
-        torch.empty_like(t) if t is not None and want else None for t, want in zip(inputs, [data] * 2 + [parameters] * 3)
-    ]
-    done = log_prob_gradients(dlp, kept, *inputs, scale_tril, form, precision, outputs)
-    return done if done is NotImplemented else [t for t in outputs if t is not None]

@@ -68,10 +68,11 @@ def of_definition(form, tensors, dlp, dtype=torch.float64):
     return [value.detach(), *(None if t is None else next(found) for t in leaves)]
 
 
-def of_loops(form, tensors, dlp, kept=2, wanted=(True,) * 5):
-    lp, *saved = mixture.log_prob(*tensors, None, form, "exact", kept)
+def of_loops(form, tensors, dlp, keep=2, wanted=(True,) * 5):
+    lp, density, responsibilities = (*mixture.gmm_log_prob_fwd(*tensors, None, form, "exact", keep), None)[:3]
     outputs = [torch.full_like(t, math.nan) if t is not None and want else None for t, want in zip(tensors, wanted)]
-    assert mixture.log_prob_gradients(dlp, saved, *tensors, None, form, "exact", outputs) is None
+    saved = (dlp, density, responsibilities, *tensors, None)
+    assert mixture.gmm_log_prob_bwd(*saved, *outputs, None, form, "exact") is None
     return [lp, *outputs]
 
 
@@ -174,4 +175,4 @@ def test_equal_terms_add_up():
 def test_float64_is_not_mixed_with_other_dtypes():
     tensors, _ = inputs_of("neither a whole block of rows nor of lanes", "point", "full", torch.float32)
     tensors[3] = tensors[3].double()
-    assert mixture.log_prob(*tensors, None, "point", "exact", 0) is NotImplemented
+    assert mixture.gmm_log_prob_fwd(*tensors, None, "point", "exact", 0) is NotImplemented

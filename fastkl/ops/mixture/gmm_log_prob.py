@@ -74,12 +74,14 @@ gmm_log_prob_fwd = register(
     closed_form=values,
     fake=fake_values,
     kernel="mixture.gmm_log_prob.fwd",
+    native="mixture.gmm_log_prob_fwd",
 )
 gmm_log_prob_bwd = register(
     f"gmm_log_prob_bwd(Tensor dlp, Tensor lp, Tensor? responsibilities, {_INPUTS}, "
     f"Tensor(a!)? dz, Tensor(b!)? dlogvar, {DMIXTURE}, str form, str precision) -> ()",
     closed_form=_backward,
     kernel="mixture.gmm_log_prob.bwd",
+    native="mixture.gmm_log_prob_bwd",
 )
 
 
