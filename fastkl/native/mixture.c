@@ -19,7 +19,9 @@ enum { POINT, EXPECTED, CONVOLVED };
 #define SUMS (8 << 20) /* bytes of the sums of jobs */
 #ifdef FLOAT64
 #define LIMIT 1e154 /* its square is finite */
+#define NEGLIGIBLE 1e-260
 #else
+#define NEGLIGIBLE 1e-26f /* a smaller responsibility is 0: products with subnormal numbers are ten times slower */
 #define LIMIT 1.8e19f
 #endif
 
@@ -439,6 +441,14 @@ static void fill_single(const problem *p, const slice *t, int64_t row, REAL *res
 
 /* ---- forward */
 
+/* exp(values - high - low), in place */
+static void exponentials(REAL *restrict values, int count, REAL high, REAL low) {
+    for (int k = 0; k < count; k++) {
+        REAL e = exponential((values[k] - high) - low);
+        values[k] = e < NEGLIGIBLE ? 0 : e;
+    }
+}
+
 static void finish_row(const problem *p, const slice *t, const block *b, int r) {
     REAL *restrict joint = b->joint + r * t->width, most = -(REAL)INFINITY;
     int64_t row = b->row[r];
@@ -447,7 +457,7 @@ static void finish_row(const problem *p, const slice *t, const block *b, int r) 
     REAL *restrict kept = p->kept ? p->kept + row * p->count + t->first : b->product;
     if (several && p->kept) memcpy(kept, joint, (size_t)t->count * sizeof *kept);
     REAL origin = most > -(REAL)INFINITY ? most : 0;
-    for (int k = 0; k < t->count; k++) joint[k] = exponential(joint[k] - origin);
+    exponentials(joint, t->count, origin, 0);
     REAL all = sum(joint, t->count), share = 1 / all; /* NaN in a row of density 0, whose gradient may be anything */
     if (!several && p->kept) for (int k = 0; k < t->count; k++) kept[k] = joint[k] * share;
     double found = (double)origin + logarithm(all);
@@ -489,7 +499,7 @@ static void forward_job(void *context, int64_t job) {
 /* ln p as the sum of two REALs: one rounding of it would scale all responsibilities by a wrong factor. */
 static void responsibilities(REAL *restrict joint, int count, double log_density) {
     REAL high = (REAL)log_density, low = (REAL)(log_density - (double)high);
-    for (int k = 0; k < count; k++) joint[k] = exponential((joint[k] - high) - low);
+    exponentials(joint, count, high, low);
 }
 
 static void settle_job(void *context, int64_t job) {
