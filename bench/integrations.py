@@ -10,9 +10,13 @@ agree is not timed.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
+import itertools
+import operator
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,6 +36,23 @@ class Case(NamedTuple):
 
 def leaf(*shape: int) -> Tensor:
     return torch.randn(shape).requires_grad_()
+
+
+def seeded(loss_of: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A step of this loss, with the same noise each time."""
+
+    def step() -> Tensor:
+        torch.manual_seed(0)
+        loss = loss_of()
+        loss.backward()
+        return loss
+
+    return step
+
+
+def mlp(*sizes: int) -> torch.nn.Sequential:
+    layers = [(torch.nn.Linear(a, b), torch.nn.ReLU()) for a, b in itertools.pairwise(sizes)]
+    return torch.nn.Sequential(*[layer for pair in layers for layer in pair][:-1])
 
 
 def distributions() -> list[Case]:
@@ -56,10 +77,28 @@ def distributions() -> list[Case]:
             return loss
 
         cases.append(Case("distributions", f"MixtureSameFamily, N {n}, K {k}, D {d}", step))
+    encoder, decoder, x = mlp(784, 400, 32), mlp(16, 400, 784), torch.rand(128, 784)
+    means, stds = leaf(500, 16), torch.ones(500, 16).requires_grad_()
+
+    def loss(mixture: bool) -> Tensor:
+        mu, logvar = encoder(x).chunk(2, 1)
+        q = Independent(Normal(mu, (0.5 * logvar).exp()), 1)
+        z = q.rsample()
+        if mixture:
+            p = MixtureSameFamily(Categorical(logits=torch.zeros(500)), Independent(Normal(means, stds), 1))
+            kl = q.log_prob(z) - p.log_prob(z)
+        else:
+            kl = kl_divergence(q, Independent(Normal(torch.zeros_like(mu), torch.ones_like(mu)), 1))
+        return ((decoder(z) - x).square().sum(1) + kl).mean()
+
+    for mixture, name in ((False, "N(0, I)"), (True, "a mixture of 500")):
+        step = seeded(functools.partial(loss, mixture))
+        cases.append(Case("distributions", f"training step of a VAE, prior {name}, batch 128", step))
     return cases
 
 
 def diffusers() -> list[Case]:
+    library = importlib.import_module("diffusers")
     vae = importlib.import_module("diffusers.models.autoencoders.vae")
     cases = []
     for name, head in (("float32", leaf(4, 8, 64, 64)), ("bfloat16", torch.randn(4, 8, 64, 64).bfloat16())):
@@ -73,6 +112,16 @@ def diffusers() -> list[Case]:
             return loss
 
         cases.append(Case("diffusers", f"sample + kl of [4, 8, 64, 64], {name}", step, name == "float32"))
+    blocks = {kind: [f"{way}Block2D"] * 2 for kind, way in (("down_block_types", "DownEncoder"),
+                                                           ("up_block_types", "UpDecoder"))}  # fmt: skip
+    model = library.AutoencoderKL(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, **blocks)
+    images = torch.rand(4, 3, 64, 64)
+
+    def loss() -> Tensor:
+        posterior = model.encode(images).latent_dist
+        return (model.decode(posterior.sample()).sample - images).square().mean() + 1e-6 * posterior.kl().mean()
+
+    cases.append(Case("diffusers", "training step of AutoencoderKL (32, 64), 4 x 3 x 64 x 64", seeded(loss)))
     return cases
 
 
@@ -87,14 +136,11 @@ def pythae() -> list[Case]:
         config = getattr(models, f"{name}Config")(input_dim=(1, 28, 28), latent_dim=16, **settings)
         model, x = getattr(models, name.rstrip("_"))(config), torch.rand(batch, 1, 28, 28)
 
-        def step(model=model, x=x) -> Tensor:
-            torch.manual_seed(0)
-            loss = model({"data": x}).loss
-            loss.backward()
-            return loss
-
+        step = seeded(lambda model=model, x=x: model({"data": x}).loss)
         about = ", ".join(f"{key} {value}" for key, value in settings.items())
-        cases.append(Case("pythae", f"{name.rstrip('_')}, batch {batch}{about and ', ' + about}", step, same))
+        cases.append(
+            Case("pythae", f"training step of {name.rstrip('_')}, batch {batch}{about and ', ' + about}", step, same)
+        )
     return cases
 
 
@@ -104,14 +150,31 @@ def scvi() -> list[Case]:
     for k in (10, 50, 500):
         prior, mu, std = base.MogPrior(k, 10), leaf(128, 10), (torch.rand(128, 10) + 0.5).requires_grad_()
 
-        def step(prior=prior, mu=mu, std=std) -> Tensor:
-            torch.manual_seed(0)
-            loss = prior.kl(Normal(mu, std)).mean()
-            loss.backward()
-            return loss
-
+        step = seeded(lambda prior=prior, mu=mu, std=std: prior.kl(Normal(mu, std)).mean())
         cases.append(Case("scvi", f"MogPrior, 30 samples, N 128, K {k}", step))
+    for kind, settings in (
+        ("model.SCVI", {}), ("external.SysVI", {"n_prior_components": 50}),
+        ("external.CYTOVI", {"prior_mixture_k": 50}),
+    ):  # fmt: skip
+        module, batch = training_of(kind, settings)
+        step = seeded(lambda module=module, batch=batch: module(batch)[2].loss)
+        about = "".join(f", {key} {value}" for key, value in settings.items())
+        cases.append(Case("scvi", f"training step of {kind.partition('.')[2]}, 128 cells{about}", step))
     return cases
+
+
+def training_of(kind: str, settings: dict[str, int]) -> tuple[Any, Any]:
+    """(the module, a batch) of a model of scvi-tools for drawn counts of 500 genes."""
+    library, anndata = importlib.import_module("scvi"), importlib.import_module("anndata")
+    counts = torch.poisson(torch.full((128, 500), 2.0)).numpy()
+    cells = anndata.AnnData(counts if kind == "model.SCVI" else counts / counts.max())
+    cells.obs["batch"] = ["a", "b"] * 64
+    model = operator.attrgetter(kind)(library)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.setup_anndata(cells, batch_key="batch")
+        trained = model(cells, **settings)
+    return trained.module, next(iter(trained._make_data_loader(adata=cells, batch_size=128)))
 
 
 def pyro() -> list[Case]:
@@ -149,12 +212,15 @@ def pyro() -> list[Case]:
             loss.backward()
             return loss
 
-        cases.append(Case("pyro", f"{name}, {n} x {d}", step))
+        cases.append(Case("pyro", f"training step, {name}, {n} x {d}", step))
     return cases
 
 
 def timed(step: Callable[[], Tensor], seconds: float) -> tuple[float, Tensor]:
-    """CPU seconds of a step, the mean of as many as take this long together."""
+    """CPU seconds of a step, the mean of as many as take this long together.
+
+    One before them is not counted: it finds the caches and the allocator as the other way has left them."""
+    step()
     count, began = 0, time.thread_time()
     while (spent := time.thread_time() - began) < seconds or not count:
         loss = step()

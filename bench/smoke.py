@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bench import device
 from bench.smoke_cases import Call, calls
-from fastkl.ops import _register
+from fastkl.ops import _call
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -63,12 +63,12 @@ def step(call: Call, inputs: list[Tensor], weights: list[Tensor] | None = None) 
 @contextlib.contextmanager
 def cpu_by(implementations: dict[str, Callable]):
     """Use these implementations for CPU tensors."""
-    before = dict(_register.CPU)
-    _register.CPU.update(implementations)
+    before = dict(_call.CPU)
+    _call.CPU.update(implementations)
     try:
         yield
     finally:
-        _register.CPU.update(before)
+        _call.CPU.update(before)
 
 
 def fill_free_memory() -> None:
@@ -96,7 +96,7 @@ def disagreement(found: list[Tensor], expected: list[Tensor]) -> float:
 
 def check(name: str, call: Call, dtype: torch.dtype) -> dict[str, Any]:
     """The result of one call; "wrong" lists its faults."""
-    with cpu_by(_register.CLOSED_FORM):
+    with cpu_by(_call.CLOSED_FORM):
         exact = [tensor.detach().double().requires_grad_() for tensor in draw(call, dtype, 0, "cpu")]
         outputs = call.function(*exact)
         outputs = [outputs] if isinstance(outputs, Tensor) else [out for out in outputs if out is not None]
@@ -250,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     every = calls(given.small)
     names = [name for name in every if given.only in name]
     if given.interpreted:
-        _register.CPU.update(_register.TRITON)
+        _call.CPU.update(_call.TRITON)
     if given.sanitized:
         for name in CHECKED:
             step(every[name], draw(every[name], torch.float32, 0, DEVICE))

@@ -17,7 +17,6 @@ import argparse
 import ast
 import collections
 import csv
-import importlib
 import os
 import sys
 import time
@@ -46,16 +45,16 @@ def calls(
 ) -> dict[str, tuple[int, Callable[[], Any]]]:
     """Direction -> (tensors moved, a call of the launcher), of every elementwise kernel."""
 
-    from fastkl.ops._register import PLACES
+    from fastkl.ops._register import LOADERS
 
-    kernels = importlib.import_module(f"fastkl.kernels.{PLACES[f'{op}_fwd'][0].rpartition('.')[0]}")
+    kernels = sys.modules[LOADERS[f"{op}_fwd"][0]().__module__]
     generator = torch.Generator(device).manual_seed(0)
     a, b, c = (torch.randn(shape, device=device, generator=generator).to(dtype) for _ in range(3))
     rows, columns = (torch.randn(size, device=device, generator=generator) for size in shape)
     seed = torch.zeros((), dtype=torch.int64, device=device)
     da, db, dc = (torch.empty_like(a) for _ in range(3))
     q, dq, none, alone = (a, b), (da, db), (None, None), (1, *NO_BOUNDS)
-    drawing = (*alone, None, Stream.POSTERIOR)
+    drawing, choice = (*alone, None, Stream.POSTERIOR), (0.7, False, 1, Stream.GUMBEL)
     settings = {
         "bernoulli_log_prob": (2, (*q, 1), 3, (rows, *q, da, None, 1)),
         "kl_normal": (2, (*q, *none, *alone), 4, (rows, *q, *none, *dq, *none, *alone)),
@@ -66,7 +65,7 @@ def calls(
             5, (c, rows, *q, *none, None, seed, *dq, *none, *drawing),
         ),
         # Not in the table: these have fixed tiles, or those of another op.
-        "gumbel_softmax": (2, (a, None, seed, 0.7, False, 1, 2), 3, (b, None, a, None, seed, 0.7, False, 1, 2, False)),
+        "gumbel_softmax": (2, (a, None, seed, *choice), 3, (b, None, a, None, seed, da, None, *choice)),
         "rsample_normal": (3, (*q, None, seed, *drawing), 4, (c, *q, None, seed, *dq, *drawing)),
         "wasserstein2_normal": (2, (*q, *none, *alone), 4, (rows, *q, *none, *dq, *none, *alone)),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Device functions that two or more kernels share: addressing, the scale's parametrisation, the KL and its gradient.
+"""Device functions that two or more kernels share: mathematics, the scale's parametrisation, the KL and its gradient.
 
 All take and return the compute dtype: float64 if an input is, else float32. They do not call `.to` on a scalar
 argument, because in the interpreter it may be a Python float.
@@ -12,34 +12,6 @@ TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}  # compute
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_TAIL = tl.constexpr(1.925963033500702e-08)  # log2(e) - float32(log2(e))
 LN2 = tl.constexpr(0.6931471805599453)
-PHILOX_ROUNDS = tl.constexpr(7)  # as in reference.philox
-POSTERIOR = tl.constexpr(1)  # reference.Stream.POSTERIOR
-
-
-@triton.jit
-def offsets(index, inner, outer_stride, inner_stride, NESTED: tl.constexpr):
-    """Offsets in int64, for tensors of more than 2^31 elements. A nested axis is two dimensions in one index."""
-    if NESTED:
-        outer = index // inner
-        return outer.to(tl.int64) * outer_stride + (index - outer * inner).to(tl.int64) * inner_stride
-    return index.to(tl.int64) * inner_stride
-
-
-@triton.jit
-def tile(row, column, shape, strides, NESTED: tl.constexpr):
-    """Element offsets of a tile of rows by columns.
-
-    shape is (rows, inner rows, columns, inner columns), strides (outer row, inner row, outer column, inner column);
-    NESTED gives the axes with an outer dimension: 1 the rows, 2 the columns, 3 both.
-    """
-    return elements(row[:, None], column[None, :], shape, strides, NESTED)
-
-
-@triton.jit
-def elements(row, column, shape, strides, NESTED: tl.constexpr):
-    """As `tile`, for indices that already have both dimensions (the columns may differ by row)."""
-    rows = offsets(row, shape[1], strides[0], strides[1], NESTED % 2 == 1)
-    return rows + offsets(column, shape[3], strides[2], strides[3], NESTED >= 2)
 
 
 @triton.jit
@@ -154,13 +126,22 @@ def softplus_parts(x):
 
 
 @triton.jit
+def above_zero(std):
+    """The standard deviation, with 1e-30 for 0 (a point mass), whose logarithm has no gradient."""
+    return tl.where(std == 0.0, 1e-30, std)
+
+
+@triton.jit
 def to_logvar(parameter, SCALE: tl.constexpr):
+    """The scale is one of reference.SCALES or "std_or_0", a standard deviation that may be 0."""
     if SCALE == "logvar":
         return parameter
     if SCALE == "log_std":
         return 2.0 * parameter
     if SCALE == "std":
         return 2.0 * tl.log(parameter)
+    if SCALE == "std_or_0":
+        return 2.0 * tl.log(above_zero(parameter))
     # Below -15 softplus is u (1 - u / 2), u = exp(p), up to rounding; its logarithm does not underflow.
     u, value = softplus_parts(parameter)
     return 2.0 * tl.where(parameter < -15.0, parameter - 0.5 * u, tl.log(value))
@@ -174,8 +155,10 @@ def to_parameter_gradient(dlogvar, parameter, SCALE: tl.constexpr):
         return dlogvar
     if SCALE == "log_std":
         return 2.0 * dlogvar
+    if SCALE == "std_or_0":
+        parameter = above_zero(parameter)
     most = 1.7976931348623157e308 if parameter.dtype == tl.float64 else 3.4028234e38
-    if SCALE == "std":
+    if SCALE == "std" or SCALE == "std_or_0":
         nothing = (dlogvar == 0.0) & (parameter == 0.0)
         divisor = tl.where(nothing, 1.0, tl.minimum(parameter, most, tl.PropagateNan.ALL))
         return 2.0 * (dlogvar / divisor)
@@ -218,131 +201,35 @@ def weighted(weight, value):
 
 
 @triton.jit
-def kl_terms(mu, logvar, variance):
+def standard_kl_terms(mu, logvar, variance):
     """KL(N(mu, variance) || N(0, 1)), variance = exp(logvar)."""
     return 0.5 * (exp_minus_one_minus(logvar, variance) + mu * mu)
 
 
 @triton.jit
-def kl_terms_gradient(mu, logvar, variance):
+def standard_kl_terms_gradient(mu, logvar, variance):
     return mu, 0.5 * expm1(logvar, variance)
 
 
 @triton.jit
-def kl_terms_prior(mu, logvar, prior_mu, prior_logvar):
-    x = logvar - prior_logvar
-    standard, _ = standardise(mu - prior_mu, prior_logvar)
-    return 0.5 * (exp_minus_one_minus(x, exp(x)) + standard * standard)
-
-
-@triton.jit
-def kl_terms_prior_gradient(mu, logvar, prior_mu, prior_logvar):
-    """Gradients in mu, logvar and prior_logvar. The gradient in prior_mu is minus that in mu."""
-    x = logvar - prior_logvar
-    standard, root = standardise(mu - prior_mu, prior_logvar)
-    dlogvar = 0.5 * expm1(x, exp(x))
-    return standard * root * root, dlogvar, -dlogvar - 0.5 * standard * standard
-
-
-@triton.jit
-def _wide_product(word, FACTOR: tl.constexpr):
-    """The (high, low) 32 bits of a product, by one multiplication."""
-    product = word.to(tl.uint64) * FACTOR
-    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
-
-
-@triton.jit
-def philox(seed, group, index, sample, stream):
-    """The four words (uint32) of reference.philox for the counters `group + index`, sample and stream.
-
-    group is int64; index, sample and stream are int32, not negative, and broadcast.
-    """
-    index = index.to(tl.uint32)
-    # 32-bit words with a carry: the compiler would multiply both halves of 64-bit words.
-    word_0 = group.to(tl.uint32) + index
-    word_1 = (group >> 32).to(tl.uint32) + (word_0 < index).to(tl.uint32)
-    zero = tl.zeros_like(word_0)
-    word_2, word_3 = zero + sample, zero + stream
-    key_0, key_1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    for _ in tl.static_range(PHILOX_ROUNDS):
-        high_0, low_0 = _wide_product(word_0, 0xD2511F53)
-        high_2, low_2 = _wide_product(word_2, 0xCD9E8D57)
-        word_0, word_1, word_2, word_3 = high_2 ^ word_1 ^ key_0, low_2, high_0 ^ word_3 ^ key_1, low_0
-        key_0 = tl.add(key_0, 0x9E3779B9, sanitize_overflow=False)  # scalars: computed once per thread
-        key_1 = tl.add(key_1, 0xBB67AE85, sanitize_overflow=False)
-    return word_0, word_1, word_2, word_3
-
-
-@triton.jit
-def _radius(word, HALF: tl.constexpr):
-    """sqrt(-2 ln u), u = (word + 1/2) / 2^32, within 3e-7, with HALF within 1.4e-5.
-
-    u = 2^n (1 + f), 1 + f from sqrt(1/2) to sqrt(2). -2 ln u is -2 n ln 2 + f q(f), with a polynomial q that minimises
-    the error of the root. It takes half the instructions of tl.log.
-    """
-    bits = (word.to(tl.float32) * 2.0**-32 + 2.0**-33).to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F3504F3) & -8388608  # n 2^23
-    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
-    if HALF:
-        q = -0.672765210 + f * (0.547707824 + f * -0.359184458)
-        q = -1.999931563 + f * (0.998391439 + f * q)
+def kl_terms(mu, logvar, prior_mu, prior_logvar):
+    """KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar))). A prior of None is N(0, 1)."""
+    if prior_mu is None:
+        return standard_kl_terms(mu, logvar, exp(logvar))
     else:
-        q = -0.410318429 + f * (0.378639194 + f * -0.242403426)
-        q = -0.666220569 + f * (0.497483662 + f * q)
-        q = -2.000002709 + f * (1.000045881 + f * q)
-    return tl.sqrt(exponent.to(tl.float32) * (LN2 * -(2.0**-22)) + f * q)
+        x = logvar - prior_logvar
+        standard, _ = standardise(mu - prior_mu, prior_logvar)
+        return 0.5 * (exp_minus_one_minus(x, exp(x)) + standard * standard)
 
 
 @triton.jit
-def _box_muller(word_0, word_1, HALF: tl.constexpr):
-    """Two standard normals from two 32-bit words: radius sqrt(-2 ln u), angle 2 pi word_1 / 2^32.
-
-    Half the angle h lies in [-pi/2, pi/2), where minimax polynomials of s = sqrt(2) sin h and c = sqrt(2) cos h
-    (within 6e-8, with HALF 9e-6) replace the range reduction of tl.cos; cos 2h = 1 - s^2, sin 2h = s c.
-    """
-    radius = _radius(word_0, HALF)
-    half = word_1.to(tl.int32, bitcast=True).to(tl.float32) * (3.141592653589793 * 2.0**-32)
-    square = half * half
-    if HALF:
-        sine = 1.41420878 + square * (-2.35676281e-1 + square * (1.17469302e-2 + square * -2.59703880e-4))
-        cosine = 1.41417782 + square * (-7.06898630e-1 + square * (5.86046338e-2 + square * -1.78211e-3))
+def kl_terms_gradient(mu, logvar, prior_mu, prior_logvar):
+    """Gradients in mu, logvar and prior_logvar (0 without a prior). The gradient in prior_mu is minus that in mu."""
+    if prior_mu is None:
+        gradient_mu, gradient_logvar = standard_kl_terms_gradient(mu, logvar, exp(logvar))
+        return gradient_mu, gradient_logvar, 0.0
     else:
-        sine = 1.17845003e-2 + square * (-2.80027172e-4 + square * 3.66353597e-6)
-        sine = 1.41421353 + square * (-2.35701992e-1 + square * sine)
-        cosine = 5.89193826e-2 + square * (-1.95822883e-3 + square * 3.25686055e-5)
-        cosine = 1.41421326 + square * (-7.07104184e-1 + square * cosine)
-    leg = radius * (half * sine)
-    return radius - leg * (half * sine), leg * cosine
-
-
-@triton.jit
-def four_normals(seed, group, index, sample, stream, HALF: tl.constexpr = False):
-    """Four standard normals in float32 from one Philox call; HALF is for 16-bit results, whose rounding hides an error
-    of 6e-5. As in reference.normal_noise, element i of a sample takes normal i % 4 of the counter (i // 4, sample,
-    stream).
-    """
-    word_0, word_1, word_2, word_3 = philox(seed, group, index, sample, stream)
-    normal_0, normal_1 = _box_muller(word_0, word_1, HALF)
-    normal_2, normal_3 = _box_muller(word_2, word_3, HALF)
-    return normal_0, normal_1, normal_2, normal_3
-
-
-@triton.jit
-def normals(
-    seed, group, sample, stream, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Standard normals [ROWS, COLUMNS]; each row starts at Philox call `group`, int64 [ROWS, 1] or one number.
-
-    join adds a last dimension, so values joined last are neighbours. Four of them, with WIDE eight, stay in one thread,
-    which matches the layout of 16-byte loads.
-    """
-    if WIDE and COLUMNS >= 8:
-        even = 2 * tl.arange(0, COLUMNS // 8)[None, :]
-        normal_0, normal_1, normal_2, normal_3 = four_normals(seed, group, even, sample, stream, HALF)
-        normal_4, normal_5, normal_6, normal_7 = four_normals(seed, group, even + 1, sample, stream, HALF)
-        normal_0, normal_1 = tl.join(normal_0, normal_4), tl.join(normal_1, normal_5)
-        normal_2, normal_3 = tl.join(normal_2, normal_6), tl.join(normal_3, normal_7)
-    else:
-        index = tl.arange(0, COLUMNS // 4)[None, :]
-        normal_0, normal_1, normal_2, normal_3 = four_normals(seed, group, index, sample, stream, HALF)
-    return tl.join(tl.join(normal_0, normal_2), tl.join(normal_1, normal_3)).reshape(ROWS, COLUMNS)
+        x = logvar - prior_logvar
+        standard, root = standardise(mu - prior_mu, prior_logvar)
+        dlogvar = 0.5 * expm1(x, exp(x))
+        return standard * root * root, dlogvar, -dlogvar - 0.5 * standard * standard

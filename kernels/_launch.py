@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from fastkl.kernels._layout import contiguous, views
+
 ALIGNMENT = 16  # bytes: Triton specialises on whether an address is a multiple of this
 
 
-def launch(kernel, grid: tuple[int, ...], *args: Any, **options: Any) -> Any:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> Any:
     """kernel[grid](*args, **options) on the tensors' device, which may not be the current one."""
     device = device_of(args)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -21,7 +24,7 @@ def launch(kernel, grid: tuple[int, ...], *args: Any, **options: Any) -> Any:
     return kernel[grid](*args, **options)
 
 
-def device_of(args: tuple) -> torch.device:
+def device_of(args: Sequence[Any]) -> torch.device:
     return next(arg.device for arg in args if isinstance(arg, Tensor))
 
 
@@ -33,13 +36,14 @@ def choice(arg: Any) -> Any:
 
 
 _PLANNERS: list[Any] = []
+Planner = TypeVar("Planner", bound=Callable[..., Any])
 
 
-def planned(function):
+def planned(function: Planner) -> Planner:
     """Cache the latest results of a function that maps views of tensors (kernels._layout) and settings to a Plan."""
     kept = functools.lru_cache(maxsize=512)(function)
     _PLANNERS.append(kept)
-    return kept
+    return cast(Planner, kept)
 
 
 def forget() -> None:
@@ -55,7 +59,7 @@ class Plan:
     argument to find the compiled code; a plan caches the code per kinds of first arguments and launches it directly.
     """
 
-    def __init__(self, kernel, grid: tuple[int, ...], *rest: Any, **options: Any) -> None:
+    def __init__(self, kernel: Any, grid: tuple[int, ...], *rest: Any, **options: Any) -> None:
         self.kernel, self.grid, self.rest, self.options = kernel, grid, rest, options
         constants = [options[name] for name in kernel.arg_names if name in options]
         self.all_of_rest, self.whole_grid = (*rest, *constants), (*grid, 1, 1)[:3]
@@ -75,8 +79,20 @@ class Plan:
         else:
             compiled[self.whole_grid](*first, *self.all_of_rest)
 
-    def sums(self, shape: tuple[int, ...], dtype: torch.dtype, *first: Any) -> Tensor:
-        """Launch with an output [splits, ...] of this shape after `first`, and return its sum over the splits."""
-        found = first[0].new_empty(shape[shape[0] == 1 :], dtype=dtype)
-        self.launch(*first, found)
-        return found if shape[0] == 1 else found.sum(0)
+
+# A launch, the shape of its output with the splits in front, and its dtype.
+Sums = tuple[Plan, tuple[int, ...], torch.dtype]
+
+
+def sums(plan_fwd: Callable[..., Sums | None], inputs: Sequence[Any], *settings: Any) -> Tensor:
+    """The launch of `plan_fwd` with an output [splits, ...] after the inputs, summed over the splits.
+
+    Inputs whose views have no plan, because no two dimensions an axis describe them, are copied.
+    """
+    found = plan_fwd(views(*inputs), *settings)
+    if found is None:
+        return sums(plan_fwd, contiguous(*inputs), *settings)
+    plan, shape, dtype = found
+    output = inputs[0].new_empty(shape[shape[0] == 1 :], dtype=dtype)
+    plan.launch(*inputs, output)
+    return output if shape[0] == 1 else output.sum(0)

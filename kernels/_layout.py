@@ -6,13 +6,16 @@ Plain Python on shapes and strides, run on the host before a launch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+# Rows that a program sums at least for a prior or a scale that the batch shares: the partial sums stay a small part of
+# the traffic.
+SHARED_ROWS = 32
 # Enough programs to fill a large GPU several times. Fixed, so that the order of summation is the same on every GPU.
 PROGRAMS = 1024
 NO_STRIDES = (0, 0, 0, 0)  # of a missing tensor
@@ -30,15 +33,16 @@ class View(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype
 
+    @staticmethod
+    def dense(shape: torch.Size, dtype: torch.dtype) -> View:
+        return View(shape, contiguous_strides(shape), dtype)
+
     @property
     def itemsize(self) -> int:
         return self.dtype.itemsize
 
     def dim(self) -> int:
         return len(self.shape)
-
-    def stride(self, dim: int | None = None) -> Any:
-        return self.strides if dim is None else self.strides[dim]
 
     def expand(self, shape: torch.Size) -> View:
         """The view of tensor.expand(shape)."""
@@ -50,13 +54,18 @@ class View(NamedTuple):
         return View(shape, (*self.strides, *[0] * (len(shape) - len(self.shape))), self.dtype)
 
 
-def views(*tensors: Tensor | None) -> tuple[View | None, ...]:
-    return tuple([None if tensor is None else View(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors])
+def view(tensor: Tensor) -> View:
+    return View(tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def views(*tensors: Tensor | None) -> Any:
+    """A tuple of the tensors' views, None for a missing tensor."""
+    return tuple([None if tensor is None else view(tensor) for tensor in tensors])
 
 
 class Layout(NamedTuple):
     shape: tuple[int, int, int, int]  # rows, inner rows, columns, inner columns
-    strides: tuple[tuple[int, int, int, int], ...]  # outer row, inner row, outer column, inner column; one per tensor
+    strides: tuple[tuple[int, ...], ...]  # outer row, inner row, outer column, inner column; one per tensor
 
     @property
     def rows(self) -> int:
@@ -91,40 +100,43 @@ def _coalesce(sizes: list[int], strides: list[list[int]]) -> tuple[list[int], li
     return out_sizes, out_strides
 
 
-def layout(tensors: list[Tensor | None], event_ndim: int, *, reorder: bool = True) -> Layout | None:
+def layout(views: Sequence[View | None], event_ndim: int, *, reorder: bool = True) -> Layout | None:
     """Rows and columns of tensors of one shape, or None if an axis needs more than two dimensions. The strides of a
     missing tensor are 0.
 
     `reorder` sorts the columns by memory order (such as channels_last), for ops that may sum in any order.
     """
-    given = present(tensors)
-    if len(given) < len(tensors):
-        if (found := layout(given, event_ndim, reorder=reorder)) is None:
-            return None
-        strides = iter(found.strides)
-        return Layout(found.shape, tuple(NO_STRIDES if tensor is None else next(strides) for tensor in tensors))
-    shape = tensors[0].shape
+    found = _layout(present(views), event_ndim, reorder)
+    if found is None:
+        return None
+    strides = iter(found.strides)
+    return Layout(found.shape, tuple([NO_STRIDES if view is None else next(strides) for view in views]))
+
+
+def _layout(views: list[View], event_ndim: int, reorder: bool) -> Layout | None:
+    shape = views[0].shape
     if 0 in shape:
         rows, columns = shape[: len(shape) - event_ndim].numel(), shape[len(shape) - event_ndim :].numel()
-        return Layout((rows, rows, columns, columns), (NO_STRIDES,) * len(tensors))
+        return Layout((rows, rows, columns, columns), (NO_STRIDES,) * len(views))
     if len(shape) == 2 and event_ndim == 1:  # the same as below, eight times faster
-        (rows, columns), strides = shape, [tensor.stride() for tensor in tensors]
-        strides = tuple((0, row * (rows > 1), 0, column * (columns > 1)) for row, column in strides)
-        return Layout((rows, rows, columns, columns), strides)
+        rows, columns = shape
+        pairs = [view.strides for view in views]
+        flat = tuple([(0, row * (rows > 1), 0, column * (columns > 1)) for row, column in pairs])
+        return Layout((rows, rows, columns, columns), flat)
     batch = list(range(len(shape) - event_ndim))
     event = list(range(len(shape) - event_ndim, len(shape)))
     if reorder:
-        event.sort(key=lambda dim: tuple(-tensor.stride(dim) for tensor in tensors))
+        event.sort(key=lambda dim: tuple(-view.strides[dim] for view in views))
     axes = []
     for dims in (batch, event):
-        sizes, strides = _coalesce([shape[d] for d in dims], [[t.stride(d) for d in dims] for t in tensors])
+        sizes, strides = _coalesce([shape[d] for d in dims], [[view.strides[d] for d in dims] for view in views])
         if len(sizes) > 2:
             return None
         missing = 2 - len(sizes)
         axes.append(([1] * missing + sizes, [[0] * missing + own for own in strides]))
     (row_sizes, row_strides), (column_sizes, column_strides) = axes
-    strides = tuple((*rows, *columns) for rows, columns in zip(row_strides, column_strides))
-    return Layout((math.prod(row_sizes), row_sizes[1], math.prod(column_sizes), column_sizes[1]), strides)
+    nested = tuple([(*outer, *inner) for outer, inner in zip(row_strides, column_strides)])
+    return Layout((math.prod(row_sizes), row_sizes[1], math.prod(column_sizes), column_sizes[1]), nested)
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -136,10 +148,10 @@ def strides_of(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if tensor is None else tensor.stride()
 
 
-def finish(outputs: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> None:
+def finish(outputs: Sequence[Tensor | None], found: Iterable[Tensor | None]) -> None:
     """What was found elsewhere goes to the outputs; one that is None is not wanted."""
     for output, own in zip(outputs, found):
-        if output is not None and output is not own:
+        if output is not None and own is not None and output is not own:
             output.copy_(own)
 
 
@@ -155,12 +167,12 @@ def clear(outputs: Sequence[Tensor | None]) -> None:
             output.zero_()
 
 
-def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+def contiguous(*tensors: Tensor | None) -> Any:
     """Copies that two dimensions an axis describe."""
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def on_copies(write: Callable[[list, list], None], inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None]):
+def on_copies(write: Callable[..., None], inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> None:
     """write(inputs, outputs) for views that no two dimensions an axis describe, by way of contiguous copies."""
     found = [None if tensor is None else torch.empty_like(tensor, memory_format=DENSE) for tensor in outputs]
     write(contiguous(*inputs), found)
@@ -175,7 +187,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def compute_dtype(tensors: Sequence[Tensor | None]) -> torch.dtype:
+def compute_dtype(tensors: Sequence[Tensor | View | None]) -> torch.dtype:
     wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if wide else torch.float32
 
@@ -202,3 +214,28 @@ def share(total: int, block: int, programs: int) -> tuple[int, int]:
     """(length, count): `total` split into at most `programs` equal lengths, each a multiple of `block`."""
     length = max(1, cdiv(cdiv(total, max(1, programs)), block)) * block
     return length, max(1, cdiv(total, length))
+
+
+def share_rows(rows: int, block_rows: int, column_blocks: int, at_least: int = SHARED_ROWS) -> tuple[int, int]:
+    """(rows per program, groups of rows) where each group sums its rows for every block of columns."""
+    return share(rows, block_rows, min(PROGRAMS // column_blocks, cdiv(rows, at_least)))
+
+
+def first_sample(view: View | None, num_samples: int | None, like: View) -> tuple[View, int]:
+    """(the first sample's view, the stride to the next); no strides if the tensor is missing."""
+    if view is None or num_samples == 0:
+        return View(like.shape, (0,) * like.dim(), like.dtype), 0
+    if num_samples is None:
+        return view, 0
+    return View(view.shape[1:], view.strides[1:], view.dtype), view.strides[0]
+
+
+def longest_event(views: list[View]) -> int:
+    """How many dimensions to treat as columns when only samples are wanted, which need no event: as many as are
+    contiguous, so that no Philox calls are wasted at the ends of short rows, but below 2^31 columns (32-bit counts)."""
+    ndim = views[0].dim()
+    for candidate in range(ndim, 0, -1):
+        found = layout(views, candidate, reorder=False)
+        if found is not None and found.nested < 2 and found.columns < 2**31:
+            return candidate
+    return min(1, ndim)

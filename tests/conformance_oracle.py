@@ -35,6 +35,10 @@ def kl(mu, logvar):
     return [sum(map(kl_of_element, *row)) for row in rows(mu, logvar)]
 
 
+def mean_kl(mu, logvar):
+    return [sum(kl(mu, logvar)) / len(mu)]
+
+
 def kl_of_std(mu, std):
     return [sum(kl_of_element(m, 2 * mpmath.log(s)) for m, s in zip(*row)) for row in rows(mu, std)]
 

@@ -27,11 +27,11 @@ def main(module: str, part: int, parts: int) -> None:
 
     from bench import smoke
     from bench.smoke_cases import elementwise, pairs
-    from fastkl.ops import _register
+    from fastkl.ops import _call
 
     # Mixtures and pairs, then rows that are read an element and 16 bytes at a time.
     calls = pairs(12, 3, 4).items(), elementwise(5, 7).items(), elementwise(4, 64).items()
-    _register.CPU.update(_register.TRITON)
+    _call.CPU.update(_call.TRITON)
     for name, call in [item for items in calls for item in items][part::parts]:
         row, _ = smoke.attempt(name, call, [torch.float32, torch.bfloat16])
         print(json.dumps(row), flush=True)

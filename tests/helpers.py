@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastkl
-from fastkl.ops import _register
+from fastkl.ops import _call
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -39,15 +39,15 @@ def implementation(name: str) -> Iterator[None]:
         yield
         return
     chosen = {
-        "torch": _register.CLOSED_FORM,
-        "native": _register.CLOSED_FORM | _register.NATIVE,
-        "triton": _register.TRITON,
+        "torch": _call.CLOSED_FORM,
+        "native": _call.CLOSED_FORM | _call.NATIVE,
+        "triton": _call.TRITON,
     }[name]
     if name == "triton":
         importlib.import_module("fastkl.kernels._launch").forget()  # a test may have changed the tiles
     with pytest.MonkeyPatch.context() as patch, poisoned_memory() if name != "torch" else contextlib.nullcontext():
         for op, function in chosen.items():
-            patch.setitem(_register.CPU, op, function)
+            patch.setitem(_call.CPU, op, function)
         yield
 
 

@@ -26,6 +26,12 @@ MISTAKES = {
     "kl, wide and narrow": lambda mu, logvar: 0.5 * (mu**2 + (0.5 * logvar).exp() - 1 - 0.5 * logvar).sum(1),
     "kl, nearly the prior": lambda mu, logvar: 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(1),
     "kl, video": lambda mu, logvar: 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum([1, 2, 3]),
+    "kl, nearly the prior, bfloat16": lambda mu, logvar: 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(1),
+    "mean kl, video": lambda mu, logvar: 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum([1, 2, 3]).mean(),
+    "kl of std, a deviation of 1e-30": lambda mu, std: 0.5 * (mu**2 + std**2 - 1 - (std**2).log()).sum(1),
+    "mixture, a component of weight 0": lambda z, w, m, s: torch.logsumexp(
+        w.clamp(min=1e-7).log() - 0.5 * (z - m[:, 0]) ** 2 - 0.918939, 1
+    ),
     "iwae, two samples": lambda log_w: log_w.logsumexp(1),
     "choice, temperature 0": lambda logits, tau: (logits / tau).softmax(-1).max(-1).values,
     "mixture, far from all": lambda z, w, m, s: (w * (-0.5 * (z - m[:, 0]) ** 2).exp() / 2.5066).sum(1).log(),

@@ -6,7 +6,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import fastkl
-from fastkl.ops import _register
+from fastkl.ops import _call
 
 from helpers import DEVICE, implementation, leaf
 
@@ -293,6 +293,6 @@ def test_opcheck():
             value = function(*inputs)
             torch.autograd.grad(value.sum(), inputs)
         fastkl.gmm_moments(*draw((3, 4), (2,), (2, 4), dtype=torch.float32))  # has no gradient
-    assert {name.split("::")[1].split(".")[0] for name in calls} == set(_register.TRITON)
+    assert {name.split("::")[1].split(".")[0] for name in calls} == set(_call.TRITON)
     for op, args in (call for same in calls.values() for call in same):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))

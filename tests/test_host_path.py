@@ -22,7 +22,7 @@ import fastkl
 from fastkl.kernels import _launch
 from fastkl.kernels.normal.kl_normal import kl_normal_fwd_kernel
 from fastkl.native import _build
-from fastkl.ops import _register
+from fastkl.ops import _call
 
 from helpers import DEVICE, search_path
 
@@ -101,8 +101,8 @@ def test_no_launcher_does(name, monkeypatch):
     function, shapes = OPS[name]
     for op, args in run(function, shapes(6)):
         with Watch(), torch.no_grad():
-            made = _register.TRITON[op._opname](*args)
-            made = _register.CLOSED_FORM[op._opname](*args) if made is NotImplemented else made
+            made = _call.TRITON[op._opname](*args)
+            made = _call.CLOSED_FORM[op._opname](*args) if made is NotImplemented else made
         for tensor, fake in zip(tree_leaves(made), tree_leaves(op(*args)), strict=True):
             assert (tensor is None) == (fake is None)
             assert tensor is None or (tensor.shape, tensor.stride(), tensor.dtype) == (
@@ -128,7 +128,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(name, monkeypatch):
     function, shapes = OPS[name]
     for op, args in run(function, shapes(6)):
         with torch.no_grad():
-            _register.TRITON[op._opname](*args)
+            _call.TRITON[op._opname](*args)
     assert [kernel.__name__ for kernel, device in launches if device != 1] == []
 
 

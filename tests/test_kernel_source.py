@@ -33,6 +33,23 @@ def subnormal(function: ast.FunctionDef) -> list[float]:
     return [value for value in values if isinstance(value, float) and 0.0 < abs(value) < 2.0**-126]
 
 
+def recursive(function: ast.FunctionDef) -> bool:
+    calls = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
+    return function.name in [call.id for call in calls if isinstance(call, ast.Name)]
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_a_file_is_read_in_one_sitting(path):
+    most = 270 if path.parent.name == "mixture" else 250
+    assert len(path.read_text().splitlines()) <= most
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_no_function_calls_itself(path):
+    """Triton 3.4 looks for what a function calls without end, even if a constant keeps the call from being compiled."""
+    assert [f.name for f in device_functions(path.read_text()) if recursive(f)] == []
+
+
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
 def test_arguments_are_no_nested_tuples(path):
     """Triton 3.5 loses entries of nested tuples that are 1, and so does 3.6 where numbers stand beside tuples."""
@@ -52,4 +69,7 @@ def test_the_rules_can_be_broken():
     )
     assert nested(function) == ["x[0][:, None]", "strides[0][1]"]
     assert subnormal(function) == [1.17549435e-38]
+    assert not recursive(function)
+    (again,) = device_functions("@triton.jit\ndef f(x):\n    return f(x)\n")
+    assert recursive(again)
     assert len([f for path in KERNELS for f in device_functions(path.read_text())]) > 50

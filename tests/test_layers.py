@@ -23,9 +23,16 @@ PUBLIC = (
 ARROWS = {
     "fastkl.reference": ("fastkl.reference",),
     "fastkl.ops._": ("fastkl.ops._", "fastkl.reference"),
-    # A family imports its own modules, and kernels only by name, lazily.
+    # A family imports its own modules; kernels and loops only inside functions, see the test below.
     **{
-        f"fastkl.ops.{family}": (f"fastkl.ops.{family}", "fastkl.ops._", "fastkl.reference", *others)
+        f"fastkl.ops.{family}": (
+            f"fastkl.ops.{family}",
+            "fastkl.ops._",
+            "fastkl.reference",
+            f"fastkl.kernels.{family}",
+            "fastkl.native",
+            *others,
+        )
         for family, others in {
             "normal": (),
             "likelihood": (),
@@ -39,7 +46,7 @@ ARROWS = {
     },
     "fastkl.ops": (),
     "fastkl.kernels": ("fastkl.kernels",),
-    "fastkl.native": ("fastkl.native",),  # as kernels, found by name when a tensor arrives
+    "fastkl.native": ("fastkl.native",),
     "fastkl.schedules": (),
     "fastkl.distributions": ("fastkl.ops", "fastkl.reference"),
     "fastkl.priors": ("fastkl.ops", "fastkl.reference", "fastkl.distributions", "fastkl.priors"),
@@ -119,6 +126,17 @@ def test_imports_follow_the_arrows(module):
     allowed = OUTSIDE.get(layer, {"torch", "numpy"})  # what an installation always has
     outside = {name.partition(".")[0] for name in imports(MODULES[module]) - inside} - sys.stdlib_module_names
     assert allowed is None or outside <= allowed
+
+
+def test_kernels_and_loops_are_imported_late():
+    """When the first tensor arrives: a machine without Triton or a C compiler works, too."""
+    for module, path in MODULES.items():
+        if within(module, "fastkl.kernels") or within(module, "fastkl.native"):
+            continue
+        early = [node for node in ast.parse(path.read_text(encoding="utf-8")).body
+                 if isinstance(node, (ast.Import, ast.ImportFrom))]  # fmt: skip
+        names = [ast.unparse(node) for node in early]
+        assert not [name for name in names if re.search(r"fastkl\.(kernels|native)", name)], module
 
 
 def test_imports_make_no_circle():

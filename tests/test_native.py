@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastkl
 from fastkl import reference
 from fastkl.native import _build, _pack
-from fastkl.ops import _register
+from fastkl.ops import _call
 
 from helpers import DEVICE, implementation
 
@@ -166,7 +166,7 @@ def test_a_plan_is_made_once_for_a_shape_and_kept_within_bounds(monkeypatch):
             kl = fastkl.kl_normal(mu, mu, bounds=(-1.0, 1.0))
             torch.testing.assert_close(kl, torch.full((2,), columns * 0.5 * 1.7182818))
     assert 1 <= len(_pack.plans) <= 4
-    assert set(_register.NATIVE) < set(_register.CPU)
+    assert set(_call.NATIVE) < set(_call.CPU)
 
 
 def test_sources_have_no_warnings():
@@ -220,3 +220,18 @@ def test_large_results_ask_for_large_pages():
         assert "hg" not in flags(torch.zeros(2048, 8192))
     small = fastkl.rsample_normal(torch.zeros(2047, 4096), torch.zeros(2047, 4096))  # malloc may have it at hand
     assert "hg" not in flags(small)
+
+
+def test_the_compiler_gets_the_closed_form_of_the_kl_on_a_cpu():
+    """It fuses that with its neighbours; a call of an op costs more than a small latent's arithmetic."""
+    found, (mu, logvar) = [], torch.randn(2, 6, 5, device="cpu")
+
+    def backend(graph, inputs):
+        found.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    with torch.no_grad():
+        value = torch.compile(fastkl.kl_normal, backend=backend, fullgraph=True)(mu, logvar)
+    assert len(found) > 3
+    assert not any("fastkl" in name for name in found)
+    torch.testing.assert_close(value, fastkl.kl_normal(mu, logvar))

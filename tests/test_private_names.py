@@ -94,6 +94,7 @@ NAMES = (
     "autograd.forward_ad._set_fwd_grad_enabled",
     "_C._functorch.is_batchedtensor",
     "_C._functorch.is_legacy_batchedtensor",
+    "_disable_dynamo",
     "_softmax_backward_data",
     "utils._pytree.register_pytree_node",
     "utils._pytree.SequenceKey",

@@ -46,3 +46,13 @@ def test_the_definition_takes_the_tensors_in_the_ops_own_order(op):
     tensors = {name for names in ORDER for name in names.split()}
     own, definition = ([n for n in parameters(getattr(of, op)) if n in tensors] for of in (fastkl, reference))
     assert own == definition
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_scale_says_what_a_log_variance_is(op):
+    for name, scale in (("logvar", "scale"), ("logvars", "scale"), ("prior_logvar", "prior_scale")):
+        of_components = name == "logvars" and "mu" in parameters(getattr(fastkl, op))  # the prior's, of kl_gmm
+        scale = "prior_scale" if of_components else scale
+        for of in (fastkl, reference) if name != "logvars" and "gmm" not in op else (fastkl,):
+            given = parameters(getattr(of, op)) if hasattr(of, op) else {}
+            assert name not in given or given[scale].default == "logvar"

@@ -26,6 +26,16 @@ def by_std(kl_of_std: Callable[..., Any]) -> Callable[..., Any]:
     return kl
 
 
+def mean_of(kl: Callable[..., Any]) -> Callable[..., Any]:
+    """The answer to "mean kl": the loss of a training step, as users of the library write it."""
+
+    def mean_kl(mu: Tensor, logvar: Tensor) -> Any:
+        found = kl(mu, logvar)
+        return found if found is NotImplemented else found.mean()
+
+    return mean_kl
+
+
 def fastkl_answers() -> Answers:
     import fastkl
 
@@ -37,6 +47,7 @@ def fastkl_answers() -> Answers:
 
     return {
         "kl": fastkl.kl_normal,
+        "mean kl": mean_of(fastkl.kl_normal),
         "kl of std": lambda mu, std: fastkl.kl_normal(mu, std, scale="std"),
         "kl of two": fastkl.kl_normal,
         "mixture": mixture,
@@ -64,7 +75,14 @@ def torch_answers(distributions: Any = torch.distributions, kl_divergence: Any =
     def mixture(z: Tensor, weights: Tensor, means: Tensor, stds: Tensor) -> Tensor:
         return d.MixtureSameFamily(d.Categorical(probs=weights), d.Independent(d.Normal(means, stds), 1)).log_prob(z)
 
-    answers: Answers = {"kl": by_std(kl_of_std), "kl of std": kl_of_std, "kl of two": kl_of_two, "mixture": mixture}
+    kl = by_std(kl_of_std)
+    answers: Answers = {
+        "kl": kl,
+        "mean kl": mean_of(kl),
+        "kl of std": kl_of_std,
+        "kl of two": kl_of_two,
+        "mixture": mixture,
+    }
     if d is torch.distributions:
         choice = torch.nn.functional.gumbel_softmax
         answers["choice"] = lambda logits, tau: choice(logits, tau).max(-1).values
@@ -95,7 +113,7 @@ def diffusers_answers() -> Answers:
         head = torch.cat([mu, (std - 1e-4).expm1().log()], 1)[..., None]
         return oobleck.OobleckDiagonalGaussianDistribution(head).kl()[None]
 
-    return {"kl": kl, "kl of two": kl_of_two, "kl of std": kl_of_std}
+    return {"kl": kl, "mean kl": mean_of(kl), "kl of two": kl_of_two, "kl of std": kl_of_std}
 
 
 def pythae_answers() -> Answers:
@@ -181,7 +199,10 @@ def zuko_answers() -> Answers:
     def mixture(z: Tensor, weights: Tensor, means: Tensor, stds: Tensor) -> Tensor:
         return distributions.Mixture(of(means, stds), weights.log()).log_prob(z)
 
-    return {"kl": by_std(kl_of_std), "kl of std": kl_of_std, "kl of two": kl_of_two, "mixture": mixture}
+    kl = by_std(kl_of_std)
+    return {
+        "kl": kl, "mean kl": mean_of(kl), "kl of std": kl_of_std, "kl of two": kl_of_two, "mixture": mixture,
+    }  # fmt: skip
 
 
 def geomloss_answers() -> Answers:

@@ -12,6 +12,7 @@ from torch.distributions import register_kl
 from fastkl.ops import _torch
 
 _LOCK = threading.RLock()
+_LAYERS: list[Layer] = []  # of all integrations, in the order in which they were enabled
 _MISSING = object()
 
 
@@ -31,6 +32,8 @@ class Attribute:
         setattr(self.owner, self.name, self.new)
 
     def undo(self) -> None:
+        if vars(self.owner).get(self.name) is not self.new:
+            return  # somebody else has replaced it in the meantime
         if self.old is _MISSING:
             delattr(self.owner, self.name)
         else:
@@ -64,6 +67,28 @@ def registered_kl(p: type, q: type, default: Any) -> Any:
     return _torch.kl_registry.get((p, q), default)
 
 
+class Layer:
+    """One `enable()` of a switch. Several switches may replace the same method: each layer wraps the one below."""
+
+    def __init__(self, switch: Switch, options: dict[str, Any]) -> None:
+        self.switch, self.options = switch, options
+        self.made: list[Attribute | Divergence] = []
+
+    def make(self) -> None:
+        known = any(layer.switch is self.switch and layer.options == self.options for layer in _LAYERS)
+        try:
+            for change in () if known else self.switch.changes(**self.options):
+                change.make()
+                self.made.append(change)
+        except BaseException:
+            self.undo()
+            raise
+
+    def undo(self) -> None:
+        while self.made:
+            self.made.pop().undo()
+
+
 class Switch:
     """An integration: `enable()`, `disable()`, and `with enable():`. If enabled twice, it must be disabled twice.
 
@@ -73,29 +98,27 @@ class Switch:
 
     def __init__(self, changes: Callable[..., Sequence[Attribute | Divergence]]) -> None:
         self.changes = changes
-        self.made: list[tuple[dict[str, Any], Sequence[Attribute | Divergence]]] = []
 
     def enable(self, **options: Any) -> Switch:
         with _LOCK:
-            known = any(options == earlier for earlier, _ in self.made)
-            changes, made = [] if known else self.changes(**options), []
-            try:
-                for change in changes:
-                    change.make()
-                    made.append(change)
-            except BaseException:
-                for change in reversed(made):
-                    change.undo()
-                raise
-            self.made.append((options, made))
+            layer = Layer(self, options)
+            layer.make()
+            _LAYERS.append(layer)
         return self
 
     def disable(self) -> None:
+        """Undo the last `enable()`. Integrations enabled later stay, on what lies below them now."""
         with _LOCK:
-            if not self.made:
+            own = [place for place, layer in enumerate(_LAYERS) if layer.switch is self]
+            if not own:
                 raise RuntimeError("the integration is not enabled")
-            for change in reversed(self.made.pop()[1]):
-                change.undo()
+            later = _LAYERS[own[-1] + 1 :]
+            for layer in (*reversed(later), _LAYERS[own[-1]]):
+                layer.undo()
+                _LAYERS.remove(layer)
+            for layer in later:
+                layer.make()
+                _LAYERS.append(layer)
 
     def __enter__(self) -> Switch:
         return self

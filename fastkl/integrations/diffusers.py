@@ -29,6 +29,7 @@ from fastkl.distributions import DiagonalNormal
 from fastkl.integrations._switch import Attribute, Switch, UnsupportedVersion, check_method
 from fastkl.ops.likelihood.normal_log_prob import normal_log_prob
 
+TESTED = "0.42.1"
 BOUNDS = (-30.0, 20.0)  # diffusers clamps the log-variance to them
 DIMS = [1, 2, 3]  # the default of diffusers' nll
 
@@ -116,7 +117,7 @@ class OobleckGaussian(Posterior):
 
 
 def changes() -> list[Attribute]:
-    version = f"diffusers {importlib.import_module('diffusers').__version__}"
+    version = f"diffusers {importlib.import_module('diffusers').__version__} (tested with {TESTED})"
     found = []
     for module, name, methods, fused in (
         ("vae", "DiagonalGaussianDistribution", {"kl": ("self", "other"), "nll": ("self", "sample", "dims")},

@@ -42,6 +42,7 @@ def _is_vector(distribution: Independent) -> bool:
     return _is_normal(distribution) and distribution.reinterpreted_batch_ndims == 1
 
 
+TESTED = "2.13.0"
 HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
 STANDARD: dict[str, Any] = {"scale": "std", "prior_scale": "std"}  # as in torch.distributions
 
@@ -144,7 +145,7 @@ def mixture_log_prob(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def changes(*, mixture_kl: bool = False) -> list[Attribute | Divergence]:
-    version = f"torch {torch.__version__}"
+    version = f"torch {torch.__version__} (tested with {TESTED})"
     check_method(MixtureSameFamily, "log_prob", ("self", "x"), version)
     found: list[Attribute | Divergence] = [
         Divergence(Normal, Normal, kl_of_normals),

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from fastkl import monitors, objectives
 from fastkl.distributions import DiagonalNormal
 
+TESTED = "2.6.6"
+
 
 class VAEModule(pl.LightningModule):
     """Minimise one of `fastkl.objectives` with AdamW.

@@ -10,12 +10,22 @@ from __future__ import annotations
 
 import importlib
 
+from torch.distributions import MixtureSameFamily
+
 from fastkl.integrations import distributions
-from fastkl.integrations._switch import Attribute, Divergence, Switch
+from fastkl.integrations._switch import Attribute, Divergence, Switch, UnsupportedVersion
+
+TESTED = "1.9.2"
 
 
 def changes(*, mixture_kl: bool = False) -> list[Attribute | Divergence]:
-    importlib.import_module("pyro.distributions")  # let it register its divergences now, not over fastkl's later
+    # Imported first, so that Pyro registers its divergences below fastkl's.
+    mixture = importlib.import_module("pyro.distributions").MixtureSameFamily
+    if mixture.log_prob is not MixtureSameFamily.log_prob:
+        version = f"Pyro {importlib.import_module('pyro').__version__} (tested with {TESTED})"
+        raise UnsupportedVersion(
+            f"MixtureSameFamily has a log_prob of its own in {version}, which is not supported; nothing was replaced"
+        )
     return distributions.changes(mixture_kl=mixture_kl)
 
 
@@ -31,7 +41,8 @@ def enable(*, mixture_kl: bool = False) -> Switch:
 
     Raises:
         ImportError: Pyro is not installed.
-        UnsupportedVersion: torch.distributions has other methods than fastkl expects. Nothing was replaced.
+        UnsupportedVersion: mixtures have a density of Pyro's own, or torch.distributions has other methods than fastkl
+            expects. Nothing was replaced.
     """
     return _switch.enable(mixture_kl=mixture_kl)
 

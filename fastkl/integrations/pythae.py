@@ -37,6 +37,8 @@ from fastkl.ops.normal.kl_normal import kl_normal
 from fastkl.ops.pairs.mmd import mmd
 from fastkl.ops.pairs.total_correlation import total_correlation
 
+TESTED = "0.1.2"
+
 
 def reconstruction_loss(model: Any, recon_x: Tensor, x: Tensor) -> Tensor:
     """-ln p(x | z) by the model's configuration, up to a constant: [N], or [N, *samples] if recon_x has samples."""
@@ -48,30 +50,35 @@ def reconstruction_loss(model: Any, recon_x: Tensor, x: Tensor) -> Tensor:
     return 0.5 * torch.nn.functional.mse_loss(recon_x, x, reduction="none").sum(-1)
 
 
-STOCK: dict[str, Any] = {}  # Pythae's own methods by class
+def kl_of(mu: Tensor, log_var: Tensor) -> Tensor:
+    """KL to N(0, I) in nats, [N]."""
+    if distributions.is_small(mu, mu.numel(), distributions.SMALL_NORMAL):
+        return 0.5 * (torch.expm1(log_var) - log_var + mu * mu).sum(-1)
+    return kl_normal(mu, log_var, event_ndim=1)
 
 
 def vae(self, recon_x, x, mu, log_var, z):
-    recon_loss, kl = reconstruction_loss(self, recon_x, x), kl_normal(mu, log_var, event_ndim=1)
+    recon_loss, kl = reconstruction_loss(self, recon_x, x), kl_of(mu, log_var)
     return (recon_loss + kl).mean(0), recon_loss.mean(0), kl.mean(0)
 
 
 def beta_vae(self, recon_x, x, mu, log_var, z):
-    recon_loss, kl = reconstruction_loss(self, recon_x, x), kl_normal(mu, log_var, event_ndim=1)
+    recon_loss, kl = reconstruction_loss(self, recon_x, x), kl_of(mu, log_var)
     return (recon_loss + self.beta * kl).mean(0), recon_loss.mean(0), kl.mean(0)
 
 
 def vamp_log_p_z(self, z):
     """ln p(z) without -D/2 ln(2 pi), which Pythae leaves out of ln q(z | x) as well."""
     count = self.number_components
-    if distributions.is_small(z, z.numel() * count, distributions.SMALL_MIXTURE):
-        return STOCK["VAMP"](self, z)
     x = self.pseudo_inputs(self.idle_input.to(z.device)).reshape((count, *self.model_config.input_dim))
     encoded = self.encoder(x)
-    logits = z.new_zeros(count)
-    return gmm_log_prob(z, logits, encoded.embedding, encoded.log_covariance) + 0.5 * z.shape[-1] * math.log(
-        2 * math.pi
-    )
+    means, log_vars = encoded.embedding, encoded.log_covariance
+    if distributions.is_small(z, z.numel() * count, distributions.SMALL_MIXTURE):
+        standard = (z.unsqueeze(1) - means) * torch.exp(-0.5 * log_vars)
+        log_density = -0.5 * ((standard * standard).sum(-1) + log_vars.sum(-1))
+        return torch.logsumexp(log_density, 1) - math.log(count)
+    constant = 0.5 * z.shape[-1] * math.log(2 * math.pi)
+    return gmm_log_prob(z, z.new_zeros(count), means, log_vars) + constant
 
 
 def log_weights(self, recon_x, x, mu, log_var, z) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,7 +125,7 @@ def wae(self, recon_x, x, z, z_prior):
 
 
 def info_vae(self, recon_x, x, z, z_prior, mu, log_var):
-    recon_loss, kl = reconstruction_loss(self, recon_x, x).mean(0), kl_normal(mu, log_var, event_ndim=1).mean(0)
+    recon_loss, kl = reconstruction_loss(self, recon_x, x).mean(0), kl_of(mu, log_var).mean(0)
     distance = discrepancy(self, z, z_prior)
     loss = recon_loss + (1 - self.alpha) * kl + (self.alpha + self.lbd - 1) * distance
     return loss, recon_loss, kl, distance
@@ -149,10 +156,10 @@ METHODS = {
 
 
 def changes() -> list[Attribute]:
-    models, version = importlib.import_module("pythae.models"), importlib.metadata.version("pythae")
+    models = importlib.import_module("pythae.models")
+    version = f"Pythae {importlib.metadata.version('pythae')} (tested with {TESTED})"
     for name, (method, parameters, _) in METHODS.items():
-        check_method(getattr(models, name), method, parameters, f"Pythae {version}")
-        STOCK.setdefault(name, getattr(getattr(models, name), method))
+        check_method(getattr(models, name), method, parameters, version)
     return [Attribute(getattr(models, name), method, new) for name, (method, _, new) in METHODS.items()]
 
 

@@ -15,11 +15,14 @@ import importlib.metadata
 from fastkl.integrations import distributions
 from fastkl.integrations._switch import Attribute, Divergence, Switch, check_method
 
+TESTED = "1.4.2"
+
 
 def changes() -> list[Attribute | Divergence]:
-    base, version = importlib.import_module("scvi.module.base"), importlib.metadata.version("scvi-tools")
-    check_method(base.MogPrior, "kl", ("self", "qz", "labels", "kwargs"), f"scvi-tools {version}")
-    check_method(base.VampPrior, "kl", ("self", "qz", "z", "kwargs"), f"scvi-tools {version}")
+    base = importlib.import_module("scvi.module.base")
+    version = f"scvi-tools {importlib.metadata.version('scvi-tools')} (tested with {TESTED})"
+    check_method(base.MogPrior, "kl", ("self", "qz", "labels", "kwargs"), version)
+    check_method(base.VampPrior, "kl", ("self", "qz", "z", "kwargs"), version)
     return distributions.changes()
 
 

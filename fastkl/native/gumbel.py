@@ -30,21 +30,19 @@ def gumbel_softmax_fwd(logits, tau, seed, constant, hard, dim, stream):
     return y
 
 
-def gumbel_softmax_bwd(dy, y, logits, tau, seed, constant, hard, dim, stream, tau_gradient):
-    like = y if logits is None else logits
-    gradient = torch.empty_like(like)
+def gumbel_softmax_bwd(dy, y, logits, tau, seed, dlogits, dtau, constant, hard, dim, stream):
     y = y if logits is None else None
-    plan = _plan("backward", hard, dim, stream, logits, y, dy, gradient)
+    plan = _plan("backward", hard, dim, stream, logits, y, dy, dlogits)
     if plan is None:
         return NotImplemented
-    gradients = [gradient]
-    if tau_gradient:
-        gradients.append(like.new_empty((), dtype=plan.dtype))
-    if like.numel() == 0:
-        gradients = [each.zero_() for each in gradients]
-    else:
-        dtau = gradients[1] if tau_gradient else None
-        plan.run_at(constant if tau is None else tau.item(), 0.0, seed, logits, y, dy, gradient, dtau)
-    if tau_gradient and tau.dtype is not plan.dtype:
-        gradients[1] = gradients[1].to(tau.dtype)
-    return gradients
+    if dlogits.numel() == 0:
+        if dtau is not None:
+            dtau.zero_()
+        return None
+    of_tau = dtau  # the sum in the compute dtype
+    if dtau is not None and dtau.dtype is not plan.dtype:
+        of_tau = dtau.new_empty((), dtype=plan.dtype)
+    plan.run_at(constant if tau is None else tau.item(), 0.0, seed, logits, y, dy, dlogits, of_tau)
+    if of_tau is not dtau:
+        dtau.copy_(of_tau)
+    return None

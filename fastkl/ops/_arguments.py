@@ -236,6 +236,11 @@ def examples(size: int, dims, inputs) -> Iterator[tuple]:
         yield tuple(x if dim is None else x.select(dim, index) for x, dim in zip(inputs, dims))
 
 
+def stacked(results: Sequence[tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """What a Function's vmap returns, from the outputs of the calls for `examples`."""
+    return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * len(results[0])
+
+
 def match(gradient: Tensor, like: Tensor) -> Tensor:
     """`gradient` in the dtype and memory layout that the fake declares: those of torch.empty_like(like)."""
     out = torch.empty_like(like)

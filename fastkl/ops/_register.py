@@ -12,38 +12,38 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkl.ops._call import CLOSED_FORM, CPU, NATIVE, TRITON, apply, direct, needs_closed_form, run  # noqa: F401
+from fastkl.ops._call import CLOSED_FORM, CPU, NATIVE, TRITON, direct, run
 from fastkl.ops._forward_mode import Context
 
 NAMESPACE = "fastkl"
-# Name of each op -> "module.function" of its Triton launcher in fastkl.kernels and its loop in fastkl.native (or "").
-PLACES: dict[str, tuple[str, str]] = {}
+# A function that imports an implementation and returns it.
+Loader = Callable[[], Callable[..., Any]]
+# Name of each op -> how its Triton launcher is imported, and its loop in C if it has one.
+LOADERS: dict[str, tuple[Loader, Loader | None]] = {}
 
 
 def register(
-    schema: str, *, closed_form: Callable[..., Any], fake: Callable[..., Any] | None = None, kernel: str,
-    native: str = "",
+    schema: str, *, closed_form: Callable[..., Any], fake: Callable[..., Any] | None = None, kernel: Loader,
+    native: Loader | None = None,
 ) -> Callable:  # fmt: skip
     """Define `fastkl::<schema>` and return the callable op.
 
-    `kernel` names the Triton launcher as "module.function" inside fastkl.kernels, `native` the native loop inside
-    fastkl.native; each takes the op's arguments, and returns NotImplemented to fall back on the closed form. An op
-    that only writes into given outputs needs no fake.
+    `kernel` imports the Triton launcher, and `native` the loop in C. Both take the op's arguments, and may return
+    NotImplemented to fall back on the closed form. An op that only writes into given outputs needs no fake.
     """
     name = schema[: schema.index("(")]
     qualified = f"{NAMESPACE}::{name}"
     CLOSED_FORM[name] = CPU[name] = closed_form
-    PLACES[name] = kernel, native
-    TRITON[name] = _lazily(name, f"kernels.{kernel}")
-    if native:
-        NATIVE[name] = CPU[name] = _lazily(name, f"native.{native}")
+    LOADERS[name] = kernel, native
+    TRITON[name] = _lazily(name, kernel)
+    if native is not None:
+        NATIVE[name] = CPU[name] = _lazily(name, native)
     torch.library.define(qualified, schema[len(name) :], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(qualified, "default", closed_form)
     torch.library.impl(qualified, "CPU", functools.partial(run, CPU, name))
@@ -95,12 +95,11 @@ def same(*args: Any) -> tuple:
     return args
 
 
-def _lazily(name: str, path: str) -> Callable[..., Any]:
-    """A stand-in for fastkl.<path>: its first call imports the function and replaces the stand-in by it."""
-    module, function = path.rsplit(".", 1)
+def _lazily(name: str, load: Loader) -> Callable[..., Any]:
+    """A stand-in for an implementation: its first call imports it, and puts it in place of the stand-in."""
 
     def first(*args: Any) -> Any:
-        found = getattr(importlib.import_module(f"fastkl.{module}"), function)
+        found = load()
         for table in (NATIVE, TRITON, CPU):
             if table.get(name) is first:
                 table[name] = found

@@ -86,7 +86,7 @@ def draw(
 def normals(seed: Tensor, samples: range, first: int, last: int, stream: int = Stream.POSTERIOR) -> Tensor:
     """reference.normal_noise of some samples, elements first to last in row-major order: [samples, last - first]."""
     if seed.device.type != "cpu":
-        return reference.normal_noise(seed, (last,), len(samples), samples.start, stream)[:, first:]
+        return reference.normal_noise(seed, (last - first,), len(samples), samples.start, stream, first)
     start, groups = first // 4, (last + 3) // 4
     shape = (len(samples), groups - start, 2, 2)  # two Box-Muller pairs per Philox call
     out = torch.empty(shape, dtype=torch.float32, device=seed.device)

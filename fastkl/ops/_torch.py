@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -84,6 +85,18 @@ def validate_sample(distribution: torch.distributions.Distribution, value: Tenso
 
 
 is_zero = _private("Tensor._is_zerotensor") or _always  # zeros that were never written to memory
+
+# A decorator: the compiler calls the function as it is, and goes on behind it. torch.compiler.disable would import the
+# compiler at once.
+uncompiled: Callable[[Any], Any] = _private("_disable_dynamo") or (lambda function: function)
+
+
+def is_sharded(args: Iterable[Any]) -> bool:
+    """Whether one of them is a DTensor. Its module takes as long to import as all of torch, and if nobody did so there
+    is none."""
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return module is not None and getattr(module, "DTensor", None) in [type(arg) for arg in args]
+
 
 _is_batched = _private("_C._functorch.is_batchedtensor") or _always
 _is_legacy_batched = _private("_C._functorch.is_legacy_batchedtensor") or _always

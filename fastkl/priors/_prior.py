@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fastkl import distributions, reference
@@ -21,12 +23,53 @@ def check_shape(n: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(arguments.check_int("n", size, 0) for size in (n if isinstance(n, (tuple, list)) else (n,)))
 
 
+# The methods of priors that read parameters, which fully_shard keeps sharded except in a module's forward.
+READ = ("log_prob", "responsibilities", "kl", "kl_bounds", "kl_relaxed", "usage", "sample", "rsample")
+
+
+def _in_forward(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method of a sharded prior: the outermost call gathers the parameters, as forward would."""
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **settings: Any) -> Any:
+        if self._inside:
+            return method(self, *args, **settings)
+        if "_whole" not in self.__dict__:
+            torch.distributed.fsdp.register_fsdp_forward_method(self, "_whole")
+        self._inside = True
+        try:
+            return self._whole(method, *args, **settings)
+        finally:
+            self._inside = False
+
+    return run
+
+
+def _refused(self: Any, *args: Any, **settings: Any) -> Any:
+    raise RuntimeError("fit a prior before fully_shard, which would drop the parameters that are found afterwards")
+
+
 class Prior(nn.Module):
     """The base class of priors.
 
     A custom prior defines `log_prob(z)` [..., D] -> [...] and `sample(n)`, and inherits `kl`. With `rsample(n)` it also
-    works in objectives that compare draws.
+    works in objectives that compare draws. After fully_shard(prior), these methods gather the parameters.
     """
+
+    _inside = False  # a method that gathered the parameters
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if any(base.__name__ == "FSDPModule" for base in cls.__bases__):  # the class that fully_shard makes
+            for name in READ:
+                if hasattr(cls, name):
+                    setattr(cls, name, _in_forward(getattr(cls, name)))
+            if hasattr(cls, "fit"):
+                setattr(cls, "fit", _refused)  # noqa: B010 (mypy refuses the assignment to a method)
+
+    def _whole(self, method: Callable[..., Any], /, *args: Any, **settings: Any) -> Any:
+        found = method(self, *args, **settings)
+        return found.clone() if isinstance(found, Tensor) else found  # fully_shard warns of a view
 
     dim: int | None = None
     methods: tuple[str, ...] = ("mc",)

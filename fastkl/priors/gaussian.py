@@ -62,10 +62,18 @@ class StandardNormal(_Gaussian):
     tensor([1.5000, 1.5000])
     """
 
+    place: Tensor
+
     def __init__(self, dim: int):
         super().__init__(dim)
-        for name in ("mu", "logvar"):
-            self.register_buffer(name, torch.zeros(self.dim), persistent=False)
+        # Empty, it has only a dtype and a device: to_empty() leaves no values that nothing would restore.
+        self.register_buffer("place", torch.empty(0), persistent=False)
+
+    @property
+    def mu(self) -> Tensor:  # type: ignore[override]
+        return self.place.new_zeros(()).expand(self.dim)
+
+    logvar = mu  # type: ignore[assignment]
 
     def _closed_form(self, q: distributions.DiagonalNormal) -> Tensor:
         return q.kl()
@@ -84,6 +92,11 @@ class LearnedNormal(_Gaussian):
     def __init__(self, dim: int):
         super().__init__(dim)
         self.mu, self.logvar = (nn.Parameter(torch.zeros(self.dim)) for _ in range(2))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.mu.zero_()
+        self.logvar.zero_()
 
     def _closed_form(self, q: distributions.DiagonalNormal) -> Tensor:
         parameters = (parameter.view(q.event_shape) for parameter in (self.mu, self.logvar))

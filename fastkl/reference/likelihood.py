@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkl.reference._parameters import compute_dtype, standardise, sum_event, weighted
+from fastkl.reference._parameters import compute_dtype, standardise, sum_event, to_logvar, weighted
 
 
 def bernoulli_log_prob(x, logits, *, event_ndim=None) -> Tensor:
@@ -31,10 +31,10 @@ def _sides(logits: Tensor) -> tuple[Tensor, Tensor]:
     return (logits > 0).to(logits.dtype), logits.clamp(max=0) - logits.relu()
 
 
-def normal_log_prob(x, mean, logvar, *, event_ndim=None) -> Tensor:
+def normal_log_prob(x, mean, logvar, *, event_ndim=None, scale="logvar") -> Tensor:
     """-1/2 [ln 2 pi + logvar + z^2] with z = (x - mean) exp(-logvar / 2), summed over the event."""
     dtype = compute_dtype(x, mean, logvar)
-    x, mean, logvar = torch.broadcast_tensors(x.to(dtype), mean.to(dtype), logvar.to(dtype))
+    x, mean, logvar = torch.broadcast_tensors(x.to(dtype), mean.to(dtype), to_logvar(logvar.to(dtype), scale))
     z, _ = standardise(x - mean, logvar)
     return sum_event(-0.5 * (math.log(2 * math.pi) + logvar + z * z), event_ndim)
 

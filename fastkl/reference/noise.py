@@ -59,19 +59,20 @@ def box_muller(word_0: Tensor, word_1: Tensor) -> tuple[Tensor, Tensor]:
 
 def normal_noise(
     seed: Tensor, shape: torch.Size | tuple[int, ...], num_samples: int | None = None, first_sample: int = 0,
-    stream: int = Stream.POSTERIOR,
+    stream: int = Stream.POSTERIOR, first: int = 0,
 ) -> Tensor:  # fmt: skip
     """The noise of `seed`, the same on every device: float32, [*shape] or [num_samples, *shape].
 
-    Element i of a sample, counted in row-major order, is normal i % 4 of the Philox counter (i // 4, sample, stream).
+    Element i of a sample, counted in row-major order from `first` on, is normal i % 4 of the Philox counter
+    (i // 4, sample, stream).
     """
-    count = math.prod(shape)
-    group = torch.arange((count + 3) // 4, device=seed.device)
+    skipped, count = first % 4, math.prod(shape)
+    group = torch.arange(first // 4, (first + count + 3) // 4, device=seed.device)
     samples = []
     for sample in range(first_sample, first_sample + (1 if num_samples is None else num_samples)):
         words = philox(seed, group & 0xFFFFFFFF, group >> 32, sample, stream)
         normals = [*box_muller(words[0], words[1]), *box_muller(words[2], words[3])]
-        samples.append(torch.stack(normals, dim=-1).flatten()[:count].reshape(shape))
+        samples.append(torch.stack(normals, dim=-1).flatten()[skipped : skipped + count].reshape(shape))
     if num_samples is None:
         return samples[0]
     return torch.stack(samples) if samples else torch.empty((0, *shape), dtype=torch.float32, device=seed.device)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkl.reference._parameters import compute_dtype, standardise
+from fastkl.reference._parameters import compute_dtype, standardise, to_logvar
 from fastkl.reference.likelihood import normal_log_prob
 
 MMD_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -27,24 +28,26 @@ def mmd(
     return _mean_of_pairs(xx, estimator) + _mean_of_pairs(yy, estimator) - 2 * xy.mean()
 
 
-def mmd_kernel(t: Tensor, kernel: str, scales: tuple[float, ...]) -> Tensor:
+def mmd_kernel(t: Tensor, kernel: str, scales: Sequence[float]) -> Tensor:
     """The kernel as a function of t = d^2 / (2 D): sum_s C / (C + d^2), C = 2 D s, or sum_s exp(-d^2 / (2 D s))."""
     return functools.reduce(torch.add, (s / (s + t) if kernel == "imq" else torch.exp(-t / s) for s in scales))
 
 
-def mmd_kernel_slope(t: Tensor, kernel: str, scales: tuple[float, ...]) -> Tensor:
+def mmd_kernel_slope(t: Tensor, kernel: str, scales: Sequence[float]) -> Tensor:
     """The derivative of mmd_kernel."""
     slopes = (s / (s + t).square() if kernel == "imq" else torch.exp(-t / s) / s for s in scales)
     return -functools.reduce(torch.add, slopes)
 
 
 def mmd_normal(
-    mu: Tensor, logvar: Tensor | None = None, *, scales: tuple[float, ...] = MMD_SCALES, estimator: str = "unbiased"
-) -> Tensor:
+    mu: Tensor, logvar: Tensor | None = None, *, scales: tuple[float, ...] = MMD_SCALES, estimator: str = "unbiased",
+    scale: str = "logvar",
+) -> Tensor:  # fmt: skip
     """mmd with the RBF kernel, exact for N(0, I), of the points mu or of the mixture of the N(mu, exp(logvar))."""
     dtype = compute_dtype(mu, logvar)
     mu = mu.to(dtype).flatten(1)
-    variance = torch.zeros_like(mu) if logvar is None else logvar.to(dtype).exp().flatten(1).expand_as(mu)
+    logvar = torch.full_like(mu, -math.inf) if logvar is None else to_logvar(logvar.to(dtype), scale).flatten(1)
+    variance = logvar.exp().expand_as(mu)
     pairs = rbf_of_normals(mu.unsqueeze(1) - mu, variance.unsqueeze(1) + variance, scales)
     return _mean_of_pairs(pairs, estimator) + mmd_normal_terms(mu, variance, scales)
 
@@ -101,13 +104,13 @@ def sample_weights(rows: int, batch: int, dataset_size: int, weights: str, *, fi
     return matrix
 
 
-def total_correlation(z, mu, logvar, dataset_size, *, weights="mss", first=0) -> Decomposition:
+def total_correlation(z, mu, logvar, dataset_size, *, weights="mss", first=0, scale="logvar") -> Decomposition:
     """The decomposition for samples z [n, D] and the posteriors N(mu_j, diag exp(logvar_j)) [B, D] of their batch.
 
     ln q(z) = ln sum_j w_ij prod_d N(z_id; mu_jd, var_jd) and ln q(z_d) = ln sum_j w_ij N(z_id; mu_jd, var_jd).
     """
     dtype = compute_dtype(z, mu, logvar)
-    z, mu, logvar = z.to(dtype), mu.to(dtype), logvar.to(dtype)
+    z, mu, logvar = z.to(dtype), mu.to(dtype), to_logvar(logvar.to(dtype), scale)
     if z.shape[0] == 0:
         return Decomposition(*[(z + mu[:0] + logvar[:0]).sum(1)] * 3)
     like = {"dtype": dtype, "device": z.device}

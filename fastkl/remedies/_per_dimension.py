@@ -10,7 +10,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.distributions import DiagonalNormal
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import apply, needs_closed_form
+from fastkl.ops._call import apply, needs_closed_form
 from fastkl.ops.normal._closed_form import normal_gradients
 
 

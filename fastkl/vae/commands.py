@@ -43,7 +43,7 @@ READS = {
 }
 
 
-def add_parsers(commands: argparse._SubParsersAction) -> None:
+def add_parsers(commands: Any) -> None:
     for name, about in COMMANDS.items():
         own = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
         own.set_defaults(command=globals()[name])

@@ -5,41 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import LN2, LOG2E, philox
-from fastkl.kernels.normal.rsample_kl import shifted_columns
+from fastkl.kernels._device import LOG2E
+from fastkl.kernels._noise import four_gumbels, gumbel, neighbours, philox, shifted_columns
 
 NOT_A_CLASS = tl.constexpr(2147483647)
-
-
-@triton.jit
-def log(x):
-    """ln x of a positive normal float32, within a relative error of 1e-7, in half the instructions of tl.log. With
-    x = 2^n (1 + f), 1 + f from sqrt(1/2) to sqrt(2), it is n ln 2 + f + f^2 q(f), q a minimax polynomial."""
-    bits = x.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F3504F3) & -8388608  # n 2^23
-    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
-    q = -0.14307516813 + f * 0.08734829724
-    q = -0.16570508480 + f * (0.14917975664 + f * q)
-    q = -0.25001755357 + f * (0.19962072372 + f * q)
-    q = -0.49999991059 + f * (0.33333951235 + f * q)
-    return exponent.to(tl.float32) * (LN2 * 2.0**-23) + (f + f * f * q)
-
-
-@triton.jit
-def gumbel(word):
-    """-ln(-ln u), u = (word + 1/2) / 2^32, in float32; near 1 from 1 - u, so that both tails are accurate."""
-    signed = word.to(tl.int32, bitcast=True)
-    low = signed >= 0
-    tail = (signed ^ (signed >> 31)).to(tl.float32) * 2.0**-32 + 2.0**-33  # u or 1 - u, at most 1/2
-    u = tl.where(low, tail, 1.0 - tail)
-    rounding = tl.where(low, 0.0, (u - 1.0) + tail)  # the rounding error of 1 - tail, which dominates ln u near 1
-    return -log(rounding - log(u))
-
-
-@triton.jit
-def four(seed, group, index, stream):
-    word_0, word_1, word_2, word_3 = philox(seed, group, index, 0, stream)
-    return gumbel(word_0), gumbel(word_1), gumbel(word_2), gumbel(word_3)
 
 
 @triton.jit
@@ -52,18 +21,7 @@ def noise(seed, stream, line, first, column, length, AXIS: tl.constexpr, ODD: tl
         word_0, word_1, word_2, word_3 = philox(seed, index >> 2, tl.arange(0, 1)[None, :], 0, stream)
         pair_0, pair_1 = tl.where((index & 2) == 0, word_0, word_2), tl.where((index & 2) == 0, word_1, word_3)
         return gumbel(tl.where((index & 1) == 0, pair_0, pair_1))
-    # join adds a last dimension, so values joined last are neighbours. Four of them, for 16-bit logits eight, stay in
-    # one thread, which matches the layout of the logits.
-    group = (begin + first) >> 2
-    if HALF and COLUMNS >= 8:
-        even = 2 * tl.arange(0, COLUMNS // 8)[None, :]
-        noise_0, noise_1, noise_2, noise_3 = four(seed, group, even, stream)
-        noise_4, noise_5, noise_6, noise_7 = four(seed, group, even + 1, stream)
-        noise_0, noise_1 = tl.join(noise_0, noise_4), tl.join(noise_1, noise_5)
-        noise_2, noise_3 = tl.join(noise_2, noise_6), tl.join(noise_3, noise_7)
-    else:
-        noise_0, noise_1, noise_2, noise_3 = four(seed, group, tl.arange(0, COLUMNS // 4)[None, :], stream)
-    return tl.join(tl.join(noise_0, noise_2), tl.join(noise_1, noise_3)).reshape(ROWS, COLUMNS)
+    return neighbours(four_gumbels, seed, (begin + first) >> 2, 0, stream, ROWS, COLUMNS, HALF, HALF)
 
 
 @triton.jit

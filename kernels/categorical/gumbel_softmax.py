@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import LN2, TRITON_DTYPE, finite
 from fastkl.kernels._launch import Plan, planned
@@ -26,17 +27,11 @@ from fastkl.kernels._layout import (
     next_power_of_2,
     registers,
     share,
-    views,
+    view,
 )
-from fastkl.kernels.categorical._gumbel_softmax import (
-    NOT_A_CLASS,
-    first_maximum,
-    log,
-    offsets,
-    perturbed,
-    temperature,
-    tile,
-)
+from fastkl.kernels._noise import log
+from fastkl.kernels.categorical._gumbel_softmax import first_maximum, offsets, perturbed, temperature, tile
+from fastkl.kernels.categorical._statistics import combine, statistics
 
 # Elements of a tile that holds all classes, of one that does not, and of a tile of short rows.
 WHOLE, PART, SHORT = 8192, 2048, 512
@@ -62,75 +57,6 @@ def blocks(classes: int, inner: int, wide: bool, odd: bool) -> tuple[dict[str, i
     held = {} if fits else registers(255)
     held = registers(128) if fits and wide and SPILLS_A_FEW else held
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, **held}, fits
-
-
-@triton.jit
-def combine(found, found_third, distribution, count, scale, splits, AXIS: tl.constexpr, SPLITS: tl.constexpr,
-            INTEGER: tl.constexpr):  # fmt: skip
-    """(maximum, sum, class of the maximum or weighted gradient), merged over the splits."""
-    split = tl.arange(0, SPLITS)[:, None]
-    mask = (split < splits) & (distribution < count)[None, :]
-    at = split.to(tl.int64) * count + distribution[None, :]
-    tops = tl.load(found + at, mask, other=float("-inf"))  # the maximum of an empty split
-    top = finite(tl.max(tops, axis=0))
-    weight = tl.exp2((tops - top[None, :]) * scale)
-    total = tl.sum(weight * tl.load(found + at + splits * count, mask, other=0.0), axis=0)
-    if INTEGER:
-        third = tl.load(found_third + at, mask, other=NOT_A_CLASS)
-        third = tl.min(tl.where(tops == top[None, :], third, NOT_A_CLASS), axis=0)
-    else:
-        third = tl.sum(weight * tl.load(found_third + at, mask, other=0.0), axis=0)
-    return tl.expand_dims(top, AXIS), tl.expand_dims(total, AXIS), tl.expand_dims(third, AXIS)
-
-
-@triton.jit
-def statistics_kernel(
-    logits, dy, tau, seed, stream, found, found_third, shape, strides, dy_strides, column_blocks, classes_per_program,
-    splits, count, SOFT: tl.constexpr, TENSOR: tl.constexpr, AXIS: tl.constexpr, ODD: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Maximum and sum of exponentials of each split of the classes, and the first class with the maximum or, given dy,
-    the sum weighted by dy. With SOFT, `logits` holds the weights."""
-    block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
-    scale = temperature(tau, TENSOR, DTYPE)[0]
-    key = tl.load(seed)
-    begin = split * classes_per_program
-    top = tl.full([ROWS, 1] if AXIS == 1 else [1, COLUMNS], 0.0 if SOFT else float("-inf"), DTYPE)
-    best = tl.full([ROWS, 1] if AXIS == 1 else [1, COLUMNS], NOT_A_CLASS, tl.int32)
-    total = tl.zeros([ROWS, COLUMNS], DTYPE)
-    dot = tl.zeros([ROWS, COLUMNS], DTYPE)
-    last = tl.minimum(begin + classes_per_program, shape[1] + 3 if AXIS == 1 and ODD else shape[1])
-    for start in range(begin, last, COLUMNS if AXIS == 1 else ROWS):
-        line, first, column, index, _own, mask = tile(block, start, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)
-        at = offsets(block, line, column, index, strides, column_blocks, AXIS)
-        if SOFT:
-            weight = tl.load(logits + at, mask, other=0.0).to(DTYPE)  # a weight of 0
-        else:
-            values = perturbed(
-                logits + at, mask, key, stream, line, first, column, shape, AXIS, ODD, ROWS, COLUMNS, DTYPE
-            )
-            highest = tl.max(values, axis=AXIS, keep_dims=True)
-            if dy is None:
-                best = tl.where(highest > top, first_maximum(values, index, highest, AXIS), best)
-            new = tl.maximum(top, highest)
-            weight = tl.exp2((values - finite(new)) * scale)
-            shrink = tl.exp2((top - finite(new)) * scale)
-            total *= shrink
-            dot *= shrink
-            top = new
-        total += weight
-        if dy is not None:
-            at = offsets(block, line, column, index, dy_strides, column_blocks, AXIS)
-            dot += weight * tl.load(dy + at, mask, other=0.0).to(DTYPE)  # masked entries have weight 0
-    distribution = tile(block, begin, shape, column_blocks, AXIS, ODD, ROWS, COLUMNS)[4]
-    at = tl.expand_dims(split.to(tl.int64) * count + distribution, AXIS)
-    # Columns past the end of an inner block would belong to the next outer index.
-    inside = distribution < count if AXIS == 1 else tl.arange(0, COLUMNS) + block % column_blocks * COLUMNS < shape[2]
-    inside = tl.expand_dims(inside, AXIS)
-    tl.store(found + at, top, inside)
-    tl.store(found + at + splits * count, tl.sum(total, axis=AXIS, keep_dims=True), inside)
-    third = best if dy is None else tl.sum(dot, axis=AXIS, keep_dims=True)
-    tl.store(found_third + at, third, inside)
 
 
 @triton.jit
@@ -223,7 +149,7 @@ class Work:
     shape: tuple[int, int, int]
     whole: bool  # one tile holds all classes
     splits: int
-    grid: tuple[int]
+    grid: tuple[int, ...]
     numbers: tuple[int, ...]
     options: dict[str, Any]
 
@@ -231,7 +157,7 @@ class Work:
     def count(self) -> int:
         return self.numbers[-1]
 
-    def view(self, tensor):
+    def view(self, tensor: Tensor) -> Tensor:
         """[outer, classes, inner]; a copy where a view needs more than one stride for the dimensions on either side."""
         return tensor.reshape(self.shape)
 
@@ -257,29 +183,12 @@ def work_of(tensor: View, dim: int, tensor_tau: bool, noisy: bool = True) -> Wor
     return Work(shape, whole, splits, (units * splits,), numbers, options | block)
 
 
-@planned
-def plan_statistics(work, strides, dy_strides, soft):
-    return Plan(statistics_kernel, work.grid, work.shape, strides, dy_strides, *work.numbers, SOFT=soft, **work.options)
-
-
-def statistics(work, x, dy, tau, seed, stream, soft):
-    """(maxima and sums, third) of each split, or None where one tile holds all classes."""
-    if work.whole:
-        return None, None
-    dtype = compute_dtype([x])
-    found = torch.empty((2, work.splits, work.count), dtype=dtype, device=x.device)
-    third = torch.empty(found.shape[1:], dtype=torch.int32 if dy is None else dtype, device=x.device)
-    plan = plan_statistics(work, x.stride(), x.stride() if dy is None else dy.stride(), soft)
-    plan.launch(x, dy, tau, seed, stream, found, third)
-    return found, third
-
-
-def finish(tensor, written):
+def finish(tensor: Tensor, written: Tensor) -> Tensor:
     """`tensor`, of which `written` is the view or the copy."""
     return tensor if written.data_ptr() == tensor.data_ptr() else tensor.copy_(written.view(tensor.shape))
 
 
-def temperature_of(tau, constant, tensor) -> torch.Tensor | float:
+def temperature_of(tau: Tensor | None, constant: float, tensor: Tensor) -> Tensor | float:
     """tau, or of a number 1 / tau, which may change at every call."""
     if tau is not None:
         return tau
@@ -289,46 +198,53 @@ def temperature_of(tau, constant, tensor) -> torch.Tensor | float:
     return 1 / max(constant, torch.finfo(torch.float32).tiny)
 
 
-def fwd(logits, tau, seed, constant, hard, dim, stream):
+def fwd(logits: Tensor, tau: Tensor | None, seed: Tensor, constant: float, hard: bool, dim: int, stream: int) -> Tensor:
     hard = hard or (tau is None and constant == 0)
     y = torch.empty_like(logits)
     if y.numel() == 0:
         return y
-    tau = temperature_of(tau, constant, logits)
-    work = work_of(*views(logits), dim, isinstance(tau, torch.Tensor))
+    temperature = temperature_of(tau, constant, logits)
+    work = work_of(view(logits), dim, isinstance(temperature, Tensor))
     x, out = work.view(logits), work.view(y)
     plan = plan_fwd(work, x.stride(), out.stride(), hard)
-    plan.launch(x, out, tau, seed, stream, *statistics(work, x, None, tau, seed, stream, False))
+    plan.launch(x, out, temperature, seed, stream, *statistics(work, x, None, temperature, seed, stream, False))
     return finish(y, out)
 
 
 @planned
-def plan_fwd(work, strides, y_strides, hard):
+def plan_fwd(work: Work, strides: tuple[int, ...], y_strides: tuple[int, ...], hard: bool) -> Plan:
     return Plan(
         gumbel_softmax_fwd_kernel, work.grid, work.shape, strides, y_strides, *work.numbers,
         HARD=hard, SPLITS=next_power_of_2(work.splits), **work.options,
     )  # fmt: skip
 
 
-def bwd(dy, y, logits, tau, seed, constant, hard, dim, stream, tau_gradient):
+def bwd(
+    dy: Tensor, y: Tensor, logits: Tensor | None, tau: Tensor | None, seed: Tensor, dlogits: Tensor,
+    dtau: Tensor | None, constant: float, hard: bool, dim: int, stream: int,
+) -> None:  # fmt: skip
     like, soft = (y, True) if logits is None else (logits, False)
-    if tau is None and constant == 0:
-        return [torch.zeros_like(like)]
-    gradient = torch.empty_like(like)
-    if gradient.numel() == 0:
-        return [gradient.zero_(), *([torch.zeros_like(tau)] if tau_gradient else [])]
+    if like.numel() == 0 or (tau is None and constant == 0):
+        dlogits.zero_()
+        if dtau is not None:
+            dtau.zero_()
+        return
     temperature = temperature_of(tau, constant, like)
-    work = work_of(*views(like), dim, isinstance(temperature, torch.Tensor), not soft)
-    x, d, out = work.view(like), work.view(dy), work.view(gradient)
-    dtau = torch.empty(work.grid, dtype=compute_dtype([like]), device=like.device) if tau_gradient else None
+    work = work_of(view(like), dim, isinstance(temperature, Tensor), not soft)
+    x, d, out = work.view(like), work.view(dy), work.view(dlogits)
+    parts = None if dtau is None else torch.empty(work.grid, dtype=compute_dtype([like]), device=like.device)
     plan = plan_bwd(work, d.stride(), x.stride(), out.stride(), soft)
     found = statistics(work, x, d, temperature, seed, stream, soft)
-    plan.launch(d, x, out, dtau, temperature, seed, stream, *found)
-    return [finish(gradient, out), *([dtau.sum().to(tau.dtype)] if tau_gradient else [])]
+    plan.launch(d, x, out, parts, temperature, seed, stream, *found)
+    finish(dlogits, out)
+    if dtau is not None and parts is not None:
+        dtau.copy_(parts.sum())
 
 
 @planned
-def plan_bwd(work, dy_strides, strides, dlogits_strides, soft):
+def plan_bwd(
+    work: Work, dy_strides: tuple[int, ...], strides: tuple[int, ...], dlogits_strides: tuple[int, ...], soft: bool
+) -> Plan:
     return Plan(
         gumbel_softmax_bwd_kernel, work.grid, work.shape, dy_strides, strides, dlogits_strides, *work.numbers,
         SOFT=soft, SPLITS=next_power_of_2(work.splits), **work.options,

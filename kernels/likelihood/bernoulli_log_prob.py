@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fastkl.kernels._device import log1p, offsets, tile, weighted
-from fastkl.kernels._launch import Plan, planned
+from fastkl.kernels._device import log1p, weighted
+from fastkl.kernels._launch import Plan, Sums, planned, sums
 from fastkl.kernels._layout import (
     PROGRAMS,
+    View,
     cdiv,
     clear,
     compute_dtype,
-    contiguous,
     layout,
     next_power_of_2,
     on_copies,
     share,
     views,
 )
+from fastkl.kernels._tile import load_rows, run_of_columns, tile
 from fastkl.kernels._tuned import TILES
 
 # Where rows cannot be read 16 bytes at a time, every element has an address and a mask.
@@ -56,12 +59,8 @@ def bernoulli_log_prob_fwd_kernel(
 ):  # fmt: skip
     """log_prob [splits, rows]; `splits` programs share a block of rows."""
     rows, columns = shape[0], shape[2]
-    split = tl.program_id(0) % splits
-    row = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
-    first = split * columns_per_program
-    last = tl.minimum(first + columns_per_program, columns)
+    row, first, last, place = run_of_columns(columns, columns_per_program, splits, rows, ROWS)
     dtype: tl.constexpr = log_prob.dtype.element_ty
-    log_prob += split.to(tl.int64) * rows + row
     total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
     for start in range(first, last, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
@@ -70,7 +69,7 @@ def bernoulli_log_prob_fwd_kernel(
         logit = tl.load(logits + tile(row, column, shape, logits_strides, NESTED), mask, other=1024.0).to(dtype)
         value = tl.load(x + tile(row, column, shape, x_strides, NESTED), mask, other=1.0).to(dtype)
         total += bernoulli_terms(logit, value)
-    tl.store(log_prob, tl.sum(total, axis=1), mask=row < rows)
+    tl.store(log_prob + place, tl.sum(total, axis=1), mask=row < rows)
 
 
 @triton.jit
@@ -86,8 +85,7 @@ def bernoulli_log_prob_bwd_kernel(
     # Masked elements are not stored, so any fill is valid.
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     dtype: tl.constexpr = dlog_prob.dtype.element_ty
-    at = offsets(row, shape[1], dlog_prob_strides[0], dlog_prob_strides[1], NESTED % 2 == 1)
-    d = tl.load(dlog_prob + at, row < rows, other=0.0)[:, None]
+    d = load_rows(dlog_prob, row, shape, dlog_prob_strides, NESTED)
     logit = tl.load(logits + tile(row, column, shape, logits_strides, NESTED), mask, other=0.0).to(dtype)
     if dlogits is not None:
         value = tl.load(x + tile(row, column, shape, x_strides, NESTED), mask, other=0.0).to(dtype)
@@ -98,7 +96,7 @@ def bernoulli_log_prob_bwd_kernel(
 
 
 @planned
-def plan_fwd(inputs, event_ndim):
+def plan_fwd(inputs: Sequence[View], event_ndim: int) -> Sums | None:
     """(the launch, the shape of the splits' sums, their dtype); None for views that no two dimensions describe."""
     shape, found = inputs[0].shape, layout(inputs, event_ndim)
     if found is None:
@@ -113,18 +111,14 @@ def plan_fwd(inputs, event_ndim):
     return plan, (splits, *shape[: len(shape) - event_ndim]), compute_dtype(inputs)
 
 
-def fwd(logits: torch.Tensor, x: torch.Tensor, event_ndim: int) -> torch.Tensor:
+def fwd(logits: Tensor, x: Tensor, event_ndim: int) -> Tensor:
     if logits.numel() == 0:
         return logits.new_zeros(logits.shape[: logits.dim() - event_ndim], dtype=compute_dtype([logits, x]))
-    found = plan_fwd(views(logits, x), event_ndim)
-    if found is None:
-        return fwd(*contiguous(logits, x), event_ndim)
-    plan, shape, dtype = found
-    return plan.sums(shape, dtype, logits, x)
+    return sums(plan_fwd, (logits, x), event_ndim)
 
 
 @planned
-def plan_bwd(inputs, outputs, event_ndim):
+def plan_bwd(inputs: Sequence[View], outputs: Sequence[View | None], event_ndim: int) -> Plan | None:
     """The launch; None if the views need more than two dimensions per axis."""
     dlog_prob, *inputs = inputs
     found = layout([dlog_prob.of_rows(inputs[0].shape), *inputs, *outputs], event_ndim)
@@ -138,12 +132,14 @@ def plan_bwd(inputs, outputs, event_ndim):
     )  # fmt: skip
 
 
-def bwd(dlog_prob, logits, x, dlogits, dx, event_ndim: int) -> None:
+def bwd(
+    dlog_prob: Tensor, logits: Tensor, x: Tensor, dlogits: Tensor | None, dx: Tensor | None, event_ndim: int
+) -> None:
     """A gradient that is not wanted is None."""
     inputs, outputs = (dlog_prob.to(compute_dtype((logits, x))), logits, x), (dlogits, dx)
     if logits.numel() == 0:
         return clear(outputs)
     plan = plan_bwd(views(*inputs), views(*outputs), event_ndim)
     if plan is None:
-        return on_copies(lambda *copies: bwd(*copies[0], *copies[1], event_ndim), inputs, outputs)
+        return on_copies(lambda given, wanted: bwd(*[*given, *wanted, event_ndim]), inputs, outputs)
     return plan.launch(*inputs, *outputs)

@@ -6,31 +6,31 @@ gradient leaves the kernel as one partial sum per row, or per column.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fastkl.kernels._device import offsets, standardise, tile
-from fastkl.kernels._launch import Plan, planned
+from fastkl.kernels._device import standardise
+from fastkl.kernels._launch import Plan, Sums, planned, sums
 from fastkl.kernels._layout import (
     PROGRAMS,
     View,
     cdiv,
     clear,
     compute_dtype,
-    contiguous,
-    contiguous_strides,
     finish,
     layout,
     next_power_of_2,
     on_copies,
     share,
+    share_rows,
     views,
 )
+from fastkl.kernels._tile import load_rows, row_offsets, run_of_columns, store_columns, tile
 from fastkl.kernels._tuned import TILES
 
-# Rows that one program sums at least where the batch shares logvar: its partial sums stay a small part of the traffic.
-SHARED_ROWS = 32
 # Where rows cannot be read 16 bytes at a time, every element has an address and a mask.
 ODD_TILE = 1024
 
@@ -46,18 +46,11 @@ def blocks(rows: int, columns: int, itemsize: int) -> dict[str, int]:
     return {"ROWS": min(elements // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": warps}
 
 
-def spread_of(logvar: torch.Tensor, x: torch.Tensor) -> str:
+def spread_of(logvar: View, x: View) -> str:
     """The layout of logvar in x [*batch, *event]: "full", "row" ([*batch, 1, ..., 1]) or "shared" ([*event])."""
     if logvar.dim() < x.dim():
         return "shared"
     return "full" if logvar.shape == x.shape else "row"
-
-
-@triton.jit
-def load_rows(pointer, row, shape, strides, NESTED: tl.constexpr):
-    """One value for each row, [ROWS, 1]; 0 for rows past the end."""
-    at = offsets(row, shape[1], strides[0], strides[1], NESTED % 2 == 1)
-    return tl.load(pointer + at, row < shape[0], other=0.0)[:, None]
 
 
 @triton.jit
@@ -82,13 +75,8 @@ def normal_log_prob_fwd_kernel(
     SPREAD: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """log_prob [splits, rows]; `splits` programs share a block of rows."""
-    rows = shape[0]
-    split = tl.program_id(0) % splits
-    row = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
-    first = split * columns_per_program
-    last = tl.minimum(first + columns_per_program, shape[2])
+    row, first, last, place = run_of_columns(shape[2], columns_per_program, splits, shape[0], ROWS)
     dtype: tl.constexpr = log_prob.dtype.element_ty
-    log_prob += split.to(tl.int64) * rows + row
     if SPREAD == "row":
         row_logvar = load_rows(logvar, row, shape, logvar_strides, NESTED).to(dtype)
     total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
@@ -108,10 +96,10 @@ def normal_log_prob_fwd_kernel(
     if SPREAD == "row":
         # Reloaded, because a value live across the loop would spill. The different `other=` keeps the compiler from
         # merging the loads.
-        at = offsets(row, shape[1], logvar_strides[0], logvar_strides[1], NESTED % 2 == 1)
-        constant += tl.load(logvar + at, row < rows, other=1.0).to(dtype)
+        at = row_offsets(row, shape, logvar_strides, NESTED)
+        constant += tl.load(logvar + at, row < shape[0], other=1.0).to(dtype)
     value = -0.5 * (tl.sum(total, axis=1) + (last - first) * constant)
-    tl.store(log_prob, value, mask=row < rows)
+    tl.store(log_prob + place, value, mask=row < shape[0])
 
 
 @triton.jit
@@ -184,14 +172,14 @@ def normal_log_prob_bwd_kernel(
             )  # fmt: skip
             total += twice
         if dlogvar is not None:
-            at = offsets(column, shape[3], dlogvar_strides[2], dlogvar_strides[3], NESTED >= 2)
-            at += group.to(tl.int64) * columns
-            tl.store(dlogvar + at, 0.5 * tl.sum(total, axis=0), mask=column < columns)
+            sums = 0.5 * tl.sum(total, axis=0)
+            store_columns(dlogvar, sums, column, shape, dlogvar_strides, group, columns, NESTED)
 
 
 @planned
-def plan_fwd(x, mean, logvar, event_ndim):
+def plan_fwd(inputs: Sequence[View], event_ndim: int) -> Sums | None:
     """(the launch, the shape of the splits' sums, their dtype); None for views that no two dimensions describe."""
+    x, mean, logvar = inputs
     inputs, shape = [x, mean, logvar.expand(x.shape)], x.shape
     found = layout(inputs, event_ndim)
     if found is None:
@@ -207,20 +195,19 @@ def plan_fwd(x, mean, logvar, event_ndim):
     return plan, (splits, *shape[: len(shape) - event_ndim]), compute_dtype(inputs)
 
 
-def fwd(x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor, event_ndim: int) -> torch.Tensor:
+def fwd(x: Tensor, mean: Tensor, logvar: Tensor, event_ndim: int) -> Tensor:
     if x.numel() == 0:
         return x.new_zeros(x.shape[: x.dim() - event_ndim], dtype=compute_dtype([x, mean, logvar]))
-    found = plan_fwd(*views(x, mean, logvar), event_ndim)
-    if found is None:
-        return fwd(*contiguous(x, mean, logvar), event_ndim)
-    plan, shape, dtype = found
-    return plan.sums(shape, dtype, x, mean, logvar)
+    return sums(plan_fwd, (x, mean, logvar), event_ndim)
 
 
 @planned
-def plan_bwd(dlog_prob, x, mean, logvar, outputs, event_ndim):
+def plan_bwd(
+    inputs: Sequence[View], outputs: Sequence[View | None], event_ndim: int
+) -> tuple[Plan, tuple[int, ...] | None] | None:
     """(the launch, the shape of the partial sums of logvar's gradient, or None); None as in plan_fwd. Unwanted
     outputs are None."""
+    dlog_prob, x, mean, logvar = inputs
     shape, spread, wanted = x.shape, spread_of(logvar, x), outputs[2] is not None
     event = shape[len(shape) - event_ndim :]
     rows, columns = shape[: len(shape) - event_ndim].numel(), event.numel()
@@ -231,9 +218,9 @@ def plan_bwd(dlog_prob, x, mean, logvar, outputs, event_ndim):
         columns_per_program, splits = share(columns, columns_per_program, PROGRAMS // groups)
         partial, outputs = (splits, rows), (*outputs[:2], None)
     elif wanted and spread == "shared":
-        rows_per_program, groups = share(rows, rows_per_program, min(PROGRAMS // splits, cdiv(rows, SHARED_ROWS)))
+        rows_per_program, groups = share_rows(rows, rows_per_program, splits)
         partial = (groups, *event)
-        outputs = (*outputs[:2], View(event, contiguous_strides(event), dlog_prob.dtype).expand(shape))
+        outputs = (*outputs[:2], View.dense(event, dlog_prob.dtype).expand(shape))
     found = layout([dlog_prob.of_rows(shape), x, mean, logvar.expand(shape), *outputs], event_ndim)
     if found is None:
         return None
@@ -244,14 +231,17 @@ def plan_bwd(dlog_prob, x, mean, logvar, outputs, event_ndim):
     return plan, partial
 
 
-def bwd(dlog_prob, x, mean, logvar, dx, dmean, dlogvar, event_ndim: int) -> None:
+def bwd(
+    dlog_prob: Tensor, x: Tensor, mean: Tensor, logvar: Tensor, dx: Tensor | None, dmean: Tensor | None,
+    dlogvar: Tensor | None, event_ndim: int,
+) -> None:  # fmt: skip
     """A gradient that is not wanted is None."""
     inputs, outputs = (dlog_prob.to(compute_dtype((x, mean, logvar))), x, mean, logvar), (dx, dmean, dlogvar)
     if x.numel() == 0:
         return clear(outputs)
-    found = plan_bwd(*views(*inputs), views(*outputs), event_ndim)
+    found = plan_bwd(views(*inputs), views(*outputs), event_ndim)
     if found is None:
-        return on_copies(lambda *copies: bwd(*copies[0], *copies[1], event_ndim), inputs, outputs)
+        return on_copies(lambda given, wanted: bwd(*[*given, *wanted, event_ndim]), inputs, outputs)
     plan, shape = found
     if shape is None:
         return plan.launch(*inputs, *outputs)

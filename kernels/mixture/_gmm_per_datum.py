@@ -25,8 +25,8 @@ def blocks(data: int, components: int, columns: int, dtype: torch.dtype, form: s
     pairs = max(1, tile // block_columns // (2 if columns % 16 and form != "point" else 1))
     block_components = min(next_power_of_2(components), pairs)
     block_data = min(next_power_of_2(data), pairs // block_components)
-    tile = {"DATA": block_data, "COMPONENTS": block_components, "COLUMNS": block_columns}
-    return {**tile, "num_warps": warps, **registers(255)}
+    shape = {"DATA": block_data, "COMPONENTS": block_components, "COLUMNS": block_columns}
+    return {**shape, "num_warps": warps, **registers(255)}
 
 
 @triton.jit

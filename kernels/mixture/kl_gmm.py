@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkl.kernels._device import POSTERIOR, TRITON_DTYPE, exp, normals
+from fastkl.kernels._device import TRITON_DTYPE, exp
 from fastkl.kernels._launch import launch
 from fastkl.kernels._layout import cdiv, compute_dtype, finish, present
+from fastkl.kernels._noise import POSTERIOR, normals
 from fastkl.kernels.mixture import gmm_log_prob
 
 SAMPLES_BYTES = 32 << 20

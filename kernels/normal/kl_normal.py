@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import (
     bound,
     bound_gradient,
-    exp,
     kl_terms,
     kl_terms_gradient,
-    kl_terms_prior,
-    kl_terms_prior_gradient,
-    offsets,
-    tile,
     to_logvar,
     to_parameter_gradient,
     weighted,
 )
-from fastkl.kernels._launch import Plan, planned
+from fastkl.kernels._launch import Plan, Sums, planned, sums
 from fastkl.kernels._layout import (
     PROGRAMS,
     SPILLS_A_FEW,
@@ -28,8 +26,6 @@ from fastkl.kernels._layout import (
     cdiv,
     clear,
     compute_dtype,
-    contiguous,
-    contiguous_strides,
     expanded,
     finish,
     is_bounded,
@@ -39,19 +35,12 @@ from fastkl.kernels._layout import (
     present,
     registers,
     share,
+    share_rows,
     views,
 )
+from fastkl.kernels._tile import column_offsets, load_rows, run_of_columns, run_of_rows, store_columns, tile
 from fastkl.kernels._tuned import TILES
-from fastkl.kernels.normal._wasserstein2 import (
-    above_zero,
-    wasserstein2_terms,
-    wasserstein2_terms_gradient,
-    wasserstein2_terms_prior,
-    wasserstein2_terms_prior_gradient,
-)
 
-# Minimum rows per program for a prior shared by the batch, so that partial sums stay a small part of the traffic.
-SHARED_ROWS = 32
 # Bytes of a row of a tall tile: whole cache lines, and narrow, so that many programs share the columns, few the rows.
 TALL_ROW_BYTES = 256
 # Elements of a tile whose rows cannot be read 16 bytes at a time: every element then has an address and a mask, which
@@ -59,7 +48,7 @@ TALL_ROW_BYTES = 256
 ODD_TILE = {2: 1024, 4: 1024, 8: 256}
 
 
-def blocks(rows: int, columns: int, tensors: list[torch.Tensor], *, tall: bool = False) -> dict[str, int]:
+def blocks(rows: int, columns: int, tensors: Sequence[View], *, tall: bool = False) -> dict[str, int]:
     """A tile of rows x columns: short rows packed many to a program, long rows in runs; `tall` for sums over rows."""
     itemsize = max(tensor.itemsize for tensor in tensors)
     # 64 to 128 bytes of all tensors for each thread; less in float64, whose exponential takes many registers.
@@ -82,17 +71,13 @@ def kl_normal_fwd_kernel(
     mu, parameter, prior_mu, prior_logvar, kl, shape, mu_strides, parameter_strides, prior_mu_strides,
     prior_logvar_strides, columns_per_program, splits,
     low: tl.constexpr, high: tl.constexpr,
-    DISTANCE: tl.constexpr, SCALE: tl.constexpr, BOUNDED: tl.constexpr, NESTED: tl.constexpr,
+    terms: tl.constexpr, SCALE: tl.constexpr, BOUNDED: tl.constexpr, NESTED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """kl [splits, rows], with DISTANCE "wasserstein2" the squared distance; `splits` programs share a block of rows."""
+    """kl [splits, rows], the sums of `terms`: kl_terms or another distance. `splits` programs share a block of rows."""
     rows, columns = shape[0], shape[2]
-    split = tl.program_id(0) % splits
-    row = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
-    first = split * columns_per_program
-    last = tl.minimum(first + columns_per_program, columns)
+    row, first, last, place = run_of_columns(columns, columns_per_program, splits, rows, ROWS)
     dtype: tl.constexpr = kl.dtype.element_ty
-    kl += split.to(tl.int64) * rows + row
     total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
     for start in range(first, last, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
@@ -100,26 +85,21 @@ def kl_normal_fwd_kernel(
         # softplus changes the log-variance.
         mask = (row < rows)[:, None] & (column < last)[None, :]
         m = tl.load(mu + tile(row, column, shape, mu_strides, NESTED), mask, other=0.0).to(dtype)
-        fill: tl.constexpr = 1.0 if SCALE == "std" else 0.0
+        fill: tl.constexpr = 1.0 if SCALE == "std" or SCALE == "std_or_0" else 0.0
         v = tl.load(parameter + tile(row, column, shape, parameter_strides, NESTED), mask, other=fill).to(dtype)
-        if DISTANCE == "wasserstein2":
-            v = above_zero(v, SCALE)
         logvar = bound(to_logvar(v, SCALE), low, high, BOUNDED)
         if prior_mu is None:
-            terms = kl_terms(m, logvar, exp(logvar)) if DISTANCE == "kl" else wasserstein2_terms(m, logvar)
+            value = terms(m, logvar, None, None)
         else:
             at = tile(row, column, shape, prior_mu_strides, NESTED)
             pm = tl.load(prior_mu + at, mask, other=0.0).to(dtype)
             at = tile(row, column, shape, prior_logvar_strides, NESTED)
             pv = tl.load(prior_logvar + at, mask, other=0.0).to(dtype)
-            if DISTANCE == "kl":
-                terms = kl_terms_prior(m, logvar, pm, pv)
-            else:
-                terms = wasserstein2_terms_prior(m, logvar, pm, pv)
+            value = terms(m, logvar, pm, pv)
         if BOUNDED or SCALE == "softplus":
-            terms = tl.where(mask, terms, 0.0)
-        total += terms
-    tl.store(kl, tl.sum(total, axis=1), mask=row < rows)
+            value = tl.where(mask, value, 0.0)
+        total += value
+    tl.store(kl + place, tl.sum(total, axis=1), mask=row < rows)
 
 
 @triton.jit
@@ -129,49 +109,39 @@ def kl_normal_bwd_kernel(
     dparameter_strides, dprior_mu_strides, dprior_logvar_strides, weight, rows_per_program, column_blocks,
     partial_stride,
     low: tl.constexpr, high: tl.constexpr,
-    DISTANCE: tl.constexpr, SCALE: tl.constexpr, BOUNDED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr,
-    PER_COLUMN: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    terms_gradient: tl.constexpr, SCALE: tl.constexpr, BOUNDED: tl.constexpr, LIVE: tl.constexpr,
+    SHARED: tl.constexpr, PER_COLUMN: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of columns by `rows_per_program` rows. dkl has one value per row, with PER_COLUMN one per
     column. With SHARED the prior is one row, and dprior the program's partial sum, `partial_stride` apart."""
     rows, columns = shape[0], shape[2]
-    group = tl.program_id(0) // column_blocks
-    column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
-    first = group * rows_per_program
+    first, last, group, block = run_of_rows(rows, rows_per_program, column_blocks)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
     dtype: tl.constexpr = dkl.dtype.element_ty
     if SHARED:
         total_mu = tl.zeros([ROWS, COLUMNS], dtype=dtype)
         total_logvar = tl.zeros([ROWS, COLUMNS], dtype=dtype)
-    for start in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
+    for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
         # Masked elements are neither stored nor summed; 1 is a valid mean, log-variance and standard deviation.
         mask = (row < rows)[:, None] & (column < columns)[None, :]
         if PER_COLUMN:
-            at = offsets(column, shape[3], dkl_strides[2], dkl_strides[3], NESTED >= 2)
+            at = column_offsets(column, shape, dkl_strides, NESTED)
             d = tl.load(dkl + at, column < columns, other=0.0)[None, :] * tl.where(row < rows, weight, 0.0)[:, None]
         else:
-            at = offsets(row, shape[1], dkl_strides[0], dkl_strides[1], NESTED % 2 == 1)
-            d = tl.load(dkl + at, row < rows, other=0.0)[:, None] * weight
+            d = load_rows(dkl, row, shape, dkl_strides, NESTED) * weight
         m = tl.load(mu + tile(row, column, shape, mu_strides, NESTED), mask, other=1.0).to(dtype)
         v = tl.load(parameter + tile(row, column, shape, parameter_strides, NESTED), mask, other=1.0).to(dtype)
-        if DISTANCE == "wasserstein2":
-            v = above_zero(v, SCALE)
         raw = to_logvar(v, SCALE)
         logvar = bound(raw, low, high, BOUNDED)
         if prior_mu is None:
-            if DISTANCE == "kl":
-                gradient_mu, gradient_logvar = kl_terms_gradient(m, logvar, exp(logvar))
-            else:
-                gradient_mu, gradient_logvar = wasserstein2_terms_gradient(m, logvar)
+            gradient_mu, gradient_logvar, _ = terms_gradient(m, logvar, None, None)
         else:
             at = tile(row, column, shape, prior_mu_strides, NESTED)
             pm = tl.load(prior_mu + at, mask, other=1.0).to(dtype)
             at = tile(row, column, shape, prior_logvar_strides, NESTED)
             pv = tl.load(prior_logvar + at, mask, other=1.0).to(dtype)
-            if DISTANCE == "kl":
-                gradient_mu, gradient_logvar, gradient_pv = kl_terms_prior_gradient(m, logvar, pm, pv)
-            else:
-                gradient_mu, gradient_logvar, gradient_pv = wasserstein2_terms_prior_gradient(m, logvar, pm, pv)
+            gradient_mu, gradient_logvar, gradient_pv = terms_gradient(m, logvar, pm, pv)
             if SHARED:
                 total_mu -= weighted(d, gradient_mu)  # 0 in masked rows, because d is 0
                 total_logvar += weighted(d, gradient_pv)
@@ -185,16 +155,17 @@ def kl_normal_bwd_kernel(
         tl.store(dmu + tile(row, column, shape, dmu_strides, NESTED), weighted(d, gradient_mu), mask)
         tl.store(dparameter + tile(row, column, shape, dparameter_strides, NESTED), gradient, mask)
     if SHARED:
-        at = offsets(column, shape[3], dprior_mu_strides[2], dprior_mu_strides[3], NESTED >= 2)
-        at += group.to(tl.int64) * partial_stride
-        tl.store(dprior_mu + at, tl.sum(total_mu, axis=0), mask=column < columns)
-        tl.store(dprior_logvar + at, tl.sum(total_logvar, axis=0), mask=column < columns)
+        sums_mu, sums_logvar = tl.sum(total_mu, axis=0), tl.sum(total_logvar, axis=0)
+        store_columns(dprior_mu, sums_mu, column, shape, dprior_mu_strides, group, partial_stride, NESTED)
+        store_columns(dprior_logvar, sums_logvar, column, shape, dprior_logvar_strides, group, partial_stride, NESTED)
 
 
 @planned
-def plan_fwd(inputs, event_ndim, scale, low, high, distance):
+def plan_fwd(
+    inputs: Sequence[View | None], event_ndim: int, scale: str, low: float, high: float, terms: Any
+) -> Sums | None:
     """(the launch, kl's shape with the splits in front, its dtype); None for views that no two dimensions describe."""
-    shape = inputs[0].shape
+    shape = present(inputs)[0].shape
     inputs = expanded(inputs, shape)
     found = layout(inputs, event_ndim)
     if found is None:
@@ -204,31 +175,34 @@ def plan_fwd(inputs, event_ndim, scale, low, high, distance):
     columns_per_program, splits = share(found.columns, block["COLUMNS"], PROGRAMS // max(1, row_blocks))
     plan = Plan(
         kl_normal_fwd_kernel, (row_blocks * splits,), found.shape, *found.strides, columns_per_program, splits,
-        low, high, DISTANCE=distance, SCALE=scale, BOUNDED=is_bounded(low, high), NESTED=found.nested,
+        low, high, terms=terms, SCALE=scale, BOUNDED=is_bounded(low, high), NESTED=found.nested,
         enable_fp_fusion=True, **block,
     )  # fmt: skip
     return plan, (splits, *shape[: len(shape) - event_ndim]), compute_dtype(inputs)
 
 
-def fwd(mu, parameter, prior_mu, prior_logvar, event_ndim, scale, low, high, live, distance="kl") -> torch.Tensor:
+def fwd(
+    mu: Tensor, parameter: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None,
+    event_ndim: int, scale: str, low: float, high: float, live: bool, terms: Any = kl_terms,
+) -> Tensor:  # fmt: skip
     inputs = (mu, parameter, prior_mu, prior_logvar)
-    found = plan_fwd(views(*inputs), event_ndim, scale, low, high, distance)
-    if found is None:
-        return fwd(*contiguous(*inputs), event_ndim, scale, low, high, live, distance)
-    plan, shape, dtype = found
-    return plan.sums(shape, dtype, *inputs)
+    return sums(plan_fwd, inputs, event_ndim, scale, low, high, terms)
 
 
 def bwd(
-    dkl, mu, parameter, prior_mu, prior_logvar, dmu, dparameter, dprior_mu, dprior_logvar, event_ndim, scale, low, high,
-    live, distance="kl",
+    dkl: Tensor, mu: Tensor, parameter: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None,
+    dmu: Tensor, dparameter: Tensor, dprior_mu: Tensor | None, dprior_logvar: Tensor | None,
+    event_ndim: int, scale: str, low: float, high: float, live: bool, terms_gradient: Any = kl_terms_gradient,
 ) -> None:  # fmt: skip
     inputs, outputs = (dkl, mu, parameter, prior_mu, prior_logvar), (dmu, dparameter, dprior_mu, dprior_logvar)
-    launch_bwd(inputs, outputs, 1.0, event_ndim, scale, low, high, live, distance, False)
+    launch_bwd(inputs, outputs, 1.0, event_ndim, scale, low, high, live, terms_gradient, False)
 
 
 @planned
-def plan_bwd(inputs, outputs, weight, event_ndim, scale, low, high, live, distance, per_column):
+def plan_bwd(
+    inputs: Sequence[Any], outputs: Sequence[View | None], weight: float, event_ndim: int, scale: str, low: float,
+    high: float, live: bool, terms_gradient: Any, per_column: bool,
+) -> tuple[Plan, int] | None:  # fmt: skip
     """(the launch, how many partial sums there are of a shared prior's gradient, or 0), or None as plan_fwd."""
     dkl, *inputs = inputs
     shape, dtype = inputs[0].shape, compute_dtype(inputs)
@@ -242,21 +216,23 @@ def plan_bwd(inputs, outputs, weight, event_ndim, scale, low, high, live, distan
     column_blocks = cdiv(columns, block["COLUMNS"])
     rows_per_program, groups = block["ROWS"], cdiv(rows, block["ROWS"])
     if shared:
-        rows_per_program, groups = share(rows, block["ROWS"], min(PROGRAMS // column_blocks, cdiv(rows, SHARED_ROWS)))
-        outputs[2:] = [View(event, contiguous_strides(event), dtype).expand(shape)] * 2
+        rows_per_program, groups = share_rows(rows, block["ROWS"], column_blocks)
+        outputs[2:] = [View.dense(event, dtype).expand(shape)] * 2
     found = layout([dkl.expand(shape) if per_column else dkl.of_rows(shape), *inputs, *outputs], event_ndim)
     if found is None:
         return None
     plan = Plan(
         kl_normal_bwd_kernel, (groups * column_blocks,), found.shape, *found.strides,
         weight, rows_per_program, column_blocks, 2 * columns, low, high,
-        DISTANCE=distance, SCALE=scale, BOUNDED=is_bounded(low, high), LIVE=live, SHARED=shared, PER_COLUMN=per_column,
-        NESTED=found.nested, enable_fp_fusion=True, **block,
+        terms_gradient=terms_gradient, SCALE=scale, BOUNDED=is_bounded(low, high), LIVE=live, SHARED=shared,
+        PER_COLUMN=per_column, NESTED=found.nested, enable_fp_fusion=True, **block,
     )  # fmt: skip
     return plan, groups if shared else 0
 
 
-def launch_bwd(inputs, outputs, weight, event_ndim, *settings) -> None:
+def launch_bwd(
+    inputs: Sequence[Any], outputs: Sequence[Tensor | None], weight: float, event_ndim: int, *settings: Any
+) -> None:
     """The gradients `outputs` of q and, if they are not None, of the prior. inputs: dkl, which has one value for each
     row, or (the last setting) for each column, and those of the forward pass."""
     dkl, mu, *rest = inputs

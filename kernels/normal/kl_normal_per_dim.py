@@ -5,26 +5,26 @@ The backward pass is kl_normal's, with one incoming value per column in place of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fastkl.kernels._device import bound, exp, kl_terms, kl_terms_prior, offsets, tile, to_logvar
-from fastkl.kernels._launch import Plan, planned
+from fastkl.kernels._device import bound, kl_terms, kl_terms_gradient, to_logvar
+from fastkl.kernels._launch import Plan, Sums, planned, sums
 from fastkl.kernels._layout import (
-    PROGRAMS,
     View,
     cdiv,
     compute_dtype,
-    contiguous,
-    contiguous_strides,
     expanded,
     is_bounded,
     layout,
     present,
-    share,
-    views,
+    share_rows,
 )
+from fastkl.kernels._tile import run_of_rows, store_columns, tile
 from fastkl.kernels.normal import kl_normal
 
 # Rows that one program sums at least, while there are more: its partial sums are written and read again once for them.
@@ -41,14 +41,11 @@ def kl_normal_per_dim_fwd_kernel(
     """The share of the mean of a block of columns by `rows_per_program` rows, in kl, `partial_stride` apart for each
     group of rows."""
     rows, columns = shape[0], shape[2]
-    group = tl.program_id(0) // column_blocks
-    column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
-    first = group * rows_per_program
+    first, last, group, block = run_of_rows(rows, rows_per_program, column_blocks)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
     dtype: tl.constexpr = kl.dtype.element_ty
-    kl += group.to(tl.int64) * partial_stride
-    kl += offsets(column, shape[3], kl_strides[2], kl_strides[3], NESTED >= 2)
     total = tl.zeros([ROWS, COLUMNS], dtype=dtype)
-    for start in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
+    for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
         # The sum below leaves out masked elements, so any finite fill is valid; 1 is also a valid standard deviation.
         mask = (row < rows)[:, None] & (column < columns)[None, :]
@@ -56,29 +53,28 @@ def kl_normal_per_dim_fwd_kernel(
         v = tl.load(parameter + tile(row, column, shape, parameter_strides, NESTED), mask, other=1.0).to(dtype)
         logvar = bound(to_logvar(v, SCALE), low, high, BOUNDED)
         if prior_mu is None:
-            terms = kl_terms(m, logvar, exp(logvar))
+            terms = kl_terms(m, logvar, None, None)
         else:
             at = tile(row, column, shape, prior_mu_strides, NESTED)
             pm = tl.load(prior_mu + at, mask, other=1.0).to(dtype)
             at = tile(row, column, shape, prior_logvar_strides, NESTED)
             pv = tl.load(prior_logvar + at, mask, other=1.0).to(dtype)
-            terms = kl_terms_prior(m, logvar, pm, pv)
+            terms = kl_terms(m, logvar, pm, pv)
         total = tl.where(mask, total + terms, total)
-    tl.store(kl, tl.sum(total, axis=0) / rows, mask=column < columns)
+    store_columns(kl, tl.sum(total, axis=0) / rows, column, shape, kl_strides, group, partial_stride, NESTED)
 
 
 @planned
-def plan_fwd(inputs, event_ndim, scale, low, high):
+def plan_fwd(inputs: Sequence[View | None], event_ndim: int, scale: str, low: float, high: float) -> Sums | None:
     """(the launch, the shape of the groups' sums, their dtype); None for views that no two dimensions describe."""
-    shape = inputs[0].shape
+    shape = present(inputs)[0].shape
     event = shape[len(shape) - event_ndim :]
     rows, columns = shape[: len(shape) - event_ndim].numel(), event.numel()
     inputs = expanded(inputs, shape)
     dtype, block = compute_dtype(inputs), kl_normal.blocks(rows, columns, present(inputs), tall=True)
     column_blocks = cdiv(columns, block["COLUMNS"])
-    most = min(PROGRAMS // column_blocks, cdiv(rows, MIN_ROWS))
-    rows_per_program, groups = share(rows, block["ROWS"], most)
-    found = layout([*inputs, View(event, contiguous_strides(event), dtype).expand(shape)], event_ndim)
+    rows_per_program, groups = share_rows(rows, block["ROWS"], column_blocks, MIN_ROWS)
+    found = layout([*inputs, View.dense(event, dtype).expand(shape)], event_ndim)
     if found is None:
         return None
     plan = Plan(
@@ -89,24 +85,24 @@ def plan_fwd(inputs, event_ndim, scale, low, high):
     return plan, (groups, *event), dtype
 
 
-def fwd(mu, parameter, prior_mu, prior_logvar, event_ndim, scale, low, high, live) -> torch.Tensor:
+def fwd(
+    mu: Tensor, parameter: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None,
+    event_ndim: int, scale: str, low: float, high: float, live: bool,
+) -> Tensor:  # fmt: skip
     inputs = (mu, parameter, prior_mu, prior_logvar)
     if mu.numel() == 0:  # the mean of nothing
         return mu.new_full(mu.shape[mu.dim() - event_ndim :], float("nan"), dtype=compute_dtype(inputs))
-    found = plan_fwd(views(*inputs), event_ndim, scale, low, high)
-    if found is None:
-        return fwd(*contiguous(*inputs), event_ndim, scale, low, high, live)
-    plan, shape, dtype = found
     # Two stages, no atomics: the same sum in every run.
-    return plan.sums(shape, dtype, *inputs)
+    return sums(plan_fwd, inputs, event_ndim, scale, low, high)
 
 
 def bwd(
-    dkl, mu, parameter, prior_mu, prior_logvar, dmu, dparameter, dprior_mu, dprior_logvar, event_ndim, scale, low, high,
-    live,
+    dkl: Tensor, mu: Tensor, parameter: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None,
+    dmu: Tensor, dparameter: Tensor, dprior_mu: Tensor | None, dprior_logvar: Tensor | None,
+    event_ndim: int, scale: str, low: float, high: float, live: bool,
 ) -> None:  # fmt: skip
     weight = 1.0 / max(1, mu.shape[: mu.dim() - event_ndim].numel())
     if dkl.dtype == torch.float64:  # a kernel's float argument is a float32
         dkl, weight = dkl * weight, 1.0
     inputs, outputs = (dkl, mu, parameter, prior_mu, prior_logvar), (dmu, dparameter, dprior_mu, dprior_logvar)
-    kl_normal.launch_bwd(inputs, outputs, weight, event_ndim, scale, low, high, live, "kl", True)
+    kl_normal.launch_bwd(inputs, outputs, weight, event_ndim, scale, low, high, live, kl_terms_gradient, True)

@@ -1,266 +1,55 @@
-"""Reparameterised sampling, with or without the KL, in one pass: 2R + 1W forward, 3R + 2W backward (without: 2R + 2W).
+"""Reparameterised sampling, with or without the KL, in one pass.
 
-The noise comes from Philox in registers. Backward draws it again from the 8-byte seed, so it is never stored.
+2R + 1W forward, 3R + 2W backward (without the KL 2R + 2W).
 """
 
 from __future__ import annotations
 
-import torch
-import triton
-import triton.language as tl
+from collections.abc import Sequence
+from typing import Any
 
-from fastkl.kernels._device import (
-    TRITON_DTYPE,
-    bound,
-    bound_gradient,
-    elements,
-    exp,
-    exp_to_half,
-    kl_terms,
-    kl_terms_gradient,
-    kl_terms_prior,
-    kl_terms_prior_gradient,
-    normals,
-    offsets,
-    to_logvar,
-    to_parameter_gradient,
-    weighted,
-)
-from fastkl.kernels._launch import Plan, planned
+import torch
+from torch import Tensor
+
+from fastkl.kernels._device import TRITON_DTYPE
+from fastkl.kernels._launch import Plan, Sums, planned
 from fastkl.kernels._layout import (
     OLD_COMPILER,
     PROGRAMS,
-    SPILLS_A_FEW,
     View,
     cdiv,
     clear,
     compute_dtype,
     contiguous,
-    contiguous_strides,
     expanded,
     finish,
+    first_sample,
     is_bounded,
     layout,
-    next_power_of_2,
+    longest_event,
     on_copies,
     present,
     registers,
     share,
+    share_rows,
+    view,
     views,
 )
-from fastkl.kernels._tuned import TILES
-
-# Minimum rows per program for a prior shared by the batch, so that partial sums stay a small part of the traffic.
-SHARED_ROWS = 32
-# Elements of a tile whose rows cannot be read 16 bytes at a time.
-ODD_TILE = {2: 512, 4: 512, 8: 256}
-
-
-def blocks(rows: int, columns: int, tensors: list[torch.Tensor]) -> dict[str, int]:
-    """A tile of rows x columns; its columns are a multiple of 4, one Philox call each."""
-    itemsize = max(tensor.itemsize for tensor in tensors)
-    tile, warps = TILES["rsample_kl"][itemsize]  # 32 bytes of each tensor for a thread: sampling needs registers, too
-    tile = tile if columns % 16 == 0 else ODD_TILE[itemsize]
-    tile = tile // 2 if len(tensors) > 2 else tile  # a prior takes as many registers again
-    block_columns = min(max(4, next_power_of_2(columns)), tile)
-    block_rows = min(tile // block_columns, next_power_of_2(rows))
-    # By itself ptxas keeps to so few registers that it loads just before use, and spills a few in bfloat16.
-    few = registers(112 if SPILLS_A_FEW else 104) if itemsize < 8 else {}
-    return {"ROWS": block_rows, "COLUMNS": block_columns, "num_warps": warps, **few}
-
-
-@triton.jit
-def shifted_columns(row, start, columns, SHIFT: tl.constexpr, COLUMNS: tl.constexpr):
-    """Columns [ROWS or 1, COLUMNS] from `start`, shifted left so that each row begins at the start of a Philox call.
-
-    A row of D elements begins at element row * D of the noise, in the middle of a call unless 4 divides D.
-    """
-    column = start + tl.arange(0, COLUMNS)[None, :]
-    if SHIFT:
-        column -= ((row.to(tl.int64) * columns) & 3).to(tl.int32)[:, None]
-    return column
-
-
-@triton.jit
-def row_noise(
-    seed, row, start, sample, stream, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr,
-    SHIFT: tl.constexpr,
-):  # fmt: skip
-    """The noise of the elements that `shifted_columns` gives; `start` is a multiple of 4."""
-    first = row.to(tl.int64)[:, None] * columns + start
-    WIDE: tl.constexpr = HALF and not SHIFT  # shifted rows are stored element by element
-    return normals(seed, first >> 2, sample, stream, ROWS, COLUMNS, HALF, WIDE)
-
-
-@triton.jit
-def rsample_kl_fwd_kernel(
-    mu, parameter, prior_mu, prior_logvar, noise, z, kl, seed, shape, mu_strides, parameter_strides, prior_mu_strides,
-    prior_logvar_strides, noise_strides, z_strides, noise_sample_stride, z_sample_stride, samples, stream,
-    columns_per_program, splits,
-    low: tl.constexpr, high: tl.constexpr,
-    SCALE: tl.constexpr, BOUNDED: tl.constexpr, SHIFT: tl.constexpr, NESTED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """z and kl [splits, rows] or None; noise is None or given. `splits` programs share a block of rows."""
-    rows, columns = shape[0], shape[2]
-    HALF: tl.constexpr = z.dtype.element_ty.primitive_bitwidth == 16
-    split = tl.program_id(0) % splits
-    row = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
-    first = split * columns_per_program
-    last = tl.minimum(first + columns_per_program, columns + 3 if SHIFT else columns)
-    if noise is None:
-        key = tl.load(seed)
-    if kl is not None:
-        kl += split.to(tl.int64) * rows + row
-        total = tl.zeros([ROWS, COLUMNS // 4], dtype=DTYPE)
-    for start in range(first, last, COLUMNS):
-        column = shifted_columns(row, start, columns, SHIFT, COLUMNS)
-        # A masked element has mean 0 and log-variance 0 on both sides, so its KL is exactly 0, unless a clamp or
-        # softplus changes the log-variance.
-        mask = (row < rows)[:, None] & (column < columns)
-        mask = mask & (column >= 0) if SHIFT else mask
-        at = row[:, None]
-        m = tl.load(mu + elements(at, column, shape, mu_strides, NESTED), mask, other=0.0).to(DTYPE)
-        fill: tl.constexpr = 1.0 if SCALE == "std" else 0.0
-        v = tl.load(parameter + elements(at, column, shape, parameter_strides, NESTED), mask, other=fill).to(DTYPE)
-        logvar = bound(to_logvar(v, SCALE), low, high, BOUNDED)
-        sigma = exp_to_half(logvar, 0.5) if HALF and kl is None else exp(logvar, 0.5)
-        if kl is not None:
-            if prior_mu is None:
-                terms = kl_terms(m, logvar, sigma * sigma)
-            else:
-                prior_at = elements(at, column, shape, prior_mu_strides, NESTED)
-                pm = tl.load(prior_mu + prior_at, mask, other=0.0).to(DTYPE)
-                prior_at = elements(at, column, shape, prior_logvar_strides, NESTED)
-                pv = tl.load(prior_logvar + prior_at, mask, other=0.0).to(DTYPE)
-                terms = kl_terms_prior(m, logvar, pm, pv)
-            terms = tl.where(mask, terms, 0.0) if BOUNDED or SCALE == "softplus" else terms
-            total += tl.sum(terms.reshape(ROWS, COLUMNS // 4, 4), axis=2)  # within a thread, which saves registers
-        given, drawn = noise, z
-        for sample in range(samples):
-            if noise is None:
-                eps = row_noise(key, row, start, sample, stream, columns, ROWS, COLUMNS, HALF, SHIFT).to(DTYPE)
-            else:
-                eps = tl.load(given + elements(at, column, shape, noise_strides, NESTED), mask, other=0.0).to(DTYPE)
-                given += noise_sample_stride
-            tl.store(drawn + elements(at, column, shape, z_strides, NESTED), m + sigma * eps, mask)
-            drawn += z_sample_stride
-    if kl is not None:
-        tl.store(kl, tl.sum(total, axis=1), mask=row < rows)
-
-
-@triton.jit
-def rsample_kl_bwd_kernel(
-    dz, dkl, mu, parameter, prior_mu, prior_logvar, noise, dmu, dparameter, dprior_mu, dprior_logvar, seed,
-    shape, dz_strides, dkl_strides, mu_strides, parameter_strides, prior_mu_strides, prior_logvar_strides,
-    noise_strides, dmu_strides, dparameter_strides, dprior_mu_strides, dprior_logvar_strides, noise_sample_stride,
-    dz_sample_stride, samples, stream, rows_per_program, column_blocks, partial_stride,
-    low: tl.constexpr, high: tl.constexpr,
-    SCALE: tl.constexpr, BOUNDED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr, SHIFT: tl.constexpr,
-    NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Gradients of a block of columns by `rows_per_program` rows; without a KL, dkl and mu are None. With SHARED the
-    prior is one row, and dprior the program's partial sum, `partial_stride` apart."""
-    rows, columns = shape[0], shape[2]
-    HALF: tl.constexpr = dmu.dtype.element_ty.primitive_bitwidth + dparameter.dtype.element_ty.primitive_bitwidth == 32
-    group = tl.program_id(0) // column_blocks
-    start_column = tl.program_id(0) % column_blocks * COLUMNS
-    first = group * rows_per_program
-    if noise is None:
-        key = tl.load(seed)
-    if SHARED:
-        total_mu = tl.zeros([ROWS, COLUMNS], dtype=DTYPE)
-        total_logvar = tl.zeros([ROWS, COLUMNS], dtype=DTYPE)
-    for start in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
-        row = start + tl.arange(0, ROWS)
-        at = row[:, None]
-        column = shifted_columns(row, start_column, columns, SHIFT, COLUMNS)
-        # Masked elements are neither stored nor summed; 1 is a valid mean, log-variance and standard deviation.
-        mask = (row < rows)[:, None] & (column < columns)
-        mask = mask & (column >= 0) if SHIFT else mask
-        v = tl.load(parameter + elements(at, column, shape, parameter_strides, NESTED), mask, other=1.0).to(DTYPE)
-        raw = to_logvar(v, SCALE)
-        logvar = bound(raw, low, high, BOUNDED)
-        sigma = exp_to_half(logvar, 0.5) if HALF else exp(logvar, 0.5)
-        gradient_mu = tl.zeros([ROWS, COLUMNS], dtype=DTYPE)
-        gradient_sigma = tl.zeros([ROWS, COLUMNS], dtype=DTYPE)
-        given, incoming = noise, dz
-        for sample in range(samples):
-            if noise is None:
-                eps = row_noise(key, row, start_column, sample, stream, columns, ROWS, COLUMNS, HALF, SHIFT).to(DTYPE)
-            else:
-                eps = tl.load(given + elements(at, column, shape, noise_strides, NESTED), mask, other=0.0).to(DTYPE)
-                given += noise_sample_stride
-            d = tl.load(incoming + elements(at, column, shape, dz_strides, NESTED), mask, other=0.0).to(DTYPE)
-            incoming += dz_sample_stride
-            gradient_mu += d
-            gradient_sigma += d * eps
-        gradient_logvar = 0.5 * weighted(gradient_sigma, sigma)
-        if dkl is not None:
-            row_at = offsets(row, shape[1], dkl_strides[0], dkl_strides[1], NESTED % 2 == 1)
-            weight = tl.load(dkl + row_at, row < rows, other=0.0)[:, None]
-            m = tl.load(mu + elements(at, column, shape, mu_strides, NESTED), mask, other=1.0).to(DTYPE)
-            if prior_mu is None:
-                kl_mu, kl_logvar = kl_terms_gradient(m, logvar, sigma * sigma)
-            else:
-                prior_at = elements(at, column, shape, prior_mu_strides, NESTED)
-                pm = tl.load(prior_mu + prior_at, mask, other=1.0).to(DTYPE)
-                prior_at = elements(at, column, shape, prior_logvar_strides, NESTED)
-                pv = tl.load(prior_logvar + prior_at, mask, other=1.0).to(DTYPE)
-                kl_mu, kl_logvar, kl_pv = kl_terms_prior_gradient(m, logvar, pm, pv)
-                kl_pv = weighted(weight, kl_pv)
-            kl_mu, kl_logvar = weighted(weight, kl_mu), weighted(weight, kl_logvar)
-            if prior_mu is not None:
-                if SHARED:
-                    total_mu = tl.where(mask, total_mu - kl_mu, total_mu)
-                    total_logvar = tl.where(mask, total_logvar + kl_pv, total_logvar)
-                elif dprior_mu is not None:
-                    out = elements(at, column, shape, dprior_mu_strides, NESTED)
-                    tl.store(dprior_mu + out, -kl_mu, mask)
-                    out = elements(at, column, shape, dprior_logvar_strides, NESTED)
-                    tl.store(dprior_logvar + out, kl_pv, mask)
-            gradient_mu += kl_mu
-            gradient_logvar += kl_logvar
-        gradient = to_parameter_gradient(gradient_logvar, v, SCALE)
-        gradient = bound_gradient(gradient, raw, low, high, BOUNDED, LIVE)
-        tl.store(dmu + elements(at, column, shape, dmu_strides, NESTED), gradient_mu, mask)
-        tl.store(dparameter + elements(at, column, shape, dparameter_strides, NESTED), gradient, mask)
-    if SHARED:
-        column = start_column + tl.arange(0, COLUMNS)
-        at_column = offsets(column, shape[3], dprior_mu_strides[2], dprior_mu_strides[3], NESTED >= 2)
-        at_column += group.to(tl.int64) * partial_stride
-        tl.store(dprior_mu + at_column, tl.sum(total_mu, axis=0), mask=column < columns)
-        tl.store(dprior_logvar + at_column, tl.sum(total_logvar, axis=0), mask=column < columns)
-
-
-def first_sample(view: View | None, num_samples: int | None, like: View) -> tuple[View, int]:
-    """(the first sample's view, the stride to the next); no strides if the tensor is missing."""
-    if view is None or num_samples == 0:
-        return View(like.shape, (0,) * like.dim(), like.dtype), 0
-    if num_samples is None:
-        return view, 0
-    return View(view.shape[1:], view.strides[1:], view.dtype), view.strides[0]
-
-
-def longest_event(views: list[View]) -> int:
-    """How many dimensions to treat as columns when only samples are wanted, which need no event: as many as are
-    contiguous, so that no Philox calls are wasted at the ends of short rows, but below 2^31 columns (32-bit counts)."""
-    ndim = views[0].dim()
-    for candidate in range(ndim, 0, -1):
-        found = layout(views, candidate, reorder=False)
-        if found is not None and found.nested < 2 and found.columns < 2**31:
-            return candidate
-    return min(1, ndim)
+from fastkl.kernels.normal._rsample import blocks, rsample_kl_bwd_kernel, rsample_kl_fwd_kernel
 
 
 @planned
-def plan_fwd(inputs, eps, z, event_ndim, scale, low, high, num_samples, stream, with_kl):
+def plan_fwd(
+    inputs: Sequence[View | None], eps: View | None, z: View, event_ndim: int | None, scale: str, low: float,
+    high: float, num_samples: int | None, stream: int, with_kl: bool,
+) -> Sums | None:  # fmt: skip
     """(the launch, kl's shape with the splits in front, its dtype); None for views that no two dimensions describe."""
-    shape = inputs[0].shape
+    mu = present(inputs)[0]
+    shape = mu.shape
     inputs = expanded(inputs, shape)
     event_ndim = longest_event(present(inputs)) if event_ndim is None else event_ndim
-    noise, noise_step = first_sample(eps, num_samples, inputs[0])
-    drawn, drawn_step = first_sample(z, num_samples, inputs[0])
+    noise, noise_step = first_sample(eps, num_samples, mu)
+    drawn, drawn_step = first_sample(z, num_samples, mu)
     found = layout([*inputs, noise, drawn], event_ndim, reorder=False)
     if found is None:
         return None
@@ -280,7 +69,10 @@ def plan_fwd(inputs, eps, z, event_ndim, scale, low, high, num_samples, stream, 
     return plan, (splits, *shape[: len(shape) - event_ndim]), dtype
 
 
-def launch_fwd(inputs, eps, seed, event_ndim, scale, low, high, num_samples, stream, *, with_kl):
+def launch_fwd(
+    inputs: Sequence[Any], eps: Tensor | None, seed: Tensor, event_ndim: int | None, scale: str, low: float,
+    high: float, num_samples: int | None, stream: int, *, with_kl: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(z, kl), or (z, None). Without a KL event_ndim may be None."""
     mu, parameter = inputs[:2]
     out_dtype = torch.promote_types(mu.dtype, parameter.dtype)
@@ -289,23 +81,30 @@ def launch_fwd(inputs, eps, seed, event_ndim, scale, low, high, num_samples, str
     else:
         z = torch.empty((num_samples, *mu.shape), dtype=out_dtype, device=mu.device)
     settings = (event_ndim, scale, low, high, num_samples, stream)
-    found = plan_fwd(views(*inputs), *views(eps, z), *settings, with_kl)
+    noise = None if eps is None else view(eps)
+    found = plan_fwd(views(*inputs), noise, view(z), *settings, with_kl)
     if found is None:
-        drawn, kl = launch_fwd(contiguous(*inputs), *contiguous(eps), seed, *settings, with_kl=with_kl)
+        drawn, kl = launch_fwd(contiguous(*inputs), contiguous(eps)[0], seed, *settings, with_kl=with_kl)
         return z.copy_(drawn), kl
     plan, shape, dtype = found
     kl = torch.empty(shape[shape[0] == 1 :], dtype=dtype, device=mu.device) if with_kl else None
     plan.launch(*inputs, eps, z, kl, seed)
-    return z, kl.sum(0) if with_kl and shape[0] > 1 else kl
+    return z, kl if kl is None or shape[0] == 1 else kl.sum(0)
 
 
-def fwd(mu, parameter, prior_mu, prior_logvar, eps, seed, event_ndim, scale, low, high, live, num_samples, stream):
+def fwd(
+    mu: Tensor, parameter: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None,
+    eps: Tensor | None, seed: Tensor, event_ndim: int, scale: str, low: float, high: float, live: bool,
+    num_samples: int | None, stream: int,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     inputs = (mu, parameter, prior_mu, prior_logvar)
     return launch_fwd(inputs, eps, seed, event_ndim, scale, low, high, num_samples, stream, with_kl=True)
 
 
 def bwd(
-    dz, dkl, mu, parameter, prior_mu, prior_logvar, eps, seed, dmu, dparameter, dprior_mu, dprior_logvar, *settings
+    dz: Tensor | None, dkl: Tensor | None, mu: Tensor, parameter: Tensor, prior_mu: Tensor | None,
+    prior_logvar: Tensor | None, eps: Tensor | None, seed: Tensor, dmu: Tensor, dparameter: Tensor,
+    dprior_mu: Tensor | None, dprior_logvar: Tensor | None, *settings: Any,
 ) -> None:  # fmt: skip
     if dkl is None:  # not a KL gradient of zero, which would turn an infinite KL into NaN
         prior_mu = prior_logvar = None
@@ -314,14 +113,18 @@ def bwd(
 
 
 @planned
-def plan_bwd(inputs, outputs, event_ndim, scale, low, high, live, num_samples, stream):
+def plan_bwd(
+    inputs: Sequence[Any], outputs: Sequence[View | None], event_ndim: int | None, scale: str, low: float, high: float,
+    live: bool, num_samples: int | None, stream: int,
+) -> tuple[Plan, tuple[int, ...] | None, tuple[int, ...] | None] | None:  # fmt: skip
     """(the launch, the shape of what a shared prior's gradients are summed from, over which dimensions), or None."""
     dz, dkl, *inputs, eps = inputs
-    shape, dtype = inputs[0].shape, compute_dtype(inputs)
+    mu, dtype = inputs[0], compute_dtype(inputs)
+    shape = mu.shape
     shared = outputs[2] is not None and inputs[2].dim() < len(shape)
     inputs, outputs = expanded(inputs, shape), expanded(outputs, shape)
-    incoming, incoming_step = first_sample(dz, num_samples, inputs[0])
-    noise, noise_step = first_sample(eps, num_samples, inputs[0])
+    incoming, incoming_step = first_sample(dz, num_samples, mu)
+    noise, noise_step = first_sample(eps, num_samples, mu)
     event_ndim = longest_event([*present(inputs), incoming]) if event_ndim is None else event_ndim
     event = shape[len(shape) - event_ndim :]
     rows, columns = shape[: len(shape) - event_ndim].numel(), event.numel()
@@ -333,12 +136,12 @@ def plan_bwd(inputs, outputs, event_ndim, scale, low, high, live, num_samples, s
     partial, over, rows_per_program, groups = None, None, block["ROWS"], cdiv(rows, block["ROWS"])
     if shared and shift:  # shifted rows do not line up in columns, so this gradient is written whole first
         partial, over = (2, *shape), tuple(range(1, 1 + len(shape) - event_ndim))
-        outputs[2:] = [View(shape, contiguous_strides(shape), dtype)] * 2
+        outputs[2:] = [View.dense(shape, dtype)] * 2
     elif shared:
-        rows_per_program, groups = share(rows, block["ROWS"], min(PROGRAMS // column_blocks, cdiv(rows, SHARED_ROWS)))
+        rows_per_program, groups = share_rows(rows, block["ROWS"], column_blocks)
         partial, over = (2, groups, *event), (1,)
-        outputs[2:] = [View(event, contiguous_strides(event), dtype).expand(shape)] * 2
-    of_kl = first_sample(None, None, inputs[0])[0] if dkl is None else dkl.of_rows(shape)
+        outputs[2:] = [View.dense(event, dtype).expand(shape)] * 2
+    of_kl = first_sample(None, None, mu)[0] if dkl is None else dkl.of_rows(shape)
     found = layout([incoming, of_kl, *inputs, noise, *outputs], event_ndim, reorder=False)
     if found is None:
         return None
@@ -351,7 +154,7 @@ def plan_bwd(inputs, outputs, event_ndim, scale, low, high, live, num_samples, s
     return plan, partial, over
 
 
-def launch_bwd(inputs, outputs, seed, *settings) -> None:
+def launch_bwd(inputs: Sequence[Any], outputs: Sequence[Tensor | None], seed: Tensor, *settings: Any) -> None:
     """The gradients `outputs` of q and, if they are not None, of the prior. inputs: dz, dkl with one value for each row
     (each may be None), those of the forward pass, and eps. Without a KL event_ndim, the first setting, may be None."""
     dz, dkl, mu, parameter, prior_mu, prior_logvar, eps = inputs
@@ -364,9 +167,9 @@ def launch_bwd(inputs, outputs, seed, *settings) -> None:
     if found is None:
         return on_copies(lambda *copies: launch_bwd(*copies, seed, *settings), inputs, outputs)
     plan, shape, over = found
-    totals = outputs[2:] if shape is None else torch.empty(shape, dtype=dtype, device=mu.device)
+    partial = None if shape is None else torch.empty(shape, dtype=dtype, device=mu.device)
     plan.launch(
         mu.new_zeros(()) if dz is None else dz, dkl, None if dkl is None else mu, parameter, prior_mu, prior_logvar,
-        eps, *outputs[:2], *totals, seed,
+        eps, *outputs[:2], *(outputs[2:] if partial is None else partial), seed,
     )  # fmt: skip
-    return None if shape is None else finish(outputs[2:], totals.sum(over))
+    return None if partial is None else finish(outputs[2:], partial.sum(over))

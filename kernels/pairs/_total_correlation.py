@@ -142,8 +142,7 @@ def prepare(mu: torch.Tensor, logvar: torch.Tensor, dtype: torch.dtype) -> list[
     """[means, roots, logs]."""
     batch, columns = mu.shape
     padded, width = cdiv(batch, pad(batch)) * pad(batch), next_power_of_2(columns)
-    empty = {"dtype": dtype, "device": mu.device}
-    prepared = [torch.empty((padded, width), **empty) for _ in range(3)]
+    prepared = [torch.empty((padded, width), dtype=dtype, device=mu.device) for _ in range(3)]
     rows = max(1, min(16, 256 // width))  # four neighbours for each of 64 threads
     launch(
         prepare_kernel, (padded // rows,),

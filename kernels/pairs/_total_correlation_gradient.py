@@ -154,15 +154,18 @@ def total_correlation_posteriors_kernel(
     tl.store(dlogvar + wide * dlogvar_strides[0] + narrow * dlogvar_strides[1], square_total, mask)
 
 
-def bwd(z, mu, logvar, first, dataset_size, stratified, dmutual, dtotal, ddimension, joint_sum, marginal_sum):
+def bwd(
+    dmutual, dtotal, ddimension, z, mu, logvar, joint_sum, marginal_sum, dz, dmu, dlogvar, first, dataset_size,
+    stratified,
+):  # fmt: skip
     (rows, columns), batch = z.shape, mu.shape[0]
     if columns > MOST_COLUMNS:
         return NotImplemented
     dtype = compute_dtype([z, mu, logvar])
-    gradients = [torch.empty_like(tensor) for tensor in (z, mu, logvar)]
     if rows == 0 or columns == 0:
-        return [gradient.zero_() for gradient in gradients]
-    dz, dmu, dlogvar = gradients
+        for output in (dz, dmu, dlogvar):
+            output.zero_()
+        return None
     # A hook on saved tensors may lay out anew what was kept.
     joint_sum, marginal_sum = joint_sum.contiguous(), marginal_sum.contiguous()
     prepared = prepare(mu, logvar, dtype)
@@ -188,4 +191,4 @@ def bwd(z, mu, logvar, first, dataset_size, stratified, dmutual, dtotal, ddimens
         *prepared, *of_rows, dmutual, dmu, dlogvar, rows, batch, columns, padded, padded_rows, first, dataset_size,
         dmutual.stride(0), dmu.stride(), dlogvar.stride(), STRATIFIED=stratified, enable_fp_fusion=True, **block,
     )  # fmt: skip
-    return gradients
+    return None

@@ -123,7 +123,8 @@ def mmd_normal_kernel(
     tl.store(sums + tl.program_id(0), tl.sum(tl.sum(tl.sum(total, axis=2), axis=1), axis=0))
 
 
-def fwd(mu, logvar, scales, unbiased, gradient) -> list[torch.Tensor]:
+def fwd(mu, logvar, scales, unbiased, dmu, dlogvar) -> list[torch.Tensor]:
+    gradient = dmu or dlogvar  # one pass over the dimensions gives both
     dtype = compute_dtype([mu, logvar])
     rows, columns = mu.shape
     variance = logvar.to(dtype).exp()
@@ -145,4 +146,4 @@ def fwd(mu, logvar, scales, unbiased, gradient) -> list[torch.Tensor]:
     if not gradient:
         return [total]
     dmean, dvariance = parts.sum(1).mul_(2 * weight)
-    return [total, dmean, dvariance * variance]
+    return [total, *[dmean] * dmu, *[dvariance.mul_(variance)] * dlogvar]

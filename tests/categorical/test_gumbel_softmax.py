@@ -156,11 +156,12 @@ def aot_calls():
 
     def add(name, shape, dtype=torch.float32, dim=1, tensor=False):
         x, tau = torch.empty(shape, dtype=dtype), torch.ones(()) if tensor else None
-        calls[f"{name} soft fwd"] = functools.partial(fwd, x, tau, seed, 0.5, False, dim, GUMBEL)
-        calls[f"{name} hard bwd"] = functools.partial(bwd, x, None, x, tau, seed, 0.5, True, dim, GUMBEL, tensor)
+        given, hard, soft = (tau, seed, x, tau), (0.5, True, dim, GUMBEL), (0.5, False, dim, GUMBEL)
+        calls[f"{name} soft fwd"] = functools.partial(fwd, x, tau, seed, *soft)
+        calls[f"{name} hard bwd"] = functools.partial(bwd, x, None, x, *given, *hard)
         if name.startswith("core") or tensor:  # the others: one without the sum, one without the noise
-            calls[f"{name} hard fwd"] = functools.partial(fwd, x, tau, seed, 0.5, True, dim, GUMBEL)
-            calls[f"{name} soft bwd"] = functools.partial(bwd, x, x, None, tau, seed, 0.5, False, dim, GUMBEL, tensor)
+            calls[f"{name} hard fwd"] = functools.partial(fwd, x, tau, seed, *hard)
+            calls[f"{name} soft bwd"] = functools.partial(bwd, x, x, None, *given, *soft)
 
     add("core aligned", (4096, 512), torch.bfloat16)
     add("aligned largest tile", (64, 8192))

@@ -12,6 +12,7 @@ from torch.distributions import kl_divergence  # noqa: E402
 
 from fastkl.integrations import distributions  # noqa: E402
 from fastkl.integrations import pyro as integration  # noqa: E402
+from fastkl.integrations._switch import UnsupportedVersion  # noqa: E402
 
 N, D, K = 9, 4, 6
 
@@ -77,8 +78,29 @@ def test_what_pyro_registers_stays_below():
     assert dict(torch_kl._KL_REGISTRY) == before
 
 
+@pytest.mark.parametrize("first", ["enabled first", "enabled last"])
+def test_distributions_and_pyro_are_disabled_in_any_order(first):
+    """Both replace the same functions."""
+    before, log_prob = dict(torch_kl._KL_REGISTRY), dist.MixtureSameFamily.log_prob
+    one, other = (distributions, integration) if first == "enabled first" else (integration, distributions)
+    distributions.enable()
+    integration.enable()
+    one.disable()
+    assert torch_kl._KL_REGISTRY[torch.distributions.Normal, torch.distributions.Normal] is distributions.kl_of_normals
+    assert dist.MixtureSameFamily.log_prob is not log_prob
+    other.disable()
+    assert dict(torch_kl._KL_REGISTRY) == before
+    assert dist.MixtureSameFamily.log_prob is log_prob
+
+
 def test_other_families_stay_pyros():
     p, q = (dist.Gamma(torch.full((3, D), rate), 1.0).to_event(2) for rate in (1.0, 2.0))
     stock = kl_divergence(p, q)
     with integration.enable():
         assert torch.equal(kl_divergence(p, q), stock)
+
+
+def test_a_mixture_with_a_density_of_its_own_is_refused(monkeypatch):
+    monkeypatch.setattr(dist.MixtureSameFamily, "log_prob", lambda self, value: None)
+    with pytest.raises(UnsupportedVersion, match="tested with 1"):
+        integration.enable()

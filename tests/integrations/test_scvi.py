@@ -44,6 +44,7 @@ def test_kl_to_a_mixture_is_what_it_was(labels):
 
 MODELS = {  # a Normal prior, a VampPrior and a mixture
     "SCVI": (scvi.model.SCVI, {}),
+    "CondSCVI": (scvi.model.CondSCVI, {"prior": "mog", "num_classes_mog": 3}),
     "SysVI": (scvi.external.SysVI, {"n_prior_components": 4}),
     "CytoVI": (scvi.external.CYTOVI, {"prior_mixture_k": 4}),
 }
@@ -56,7 +57,7 @@ def test_a_model_trains_as_before(name):
 
     def train() -> list[float]:
         scvi.settings.seed = 0
-        cells = anndata.AnnData(counts.copy() if name == "SCVI" else counts / counts.max())
+        cells = anndata.AnnData(counts.copy() if name in ("SCVI", "CondSCVI") else counts / counts.max())
         cells.obs["batch"] = ["a", "b"] * 30
         kind, settings = MODELS[name]
         kind.setup_anndata(cells, batch_key="batch")

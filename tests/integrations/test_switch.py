@@ -46,12 +46,44 @@ def test_what_is_enabled_twice_has_to_be_disabled_twice():
         one.disable()
 
 
+def wrapping(word: str) -> Switch:
+    def changes() -> list[Attribute]:
+        below = Library.kl
+        return [Attribute(Library, "kl", lambda self: f"{word} over {below(self)}")]
+
+    return Switch(changes)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1), (1, 2, 0)])
+def test_integrations_of_one_method_are_disabled_in_any_order(order):
+    before, words = dict(vars(Library)), ["a", "b", "c"]
+    switches = [wrapping(word).enable() for word in words]
+    assert Library().kl() == "c over b over a over stock"
+    left = list(words)
+    for place in order:
+        switches[place].disable()
+        left.remove(words[place])
+        assert Library().kl() == " over ".join([*reversed(left), "stock"])
+    assert dict(vars(Library)) == before
+
+
+def test_what_somebody_else_has_replaced_meanwhile_stays():
+    class Own(Library):
+        def kl(self):
+            return "stock"
+
+    with switch("kl", owner=Own).enable():
+        Own.kl = lambda self: "theirs"
+    assert Own().kl() == "theirs"
+
+
 def test_an_error_halfway_undoes_the_first_half():
     half = Switch(lambda: [Attribute(Library, "kl", None), Attribute(object, "kl", None)])  # object takes no attributes
     with pytest.raises(TypeError):
         half.enable()
     assert Library().kl() == "stock"
-    assert half.made == []
+    with pytest.raises(RuntimeError, match="not enabled"):
+        half.disable()
 
 
 def test_an_error_inside_the_block_disables_too():

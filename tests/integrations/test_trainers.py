@@ -44,6 +44,34 @@ def test_a_posterior_survives_accelerate():
     assert torch.equal(gathered["q"].kl(), out["posterior"].kl())
 
 
+def test_the_reference_loop_runs_under_accelerate(tmp_path):
+    """The same run bit for bit; and in mixed precision, which casts the objective's outputs."""
+    accelerate = pytest.importorskip("accelerate")
+    pytest.importorskip("sklearn")
+    from fastkl.vae import data, parallel
+    from fastkl.vae.loop import train
+    from fastkl.vae.progress import Display
+    from fastkl.vae.run import start
+    from fastkl.vae.settings import Settings
+
+    settings = Settings(steps=8, hidden=16, latent=3, batch_size=64, log_every=2, device="cpu")
+
+    def losses(precision: str | None) -> list[list[float]]:
+        run = start(settings, data.load(settings), parallel.Ranks(), tmp_path)
+        if precision is not None:
+            accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision)
+            optimizer = run.optimizers["autoencoder"]
+            run.objective, run.optimizers["autoencoder"] = accelerator.prepare(run.objective, optimizer)
+        assert train(run, Display())
+        accelerate.state.AcceleratorState._reset_state(True)
+        return run.history["train"]
+
+    plain = losses(None)
+    assert len(plain) == 4
+    assert losses("no") == plain
+    torch.testing.assert_close(torch.tensor(losses("bf16")), torch.tensor(plain), rtol=0.02, atol=0.1)
+
+
 def test_a_posterior_survives_transformers_trainer(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")

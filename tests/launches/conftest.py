@@ -10,10 +10,10 @@ collect_ignore_glob = [] if fake_driver.DRIVER else ["test_*.py"]
 
 @pytest.fixture(autouse=True)
 def kernels_for_cpu_tensors(monkeypatch):
-    from fastkl.ops import _register
+    from fastkl.ops import _call
 
-    for op, launcher in _register.TRITON.items():
-        monkeypatch.setitem(_register.CPU, op, launcher)
+    for op, launcher in _call.TRITON.items():
+        monkeypatch.setitem(_call.CPU, op, launcher)
     fake_driver.LAUNCHES.clear()
 
 

@@ -128,6 +128,17 @@ def test_other_tensors_are_another_launch(other, monkeypatch):
     assert found == [launches(other)] * 3
 
 
+def test_two_distances_of_the_same_tensors_are_two_kernels():
+    """Their kernel is one, and so are its arguments; the terms that it sums differ."""
+    mu, logvar = pair()
+    for _ in range(2):
+        LAUNCHES.clear()
+        for distance in (fastkl.kl_normal, fastkl.wasserstein2_normal):
+            inputs = [mu.requires_grad_(), logvar.requires_grad_()]
+            torch.autograd.grad(distance(*inputs).sum(), inputs)
+        assert len({launch.code for launch in LAUNCHES}) == len(LAUNCHES) == 4
+
+
 def test_hooks_on_launches_are_called(monkeypatch):
     """Those of a profiler, of launches by a plan too."""
     calls, hooks = [], triton.knobs.runtime.launch_enter_hook

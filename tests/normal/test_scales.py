@@ -1,9 +1,13 @@
 """scale= and prior_scale= give the parameterisation: values and gradients equal those with a log-variance."""
 
+import math
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import distributions as td
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkl
 from fastkl.ops._scales import as_logvar
@@ -75,6 +79,43 @@ def test_components_are_what_scale_says(op, scale, shape):
         _same_as_logvar(lambda s, kind: MIXTURE[op](z, means, s, scale=kind), tensors, spread, scale)
     else:
         _same_as_logvar(lambda s, kind: KL_GMM[op](z, means, s, kind), [z, means], spread, scale)
+
+
+# Ops of a batch: (mu, spread, settings), whose data are drawn apart.
+BATCH = {
+    "normal_log_prob": lambda m, v, **s: fastkl.normal_log_prob(_draw(N, D).detach(), m, v, **s),
+    "mmd_normal": fastkl.mmd_normal,
+    "total_correlation": lambda m, v, **s: torch.stack(fastkl.total_correlation(_draw(N, D).detach(), m, v, 99, **s)),
+}
+
+
+@pytest.mark.parametrize("scale", LOGVAR)
+@pytest.mark.parametrize("op", BATCH)
+@pytest.mark.parametrize("shape", [(N, D), (D,)], ids=["full", "shared"])
+def test_the_spread_of_a_batch_is_what_scale_says(op, scale, shape):
+    mu, spread = _draw(N, D), _draw(*shape, positive=scale == "std")
+    _same_as_logvar(lambda s, kind: BATCH[op](mu, s, scale=kind), [mu], spread, scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_a_deviation_gives_the_densities_of_torch_distributions(dtype):
+    x, mean = (_draw(N, D).detach().to(dtype) for _ in range(2))
+    std = _draw(N, D, positive=True).detach().to(dtype)
+    q = td.Normal(mean.double(), std.double()).log_prob(x.double()).sum(1)
+    p = td.Normal(0.0, 1.0).log_prob(x.double()).sum(1)
+    found = fastkl.normal_log_prob(x, mean, std, scale="std")
+    torch.testing.assert_close(found.double(), q, rtol=1e-5, atol=1e-5)
+    parts = fastkl.total_correlation(x, mean, std, 99, scale="std")
+    torch.testing.assert_close(sum(parts).double(), q - p, rtol=1e-5, atol=1e-5)
+
+
+def test_posteriors_without_spread_are_points():
+    mu, std = _draw(N, D), leaf(torch.zeros(N, D, dtype=torch.float64))
+    of_posteriors, of_points = fastkl.mmd_normal(mu, std, scale="std"), fastkl.mmd_normal(mu)
+    torch.testing.assert_close(of_posteriors, of_points)
+    found, dstd = torch.autograd.grad(of_posteriors, [mu, std])
+    torch.testing.assert_close(found, *torch.autograd.grad(of_points, mu))
+    assert torch.equal(dstd, torch.zeros_like(dstd))  # the distance is even in a deviation
 
 
 @pytest.mark.parametrize("scale", LOGVAR)
@@ -186,9 +227,31 @@ def test_an_unknown_scale_is_named():
         fastkl.kl_gmm(mu, mu, LOGITS, means, means, prior_scale="sigma")
     with pytest.raises(ValueError, match=r"^scale must be one of 'logvar'.*got 'sigma'"):
         fastkl.kl_gmm(mu, mu, LOGITS, means, means, scale="sigma")
+    for op in BATCH.values():
+        with pytest.raises(ValueError, match=r"^scale must be one of 'logvar'.*got 'sigma'"):
+            op(mu, mu, scale="sigma")
+    with pytest.raises(ValueError, match=r"^scale must be one of"):
+        fastkl.mmd_normal(mu, scale="sigma")
 
 
 @pytest.mark.parametrize("op", ["kl_normal", "kl_normal_per_dim", "rsample_kl", "wasserstein2_normal"])
 def test_an_unknown_prior_scale_is_refused_without_a_prior_too(op):
     with pytest.raises(ValueError, match="prior_scale must be one of"):
         getattr(fastkl, op)(torch.zeros(2, 3), torch.zeros(2, 3), prior_scale="variance")
+
+
+def test_a_standard_deviation_is_converted_in_two_passes():
+    """Its logarithm, doubled in place. The rest of the definition is for a derivative that the op has itself."""
+
+    class Passes(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    std = torch.tensor([0.5, 0.0, math.inf])
+    with Passes() as passes:
+        logvar = as_logvar("scale", std, "std")
+    assert passes.names == ["log", "mul_", "expand"]
+    assert torch.equal(logvar, 2 * std.log())

@@ -1,4 +1,4 @@
-"""mmd: both implementations against the float64 definition and geomloss, and defects of other libraries."""
+"""mmd: its implementations against the float64 definition and geomloss, and defects of other libraries."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from fastkl.ops.pairs import _pairs
 
 from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf, peak_bytes
 
-both = pytest.mark.parametrize("backend", ["torch", "triton"])
+every = pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 kernels = pytest.mark.parametrize("kernel", reference.MMD_KERNELS)
 # (N, M, D): why
 SHAPES = [
@@ -17,6 +17,7 @@ SHAPES = [
     (33, 70, 5),  # parts of tiles, odd dimensions
     (2, 3, 1),  # the fewest, one dimension
     (5, 4, 12),  # several steps over the dimensions
+    (130, 2, 33),  # blocks of unequal size
 ]
 
 
@@ -41,7 +42,7 @@ def check(function, definition, tensors, **settings):
     assert [t.dtype for t in actual] == [reference.compute_dtype(*tensors), *(t.dtype for t in tensors)]
 
 
-@both
+@every
 @kernels
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(backend, kernel, shape):
@@ -50,7 +51,7 @@ def test_shapes(backend, kernel, shape):
         check(fastkl.mmd, reference.mmd, draw(*shape), kernel=kernel, estimator=estimator)
 
 
-@both
+@every
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(backend, kernel, dtype):
@@ -58,7 +59,7 @@ def test_dtypes(backend, kernel, dtype):
         check(fastkl.mmd, reference.mmd, draw(9, 7, 6, dtype), kernel=kernel, scales=(2.0, 1.0, 0.3))
 
 
-@both
+@every
 def test_mixed_dtypes_strides_and_images(backend):
     x, y = torch.randn(6, 9, 4, device=DEVICE), torch.randn(4, 7, device=DEVICE, dtype=torch.float64).t()
     with implementation(backend):
@@ -67,7 +68,7 @@ def test_mixed_dtypes_strides_and_images(backend):
             torch.testing.assert_close(fastkl.mmd(a, b).double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@both
+@every
 def test_only_one_side_wants_a_gradient(backend):
     x, y = draw(70, 9, 4)  # several tiles of rows
     with implementation(backend):
@@ -84,28 +85,64 @@ def test_only_one_side_wants_a_gradient(backend):
 
 @kernels
 @pytest.mark.parametrize(("far", "spread"), [(1000.0, 0.0), (0.0, 100.0), (0.0, 1e6)])
-def test_points_far_from_the_origin_and_from_each_other(kernel, far, spread):
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_points_far_from_the_origin_and_from_each_other(backend, kernel, far, spread):
     """A product of matrices loses the digits of small distances between points of large norms."""
     x, y = draw(60, 50, 3, far=far)
     for points in (x, y):
         points.data += spread * (torch.arange(len(points), device=DEVICE) % 2).unsqueeze(1)
-    check(fastkl.mmd, reference.mmd, [x, y], kernel=kernel)
+    with implementation(backend):
+        check(fastkl.mmd, reference.mmd, [x, y], kernel=kernel)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_blocks_and_threads_change_no_bit_in_c(kernel, dtype):
+    """Blocks have 128 points, 64 in float64; an odd number of them leaves one out of each round."""
+    before, tensors = torch.get_num_threads(), draw(300, 200, 20, dtype)
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(run(fastkl.mmd, tensors, kernel=kernel))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+    with implementation("torch"):  # another method
+        expected = run(fastkl.mmd, [leaf(t.double()) for t in tensors], kernel=kernel)
+    rtol = 100 * torch.finfo(dtype).eps
+    for actual, exact in zip(found[0], expected):
+        torch.testing.assert_close(actual.double(), exact, rtol=rtol, atol=rtol * exact.abs().max().item())
+
+
+@every
+@kernels
+def test_an_infinite_distance_counts_nothing_and_nan_stays(backend, kernel):
+    x, y = draw(6, 5, 3)
+    x.data[2], y.data[1] = 1e30, -1e30  # their squares overflow
+    with implementation(backend):
+        assert all(part.isfinite().all() for part in run(fastkl.mmd, [x, y], kernel=kernel))
+        y.data[1, 1] = torch.nan
+        assert fastkl.mmd(x, y, kernel=kernel).isnan()
 
 
 def test_several_blocks(monkeypatch):
     monkeypatch.setattr(_pairs, "BLOCK", 16)
     monkeypatch.setattr(_pairs, "SUMMED", 5)
-    for kernel in reference.MMD_KERNELS:
-        for estimator in reference.MMD_ESTIMATORS:
-            check(fastkl.mmd, reference.mmd, draw(50, 33, 4), kernel=kernel, estimator=estimator)
+    with implementation("torch"):
+        for kernel in reference.MMD_KERNELS:
+            for estimator in reference.MMD_ESTIMATORS:
+                check(fastkl.mmd, reference.mmd, draw(50, 33, 4), kernel=kernel, estimator=estimator)
 
 
-def test_value_near_zero_to_float64s_digits():
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_value_near_zero_to_float64s_digits(backend):
     """Samples of the same distribution: the unbiased estimate is 1e-4 of the means that it is a difference of."""
     x, y = (torch.randn(1500, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
-    for kernel in reference.MMD_KERNELS:
-        exact = fastkl.mmd(x.double(), y.double(), kernel=kernel)
-        assert abs(fastkl.mmd(x, y, kernel=kernel).double() - exact) < 5e-8
+    with implementation(backend):
+        for kernel in reference.MMD_KERNELS:
+            exact = fastkl.mmd(x.double(), y.double(), kernel=kernel)
+            assert abs(fastkl.mmd(x, y, kernel=kernel).double() - exact) < 5e-8
 
 
 def test_agrees_with_geomloss():
@@ -120,7 +157,7 @@ def test_agrees_with_geomloss():
         )
 
 
-@both
+@every
 def test_rbf_is_normalised_once(backend):
     """AntixK/PyTorch-VAE averages d^2 over the D dimensions and divides by D again: exp(-d^2 / D^2) is 1 for all pairs
     of a large latent, and samples of any two distributions look the same. Here it depends on d^2 / D alone."""
@@ -152,12 +189,14 @@ def test_vmap_keeps_its_dimension_out_of_the_pairs():
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts the CPU's memory")
-def test_nothing_of_the_size_of_the_pairs():
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_nothing_of_the_size_of_the_pairs(backend):
     tensors = draw(3000, 3000, 8)  # 36 MB in float32
-    assert peak_bytes(lambda: run(fastkl.mmd, tensors)) < 8 << 20
+    with implementation(backend):
+        assert peak_bytes(lambda: run(fastkl.mmd, tensors)) < 8 << 20
 
 
-@both
+@every
 def test_repeats_bit_for_bit_and_saves_gradients_only(backend):
     tensors, saved = draw(40, 5, 4), []
     with implementation(backend):

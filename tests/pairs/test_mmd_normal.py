@@ -175,7 +175,7 @@ def aot_calls():
 
     def add(name, n=512, d=64, dtype=torch.float32, odd=False, gradient=True):
         mu = torch.empty((n, d + odd), dtype=dtype)[:, :d]
-        calls[name] = lambda: fwd(mu, mu, list(reference.MMD_SCALES), True, gradient)
+        calls[name] = lambda: fwd(mu, mu, list(reference.MMD_SCALES), True, gradient, gradient)
 
     add("core aligned, 32 lanes")
     add("value", gradient=False)

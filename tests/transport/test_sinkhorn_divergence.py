@@ -197,6 +197,14 @@ def test_transforms():
         torch.autograd.grad(gradient.sum(), x)
 
 
+def test_a_second_derivative_in_the_weights_is_refused_and_not_missing():
+    x, y, weights_x, weights_y = draw(5, 4)
+    value = fastkl.sinkhorn_divergence(x.detach(), y.detach(), 1.0, weights_x=weights_x, weights_y=weights_y.detach())
+    (gradient,) = torch.autograd.grad(value, weights_x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(gradient.square().sum() + weights_x.sum(), weights_x)
+
+
 @pytest.mark.parametrize(
     ("shapes", "settings", "error", "match"),
     [

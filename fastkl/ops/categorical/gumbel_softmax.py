@@ -13,12 +13,13 @@ from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops import _torch
-from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same
+from fastkl.ops._call import apply, needs_closed_form
+from fastkl.ops._register import differentiable, register, same
 from fastkl.reference import Stream
 
 # tau is a tensor without dimensions, or None where the number `constant` is the temperature; stream is a
 # reference.Stream.
-_SETTINGS = "Tensor? tau, Tensor seed, float constant, bool hard, int dim, int stream"
+TAU, SETTINGS = "Tensor? tau, Tensor seed", "float constant, bool hard, int dim, int stream"
 
 
 def _forward(logits, tau, seed, constant, hard, dim, stream) -> Tensor:
@@ -35,7 +36,8 @@ def _forward(logits, tau, seed, constant, hard, dim, stream) -> Tensor:
     return arguments.match(torch.softmax(perturbed, dim).masked_fill_(masked, 0.0), logits)
 
 
-def _gradients(dy, y, logits, tau, seed, constant, hard, dim, stream, tau_gradient) -> list[Tensor]:
+def _gradients(dy, y, logits, tau, seed, constant, hard, dim, stream, tau_wanted) -> tuple[Tensor, Tensor | None]:
+    """The gradients in the logits and, if it is wanted, in tau, in differentiable torch ops."""
     dtype = reference.compute_dtype(dy)
     temperature = torch.full((), constant, dtype=dtype, device=dy.device) if tau is None else tau.to(dtype)
     if hard:
@@ -48,38 +50,49 @@ def _gradients(dy, y, logits, tau, seed, constant, hard, dim, stream, tau_gradie
     dx = weights * (dy - (weights * dy).sum(dim, keepdim=True))
     positive = temperature.clamp(min=torch.finfo(dtype).tiny)
     inverse = (1 / positive).masked_fill(temperature == 0, 0.0).masked_fill(~(temperature >= 0), math.nan)
-    gradients = [(dx * inverse).to((y if logits is None else logits).dtype)]
-    if tau_gradient:  # x = ln weights + a constant, and dx sums to 0
-        logarithm = weights.masked_fill(weights == 0, 1.0).log()
-        gradients.append((-(dx * logarithm).sum() * inverse).to(tau.dtype))
-    return gradients
+    dlogits = (dx * inverse).to((y if logits is None else logits).dtype)
+    if not tau_wanted:
+        return dlogits, None
+    logarithm = weights.masked_fill(weights == 0, 1.0).log()  # x = ln weights + a constant, and dx sums to 0
+    return dlogits, (-(dx * logarithm).sum() * inverse).to(tau.dtype)
 
 
-def _backward(dy, y, logits, tau, seed, constant, hard, dim, stream, tau_gradient) -> list[Tensor]:
+def _backward(dy, y, logits, tau, seed, dlogits, dtau, constant, hard, dim, stream) -> None:
     if y is not None and tau is None and y.itemsize > 2 and constant > torch.finfo(y.dtype).tiny:
-        return [arguments.match(_torch.softmax_gradient(dy, y, dim).div_(constant), y)]
-    gradient, *dtau = _gradients(dy, y, logits, tau, seed, constant, hard, dim, stream, tau_gradient)
-    return [arguments.match(gradient, y if logits is None else logits), *dtau]
+        torch.div(_torch.softmax_gradient(dy, y, dim), constant, out=dlogits)
+        return
+    gradient, of_tau = _gradients(dy, y, logits, tau, seed, constant, hard, dim, stream, dtau is not None)
+    dlogits.copy_(gradient)
+    if dtau is not None:
+        dtau.copy_(of_tau)
 
 
-def _fake_backward(dy, y, logits, tau, seed, constant, hard, dim, stream, tau_gradient) -> list[Tensor]:
-    return [torch.empty_like(y if logits is None else logits), *([torch.empty_like(tau)] if tau_gradient else [])]
+def _kernels():
+    from fastkl.kernels.categorical import gumbel_softmax
+
+    return gumbel_softmax
+
+
+def _loops():
+    from fastkl.native import gumbel
+
+    return gumbel
 
 
 gumbel_softmax_fwd = register(
-    f"gumbel_softmax_fwd(Tensor logits, {_SETTINGS}) -> Tensor",
+    f"gumbel_softmax_fwd(Tensor logits, {TAU}, {SETTINGS}) -> Tensor",
     closed_form=_forward,
     fake=lambda logits, *settings: torch.empty_like(logits),
-    kernel="categorical.gumbel_softmax.fwd",
-    native="gumbel.gumbel_softmax_fwd",
+    kernel=lambda: _kernels().fwd,
+    native=lambda: _loops().gumbel_softmax_fwd,
 )
 # y is the sample, for a soft one; a hard one is drawn again from the logits. The other of the two is None.
 gumbel_softmax_bwd = register(
-    f"gumbel_softmax_bwd(Tensor dy, Tensor? y, Tensor? logits, {_SETTINGS}, bool tau_gradient) -> Tensor[]",
+    f"gumbel_softmax_bwd(Tensor dy, Tensor? y, Tensor? logits, {TAU}, Tensor(a!) dlogits, Tensor(b!)? dtau, {SETTINGS})"
+    " -> ()",
     closed_form=_backward,
-    fake=_fake_backward,
-    kernel="categorical.gumbel_softmax.bwd",
-    native="gumbel.gumbel_softmax_bwd",
+    kernel=lambda: _kernels().bwd,
+    native=lambda: _loops().gumbel_softmax_bwd,
 )
 
 
@@ -96,10 +109,14 @@ class _GumbelSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         saved, tau, seed = ctx.saved_tensors
-        y_and_logits = (None, saved) if ctx.settings[1] else (saved, None)
-        function = _gradients if needs_closed_form(dy) else gumbel_softmax_bwd
-        gradients = function(dy, *y_and_logits, tau, seed, *ctx.settings, ctx.needs_input_grad[1])
-        return (*gradients, *[None] * (7 - len(gradients)))
+        y, logits = (None, saved) if ctx.settings[1] else (saved, None)
+        tau_wanted = ctx.needs_input_grad[1]
+        if needs_closed_form(dy):
+            dlogits, dtau = _gradients(dy, y, logits, tau, seed, *ctx.settings, tau_wanted)
+        else:
+            dlogits, dtau = torch.empty_like(saved), torch.empty_like(tau) if tau_wanted else None
+            gumbel_softmax_bwd(dy, y, logits, tau, seed, dlogits, dtau, *ctx.settings)
+        return dlogits, dtau, None, None, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, logits, tau, seed, constant, hard, dim, stream):

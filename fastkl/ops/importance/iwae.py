@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
+from fastkl.ops._sharding import by_parts
 
 
 def _check(log_w: Tensor, dim: int) -> int:
@@ -16,6 +17,7 @@ def _check(log_w: Tensor, dim: int) -> int:
     return own
 
 
+@by_parts
 def iwae(log_w: Tensor, dim: int = 0) -> Tensor:
     """The importance-weighted bound on ln p(x), in nats, one value per datum.
 
@@ -45,6 +47,7 @@ def iwae(log_w: Tensor, dim: int = 0) -> Tensor:
     return reference.iwae(log_w, _check(log_w, dim))
 
 
+@by_parts
 def effective_sample_size(log_w: Tensor, dim: int = 0) -> Tensor:
     """The effective number of samples: 1 if one sample has all the weight, L if all weights are equal.
 
@@ -69,6 +72,7 @@ def effective_sample_size(log_w: Tensor, dim: int = 0) -> Tensor:
     return reference.effective_sample_size(log_w, _check(log_w, dim))
 
 
+@by_parts
 def weight_entropy(log_w: Tensor, dim: int = 0) -> Tensor:
     """The entropy of the normalised weights in nats: 0 if one sample has all the weight, ln L if all are equal.
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import apply, differentiable, needs_closed_form
+from fastkl.ops._call import apply, needs_closed_form
+from fastkl.ops._register import differentiable
 
 
 def write(outputs: tuple[Tensor | None, ...], gradients: list[Any]) -> None:

@@ -38,19 +38,31 @@ def _fake_forward(logits, x, event_ndim) -> Tensor:
     return logits.new_empty(logits.shape[: logits.dim() - event_ndim], dtype=reference.compute_dtype(logits, x))
 
 
+def _kernels():
+    from fastkl.kernels.likelihood import bernoulli_log_prob
+
+    return bernoulli_log_prob
+
+
+def _loops():
+    from fastkl.native import likelihood
+
+    return likelihood
+
+
 bernoulli_log_prob_fwd = register(
     "bernoulli_log_prob_fwd(Tensor logits, Tensor x, int event_ndim) -> Tensor",
     closed_form=_forward,
     fake=_fake_forward,
-    kernel="likelihood.bernoulli_log_prob.fwd",
-    native="likelihood.bernoulli_log_prob_fwd",
+    kernel=lambda: _kernels().fwd,
+    native=lambda: _loops().bernoulli_log_prob_fwd,
 )
 bernoulli_log_prob_bwd = register(
     "bernoulli_log_prob_bwd(Tensor dlog_prob, Tensor logits, Tensor x, Tensor(a!)? dlogits, Tensor(b!)? dx, "
     "int event_ndim) -> ()",
     closed_form=_backward,
-    kernel="likelihood.bernoulli_log_prob.bwd",
-    native="likelihood.bernoulli_log_prob_bwd",
+    kernel=lambda: _kernels().bwd,
+    native=lambda: _loops().bernoulli_log_prob_bwd,
 )
 BERNOULLI = Likelihood(bernoulli_log_prob_fwd, bernoulli_log_prob_bwd, "bernoulli_log_prob_fwd", _gradients)
 

@@ -12,6 +12,7 @@ from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._call import apply, event_ndim_of_common_call
 from fastkl.ops._register import register
+from fastkl.ops._scales import as_logvar
 from fastkl.ops.likelihood._likelihood import Likelihood, LikelihoodFunction, write
 
 # x and mean are of the full shape [*batch, *event]. logvar is too, or it is [*batch, 1, ..., 1] (one value per row), or
@@ -52,25 +53,37 @@ def _fake_forward(x, mean, logvar, event_ndim) -> Tensor:
     return x.new_empty(x.shape[: x.dim() - event_ndim], dtype=reference.compute_dtype(x, mean, logvar))
 
 
+def _kernels():
+    from fastkl.kernels.likelihood import normal_log_prob
+
+    return normal_log_prob
+
+
+def _loops():
+    from fastkl.native import likelihood
+
+    return likelihood
+
+
 normal_log_prob_fwd = register(
     "normal_log_prob_fwd(Tensor x, Tensor mean, Tensor logvar, int event_ndim) -> Tensor",
     closed_form=_forward,
     fake=_fake_forward,
-    kernel="likelihood.normal_log_prob.fwd",
-    native="likelihood.normal_log_prob_fwd",
+    kernel=lambda: _kernels().fwd,
+    native=lambda: _loops().normal_log_prob_fwd,
 )
 normal_log_prob_bwd = register(
     "normal_log_prob_bwd(Tensor dlog_prob, Tensor x, Tensor mean, Tensor logvar, Tensor(a!)? dx, Tensor(b!)? dmean, "
     "Tensor(c!)? dlogvar, int event_ndim) -> ()",
     closed_form=_backward,
-    kernel="likelihood.normal_log_prob.bwd",
-    native="likelihood.normal_log_prob_bwd",
+    kernel=lambda: _kernels().bwd,
+    native=lambda: _loops().normal_log_prob_bwd,
 )
 NORMAL = Likelihood(normal_log_prob_fwd, normal_log_prob_bwd, "normal_log_prob_fwd", _gradients, _fit_logvar)
 
 
 def normal_log_prob(
-    x: Tensor, mean: Tensor | float, logvar: Tensor | float, *, event_ndim: int | None = None
+    x: Tensor, mean: Tensor | float, logvar: Tensor | float, *, event_ndim: int | None = None, scale: str = "logvar"
 ) -> Tensor:
     """Log-likelihood of `x` under independent normal variables, in nats, one value per sample.
 
@@ -84,6 +97,8 @@ def normal_log_prob(
             event, shared by the batch, the kernel sums its gradient.
         event_ndim: number of last dimensions to sum. None: every dimension after the first; a 1-D tensor is one datum.
             0: no sum, one value per element. With a leading dimension of importance samples it must be given.
+        scale: the meaning of logvar: "logvar", "log_std", "std" or "softplus" (sigma = softplus of it); it is converted
+            before the kernel, in float32.
 
     Returns:
         [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients have each input's
@@ -91,7 +106,7 @@ def normal_log_prob(
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or event_ndim is not an int.
-        ValueError: shapes do not broadcast, devices differ, or event_ndim is out of range.
+        ValueError: shapes do not broadcast, devices differ, event_ndim is out of range, or scale is unknown.
 
     Source: Rybkin, Daniilidis and Levine 2021, "Simple and Effective VAE Training with Calibrated Decoders",
     arXiv:2006.13202, equation 2.
@@ -100,13 +115,14 @@ def normal_log_prob(
     >>> fastkl.normal_log_prob(torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2), torch.tensor(0.0))
     tensor([-3.8379])
     """
-    if known := event_ndim_of_common_call(event_ndim, (x, mean, logvar)):
+    unusual = None if scale == "logvar" else scale
+    if known := event_ndim_of_common_call(event_ndim, (x, mean, logvar), "logvar", unusual):
         return apply(LikelihoodFunction, NORMAL, known, x, mean, logvar)
-    mean, logvar = arguments.as_tensors(x, mean, logvar)
-    arguments.check_tensors(x=x, mean=mean, logvar=logvar)
-    shape = arguments.broadcast_shape(x=x, mean=mean, logvar=logvar)
+    location, spread = arguments.as_tensors(x, mean, logvar)
+    arguments.check_tensors(x=x, mean=location, logvar=spread)
+    shape = arguments.broadcast_shape(x=x, mean=location, logvar=spread)
     event_ndim = arguments.event_ndim_of_datum(event_ndim, shape)
-    logvar = _fit_logvar(logvar, shape, event_ndim)
-    tensors = arguments.expand(x, shape), arguments.expand(mean, shape), logvar
-    event_ndim, *tensors = arguments.as_events(event_ndim, *tensors)
+    spread = _fit_logvar(as_logvar("scale", spread, scale, x, location), shape, event_ndim)
+    given = arguments.expand(x, shape), arguments.expand(location, shape), spread
+    event_ndim, *tensors = arguments.as_events(event_ndim, *given)
     return apply(LikelihoodFunction, NORMAL, event_ndim, *tensors)

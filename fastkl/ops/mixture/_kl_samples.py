@@ -15,7 +15,8 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
-from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same, without_autocast
+from fastkl.ops._call import apply, needs_closed_form
+from fastkl.ops._register import differentiable, register, same, without_autocast
 from fastkl.ops.mixture import _at_once as at_once
 from fastkl.ops.mixture._mixture import DMIXTURE, MIXTURE, Gradients, Mixture, by_datum, joined, outputs_for
 from fastkl.ops.mixture._sweep import keep_for
@@ -120,17 +121,23 @@ def _backward(
     write(outputs, total)
 
 
+def _kernels():
+    from fastkl.kernels.mixture import kl_gmm
+
+    return kl_gmm
+
+
 kl_gmm_fwd = register(
     f"kl_gmm_fwd({_INPUTS}, SymInt num_samples, str precision, str entropy, bool stl) -> Tensor",  # stl is backward's
     closed_form=_forward,
     fake=_fake_forward,
-    kernel="mixture.kl_gmm.fwd",
+    kernel=lambda: _kernels().fwd,
 )
 kl_gmm_bwd = register(
     f"kl_gmm_bwd(Tensor dkl, {_INPUTS}, Tensor(a!)? dmu, Tensor(b!)? dlogvar, {DMIXTURE}, "
     "SymInt num_samples, str precision, bool stl) -> ()",
     closed_form=_backward,
-    kernel="mixture.kl_gmm.bwd",
+    kernel=lambda: _kernels().bwd,
 )
 
 

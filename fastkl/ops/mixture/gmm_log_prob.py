@@ -7,7 +7,9 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same, without_autocast
+from fastkl.ops._call import apply, needs_closed_form
+from fastkl.ops._register import differentiable, register, same, without_autocast
+from fastkl.ops._sharding import by_parts
 from fastkl.ops.mixture import _at_once as at_once
 from fastkl.ops.mixture._canonical import PRECISIONS, as_logvars, canonical
 from fastkl.ops.mixture._mixture import DMIXTURE, MIXTURE, Gradients, Mixture, by_datum, outputs_for
@@ -69,19 +71,31 @@ def _backward(
     write(outputs, found, logits)
 
 
+def _kernels():
+    from fastkl.kernels.mixture import gmm_log_prob
+
+    return gmm_log_prob
+
+
+def _loops():
+    from fastkl.native import mixture
+
+    return mixture
+
+
 gmm_log_prob_fwd = register(
     f"gmm_log_prob_fwd({_INPUTS}, str form, str precision, int keep) -> Tensor[]",
     closed_form=values,
     fake=fake_values,
-    kernel="mixture.gmm_log_prob.fwd",
-    native="mixture.gmm_log_prob_fwd",
+    kernel=lambda: _kernels().fwd,
+    native=lambda: _loops().gmm_log_prob_fwd,
 )
 gmm_log_prob_bwd = register(
     f"gmm_log_prob_bwd(Tensor dlp, Tensor lp, Tensor? responsibilities, {_INPUTS}, "
     f"Tensor(a!)? dz, Tensor(b!)? dlogvar, {DMIXTURE}, str form, str precision) -> ()",
     closed_form=_backward,
-    kernel="mixture.gmm_log_prob.bwd",
-    native="mixture.gmm_log_prob_bwd",
+    kernel=lambda: _kernels().bwd,
+    native=lambda: _loops().gmm_log_prob_bwd,
 )
 
 
@@ -161,6 +175,7 @@ def nothing(rows: list[Tensor], mixture: Mixture) -> Tensor:
     return rows[0].to(dtype).sum(-1) + touched
 
 
+@by_parts
 def gmm_log_prob(
     z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
     scale_tril: Tensor | None = None, scale: str = "logvar", precision: str = "exact",
@@ -181,10 +196,11 @@ def gmm_log_prob(
             diagonal are not read. Excludes logvars.
         scale: the meaning of logvars: "logvar", "log_std", "std" or "softplus", as for `fastkl.kl_normal`; others than
             "logvar" are converted in float32.
-        precision: "exact" uses differences (z - m) / sigma, which are accurate for narrow and distant components (on a
-            CPU an expansion in float64, if it is as accurate). "tf32x3" and "tf32" expand the square around the mean
-            of the means, on a GPU on tensor cores, on a CPU both in float32. Largest errors in nats of the compiled
-            kernels, emulated, at K = 100, D = 40, against float64 (broadcasting in float32: 8e-6 and 1e-5):
+        precision: "exact" uses differences (z - m) / sigma, which are accurate for narrow and distant components; on a
+            CPU every precision does (without a C compiler, "exact" expands the square in float64 where that is as
+            accurate). "tf32x3" and "tf32" expand it around the mean of the means, on a GPU on tensor cores (without a
+            C compiler, in float32). Largest errors in nats of the compiled kernels, emulated, at K = 100, D = 40,
+            against float64 (broadcasting in float32: 8e-6 and 1e-5):
 
             ======================================  ======  =======  ======
             components                              exact   tf32x3   tf32

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import apply, register, without_autocast
+from fastkl.ops._call import apply
+from fastkl.ops._register import register, without_autocast
+from fastkl.ops._sharding import by_parts
 from fastkl.ops.mixture import _at_once as at_once
 from fastkl.ops.mixture._canonical import as_logvars, canonical
 from fastkl.ops.mixture._mixture import MIXTURE, Mixture
@@ -43,11 +45,17 @@ def _fake_forward(z, logits, means, logvars, scale_tril) -> list[Tensor]:
     return [z.new_empty(shape, dtype=dtype) for shape in shapes]
 
 
+def _kernels():
+    from fastkl.kernels.mixture import gmm_moments
+
+    return gmm_moments
+
+
 gmm_moments_fwd = register(
     f"gmm_moments_fwd(Tensor z, {MIXTURE}) -> Tensor[]",
     closed_form=_forward,
     fake=_fake_forward,
-    kernel="mixture.gmm_moments.fwd",
+    kernel=lambda: _kernels().fwd,
 )
 
 
@@ -69,6 +77,7 @@ class _GMMMoments(torch.autograd.Function):
         return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * 4
 
 
+@by_parts
 def gmm_moments(
     z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
     scale_tril: Tensor | None = None, scale: str = "logvar",

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same, without_autocast
+from fastkl.ops._call import apply, needs_closed_form
+from fastkl.ops._register import differentiable, register, same, without_autocast
+from fastkl.ops._sharding import by_parts
 from fastkl.ops.mixture import _at_once as at_once
 from fastkl.ops.mixture._canonical import PRECISIONS, as_logvars, canonical
 from fastkl.ops.mixture._mixture import DMIXTURE, MIXTURE, Gradients, Mixture, by_datum, outputs_for
@@ -48,17 +50,23 @@ def _backward(
     write(outputs, found)
 
 
+def _kernels():
+    from fastkl.kernels.mixture import gmm_responsibilities
+
+    return gmm_responsibilities
+
+
 gmm_responsibilities_fwd = register(
     f"gmm_responsibilities_fwd(Tensor z, {MIXTURE}, str precision) -> Tensor",
     closed_form=_forward,
     fake=_fake_forward,
-    kernel="mixture.gmm_responsibilities.fwd",
+    kernel=lambda: _kernels().fwd,
 )
 gmm_responsibilities_bwd = register(
     f"gmm_responsibilities_bwd(Tensor dlog_r, Tensor log_r, Tensor z, {MIXTURE}, Tensor(a!)? dz, {DMIXTURE}, "
     "str precision) -> ()",
     closed_form=_backward,
-    kernel="mixture.gmm_responsibilities.bwd",
+    kernel=lambda: _kernels().bwd,
 )
 
 
@@ -107,6 +115,7 @@ class _GMMResponsibilities(torch.autograd.Function):
 differentiable("gmm_responsibilities_fwd", _GMMResponsibilities, same)
 
 
+@by_parts
 def gmm_responsibilities(
     z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
     scale_tril: Tensor | None = None, scale: str = "logvar", precision: str = "exact",

@@ -8,8 +8,9 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
-from fastkl.ops._register import apply
+from fastkl.ops._call import apply
 from fastkl.ops._scales import as_logvar
+from fastkl.ops._sharding import by_parts
 from fastkl.ops.mixture._canonical import PRECISIONS, as_logvars, batch_shape, canonical, check_shapes
 from fastkl.ops.mixture._kl_samples import KLSamples
 from fastkl.ops.mixture.gmm_log_prob import density, nothing
@@ -44,6 +45,7 @@ def _by_noise(mu, logvar, mixture, seed, eps, num_samples: int, entropy: str, st
     return log_q - cross
 
 
+@by_parts
 def kl_gmm(
     mu: Tensor, logvar: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
     scale_tril: Tensor | None = None, scale: str = "logvar", prior_scale: str = "logvar", method: str = "mc",

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same
+from fastkl.ops._call import apply, needs_closed_form
+from fastkl.ops._register import differentiable, register, same
 from fastkl.ops._scales import as_logvar
+from fastkl.ops._sharding import by_parts
 from fastkl.ops.mixture import gmm_log_prob as density
 from fastkl.ops.mixture._canonical import PRECISIONS, as_logvars, canonical
 from fastkl.ops.mixture._mixture import DMIXTURE, MIXTURE, Gradients, outputs_for
@@ -67,17 +69,23 @@ def _backward(
     write(outputs, total)
 
 
+def _kernels():
+    from fastkl.kernels.mixture import kl_gmm_bounds
+
+    return kl_gmm_bounds
+
+
 kl_gmm_bounds_fwd = register(
     f"kl_gmm_bounds_fwd({_INPUTS}, str precision, int keep) -> Tensor[]",
     closed_form=_forward,
     fake=_fake_forward,
-    kernel="mixture.kl_gmm_bounds.fwd",
+    kernel=lambda: _kernels().fwd,
 )
 kl_gmm_bounds_bwd = register(
     f"kl_gmm_bounds_bwd(Tensor? dlower, Tensor? dupper, {_KEPT}, {_INPUTS}, Tensor(a!)? dmu, Tensor(b!)? dlogvar, "
     f"{DMIXTURE}, str precision) -> ()",
     closed_form=_backward,
-    kernel="mixture.kl_gmm_bounds.bwd",
+    kernel=lambda: _kernels().bwd,
 )
 
 
@@ -131,6 +139,7 @@ class _Bounds(torch.autograd.Function):
 differentiable("kl_gmm_bounds_fwd", _Bounds, same)
 
 
+@by_parts
 def kl_gmm_bounds(
     mu: Tensor, logvar: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
     scale_tril: Tensor | None = None, scale: str = "logvar", prior_scale: str = "logvar", precision: str = "exact",

@@ -13,6 +13,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._register import no_autocast
 from fastkl.ops._scales import as_logvar
+from fastkl.ops._sharding import by_parts
 from fastkl.ops._torch import transforms_active
 from fastkl.ops.categorical.gumbel_softmax import draw_choice
 from fastkl.ops.mixture import _canonical as parameters
@@ -190,6 +191,7 @@ def _take(values: Tensor, component: Tensor, event_ndim: int) -> Tensor:
     return values[place]
 
 
+@by_parts
 @torch.no_grad()
 def sample_gmm(
     logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *, scale_tril: Tensor | None = None,

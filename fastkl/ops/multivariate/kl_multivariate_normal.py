@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastkl.ops._sharding import by_parts
 from fastkl.ops.multivariate._covariances import check_pair
 from fastkl.reference import compute_dtype, exp_minus_one_minus, log_ratio
 
@@ -20,6 +21,7 @@ def _solve(scale_tril: Tensor, columns: Tensor) -> Tensor:
     return solved.reshape(side_by_side.shape).movedim(0, -2)
 
 
+@by_parts
 def kl_multivariate_normal(mu: Tensor, scale_tril: Tensor, prior_mu: Tensor, prior_scale_tril: Tensor) -> Tensor:
     """KL divergence KL(q || p) of multivariate Gaussians N(mu, L L^T), in nats, one value per sample.
 
@@ -65,7 +67,7 @@ def kl_multivariate_normal(mu: Tensor, scale_tril: Tensor, prior_mu: Tensor, pri
     x = 2 * log_ratio(std_q, std_p)
     # L_p is diag(std_p) times a triangle with unit diagonal. Dividing by std_p before the solve keeps the elements and
     # their squares in range when those of L_p^-1 overflow.
-    unit_p = scale_p / std_p.unsqueeze(-1) if matrix_p else None
+    unit_p = scale_p / std_p.unsqueeze(-1) if matrix_p else scale_p
     whitened = difference / std_p
     whitened = _solve(unit_p, whitened.unsqueeze(-1)).squeeze(-1) if matrix_p else whitened
     total = exp_minus_one_minus(x).sum(-1) + whitened.square().sum(-1)

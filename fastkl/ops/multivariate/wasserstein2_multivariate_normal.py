@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkl.ops._register import apply, needs_closed_form, no_autocast
+from fastkl.ops._call import apply, needs_closed_form
+from fastkl.ops._register import no_autocast
+from fastkl.ops._sharding import by_parts
 from fastkl.ops.multivariate._covariances import check_pair
 from fastkl.reference import compute_dtype
 
@@ -69,6 +71,7 @@ class _SquaredDistance(torch.autograd.Function):
         return weight * (scale_q - scale_p @ rotation), weight * (scale_p - scale_q @ rotation.mT)
 
 
+@by_parts
 def wasserstein2_multivariate_normal(
     mu: Tensor, scale_tril: Tensor, prior_mu: Tensor, prior_scale_tril: Tensor
 ) -> Tensor:

@@ -78,6 +78,7 @@ class NormalOp:
     ) -> None:  # fmt: skip
         self.fwd, self.bwd, self.draws, self.has_value = fwd, bwd, draws, has_value
         self.spread, self.terms_gradient = spread, terms_gradient
+        self.averages = spread is not of_rows  # over the batch, for one value per dimension of the event
         differentiable(name, NormalFunction, self.inputs_of_function)
 
     def inputs_of_function(self, mu, parameter, *rest) -> tuple:
@@ -204,7 +205,7 @@ class NormalFunction(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, op, packed_dim, settings, mu, parameter, prior_mu, prior_logvar, eps, seed):
         size, dims = info.batch_size, in_dims[3:]
-        if op.spread is not of_rows:  # do not average over the new dimension, the event's first
+        if op.averages:  # do not average over the new dimension, the event's first
             tensors = [
                 None
                 if tensor is None

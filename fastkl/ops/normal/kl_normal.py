@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import apply, register
+from fastkl.ops._call import apply
+from fastkl.ops._register import register
 from fastkl.ops.normal._closed_form import by_rows, write_normal_gradients
 from fastkl.ops.normal._normal import (
     DPRIOR,
@@ -38,18 +39,30 @@ def _backward(
     write_normal_gradients(inputs, outputs, settings, dvalue=dvalue)
 
 
+def _kernels():
+    from fastkl.kernels.normal import kl_normal
+
+    return kl_normal
+
+
+def _loops():
+    from fastkl.native import normal
+
+    return normal
+
+
 kl_normal_fwd = register(
     f"kl_normal_fwd({Q}, {PRIOR}, {SETTINGS}) -> Tensor",
     closed_form=_forward,
     fake=fake_value,
-    kernel="normal.kl_normal.fwd",
-    native="normal.kl_normal_fwd",
+    kernel=lambda: _kernels().fwd,
+    native=lambda: _loops().kl_normal_fwd,
 )
 kl_normal_bwd = register(
     f"kl_normal_bwd(Tensor dkl, {Q}, {PRIOR}, {DQ}, {DPRIOR}, {SETTINGS}) -> ()",
     closed_form=_backward,
-    kernel="normal.kl_normal.bwd",
-    native="normal.kl_normal_bwd",
+    kernel=lambda: _kernels().bwd,
+    native=lambda: _loops().kl_normal_bwd,
 )
 KL_NORMAL = NormalOp(kl_normal_fwd, kl_normal_bwd, "kl_normal_fwd")
 

@@ -39,18 +39,30 @@ def _fake_forward(mu, parameter, prior_mu, prior_logvar, event_ndim, *settings) 
     return mu.new_empty(mu.shape[mu.dim() - event_ndim :], dtype=dtype)
 
 
+def _kernels():
+    from fastkl.kernels.normal import kl_normal_per_dim
+
+    return kl_normal_per_dim
+
+
+def _loops():
+    from fastkl.native import normal
+
+    return normal
+
+
 kl_normal_per_dim_fwd = register(
     f"kl_normal_per_dim_fwd({Q}, {PRIOR}, {SETTINGS}) -> Tensor",
     closed_form=_forward,
     fake=_fake_forward,
-    kernel="normal.kl_normal_per_dim.fwd",
-    native="normal.kl_normal_per_dim_fwd",
+    kernel=lambda: _kernels().fwd,
+    native=lambda: _loops().kl_normal_per_dim_fwd,
 )
 kl_normal_per_dim_bwd = register(
     f"kl_normal_per_dim_bwd(Tensor dkl, {Q}, {PRIOR}, {DQ}, {DPRIOR}, {SETTINGS}) -> ()",
     closed_form=_backward,
-    kernel="normal.kl_normal_per_dim.bwd",
-    native="normal.kl_normal_per_dim_bwd",
+    kernel=lambda: _kernels().bwd,
+    native=lambda: _loops().kl_normal_per_dim_bwd,
 )
 KL_NORMAL_PER_DIM = NormalOp(
     kl_normal_per_dim_fwd, kl_normal_per_dim_bwd, "kl_normal_per_dim_fwd", spread=share_of_rows

@@ -9,7 +9,8 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
-from fastkl.ops._register import apply, register
+from fastkl.ops._call import apply
+from fastkl.ops._register import register
 from fastkl.ops.normal._closed_form import by_rows, empty_samples, sample, write_normal_gradients
 from fastkl.ops.normal._normal import (
     DPRIOR,
@@ -53,19 +54,31 @@ def _fake_forward(mu, parameter, prior_mu, prior_logvar, eps, seed, *settings) -
     return z, fake_value(mu, parameter, prior_mu, prior_logvar, *settings)
 
 
+def _kernels():
+    from fastkl.kernels.normal import rsample_kl
+
+    return rsample_kl
+
+
+def _loops():
+    from fastkl.native import normal
+
+    return normal
+
+
 rsample_kl_fwd = register(
     f"rsample_kl_fwd({Q}, {PRIOR}, {NOISE}, {DRAWING_SETTINGS}) -> (Tensor, Tensor)",
     closed_form=_forward,
     fake=_fake_forward,
-    kernel="normal.rsample_kl.fwd",
-    native="normal.rsample_kl_fwd",
+    kernel=lambda: _kernels().fwd,
+    native=lambda: _loops().rsample_kl_fwd,
 )
 # Without dkl the prior has no part in the gradient, and dprior_mu and dprior_logvar are None.
 rsample_kl_bwd = register(
     f"rsample_kl_bwd(Tensor? dz, Tensor? dkl, {Q}, {PRIOR}, {NOISE}, {DQ}, {DPRIOR}, {DRAWING_SETTINGS}) -> ()",
     closed_form=_backward,
-    kernel="normal.rsample_kl.bwd",
-    native="normal.rsample_kl_bwd",
+    kernel=lambda: _kernels().bwd,
+    native=lambda: _loops().rsample_kl_bwd,
 )
 RSAMPLE_KL = NormalOp(rsample_kl_fwd, rsample_kl_bwd, "rsample_kl_fwd", draws=True)
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
-from fastkl.ops._register import apply, register
+from fastkl.ops._call import apply
+from fastkl.ops._register import register
 from fastkl.ops.normal._closed_form import empty_samples, sample, samples_dtype, write_normal_gradients
 from fastkl.ops.normal._normal import DQ, DRAWING_SETTINGS, NO_EVENT, NOISE, Drawing, NormalFunction, NormalOp, Q
 from fastkl.reference import SoftBounds
@@ -28,18 +29,30 @@ def _fake_forward(mu, parameter, eps, seed, *settings) -> Tensor:
     return empty_samples(mu, parameter, Drawing(*settings).num_samples)
 
 
+def _kernels():
+    from fastkl.kernels.normal import rsample_normal
+
+    return rsample_normal
+
+
+def _loops():
+    from fastkl.native import normal
+
+    return normal
+
+
 rsample_normal_fwd = register(
     f"rsample_normal_fwd({Q}, {NOISE}, {DRAWING_SETTINGS}) -> Tensor",
     closed_form=_forward,
     fake=_fake_forward,
-    kernel="normal.rsample_normal.fwd",
-    native="normal.rsample_normal_fwd",
+    kernel=lambda: _kernels().fwd,
+    native=lambda: _loops().rsample_normal_fwd,
 )
 rsample_normal_bwd = register(
     f"rsample_normal_bwd(Tensor dz, {Q}, {NOISE}, {DQ}, {DRAWING_SETTINGS}) -> ()",
     closed_form=_backward,
-    kernel="normal.rsample_normal.bwd",
-    native="normal.rsample_normal_bwd",
+    kernel=lambda: _kernels().bwd,
+    native=lambda: _loops().rsample_normal_bwd,
 )
 RSAMPLE_NORMAL = NormalOp(rsample_normal_fwd, rsample_normal_bwd, "rsample_normal_fwd", draws=True, has_value=False)
 

@@ -35,18 +35,30 @@ def _backward(
     write_normal_gradients(inputs, outputs, settings, dvalue=dvalue, terms_gradient=terms_gradient)
 
 
+def _kernels():
+    from fastkl.kernels.normal import wasserstein2_normal
+
+    return wasserstein2_normal
+
+
+def _loops():
+    from fastkl.native import normal
+
+    return normal
+
+
 wasserstein2_normal_fwd = register(
     f"wasserstein2_normal_fwd({Q}, {PRIOR}, {SETTINGS}) -> Tensor",
     closed_form=_forward,
     fake=fake_value,
-    kernel="normal.wasserstein2_normal.fwd",
-    native="normal.wasserstein2_normal_fwd",
+    kernel=lambda: _kernels().fwd,
+    native=lambda: _loops().wasserstein2_normal_fwd,
 )
 wasserstein2_normal_bwd = register(
     f"wasserstein2_normal_bwd(Tensor ddistance, {Q}, {PRIOR}, {DQ}, {DPRIOR}, {SETTINGS}) -> ()",
     closed_form=_backward,
-    kernel="normal.wasserstein2_normal.bwd",
-    native="normal.wasserstein2_normal_bwd",
+    kernel=lambda: _kernels().bwd,
+    native=lambda: _loops().wasserstein2_normal_bwd,
 )
 WASSERSTEIN2_NORMAL = NormalOp(
     wasserstein2_normal_fwd, wasserstein2_normal_bwd, "wasserstein2_normal_fwd",

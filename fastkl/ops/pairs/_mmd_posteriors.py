@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from fastkl import reference
-from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same
-from fastkl.ops.pairs._pairs import blocks, of_block, pair_weights
+from fastkl.ops._register import register
+from fastkl.ops._sweep import Sweep
+from fastkl.ops.pairs._pairs import blocks, fake, of_block, pair_weights
 
 BLOCK = 256  # posteriors per block side: two sums per pair and scale fit the CPU cache
 SMALL = 1 << 17  # up to this, pairs times dimensions are computed at once: a sweep has more call overhead
 
 
-def _sweep(mu, logvar, scales, unbiased, gradient) -> list[Tensor]:
+def _sweep(mu, logvar, scales, unbiased, dmu, dlogvar) -> list[Tensor]:
     dtype = reference.compute_dtype(mu, logvar)
     rows, size = mu.shape
     if rows * rows * size <= SMALL:
-        return _at_once(mu, logvar, scales, unbiased, gradient)
+        return _at_once(mu, logvar, scales, unbiased, dmu, dlogvar)
     mean, variance = mu.to(dtype).T.contiguous(), logvar.to(dtype).exp().T.contiguous()
     scaled = [variance / (size * s) for s in scales]
     weight = pair_weights(rows, 0, unbiased)[0]
@@ -53,7 +53,7 @@ def _sweep(mu, logvar, scales, unbiased, gradient) -> list[Tensor]:
                 k.mul_(weight)
                 total += (1 if a == b else 2) * k.sum(1).sum(dtype=torch.float64)
                 k.mul_(1 / (size * s))
-            for d in range(size) if gradient else ():
+            for d in range(size) if dmu or dlogvar else ():
                 _difference(mean[d], a, b, u)
                 for position, (s, own, k) in enumerate(zip(scales, scaled, kernels)):
                     _ratio(own[d], a, b, r)
@@ -71,8 +71,8 @@ def _sweep(mu, logvar, scales, unbiased, gradient) -> list[Tensor]:
                 dvariance[d, a] += product.sum(1)
                 if a != b:
                     dvariance[d, b] += product.sum(0)
-    gradients = [dmean.T.contiguous(), dvariance.mul_(variance).T.contiguous()] if gradient else []
-    return [total, *gradients]
+    found = ((dmu, dmean), (dlogvar, dvariance.mul_(variance)))
+    return [total, *(gradient.T.contiguous() for wanted, gradient in found if wanted)]
 
 
 def _difference(mean: Tensor, a: slice, b: slice, out: Tensor) -> Tensor:
@@ -99,76 +99,44 @@ def _parts(mu, logvar, scales, unbiased):
     return u, variance, each
 
 
-def gradients(dvalue, mu, logvar, scales, unbiased) -> list[Tensor]:
+def gradients(mu, logvar, scales, unbiased, *_wanted) -> list[Tensor]:
     """The gradients in mu and logvar, in differentiable torch ops; allocates [N, N, D]."""
     u, variance, each = _parts(mu, logvar, scales, unbiased)
-    return _gradients(u, variance, each, scales, dvalue.to(u.dtype), mu, logvar)
+    return _gradients(u, variance, each, scales)
 
 
-def _gradients(u, variance, each, scales, dvalue, mu, logvar) -> list[Tensor]:
+def _gradients(u, variance, each, scales) -> list[Tensor]:
     dmu, dvariance = torch.zeros_like(variance), torch.zeros_like(variance)
     for s, (r, k) in zip(scales, each):
         g = u.shape[-1] * s
         weighted = k.unsqueeze(-1) * r / g
         dmu = dmu - 2 * (weighted * u).sum(1)
         dvariance = dvariance + (weighted * (u.square() * r / g - 1)).sum(1)
-    return [(dvalue * dmu).to(mu.dtype), (dvalue * dvariance * variance).to(logvar.dtype)]
+    return [dmu, dvariance * variance]
 
 
-def _at_once(mu, logvar, scales, unbiased, gradient) -> list[Tensor]:
+def _at_once(mu, logvar, scales, unbiased, dmu, dlogvar) -> list[Tensor]:
     u, variance, each = _parts(mu, logvar, scales, unbiased)
     total = sum(k.sum(1).sum(dtype=torch.float64) for _, k in each)
-    found = _gradients(u, variance, each, scales, 1.0, u, u) if gradient else []
-    return [total, *found]
+    found = _gradients(u, variance, each, scales) if dmu or dlogvar else []
+    return [total, *(gradient for wanted, gradient in zip((dmu, dlogvar), found) if wanted)]
 
 
-def _fake(mu, logvar, scales, unbiased, gradient) -> list[Tensor]:
-    dtype = reference.compute_dtype(mu, logvar)
-    rows = [mu.new_empty(mu.shape, dtype=dtype) for _ in range(2)]
-    return [mu.new_empty((), dtype=torch.float64), *rows[: 2 * gradient]]
+def _kernels():
+    from fastkl.kernels.pairs import mmd_normal
+
+    return mmd_normal
 
 
 mmd_posteriors = register(
-    "mmd_posteriors(Tensor mu, Tensor logvar, float[] scales, bool unbiased, bool gradient) -> Tensor[]",
+    "mmd_posteriors(Tensor mu, Tensor logvar, float[] scales, bool unbiased, bool dmu, bool dlogvar) -> Tensor[]",
     closed_form=_sweep,
-    fake=_fake,
-    kernel="pairs.mmd_normal.fwd",
+    fake=fake,
+    kernel=lambda: _kernels().fwd,
 )
-
-
-class _Posteriors(torch.autograd.Function):
-    @staticmethod
-    def forward(mu, logvar, scales, unbiased, gradient):
-        return tuple(mmd_posteriors(mu, logvar, scales, unbiased, gradient))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:2], *output[1:])
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.settings = inputs[2:4]
-
-    @staticmethod
-    def backward(ctx, dvalue, *_):
-        if dvalue is None:
-            return (None,) * 5
-        mu, logvar, *kept = ctx.saved_tensors
-        if needs_closed_form(dvalue):
-            return *gradients(dvalue, mu, logvar, *ctx.settings), *[None] * 3
-        kept = kept or mmd_posteriors(mu, logvar, *ctx.settings, True)[1:]
-        return *(part.mul(dvalue).to(z.dtype) for part, z in zip(kept, (mu, logvar))), *[None] * 3
-
-    @staticmethod
-    def vmap(info, in_dims, mu, logvar, *settings):
-        examples = arguments.examples(info.batch_size, in_dims[:2], (mu, logvar))
-        results = [apply(_Posteriors, *example, *settings) for example in examples]
-        return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * len(results[0])
-
-
-differentiable("mmd_posteriors", _Posteriors, same)
+MMD_POSTERIORS = Sweep(mmd_posteriors, gradients, name="mmd_posteriors")
 
 
 def mean_kernel(mu: Tensor, logvar: Tensor, scales: tuple[float, ...], unbiased: bool) -> Tensor:
     """The mean kernel over pairs, in float64."""
-    asked = torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad)
-    return apply(_Posteriors, mu, logvar, list(scales), unbiased, asked)[0]
+    return MMD_POSTERIORS.value([list(scales), unbiased], mu, logvar)

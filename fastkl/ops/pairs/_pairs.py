@@ -10,6 +10,7 @@ are computed together, each pair once: block (a, b) also counts for (b, a). t co
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,10 +98,10 @@ def _sum(term: Tensor) -> Tensor:
 
 def imq_block(t: Tensor, term: Tensor, slope: Tensor | None, common: Tensor, scales: list[float]) -> Tensor:
     """The sum of sum_s s / (s + t); the derivative plus `common` goes to `slope`."""
-    total, before = 0.0, common
+    total, before = torch.zeros((), dtype=torch.float64, device=t.device), common
     for s in scales:
         torch.add(t, s, out=term).reciprocal_()
-        total = total + s * _sum(term)
+        total += s * _sum(term)
         if slope is not None:
             before = torch.addcmul(before, term, term, value=-s, out=slope)
     return total
@@ -108,13 +109,14 @@ def imq_block(t: Tensor, term: Tensor, slope: Tensor | None, common: Tensor, sca
 
 def rbf_block(t: Tensor, term: Tensor, slope: Tensor | None, common: Tensor, scales: list[float]) -> Tensor:
     """Like imq_block, for sum_s exp(-t / s). Halving a scale squares its term, which saves most of the exponentials."""
-    total, before, last, smallest = 0.0, common, 0.0, SMALLEST_POWER[t.dtype]
+    total, before = torch.zeros((), dtype=torch.float64, device=t.device), common
+    last, smallest = 0.0, SMALLEST_POWER[t.dtype]
     for s in sorted(scales, reverse=True):
         if last == 2 * s:
             term.square_().clamp_min_(2.0**smallest)
         else:
             torch.mul(t, -math.log2(math.e) / s, out=term).clamp_min_(smallest).exp2_()
-        total = total + _sum(term)
+        total += _sum(term)
         if slope is not None:
             before = torch.add(before, term, alpha=-1 / s, out=slope)
         last = s
@@ -151,9 +153,9 @@ def mmd(x: Tensor, y: Tensor, kernel: str, scales: list[float], unbiased: bool, 
             t, term = points.distances(a, b), of_block(points.term, a, b)
             slope = of_block(points.slope, a, b) if wanted_a or wanted_b else None
             total += weight * (1 if a == b else 2) * BLOCKS[kernel](t, term, slope, points.common, scales)
-            if wanted_a:
+            if slope is not None and wanted_a:
                 points.add(weight, slope, a, b)
-            if wanted_b and a != b:
+            if slope is not None and wanted_b and a != b:
                 points.add(weight, slope.T, b, a)
     xs, ys = slice(0, n), slice(n, n + m)
     gradients = [points.gradient(xs, weights[0], ys, weights[2])] if dx else []
@@ -167,7 +169,14 @@ def blocks(count: int, most: int, first: int = 0) -> list[slice]:
     return [slice(start, min(start + step, first + count)) for start in range(first, first + count, max(1, step))]
 
 
-def mmd_gradients(dvalue, x: Tensor, y: Tensor, kernel: str, scales: list[float], unbiased: bool) -> list[Tensor]:
+def fake(first: Tensor, second: Tensor, *rest: Any) -> list[Tensor]:
+    """[value in float64, the wanted gradients] of an op of two tensors whose last arguments say which are wanted."""
+    dtype = reference.compute_dtype(first, second)
+    gradients = [z.new_empty(z.shape, dtype=dtype) for z, wanted in zip((first, second), rest[-2:]) if wanted]
+    return [first.new_empty((), dtype=torch.float64), *gradients]
+
+
+def mmd_gradients(x: Tensor, y: Tensor, kernel: str, scales: list[float], unbiased: bool, *_: bool):
     """The gradients in x and y, in differentiable torch ops; allocates [N + M, N + M], in float64 for the expansion."""
     n, m = x.shape[0], y.shape[0]
     z = torch.cat([x.double(), y.double()])
@@ -180,5 +189,5 @@ def mmd_gradients(dvalue, x: Tensor, y: Tensor, kernel: str, scales: list[float]
     weights[:n, :n] = own
     weights[n:, n:] = other
     weights = weights * reference.mmd_kernel_slope(t, kernel, scales)
-    gradient = (weights.sum(1, keepdim=True) * z - weights @ z) * (dvalue.double() * 2 / size)
-    return [part.to(like.dtype) for part, like in zip(gradient.split([n, m]), (x, y))]
+    gradient = (weights.sum(1, keepdim=True) * z - weights @ z) * (2 / size)
+    return gradient.split([n, m])

@@ -54,7 +54,7 @@ def finite_(t: Tensor) -> Tensor:
 
 
 def exp_(exponent: Tensor) -> Tensor:
-    return torch.nn.functional.threshold_(exponent, NEGLIGIBLE[exponent.dtype], -math.inf).exp_()
+    return torch.nn.functional.threshold(exponent, NEGLIGIBLE[exponent.dtype], -math.inf, inplace=True).exp_()
 
 
 class Sweep:
@@ -123,7 +123,7 @@ class Sweep:
                 for at, is_own in self.special(rows, columns):
                     weight = weights.own if is_own else weights.following
                     total[at].diagonal().mul_(weight)
-                    exponent[(slice(None), *at)].diagonal(0, 1, 2).mul_(weight)
+                    exponent[:, at[0], at[1]].diagonal(0, 1, 2).mul_(weight)
             joint += total.sum(1)
             marginal += exponent.sum(2)
         return marginal, joint
@@ -200,9 +200,8 @@ def gradients(sweep: Sweep, coefficients: list[Tensor], joint_sum: Tensor, margi
             of_joint = exp_(weight.sum(0).sub_(shift[rows].unsqueeze(1))).mul_(joint[rows])
             torch.addcmul(of_joint, exp_(weight), marginal[:, rows], out=weight)
             for at, is_own in sweep.special(rows, columns):
-                diagonal = (
-                    weight[(slice(None), *at)].diagonal(0, 1, 2).mul_(weights.own if is_own else weights.following)
-                )
+                diagonal = weight[:, at[0], at[1]].diagonal(0, 1, 2)
+                diagonal.mul_(weights.own if is_own else weights.following)
                 if is_own:
                     diagonal += own[rows][at[0]]
             here = [total[:, : rows.stop - rows.start] for total in totals]

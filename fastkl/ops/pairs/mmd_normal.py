@@ -11,6 +11,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _group
+from fastkl.ops._scales import as_logvar
 from fastkl.ops.pairs import _mmd, _mmd_posteriors
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ def _terms(mu: Tensor, logvar: Tensor | None, scales: tuple[float, ...]) -> Tens
     """reference.mmd_normal_terms, the mean in float64; of points, from their norms alone."""
     size = mu.shape[1]
     spread = None if logvar is None else logvar.exp() + 1
-    norms = mu.square().sum(1) if logvar is None else None
-    total = 0.0
+    norms = mu.square().sum(1)
+    total = torch.zeros((), dtype=torch.float64, device=mu.device)
     for s in scales:
         g = size * s
         if spread is None:
@@ -38,6 +39,7 @@ def _terms(mu: Tensor, logvar: Tensor | None, scales: tuple[float, ...]) -> Tens
 def mmd_normal(
     mu: Tensor, logvar: Tensor | float | None = None, *,
     scales: Sequence[float] = reference.MMD_SCALES, estimator: str = "unbiased", group: ProcessGroup | None = None,
+    scale: str = "logvar",
 ) -> Tensor:  # fmt: skip
     """Squared maximum mean discrepancy (MMD) to N(0, I) under the RBF kernel, without samples of N(0, I): one number.
 
@@ -58,6 +60,8 @@ def mmd_normal(
             mixture of the N posteriors, never below 0.
         group: a torch.distributed process group; the rows are then those of all its processes, and every process gets
             the same value. None: this process's rows.
+        scale: the meaning of logvar: "logvar", "log_std", "std" or "softplus" (sigma = softplus of it), as in
+            `fastkl.kl_normal`. `scales` are those of the kernel.
 
     Returns:
         [], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients have each input's dtype.
@@ -65,8 +69,8 @@ def mmd_normal(
     Raises:
         TypeError: mu or logvar is not a floating-point tensor, scales is not a sequence of numbers, group is not a
             process group.
-        ValueError: shapes do not broadcast, devices differ, there are fewer than two rows (biased: one), estimator is
-            unknown, or scales is empty or has a number not above 0.
+        ValueError: shapes do not broadcast, devices differ, there are fewer than two rows (biased: one), estimator or
+            scale is unknown, or scales is empty or has a number not above 0.
 
     Source: Rustamov 2019, "Closed-form Expressions for Maximum Mean Discrepancy with Applications to Wasserstein
     Auto-Encoders", arXiv:1901.03227; of points also Baringhaus and Henze 1988, "A consistent test for multivariate
@@ -79,18 +83,18 @@ def mmd_normal(
     >>> fastkl.mmd_normal(mu, scales=[1.0])  # 1 - 2 (2/3) + 2/4
     tensor(0.1667)
     """
-    (logvar,) = arguments.as_tensors(mu, logvar)
-    arguments.check_tensors(mu=mu, **({} if logvar is None else {"logvar": logvar}))
+    (given,) = arguments.as_tensors(mu, logvar)
+    arguments.check_tensors(mu=mu, **({} if given is None else {"logvar": given}))
     scales = _mmd.check_scales(scales)
-    shape = arguments.broadcast_shape(mu=mu, logvar=logvar)
+    shape = arguments.broadcast_shape(mu=mu, logvar=given)
     arguments.check_choice("estimator", estimator, reference.MMD_ESTIMATORS)
-    dtype = reference.compute_dtype(mu, logvar)  # cast first: gradients of both parts are summed in this dtype
-    tensors = [_mmd.check_points("mu", t.to(dtype).expand(shape)) for t in (mu, logvar) if t is not None]
-    tensors, _ = _group.gather(group, *tensors)
-    mu, logvar = (*tensors, None)[:2]
-    unbiased = _mmd.check_estimator(estimator, mu=mu.shape[0])
-    if logvar is None:
-        pairs = _mmd.mmd(mu, mu[:0].detach(), "rbf", scales, unbiased)
+    given = as_logvar("scale", given, scale, mu)
+    dtype = reference.compute_dtype(mu, given)  # cast first: gradients of both parts are summed in this dtype
+    tensors = [_mmd.check_points("mu", t.to(dtype).expand(shape)) for t in (mu, given) if t is not None]
+    (points, *logvars), _ = _group.gather(group, *tensors)
+    unbiased = _mmd.check_estimator(estimator, mu=points.shape[0])
+    if logvars:
+        pairs = _mmd_posteriors.mean_kernel(points, logvars[0], scales, unbiased)
     else:
-        pairs = _mmd_posteriors.mean_kernel(mu, logvar, scales, unbiased)
-    return (pairs + _terms(mu, logvar, scales)).to(dtype)
+        pairs = _mmd.mmd(points, points[:0].detach(), "rbf", scales, unbiased)
+    return (pairs + _terms(points, logvars[0] if logvars else None, scales)).to(dtype)

@@ -10,7 +10,9 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _group
-from fastkl.ops._register import apply, differentiable, needs_closed_form, register, same, without_autocast
+from fastkl.ops._call import apply, needs_closed_form
+from fastkl.ops._register import differentiable, register, same, without_autocast
+from fastkl.ops._scales import as_logvar
 from fastkl.ops.pairs import _few_pairs_normal as few_pairs
 from fastkl.ops.pairs import _pairwise_normal as pairwise
 from fastkl.reference import Decomposition
@@ -18,8 +20,9 @@ from fastkl.reference import Decomposition
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# z is [n, D], mu and logvar [B, D] are the whole batch's; row i of z was drawn from posterior first + i.
-_INPUTS = "Tensor z, Tensor mu, Tensor logvar, SymInt first, SymInt dataset_size, bool stratified"
+# z is [n, D], mu and logvar [B, D] are the whole batch's; row i of z was drawn from posterior first + i. The sums over
+# posteriors, [n] and [n, D], are those that the forward op returns for the backward op.
+INPUTS, SETTINGS = "Tensor z, Tensor mu, Tensor logvar", "SymInt first, SymInt dataset_size, bool stratified"
 WEIGHTS = ("mss", "mws")
 
 
@@ -42,21 +45,21 @@ def _fake_forward(z, mu, logvar, first, dataset_size, stratified) -> list[Tensor
 
 @without_autocast
 def _backward(
-    z, mu, logvar, first, dataset_size, stratified, dmutual, dtotal, ddimension, joint_sum, marginal_sum
-) -> list[Tensor]:
+    dmutual, dtotal, ddimension, z, mu, logvar, joint_sum, marginal_sum, dz, dmu, dlogvar, first, dataset_size,
+    stratified,
+) -> None:  # fmt: skip
+    outputs = (dz, dmu, dlogvar)
     if z.shape[0] == 0:
-        return [torch.zeros_like(tensor) for tensor in (z, mu, logvar)]
+        for output in outputs:
+            output.zero_()
+        return
     coefficients = [tensor.to(joint_sum.dtype) for tensor in coefficients_of(dmutual, dtotal, ddimension)]
     # A sum with its sign turned, of a row far from its own posterior, takes the sweep, and so does one that is NaN.
     few = z.numel() * mu.shape[0] <= few_pairs.MOST and (joint_sum > 0).all()
     way, pairs = (few_pairs, few_pairs.Pairs) if few else (pairwise, pairwise.Sweep)
     prepared = pairs(z, mu, logvar, first, dataset_size, stratified)
-    found = way.gradients(prepared, coefficients, joint_sum, marginal_sum)
-    return [arguments.match(gradient, tensor) for gradient, tensor in zip(found, (z, mu, logvar))]
-
-
-def _fake_backward(z, mu, logvar, *_) -> list[Tensor]:
-    return [torch.empty_like(tensor) for tensor in (z, mu, logvar)]
+    for output, gradient in zip(outputs, way.gradients(prepared, coefficients, joint_sum, marginal_sum)):
+        output.copy_(gradient)
 
 
 def coefficients_of(dmutual: Tensor, dtotal: Tensor, ddimension: Tensor) -> list[Tensor]:
@@ -84,18 +87,31 @@ def _gradients(z, mu, logvar, first, dataset_size, stratified, dmutual, dtotal, 
     return [g.to(tensor.dtype) for g, tensor in zip((dz, dmean.sum(0), dlogvar.sum(0)), inputs)]
 
 
+def _kernels():
+    from fastkl.kernels.pairs import total_correlation
+
+    return total_correlation
+
+
+def _loops():
+    from fastkl.native import pairs
+
+    return pairs
+
+
 total_correlation_fwd = register(
-    f"total_correlation_fwd({_INPUTS}) -> Tensor[]",
+    f"total_correlation_fwd({INPUTS}, {SETTINGS}) -> Tensor[]",
     closed_form=_forward,
     fake=_fake_forward,
-    kernel="pairs.total_correlation.fwd",
+    kernel=lambda: _kernels().fwd,
+    native=lambda: _loops().total_correlation_fwd,
 )
 total_correlation_bwd = register(
-    f"total_correlation_bwd({_INPUTS}, Tensor dmutual, Tensor dtotal, Tensor ddimension, Tensor joint_sum, "
-    "Tensor marginal_sum) -> Tensor[]",
+    f"total_correlation_bwd(Tensor dmutual, Tensor dtotal, Tensor ddimension, {INPUTS}, Tensor joint_sum, "
+    f"Tensor marginal_sum, Tensor(a!) dz, Tensor(b!) dmu, Tensor(c!) dlogvar, {SETTINGS}) -> ()",
     closed_form=_backward,
-    fake=_fake_backward,
-    kernel="pairs.total_correlation.bwd",
+    kernel=lambda: _kernels().bwd,
+    native=lambda: _loops().total_correlation_bwd,
 )
 
 
@@ -118,15 +134,15 @@ class _TotalCorrelation(torch.autograd.Function):
         if needs_closed_form(*given):
             gradients = _gradients(z, mu, logvar, *ctx.settings, *given)
         else:
-            gradients = total_correlation_bwd(z, mu, logvar, *ctx.settings, *given, joint_sum, marginal_sum)
+            gradients = [torch.empty_like(tensor) for tensor in (z, mu, logvar)]
+            total_correlation_bwd(*given, z, mu, logvar, joint_sum, marginal_sum, *gradients, *ctx.settings)
         return (*gradients, *[None] * len(ctx.settings))
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
         """One call per example, because each example is a separate batch."""
         examples = arguments.examples(info.batch_size, in_dims, inputs)
-        results = [apply(_TotalCorrelation, *example) for example in examples]
-        return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * 5
+        return arguments.stacked([apply(_TotalCorrelation, *example) for example in examples])
 
 
 differentiable("total_correlation_fwd", _TotalCorrelation, same)
@@ -134,7 +150,7 @@ differentiable("total_correlation_fwd", _TotalCorrelation, same)
 
 def total_correlation(
     z: Tensor, mu: Tensor | float, logvar: Tensor | float, dataset_size: int, *, weights: str = "mss",
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | None = None, scale: str = "logvar",
 ) -> Decomposition:  # fmt: skip
     """Estimates of the three parts of the KL to N(0, I): mutual information, total correlation, dimension-wise KL.
 
@@ -152,6 +168,7 @@ def total_correlation(
             all weigh 1 / (dataset_size N), which is not normalised, as published.
         group: a torch.distributed process group; the batch is then that of all its processes (posteriors in order of
             rank). None means this process's batch.
+        scale: the meaning of logvar: "logvar", "log_std", "std" or "softplus" (sigma = softplus of it).
 
     Returns:
         (mutual_information, total_correlation, dimension_wise_kl), [N] each, in nats, whose means are the
@@ -161,7 +178,7 @@ def total_correlation(
     Raises:
         TypeError: an argument is not a floating-point tensor, dataset_size is not an int, group is not a process group.
         ValueError: z is not [N, D], mu or logvar does not broadcast to it, devices differ, the batch has size 1,
-            dataset_size is smaller than the batch, or weights is unknown.
+            dataset_size is smaller than the batch, or weights or scale is unknown.
 
     Source: Chen et al. 2018, "Isolating Sources of Disentanglement in Variational Autoencoders", arXiv:1802.04942,
     equation 2 and appendix C.
@@ -171,16 +188,17 @@ def total_correlation(
     >>> fastkl.total_correlation(mu, mu, logvar, 2).mutual_information  # ln 2: z tells which of two it belongs to
     tensor([0.6931, 0.6931])
     """
-    mu, logvar = arguments.as_tensors(z, mu, logvar)
-    arguments.check_tensors(z=z, mu=mu, logvar=logvar)
+    means, logvars = arguments.as_tensors(z, mu, logvar)
+    arguments.check_tensors(z=z, mu=means, logvar=logvars)
     if z.dim() != 2:
         raise ValueError(f"z must be [N, D], got shape {tuple(z.shape)}")
-    for name, tensor in (("mu", mu), ("logvar", logvar)):
+    for name, tensor in (("mu", means), ("logvar", logvars)):
         if not arguments.fits(tensor, z.shape):
             raise ValueError(f"{name} {tuple(tensor.shape)} does not broadcast to z's shape {tuple(z.shape)}")
     dataset_size = arguments.check_int("dataset_size", dataset_size, 1)
     stratified = arguments.check_choice("weights", weights, WEIGHTS) == "mss"
-    posteriors, first = [arguments.expand(tensor, z.shape) for tensor in (mu, logvar)], 0
+    logvars = as_logvar("scale", logvars, scale, z, means)
+    posteriors, first = [arguments.expand(tensor, z.shape) for tensor in (means, logvars)], 0
     if group is not None:
         posteriors, first = _group.gather(group, *posteriors)
     batch = posteriors[0].shape[0]

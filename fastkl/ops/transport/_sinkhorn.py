@@ -148,8 +148,8 @@ class Products(Softmin):
 
 def potentials(problem: Softmin, schedule: list[float], pulls: bool):
     """(f, g, pulls of x, pulls of y) at the last temperature, as `update` returns them."""
-    zeros = [points.weights.new_zeros(points.at.shape[0], dtype=torch.float64) for points in (problem.x, problem.y)]
-    f, g, *_ = problem.update(*zeros, schedule[0])
+    f, g = (cloud.weights.new_zeros(cloud.at.shape[0], dtype=torch.float64) for cloud in (problem.x, problem.y))
+    f, g, *_ = problem.update(f, g, schedule[0])
     for eps in schedule:
         new_f, new_g, *_ = problem.update(f, g, eps)
         f, g = 0.5 * (f + new_f), 0.5 * (g + new_g)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
-from fastkl.ops._register import apply, without_autocast
-from fastkl.ops._torch import forward_mode
+from fastkl.ops._register import without_autocast
+from fastkl.ops._sharding import by_parts
+from fastkl.ops._sweep import Sweep
 from fastkl.ops.transport._sinkhorn import Points, Products, Softmin, potentials
 
 
 @without_autocast
 @torch.no_grad()
-def solve(x, y, weights_x, weights_y, blur, scaling, debias, diameter, final_updates, pulls) -> list[Tensor]:
-    """[divergence, potential on x [N], on y [M]], with `pulls` also the gradients in x and y over their weights."""
+def solve(
+    x: Tensor, y: Tensor, weights_x: Tensor, weights_y: Tensor, blur: float, scaling: float, debias: bool,
+    diameter: float, final_updates: int, *wanted: bool,
+) -> list[Tensor]:  # fmt: skip
+    """[divergence, its gradients in those of x, y, weights_x and weights_y that are wanted], all from the last update.
+    A gradient in weights is the potential."""
     dtype = reference.compute_dtype(x, y, weights_x, weights_y)
     clouds = [Points(at.to(dtype), weights.to(dtype)) for at, weights in ((x, weights_x), (y, weights_y))]
     if diameter < 0:
@@ -23,21 +31,20 @@ def solve(x, y, weights_x, weights_y, blur, scaling, debias, diameter, final_upd
         if diameter == float("inf"):
             raise ValueError("x and y must lie in a box of finite size, got one with an infinite diagonal")
     schedule = reference.sinkhorn_schedule(diameter, blur, scaling, final_updates)
-    make = Softmin
+    make: Callable[[Points, Points], Softmin] = Softmin
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        centre = torch.cat([at.double() for at, _ in clouds]).mean(0)
-
-        def make(*pair):
-            return Products(*pair, centre)
-
-    found = list(potentials(make(*clouds), schedule, pulls))
+        make = functools.partial(Products, centre=torch.cat([at.double() for at, _ in clouds]).mean(0))
+    pulls = any(wanted[:2])
+    *both, pull_x, pull_y = potentials(make(*clouds), schedule, pulls)
+    moved = [pull_x, pull_y]
     if debias:
         for index, cloud in enumerate(clouds):
-            own = potentials(make(cloud, cloud), schedule, pulls)
-            found[index] = found[index] - own[0]
-            found[index + 2] = found[index + 2] - own[2] if pulls else None
-    value = sum((cloud.weights.double() * f.double()).sum() for cloud, f in zip(clouds, found))
-    return [tensor.to(dtype) for tensor in (value, *found) if tensor is not None]
+            potential, _, pull, _ = potentials(make(cloud, cloud), schedule, pulls)
+            both[index] = both[index] - potential
+            moved[index] = moved[index] - pull if pulls else None
+    value = torch.stack([(cloud.weights.double() * f.double()).sum() for cloud, f in zip(clouds, both)]).sum()
+    gradients = [cloud.weights.unsqueeze(1) * pull if pulls else None for cloud, pull in zip(clouds, moved)] + both
+    return [value.to(dtype), *(gradient.to(dtype) for gradient, want in zip(gradients, wanted) if want)]
 
 
 def _diameter(x: Points, y: Points) -> Tensor:
@@ -46,64 +53,11 @@ def _diameter(x: Points, y: Points) -> Tensor:
     return torch.linalg.vector_norm(highest - torch.minimum(x.at.amin(0), y.at.amin(0)))
 
 
-class _Once(torch.autograd.Function):
-    """The gradient unchanged. Its own gradient, which the envelope theorem does not give, raises an error."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(gradient, x, y):
-        return gradient.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, gradient):
-        raise RuntimeError(
-            "sinkhorn_divergence has no second derivative: its gradient holds for potentials that have converged, and "
-            "how these move with the points is not known"
-        )
-
-
-class _SinkhornDivergence(torch.autograd.Function):
-    """The gradient is computed with the value, from the same last update."""
-
-    @staticmethod
-    def forward(x, y, weights_x, weights_y, blur, scaling, debias, diameter, final_updates, pulls):
-        return tuple(solve(x, y, weights_x, weights_y, blur, scaling, debias, diameter, final_updates, pulls))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:4], *output[1:])
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.settings = inputs[4:9]
-
-    @staticmethod
-    def backward(ctx, dvalue, *_):
-        if dvalue is None:
-            return (None,) * 10
-        saved = ctx.saved_tensors
-        inputs, kept = saved[:4], saved[4:]
-        if len(kept) == 2 and any(ctx.needs_input_grad[:2]):  # it was not known that they would be wanted
-            kept = solve(*inputs, *ctx.settings, True)[1:]
-        f, g, *pulls = kept
-        found = [None if not pulls else w.unsqueeze(1) * pull for w, pull in zip(inputs[2:], pulls or (None, None))]
-        gradients = []
-        for gradient, like, wanted in zip((*found, f, g), inputs, ctx.needs_input_grad):
-            if wanted and (torch.is_grad_enabled() or forward_mode()):
-                gradient = apply(_Once, gradient, *inputs[:2])
-            gradients.append((dvalue * gradient).to(like.dtype) if wanted else None)
-        return *gradients, *[None] * 6
-
-    @staticmethod
-    def vmap(info, in_dims, x, y, weights_x, weights_y, *settings):
-        tensors = arguments.examples(info.batch_size, in_dims, (x, y, weights_x, weights_y))
-        each = [apply(_SinkhornDivergence, *example, *settings) for example in tensors]
-        outputs = tuple(torch.stack(outputs) for outputs in zip(*each))
-        return outputs, (0,) * len(outputs)
+SINKHORN = Sweep(
+    solve,
+    once="sinkhorn_divergence has no second derivative: its gradient holds for potentials that have converged, and how "
+    "these move with the points and weights is not known",
+)
 
 
 def _weights(name: str, weights: Tensor | None, points: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,15 +76,12 @@ def _check_masses(weights_x: Tensor, weights_y: Tensor) -> None:
     for name, weights in (("weights_x", weights_x), ("weights_y", weights_y)):
         if arguments.number_in((weights >= 0).all()) is False:
             raise ValueError(f"{name} must be 0 or more")
-    masses = [arguments.number_in(weights.detach().double().sum()) for weights in (weights_x, weights_y)]
-    if None in masses:
-        return
-    if not abs(masses[0] - masses[1]) <= 1e-2 * max(masses) or masses[0] == 0:
-        raise ValueError(
-            f"weights_x and weights_y must have the same sum above 0, got {masses[0]:.6g} and {masses[1]:.6g}"
-        )
+    x, y = (arguments.number_in(weights.detach().double().sum()) for weights in (weights_x, weights_y))
+    if x is not None and y is not None and (not abs(x - y) <= 1e-2 * max(x, y) or x == 0):
+        raise ValueError(f"weights_x and weights_y must have the same sum above 0, got {x:.6g} and {y:.6g}")
 
 
+@by_parts
 def sinkhorn_divergence(
     x: Tensor, y: Tensor, blur: float = 0.05, *, weights_x: Tensor | None = None, weights_y: Tensor | None = None,
     scaling: float = 0.5, debias: bool = True, diameter: float | None = None, final_updates: int = 0,
@@ -189,5 +140,4 @@ def sinkhorn_divergence(
     weights = [_weights(*each, dtype) for each in (("weights_x", weights_x, x), ("weights_y", weights_y, y))]
     if given:
         _check_masses(*weights)
-    pulls = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    return apply(_SinkhornDivergence, x, y, *weights, blur, scaling, bool(debias), diameter, final_updates, pulls)[0]
+    return SINKHORN.value([blur, scaling, bool(debias), diameter, final_updates], x, y, *weights)

@@ -9,7 +9,9 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
-from fastkl.ops._register import apply, needs_closed_form, no_autocast
+from fastkl.ops._register import no_autocast
+from fastkl.ops._sharding import by_parts
+from fastkl.ops._sweep import Sweep
 from fastkl.ops._torch import forward_mode, known_equal
 from fastkl.ops.normal.rsample_normal import draw_normal
 
@@ -47,13 +49,14 @@ def _sums_of_pieces(values: Tensor, pieces: Tensor, n: int) -> Tensor:
 
 
 def _block(
-    x: Tensor, y: Tensor, unit: Tensor, p: float, wants: tuple[bool, bool]
+    x: Tensor, y: Tensor, unit: Tensor, p: float, wanted: tuple[bool, ...]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """(sum over projections of W_p^p, its requested gradients in x and y), differentiable."""
+    """(sum over projections of W_p^p, its wanted gradients in x and y), differentiable."""
     n, m = x.shape[0], y.shape[0]
     (first, first_order), (second, second_order) = (_sort(unit @ points.T) for points in (x, y))
+    mass: Tensor | float = 1 / n
+    pieces: list[Tensor] = []
     if known_equal(n, m):
-        mass, pieces = 1 / n, None
         difference = first - second
     else:
         lengths, *pieces = reference.quantile_segments(n, m, x.device)
@@ -64,83 +67,46 @@ def _block(
     else:
         size = difference.abs()
         power, slope = size**p, p * size ** (p - 1) * difference.sign()
-    value = (power * mass).sum()
-    gradients = []
-    for index, (order, want) in enumerate(zip((first_order, second_order), wants)):
+    gradients: list[Tensor | None] = []
+    for index, (order, want) in enumerate(zip((first_order, second_order), wanted)):
         if not want:
             gradients.append(None)
             continue
         moved = (1 - 2 * index) * mass * slope
-        if pieces is not None:
+        if pieces:
             moved = _sums_of_pieces(moved, pieces[index], order.shape[1])
         gradients.append(torch.zeros_like(moved).scatter(1, order, moved).T @ unit)
-    return value, gradients
+    return (power * mass).sum(), gradients
 
 
-def _blocks(x: Tensor, y: Tensor, unit: Tensor, p: float, wants: tuple[bool, bool]) -> list[Tensor]:
-    """[mean over projections of W_p^p, its requested gradients], computed by blocks of projections."""
+def _blocks(x: Tensor, y: Tensor, unit: Tensor, p: float, *wanted: bool) -> list[Tensor]:
+    """[mean over projections of W_p^p, its wanted gradients], computed by blocks of projections. Sorting takes most of
+    the time, and gives both."""
     x, y = x.to(unit.dtype), y.to(unit.dtype)
-    if torch.compiler.is_compiling():  # no split by size in a graph, whose N may vary
-        blocks = [unit]
-    else:
-        blocks = unit.split(
-            max(1, CHUNK.get(x.device.type, CHUNK["cuda"]) // (POINT_BYTES * (x.shape[0] + y.shape[0])))
-        )
-    value, totals = 0.0, [None, None]
+    blocks = [unit]
+    if not torch.compiler.is_compiling():  # no split by size in a graph, whose N may vary
+        most = CHUNK.get(x.device.type, CHUNK["cuda"])
+        blocks = list(unit.split(max(1, most // (POINT_BYTES * (x.shape[0] + y.shape[0])))))
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    totals: list[Tensor] = []
     for block in blocks:
-        part, gradients = _block(x, y, block, p, wants)
-        value = value + part.double()
-        totals = [g if total is None else total + g for total, g in zip(totals, gradients)]
-    count = unit.shape[0]
-    return [(value / count).to(unit.dtype), *(total / count for total in totals if total is not None)]
+        part, gradients = _block(x, y, block, p, wanted)
+        total = total + part.double()
+        found = [gradient for gradient in gradients if gradient is not None]
+        totals = [a + b for a, b in zip(totals, found)] if totals else found
+    return [(sum_ / unit.shape[0]).to(unit.dtype) for sum_ in (total, *totals)]
 
 
-class _SlicedWasserstein(torch.autograd.Function):
-    """The gradient is computed in the forward pass, which has the sorted order: sorting takes most of the time."""
-
-    @staticmethod
-    def forward(x, y, unit, p, wants_x, wants_y):
-        return tuple(_blocks(x, y, unit, p, (wants_x, wants_y)))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:3], *output[1:])
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.p, ctx.kept = inputs[3], inputs[4:]
-
-    @staticmethod
-    def backward(ctx, dvalue, *_):
-        if dvalue is None:
-            return (None,) * 6
-        x, y, unit, *gradients = ctx.saved_tensors
-        wants = tuple(ctx.needs_input_grad[:2])
-        if needs_closed_form(dvalue):
-            _, gradients = _block(x.to(unit.dtype), y.to(unit.dtype), unit, ctx.p, wants)
-            gradients = [None if g is None else g / unit.shape[0] for g in gradients]
-        else:
-            kept = ctx.kept
-            if any(want and not have for want, have in zip(wants, kept)):  # not requested at the time of the forward
-                gradients, kept = _blocks(x, y, unit, ctx.p, wants)[1:], wants
-            remaining = iter(gradients)
-            gradients = [next(remaining) if have else None for have in kept]
-        scaled = [
-            (dvalue * gradient).to(points.dtype) if want else None
-            for gradient, points, want in zip(gradients, (x, y), wants)
-        ]
-        return *scaled, None, None, None, None
-
-    @staticmethod
-    def vmap(info, in_dims, x, y, unit, p, wants_x, wants_y):
-        settings = (p, wants_x, wants_y)
-        each = [
-            apply(_SlicedWasserstein, *tensors, *settings)
-            for tensors in arguments.examples(info.batch_size, in_dims, (x, y, unit))
-        ]
-        outputs = tuple(torch.stack(outputs) for outputs in zip(*each))
-        return outputs, (0,) * len(outputs)
+def _gradients(x: Tensor, y: Tensor, unit: Tensor, p: float, *wanted: bool) -> list[Tensor | None]:
+    """The wanted gradients in x, y and (never) in the directions, in differentiable torch ops."""
+    _, gradients = _block(x.to(unit.dtype), y.to(unit.dtype), unit, p, wanted)
+    return [None if gradient is None else gradient / unit.shape[0] for gradient in gradients] + [None]
 
 
+SLICED = Sweep(_blocks, _gradients)
+
+
+@by_parts
 def sliced_wasserstein(
     x: Tensor, y: Tensor, num_projections: int, p: float = 2, seed: int | Tensor | None = None
 ) -> Tensor:
@@ -182,6 +148,5 @@ def sliced_wasserstein(
     zero = torch.zeros((), dtype=reference.compute_dtype(x, y), device=x.device)
     noise = draw_normal(reference.Stream.DIRECTIONS, (num_projections, x.shape[1]), zero, zero, seed)
     unit = reference.directions(noise)
-    wants = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, y))
     with no_autocast(x.device.type):
-        return apply(_SlicedWasserstein, x, y, unit, p, *wants)[0]
+        return SLICED.value([p], x, y, unit)

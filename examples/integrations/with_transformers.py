@@ -1,0 +1,37 @@
+"""A VAE under the Trainer of transformers: `python with_transformers.py`. Needs: pip install transformers accelerate.
+
+The Trainer wants a model whose output is a dict with "loss". A `DiagonalNormal` in it is left alone.
+"""
+
+import tempfile
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+import fastkl
+
+
+class VAE(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = torch.nn.Linear(12, 8), torch.nn.Linear(4, 12)
+
+    def forward(self, x: torch.Tensor) -> dict:
+        q = fastkl.DiagonalNormal.from_packed(self.encoder(x))
+        z, kl = q.rsample_kl()
+        loss = (kl - fastkl.normal_log_prob(x, self.decoder(z), 0.0)).mean()
+        return {"loss": loss, "posterior": q}
+
+
+torch.manual_seed(0)
+x = torch.randn(256, 2) @ torch.randn(2, 12)
+with tempfile.TemporaryDirectory() as folder:
+    arguments = TrainingArguments(
+        folder, num_train_epochs=5, per_device_train_batch_size=32, learning_rate=1e-2, bf16=True, use_cpu=True,
+        report_to=[], save_strategy="no", disable_tqdm=True, remove_unused_columns=False, label_names=[],
+    )  # fmt: skip
+    vae = VAE()
+    before = vae(x)["loss"].item()
+    Trainer(vae, arguments, train_dataset=[{"x": row} for row in x]).train()
+out = vae(x)
+print(f"loss {before:.2f} -> {out['loss'].item():.2f}, KL {out['posterior'].kl().mean().item():.2f} nats")
