@@ -60,8 +60,9 @@ def _make(name: str, form: str, rows: tuple, weights: tuple, components: tuple, 
     return Plan(found, struct.pack(f"{len(numbers)}q", *numbers), pack, dtype=wide)
 
 
-def _run(name: str, form: str, rows, weights, components, dlogvars, results) -> Plan | None:
-    """Run the C function. `results` makes ln p, ln p as double and the responsibilities (or None) from the dtype."""
+def _run(name: str, form: str, rows, weights, components, dlogvars, results):
+    """Run the C function. results(dtype) makes ln p, ln p as double and the responsibilities, each may be None; they are
+    returned, or NotImplemented."""
     key = ("mixture", name, form, *known((*rows, *weights, *components, dlogvars)))
     try:
         plan = plans[key]
