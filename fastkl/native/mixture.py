@@ -61,8 +61,8 @@ def _make(name: str, form: str, rows: tuple, weights: tuple, components: tuple, 
 
 
 def _run(name: str, form: str, rows, weights, components, dlogvars, results):
-    """Run the C function. results(dtype) makes ln p, ln p as double and the responsibilities, each may be None; they are
-    returned, or NotImplemented."""
+    """Run the C function and return results(dtype), or NotImplemented. These are ln p, ln p as double and the
+    responsibilities; each may be None."""
     key = ("mixture", name, form, *known((*rows, *weights, *components, dlogvars)))
     try:
         plan = plans[key]
