@@ -35,7 +35,8 @@ class _Block:
         self.rows, self.data, self.size = slice(first, last), data, mu.shape[1]
         self.mu, self.logvar = mu[first:last].to(self.dtype), logvar[first:last].to(self.dtype)
         self.sigma = torch.exp(0.5 * self.logvar)
-        self.mixture = Mixture(*(None if t is None else t.to(self.dtype) for t in self.of(mixture)))
+        wide: Iterator[Any] = (None if t is None else t.to(self.dtype) for t in self.of(mixture))
+        self.mixture = Mixture(*wide)
 
     def of(self, parameters: Iterable[Tensor | None]) -> Iterator[Any]:
         """Their parts for the block's data."""
