@@ -44,6 +44,14 @@ def test_a_file_is_read_in_one_sitting(path):
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_every_function_of_the_host_has_types(path):
+    """mypy reads no function without them."""
+    device = {f.name for f in device_functions(path.read_text())}
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    assert [f.name for f in functions if f.name not in device and f.returns is None] == []
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
 def test_no_function_calls_itself(path):
     """Triton 3.4 looks for what a function calls without end, even if a constant keeps the call from being compiled."""
     assert [f.name for f in device_functions(path.read_text()) if recursive(f)] == []

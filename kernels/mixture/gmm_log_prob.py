@@ -38,7 +38,7 @@ def module(
     return None
 
 
-def has_kernel(means, scale_tril, form, dtype):
+def has_kernel(means: Tensor, scale_tril: Tensor | None, form: str, dtype: torch.dtype) -> bool:
     """Full covariances have one for a mixture that all rows share; convolved, each row and component is a matrix."""
     if scale_tril is None:
         return True
