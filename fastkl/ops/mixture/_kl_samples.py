@@ -38,7 +38,7 @@ class _Block:
         self.mixture = Mixture(*self.of(mixture))
 
     def of(self, parameters: Iterable[Tensor | None]) -> Iterator[Any]:
-        """Their parts for the block's data."""
+        """The parts of the parameters for the block's data."""
         return (t if t is None or t.shape[0] == 1 else t[self.data] for t in parameters)
 
     def samples(self, seed: Tensor, num_samples: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -80,7 +80,7 @@ def _fake_forward(mu, logvar, seed, logits, means, logvars, scale_tril, *setting
 
 
 def _add_gradients(z: Tensor, dlp: Tensor, mixture: Mixture, precision: str, total: Gradients) -> None:
-    """Add those of sum dlp ln p(z)."""
+    """Add the gradients of sum dlp ln p(z) to `total`."""
     _, lp, responsibilities = (*values(z, None, *mixture, "point", precision, keep_for([z], mixture)), None)[:3]
     if not at_once.is_small(z, mixture):
         sweep = Sweep(z, None, mixture, "point", precision)
