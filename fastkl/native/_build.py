@@ -89,7 +89,7 @@ def folder() -> Path:
     try:
         if given := os.environ.get("FASTKL_CACHE"):
             path = Path(given).expanduser().absolute()
-        else:  # relative paths are invalid: XDG says so, and without a home "~" stays relative
+        else:  # XDG forbids relative paths, and without a home directory "~" stays relative
             path = Path(base if os.path.isabs(base) else Path.home() / ".cache", "fastkl")
     except RuntimeError as error:
         raise OSError(str(error)) from None

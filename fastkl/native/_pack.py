@@ -1,4 +1,4 @@
-"""Calls to C with as little Python as possible, which is what takes the time for small latents."""
+"""Calls to C with as little Python as possible, because Python takes most of the time for small latents."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Plan(NamedTuple):
     pack: Callable  # packs the addresses
     low: float = 0.0
     high: float = 0.0
-    dtype: torch.dtype = torch.float32  # compute dtype, also of one value per row
-    result: tuple[int, ...] = ()  # its shape
+    dtype: torch.dtype = torch.float32  # the compute dtype, and that of one value per row
+    result: tuple[int, ...] = ()  # the shape of this value
 
     def run(self, *tensors: Tensor | None) -> None:
         """Call with all tensors of the C function, None for a missing one."""

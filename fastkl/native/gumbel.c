@@ -1,5 +1,5 @@
-/* Gumbel-Softmax on a CPU, with logits [rows, classes, inner]. fastkl.reference.discrete defines each op. The method is
- * that of fastkl.kernels, with blocks that fit the cache. Noise is never stored but drawn again. */
+/* Gumbel-Softmax on a CPU, with logits [rows, classes, inner]. fastkl.reference.categorical defines each op. The method is
+ * that of fastkl.kernels, with blocks that fit the cache. Noise is drawn again instead of stored. */
 
 #pragma GCC diagnostic ignored "-Wunused-function" /* functions of the headers that only other sources use */
 #include "functions.h"
@@ -308,7 +308,7 @@ static void combine(void *context, int64_t strip) {
         for (int64_t i = 0; i < p->chunks; i++) {
             double *mine = found + i * step;
             REAL w = weight((REAL)((mine[0] - base) * p->sharpness));
-            if (p->limit && w == 1 && total >= 1) w = 0; /* the first maximum was in a chunk before */
+            if (p->limit && w == 1 && total >= 1) w = 0; /* an earlier chunk has the first maximum */
             if (!p->logits.data) w = 1;
             total += mine[lanes] * w;
             if (p->dy.data) dot += mine[2 * lanes] * w;

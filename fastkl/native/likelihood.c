@@ -1,5 +1,5 @@
 /* Log-likelihoods on a CPU, normal and Bernoulli, and their gradients, in one pass over memory.
- * fastkl.reference.likelihoods defines each op. The method is that of fastkl.kernels, with tiles that fit the cache. */
+ * fastkl.reference.likelihood defines each op. The method is that of fastkl.kernels, with tiles that fit the cache. */
 
 #include "functions.h"
 #include "tiles.h"
@@ -67,7 +67,7 @@ static void put(const tensor *t, int64_t row, double value) {
     copy_row(t, &(tile){row, 0, 1, 1}, 0, &own, 1);
 }
 
-/* Sum a tile's rows: complete rows to `out`, a part of a row longer than a tile to `total`. */
+/* Sum a tile's rows: complete rows into `out`, a part of a row longer than a tile into `total`. */
 static void sum_rows(const problem *p, tile at, const REAL *values, const tensor *out, double *total) {
     if (at.columns == p->shape.columns) {
         REAL own[TILE];

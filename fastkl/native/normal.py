@@ -62,7 +62,7 @@ def make(name: str, settings: tuple, tensors: tuple) -> Plan | None:
     return prepare("normal", name, numbers, mu.shape, event_ndim, tensors, strides, 1, **more)
 
 
-# For small latents the time goes into Python, so these two pass over their tensors once and call C directly.
+# Python takes most of the time for small latents, so these two pass over their tensors once and call C directly.
 
 
 def _value(distance: int, per_column: bool, mu, parameter, prior_mu, prior_logvar, *settings):
@@ -119,7 +119,7 @@ def _gradients(settings: tuple, seed, inputs: tuple, incoming: tuple, outputs: t
 
 
 def _samples(settings: tuple, mu, parameter, prior_mu, prior_logvar, eps, seed, *, with_value: bool):
-    """(z, value), the value None if not wanted; or NotImplemented."""
+    """(z, value), or NotImplemented. The value is None if it is not wanted."""
     if seed is not None and mu.dtype is torch.float64:
         return NotImplemented
     inputs, num_samples = (mu, parameter, prior_mu, prior_logvar, eps), settings[7]

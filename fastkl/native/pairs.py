@@ -1,4 +1,4 @@
-"""Arguments of pairs.c: mmd; and of total_correlation.c."""
+"""Arguments of pairs.c (mmd) and of total_correlation.c."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _plan(x: Tensor, y: Tensor, kernel: str, scales: list[float], unbiased: bool
         return plans[key]
     except KeyError:
         pass
-    # The sizes in common are of the larger of the two; C gets the rows of each apart.
+    # The plan has the sizes of the larger batch. C gets the number of rows of each batch separately.
     shape = (max(len(x), len(y)), x.shape[1])
     count = len(scales)
     bits = struct.unpack(f"{count}q", struct.pack(f"{count}d", *scales))

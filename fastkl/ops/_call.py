@@ -1,4 +1,4 @@
-"""How a call runs: a check that suffices for the common call, the autograd.Function, and the implementation.
+"""The path of a call: a check that suffices for the common call, the autograd.Function, and the implementation.
 
 A public function calls `apply` with its Function, whose forward and backward call the ops that `_register.register`
 returned. In eager mode each of them goes straight to the implementation for its tensors' device.
@@ -27,10 +27,10 @@ NATIVE: dict[str, Callable[..., Any]] = {}
 TRITON: dict[str, Callable[..., Any]] = {}
 CPU: dict[str, Callable[..., Any]] = {}
 
-# Ops of which the compiler gets the closed form on a CPU, for up to this many numbers. It fuses that with its
-# neighbours, and a call of an op from compiled code costs more than a small latent's arithmetic: the step of a VAE with
-# latents [128, 64] took 1.3 times as long with the op. From [1024, 64] on that makes no difference, and then the loop
-# in C is faster.
+# On a CPU the compiler gets the closed form of these ops, up to this many numbers. It fuses the closed form with the
+# operations around it. For a small latent, the call of an op from compiled code costs more than the arithmetic: the
+# step of a VAE with latents [128, 64] took 1.3 times as long with the op. From [1024, 64] on the cost of
+# the call does not matter, and the loop in C is faster.
 FUSED, FUSED_NUMBERS = frozenset(("kl_normal_fwd", "kl_normal_bwd")), 1 << 15
 
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
@@ -38,21 +38,22 @@ _PLAIN = _TENSORS | {int, float, bool, str, NoneType}
 
 
 def run(table: dict[str, Callable[..., Any]], name: str, *args: Any) -> Any:
-    """The op by a table's implementation, or by the closed form for what that one does not do."""
+    """Run the op by a table's implementation, or by the closed form if that returns NotImplemented."""
     result = table[name](*args)
     return CLOSED_FORM[name](*args) if result is NotImplemented else result
 
 
 def direct(name: str, dispatched: Callable[..., Any]) -> Callable[..., Any]:
-    """The op, without torch's dispatcher where that is idle and every tensor's values can be read from its memory: no
-    subclass, strided, not lazily negated, not never-written zeros. Saves a third of a small loss's host time."""
+    """The op, called without torch's dispatcher if nothing intercepts the call and the memory of every tensor holds its
+    values: it is strided, no subclass, not lazily negated, and no zero tensor without memory. This saves a third of the
+    host time of a small loss."""
 
     fused = name in FUSED
 
     def op(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             inlined = fused and not torch.compiler.is_exporting() and args[1].is_cpu
-            if inlined and args[1].numel() <= FUSED_NUMBERS:  # asked last: it adds a guard to the graph
+            if inlined and args[1].numel() <= FUSED_NUMBERS:  # checked last, because it adds a guard
                 return CLOSED_FORM[name](*args)
             return dispatched(*args)
         if _torch.modes_active() or _torch.transforms_active() or _torch.profiling() or _torch.tracing():
@@ -70,7 +71,7 @@ def direct(name: str, dispatched: Callable[..., Any]) -> Callable[..., Any]:
                 table = CPU if arg.is_cpu else TRITON if arg.is_cuda else None
         if table is None:
             return dispatched(*args)
-        result = table[name](*args)  # `run` without its call
+        result = table[name](*args)  # `run`, inlined
         return CLOSED_FORM[name](*args) if result is NotImplemented else result
 
     return op
@@ -79,10 +80,10 @@ def direct(name: str, dispatched: Callable[..., Any]) -> Callable[..., Any]:
 def event_ndim_of_common_call(
     event_ndim: int | None, tensors: tuple[Any, ...], scale: str = "logvar", *absent: Any
 ) -> int:
-    """event_ndim, above 0, if the tensors have one shape, dtype and device, and nothing else is given: no check can
-    fail.
+    """event_ndim, which is above 0, if the tensors have one shape, dtype and device, and nothing else is given: then no
+    check can fail. Else 0.
 
-    Else 0. For small latents the full checks take as long as the eager formula's forward pass.
+    For small latents the full checks take as long as the eager formula's forward pass.
     """
     if torch.compiler.is_compiling() or scale not in SCALES:
         return 0
@@ -119,12 +120,12 @@ def needs_closed_form(*cotangents: Tensor | None) -> bool:
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """function.apply(*args), faster. In eager mode without torch.func it bypasses Function.apply, which binds the
-    signature of a Function with setup_context at every call: a third of a small loss's host time.
+    """A faster function.apply(*args). In eager mode without torch.func it bypasses Function.apply, which binds the
+    signature of a Function with setup_context at every call. That takes a third of the host time of a small loss.
 
     forward must name each of its arguments: torch.compile without gradients treats *settings as one argument."""
     sharding: Any = sys.modules.get("torch.distributed.tensor")
-    if sharding is not None and getattr(sharding, "DTensor", None) in {*map(type, args)}:  # is_sharded without its call
+    if sharding is not None and getattr(sharding, "DTensor", None) in {*map(type, args)}:  # is_sharded, inlined
         return _sharding.apply(functools.partial(apply, function), function, args)
     if torch.compiler.is_compiling():
         if _torch.forward_mode():  # without fullgraph, the frame then runs eagerly

@@ -37,13 +37,13 @@ Region = list[slice]  # this process's part of each dimension of a tensor
 class Rule(NamedTuple):
     """How an autograd.Function, or a public function, is sharded."""
 
-    leads: tuple[int, ...] = ()  # indices of the arguments that may lead: of those that are sharded, the first one
-    along: Callable[[tuple, Tensor, int], Places | None] = lambda args, lead, dim: None  # None is to gather
-    draw: Callable[..., Any] | None = None  # calls it with this process's part of the noise, instead of a seed
+    leads: tuple[int, ...] = ()  # indices of the arguments that may lead; the first sharded one does
+    along: Callable[[tuple, Tensor, int], Places | None] = lambda args, lead, dim: None  # None: gather
+    draw: Callable[..., Any] | None = None  # calls the function with this process's part of the noise instead of a seed
 
 
 def _aligned(tensor: Tensor | None, like: Tensor, dim: int) -> int | None:
-    """The dimension of a tensor that broadcasting pairs with `dim` of `like`, if the sizes agree."""
+    """The dimension of a tensor that broadcasting pairs with `dim` of `like`, if the sizes agree; else None."""
     own = -1 if tensor is None else dim - like.dim() + tensor.dim()
     return own if own >= 0 and tensor is not None and tensor.shape[own] == like.shape[dim] else None
 
@@ -84,7 +84,7 @@ def _choice(args: tuple, lead: Tensor, dim: int) -> Places | None:
 
 
 def _draw_choice(call: Callable[..., Any], args: list, shape: list[int], region: Region) -> Any:
-    """As the Function's rule for vmap."""
+    """The choice from drawn noise, as in the Function's rule for vmap."""
     logits, tau, seed, constant, hard, dim, stream = args
     gumbel = sampling.draw_gumbel(seed, torch.Size(shape), stream)[tuple(region)]
     perturbed = logits.to(reference.compute_dtype(logits)) + gumbel
@@ -97,7 +97,7 @@ def _samples(args: tuple, lead: Tensor, dim: int) -> Places | None:
 
 
 def _batch(*events: int, results: tuple[str, ...] = (DATUM,), eps: int = -1) -> Callable[..., Places | None]:
-    """Tensors with a batch that broadcasts, before `events` dimensions of each. A lead has one."""
+    """Tensors whose batches broadcast. `events` has the number of dimensions of each after its batch; 1 for a lead."""
 
     def along(args: tuple, lead: Tensor, dim: int) -> Places | None:
         counts = events or [1 + (args[index].dim() > args[index & 2].dim()) for index in range(4)]
@@ -149,7 +149,7 @@ def apply(call: Callable[..., Any], function: Any, args: tuple) -> Any:
 
     rule = RULES.get(function.__name__, Rule())
     mesh = next(arg.device_mesh for arg in args if isinstance(arg, DTensor))
-    # For each dimension of the mesh: the places, or None to gather; the lead's sharded dimension. The lead's shape.
+    # For each dimension of the mesh: the places (None: gather), and the sharded dimension of the lead. Its shape.
     found: list[Places | None] = [None] * mesh.ndim
     along, shape = [-1] * mesh.ndim, []
     for number, lead in itertools.product(range(mesh.ndim), rule.leads):
@@ -159,7 +159,7 @@ def apply(call: Callable[..., Any], function: Any, args: tuple) -> Any:
             shape = list(args[lead].shape)
 
     def placements(dims: Sequence[Any], shared: Any) -> list[Any]:
-        """From a tensor's sharded dimensions; `shared` where it is not sharded but others are."""
+        """Those of a tensor with these sharded dimensions; `shared` where only other tensors are sharded."""
         parts = [Partial() if dim == SUM else shared if dim is None else Shard(dim) for dim in dims]
         return [Replicate() if places is None else part for places, part in zip(found, parts)]
 
@@ -194,7 +194,7 @@ def apply(call: Callable[..., Any], function: Any, args: tuple) -> Any:
 
 
 def by_parts(function: Function) -> Function:
-    """A public function whose DTensors come to `apply` as they are given, not as a Function gets them."""
+    """Let a public function hand DTensors to `apply` as its caller gave them, before it converts arguments."""
     parameters = inspect.signature(function).parameters
     defaults = {name: each.default for name, each in parameters.items()}
     positional = sum(each.kind is not each.KEYWORD_ONLY for each in parameters.values())
@@ -216,7 +216,7 @@ def by_parts(function: Function) -> Function:
 
 
 def _as_whole(function: Any, index: int, tensor: Tensor, mesh: DeviceMesh) -> DTensor:
-    """A tensor beside DTensors: a seed, of which the mesh's first process decides, or what was a number."""
+    """A plain tensor beside DTensors, as a DTensor: a seed, set by the mesh's first process, or a converted number."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     if not tensor.is_floating_point():

@@ -1,6 +1,6 @@
-"""One autograd.Function of values whose gradients are computed with them, in one sweep over the pairs of a batch.
+"""One autograd.Function for values whose gradients are computed with them, in one sweep over the pairs of a batch.
 
-A value is one number, so it is enough to save its gradients, of the inputs' size.
+A value is one number, so the Function saves only its gradients, which have the inputs' size.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Sweep:
     """A function of up to four tensors and of settings.
 
     compute(*tensors, *settings, *wanted) returns [value, the gradients of the wanted tensors], with a bool in `wanted`
-    for each tensor. gradients(the same) returns a gradient for each tensor in differentiable torch ops, or None for an
-    unwanted one. Without `gradients`, a second derivative raises RuntimeError(once).
+    for each tensor. gradients, with the same arguments, returns a gradient for each tensor in differentiable torch ops,
+    or None for an unwanted one. Without `gradients`, a second derivative raises RuntimeError(once).
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Sweep:
         gradients: Callable[..., Sequence[Tensor | None]] | None = None, *, name: str | None = None, once: str = "",
     ) -> None:  # fmt: skip
         self.compute, self.gradients, self.once = compute, gradients, once
-        if name is not None:  # of the registered op of two tensors that `compute` is
+        if name is not None:  # then `compute` is the registered op of this name, and has two tensors
             differentiable(name, SweepFunction, self.inputs_of_function)
 
     def inputs_of_function(self, first: Any, second: Any, *rest: Any) -> tuple:
@@ -61,14 +61,14 @@ class SweepFunction(torch.autograd.Function):
         if dvalue is None:
             return (None,) * (3 + MOST)
         op, kept, count = ctx.op, ctx.wanted, len(ctx.wanted)
-        saved = ctx.saved_tensors  # once: checkpointing refuses a second time
+        saved = ctx.saved_tensors  # read once: checkpointing refuses a second time
         tensors, found = saved[:count], saved[count:]
         wanted = ctx.needs_input_grad[3 : 3 + count]
         again = needs_closed_form(dvalue)
         if again and op.gradients is not None:
             gradients = op.gradients(*tensors, *ctx.settings, *wanted)
         else:
-            if any(want and not has for want, has in zip(wanted, kept)):  # forward did not know that it is wanted
+            if any(want and not has for want, has in zip(wanted, kept)):  # forward did not compute it
                 _, *found = op.compute(*tensors, *ctx.settings, *wanted)
                 kept = wanted
             remaining = iter(found)

@@ -1,4 +1,4 @@
-"""Training from Python: the loop of `fastkl train`, with data, a model or an objective of your own."""
+"""Training from Python: the loop of `fastkl train` with your own data, model or objective."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def train(
     Args:
         data: an array or tensor [N, features], [N, H, W] or [N, C, H, W]; a pair (data, labels), whose labels serve the
             report only; a dictionary with names such as x, y, x_test and y_test; or a name or path as for
-            `fastkl train --data`. Numbers are scaled as there. None: the digits, or with `resume` the run's own data.
+            `fastkl train --data`, which scales numbers alike. None: the digits, or with `resume` the data of the run.
         out: the folder of the run.
         model: a `fastkl.vae.VAE` of your own encoder [N, *shape] -> [N, 2 * latent, ...] and decoder, trained in place.
         objective: the name of one of `fastkl.objectives`, or a function of (posterior, prior, log_likelihood) that
-            gives a `fastkl.objectives.Loss`, whose terms include "kl" and "reconstruction".
+            returns a `fastkl.objectives.Loss`, whose terms include "kl" and "reconstruction".
         resume: continue the run in `out`, with the same data and model.
-        report, tensorboard: write the report at the end, and events during the run.
+        report, tensorboard: whether to write the report at the end, and TensorBoard events during the run.
         **options: every option of `fastkl train`, with underscores: steps=1000, prior="gmm", precision="bf16".
 
     Returns:
-        The model after the last step; after Ctrl-C, of the steps until then.
+        The model after the last step. Ctrl-C ends training early, and the model of the steps until then is returned.
 
     Raises:
         TypeError: an option is unknown or of a wrong type.

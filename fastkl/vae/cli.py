@@ -52,8 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="fastkl", description="Train variational autoencoders through fastkl.",
-        epilog="fastkl COMMAND --help lists the options of a command.",
+        prog="fastkl", description="Train variational autoencoders with fastkl, and use them.",
+        epilog="`fastkl COMMAND --help` lists the options of a command.",
     )  # fmt: skip
     top.add_argument("--version", action="version", version=f"fastkl {fastkl.__version__} (torch {torch.__version__})")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     train.set_defaults(command=train_command)
     run = train.add_argument_group("the run")
-    run.add_argument("-h", "--help", action="help", help="show this and exit")
+    run.add_argument("-h", "--help", action="help", help="show this help and exit")
     run.add_argument(
         "--out", metavar="PATH", help=f"the run folder (default: {folders.RUNS}/NAME, or the next free number)"
     )

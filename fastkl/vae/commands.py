@@ -1,4 +1,4 @@
-"""`fastkl encode`, `decode`, `sample`, `reconstruct`, `evaluate` and `report`: a run's model on the command line.
+"""The commands that use the model of a run: `fastkl encode`, `decode`, `sample`, `reconstruct`, `evaluate`, `report`.
 
 Arrays are read and written in blocks of rows, so a .npy file may be larger than the memory.
 """
@@ -30,11 +30,11 @@ from fastkl.vae.trained import Trained
 ROWS = 2**22  # numbers in a block of rows
 COMMANDS = {
     "encode": "write the posterior means of data",
-    "decode": "write the data that latents stand for",
-    "sample": "write samples from the prior, decoded",
+    "decode": "decode latents and write the data",
+    "sample": "write decoded samples from the prior",
     "reconstruct": "write the reconstructions of data",
     "evaluate": "print ELBO, KL and log p(x) of held-out data as JSON",
-    "report": "write the report of the run again",
+    "report": "write the report of a run again",
 }
 READS = {
     "encode": ("DATA", "a .npy, .npz or .pt file, or a folder of images, like the training data"),
@@ -124,7 +124,7 @@ def report(options: argparse.Namespace) -> int:
 
 
 def rows_of(path: Path, model: Trained) -> np.ndarray:
-    """The rows of a file; of a .npy file, they are read when they are used."""
+    """The rows of a file. Those of a .npy file are read when they are used."""
     if path.suffix.lower() != ".npy":
         values = whole(path, model)
     else:
@@ -145,7 +145,7 @@ def whole(path: Path, model: Trained) -> np.ndarray:
 
 
 def write(function: Callable[[np.ndarray], Tensor], rows: np.ndarray, path: Path) -> int:
-    """Write function(rows) to a .npy file, block by block; the file gets its name when it is complete."""
+    """Write function(rows) to a .npy file, block by block. The file gets its name when it is complete."""
     if path.suffix != ".npy":
         raise UserError(f"--out {path}: the name must end in .npy")
     temporary, target, size = path.with_name(f".{path.name}.tmp"), None, max(1, ROWS // math.prod(rows.shape[1:]))

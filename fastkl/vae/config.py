@@ -12,14 +12,14 @@ from fastkl.vae.rules import check_names, defaults
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The options in a file. Names have underscores or hyphens; tables group them as the reader likes.
+    """The options in a file. Names have underscores or hyphens, and any tables may group them.
 
         steps = 500
         [prior]
         prior = "gmm"
 
     Raises:
-        UserError: the file cannot be read, or an option is unknown, of a wrong type, or there twice.
+        UserError: the file cannot be read, or an option is unknown, of a wrong type, or given twice.
     """
     if path.suffix not in (".toml", ".json"):
         raise UserError(f"--config {path}: expected a .toml or .json file")

@@ -1,7 +1,7 @@
 """The distributions of a datum given the latent: log-likelihood, mean and samples from the decoder's output.
 
-The decoder gives one number for each value of x, or `outputs` of them. Everything else that a distribution needs is a
-parameter of its own: one for each feature of a vector, one for all pixels of an image.
+The decoder gives one number for each value of x, or `outputs` of them. All other parameters of a distribution are
+learned directly: one for each feature of a vector, or one for all pixels of an image.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ PIXELS = ("bernoulli", "logistic", "categorical")  # of values in [0, 1]
 COUNTS = ("poisson", "negative_binomial")
 SCALED = ("normal", "laplace")  # of standardised values
 NAMES = (*PIXELS, *SCALED, *COUNTS)
-DISCRETE = ("logistic", "categorical")  # with a figure in bits per dimension
-LEVELS = 256  # the most levels of categorical pixels
+DISCRETE = ("logistic", "categorical")  # these also report bits per dimension
+LEVELS = 256  # at most, of categorical pixels
 
 
 class Likelihood(nn.Module):
@@ -36,7 +36,7 @@ class Likelihood(nn.Module):
         return nn.Parameter(torch.zeros(self.own_shape))
 
     def seen(self, x: Tensor) -> Tensor:
-        """What the encoder reads of x."""
+        """The encoder's input for data x."""
         return x
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Normal(Likelihood):
 
 
 class Laplace(Likelihood):
-    """L1: the output is the mean, whose absolute error is weighed; the logarithm of the scale is learned."""
+    """The L1 loss. The output is the mean; the logarithm of the scale, by which errors are divided, is learned."""
 
     def __init__(self, shape: tuple[int, ...]):
         super().__init__(shape)
@@ -88,8 +88,10 @@ class Laplace(Likelihood):
 class Logistic(Likelihood):
     """Pixels with levels k / (levels - 1): the mass of a logistic distribution between the neighbours' midpoints.
 
-    ln [s((x + h - m) / b) - s((x - h - m) / b)], s the logistic function, h half a level; open at both ends. The output
-    is m, the logarithm of b is learned. Source: Kingma et al. 2016, arXiv:1606.04934, section 5.2 (the likelihood).
+    ln [s((x + h - m) / b) - s((x - h - m) / b)], s the logistic function, h half a level. The first and the last
+    level extend to infinity. The output is m, and the logarithm of b is learned.
+
+    Source: Kingma et al. 2016, arXiv:1606.04934, section 5.2 (the likelihood).
     """
 
     def __init__(self, shape: tuple[int, ...], levels: int):
@@ -100,7 +102,7 @@ class Logistic(Likelihood):
         inverse = (-self.log_scale).exp()
         distance, half = (x - output.float()) * inverse, self.half_level * inverse
         below, above = distance - half, distance + half
-        # s(b) - s(a) = s(b) s(-a) (1 - exp(a - b)), without the cancellation of the left-hand side
+        # s(b) - s(a) = s(b) s(-a) (1 - exp(a - b)), which avoids the cancellation of the left-hand side
         middle = F.logsigmoid(above) + F.logsigmoid(-below) + torch.log(-torch.expm1(-2 * half))
         first, last = x < self.half_level, x > 1 - self.half_level
         return torch.where(first, F.logsigmoid(above), torch.where(last, F.logsigmoid(-below), middle))
@@ -110,8 +112,7 @@ class Logistic(Likelihood):
 
 
 class Categorical(Likelihood):
-    """Pixels with levels k / (levels - 1), each level with a probability of its own. The output [..., levels, *shape]
-    has their logits."""
+    """Pixels with levels k / (levels - 1). The output [..., levels, *shape] has a logit for each level."""
 
     def __init__(self, shape: tuple[int, ...], levels: int):
         super().__init__(shape)
@@ -167,5 +168,5 @@ def make(name: str, shape: tuple[int, ...], levels: int) -> Likelihood:
 
 
 def bits_per_dimension(nats: float, shape: tuple[int, ...]) -> float:
-    """Of a log-probability per datum."""
+    """A log-probability per datum, given in nats, as bits per dimension."""
     return -nats / (math.log(2) * math.prod(shape))

@@ -1,4 +1,4 @@
-"""The training loop, written to be read. objective.py has its loss, run.py its state."""
+"""The training loop, written to be read. objective.py has its loss, and run.py its state."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fastkl.vae.rules import MATCHING
 from fastkl.vae.run import Run, discriminator_of, save
 from fastkl.vae.stop import Stop
 
-KEPT = 256  # latent dimensions whose KL is kept for each epoch
+KEPT = 256  # up to this many latent dimensions, the history keeps the KL of each
 
 
 def train(run: Run, display: Display) -> bool:
     """Train to the end (True) or to a stop on request (False). The checkpoint holds the last step in both cases."""
     began = time.perf_counter() - run.seconds
     settings = run.settings
-    # Tensors refilled each step: a compiled objective is not recompiled for new values.
+    # Each step refills these tensors, so that new values do not recompile a compiled objective.
     weights = Weights(*(torch.ones((), dtype=torch.float32, device=run.device) for _ in Weights._fields))
     with Stop() as stop:
         while not run.ended:
@@ -58,7 +58,7 @@ def train(run: Run, display: Display) -> bool:
 
 
 def backward(run: Run, weights: Weights) -> tuple[Tensor, dict[str, Tensor], DiagonalNormal]:
-    """(loss, its terms, posterior) of the batches of a step, whose gradients are added up."""
+    """(loss, its terms, posterior) of the batches of a step. Their gradients are added."""
     parts, losses, terms, posteriors = batches(run), [], [], []  # type: ignore[var-annotated]
     for x, noise in parts:
         last = len(losses) == len(parts) - 1
@@ -77,7 +77,7 @@ def backward(run: Run, weights: Weights) -> tuple[Tensor, dict[str, Tensor], Dia
 
 
 def update(run: Run, loss: Tensor) -> bool:
-    """Update the weights, unless the loss or a gradient is not finite; whether it was."""
+    """Update the weights and return True, or return False if the loss or a gradient is not finite."""
     for optimizer in run.optimizers.values():
         run.scaler.unscale_(optimizer)
     smaller = run.scaler.is_enabled() and run.scaler.get_scale() > 1  # a smaller scale may give finite gradients
@@ -120,7 +120,7 @@ def batch(run: Run) -> tuple[Tensor, Noise]:
 
     With noise="fused" each process seeds torch from (seed, step, rank) and the op draws its noise, which is not stored
     for backward. With noise="datum" every process draws the noise of the whole batch and keeps its share. The noise of
-    a datum is then independent of the number of processes: two with 32 data each do the same as one with 64.
+    a datum is then independent of the number of processes: two processes with 32 data each do the same as one with 64.
     """
     settings, ranks = run.settings, run.ranks
     indices = streams.batch_indices(settings.seed, run.step, len(run.data.train), run.batch_size)
@@ -188,7 +188,7 @@ def test(run: Run, display: Display) -> None:
             keep_best(run, elbo)
             display.tested(run, run.step, elbo, kl, reconstruction)
     if due and run.settings.patience:
-        run.best["points"] = run.ranks.broadcast(run.best.get("points", 0))  # all processes end together
+        run.best["points"] = run.ranks.broadcast(run.best.get("points", 0))  # all processes end at the same step
 
 
 def keep_best(run: Run, elbo: float) -> None:
@@ -199,7 +199,7 @@ def keep_best(run: Run, elbo: float) -> None:
         state = {name: value.detach().cpu().clone() for name, value in run.vae.state_dict().items()}
         run.best = {"step": run.step, "elbo": elbo, "model": state, "points": 0}
     else:
-        run.best["points"] = run.best.get("points", 0) + 1  # also if no ELBO was a number yet
+        run.best["points"] = run.best.get("points", 0) + 1  # also if every ELBO so far was NaN
 
 
 def save_if_due(run: Run, display: Display, stopping: bool) -> None:

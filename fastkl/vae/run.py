@@ -1,4 +1,4 @@
-"""The state of a run: its start, and how it is saved to and restored from a checkpoint."""
+"""The state of a run: functions that start it, save it to a checkpoint and restore it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastkl.vae.watch import Watch
 
 @dataclass(frozen=True)
 class Own:
-    """What a caller in Python gives instead of naming it."""
+    """The data, model and objective of a caller in Python, which the settings cannot name."""
 
     data: Any = None  # arrays, see data.load
     model: VAE | None = None
@@ -71,7 +71,7 @@ class Run:
 
     @property
     def batch_size(self) -> int:
-        """The data of a step: all batches of all processes."""
+        """The number of data in a step, over all batches and processes."""
         return self.settings.batch_size * self.ranks.size * self.settings.accumulate
 
     @property
@@ -92,7 +92,7 @@ class Run:
         return self.vae.prior if self.step >= self.settings.warm_up else None
 
     def autocast(self) -> torch.autocast:
-        """The networks' dtype; fastkl's ops compute in float32 in any case."""
+        """The context that sets the networks' dtype. fastkl's ops always compute in float32."""
         dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.settings.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 

@@ -29,7 +29,7 @@ class Settings:
     # A moved file is the same data, so resuming compares the fingerprint of the data instead of this name.
     data: str = option("digits", "digits, mnist5k, pbmc, or a .npy, .npz, .pt file or a folder of images", maths=False)
     test_data: str = option(
-        "", "a file or folder of test data (default: the test part of --data, else a fifth of it)", maths=False
+        "", "a file or folder of test data (default: the test part of --data, or else a fifth of it)", maths=False
     )
     validation: float = option(
         0.0, "share of the training data held out for the curves; the test data are then used only once, at the end"
@@ -37,8 +37,8 @@ class Settings:
     image_size: int = option(0, "resize images to this many pixels a side (0: keep their size)")
     likelihood: str = option(
         "auto",
-        "distribution of a value given the latent; auto is bernoulli or normal, logistic and categorical are of pixels "
-        "with whole numbers, poisson and negative_binomial of counts, laplace is L1",
+        "distribution of a value given the latent; auto chooses bernoulli or normal, logistic and categorical are for "
+        "pixels with whole numbers, poisson and negative_binomial for counts, laplace is the L1 loss",
         choices=("auto", *LIKELIHOODS),
     )
     model: str = option(
@@ -63,16 +63,16 @@ class Settings:
     weight_decay: float = option(0.0, "weight decay of AdamW")
     precision: str = option(
         "fp32",
-        "dtype of the networks: bf16 and fp16 by autocast, fp16 with a scaled loss; KL and likelihood stay in float32",
+        "dtype of the networks: bf16 and fp16 use autocast, fp16 also scales the loss; KL and likelihood are float32",
         choices=("fp32", "bf16", "fp16"),
     )
-    accumulate: int = option(1, "batches whose gradients each step adds up; terms that compare data see one of them")
+    accumulate: int = option(1, "batches whose gradients each step adds; terms that compare data use one batch")
     clip: float = option(0.0, "largest norm of the gradient of all weights together (0: off)")
     ema: float = option(0.0, "decay of the average of the weights, which tests and report use (0: off)")
     patience: int = option(
         0, "stop after this many points of the curves without a better ELBO, and report the best weights (0: off)"
     )
-    compile: bool = option(False, "compile the model and its loss by torch.compile")
+    compile: bool = option(False, "compile the model and its loss with torch.compile")
     activation_checkpointing: bool = option(
         False, "keep only the inputs of the networks' layers, and compute the rest again in the backward pass"
     )
@@ -131,7 +131,8 @@ class Settings:
     prior_learning_rate: float = option(0.0, "learning rate of a learned prior (0: --learning-rate)")
     noise: str = option(
         "fused",
-        "fused: drawn inside the op and not stored; datum: independent of the number of processes, but stored",
+        "fused: the op draws the noise and stores none; datum: the noise is stored, and does not depend on "
+        "the number of processes",
         choices=("fused", "datum"),
     )
     seed: int = option(0, "seed of the weights, the order of the data and the noise")

@@ -34,8 +34,8 @@ class Trained:
     Attributes:
         vae: the networks, in float32, on `device`, without gradients.
         prior: the learned prior, or None for N(0, I).
-        settings, step: of the run.
-        shape, latent_shape: of one datum in the model (images are [C, H, W]), and of its latent.
+        settings, step: the settings of the run, and its number of steps.
+        shape, latent_shape: the shape of one datum in the model (images are [C, H, W]), and that of its latent.
     """
 
     def __init__(self, vae: VAE, prior: Prior | None, scaling: Scaling, settings: Settings, step: int):
@@ -126,8 +126,8 @@ def load(
     Args:
         run: the folder, such as "runs/digits".
         device: the device of the networks.
-        weights: "best" (with --patience), "average" (with --ema) or "last". By default the first that the run keeps.
-        model: the networks of a run that was given a model of its own; their weights are read from the run.
+        weights: "best" (with --patience), "average" (with --ema) or "last". The default is the first that the run has.
+        model: the networks, if the run trained a model of your own. Their weights are read from the run.
 
     Raises:
         UserError: the folder holds no checkpoint, a damaged one, or not these weights.

@@ -33,7 +33,7 @@ def _without_leading_ones(tensor: Tensor, batch: int) -> Tensor:
 def as_logvars(
     means: Tensor, logvars: Tensor | float | None, scale: str = "logvar", name: str = "scale"
 ) -> Tensor | None:
-    """The components' log-variances, converted from what `scale` (the argument called `name`) says. A number applies to
+    """The components' log-variances, converted from the kind `scale`, which is the argument `name`. A number applies to
     all components: [1], in the means' dtype."""
     found: Any = logvars
     if logvars is not None and not isinstance(logvars, Tensor):

@@ -9,7 +9,7 @@ from fastkl import reference
 from fastkl.ops.mixture._differences import LN_2_PI
 from fastkl.ops.mixture._mixture import Mixture, part_of
 
-# Bytes of a block's temporaries: matrix products need many rows to be fast.
+# Bytes of a block's temporaries. Matrix products are fast only with many rows.
 PRODUCT_BYTES = 10 << 20
 # The largest sum_d (m s)^2 for which expanding (z - m)^2 s^2 in float64 is as accurate as differences in the compute
 # dtype, and the largest (m s)^2 for which the gradients' sums may be expanded in float32.
@@ -71,7 +71,7 @@ class Expansion:
         return features, shape, variance
 
     def for_gradient(self, prepared):
-        """Turn the result of `prepare` into what it returns with for_gradient=True."""
+        """Turn the result of `prepare` into its result with for_gradient=True."""
         features, *others = prepared
         if features.dtype == self.gradient_dtype:
             return prepared

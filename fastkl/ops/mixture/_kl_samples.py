@@ -39,7 +39,7 @@ class _Block:
         self.mixture = Mixture(*wide)
 
     def of(self, parameters: Iterable[Tensor | None]) -> Iterator[Any]:
-        """Their parts for the block's data."""
+        """The parts of the parameters for the block's data."""
         return (t if t is None or t.shape[0] == 1 else t[self.data] for t in parameters)
 
     def samples(self, seed: Tensor, num_samples: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -82,7 +82,7 @@ def _fake_forward(mu, logvar, seed, logits, means, logvars, scale_tril, *setting
 
 
 def _add_gradients(z: Tensor, dlp: Tensor, mixture: Mixture, precision: str, total: Gradients) -> None:
-    """Add those of sum dlp ln p(z)."""
+    """Add the gradients of sum dlp ln p(z) to `total`."""
     inputs = (z, None, *mixture)
     kept = (*gmm_log_prob_fwd(*inputs, "point", precision, keep_for([z], mixture)), None)[1:3]
     found = outputs_for(inputs, [output is not None for output in total])

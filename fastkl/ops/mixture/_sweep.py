@@ -1,9 +1,9 @@
 """Mixtures in torch ops: the sweep over rows and components that every mixture op runs if it has no kernel.
 
-Nothing of size rows x components x dimensions is allocated, and of size rows x components only what forward keeps for
-backward. A sweep goes over slices of components and, for each, over blocks of rows, so it allocates less than 32 MiB on
-a CPU for any sizes (a full covariance also needs some matrices of one component). Row r is sample r // B of datum
-r % B, where B is the number of data with their own logits or components; tensors are [S, B, ...].
+A sweep allocates no tensor of size rows x components x dimensions. Only the tensors that forward keeps for backward
+have size rows x components. A sweep goes over slices of components and, for each, over blocks of rows, so on a CPU it
+allocates less than 32 MiB for any sizes (a full covariance also needs some matrices of one component). Row r is sample
+r // B of datum r % B, where B is the number of data with their own logits or components; tensors are [S, B, ...].
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastkl.ops.mixture._differences import Differences, Full
 from fastkl.ops.mixture._expansion import Expansion
 from fastkl.ops.mixture._mixture import Mixture, by_datum
 
-# Bytes for a slice of components, and for the responsibilities that forward keeps. A part chooses its own block size.
+# Bytes for a slice of components, and for the responsibilities that forward keeps. Each part chooses its block size.
 COMPONENTS_BYTES = 12 << 20
 KEPT_BYTES = 10 << 20
 # Bytes of a slice's means if rows are compared with each mean by differences: they stay in the cache for all rows.
@@ -31,8 +31,8 @@ NEGLIGIBLE = {torch.float32: -60.0, torch.float64: -600.0}
 
 
 def keep_for(rows: Sequence[Tensor | None], mixture: Mixture) -> int:
-    """What forward keeps for backward: 1 is ln p in float64, 2 also the responsibilities [R, K] (on a CPU, if they fit
-    KEPT_BYTES)."""
+    """The tensors that forward keeps for backward. 1 is ln p in float64; 2 is also the responsibilities [R, K], on a
+    CPU if they fit KEPT_BYTES."""
     z: Any = rows[0]
     size = z.shape[0] * mixture.means.shape[1] * reference.compute_dtype(*rows, *mixture).itemsize
     return 2 if z.device.type == "cpu" and size <= KEPT_BYTES else 1
@@ -60,7 +60,7 @@ class Sweep:
         self.dtype, self.data = reference.compute_dtype(z, logvar, *mixture), mixture.data
         self.z, self.logvar = self.by_datum(z), None if logvar is None else self.by_datum(logvar)
         self.samples = self.z.shape[0]
-        self.infinite_rows = z.device.type != "cpu"  # on a CPU log_prob decides it from its result
+        self.infinite_rows = z.device.type != "cpu"  # on a CPU log_prob sets it from its result
         self.centre = mixture.means[0].to(self.dtype).mean(0)
         logsumexps = [torch.logsumexp(rows.to(self.dtype), -1) for rows in row_blocks(mixture.logits)]
         self.normaliser = torch.cat(logsumexps)
@@ -97,7 +97,7 @@ class Sweep:
     def blocks(self, part: Part) -> Iterator[tuple[slice, slice]]:
         """(samples, data) of about part.rows rows."""
         rows = part.rows
-        if self.mixture.means.shape[0] > 1:  # samples of a datum share what is computed from its components
+        if self.mixture.means.shape[0] > 1:  # samples of a datum share the results for its components
             rows = min(rows, max(BLOCK_DATA, 0 if self.mixture.scale_tril is not None else rows // self.samples))
         per_sample = min(self.data, rows)
         for data in _slices(self.data, per_sample):
@@ -122,8 +122,8 @@ class Sweep:
 def log_prob(sweep: Sweep, keep: int = 0) -> list[Tensor]:
     """[ln p [R]]; with keep >= 1 also ln p in float64, with keep = 2 also the responsibilities [R, K].
 
-    float64 because the responsibilities are exp(joint - ln p): for large |ln p|, a float32 rounding error would scale
-    all of them by a wrong factor.
+    ln p is in float64 because the responsibilities are exp(joint - ln p): for large |ln p|, a float32 rounding error
+    would scale all of them by a wrong factor.
     """
     shape = (sweep.samples, sweep.data)
     lp = sweep.z.new_full(shape, float("-inf"), dtype=torch.float64)

@@ -62,7 +62,7 @@ def zeros_to_add_to(wanted: Gradients, dtype: torch.dtype) -> Gradients:
 
 
 def add_gradients(sweep: Sweep, weights: DensityWeights | ResponsibilityWeights, total: Gradients) -> None:
-    """Add the gradients to `total`, from zeros_to_add_to."""
+    """Add the gradients to `total`, which zeros_to_add_to made."""
     dz, dlogvar = (None if t is None else t.unflatten(0, (-1, sweep.data)) for t in total[:2])
     dlogits, dmeans, dlogvars, dscale_tril = total[2:]
     shared = sweep.mixture.logits.shape[0] == 1
@@ -92,7 +92,7 @@ def subtract_softmax(dlogits: Tensor, logits: Tensor) -> None:
 
 
 def write(outputs: Gradients, found: Gradients, logits: Tensor | None = None) -> None:
-    """Write what was found to the outputs, summed to their shapes. `logits` turn sums of weights into dlogits."""
+    """Write the found gradients to the outputs, summed to their shapes. `logits` turn sums of weights into dlogits."""
     if logits is not None and outputs.dlogits is not None and found.dlogits is not None:
         subtract_softmax(found.dlogits, logits)
     for output, gradient in zip(outputs, found):

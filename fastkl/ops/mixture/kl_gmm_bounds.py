@@ -19,7 +19,7 @@ from fastkl.ops.mixture._sweep_gradients import write
 from fastkl.ops.mixture._vmap import vmap_call
 
 _INPUTS = f"Tensor mu, Tensor logvar, {MIXTURE}"
-# Of the mixture's log-density in each bound: ln p, and on a CPU the responsibilities, see keep_for.
+# The tensors that each bound keeps of its log-density: ln p, and on a CPU the responsibilities, see keep_for.
 _KEPT = ", ".join(f"Tensor {bound}_lp, Tensor? {bound}_responsibilities" for bound in ("lower", "upper"))
 
 
