@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -19,6 +19,7 @@ SHARED_ROWS = 32
 # Enough programs to fill a large GPU several times. Fixed, so that the order of summation is the same on every GPU.
 PROGRAMS = 1024
 NO_STRIDES = (0, 0, 0, 0)  # of a missing tensor
+T = TypeVar("T")
 DENSE = torch.contiguous_format
 TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
 OLD_COMPILER = TRITON < (3, 7)  # uses more registers, so the few tiles that would spill are smaller
@@ -155,9 +156,13 @@ def finish(outputs: Sequence[Tensor | None], found: Iterable[Tensor | None]) -> 
             output.copy_(own)
 
 
+def place(output: Tensor | None, like: Tensor) -> Tensor:
+    """The output, or a new tensor for a result that a kernel writes along with others and nobody wants."""
+    return torch.empty_like(like) if output is None else output
+
+
 def places(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The outputs, and new tensors for results that a kernel writes along with them and nobody wants."""
-    return [torch.empty_like(t) if output is None and t is not None else output for output, t in zip(outputs, inputs)]
+    return [output if like is None else place(output, like) for output, like in zip(outputs, inputs)]
 
 
 def clear(outputs: Sequence[Tensor | None]) -> None:
@@ -196,8 +201,8 @@ def expanded(views: Sequence[View | None], shape: torch.Size) -> list[View | Non
     return [None if view is None else view.expand(shape) for view in views]
 
 
-def present(views: Sequence[View | None]) -> list[View]:
-    return [view for view in views if view is not None]
+def present(items: Sequence[T | None]) -> list[T]:
+    return [item for item in items if item is not None]
 
 
 def is_bounded(low: float, high: float) -> bool:

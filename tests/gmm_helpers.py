@@ -8,7 +8,7 @@ from fastkl import reference
 
 from helpers import DEVICE, assert_as_good_as_eager, empty_like, leaf
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "native", "triton")
 MIB = 1 << 20
 
 

@@ -192,9 +192,8 @@ def temperature_of(tau: Tensor | None, constant: float, tensor: Tensor) -> Tenso
     """tau, or of a number 1 / tau, which may change at every call."""
     if tau is not None:
         return tau
-    dtype = compute_dtype([tensor])
-    if dtype == torch.float64:  # a number would be passed in float32
-        return torch.full((), constant, dtype=dtype, device=tensor.device)
+    if compute_dtype([tensor]) == torch.float64:  # a number would be passed in float32
+        return torch.full((), constant, dtype=torch.float64, device=tensor.device)
     return 1 / max(constant, torch.finfo(torch.float32).tiny)
 
 

@@ -7,17 +7,20 @@ over programs have partial sums, which are added in a fixed order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import TRITON_DTYPE
 from fastkl.kernels._launch import launch
-from fastkl.kernels._layout import cdiv, finish, places
+from fastkl.kernels._layout import cdiv, finish, place
 from fastkl.kernels.mixture._bounds import blocks, element, joint_tiles, load_four, together, weights
 from fastkl.kernels.mixture._mixture import quads
 from fastkl.kernels.mixture._mixture_components import finish_parts
-from fastkl.kernels.mixture._mixture_prepare import SHRUNK
+from fastkl.kernels.mixture._mixture_prepare import SHRUNK, Prepared
 from fastkl.kernels.mixture._mixture_tiles import scattered, split
 
 
@@ -52,7 +55,7 @@ def kl_gmm_bounds_rows_kernel(
         roots_at, means_at = roots + start, scaled_means + start
         for d in range(0, shape[0], 4):
             zs, vs = load_four(mu_at, logvar_at, centre, d, shape[0], TAIL, ROWS, DTYPE)
-            sums, others = (), ()
+            sums, others = (), ()  # mypy lets no tuple grow
             for i in tl.static_range(4):
                 s = tl.load(roots_at + tl.arange(0, COMPONENTS))[:, None]
                 scaled_mean = tl.load(means_at + tl.arange(0, COMPONENTS))[:, None]
@@ -61,17 +64,17 @@ def kl_gmm_bounds_rows_kernel(
                 t, u, one_plus_w = element(zs[i][None, :], vs[i][None, :], s, scaled_mean)
                 root = tl.rsqrt(one_plus_w)
                 narrowed = low * (root * root)
-                sums += (tl.sum((high + narrowed) * t * s, axis=0),)
+                sums += (tl.sum((high + narrowed) * t * s, axis=0),)  # type: ignore[assignment]
                 t *= root
-                others += (tl.sum((narrowed * t * t - narrowed - high) * u * s, axis=0) * vs[i] * 0.5,)
+                others += (tl.sum((narrowed * t * t - narrowed - high) * u * s, axis=0) * vs[i] * 0.5,)  # type: ignore[assignment]
             mask = (index < rows)[:, None]
             if TAIL:
                 mask = mask & (d + tl.arange(0, 4) < shape[0])[None, :]
             old = mask & (start + tl.arange(0, 1) > first)[:, None]  # the first tile starts from the entropy's gradient
             before = tl.load(dmu_at, old, other=0.0).to(DTYPE)
-            tl.store(dmu_at, before - together(sums[0], sums[1], sums[2], sums[3], ROWS), mask)
+            tl.store(dmu_at, before - together(sums[0], sums[1], sums[2], sums[3], ROWS), mask)  # type: ignore[misc]
             before = tl.where(old, tl.load(dlogvar_at, old, other=0.0).to(DTYPE), of_entropy)
-            tl.store(dlogvar_at, before + together(others[0], others[1], others[2], others[3], ROWS), mask)
+            tl.store(dlogvar_at, before + together(others[0], others[1], others[2], others[3], ROWS), mask)  # type: ignore[misc]
             mu_at += steps[0]
             logvar_at += steps[1]
             dmu_at += dmu_strides[1] * 4
@@ -136,7 +139,10 @@ def kl_gmm_bounds_components_kernel(
     tl.store(counts + part.to(tl.int64) * shape[2] + start_component + lanes, count)
 
 
-def by_rows(given, mu, logvar, components, mixture, outputs) -> None:
+def by_rows(
+    given: tuple[Tensor, ...], mu: Tensor, logvar: Tensor, components: int, mixture: Prepared,
+    outputs: Sequence[Tensor | None],
+) -> None:  # fmt: skip
     """Write (dmu, dlogvar); None is not wanted."""
     (rows, columns), dtype = mu.shape, mixture.roots.dtype
     odd = scattered(mu, logvar)
@@ -149,7 +155,7 @@ def by_rows(given, mu, logvar, components, mixture, outputs) -> None:
         torch.empty((splits, rows, columns), dtype=dtype, device=mu.device)
         if splits > 1 or (again and output.dtype != dtype)
         else output
-        for output in places(outputs, (mu, logvar))
+        for output in map(place, outputs, (mu, logvar))
     ]
     launch(
         kl_gmm_bounds_rows_kernel, (row_blocks * splits,), *given, mu, logvar, *mixture, *written, rows,
@@ -160,7 +166,10 @@ def by_rows(given, mu, logvar, components, mixture, outputs) -> None:
     finish(outputs, [w.sum(0) if w.dim() == 3 else w for w in written])
 
 
-def by_components(given, mu, logvar, logits, means, logvars, mixture, outputs) -> None:
+def by_components(
+    given: tuple[Tensor, ...], mu: Tensor, logvar: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | None,
+    mixture: Prepared, outputs: Sequence[Tensor | None],
+) -> None:  # fmt: skip
     """Write (dlogits, dmeans, dlogvars); None is not wanted."""
     (rows, columns), components, device = mu.shape, means.shape[1], mu.device
     (padded_columns, padded), dtype = mixture.roots.shape, mixture.roots.dtype
@@ -181,11 +190,12 @@ def by_components(given, mu, logvar, logits, means, logvars, mixture, outputs) -
     )  # fmt: skip
     count = torch.empty(components, dtype=dtype, device=device)
     first = torch.empty_like(means) if dmeans is None else dmeans
-    whole = not second or dlogvars.shape == means.shape  # else summed afterwards
-    squares = dlogvars if whole else torch.empty(means.shape, dtype=dtype, device=device)
+    squares = dlogvars
+    if dlogvars is not None and dlogvars.shape != means.shape:  # summed afterwards
+        squares = torch.empty(means.shape, dtype=dtype, device=device)
     finish_parts((counts, sums[0], squared), (first, squares, count), mixture.roots, parts, shape, "gradient")
     if dlogits is not None:
         count += torch.softmax(logits[0].to(dtype), 0) * (given[0].sum(dtype=dtype) + given[1].sum(dtype=dtype))
         dlogits.copy_(count)
-    if not whole:
+    if dlogvars is not None and squares is not None and squares is not dlogvars:
         dlogvars.copy_(squares.sum_to_size(dlogvars.shape))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import exp, not_infinite
 from fastkl.kernels._layout import next_power_of_2, registers
@@ -15,8 +18,9 @@ THREAD_TILE = {torch.float32: 8, torch.float64: 4}
 LONGEST = {torch.float32: 2048, torch.float64: 1024}
 
 
-def blocks(data: int, components: int, columns: int, dtype: torch.dtype, form: str) -> dict[str, int]:
-    """A tile of (DATA x COMPONENTS) pairs by columns."""
+def blocks(size: torch.Size, dtype: torch.dtype, form: str) -> dict[str, int]:
+    """A tile of (DATA x COMPONENTS) pairs by columns, for means of this shape."""
+    data, components, columns = size
     tile = 128 * THREAD_TILE[dtype]
     if columns % 16:  # unaligned rows need registers for more addresses
         tile //= 2
@@ -109,19 +113,21 @@ def load_log_weights(log_weights, sample, datum, component, shape, log_weights_s
     return tl.load(log_weights + at, component < shape[2], float("-inf"))
 
 
-def by_sample(tensor, data):
-    """[rows, ...] as [samples, data, ...], a view."""
+def by_sample(tensor: Tensor | None, data: int) -> Any:
+    """[rows, ...] as [samples, data, ...], a view; None for a missing tensor."""
     return None if tensor is None else tensor.unflatten(0, (-1, data))
 
 
-def strides_of(*tensors):
+def strides_of(*tensors: Tensor | None) -> tuple[tuple[int, ...], ...]:
     return tuple((0, 0, 0) if tensor is None else (*tensor.stride(), 0)[:3] for tensor in tensors)
 
 
-def canonical(z, logvar, logits, means, logvars, dtype):
+def canonical(
+    z: Tensor, logvar: Tensor | None, logits: Tensor, means: Tensor, logvars: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
     """(z, logvar, log-weights) as [samples, data, ...], means, and logvars expanded to their shape."""
     data, log_weights = len(means), torch.log_softmax(logits, -1, dtype=dtype)
     if len(logits) == 1:
         log_weights = log_weights.expand(data, -1)
-    rows = [by_sample(tensor, data) for tensor in (z, logvar, log_weights)]
-    return [*rows, means, None if logvars is None else logvars.expand(means.shape)]
+    rows = by_sample(z, data), by_sample(logvar, data), by_sample(log_weights, data)
+    return *rows, means, None if logvars is None else logvars.expand(means.shape)

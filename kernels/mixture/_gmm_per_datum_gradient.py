@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import TRITON_DTYPE, finite, proportion, two_parts, weighted
 from fastkl.kernels._launch import launch
@@ -146,12 +150,15 @@ def gmm_per_datum_bwd_kernel(
         )  # fmt: skip
 
 
-def launch_bwd(rows, row_outputs, components, component_outputs, form, *, each_sample, sum_columns, split):
+def launch_bwd(
+    rows: Sequence[Any], row_outputs: Sequence[Tensor | None], components: tuple[Tensor, Tensor | None],
+    component_outputs: Sequence[Tensor | None], form: str, *, each_sample: bool, sum_columns: bool, split: bool,
+) -> None:  # fmt: skip
     """rows: dlp, lp, z, logvar, log_weights, joint, each [samples, data, ...]; `split`: a program has one tile of
     components, all samples."""
     dlp, lp, z, logvar, log_weights, joint = rows
     means, logvars = components
-    samples, block = len(z), blocks(*means.shape, log_weights.dtype, form)
+    samples, block = len(z), blocks(means.shape, log_weights.dtype, form)
     row_blocks, column_blocks = cdiv(len(means), block["DATA"]), cdiv(means.shape[2], block["COLUMNS"])
     components_per_program = block["COMPONENTS"] if split else means.shape[1]
     if component_outputs[0] is None:

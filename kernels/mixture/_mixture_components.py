@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import TRITON_DTYPE, exp, two_parts, weighted
 from fastkl.kernels._launch import launch
@@ -18,7 +21,8 @@ from fastkl.kernels.mixture._mixture import (
     own_index,
     quads,
 )
-from fastkl.kernels.mixture._mixture_rows import given_weights, row_launch_arguments, stacked, summed
+from fastkl.kernels.mixture._mixture_prepare import Prepared
+from fastkl.kernels.mixture._mixture_rows import Given, given_weights, row_launch_arguments, stacked, summed
 from fastkl.kernels.mixture._mixture_tiles import blocks, scattered, split
 
 FINISH = {"COMPONENTS": 32, "COLUMNS": 32, **(registers(255) if OLD_COMPILER else {})}
@@ -100,7 +104,7 @@ def gmm_components_kernel(
             if FORM != "point":
                 vs = four(finite_spread(logvar_at, d, shape[0], FORM, TAIL, DTYPE), ROWS)
                 logvar_at += steps[1]
-            firsts, seconds = (), ()
+            firsts, seconds = (), ()  # mypy lets no tuple grow
             for i in tl.static_range(4):
                 s = tl.load(roots_at + lanes)
                 t = of_rows(zs[i], False, TERMS, LANES)
@@ -110,7 +114,7 @@ def gmm_components_kernel(
                 else:
                     t = t * s - tl.load(means_at + lanes)
                 moment = weight * t
-                firsts += (tl.sum(moment, axis=1),)
+                firsts += (tl.sum(moment, axis=1),)  # type: ignore[assignment]
                 if squared is not None:
                     moment *= t
                     if FORM == "convolved":
@@ -118,7 +122,7 @@ def gmm_components_kernel(
                     if FORM == "expected":
                         sigma = of_rows(vs[i], False, TERMS, LANES)
                         moment += weight * s * sigma * s * sigma  # this order gives 0 for a weight of 0
-                    seconds += (tl.sum(moment, axis=1),)
+                    seconds += (tl.sum(moment, axis=1),)  # type: ignore[assignment]
                 roots_at += shape[2]
                 means_at += shape[2]
             mask = (component < shape[1])[:, None] & (d + quad < shape[0])[None, :]
@@ -176,7 +180,10 @@ def gmm_finish_kernel(
         tl.store(count_out + component, count, real)
 
 
-def finish_parts(sums, outputs, roots, parts, shape, kind):
+def finish_parts(
+    sums: Sequence[Tensor | None], outputs: tuple[Tensor, Tensor | None, Tensor], roots: Tensor, parts: int,
+    shape: tuple[int, ...], kind: str,
+) -> None:  # fmt: skip
     """Launch gmm_finish_kernel: (counts, sums, squared) of all parts to (first, second, count)."""
     first, second, _ = outputs
     column_blocks = max(1, cdiv(shape[0], FINISH["COLUMNS"]))
@@ -187,7 +194,10 @@ def finish_parts(sums, outputs, roots, parts, shape, kind):
     )  # fmt: skip
 
 
-def by_components(given, z, logvar, logits, means, logvars, mixture, form, kind, first_out, second_out):
+def by_components(
+    given: Given, z: Tensor, logvar: Tensor | None, logits: Tensor, means: Tensor, logvars: Tensor | None,
+    mixture: Prepared, form: str, kind: str, first_out: Tensor | None, second_out: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Write to first_out [1, K, D] and second_out, in the shape of logvars: gradients, or moments; None is not wanted.
     Returns counts [K]."""
     rows, columns = z.shape
@@ -204,8 +214,9 @@ def by_components(given, z, logvar, logits, means, logvars, mixture, form, kind,
     partial = part * (1 + both) * dtype.itemsize
     length, parts = split(rows, block["ROWS"], component_blocks, partial, z.numel() * z.itemsize)
     first = torch.empty_like(means) if first_out is None else first_out
-    whole = second_out is None or second_out.shape == means.shape  # else summed afterwards
-    second = second_out if whole else torch.empty(means.shape, dtype=dtype, device=device)
+    second = second_out
+    if second_out is not None and second_out.shape != means.shape:  # summed afterwards
+        second = torch.empty(means.shape, dtype=dtype, device=device)
     outputs = present((first, second))
     # A single part's sums go on in the outputs, if these are not rounded on the way.
     direct = parts == 1 and (rows <= block["ROWS"] or all(output.dtype == dtype for output in outputs))
@@ -226,7 +237,7 @@ def by_components(given, z, logvar, logits, means, logvars, mixture, form, kind,
     if not direct:
         count = torch.empty(components, dtype=dtype, device=device)
         finish_parts((counts, *sums), (first, second, count), mixture.roots, parts, shape, kind)
-    if not whole:
+    if second_out is not None and second is not None and second is not second_out:
         dims = [dim for dim in (1, 2) if second_out.shape[dim] == 1]
         second_out.copy_(second.sum(dims, keepdim=True))
     return count

@@ -11,15 +11,21 @@ kernels (0.75), their gradients (0.25), and per-row numbers (0.15).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from fastkl.kernels._layout import clear, compute_dtype, present
 from fastkl.kernels.mixture._mixture_components import by_components
 from fastkl.kernels.mixture._mixture_prepare import prepare
-from fastkl.kernels.mixture._mixture_rows import by_rows
+from fastkl.kernels.mixture._mixture_rows import Given, by_rows
 
 
-def gradients(given, inputs, outputs, form) -> None:
+def gradients(
+    given: Given, inputs: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None],
+    outputs: Sequence[Tensor | None], form: str,
+) -> None:  # fmt: skip
     """Write (dz, dlogvar, dlogits, dmeans, dlogvars); None is not wanted. inputs: (z, logvar, logits, means, logvars).
     `given` is (dlp, lp, dlog_r, log_r); dlp may also be the sums of dlog_r."""
     z, logvar, logits, means, logvars = inputs

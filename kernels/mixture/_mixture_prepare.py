@@ -7,11 +7,12 @@ the parameters in each direction, and saves an exponential, or two subtractions,
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import TRITON_DTYPE, exp, finite, not_infinite
 from fastkl.kernels._launch import launch
@@ -133,13 +134,13 @@ def prepare_kernel(
             tl.store(constants + component, tl.where(real, constant, float("-inf")), component < padded_components)
 
 
-def prepare(logits, means, logvars, form: str, dtype: torch.dtype) -> Prepared:
+def prepare(logits: Tensor, means: Tensor, logvars: Tensor | None, form: str, dtype: torch.dtype) -> Prepared:
     """means is [1, K, D], logvars broadcasts with it."""
     _, components, columns = means.shape
     rows, device = logits.shape[0], means.device
     pad = min(PAD, max(32, next_power_of_2(components)))
     padded_components, padded_columns = cdiv(components, pad) * pad, cdiv(columns, STEP) * STEP
-    empty = {"dtype": dtype, "device": device}
+    empty: dict[str, Any] = {"dtype": dtype, "device": device}
     mixture = Prepared(
         torch.empty(rows, **empty), torch.empty(padded_columns, **empty), torch.empty(padded_components, **empty),
         torch.empty((padded_columns, padded_components), **empty),

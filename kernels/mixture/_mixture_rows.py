@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import TRITON_DTYPE, exp, two_parts, weighted
 from fastkl.kernels._launch import launch
@@ -18,7 +21,11 @@ from fastkl.kernels.mixture._mixture import (
     quads,
     term_index,
 )
+from fastkl.kernels.mixture._mixture_prepare import Prepared
 from fastkl.kernels.mixture._mixture_tiles import blocks, scattered, split
+
+# (dlp, lp, dlog_r, log_r), of which a call has the first two or three of them.
+Given = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 @triton.jit
@@ -124,7 +131,7 @@ def gmm_rows_kernel(
                     if FORM != "point":
                         spread = finite_spread(logvar_here, d, shape[0], FORM, TAIL, DTYPE)
                         vs = four(spread, ROWS)
-                    sums, others = (), ()
+                    sums, others = (), ()  # mypy lets no tuple grow
                     for i in tl.static_range(4):
                         s = tl.load(roots_at + lanes)
                         ms = tl.load(means_at + lanes)
@@ -134,14 +141,14 @@ def gmm_rows_kernel(
                             u = 1.0 / (s + of_rows(vs[i], True, TERMS, LANES))
                             t = (of_rows(zs[i], True, TERMS, LANES) - ms) * u
                             moment = weight * t
-                            others += (tl.sum(moment * t - weight * u, axis=1),)
-                            sums += (tl.sum(moment, axis=1),)
+                            others += (tl.sum(moment * t - weight * u, axis=1),)  # type: ignore[assignment]
+                            sums += (tl.sum(moment, axis=1),)  # type: ignore[assignment]
                         else:
                             t = of_rows(zs[i], True, TERMS, LANES) * s - ms
                             scaled = weight * s
-                            sums += (tl.sum(scaled * t, axis=1),)
+                            sums += (tl.sum(scaled * t, axis=1),)  # type: ignore[assignment]
                             if FORM == "expected":
-                                others += (tl.sum(scaled * (s * of_rows(vs[i], True, TERMS, LANES)), axis=1),)
+                                others += (tl.sum(scaled * (s * of_rows(vs[i], True, TERMS, LANES)), axis=1),)  # type: ignore[assignment]
                     mask = valid[:, None]
                     if TAIL:
                         mask = mask & (d + tl.arange(0, 4) < shape[0])[None, :]
@@ -158,7 +165,9 @@ def gmm_rows_kernel(
                         logvar_here += steps[1]
 
 
-def row_launch_arguments(given, z, logvar, logits, mixture):
+def row_launch_arguments(
+    given: Given, z: Tensor, logvar: Tensor | None, logits: Tensor, mixture: Prepared
+) -> tuple[tuple, tuple]:
     """(pointers, strides) up to the outputs, for both kernels; logits are None where all rows share them."""
     dlp, _, dlog_r, _ = given
     strides = (z.stride(), strides_of(logvar), logits.stride(), dlp.stride(0), strides_of(dlog_r))
@@ -166,7 +175,10 @@ def row_launch_arguments(given, z, logvar, logits, mixture):
     return pointers, strides
 
 
-def by_rows(given, z, logvar, logits, components, mixture, form, outputs):
+def by_rows(
+    given: Given, z: Tensor, logvar: Tensor | None, logits: Tensor, components: int, mixture: Prepared, form: str,
+    outputs: Sequence[Tensor | None],
+) -> None:  # fmt: skip
     """Write (dz, dlogvar, dlogits), the last for logits per row; None is not wanted."""
     rows, columns = z.shape
     logit_rows, dtype = logits.shape[0], mixture.roots.dtype
@@ -197,5 +209,5 @@ def by_rows(given, z, logvar, logits, components, mixture, form, outputs):
         DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
     )  # fmt: skip
     for output, found in zip(outputs, written):
-        if output is not None and output is not found:
+        if output is not None and found is not None and output is not found:
             output.copy_(found.sum(0) if found.dim() == 3 else found)

@@ -7,6 +7,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import exp, finite, two_parts, weighted
 from fastkl.kernels._launch import launch
@@ -152,7 +153,7 @@ def gmm_dot_by_components_kernel(
 class Products:
     """The components as the kernels' products want them, [K, D] each, and the launches on a block of rows."""
 
-    def __init__(self, logits, means, logvars, precision):
+    def __init__(self, logits: Tensor, means: Tensor, logvars: Tensor | None, precision: str) -> None:
         self.means = means[0].float()
         self.components, self.columns = self.means.shape
         self.log_weights = torch.log_softmax(logits, -1, dtype=torch.float32)
@@ -165,13 +166,16 @@ class Products:
         self.constants = -0.5 * (quadratic + self.columns * math.log(2 * math.pi))
         self.precision = precision
 
-    def launch(self, z, logvar, first_row, dlp, lp, weight):
+    def launch(
+        self, z: Tensor, logvar: Tensor | None, first_row: int, given: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """lp [R] in float64; given (dlp, lp, weight), it writes the weight."""
         block = blocks("forward", self.components)
         row_blocks = cdiv(len(z), block["ROWS"])
         per_program, splits = self.components, 1
-        if weight is None:
+        if given is None:
             per_program, splits = share(self.components, block["COLUMNS"], PROGRAMS // row_blocks)
-            lp = torch.empty((splits, len(z)), dtype=torch.float64, device=z.device)
+        dlp, lp, weight = given or (None, torch.empty((splits, len(z)), dtype=torch.float64, device=z.device), None)
         launch(
             gmm_dot_kernel, (row_blocks * splits,),
             z, logvar, self.centre, self.precisions, self.scaled_means, self.log_weights, self.constants, dlp, lp,
@@ -179,9 +183,13 @@ class Products:
             *map(strides_of, (z, logvar)), self.log_weights.stride(), 0 if dlp is None else dlp.stride(0), per_program,
             PRECISION=self.precision, enable_fp_fusion=True, **block,
         )  # fmt: skip
-        return lp[0] if splits == 1 else lp.logsumexp(0)
+        if given is None:
+            return lp[0] if splits == 1 else lp.logsumexp(0)
+        return lp
 
-    def launch_by_rows(self, z, logvar, weight, dz, dlogvar):
+    def launch_by_rows(
+        self, z: Tensor, logvar: Tensor | None, weight: Tensor, dz: Tensor | None, dlogvar: Tensor | None
+    ) -> None:
         block = blocks("by_rows", self.columns)
         launch(
             gmm_dot_by_rows_kernel, (cdiv(len(z), block["ROWS"]) * cdiv(self.columns, block["COLUMNS"]),),
@@ -190,7 +198,7 @@ class Products:
             PRECISION=self.precision, enable_fp_fusion=True, **block,
         )  # fmt: skip
 
-    def launch_by_components(self, z, logvar, weight):
+    def launch_by_components(self, z: Tensor, logvar: Tensor | None, weight: Tensor) -> Tensor:
         """[2, K, D]: sum_n w x and sum_n w (x^2 + sigma^2)."""
         block = blocks("by_components", self.columns)
         tiles = cdiv(self.components, block["ROWS"]) * cdiv(self.columns, block["COLUMNS"])

@@ -8,29 +8,38 @@ sums. The exact kernels serve float64 and the convolved form, whose variances di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from fastkl.kernels._layout import clear, compute_dtype, finish, places, present
 from fastkl.kernels.mixture._products import Products
 from fastkl.kernels.mixture.gmm_full import BUFFER_BYTES, add_logits_gradient, blocks_of_rows
 
 
-def in_float32(z, logvar):
+def in_float32(z: Tensor, logvar: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Copies of 16-bit rows: unpacking them inside takes registers that the products need."""
     return z.float(), None if logvar is None else logvar.float()
 
 
-def has_kernel(form, *tensors):
+def has_kernel(form: str, *tensors: Tensor | None) -> bool:
     return form != "convolved" and compute_dtype(tensors) == torch.float32
 
 
-def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision) -> torch.Tensor:
+def fwd(
+    z: Tensor, logvar: Tensor | None, logits: Tensor, means: Tensor, logvars: Tensor | None, scale_tril: None,
+    form: str, precision: str,
+) -> Tensor:  # fmt: skip
     if z.numel() == 0:  # without dimensions, the log of a sum of weights that is 1
         return torch.zeros(len(z), dtype=torch.float32, device=z.device)
-    return Products(logits, means, logvars, precision).launch(*in_float32(z, logvar), 0, None, None, None)
+    return Products(logits, means, logvars, precision).launch(*in_float32(z, logvar), 0)
 
 
-def bwd(dlp, lp, inputs, outputs, form, precision) -> None:
+def bwd(
+    dlp: Tensor, lp: Tensor, inputs: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, None],
+    outputs: Sequence[Tensor | None], form: str, precision: str,
+) -> None:  # fmt: skip
     """Write the outputs, the gradients of gmm_log_prob's inputs; None is not wanted."""
     z, logvar, logits, means, logvars, _ = inputs
     *of_rows, dlogits, dmeans, dlogvars, _ = outputs
@@ -45,7 +54,7 @@ def bwd(dlp, lp, inputs, outputs, form, precision) -> None:
     for rows in blocks_of_rows(len(z), len(logits), max(1, BUFFER_BYTES // (4 * mixture.components))):
         x, v, incoming = z[rows], None if logvar is None else logvar[rows], dlp[rows].float()
         weight = torch.empty((len(x), mixture.components), dtype=torch.float32, device=z.device)
-        mixture.launch(x, v, rows.start, incoming, lp[rows], weight)
+        mixture.launch(x, v, rows.start, (incoming, lp[rows], weight))
         if data:
             mixture.launch_by_rows(x, v, weight, *(None if output is None else output[rows] for output in of_rows))
         if parameters:

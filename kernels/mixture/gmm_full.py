@@ -13,10 +13,13 @@ dz = -sum_k w P^T y, dm = P^T g, dL = tril(P^T A) - sum_n w diag(1 / L_ii).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import TRITON_DTYPE
 from fastkl.kernels._launch import launch
@@ -26,7 +29,7 @@ INPUT_PRECISION = {"exact": "ieee", "tf32x3": "tf32x3", "tf32": "tf32"}
 BUFFER_BYTES = 32 << 20
 
 
-def supported(precision, _semantic=None):
+def supported(precision: Any, _semantic: Any = None) -> Any:
     """In a kernel: `precision`, or "ieee" if the target's tl.dot does not support it (tf32x3 on AMD)."""
     name = getattr(precision, "value", precision)
     options = getattr(getattr(_semantic, "builder", None), "options", None)
@@ -35,7 +38,7 @@ def supported(precision, _semantic=None):
     return tl.constexpr(name)
 
 
-supported.__triton_builtin__ = True  # lets a kernel call it at compile time
+supported.__triton_builtin__ = True  # type: ignore[attr-defined]  # lets a kernel call it at compile time
 
 
 def blocks(columns: int, dtype: torch.dtype, precision: str) -> dict[str, int]:
@@ -92,7 +95,7 @@ def gmm_full_joint_kernel(
         tl.store(joint + row.to(tl.int64) * joint_strides[0] + k * joint_strides[1], a - 0.5 * quadratic, row_inside)
 
 
-def blocks_of_rows(rows, period, most):
+def blocks_of_rows(rows: int, period: int, most: int) -> Iterator[slice]:
     """Slices of at most `most` rows: whole periods of the logits' rows, or parts of one."""
     step = max(most // period * period, period)
     length = step if period <= most else most
@@ -101,7 +104,7 @@ def blocks_of_rows(rows, period, most):
         yield from (slice(first, min(first + length, end)) for first in range(begin, end, length))
 
 
-def add_logits_gradient(dlogits, weight, incoming, log_weights, first):
+def add_logits_gradient(dlogits: Tensor, weight: Tensor, incoming: Tensor, log_weights: Tensor, first: int) -> None:
     """w - softmax(logits) dlp, summed over the rows of such a block that share their logits."""
     period = len(dlogits)
     if len(weight) >= period:
@@ -110,7 +113,7 @@ def add_logits_gradient(dlogits, weight, incoming, log_weights, first):
     dlogits[some] += weight - log_weights[some].exp() * incoming
 
 
-def pieces(rows, components, elements):
+def pieces(rows: slice, components: slice, elements: int) -> Iterator[tuple[slice, slice]]:
     """(rows, components) in pieces of at most `elements` pairs, unless a row of one component is more."""
     some = min(components.stop - components.start, elements)
     length = max(1, elements // some)
@@ -122,7 +125,9 @@ def pieces(rows, components, elements):
 class Whitening:
     """Shared by the passes over the components; computes P for a chunk of components at a time."""
 
-    def __init__(self, z, logvar, logits, means, scale_tril, form, precision):
+    def __init__(
+        self, z: Tensor, logvar: Tensor | None, logits: Tensor, means: Tensor, scale_tril: Tensor, precision: str
+    ) -> None:
         self.dtype = compute_dtype((z, logvar, logits, means, scale_tril))
         self.z, self.logvar, self.means, self.scale, self.precision = z, logvar, means[0], scale_tril[0], precision
         self.log_weights = torch.log_softmax(logits, -1, dtype=self.dtype)
@@ -133,9 +138,9 @@ class Whitening:
         self.rows_per_block = max(1, elements // max(components, columns))
         chunk = max(1, elements // max(1, columns * columns))
         self.chunks = [slice(k, min(k + chunk, components)) for k in range(0, components, chunk)]
-        self.known = {}
+        self.known: dict[int, Tensor] = {}
 
-    def root(self, part):
+    def root(self, part: slice) -> Tensor:
         """P of some components; kept if they are all."""
         if part.start in self.known:
             return self.known[part.start]
@@ -146,7 +151,7 @@ class Whitening:
             self.known[part.start] = root
         return root
 
-    def launch(self, rows, part, root, joint, whitened):
+    def launch(self, rows: slice, part: slice, root: Tensor, joint: Tensor | None, whitened: Tensor | None) -> None:
         z, means = self.z[rows], self.means[part]
         block = blocks(z.shape[1], self.dtype, self.precision)
         log_weights = self.log_weights[:, part]
@@ -158,10 +163,10 @@ class Whitening:
             PRECISION=INPUT_PRECISION[self.precision], DTYPE=TRITON_DTYPE[self.dtype], enable_fp_fusion=True, **block,
         )  # fmt: skip
 
-    def variance(self, rows):
+    def variance(self, rows: slice) -> Tensor | None:
         return None if self.logvar is None else self.logvar[rows].to(self.dtype).exp()
 
-    def joint(self, rows):
+    def joint(self, rows: slice) -> Tensor:
         out = torch.empty((rows.stop - rows.start, len(self.means)), dtype=self.dtype, device=self.z.device)
         variance = self.variance(rows)
         for part in self.chunks:
@@ -172,8 +177,11 @@ class Whitening:
         return out
 
 
-def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision) -> torch.Tensor:
-    mixture = Whitening(z, logvar, logits, means, scale_tril, form, precision)
+def fwd(
+    z: Tensor, logvar: Tensor | None, logits: Tensor, means: Tensor, logvars: Tensor | None, scale_tril: Tensor,
+    form: str, precision: str,
+) -> Tensor:  # fmt: skip
+    mixture = Whitening(z, logvar, logits, means, scale_tril, precision)
     lp = torch.zeros(len(z), dtype=mixture.dtype, device=z.device)  # 0 is the value without dimensions
     if z.numel():
         for rows in blocks_of_rows(len(z), len(logits), mixture.rows_per_block):
@@ -181,16 +189,19 @@ def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision) -> torch
     return lp
 
 
-def bwd(dlp, lp, inputs, outputs, form, precision) -> None:
+def bwd(
+    dlp: Tensor, lp: Tensor, inputs: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor],
+    outputs: Sequence[Tensor | None], form: str, precision: str,
+) -> None:  # fmt: skip
     """Write the outputs, the gradients of gmm_log_prob's inputs; None is not wanted."""
     z, logvar, logits, means, _, scale_tril = inputs
     dz, dlogvar, dlogits, dmeans, _, dscale_tril = outputs
     if z.numel() == 0:
         return clear(outputs)
     data, parameters = present((dz, dlogvar)), present((dlogits, dmeans, dscale_tril))
-    mixture = Whitening(z, logvar, logits, means, scale_tril, form, precision)
+    mixture = Whitening(z, logvar, logits, means, scale_tril, precision)
     components, columns = mixture.means.shape
-    zeros = dict(dtype=mixture.dtype, device=z.device)
+    zeros: dict[str, Any] = dict(dtype=mixture.dtype, device=z.device)
     if parameters:
         weight_sum, variance_sum = torch.zeros(components, **zeros), torch.zeros(components, columns, **zeros)
         first, second = torch.zeros(components, columns, **zeros), torch.zeros(components, columns, columns, **zeros)
@@ -200,9 +211,8 @@ def bwd(dlp, lp, inputs, outputs, form, precision) -> None:
         weight = mixture.joint(rows).softmax(1).mul_(incoming)
         weight.masked_fill_(incoming == 0, 0.0)  # NaN in rows of density 0
         variance = mixture.variance(rows)
-        of_z = torch.zeros((len(weight), columns), **zeros)
+        of_z, of_variance = (torch.zeros((len(weight), columns), **zeros) for _ in range(2))
         per_chunk = max(1, BUFFER_BYTES // mixture.dtype.itemsize // columns)
-        of_variance = torch.zeros_like(of_z)
         for part in mixture.chunks:
             root = mixture.root(part)
             if data and variance is not None:
@@ -222,8 +232,8 @@ def bwd(dlp, lp, inputs, outputs, form, precision) -> None:
                     second[some].baddbmm_(weighted.permute(1, 2, 0), y.transpose(0, 1))
         if dz is not None:
             dz[rows] = of_z.to(z.dtype)
-        if dlogvar is not None:
-            dlogvar[rows] = of_variance.mul_(variance).to(logvar.dtype)
+        if dlogvar is not None and variance is not None:
+            dlogvar[rows] = of_variance.mul_(variance).to(dlogvar.dtype)
         if parameters:
             weight_sum += weight.sum(0)
             add_logits_gradient(sums, weight, incoming, mixture.log_weights, rows.start)

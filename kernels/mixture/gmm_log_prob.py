@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import TRITON_DTYPE, exp, finite
 from fastkl.kernels._launch import launch
@@ -15,7 +18,10 @@ from fastkl.kernels.mixture._mixture_prepare import add_exponentials, prepare
 from fastkl.kernels.mixture._mixture_tiles import blocks, scattered, split
 
 
-def module(inputs, scale_tril, form, precision):
+def module(
+    inputs: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None], scale_tril: Tensor | None, form: str,
+    precision: str,
+) -> ModuleType | None:  # fmt: skip
     """The module whose fwd and bwd to call; None for this file."""
     if scale_tril is not None:
         from fastkl.kernels.mixture import gmm_full
@@ -32,7 +38,7 @@ def module(inputs, scale_tril, form, precision):
     return None
 
 
-def has_kernel(means, scale_tril, form, dtype):
+def has_kernel(means: Tensor, scale_tril: Tensor | None, form: str, dtype: torch.dtype) -> bool:
     """Full covariances have one for a mixture that all rows share; convolved, each row and component is a matrix."""
     if scale_tril is None:
         return True
@@ -76,29 +82,35 @@ def gmm_fwd_kernel(
     tl.store(lp + split.to(tl.int64) * rows + index, value, mask=index < rows)
 
 
-def launch_fwd(z, logvar, logits, means, logvars, form, *, joints=False):
-    """(lp [R] in float64, joint log-densities [R, K] or None)."""
+def launch_fwd(
+    z: Tensor, logvar: Tensor | None, logits: Tensor, means: Tensor, logvars: Tensor | None, form: str,
+    joints: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """lp [R] in float64. Joint log-densities go to `joints` [R, K]."""
     dtype, device = compute_dtype((z, logvar, logits, means, logvars)), z.device
     (rows, columns), components = z.shape, means.shape[1]
-    joint = torch.empty((rows, components), dtype=dtype, device=device) if joints else None
     if rows == 0:
-        return torch.empty(0, dtype=torch.float64, device=device), joint
+        return torch.empty(0, dtype=torch.float64, device=device)
     mixture = prepare(logits, means, logvars, form, dtype)
     own, odd = logits.shape[0] > 1, scattered(z, logvar)
-    block = blocks(dtype, form, "forward", rows, components, own=own or joints, scattered=odd, given=own and joints)
+    wanted = joints is not None
+    block = blocks(dtype, form, "forward", rows, components, own=own or wanted, scattered=odd, given=own and wanted)
     row_blocks = cdiv(rows, block["ROWS"])
     length, splits = split(components, block["COMPONENTS"], row_blocks, rows * 8)
     lp = torch.empty((splits, rows), dtype=torch.float64, device=device)
     launch(
         gmm_fwd_kernel, (row_blocks * splits,),
-        z, logvar, None if logits.shape[0] == 1 else logits, *mixture, lp, joint, rows, logits.shape[0],
+        z, logvar, None if logits.shape[0] == 1 else logits, *mixture, lp, joints, rows, logits.shape[0],
         (columns, components, mixture.padded), z.stride(), strides_of(logvar), logits.stride(), length, splits,
         FORM=form, TAIL=odd == "tail", DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
     )  # fmt: skip
-    return lp[0] if splits == 1 else lp.logsumexp(0), joint
+    return lp[0] if splits == 1 else lp.logsumexp(0)
 
 
-def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision, keep):
+def fwd(
+    z: Tensor, logvar: Tensor | None, logits: Tensor, means: Tensor, logvars: Tensor | None,
+    scale_tril: Tensor | None, form: str, precision: str, keep: int,
+) -> list[Tensor]:  # fmt: skip
     """[ln p [R]], and with `keep` ln p in float64; see fastkl.reference.gmm_joint_log_prob for `form`.
 
     float64, because log-densities are large far from every component, and a rounding error of ln p scales every
@@ -109,14 +121,16 @@ def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision, keep):
     if not has_kernel(means, scale_tril, form, dtype):
         return NotImplemented
     other = module(inputs, scale_tril, form, precision)
-    lp = launch_fwd(*inputs, form)[0] if other is None else other.fwd(*inputs, scale_tril, form, precision)
+    lp = launch_fwd(*inputs, form) if other is None else other.fwd(*inputs, scale_tril, form, precision)
     return [lp.to(dtype, copy=True), lp.double()][: 1 + (keep > 0)]
 
 
 def bwd(
-    dlp, lp, responsibilities, z, logvar, logits, means, logvars, scale_tril,
-    dz, dlogvar, dlogits, dmeans, dlogvars, dscale_tril, form, precision,
-):  # fmt: skip
+    dlp: Tensor, lp: Tensor, responsibilities: Tensor | None,
+    z: Tensor, logvar: Tensor | None, logits: Tensor, means: Tensor, logvars: Tensor | None, scale_tril: Tensor | None,
+    dz: Tensor | None, dlogvar: Tensor | None, dlogits: Tensor | None, dmeans: Tensor | None, dlogvars: Tensor | None,
+    dscale_tril: Tensor | None, form: str, precision: str,
+) -> None:  # fmt: skip
     """Write the gradients; None is not wanted. lp is ln p in float64. Responsibilities are computed anew."""
     inputs, outputs = (z, logvar, logits, means, logvars), (dz, dlogvar, dlogits, dmeans, dlogvars)
     if not has_kernel(means, scale_tril, form, compute_dtype((*inputs, scale_tril))):

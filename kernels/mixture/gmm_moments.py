@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from fastkl.kernels._layout import compute_dtype
 from fastkl.kernels.mixture._mixture_components import by_components
@@ -10,11 +11,11 @@ from fastkl.kernels.mixture._mixture_prepare import prepare
 from fastkl.kernels.mixture.gmm_log_prob import launch_fwd
 
 
-def fwd(z, logits, means, logvars, scale_tril):
+def fwd(z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | None, scale_tril: Tensor | None) -> list[Tensor]:
     """counts = sum_n r, first = sum_n r (z - m), second = sum_n r (z - m)^2."""
     if scale_tril is not None:
         return NotImplemented
-    lp, _ = launch_fwd(z, None, logits, means, logvars, "point")
+    lp = launch_fwd(z, None, logits, means, logvars, "point")
     dtype = compute_dtype((z, logits, means, logvars))
     if z.shape[0] == 0:
         zeros = torch.zeros(means.shape[1:], dtype=dtype, device=z.device)

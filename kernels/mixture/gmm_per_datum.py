@@ -10,13 +10,16 @@ the gradient of broadcast logvars, and for longer rows the joint log-density [R,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import TRITON_DTYPE, finite
 from fastkl.kernels._launch import launch
-from fastkl.kernels._layout import PROGRAMS, cdiv, clear, compute_dtype, places, present, share
+from fastkl.kernels._layout import PROGRAMS, cdiv, clear, compute_dtype, place, places, present, share
 from fastkl.kernels.mixture._gmm_per_datum import (
     blocks,
     by_sample,
@@ -94,10 +97,13 @@ def gmm_per_datum_fwd_kernel(
         tl.store(lp + at, log_sum_exp(peak, total, DATA, COMPONENTS), row < data)
 
 
-def launch_fwd(z, logvar, log_weights, means, logvars, lp, joint, form):
+def launch_fwd(
+    z: Tensor, logvar: Tensor | None, log_weights: Tensor, means: Tensor, logvars: Tensor | None, lp: Tensor,
+    joint: Tensor | None, form: str,
+) -> None:  # fmt: skip
     dtype = log_weights.dtype
     shape = (len(z), *means.shape, len(log_weights))
-    block = blocks(*means.shape, dtype, form)
+    block = blocks(means.shape, dtype, form)
     row_blocks = cdiv(len(means), block["DATA"])
     samples_per_program, groups = share(len(z), 1, PROGRAMS // row_blocks)
     resident = means.shape[1] <= block["COMPONENTS"] and means.shape[2] <= block["COLUMNS"]
@@ -108,7 +114,10 @@ def launch_fwd(z, logvar, log_weights, means, logvars, lp, joint, form):
     )  # fmt: skip
 
 
-def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision) -> torch.Tensor:
+def fwd(
+    z: Tensor, logvar: Tensor | None, logits: Tensor, means: Tensor, logvars: Tensor | None, scale_tril: None,
+    form: str, precision: str,
+) -> Tensor:  # fmt: skip
     """log p [R] in float64. Every precision is exact here."""
     dtype = compute_dtype((z, logvar, logits, means, logvars))
     if z.numel() == 0:  # without dimensions, the log of a sum of weights that is 1
@@ -119,7 +128,10 @@ def fwd(z, logvar, logits, means, logvars, scale_tril, form, precision) -> torch
     return lp
 
 
-def bwd(dlp, lp, inputs, outputs, form, precision) -> None:
+def bwd(
+    dlp: Tensor, lp: Tensor, inputs: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, None],
+    outputs: Sequence[Tensor | None], form: str, precision: str,
+) -> None:  # fmt: skip
     """Write the outputs, the gradients of gmm_log_prob's inputs; None is not wanted."""
     z, logvar, logits, means, logvars, _ = inputs
     if z.numel() == 0:
@@ -129,10 +141,9 @@ def bwd(dlp, lp, inputs, outputs, form, precision) -> None:
     data, all_of_mixture = present(of_rows), present(parameters)
     # The kernel writes together what is of rows, and what is of the mixture.
     of_rows = places(of_rows, (z, logvar)) if data else of_rows
-    dlogits, dmeans, dlogvars = places(parameters, (logits, means, logvars)) if all_of_mixture else parameters
     tensors = canonical(z, logvar, logits, means, logvars, dtype)
     samples, (count, components, columns) = len(tensors[0]), means.shape
-    block, joint = blocks(*means.shape, dtype, form), None
+    block, joint = blocks(means.shape, dtype, form), None
     if columns > block["COLUMNS"]:
         joint = torch.empty((samples, count, components), dtype=dtype, device=z.device)
         launch_fwd(*tensors, torch.empty_like(lp), joint, form)
@@ -145,6 +156,8 @@ def bwd(dlp, lp, inputs, outputs, form, precision) -> None:
         row_outputs = [None, None]
     if not all_of_mixture:
         return None
+    dlogits, dmeans = place(parameters[0], logits), place(parameters[1], means)
+    dlogvars = None if logvars is None else place(parameters[2], logvars)
 
     # Logits that several rows share: one row per datum, or per row where neither all nor all samples share them.
     weight_samples = len(tensors[2])
@@ -164,19 +177,19 @@ def bwd(dlp, lp, inputs, outputs, form, precision) -> None:
         part = slice(begin, begin + chunk)
         row_part = [None if t is None else t[:, part] for t in rows]
         output_part = [None if t is None else t[:, part] for t in row_outputs]
-        some = dlogvars if direct else torch.empty((len(means[part]), *full[1:]), dtype=dtype, device=z.device)
+        wide = None if direct else torch.empty((len(means[part]), *full[1:]), dtype=dtype, device=z.device)
         launch_bwd(
-            row_part, output_part, [None if t is None else t[part] for t in tensors[3:]],
-            [of_logits[:, part], dmeans[part], some], form,
+            row_part, output_part, (means[part], None if tensors[4] is None else tensors[4][part]),
+            [of_logits[:, part], dmeans[part], dlogvars if wide is None else wide], form,
             each_sample=each_sample, sum_columns=sum_columns, split=separate,
         )  # fmt: skip
-        if not direct:
-            summed = some.sum_to_size(1 if len(logvars) == 1 else len(some), *logvars.shape[1:])
-            if len(logvars) == 1:
+        if dlogvars is not None and wide is not None:
+            summed = wide.sum_to_size(1 if len(dlogvars) == 1 else len(wide), *dlogvars.shape[1:])
+            if len(dlogvars) == 1:
                 total = summed if total is None else total + summed
             else:
                 dlogvars[part] = summed
-    if total is not None:
+    if dlogvars is not None and total is not None:
         dlogvars.copy_(total)
     if not direct_logits:
         dlogits.copy_(

@@ -3,19 +3,32 @@ no distances."""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+from fastkl.kernels._layout import compute_dtype
 from fastkl.kernels.mixture._mixture_gradient import gradients
 from fastkl.kernels.mixture.gmm_log_prob import launch_fwd
 
 
-def fwd(z, logits, means, logvars, scale_tril, precision):
+def fwd(
+    z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | None, scale_tril: Tensor | None, precision: str
+) -> Tensor:
     if scale_tril is not None or means.shape[0] > 1:
         return NotImplemented
-    lp, joints = launch_fwd(z, None, logits, means, logvars, "point", joints=True)
-    high = lp.to(joints.dtype)
-    return joints.sub_(high[:, None]).sub_((lp - high).to(joints.dtype)[:, None])
+    dtype = compute_dtype((z, logits, means, logvars))
+    joints = torch.empty((len(z), means.shape[1]), dtype=dtype, device=z.device)
+    lp = launch_fwd(z, None, logits, means, logvars, "point", joints)
+    high = lp.to(dtype)
+    return joints.sub_(high[:, None]).sub_((lp - high).to(dtype)[:, None])
 
 
-def bwd(dlog_r, log_r, z, logits, means, logvars, scale_tril, dz, dlogits, dmeans, dlogvars, dscale_tril, precision):
+def bwd(
+    dlog_r: Tensor, log_r: Tensor,
+    z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | None, scale_tril: Tensor | None,
+    dz: Tensor | None, dlogits: Tensor | None, dmeans: Tensor | None, dlogvars: Tensor | None,
+    dscale_tril: Tensor | None, precision: str,
+) -> None:  # fmt: skip
     """As gmm_log_prob's bwd; the weights are dlog_r - exp(log_r) sum_k dlog_r."""
     if scale_tril is not None or means.shape[0] > 1:
         return NotImplemented

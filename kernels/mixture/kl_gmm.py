@@ -11,6 +11,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import TRITON_DTYPE, exp
 from fastkl.kernels._launch import launch
@@ -95,13 +96,15 @@ def kl_gmm_samples_bwd_kernel(
     tl.store(dlogvar + index, tl.load(dlogvar + index, again, other=0.0) + total_noise, mask)
 
 
-def _chunks(mu, num_samples: int, dtype: torch.dtype):
+def _chunks(mu: Tensor, num_samples: int, dtype: torch.dtype) -> list[tuple[int, int]]:
     """The (first, last) sample of each buffer."""
     step = max(1, SAMPLES_BYTES // max(1, mu.numel() * dtype.itemsize))
     return [(first, min(first + step, num_samples)) for first in range(0, num_samples, step)]
 
 
-def _samples(mu, logvar, seed, first, last, dtype, *, with_eps=False):
+def _samples(
+    mu: Tensor, logvar: Tensor, seed: Tensor, first: int, last: int, dtype: torch.dtype, *, with_eps: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """(z, eps or None), [samples, R, D]."""
     z = torch.empty((last - first, *mu.shape), dtype=dtype, device=mu.device)
     eps = torch.empty_like(z) if with_eps else None
@@ -114,7 +117,10 @@ def _samples(mu, logvar, seed, first, last, dtype, *, with_eps=False):
     return z, eps
 
 
-def fwd(mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, precision, entropy, stl):
+def fwd(
+    mu: Tensor, logvar: Tensor, seed: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | None,
+    scale_tril: Tensor | None, num_samples: int, precision: str, entropy: str, stl: bool,
+) -> Tensor:  # fmt: skip
     """KL [R]; see fastkl.reference.kl_gmm."""
     mixture = (logits, means, logvars, scale_tril)
     dtype = compute_dtype((mu, logvar, *mixture))
@@ -133,16 +139,20 @@ def fwd(mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, preci
 
 
 def bwd(
-    dkl, mu, logvar, seed, logits, means, logvars, scale_tril, dmu, dlogvar, dlogits, dmeans, dlogvars, dscale_tril,
-    num_samples, precision, stl,
-):  # fmt: skip
+    dkl: Tensor, mu: Tensor, logvar: Tensor, seed: Tensor,
+    logits: Tensor, means: Tensor, logvars: Tensor | None, scale_tril: Tensor | None,
+    dmu: Tensor | None, dlogvar: Tensor | None, dlogits: Tensor | None, dmeans: Tensor | None, dlogvars: Tensor | None,
+    dscale_tril: Tensor | None, num_samples: int, precision: str, stl: bool,
+) -> None:  # fmt: skip
     """Write the gradients of (mu, logvar) and of the mixture's tensors; None is not wanted."""
-    mixture, outputs = [logits, means, logvars, scale_tril], (dlogits, dmeans, dlogvars, dscale_tril)
-    dtype = compute_dtype((mu, logvar, *mixture))
+    outputs = [dlogits, dmeans, dlogvars, dscale_tril]
+    dtype = compute_dtype((mu, logvar, logits, means, logvars, scale_tril))
     chunks, sums = _chunks(mu, num_samples, dtype), outputs
     if len(chunks) > 1:  # sums over chunks are in the compute dtype
-        mixture = [None if t is None else t.to(dtype) for t in mixture]
+        logits, means = logits.to(dtype), means.to(dtype)
+        logvars, scale_tril = (None if t is None else t.to(dtype) for t in (logvars, scale_tril))
         sums = [None if t is None else torch.zeros_like(t, dtype=dtype) for t in outputs]
+    mixture = (logits, means, logvars, scale_tril)
     data, block = present((dmu, dlogvar)), blocks(dtype)
     rows = [torch.empty(mu.shape, dtype=dtype, device=mu.device) for _ in range(2 if data else 0)]
     for first, last in chunks:
@@ -153,7 +163,8 @@ def bwd(
         dlp = (dkl.to(dtype) / -num_samples).repeat(last - first)
         dz = torch.empty_like(z) if data else None
         found = sums if len(chunks) == 1 else [None if t is None else torch.empty_like(t) for t in sums]
-        gmm_log_prob.bwd(dlp, kept[1], None, z, None, *mixture, dz, None, *found, "point", precision)
+        a, b, c, d = found
+        gmm_log_prob.bwd(dlp, kept[1], None, z, None, *mixture, dz, None, a, b, c, d, "point", precision)
         if data:
             launch(
                 kl_gmm_samples_bwd_kernel, (cdiv(mu.numel(), block["BLOCK"]),),
@@ -161,6 +172,6 @@ def bwd(
                 num_samples, STL=stl, DTYPE=TRITON_DTYPE[dtype], enable_fp_fusion=True, **block,
             )  # fmt: skip
         if found is not sums:
-            sums = [None if a is None else a + b for a, b in zip(sums, found)]
+            sums = [None if a is None or b is None else a + b for a, b in zip(sums, found)]
     finish((dmu, dlogvar, *outputs), [*(rows or (None, None)), *sums])
     return None

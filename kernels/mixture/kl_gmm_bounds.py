@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import TRITON_DTYPE
 from fastkl.kernels._launch import launch
@@ -52,12 +53,15 @@ def kl_gmm_bounds_fwd_kernel(
         tl.store(negative_entropy + index, value.to(tl.float64), mask=index < rows)
 
 
-def fused(mu, logits, means, scale_tril, precision) -> bool:
+def fused(mu: Tensor, logits: Tensor, means: Tensor, scale_tril: Tensor | None, precision: str) -> bool:
     """Weights or components of their own, full covariances and tensor cores go through the mixture's kernels twice."""
     return len(logits) == len(means) == 1 and scale_tril is None and precision == "exact" and len(mu) > 0
 
 
-def fwd(mu, logvar, logits, means, logvars, scale_tril, precision, keep):
+def fwd(
+    mu: Tensor, logvar: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | None, scale_tril: Tensor | None,
+    precision: str, keep: int,
+) -> list[Tensor]:  # fmt: skip
     """[lower, upper], each [R], and with `keep` the two log-densities in float64."""
     if not fused(mu, logits, means, scale_tril, precision):
         return NotImplemented
@@ -82,9 +86,12 @@ def fwd(mu, logvar, logits, means, logvars, scale_tril, precision, keep):
 
 
 def bwd(
-    dlower, dupper, lower_lp, lower_responsibilities, upper_lp, upper_responsibilities,
-    mu, logvar, logits, means, logvars, scale_tril, dmu, dlogvar, dlogits, dmeans, dlogvars, dscale_tril, precision,
-):  # fmt: skip
+    dlower: Tensor | None, dupper: Tensor | None, lower_lp: Tensor, lower_responsibilities: Tensor | None,
+    upper_lp: Tensor, upper_responsibilities: Tensor | None,
+    mu: Tensor, logvar: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | None, scale_tril: Tensor | None,
+    dmu: Tensor | None, dlogvar: Tensor | None, dlogits: Tensor | None, dmeans: Tensor | None, dlogvars: Tensor | None,
+    dscale_tril: Tensor | None, precision: str,
+) -> None:  # fmt: skip
     """Write the gradients of (mu, logvar) and of the mixture's tensors; None is not wanted.
 
     Those of the upper bound alone are cheaper by the mixture's kernels, which agree with these; those of the lower

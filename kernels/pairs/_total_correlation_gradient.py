@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import LN2
 from fastkl.kernels._launch import launch
@@ -155,9 +156,9 @@ def total_correlation_posteriors_kernel(
 
 
 def bwd(
-    dmutual, dtotal, ddimension, z, mu, logvar, joint_sum, marginal_sum, dz, dmu, dlogvar, first, dataset_size,
-    stratified,
-):  # fmt: skip
+    dmutual: Tensor, dtotal: Tensor, ddimension: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, joint_sum: Tensor,
+    marginal_sum: Tensor, dz: Tensor, dmu: Tensor, dlogvar: Tensor, first: int, dataset_size: int, stratified: bool,
+) -> None:  # fmt: skip
     (rows, columns), batch = z.shape, mu.shape[0]
     if columns > MOST_COLUMNS:
         return NotImplemented
@@ -177,18 +178,18 @@ def bwd(
         of_rows[:, rows:] = 0.0
         row_terms[0, rows:] = float("inf")
         row_terms[1, rows:] = 0.0
-    of_rows = (*of_rows, row_terms)
+    between = (*of_rows, row_terms)
     block = tile(columns, rows, batch, dtype)
     launch(
         total_correlation_rows_kernel, (cdiv(rows, block["OWN"] * block["GROUPS"]),),
-        z, *prepared, dmutual, dtotal, ddimension, joint_sum, marginal_sum, dz, *of_rows, rows, batch, columns, padded,
+        z, *prepared, dmutual, dtotal, ddimension, joint_sum, marginal_sum, dz, *between, rows, batch, columns, padded,
         padded_rows, first, dataset_size, z.stride(), dmutual.stride(0), dtotal.stride(0), ddimension.stride(0),
         dz.stride(), STRATIFIED=stratified, enable_fp_fusion=True, **block,
     )  # fmt: skip
     block = tile(columns, batch, rows, dtype)
     launch(
         total_correlation_posteriors_kernel, (cdiv(batch, block["OWN"] * block["GROUPS"]),),
-        *prepared, *of_rows, dmutual, dmu, dlogvar, rows, batch, columns, padded, padded_rows, first, dataset_size,
+        *prepared, *between, dmutual, dmu, dlogvar, rows, batch, columns, padded, padded_rows, first, dataset_size,
         dmutual.stride(0), dmu.stride(), dlogvar.stride(), STRATIFIED=stratified, enable_fp_fusion=True, **block,
     )  # fmt: skip
     return None

@@ -7,9 +7,12 @@ gradient; partial sums are added in a fixed order. Without a gradient, x with it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels import _launch
 from fastkl.kernels._device import proportion
@@ -36,7 +39,7 @@ def blocks(dtype: torch.dtype, others: int, *, gradient: bool) -> dict[str, int]
     }
 
 
-def beside(points: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def beside(points: Tensor, dtype: torch.dtype) -> Tensor:
     """[D, N], padded with zeros to whole tiles: loads in the inner loops need no mask."""
     rows, columns = points.shape
     out = torch.zeros((cdiv(columns, STEP) * STEP, cdiv(rows, PAD) * PAD), dtype=dtype, device=points.device)
@@ -128,11 +131,11 @@ def mmd_kernel(
             for d in range(0, columns, 4):
                 zs = four(load_rows(z_at, d, columns, TAIL, dtype), ROWS)
                 z_at += step
-                parts = ()
+                parts = ()  # mypy lets no tuple grow
                 for i in tl.static_range(4):
                     u = of_rows(zs[i], True, TERMS, LANES) - tl.load(others_at + lanes)
                     others_at += padded
-                    parts += (tl.sum(slope * u, axis=1),)
+                    parts += (tl.sum(slope * u, axis=1),)  # type: ignore[assignment]
                 mask = valid[:, None] & (d + tl.arange(0, 4) < columns)[None, :]
                 old = mask & (start + tl.arange(0, 1) > first)[:, None]  # the first tile starts from 0
                 tl.store(dz_at, tl.load(dz_at, old, other=0.0) + summed(parts), mask)
@@ -140,7 +143,10 @@ def mmd_kernel(
     tl.store(sums + tl.program_id(0), tl.sum(tl.sum(tl.sum(total, axis=2), axis=1), axis=0))
 
 
-def launch(z, others, count, kernel, scales, *, same, self_pairs, gradient):
+def launch(
+    z: Tensor, others: Tensor, count: int, kernel: str, scales: Sequence[float], *,
+    same: bool, self_pairs: bool, gradient: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(sum over pairs, sum_j k' (z_i - z_j) or None) of z [N, D] and others [D, count], padded."""
     (rows, columns), dtype = z.shape, others.dtype
     odd = scattered(z)
@@ -158,10 +164,10 @@ def launch(z, others, count, kernel, scales, *, same, self_pairs, gradient):
     return sums.sum(dtype=torch.float64), None if dz is None else dz.sum(0)
 
 
-def fwd(x, y, kernel, scales, unbiased, dx, dy) -> list[torch.Tensor]:
+def fwd(x: Tensor, y: Tensor, kernel: str, scales: Sequence[float], unbiased: bool, dx: bool, dy: bool) -> list[Tensor]:
     points, wanted, dtype = (x, y), (dx, dy), compute_dtype([x, y])
     counts = [len(z) for z in points]
-    others = [beside(z, dtype) if len(z) else None for z in points]
+    others = [beside(z, dtype) for z in points]
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     gradients = []
     for a, b in ((0, 1), (1, 0)):
@@ -174,7 +180,7 @@ def fwd(x, y, kernel, scales, unbiased, dx, dy) -> list[torch.Tensor]:
             points[a], others[a], count, *settings, same=True, self_pairs=not unbiased, gradient=wanted[a]
         )
         total += own * value
-        if wanted[a]:
+        if gradient is not None:
             gradient *= own
         if counts[b] and (a == 0 or wanted[a]):
             mixed = -1 / (count * counts[b])
@@ -183,8 +189,8 @@ def fwd(x, y, kernel, scales, unbiased, dx, dy) -> list[torch.Tensor]:
             )
             if a == 0:
                 total += 2 * mixed * value
-            if wanted[a]:
+            if gradient is not None and part is not None:
                 gradient += mixed * part
-        if wanted[a]:
+        if gradient is not None:
             gradients.append(gradient * (2 / x.shape[1]))
     return [total, *gradients]

@@ -7,9 +7,12 @@ registers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import proportion
 from fastkl.kernels._launch import launch
@@ -103,7 +106,7 @@ def mmd_normal_kernel(
                     vs = four(load_rows(variance_at, d, columns, TAIL, dtype), ROWS)
                     mean_at += mean_strides[1] * 4
                     variance_at += variance_strides[1] * 4
-                    firsts, seconds = (), ()
+                    firsts, seconds = (), ()  # mypy lets no tuple grow
                     for i in tl.static_range(4):
                         u, r = ratio(
                             of_rows(ms[i], True, TERMS, LANES), of_rows(vs[i], True, TERMS, LANES),
@@ -112,8 +115,8 @@ def mmd_normal_kernel(
                         means_at += padded
                         variances_at += padded
                         weight = value * r
-                        firsts += (tl.sum(weight * u, axis=1),)
-                        seconds += (tl.sum(weight * (u * u * r * inverse - 1.0), axis=1),)
+                        firsts += (tl.sum(weight * u, axis=1),)  # type: ignore[assignment]
+                        seconds += (tl.sum(weight * (u * u * r * inverse - 1.0), axis=1),)  # type: ignore[assignment]
                     mask = valid[:, None] & (d + tl.arange(0, 4) < columns)[None, :]
                     old = mask & (start + tl.arange(0, 1) + scale > first)[:, None]  # the first tile starts from 0
                     tl.store(dmean_at, tl.load(dmean_at, old, other=0.0) - summed(firsts), mask)
@@ -123,7 +126,7 @@ def mmd_normal_kernel(
     tl.store(sums + tl.program_id(0), tl.sum(tl.sum(tl.sum(total, axis=2), axis=1), axis=0))
 
 
-def fwd(mu, logvar, scales, unbiased, dmu, dlogvar) -> list[torch.Tensor]:
+def fwd(mu: Tensor, logvar: Tensor, scales: Sequence[float], unbiased: bool, dmu: bool, dlogvar: bool) -> list[Tensor]:
     gradient = dmu or dlogvar  # one pass over the dimensions gives both
     dtype = compute_dtype([mu, logvar])
     rows, columns = mu.shape
@@ -134,16 +137,17 @@ def fwd(mu, logvar, scales, unbiased, dmu, dlogvar) -> list[torch.Tensor]:
     partial_bytes = 2 * rows * columns * dtype.itemsize * gradient
     per_program, splits = split(rows, block["OTHERS"], row_blocks, partial_bytes)
     sums = torch.empty(row_blocks * splits, dtype=dtype, device=mu.device)
-    parts = torch.empty((2, splits, rows, columns), dtype=dtype, device=mu.device) if gradient else [None, None]
+    parts = torch.empty((2, splits, rows, columns), dtype=dtype, device=mu.device) if gradient else None
     launch(
         mmd_normal_kernel, (row_blocks * splits,),
-        mu, variance, *others, sums, *parts, rows, (columns, others[0].shape[1]), mu.stride(), variance.stride(),
-        rows * columns, per_program, splits, INVERSES=tuple(1 / (columns * s) for s in scales), SELF=not unbiased,
-        TAIL=columns % 4 > 0, enable_fp_fusion=True, **block,
+        mu, variance, *others, sums, *((None, None) if parts is None else parts), rows,
+        (columns, others[0].shape[1]), mu.stride(), variance.stride(), rows * columns, per_program, splits,
+        INVERSES=tuple(1 / (columns * s) for s in scales), SELF=not unbiased, TAIL=columns % 4 > 0,
+        enable_fp_fusion=True, **block,
     )  # fmt: skip
     weight = 1 / (rows * (rows - 1) if unbiased else rows * rows)
     total = sums.sum(dtype=torch.float64) * weight
-    if not gradient:
+    if parts is None:
         return [total]
     dmean, dvariance = parts.sum(1).mul_(2 * weight)
     return [total, *[dmean] * dmu, *[dvariance.mul_(variance)] * dlogvar]

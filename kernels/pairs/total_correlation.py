@@ -5,9 +5,12 @@ Backward has two kernels, in _total_correlation_gradient.py: by rows for z, by p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkl.kernels._device import LN2
 from fastkl.kernels._launch import launch
@@ -124,12 +127,12 @@ def row_mask(rows, ROWS: tl.constexpr, OWN: tl.constexpr, GROUPS: tl.constexpr):
     return tl.program_id(0) * ROWS + own_index(OWN, GROUPS) < rows
 
 
-def fwd(z, mu, logvar, first, dataset_size, stratified):
+def fwd(z: Tensor, mu: Tensor, logvar: Tensor, first: int, dataset_size: int, stratified: bool) -> list[Tensor]:
     rows, columns = z.shape
     if columns > MOST_COLUMNS:
         return NotImplemented
     dtype = compute_dtype([z, mu, logvar])
-    empty = {"dtype": dtype, "device": z.device}
+    empty: dict[str, Any] = {"dtype": dtype, "device": z.device}
     out = [torch.empty(rows, **empty) for _ in range(4)] + [torch.empty((rows, columns), **empty)]
     if rows and columns:
         prepared = prepare(mu, logvar, dtype)

@@ -215,7 +215,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_mixtures_and_shapes(name, backend):
     tensors, options = OTHERS[name](draw())

@@ -152,7 +152,7 @@ def bounds_of(way, spreads, wanted):
 
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)], ids=["both", "lower", "upper"])
 @pytest.mark.parametrize("spreads", APART, ids=str)
-@pytest.mark.parametrize("way", ["torch", "triton"])
+@pytest.mark.parametrize("way", ["torch", "native", "triton"])
 def test_bounds_of_log_variances_far_apart(way, spreads, wanted):
     if spreads[0] - spreads[1] > 88 and wanted[1] and spreads[0] > 0:
         wanted = (wanted[0], False)  # the upper bound overflows there, or is so large that no digit of ln K is left

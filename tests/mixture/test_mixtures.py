@@ -16,7 +16,7 @@ from helpers import DEVICE, Package, implementation, leaf
 stats = Package("scipy.stats")
 
 SEED = 2**61 + 7
-both = pytest.mark.parametrize("backend", ["torch", "triton"])
+both = pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 
 
 def many(backend):

@@ -19,9 +19,9 @@ from fastkl.ops._call import apply, needs_closed_form
 from fastkl.ops._register import differentiable, register, same, without_autocast
 from fastkl.ops.mixture import _at_once as at_once
 from fastkl.ops.mixture._mixture import DMIXTURE, MIXTURE, Gradients, Mixture, by_datum, joined, outputs_for
-from fastkl.ops.mixture._sweep import Sweep, keep_for
-from fastkl.ops.mixture._sweep_gradients import DensityWeights, add_gradients, write, zeros_to_add_to
-from fastkl.ops.mixture.gmm_log_prob import found_at_once, values
+from fastkl.ops.mixture._sweep import keep_for
+from fastkl.ops.mixture._sweep_gradients import write, zeros_to_add_to
+from fastkl.ops.mixture.gmm_log_prob import gmm_log_prob_bwd, gmm_log_prob_fwd
 
 _INPUTS = f"Tensor mu, Tensor logvar, Tensor seed, {MIXTURE}"
 SAMPLES_BYTES = 2 << 20  # size of one block of z
@@ -35,7 +35,8 @@ class _Block:
         self.rows, self.data, self.size = slice(first, last), data, mu.shape[1]
         self.mu, self.logvar = mu[first:last].to(self.dtype), logvar[first:last].to(self.dtype)
         self.sigma = torch.exp(0.5 * self.logvar)
-        self.mixture = Mixture(*self.of(mixture))
+        wide: Iterator[Any] = (None if t is None else t.to(self.dtype) for t in self.of(mixture))
+        self.mixture = Mixture(*wide)
 
     def of(self, parameters: Iterable[Tensor | None]) -> Iterator[Any]:
         """The parts of the parameters for the block's data."""
@@ -68,7 +69,8 @@ def _forward(mu, logvar, seed, logits, means, logvars, scale_tril, num_samples, 
         half_logs = 0.5 * (block.logvar + math.log(2 * math.pi)).sum(-1)
         total = -num_samples * (half_logs if entropy == "sampled" else half_logs + 0.5 * block.size)
         for eps, z in block.samples(seed, num_samples):
-            total -= values(z, None, *block.mixture, "point", precision, 0)[0].view(len(eps), -1).sum(0)
+            (lp,) = gmm_log_prob_fwd(z, None, *block.mixture, "point", precision, 0)
+            total -= lp.view(len(eps), -1).sum(0)
             if entropy == "sampled":
                 total -= 0.5 * eps.square().sum((0, 2))
         kl[block.rows] = total / num_samples
@@ -81,14 +83,13 @@ def _fake_forward(mu, logvar, seed, logits, means, logvars, scale_tril, *setting
 
 def _add_gradients(z: Tensor, dlp: Tensor, mixture: Mixture, precision: str, total: Gradients) -> None:
     """Add the gradients of sum dlp ln p(z) to `total`."""
-    _, lp, responsibilities = (*values(z, None, *mixture, "point", precision, keep_for([z], mixture)), None)[:3]
-    if not at_once.is_small(z, mixture):
-        sweep = Sweep(z, None, mixture, "point", precision)
-        return add_gradients(sweep, DensityWeights(sweep, dlp, lp, responsibilities), total)
-    for output, gradient in zip(total, found_at_once(dlp, responsibilities, z, None, mixture, "point")):
+    inputs = (z, None, *mixture)
+    kept = (*gmm_log_prob_fwd(*inputs, "point", precision, keep_for([z], mixture)), None)[1:3]
+    found = outputs_for(inputs, [output is not None for output in total])
+    gmm_log_prob_bwd(dlp, *kept, *inputs, *found, "point", precision)
+    for output, gradient in zip(total, found):
         if output is not None and gradient is not None:
-            output += gradient.sum_to_size(output.shape)
-    return None
+            output += gradient
 
 
 @without_autocast
@@ -118,7 +119,7 @@ def _backward(
                 total.dlogvar[block.rows] += dz.mul_(eps).sum(0).mul_(block.sigma).mul_(0.5)
     if total.dlogvar is not None and not stl:
         total.dlogvar.sub_(0.5 * dkl.to(dtype).unsqueeze(-1))
-    write(outputs, total, logits)
+    write(outputs, total)
 
 
 def _kernels():

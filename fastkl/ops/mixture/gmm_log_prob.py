@@ -77,17 +77,25 @@ def _kernels():
     return gmm_log_prob
 
 
+def _loops():
+    from fastkl.native import mixture
+
+    return mixture
+
+
 gmm_log_prob_fwd = register(
     f"gmm_log_prob_fwd({_INPUTS}, str form, str precision, int keep) -> Tensor[]",
     closed_form=values,
     fake=fake_values,
     kernel=lambda: _kernels().fwd,
+    native=lambda: _loops().gmm_log_prob_fwd,
 )
 gmm_log_prob_bwd = register(
     f"gmm_log_prob_bwd(Tensor dlp, Tensor lp, Tensor? responsibilities, {_INPUTS}, "
     f"Tensor(a!)? dz, Tensor(b!)? dlogvar, {DMIXTURE}, str form, str precision) -> ()",
     closed_form=_backward,
     kernel=lambda: _kernels().bwd,
+    native=lambda: _loops().gmm_log_prob_bwd,
 )
 
 
@@ -188,10 +196,11 @@ def gmm_log_prob(
             diagonal are not read. Excludes logvars.
         scale: the meaning of logvars: "logvar", "log_std", "std" or "softplus", as for `fastkl.kl_normal`; others than
             "logvar" are converted in float32.
-        precision: "exact" uses differences (z - m) / sigma, which are accurate for narrow and distant components (on a
-            CPU an expansion in float64, if it is as accurate). "tf32x3" and "tf32" expand the square around the mean
-            of the means, on a GPU on tensor cores, on a CPU both in float32. Largest errors in nats of the compiled
-            kernels, emulated, at K = 100, D = 40, against float64 (broadcasting in float32: 8e-6 and 1e-5):
+        precision: "exact" uses differences (z - m) / sigma, which are accurate for narrow and distant components; on a
+            CPU every precision does (without a C compiler, "exact" expands the square in float64 where that is as
+            accurate). "tf32x3" and "tf32" expand it around the mean of the means, on a GPU on tensor cores (without a
+            C compiler, in float32). Largest errors in nats of the compiled kernels, emulated, at K = 100, D = 40,
+            against float64 (broadcasting in float32: 8e-6 and 1e-5):
 
             ======================================  ======  =======  ======
             components                              exact   tf32x3   tf32
