@@ -1,5 +1,5 @@
 /* Gaussian mixtures with diagonal covariances on a CPU: the log-density and its gradients.
- * fastkl.reference defines the op, fastkl.ops.mixture._gmm the three forms of a component's term. The lanes of a vector
+ * fastkl.reference.mixture defines the op, and fastkl.ops.mixture._mixture the forms of a component's term. The lanes of a vector
  * are components, and four rows share each load of a component. A difference z - mean is taken before it is scaled, so
  * narrow and distant components lose no digits. */
 
@@ -86,8 +86,8 @@ typedef struct {
     REAL most_mean, most_root;
 } slice;
 
-/* Up to ROWS rows of D or width elements, and the sums over rows [D, width] of the weighed terms whose gradients those of
- * the means and log-variances are. */
+/* Up to ROWS rows of D or width elements, and the sums over rows [D, width] of weighted terms, from which the gradients of
+ * the means and log-variances are made. */
 typedef struct {
     int64_t row[ROWS];
     int count;
@@ -301,7 +301,7 @@ static block one_row(const problem *p, const block *b, int i, int width) {
     return one;
 }
 
-/* The precision of a convolved component. ratio is the smaller variance by the larger. */
+/* The precision of a convolved component. ratio is the smaller variance divided by the larger one. */
 typedef struct { mask component; vec spread, root, ratio; } convolved;
 
 INLINE convolved convolve(const slice *t, const block *b, int64_t at, int i) {
@@ -313,7 +313,7 @@ INLINE convolved convolve(const slice *t, const block *b, int64_t at, int i) {
     return (convolved){component, either(component, v, q), root, small * small};
 }
 
-/* sigma of q by that of the component */
+/* sigma of q divided by that of the component */
 INLINE vec sigma_ratio(const slice *t, const block *b, int64_t at, int i) {
     vec root = b->quarter[i] * load(t->inverse + at);
     return root * root;
@@ -383,7 +383,7 @@ static void fill_joint(const problem *p, const slice *t, block *b) {
         }
 }
 
-/* ---- a row with components of its own: lanes are dimensions, because nothing is used twice */
+/* ---- a row with its own components: lanes are dimensions, because each value is used once */
 
 /* A row's z and log-variance of q, once for each of `each` components [each, D]. */
 typedef struct { int each; REAL z[TILE], q[TILE]; } repeated;
@@ -526,7 +526,7 @@ int forward(const int64_t *numbers, const int64_t *addresses, double low, double
 
 /* ---- backward */
 
-/* A weight of 0 times an infinite term would be NaN; clamped, the term is right wherever it matters. */
+/* A weight of 0 times an infinite term would be NaN, so the term is clamped. */
 INLINE vec within(vec x, int careful) {
     if (!careful) return x;
     x = either(x > LIMIT, (vec){0} + LIMIT, x);
@@ -604,7 +604,7 @@ static void write_rows(const problem *p, const slice *t, const block *b, const t
     for (int r = 0; r < b->count; r++) {
         REAL *restrict row = values + r * n;
         tile at = {b->row[r], 0, 1, n};
-        if (t->first) { /* add to the other slices' */
+        if (t->first) { /* add to the gradients of earlier slices */
             const REAL *before = read_tile(out, at, b->out);
             for (int d = 0; d < n; d++) row[d] += before[d];
         }
@@ -628,15 +628,15 @@ static void gradient_block(const problem *p, const slice *t, block *b) {
     if (p->form != POINT) write_rows(p, t, b, &p->dlogvar, b->dlogvar);
 }
 
-/* Add the gradients of components' log-variances [count, D] where they share some of them. */
+/* Add the gradients of the components' log-variances [count, D], if components or dimensions share some. */
 static void add_spread(const problem *p, int64_t first, int count, const REAL *gradients, double *restrict spread) {
     int64_t down = p->size[1] > 1 ? p->size[2] : 0, along = p->size[2] > 1;
     for (int k = 0; k < count; k++)
         for (int d = 0; d < p->columns; d++) spread[(first + k) * down + d * along] += gradients[k * p->columns + d];
 }
 
-/* Write the gradients of components [k, k + LANES) of the slice, from [D, stride] sums of weighed terms; or add that of the
- * log-variances to `spread`, where some of their sizes are 1. */
+/* Write the gradients of components [k, k + LANES) of the slice, from [D, stride] sums of weighted terms. If some sizes of
+ * the log-variances are 1, add their gradient to `spread` instead. */
 static void finish_components(const problem *p, const slice *t, int64_t set, int k, const REAL *first, const REAL *second,
                               const REAL *counts, int64_t stride, REAL *restrict out, double *spread) {
     int n = p->columns, count = t->count - k < LANES ? t->count - k : LANES;
