@@ -92,7 +92,7 @@ int forward(const int64_t *numbers, const int64_t *addresses, double low, double
 
 /* ---- backward */
 
-/* A weight of 0 times an infinite term would be NaN; clamped, the term is right wherever it matters. */
+/* A weight of 0 times an infinite term would be NaN, so the term is clamped. */
 INLINE vec within(vec x, int careful) {
     if (!careful) return x;
     x = either(x > LIMIT, (vec){0} + LIMIT, x);
@@ -170,7 +170,7 @@ static void write_rows(const problem *p, const slice *t, const block *b, const t
     for (int r = 0; r < b->count; r++) {
         REAL *restrict row = values + r * n;
         tile at = {b->row[r], 0, 1, n};
-        if (t->first) { /* add to the other slices' */
+        if (t->first) { /* add to the gradients of earlier slices */
             const REAL *before = read_tile(out, at, b->out);
             for (int d = 0; d < n; d++) row[d] += before[d];
         }
@@ -194,15 +194,15 @@ static void gradient_block(const problem *p, const slice *t, block *b) {
     if (p->form != POINT) write_rows(p, t, b, &p->dlogvar, b->dlogvar);
 }
 
-/* Add the gradients of components' log-variances [count, D] where they share some of them. */
+/* Add the gradients of the components' log-variances [count, D], if components or dimensions share some. */
 static void add_spread(const problem *p, int64_t first, int count, const REAL *gradients, double *restrict spread) {
     int64_t down = p->size[1] > 1 ? p->size[2] : 0, along = p->size[2] > 1;
     for (int k = 0; k < count; k++)
         for (int d = 0; d < p->columns; d++) spread[(first + k) * down + d * along] += gradients[k * p->columns + d];
 }
 
-/* Write the gradients of components [k, k + LANES) of the slice, from [D, stride] sums of weighed terms; or add that of the
- * log-variances to `spread`, where some of their sizes are 1. */
+/* Write the gradients of components [k, k + LANES) of the slice, from [D, stride] sums of weighted terms. If some sizes of
+ * the log-variances are 1, add their gradient to `spread` instead. */
 static void finish_components(const problem *p, const slice *t, int64_t set, int k, const REAL *first, const REAL *second,
                               const REAL *counts, int64_t stride, REAL *restrict out, double *spread) {
     int n = p->columns, count = t->count - k < LANES ? t->count - k : LANES;

@@ -196,10 +196,10 @@ def gmm_log_prob(
             diagonal are not read. Excludes logvars.
         scale: the meaning of logvars: "logvar", "log_std", "std" or "softplus", as for `fastkl.kl_normal`; others than
             "logvar" are converted in float32.
-        precision: "exact" uses differences (z - m) / sigma, which are accurate for narrow and distant components; on a
-            CPU every precision does (without a C compiler, "exact" expands the square in float64 where that is as
-            accurate). "tf32x3" and "tf32" expand it around the mean of the means, on a GPU on tensor cores (without a
-            C compiler, in float32). Largest errors in nats of the compiled kernels, emulated, at K = 100, D = 40,
+        precision: "exact" uses differences (z - m) / sigma, which are accurate for narrow and distant components.
+            "tf32x3" and "tf32" expand the square around the mean of the means, on a GPU on tensor cores. On a CPU every
+            precision uses differences. Without a C compiler, "exact" expands the square in float64 if that is as
+            accurate, and the other two in float32. Largest errors in nats of the compiled kernels, emulated, at K = 100, D = 40,
             against float64 (broadcasting in float32: 8e-6 and 1e-5):
 
             ======================================  ======  =======  ======
