@@ -82,8 +82,8 @@ typedef struct {
     REAL most_mean, most_root;
 } slice;
 
-/* Up to ROWS rows of D or width elements, and the sums over rows [D, width] of the weighed terms whose gradients those of
- * the means and log-variances are. */
+/* Up to ROWS rows of D or width elements, and the sums over rows [D, width] of weighted terms, from which the gradients of
+ * the means and log-variances are made. */
 typedef struct {
     int64_t row[ROWS];
     int count;
@@ -297,7 +297,7 @@ static block one_row(const problem *p, const block *b, int i, int width) {
     return one;
 }
 
-/* The precision of a convolved component. ratio is the smaller variance by the larger. */
+/* The precision of a convolved component. ratio is the smaller variance divided by the larger one. */
 typedef struct { mask component; vec spread, root, ratio; } convolved;
 
 INLINE convolved convolve(const slice *t, const block *b, int64_t at, int i) {
@@ -309,7 +309,7 @@ INLINE convolved convolve(const slice *t, const block *b, int64_t at, int i) {
     return (convolved){component, either(component, v, q), root, small * small};
 }
 
-/* sigma of q by that of the component */
+/* sigma of q divided by that of the component */
 INLINE vec sigma_ratio(const slice *t, const block *b, int64_t at, int i) {
     vec root = b->quarter[i] * load(t->inverse + at);
     return root * root;
@@ -379,7 +379,7 @@ static void fill_joint(const problem *p, const slice *t, block *b) {
         }
 }
 
-/* ---- a row with components of its own: lanes are dimensions, because nothing is used twice */
+/* ---- a row with its own components: lanes are dimensions, because each value is used once */
 
 /* A row's z and log-variance of q, once for each of `each` components [each, D]. */
 typedef struct { int each; REAL z[TILE], q[TILE]; } repeated;
