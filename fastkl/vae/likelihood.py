@@ -119,13 +119,17 @@ class Categorical(Likelihood):
         self.outputs = levels
 
     def terms(self, x: Tensor, output: Tensor) -> Tensor:
-        level = (x * (self.outputs - 1)).round().long().unsqueeze(-self.ndim - 1)
+        drawn = self.levels(output) == (x * (self.outputs - 1)).round().unsqueeze(-self.ndim - 1)
         log_p = output.float().log_softmax(-self.ndim - 1)
-        return log_p.gather(-self.ndim - 1, level).squeeze(-self.ndim - 1)
+        return log_p.where(drawn, 0.0).sum(-self.ndim - 1)  # not gather, whose gradient on CUDA has no fixed order
 
     def mean(self, output: Tensor) -> Tensor:
-        levels = torch.linspace(0, 1, self.outputs, device=output.device).view(-1, *[1] * self.ndim)
-        return (output.softmax(-self.ndim - 1) * levels).sum(-self.ndim - 1)
+        return (output.softmax(-self.ndim - 1) * self.levels(output)).sum(-self.ndim - 1) / (self.outputs - 1)
+
+    def levels(self, output: Tensor) -> Tensor:
+        """0, 1, ... [outputs, 1, ..., 1], which broadcast with the output."""
+        numbers = torch.arange(self.outputs, dtype=torch.float32, device=output.device)
+        return numbers.view(-1, *[1] * self.ndim)
 
 
 class Poisson(Likelihood):

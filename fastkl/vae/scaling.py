@@ -54,7 +54,10 @@ class Scaling:
 
     def state_dict(self) -> dict[str, Any]:
         named = {"mean": self.mean, "deviation": self.deviation}
-        return {"likelihood": self.likelihood, **{name: torch.tensor(value) for name, value in named.items()}}
+        return {
+            "likelihood": self.likelihood,
+            **{name: torch.from_numpy(np.array(value)) for name, value in named.items()},
+        }
 
     @staticmethod
     def of_state(state: dict[str, Any]) -> Scaling:

@@ -144,7 +144,7 @@ def load(
     )  # fmt: skip
     vae = build(settings, shape, scaling.likelihood, copy.deepcopy(model), scaling.levels)
     # The prior's constructor needs data of the right shape; its numbers are those of the checkpoint.
-    blank = torch.zeros(max(1, settings.components), *shape)
+    blank = torch.zeros(max(1, settings.components), *shape, dtype=torch.float32, device="cpu")
     vae.prior = prior.build(settings, vae, Data("", "", scaling, blank, blank, None, None, None))
     try:
         kept = {"best": state["best"].get("model"), "average": state["average"], "last": state["model"]}

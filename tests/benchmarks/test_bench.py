@@ -211,11 +211,11 @@ def test_formulas_are_compiled_ahead(tmp_path):
 
 def test_compilation_ahead_leaves_no_process_behind(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
     formula = precompile.Formula("no_such_op", 0, True, 1, False)
-    interrupted = precompile.ahead([formula, formula._replace(index=1), formula._replace(index=2)], {})
-    next(interrupted)
-    interrupted.close()
+    with torch.compiler.config.patch(cache_key_tag=""):  # monkeypatch would take the name away for good
+        interrupted = precompile.ahead([formula, formula._replace(index=1), formula._replace(index=2)], {})
+        next(interrupted)
+        interrupted.close()
     assert not multiprocessing.active_children()
 
 
