@@ -53,11 +53,8 @@ class Scaling:
         return (values * (self.levels - 1)).round() / (self.levels - 1) if self.likelihood in DISCRETE else values
 
     def state_dict(self) -> dict[str, Any]:
-        named = {"mean": self.mean, "deviation": self.deviation}
-        return {
-            "likelihood": self.likelihood,
-            **{name: torch.from_numpy(np.array(value)) for name, value in named.items()},
-        }
+        mean, deviation = (torch.from_numpy(np.array(each)) for each in (self.mean, self.deviation))
+        return {"likelihood": self.likelihood, "mean": mean, "deviation": deviation}
 
     @staticmethod
     def of_state(state: dict[str, Any]) -> Scaling:
