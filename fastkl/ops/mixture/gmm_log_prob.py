@@ -199,8 +199,8 @@ def gmm_log_prob(
         precision: "exact" uses differences (z - m) / sigma, which are accurate for narrow and distant components.
             "tf32x3" and "tf32" expand the square around the mean of the means, on a GPU on tensor cores. On a CPU every
             precision uses differences. Without a C compiler, "exact" expands the square in float64 if that is as
-            accurate, and the other two in float32. Largest errors in nats of the compiled kernels, emulated, at K = 100,
-            D = 40, against float64 (broadcasting in float32: 8e-6 and 1e-5):
+            accurate, and the other two in float32. Largest errors in nats of the compiled kernels, emulated, at
+            K = 100, D = 40, against float64 (broadcasting in float32: 8e-6 and 1e-5):
 
             ======================================  ======  =======  ======
             components                              exact   tf32x3   tf32
