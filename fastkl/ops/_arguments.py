@@ -226,10 +226,6 @@ def batch_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     return expand(tensor, (size, *tensor.shape)) if dim is None else tensor.movedim(dim, 0)
 
 
-def batch_first_all(tensors, dims, size: int) -> list[Tensor]:
-    return [batch_first(tensor, dim, size) for tensor, dim in zip(tensors, dims) if tensor is not None]
-
-
 def examples(size: int, dims, inputs) -> Iterator[tuple]:
     """The inputs of each example under vmap, for an op that needs one call per example."""
     for index in range(size):

@@ -24,7 +24,7 @@ from fastkl.vae.arrays import BROKEN, first_line
 from fastkl.vae.errors import UserError
 from fastkl.vae.evaluate import evaluate as figures_of
 from fastkl.vae.progress import say
-from fastkl.vae.run import Run, restore, start
+from fastkl.vae.run import Run, choose_device, restore, start
 from fastkl.vae.trained import Trained
 
 ROWS = 2**22  # numbers in a block of rows
@@ -65,9 +65,7 @@ def add_parsers(commands: Any) -> None:
 
 
 def loaded(options: argparse.Namespace) -> Trained:
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine, or this build of torch, has no CUDA device")
-    return trained.load(options.run, device=options.device)
+    return trained.load(options.run, device=choose_device(options.device, parallel.Ranks()))
 
 
 def encode(options: argparse.Namespace) -> int:

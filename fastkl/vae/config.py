@@ -23,11 +23,11 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     if path.suffix not in (".toml", ".json"):
         raise UserError(f"--config {path}: expected a .toml or .json file")
-    # Python has a reader of TOML from 3.11.
-    toml: Any = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "--config with a .toml file")
+    reader: Any = json
+    if path.suffix == ".toml":  # of which Python has a reader from 3.11
+        reader = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "--config with a .toml file")
     try:
-        text = path.read_text(encoding="utf-8")
-        held = json.loads(text) if path.suffix == ".json" else toml.loads(text)
+        held = reader.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
     except ValueError as error:

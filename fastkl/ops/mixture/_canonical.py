@@ -49,10 +49,6 @@ def by_component(logvars: Tensor) -> Tensor:
     return logvars if logvars.dim() > 1 else logvars.unsqueeze(0)
 
 
-def check_precision(precision: str) -> str:
-    return arguments.check_choice("precision", precision, PRECISIONS)
-
-
 class Canonical(NamedTuple):
     """Arguments in canonical form, and the batch's dimensions that their rows are made of."""
 
