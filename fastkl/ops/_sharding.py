@@ -2,9 +2,10 @@
 
 Each dimension of the device mesh is treated by itself. If it shards an op's leading tensor along the batch, the other
 tensors and the results are sharded alike. If it shards the event of an op that sums over it, each process has an addend
-of the sum. Else the tensors are gathered and every process computes the whole: that is right for any op, so an op
-without a line in `RULES` needs none. A seed's noise is that of the undivided tensor, of which each process draws its
-part.
+of the sum. If it shards the components of a mixture and not its rows, each process has a mixture of its own, and the op
+combines their densities. Else the tensors are gathered and every process computes the whole: that is right for any op,
+so an op without a line in `RULES` needs none. A seed's noise is that of the undivided tensor, of which each process
+draws its part.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 SUM = "sum"  # instead of a result's dimension: each process has an addend of the result
 DATUM = "datum"  # one value per datum, sharded as the batch is
+COMPONENT = -1  # the last dimension of a result, sharded as the components are
 # (index of each sharded argument -> its sharded dimension; that of each result, or SUM)
 Places = tuple[dict[int, "int | None"], "list[int | str]"]
 Region = list[slice]  # this process's part of each dimension of a tensor
@@ -40,6 +42,8 @@ class Rule(NamedTuple):
     leads: tuple[int, ...] = ()  # indices of the arguments that may lead; the first sharded one does
     along: Callable[[tuple, Tensor, int], Places | None] = lambda args, lead, dim: None  # None: gather
     draw: Callable[..., Any] | None = None  # calls the function with this process's part of the noise instead of a seed
+    means: int = -1  # index of a mixture's means: logits are before it, logvars and scale_tril after it
+    by_component: tuple[int | None, ...] = (None,)  # the results' places if components are sharded; None is a whole one
 
 
 def _aligned(tensor: Tensor | None, like: Tensor, dim: int) -> int | None:
@@ -118,7 +122,20 @@ def _draw_kl_gmm(call: Callable[..., Any], args: list, shape: list[int], region:
     num_samples, seed, eps = args[9], args[12], args[13]
     if eps is None and args[8] == "mc":
         eps = _part_of_normals(seed, shape, region, num_samples, reference.Stream.POSTERIOR)
-    return call(*args[:12], None, eps, args[14])
+    return call(*args[:12], None, eps, *args[14:])
+
+
+def _components(args: tuple, means: int, dim: int) -> dict[int, int | None] | None:
+    """The dimension of the components in each tensor of the mixture, None in one that all components share. No dict if
+    `dim` of the means is another one."""
+    count = args[means].shape[dim]
+    places = {means - 1: -1, means: -2, means + 1: -2, means + 2: -3}
+    found: dict[int, int | None] = {}
+    for index, place in places.items():
+        tensor = args[index]
+        own = isinstance(tensor, Tensor) and tensor.dim() >= -place and tensor.shape[place] == count
+        found[index] = tensor.dim() + place if own else None
+    return found if found[means] == dim and found[means - 1] is not None else None
 
 
 # Name -> rule; the indices count the arguments.
@@ -128,11 +145,12 @@ RULES = {
     "_GumbelSoftmax": Rule((0,), _choice, _draw_choice),
     "_ToLogvar": Rule((0,), lambda args, lead, dim: ({0: dim}, [dim])),
     "_Collapse": Rule((0,), lambda args, lead, dim: None if dim in args[1] else ({0: dim}, [dim])),
-    "gmm_log_prob": Rule((0,), _batch(1, 1, 2, 2, 3)),
-    "gmm_responsibilities": Rule((0,), _batch(1, 1, 2, 2, 3)),
+    "gmm_log_prob": Rule((0,), _batch(1, 1, 2, 2, 3), means=2),
+    "gmm_responsibilities": Rule((0,), _batch(1, 1, 2, 2, 3), means=2, by_component=(COMPONENT,)),
     "gmm_moments": Rule((0,), _batch(1, 1, 2, 2, 3, results=(DATUM, SUM, SUM, SUM))),
-    "kl_gmm": Rule((0, 1), _batch(1, 1, 1, 2, 2, 3, eps=13), _draw_kl_gmm),
-    "kl_gmm_bounds": Rule((0, 1), _batch(1, 1, 1, 2, 2, 3, results=(DATUM, DATUM))),
+    "kl_gmm": Rule((0, 1), _batch(1, 1, 1, 2, 2, 3, eps=13), _draw_kl_gmm, means=3),
+    "kl_gmm_bounds": Rule((0, 1), _batch(1, 1, 1, 2, 2, 3, results=(DATUM, DATUM)), means=3, by_component=(None, None)),
+    "_triangles": Rule((0,), lambda args, lead, dim: None if dim else ({0: 0, 1: 0}, [0])),
     # Each scale is a vector like its mean, or a matrix.
     "kl_multivariate_normal": Rule((0,), _batch()),
     "wasserstein2_multivariate_normal": Rule((0,), _batch()),
@@ -157,6 +175,16 @@ def apply(call: Callable[..., Any], function: Any, args: tuple) -> Any:
         if found[number] is None and type(placement) is Shard:
             found[number], along[number] = rule.along(args, args[lead], placement.dim), placement.dim
             shape = list(args[lead].shape)
+    rows = list(found)  # of these places alone, without those of components
+    means = args[rule.means] if rule.means >= 0 else None
+    for number, placement in enumerate(means.placements if isinstance(means, DTensor) else ()):
+        if found[number] is None and type(placement) is Shard:
+            components = _components(args, rule.means, placement.dim)
+            found[number] = None if components is None else (components, list(rule.by_component))
+    # Only a function of a mixture has these groups, as its last argument.
+    split = [number for number in range(mesh.ndim) if found[number] is not rows[number]]
+    if split:
+        args = (*args[:-1], tuple(mesh.get_group(number) for number in split))
 
     def placements(dims: Sequence[Any], shared: Any) -> list[Any]:
         """Those of a tensor with these sharded dimensions; `shared` where only other tensors are sharded."""
@@ -173,17 +201,18 @@ def apply(call: Callable[..., Any], function: Any, args: tuple) -> Any:
         return arg.redistribute(mesh, placements(dims, Replicate())).to_local(grad_placements=gradients)
 
     own = [local(index, arg) for index, arg in enumerate(args)]
-    if rule.draw is None or not any(found):
+    if rule.draw is None or not any(rows):
         results = call(*own)
     else:
-        results = rule.draw(call, own, shape, _region(shape, mesh, found, along))
+        results = rule.draw(call, own, shape, _region(shape, mesh, rows, along))
 
     def whole(index: int, result: Tensor) -> DTensor:
         dims = [None if places is None else places[1][index] for places in found]
         sizes = list(result.shape)
-        for dim, lead_dim in zip(dims, along):
+        for number, dim in enumerate(dims):
             if isinstance(dim, int):
-                sizes[dim] = shape[lead_dim]
+                sizes[dim] = means.shape[-2] if number in split else shape[along[number]]
+        dims = [result.dim() - 1 if dim == COMPONENT else dim for dim in dims]
         size, stride = torch.Size(sizes), _strides(sizes, result)
         return DTensor.from_local(result, mesh, placements(dims, Replicate()), shape=size, stride=stride)
 
@@ -195,7 +224,8 @@ def apply(call: Callable[..., Any], function: Any, args: tuple) -> Any:
 
 def by_parts(function: Function) -> Function:
     """Let a public function hand DTensors to `apply` as its caller gave them, before it converts arguments."""
-    parameters = inspect.signature(function).parameters
+    signature = inspect.signature(function)
+    parameters = signature.parameters
     defaults = {name: each.default for name, each in parameters.items()}
     positional = sum(each.kind is not each.KEYWORD_ONLY for each in parameters.values())
 
@@ -212,6 +242,8 @@ def by_parts(function: Function) -> Function:
             given["seed"] = sampling.check_seed(given["seed"], first.device, "a tensor")
         return apply(call, function, tuple(given.values()))
 
+    public = [each for name, each in parameters.items() if not name.startswith("_")]
+    run.__signature__ = signature.replace(parameters=public)  # type: ignore[attr-defined]
     return run  # type: ignore[return-value]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastkl import distributions, reference
 from fastkl.ops import _arguments as arguments
+from fastkl.ops._sharding import by_parts
 from fastkl.ops.normal.rsample_normal import rsample_normal
 from fastkl.priors._fit import FitRecord, em_step, hard_start, kmeans
 from fastkl.priors.mixture import Mixture, MixturePrior
@@ -20,6 +21,15 @@ COVARIANCES = ("diag", "spherical", "tied", "full")
 
 def _generator(seed: int | None, device: torch.device) -> torch.Generator | None:
     return None if seed is None else torch.Generator(device).manual_seed(arguments.check_int("seed", seed, -(2**63)))
+
+
+@by_parts
+def _triangles(log_diagonal: Tensor, lower: Tensor) -> Tensor:
+    """[K, D, D] of the diagonals' logarithms [K, D] and the entries below them [K, D (D - 1) / 2], row by row."""
+    rows, columns = torch.tril_indices(*[log_diagonal.shape[1]] * 2, -1, device=lower.device)
+    scale = torch.diag_embed(log_diagonal.exp())
+    scale[:, rows, columns] = lower
+    return scale
 
 
 class GaussianMixture(MixturePrior):
@@ -83,10 +93,7 @@ class GaussianMixture(MixturePrior):
         dtype = reference.compute_dtype(self.means)
         if self.covariance != "full":
             return torch.diag_embed(torch.exp(0.5 * self.logvars.to(dtype)).expand(self.means.shape))
-        rows, columns = torch.tril_indices(self.dim, self.dim, -1, device=self.lower.device)
-        scale = torch.diag_embed(self.log_diagonal.to(dtype).exp())
-        scale[:, rows, columns] = self.lower.to(dtype)
-        return scale
+        return _triangles(self.log_diagonal.to(dtype), self.lower.to(dtype))
 
     def mixture(self) -> Mixture:
         if self.covariance == "full":

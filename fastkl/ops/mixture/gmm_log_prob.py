@@ -11,6 +11,7 @@ from fastkl.ops._call import apply, needs_closed_form
 from fastkl.ops._register import differentiable, register, same, without_autocast
 from fastkl.ops._sharding import by_parts
 from fastkl.ops.mixture import _at_once as at_once
+from fastkl.ops.mixture import _components as components
 from fastkl.ops.mixture._canonical import PRECISIONS, as_logvars, canonical
 from fastkl.ops.mixture._mixture import DMIXTURE, MIXTURE, Gradients, Mixture, by_datum, outputs_for
 from fastkl.ops.mixture._sweep import Sweep, keep_for, log_prob
@@ -156,16 +157,31 @@ def keep_now(rows: list[Tensor], mixture: Mixture) -> int:
 
 def density(
     rows: dict[str, Tensor], logits: Tensor, means: Tensor, logvars: Tensor | None, scale_tril: Tensor | None,
-    form: str, precision: str,
+    form: str, precision: str, groups: components.Groups = (),
 ) -> Tensor:  # fmt: skip
     """The log-density [*batch] of rows {"z": z} or {"mu": mu, "logvar": logvar}; logvars are log-variances."""
     arguments.check_choice("precision", precision, PRECISIONS)
+    if groups:
+        return components.density(wide_density, rows, (logits, means, logvars, scale_tril), form, precision, groups)
     found = canonical(rows, logits, means, logvars, scale_tril)
     z, logvar = found.rows[0], None if len(found.rows) == 1 else found.rows[1]
     if z.shape[0] == 0:
         return found.restore(nothing(found.rows, found.mixture))
     keep = keep_now(found.rows, found.mixture)
     return found.restore(apply(GMMLogProb, z, logvar, *found.mixture, form, precision, keep)[0])
+
+
+def wide_density(
+    rows: dict[str, Tensor], logits: Tensor, means: Tensor, logvars: Tensor | None, scale_tril: Tensor | None,
+    form: str, precision: str,
+) -> Tensor:  # fmt: skip
+    """`density` in float64, as far as the sums over dimensions are; it keeps no responsibilities for backward."""
+    found = canonical(rows, logits, means, logvars, scale_tril)
+    z, logvar = found.rows[0], None if len(found.rows) == 1 else found.rows[1]
+    if z.shape[0] == 0:
+        return found.restore(nothing(found.rows, found.mixture).double())
+    lp, wide = apply(GMMLogProb, z, logvar, *found.mixture, form, precision, 1)
+    return found.restore(lp.double() + (wide - lp.detach()).nan_to_num(0.0, 0.0, 0.0))  # lp may be infinite
 
 
 def nothing(rows: list[Tensor], mixture: Mixture) -> Tensor:
@@ -178,7 +194,7 @@ def nothing(rows: list[Tensor], mixture: Mixture) -> Tensor:
 @by_parts
 def gmm_log_prob(
     z: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
-    scale_tril: Tensor | None = None, scale: str = "logvar", precision: str = "exact",
+    scale_tril: Tensor | None = None, scale: str = "logvar", precision: str = "exact", _groups: components.Groups = (),
 ) -> Tensor:  # fmt: skip
     """Log-density of a Gaussian mixture, in nats, one value per sample.
 
@@ -214,10 +230,16 @@ def gmm_log_prob(
         gradient, in its dtype. The backward pass needs ln p, saved in float64, and on a CPU the responsibilities
         [rows, K] if they take at most 10 MiB.
 
+    A mixture too large for one device: give DTensors, the mixture's sharded along K and z not sharded over the same
+    processes. Each of R processes computes its own components and keeps their gradients. For N rows it sends
+    8 (R - 1) (N + 1) bytes forward, in one all-gather, and backward, if z requires a gradient, 2 (R - 1) / R times the
+    bytes of z, in one all-reduce. A second derivative raises an error.
+
     Raises:
         TypeError: an argument is not a floating-point tensor.
         ValueError: shapes do not match, devices differ, logvars and scale_tril are both given, scale or precision is
             unknown; on a CPU also for a singular scale_tril.
+        RuntimeError: the gradient of a mixture with sharded components is differentiated.
 
     Source: Dilokthanakul et al. 2016, "Deep Unsupervised Clustering with Gaussian Mixture Variational Autoencoders",
     arXiv:1611.02648; Bishop 2006, "Pattern Recognition and Machine Learning", equation 9.7.
@@ -228,4 +250,4 @@ def gmm_log_prob(
     tensor([-2.7568, -2.7568])
     """
     logvars = as_logvars(means, logvars, scale)
-    return density({"z": z}, logits, means, logvars, scale_tril, "point", precision)
+    return density({"z": z}, logits, means, logvars, scale_tril, "point", precision, _groups)

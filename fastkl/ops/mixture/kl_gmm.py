@@ -11,6 +11,7 @@ from fastkl.ops import _sampling as sampling
 from fastkl.ops._call import apply
 from fastkl.ops._scales import as_logvar
 from fastkl.ops._sharding import by_parts
+from fastkl.ops.mixture import _components as components
 from fastkl.ops.mixture._canonical import PRECISIONS, as_logvars, batch_shape, canonical, check_shapes
 from fastkl.ops.mixture._kl_samples import KLSamples
 from fastkl.ops.mixture.gmm_log_prob import density, nothing
@@ -18,31 +19,38 @@ from fastkl.ops.mixture.gmm_log_prob import density, nothing
 METHODS = {"mc": "point", "upper": "expected", "lower": "convolved"}
 
 
-def _bound(mu, logvar, logits, means, logvars, scale_tril, form: str, precision: str) -> Tensor:
+def bound(
+    mu, logvar, logits, means, logvars, scale_tril, form: str, precision: str, groups: components.Groups
+) -> Tensor:  # fmt: skip
     """-H(q) - logsumexp_k [ln pi_k + the term `form` of component k]."""
     logvar = logvar.to(reference.compute_dtype(logvar))  # cast first: gradients of both parts are summed in this dtype
-    log_prob = density({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril, form, precision)
-    return -reference.normal_entropy(logvar, log_prob.dtype).expand(log_prob.shape) - log_prob
+    log_prob = density({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril, form, precision, groups)
+    log_q = -reference.normal_entropy(logvar, log_prob.dtype).expand(log_prob.shape)
+    return components.once(log_q, groups) - log_prob
 
 
-def _by_noise(mu, logvar, mixture, seed, eps, num_samples: int, entropy: str, stl: bool, precision: str) -> Tensor:
-    """ "mc" with given noise, which has the size of the samples."""
+def _by_noise(
+    mu, logvar, mixture, seed, eps, num_samples: int, entropy: str, stl: bool, precision: str,
+    groups: components.Groups,
+) -> Tensor:  # fmt: skip
+    """ "mc" with noise in memory, which has the size of the samples: given, or because the components are sharded."""
     check_shapes({"mu": mu, "logvar": logvar}, *mixture)
     shape = torch.Size((*batch_shape({"mu": mu, "logvar": logvar}, *mixture), mu.shape[-1]))
-    _, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
+    seed, eps = sampling.check_noise(seed, eps, num_samples, shape, mu.device)
+    eps = sampling.draw(shape, eps, seed, num_samples)
     dtype = reference.compute_dtype(mu, logvar, *mixture)
     mu, logvar = (arguments.expand(tensor.to(dtype), shape) for tensor in (mu, logvar))
     eps = eps.to(dtype)
     z = mu + torch.exp(0.5 * logvar) * eps
     logits, means, logvars, scale_tril = mixture
-    cross = density({"z": z}, logits, means, logvars, scale_tril, "point", precision).mean(0)
+    cross = density({"z": z}, logits, means, logvars, scale_tril, "point", precision, groups).mean(0)
     log_q = -reference.normal_entropy(logvar)
     if entropy == "sampled":
         log_q = log_q - 0.5 * (eps.square() - 1).sum(-1).mean(0)
     if stl:
         through_z = reference.normal_log_prob(z, mu.detach(), logvar.detach(), event_ndim=1).mean(0)
         log_q = log_q.detach() + (through_z - through_z.detach())
-    return log_q - cross
+    return components.once(log_q, groups) - cross
 
 
 @by_parts
@@ -50,7 +58,7 @@ def kl_gmm(
     mu: Tensor, logvar: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
     scale_tril: Tensor | None = None, scale: str = "logvar", prior_scale: str = "logvar", method: str = "mc",
     num_samples: int = 1, entropy: str = "closed", gradient: str = "plain", seed: int | Tensor | None = None,
-    eps: Tensor | None = None, precision: str = "exact",
+    eps: Tensor | None = None, precision: str = "exact", _groups: components.Groups = (),
 ) -> Tensor:  # fmt: skip
     """KL divergence from a diagonal Gaussian q to a Gaussian mixture p, in nats, one value per sample.
 
@@ -80,6 +88,10 @@ def kl_gmm(
         are clamped to at least -120 in "upper", and those of all components to at least -87 in "lower", which is NaN
         if one is above 88.
 
+    With DTensors whose components are sharded over R processes, each sends, for N rows, 8 (R - 1) (N L + 1) bytes
+    forward (L = 1 for a bound) and, if they require gradients, 2 (R - 1) / R times the bytes of mu and logvar backward.
+    "mc" then has the L samples in memory.
+
     Raises:
         TypeError: an argument is not a floating-point tensor, or num_samples or seed is not an int.
         ValueError: shapes do not match, devices differ, logvars and scale_tril are both given, method, scale, entropy,
@@ -104,11 +116,10 @@ def kl_gmm(
     logvar = as_logvar("scale", logvar, scale, mu)
     logvars = as_logvars(means, logvars, prior_scale, "prior_scale")
     if method != "mc":
-        return _bound(mu, logvar, logits, means, logvars, scale_tril, form, precision)
-    if eps is not None:
-        return _by_noise(
-            mu, logvar, (logits, means, logvars, scale_tril), seed, eps, num_samples, entropy, stl, precision
-        )
+        return bound(mu, logvar, logits, means, logvars, scale_tril, form, precision, _groups)
+    if eps is not None or _groups:
+        mixture = components.at_least_one((logits, means, logvars, scale_tril))
+        return _by_noise(mu, logvar, mixture, seed, eps, num_samples, entropy, stl, precision, _groups)
     found = canonical({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril, reorder=False)
     rows, mixture = found.rows, found.mixture
     seed = sampling.check_seed(seed, mu.device, "mu")

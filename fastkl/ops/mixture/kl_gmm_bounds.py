@@ -11,12 +11,14 @@ from fastkl.ops._call import apply, needs_closed_form
 from fastkl.ops._register import differentiable, register, same
 from fastkl.ops._scales import as_logvar
 from fastkl.ops._sharding import by_parts
+from fastkl.ops.mixture import _components as components
 from fastkl.ops.mixture import gmm_log_prob as density
 from fastkl.ops.mixture._canonical import PRECISIONS, as_logvars, canonical
 from fastkl.ops.mixture._mixture import DMIXTURE, MIXTURE, Gradients, outputs_for
 from fastkl.ops.mixture._sweep import keep_for
 from fastkl.ops.mixture._sweep_gradients import write
 from fastkl.ops.mixture._vmap import vmap_call
+from fastkl.ops.mixture.kl_gmm import bound
 
 _INPUTS = f"Tensor mu, Tensor logvar, {MIXTURE}"
 # The tensors that each bound keeps of its log-density: ln p, and on a CPU the responsibilities, see keep_for.
@@ -143,12 +145,14 @@ differentiable("kl_gmm_bounds_fwd", _Bounds, same)
 def kl_gmm_bounds(
     mu: Tensor, logvar: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
     scale_tril: Tensor | None = None, scale: str = "logvar", prior_scale: str = "logvar", precision: str = "exact",
+    _groups: components.Groups = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(lower, upper) bounds on KL(q || mixture), in nats, one pair per sample.
 
     Arguments, errors and sources are those of `fastkl.kl_gmm`, methods "lower" and "upper". On a GPU both come from one
     pass if components are diagonal, all rows share them and their weights, and precision is "exact". In float32 the
-    lower bound is then NaN if q's log-variance is more than 144 above a component's, or above 177.
+    lower bound is then NaN if q's log-variance is more than 144 above a component's, or above 177. With DTensors whose
+    components are sharded, each is a pass of its own and sends what `fastkl.kl_gmm` sends forward.
 
     >>> import torch, fastkl
     >>> lower, upper = fastkl.kl_gmm_bounds(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(3), torch.randn(3, 2))
@@ -159,6 +163,12 @@ def kl_gmm_bounds(
     arguments.check_tensors(mu=mu, logvar=logvar)
     logvar = as_logvar("scale", logvar, scale, mu)
     logvars = as_logvars(means, logvars, prior_scale, "prior_scale")
+    if _groups:
+        forms = ("convolved", "expected")
+        lower, upper = (
+            bound(mu, logvar, logits, means, logvars, scale_tril, form, precision, _groups) for form in forms
+        )
+        return lower, upper
     found = canonical({"mu": mu, "logvar": logvar}, logits, means, logvars, scale_tril)
     rows, mixture = found.rows, found.mixture
     if rows[0].shape[0] == 0:
