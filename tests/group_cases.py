@@ -55,10 +55,18 @@ def decomposed(z, mu, logvar, group):
     return parts[0] + 2 * parts[1] - parts[2]
 
 
+def uneven(x, y, late, group):
+    """Of the rows that are late: on several processes, the first has one of x, or none."""
+    chosen = x[late[:, 0] > 0]
+    return fastkl.mmd(chosen, y, kernel="rbf", estimator="biased", group=group) + 0 * late.sum()
+
+
 ROWS = 7  # which neither 2 nor 3 divide
 # name -> (case, leaves)
 CASES = {
     "mmd": (lambda x, y, group: fastkl.mmd(x, y, group=group), draw((ROWS, 3), (ROWS, 3))),
+    "mmd, uneven rows": (uneven, [*draw((ROWS, 3), (ROWS, 3)), torch.arange(ROWS, dtype=torch.float64)[:, None] - 2.5]),
+    "mmd_normal, points": (lambda mu, group: fastkl.mmd_normal(mu, group=group), draw((ROWS, 3))),
     "mmd_normal": (lambda mu, logvar, group: fastkl.mmd_normal(mu, logvar, group=group), draw((ROWS, 3), (ROWS, 3))),
     "gather": (gathered, draw((ROWS, 3))),
     "total": (summed, draw((ROWS, 3))),

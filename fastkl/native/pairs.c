@@ -15,6 +15,7 @@ enum { IMQ, RBF };
 typedef REAL vector __attribute__((vector_size(BYTES)));
 #define ALIGNED __attribute__((aligned(BYTES)))
 
+enum { BETWEEN = 2 }; /* instead of `unbiased`: only the pairs of a point of x with one of y */
 typedef struct { int64_t first; int count, side; } block; /* side: 0 for points of x, 1 for points of y */
 typedef struct {
     int kernel, unbiased, scales;
@@ -158,11 +159,13 @@ static void play(void *context, int64_t job) {
     int64_t blocks = p->blocks[0] + p->blocks[1], count = blocks + blocks % 2, others = count - 1;
     int64_t one = job ? (p->round + job) % others : others, two = (p->round - job + others) % others;
     if (p->round < 0) one = two = job; /* each block with itself */
-    p->values[job] = one < blocks && two < blocks ? pair(p, block_of(p, one), block_of(p, two)) : 0;
+    int within = (one < p->blocks[0]) == (two < p->blocks[0]);
+    int none = one >= blocks || two >= blocks || (within && p->unbiased == BETWEEN);
+    p->values[job] = none ? 0 : pair(p, block_of(p, one), block_of(p, two));
 }
 
-/* Returns 0, or 1 if out of memory. numbers: kernel, whether the estimate is unbiased, rows of x and of y, the number of
- * scales, the scales, ndim, event, sizes, strides. addresses: threads, x, y, their gradients, the value. */
+/* Returns 0, or 1 if out of memory. numbers: kernel, whether the estimate is unbiased or BETWEEN, rows of x and of y, the
+ * number of scales, the scales, ndim, event, sizes, strides. addresses: threads, x, y, their gradients, the value. */
 int mmd(const int64_t *numbers, const int64_t *addresses, double low, double high) {
     problem p = {.kernel = (int)numbers[0], .unbiased = (int)numbers[1], .scales = (int)numbers[4], .scale = numbers + 5};
     call shape = open_call(numbers + 5 + p.scales, addresses + 1);

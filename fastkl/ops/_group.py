@@ -1,4 +1,4 @@
-"""Differentiable gathering of a batch that is spread over the processes of a torch.distributed group.
+"""A batch that is spread over the processes of a torch.distributed group: gathered, or passed around block by block.
 
 Gradients: the result of every process counts once, so a row's gradient is the sum over all processes' results.
 DistributedDataParallel averages the parameters' gradients over the processes, and so gets the gradient of the mean of
@@ -7,6 +7,7 @@ the results, or of the result itself if it is the same everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,31 @@ def gather(group: ProcessGroup | None, *tensors: Tensor) -> tuple[list[Tensor], 
     rank = torch.distributed.get_rank(group)
     _refuse_forward_mode()
     return [_Gather.apply(tensor, sizes, group) for tensor in tensors], sum(sizes[:rank])
+
+
+def ring(group: ProcessGroup, tensor: Tensor, sizes: list[int]) -> Iterator[tuple[int, Tensor]]:
+    """(rank, its rows of the tensor) of every process, this one first; `sizes` are those of row_counts.
+
+    While a block is used, it goes to the next process and another one comes from the process before, so that two are in
+    memory. A process sends R - 1 blocks, as in an all-gather. Blocks have no gradient.
+    """
+    rank, count = torch.distributed.get_rank(group), len(sizes)
+    to, source = (torch.distributed.get_global_rank(group, (rank + step) % count) for step in (1, -1))
+    block = tensor.new_zeros((max(sizes), *tensor.shape[1:]))  # all of the same size
+    block[: len(tensor)] = tensor.detach()
+    for step in range(count):
+        coming, requests = torch.empty_like(block), []
+        if step < count - 1:
+            operations = [
+                torch.distributed.P2POp(torch.distributed.isend, block, to, group),
+                torch.distributed.P2POp(torch.distributed.irecv, coming, source, group),
+            ]
+            requests = torch.distributed.batch_isend_irecv(operations)
+        owner = (rank - step) % count
+        yield owner, block[: sizes[owner]]
+        for request in requests:
+            request.wait()
+        block = coming
 
 
 def total(group: ProcessGroup | None, tensor: Tensor) -> Tensor:

@@ -164,6 +164,13 @@ def launch(
     return sums.sum(dtype=torch.float64), None if dz is None else dz.sum(0)
 
 
+def between(x: Tensor, y: Tensor, kernel: str, scales: Sequence[float], dx: bool) -> list[Tensor]:
+    """[sum_ij k(x_i, y_j), its gradient in x if dx]."""
+    others = beside(y, compute_dtype([x, y]))
+    value, gradient = launch(x, others, len(y), kernel, scales, same=False, self_pairs=True, gradient=dx)
+    return [value] if gradient is None else [value, gradient / x.shape[1]]
+
+
 def fwd(x: Tensor, y: Tensor, kernel: str, scales: Sequence[float], unbiased: bool, dx: bool, dy: bool) -> list[Tensor]:
     points, wanted, dtype = (x, y), (dx, dy), compute_dtype([x, y])
     counts = [len(z) for z in points]

@@ -133,6 +133,28 @@ def pair_weights(n: int, m: int, unbiased: bool) -> tuple[float, float, float]:
 
 
 @without_autocast
+@torch.no_grad()
+def between(x: Tensor, y: Tensor, kernel: str, scales: list[float], dx: bool) -> list[Tensor]:
+    """[sum_ij k(x_i, y_j) in float64, its gradient in x if dx] of x [N, D] and y [M, D]."""
+    n, m = x.shape[0], y.shape[0]
+    points = Points(x, y, kernel, scales)
+    rows, others = blocks(n, BLOCK), blocks(m, BLOCK, first=n)
+    points.start(max(part.stop - part.start for part in (*rows, *others)))
+    total = points.left.new_zeros((), dtype=torch.float64)
+    for a in rows:
+        for b in others:
+            slope = of_block(points.slope, a, b) if dx else None
+            total += BLOCKS[kernel](points.distances(a, b), of_block(points.term, a, b), slope, points.common, scales)
+            if slope is not None:
+                points.add(1.0, slope, a, b)
+    return [total, points.gradient(slice(0, n), 0.0, slice(n, n + m), 1.0).mul_(0.5)] if dx else [total]
+
+
+def fake_between(x: Tensor, y: Tensor, kernel: str, scales: list[float], dx: bool) -> list[Tensor]:
+    return fake(x, y, dx, False)
+
+
+@without_autocast
 @torch.no_grad()  # an exported program calls this op directly, and it writes into buffers
 def mmd(x: Tensor, y: Tensor, kernel: str, scales: list[float], unbiased: bool, dx: bool, dy: bool) -> list[Tensor]:
     """[squared MMD in float64, its gradient in x if dx, in y if dy] of x [N, D] and y [M, D].

@@ -20,20 +20,23 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def _terms(mu: Tensor, logvar: Tensor | None, scales: tuple[float, ...]) -> Tensor:
-    """reference.mmd_normal_terms, the mean in float64; of points, from their norms alone."""
+def _terms(
+    mu: Tensor, logvar: Tensor | None, scales: tuple[float, ...], group: ProcessGroup | None, rows: int
+) -> Tensor:  # fmt: skip
+    """reference.mmd_normal_terms, the mean over all processes' rows in float64; of points, from their norms alone."""
     size = mu.shape[1]
     spread = None if logvar is None else logvar.exp() + 1
     norms = mu.square().sum(1)
-    total = torch.zeros((), dtype=torch.float64, device=mu.device)
+    total, constant = torch.zeros((), dtype=torch.float64, device=mu.device), 0.0
     for s in scales:
         g = size * s
         if spread is None:
             exponent = norms / (g + 1) + size * math.log1p(1 / g)
         else:
             exponent = (torch.log1p(spread / g) + mu.square() / (spread + g)).sum(1)
-        total = total + (math.exp(-0.5 * size * math.log1p(2 / g)) - 2 * torch.exp(-0.5 * exponent).double().mean())
-    return total
+        constant += math.exp(-0.5 * size * math.log1p(2 / g))
+        total = total + torch.exp(-0.5 * exponent).sum(dtype=torch.float64)
+    return constant - 2 * _group.total(group, total) / rows
 
 
 def mmd_normal(
@@ -91,10 +94,12 @@ def mmd_normal(
     given = as_logvar("scale", given, scale, mu)
     dtype = reference.compute_dtype(mu, given)  # cast first: gradients of both parts are summed in this dtype
     tensors = [_mmd.check_points("mu", t.to(dtype).expand(shape)) for t in (mu, given) if t is not None]
-    (points, *logvars), _ = _group.gather(group, *tensors)
-    unbiased = _mmd.check_estimator(estimator, mu=points.shape[0])
+    points, *logvars = tensors
+    sizes = _group.row_counts(group, len(points), points.device)
+    unbiased = _mmd.check_estimator(estimator, mu=sum(sizes))
     if logvars:
-        pairs = _mmd_posteriors.mean_kernel(points, logvars[0], scales, unbiased)
+        (means, logvar), _ = _group.gather(group, *tensors)
+        pairs = _mmd_posteriors.mean_kernel(means, logvar, scales, unbiased)
     else:
-        pairs = _mmd.mmd(points, points[:0].detach(), "rbf", scales, unbiased)
-    return (pairs + _terms(points, logvars[0] if logvars else None, scales)).to(dtype)
+        pairs = _mmd.mmd(points, points[:0].detach(), "rbf", scales, unbiased, group, [sizes, [0] * len(sizes)])
+    return (pairs + _terms(points, logvars[0] if logvars else None, scales, group, sum(sizes))).to(dtype)
