@@ -46,8 +46,8 @@ def ratio(mean, variance, other_mean, other_variance, inverse):
 
 @triton.jit
 def mmd_normal_kernel(
-    mean, variance, other_means, other_variances, sums, dmean, dvariance, rows, shape, mean_strides, variance_strides,
-    split_stride, per_program, splits, INVERSES: tl.constexpr, SELF: tl.constexpr, TAIL: tl.constexpr,
+    mean, variance, other_means, other_variances, sums, dmean, dvariance, rows, count, shape, mean_strides,
+    variance_strides, split_stride, per_program, splits, INVERSES: tl.constexpr, SELF: tl.constexpr, TAIL: tl.constexpr,
     ROWS: tl.constexpr, OTHERS: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A program's sum of K over its pairs, and per split dmean_i = sum_j -K u r / g and
@@ -64,7 +64,7 @@ def mmd_normal_kernel(
     mean_start, variance_start = quads(mean, row, mean_strides), quads(variance, row, variance_strides)
     own = first_row + own_index(ROWS, LANES)
     first = share * per_program
-    end = tl.minimum(first + per_program, rows)
+    end = tl.minimum(first + per_program, count)
     if dmean is not None:
         dmean_start = quads(dmean + share.to(tl.int64) * split_stride, row, (columns, 1))
         dvariance_start = quads(dvariance + share.to(tl.int64) * split_stride, row, (columns, 1))
@@ -126,28 +126,43 @@ def mmd_normal_kernel(
     tl.store(sums + tl.program_id(0), tl.sum(tl.sum(tl.sum(total, axis=2), axis=1), axis=0))
 
 
-def fwd(mu: Tensor, logvar: Tensor, scales: Sequence[float], unbiased: bool, dmu: bool, dlogvar: bool) -> list[Tensor]:
-    gradient = dmu or dlogvar  # one pass over the dimensions gives both
+def sums_over_pairs(
+    mu: Tensor, logvar: Tensor, other_mu: Tensor, other_logvar: Tensor, scales: Sequence[float], *, self_pairs: bool,
+    gradient: bool,
+) -> list[Tensor]:  # fmt: skip
+    """[the sum over pairs, dmu and dlogvar of it if `gradient`]: one pass over the dimensions gives both gradients."""
     dtype = compute_dtype([mu, logvar])
-    rows, columns = mu.shape
+    (rows, columns), count = mu.shape, len(other_mu)
     variance = logvar.to(dtype).exp()
-    others = beside(mu, dtype), beside(variance, dtype)
-    block = blocks(dtype, rows, bool(scattered(mu, variance)), gradient=gradient)
+    others = beside(other_mu, dtype), beside(other_logvar.to(dtype).exp(), dtype)
+    block = blocks(dtype, count, bool(scattered(mu, variance)), gradient=gradient)
     row_blocks = cdiv(rows, block["ROWS"])
     partial_bytes = 2 * rows * columns * dtype.itemsize * gradient
-    per_program, splits = split(rows, block["OTHERS"], row_blocks, partial_bytes)
+    per_program, splits = split(count, block["OTHERS"], row_blocks, partial_bytes)
     sums = torch.empty(row_blocks * splits, dtype=dtype, device=mu.device)
     parts = torch.empty((2, splits, rows, columns), dtype=dtype, device=mu.device) if gradient else None
     launch(
         mmd_normal_kernel, (row_blocks * splits,),
-        mu, variance, *others, sums, *((None, None) if parts is None else parts), rows,
+        mu, variance, *others, sums, *((None, None) if parts is None else parts), rows, count,
         (columns, others[0].shape[1]), mu.stride(), variance.stride(), rows * columns, per_program, splits,
-        INVERSES=tuple(1 / (columns * s) for s in scales), SELF=not unbiased, TAIL=columns % 4 > 0,
+        INVERSES=tuple(1 / (columns * s) for s in scales), SELF=self_pairs, TAIL=columns % 4 > 0,
         enable_fp_fusion=True, **block,
     )  # fmt: skip
-    weight = 1 / (rows * (rows - 1) if unbiased else rows * rows)
-    total = sums.sum(dtype=torch.float64) * weight
+    total = sums.sum(dtype=torch.float64)
     if parts is None:
         return [total]
-    dmean, dvariance = parts.sum(1).mul_(2 * weight)
-    return [total, *[dmean] * dmu, *[dvariance.mul_(variance)] * dlogvar]
+    dmean, dvariance = parts.sum(1)
+    return [total, dmean, dvariance.mul_(variance)]
+
+
+def fwd(mu: Tensor, logvar: Tensor, scales: Sequence[float], unbiased: bool, dmu: bool, dlogvar: bool) -> list[Tensor]:
+    rows, pair = len(mu), (mu, logvar)
+    weight = 1 / (rows * (rows - 1) if unbiased else rows * rows)
+    total, *gradients = sums_over_pairs(*pair, *pair, scales, self_pairs=not unbiased, gradient=dmu or dlogvar)
+    return [total * weight, *(each.mul_(2 * weight) for each, wanted in zip(gradients, (dmu, dlogvar)) if wanted)]
+
+
+def between(
+    mu: Tensor, logvar: Tensor, other_mu: Tensor, other_logvar: Tensor, scales: Sequence[float], gradient: bool
+) -> list[Tensor]:  # fmt: skip
+    return sums_over_pairs(mu, logvar, other_mu, other_logvar, scales, self_pairs=True, gradient=gradient)

@@ -79,7 +79,7 @@ def _own_rows(
     return [total, *(gradient for gradient, want in zip(gradients, wanted) if want)]
 
 
-OWN_ROWS = Sweep(_own_rows, once="mmd and mmd_normal of a group have no second derivative")
+OWN_ROWS = Sweep(_own_rows, once="mmd of a group has no second derivative, and neither has mmd_normal")
 
 
 def mmd(

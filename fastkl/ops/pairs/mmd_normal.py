@@ -98,8 +98,7 @@ def mmd_normal(
     sizes = _group.row_counts(group, len(points), points.device)
     unbiased = _mmd.check_estimator(estimator, mu=sum(sizes))
     if logvars:
-        (means, logvar), _ = _group.gather(group, *tensors)
-        pairs = _mmd_posteriors.mean_kernel(means, logvar, scales, unbiased)
+        pairs = _mmd_posteriors.mean_kernel(points, logvars[0], scales, unbiased, group, sizes)
     else:
         pairs = _mmd.mmd(points, points[:0].detach(), "rbf", scales, unbiased, group, [sizes, [0] * len(sizes)])
     return (pairs + _terms(points, logvars[0] if logvars else None, scales, group, sum(sizes))).to(dtype)
