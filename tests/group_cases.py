@@ -61,6 +61,13 @@ def uneven(x, y, late, group):
     return fastkl.mmd(chosen, y, kernel="rbf", estimator="biased", group=group) + 0 * late.sum()
 
 
+def transported(x, y, weights, group):
+    weights = weights[:, 0].square()
+    weights = weights / _group.total(group, weights.sum())
+    plain = fastkl.sinkhorn_divergence(x, y, 0.3, debias=False, diameter=5.0, group=group)
+    return plain + fastkl.sinkhorn_divergence(x, 2 * y, 0.5, weights_x=weights, group=group)
+
+
 ROWS = 7  # which neither 2 nor 3 divide
 # name -> (case, leaves)
 CASES = {
@@ -73,6 +80,7 @@ CASES = {
     "free bits and capacity": (remedied, draw((ROWS, 3), (ROWS, 3))),
     "balance": (balanced, draw((ROWS, 3))),
     "active units": (monitored, draw((ROWS, 3))),
+    "sinkhorn_divergence": (transported, draw((ROWS, 3), (ROWS, 3), (ROWS, 1))),
     "total_correlation": (decomposed, draw((ROWS, 3), (ROWS, 3), (ROWS, 3))),
 }
 

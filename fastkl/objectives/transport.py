@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -12,6 +12,9 @@ from fastkl.objectives.matching import matched
 from fastkl.ops.transport.sinkhorn_divergence import sinkhorn_divergence
 from fastkl.ops.transport.sliced_wasserstein import sliced_wasserstein
 from fastkl.priors._prior import Prior
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def swae(
@@ -49,14 +52,14 @@ def swae(
 def sinkhorn_ae(
     posterior: distributions.DiagonalNormal, prior: Prior | None, log_likelihood: LogLikelihood, *,
     penalty: float | Tensor = 10.0, blur: float = 0.5, eps: Tensor | None = None,
-    prior_samples: Tensor | None = None, **settings: Any,
+    prior_samples: Tensor | None = None, group: ProcessGroup | None = None, **settings: Any,
 ) -> Loss:  # fmt: skip
     """The Sinkhorn autoencoder.
 
     -E_q[ln p(x | z)] + lambda S_blur(q(z), p(z))
 
     Args:
-        penalty: lambda. blur, settings: as for `fastkl.sinkhorn_divergence`. The others: as for `wae_mmd`.
+        penalty: lambda. blur, group, settings: as for `fastkl.sinkhorn_divergence`. The others: as for `wae_mmd`.
 
     Returns:
         Loss(loss, terms): terms are reconstruction, kl (for the log only) and sinkhorn_divergence.
@@ -74,6 +77,6 @@ def sinkhorn_ae(
     """
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
-        return sinkhorn_divergence(x, y, blur, **settings)
+        return sinkhorn_divergence(x, y, blur, group=group, **settings)
 
     return matched("sinkhorn_divergence", distance, posterior, prior, log_likelihood, penalty, eps, prior_samples)

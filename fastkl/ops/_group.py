@@ -32,7 +32,12 @@ def gather(group: ProcessGroup | None, *tensors: Tensor) -> tuple[list[Tensor], 
         return list(tensors), 0
     rank = torch.distributed.get_rank(group)
     _refuse_forward_mode()
-    return [_Gather.apply(tensor, sizes, group) for tensor in tensors], sum(sizes[:rank])
+    return [gathered(group, tensor, sizes) for tensor in tensors], sum(sizes[:rank])
+
+
+def gathered(group: ProcessGroup, tensor: Tensor, sizes: list[int]) -> Tensor:
+    """`gather` of one tensor, if the numbers of rows are known."""
+    return _Gather.apply(tensor, sizes, group)
 
 
 def ring(group: ProcessGroup, tensor: Tensor, sizes: list[int]) -> Iterator[tuple[int, Tensor]]:

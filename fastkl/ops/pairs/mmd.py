@@ -65,7 +65,7 @@ def mmd(
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x and y must have the same dimensions, got {x.shape[1]} and {y.shape[1]}")
     arguments.check_choice("estimator", estimator, reference.MMD_ESTIMATORS)
-    sizes = [_group.row_counts(group, len(z), z.device) for z in (x, y)]
+    sizes = [_group.row_counts(group, z.shape[0], z.device) for z in (x, y)]
     unbiased = _mmd.check_estimator(estimator, x=sum(sizes[0]), y=sum(sizes[1]))
     value = _mmd.mmd(x, y, kernel, scales, unbiased, group, sizes)
     return value.to(reference.compute_dtype(x, y))

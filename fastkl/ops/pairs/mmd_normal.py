@@ -95,7 +95,7 @@ def mmd_normal(
     dtype = reference.compute_dtype(mu, given)  # cast first: gradients of both parts are summed in this dtype
     tensors = [_mmd.check_points("mu", t.to(dtype).expand(shape)) for t in (mu, given) if t is not None]
     points, *logvars = tensors
-    sizes = _group.row_counts(group, len(points), points.device)
+    sizes = _group.row_counts(group, points.shape[0], points.device)
     unbiased = _mmd.check_estimator(estimator, mu=sum(sizes))
     if logvars:
         pairs = _mmd_posteriors.mean_kernel(points, logvars[0], scales, unbiased, group, sizes)

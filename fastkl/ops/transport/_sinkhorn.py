@@ -1,17 +1,19 @@
 """Sinkhorn's algorithm between two weighted sets of points for the cost |x - y|^2 / 2; nothing of size N x M is stored.
 
 Potentials f [N] and g [M] are updated together, at decreasing temperatures eps:
-f_i <- -eps ln sum_j b_j exp((g_j - C_ij) / eps), and g alike. `Products` does so on a CPU, `Softmin` everywhere.
+f_i <- -eps ln sum_j b_j exp((g_j - C_ij) / eps), and g alike. `Products` does so on a CPU, `Softmin` everywhere, and
+`Shared` for points that are spread over processes.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastkl.ops import _group
 from fastkl.ops.mixture.gmm_log_prob import gmm_log_prob_bwd, gmm_log_prob_fwd
 
 # Rows and columns of a tile of exponents: its float64 and float32 values together fit the cache.
@@ -56,6 +58,34 @@ class Softmin:
             return new_f, new_f, pull_x, pull_x
         new_g, pull_y = self._one(self.y, self.x, f, eps, pulls)
         return new_f, new_g, pull_x, pull_y
+
+
+class Shared(Softmin):
+    """Points of all processes of a group, gathered once. A process updates the potentials of its own points, and then
+    gathers those of the others: a number for each point, where a ring would send its position at every update."""
+
+    def __init__(self, x: Points, y: Points, group: Any, sizes: list[list[int]]):
+        super().__init__(x, y)
+        self.group, self.sizes = group, sizes
+        rank = torch.distributed.get_rank(group)
+        self.own = [slice(sum(each[:rank]), sum(each[: rank + 1])) for each in sizes]
+
+    def _own(self, source: Points, own: slice, target: Points, potential: Tensor, eps: float, pulls: bool):
+        part = Points(*(each[own] for each in source))
+        if part.at.shape[0] == 0:
+            return potential[:0], part.at
+        return self._one(part, target, potential, eps, pulls)
+
+    def update(self, f: Tensor, g: Tensor, eps: float, pulls: bool = False):
+        """As Softmin's, with pulls of the own points alone."""
+        own_f, pull_x = self._own(self.x, self.own[0], self.y, g, eps, pulls)
+        if self.x is self.y:
+            new_f = _group.gathered(self.group, own_f, self.sizes[0])
+            return new_f, new_f, pull_x, pull_x
+        own_g, pull_y = self._own(self.y, self.own[1], self.x, f, eps, pulls)
+        together = _group.gathered(self.group, torch.cat([own_f, own_g]), [sum(each) for each in zip(*self.sizes)])
+        parts = together.split([size for each in zip(*self.sizes) for size in each])
+        return torch.cat(parts[::2]), torch.cat(parts[1::2]), pull_x, pull_y
 
 
 class Products(Softmin):

@@ -4,46 +4,61 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
+from fastkl.ops import _group
 from fastkl.ops._register import without_autocast
 from fastkl.ops._sharding import by_parts
 from fastkl.ops._sweep import Sweep
-from fastkl.ops.transport._sinkhorn import Points, Products, Softmin, potentials
+from fastkl.ops.transport._sinkhorn import Points, Products, Shared, Softmin, potentials
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @without_autocast
 @torch.no_grad()
 def solve(
     x: Tensor, y: Tensor, weights_x: Tensor, weights_y: Tensor, blur: float, scaling: float, debias: bool,
-    diameter: float, final_updates: int, *wanted: bool,
+    diameter: float, final_updates: int, group: Any, sizes: Any, *wanted: bool,
 ) -> list[Tensor]:  # fmt: skip
     """[divergence, its gradients in those of x, y, weights_x and weights_y that are wanted], all from the last update.
-    A gradient in weights is the potential."""
+    A gradient in weights is the potential. `sizes` has the numbers of points of x and of y of a group's processes; the
+    divergence is then this process's part of it."""
     dtype = reference.compute_dtype(x, y, weights_x, weights_y)
     clouds = [Points(at.to(dtype), weights.to(dtype)) for at, weights in ((x, weights_x), (y, weights_y))]
+    if sizes is not None:
+        clouds = [Points(*(_group.gathered(group, t, each) for t in own)) for own, each in zip(clouds, sizes)]
     if diameter < 0:
         diameter = _diameter(*clouds).item()
         if diameter == float("inf"):
             raise ValueError("x and y must lie in a box of finite size, got one with an infinite diagonal")
     schedule = reference.sinkhorn_schedule(diameter, blur, scaling, final_updates)
     make: Callable[[Points, Points], Softmin] = Softmin
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if sizes is not None:
+        make = functools.partial(Shared, group=group, sizes=sizes)
+    elif x.device.type == "cpu" and not torch.compiler.is_compiling():
         make = functools.partial(Products, centre=torch.cat([at.double() for at, _ in clouds]).mean(0))
     pulls = any(wanted[:2])
     *both, pull_x, pull_y = potentials(make(*clouds), schedule, pulls)
     moved = [pull_x, pull_y]
     if debias:
         for index, cloud in enumerate(clouds):
-            potential, _, pull, _ = potentials(make(cloud, cloud), schedule, pulls)
+            same = functools.partial(Shared, group=group, sizes=[sizes[index]] * 2) if sizes else make
+            potential, _, pull, _ = potentials(same(cloud, cloud), schedule, pulls)
             both[index] = both[index] - potential
             moved[index] = moved[index] - pull if pulls else None
-    value = torch.stack([(cloud.weights.double() * f.double()).sum() for cloud, f in zip(clouds, both)]).sum()
-    gradients = [cloud.weights.unsqueeze(1) * pull if pulls else None for cloud, pull in zip(clouds, moved)] + both
+    weights = [weights_x.to(dtype), weights_y.to(dtype)]
+    if sizes is not None:
+        rank = torch.distributed.get_rank(group)
+        both = [f.split(each)[rank] for f, each in zip(both, sizes)]
+    value = torch.stack([(own.double() * f.double()).sum() for own, f in zip(weights, both)]).sum()
+    gradients = [own.unsqueeze(1) * pull if pulls else None for own, pull in zip(weights, moved)] + both
     return [value.to(dtype), *(gradient.to(dtype) for gradient, want in zip(gradients, wanted) if want)]
 
 
@@ -60,23 +75,24 @@ SINKHORN = Sweep(
 )
 
 
-def _weights(name: str, weights: Tensor | None, points: Tensor, dtype: torch.dtype) -> Tensor:
+def _weights(name: str, weights: Tensor | None, points: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     if weights is None:
-        return torch.full(points.shape[:1], 1 / points.shape[0], dtype=dtype, device=points.device)
+        return torch.full(points.shape[:1], 1 / count, dtype=dtype, device=points.device)
     if weights.shape != points.shape[:1]:
         raise ValueError(f"{name} must have a weight for each point, {tuple(points.shape[:1])}, got "
                          f"{tuple(weights.shape)}")  # fmt: skip
     return weights
 
 
-def _check_masses(weights_x: Tensor, weights_y: Tensor) -> None:
+def _check_masses(weights_x: Tensor, weights_y: Tensor, group: ProcessGroup | None) -> None:
     """Check the masses, if that needs no synchronisation with a device and the values are available."""
     if weights_x.device.type != "cpu" or torch.compiler.is_compiling():
         return
     for name, weights in (("weights_x", weights_x), ("weights_y", weights_y)):
         if arguments.number_in((weights >= 0).all()) is False:
             raise ValueError(f"{name} must be 0 or more")
-    x, y = (arguments.number_in(weights.detach().double().sum()) for weights in (weights_x, weights_y))
+    masses = (_group.total(group, weights.detach().double().sum()) for weights in (weights_x, weights_y))
+    x, y = (arguments.number_in(mass) for mass in masses)
     if x is not None and y is not None and (not abs(x - y) <= 1e-2 * max(x, y) or x == 0):
         raise ValueError(f"weights_x and weights_y must have the same sum above 0, got {x:.6g} and {y:.6g}")
 
@@ -85,6 +101,7 @@ def _check_masses(weights_x: Tensor, weights_y: Tensor) -> None:
 def sinkhorn_divergence(
     x: Tensor, y: Tensor, blur: float = 0.05, *, weights_x: Tensor | None = None, weights_y: Tensor | None = None,
     scaling: float = 0.5, debias: bool = True, diameter: float | None = None, final_updates: int = 0,
+    group: ProcessGroup | None = None,
 ) -> Tensor:  # fmt: skip
     """Sinkhorn divergence of two weighted samples for the cost |x - y|^2 / 2, as GeomLoss defines it.
 
@@ -105,14 +122,17 @@ def sinkhorn_divergence(
             points' box, which needs a synchronisation with a GPU (give it under torch.compile(fullgraph=True)).
         final_updates: number of further updates at the last temperature. GeomLoss has none, and its potentials and
             gradient are then some tenths of a per cent off. Some tens let them converge unless blur is small.
+        group: a torch.distributed process group; the points are then those of all its processes, every process gets the
+            same value, and each updates its own points' potentials. None: this process's points.
 
     Returns:
         One number, float32 for float16, bfloat16 and float32 input, float64 if any input is. It needs no tensor of size
         N x M, only tiles of 3 MiB on a CPU; the gradient needs tensors of the inputs' sizes. A second derivative raises
-        an error.
+        an error. Each of R processes with n and m points sends them once, and 16 (R - 1) (n + m) bytes at every update
+        (half if not debias) for the potentials, in float64; backward, 8 bytes.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor or not a number.
+        TypeError: an argument is not a floating-point tensor or not a number, group is not a process group.
         ValueError: shapes do not match; a coordinate is infinite; weights are below 0 or have unequal sums; blur or
             diameter is not above 0, or scaling is not between 0 and 1.
         RuntimeError: the gradient is differentiated.
@@ -137,7 +157,12 @@ def sinkhorn_divergence(
             raise ValueError(f"{name} must have finite coordinates, got an infinite one")
     given = weights_x is not None or weights_y is not None
     dtype = reference.compute_dtype(x, y, weights_x, weights_y)
-    weights = [_weights(*each, dtype) for each in (("weights_x", weights_x, x), ("weights_y", weights_y, y))]
+    sizes = [_group.row_counts(group, points.shape[0], points.device) for points in (x, y)]
+    weights = [
+        _weights(name, own, points, sum(each), dtype)
+        for name, own, points, each in zip(("weights_x", "weights_y"), (weights_x, weights_y), (x, y), sizes)
+    ]
     if given:
-        _check_masses(*weights)
-    return SINKHORN.value([blur, scaling, bool(debias), diameter, final_updates], x, y, *weights)
+        _check_masses(*weights, group)
+    settings = [blur, scaling, bool(debias), diameter, final_updates, group, sizes if len(sizes[0]) > 1 else None]
+    return _group.total(group, SINKHORN.value(settings, x, y, *weights))
