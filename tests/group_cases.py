@@ -15,6 +15,8 @@ import fastkl
 from fastkl import monitors, remedies
 from fastkl.ops import _group
 
+from traffic import Traffic
+
 
 def draw(*shapes):
     generator = torch.Generator().manual_seed(0)
@@ -85,6 +87,14 @@ CASES = {
 }
 
 
+def transported_once(x, y, group):
+    return fastkl.sinkhorn_divergence(x, y, 1.0, diameter=5.0, group=group)
+
+
+# Of these the bytes of collectives are counted, forward and backward together.
+COUNTED = {"mmd": CASES["mmd"], "sinkhorn_divergence": (transported_once, CASES["mmd"][1])}
+
+
 def run(case, leaves, group, first=0, ranks=1):
     """Value and gradients, of a loss whose sum over the processes is the same however many they are."""
     leaves = [leaf.clone().requires_grad_() for leaf in leaves]
@@ -102,6 +112,10 @@ def main(folder: Path) -> None:
         name: run(case, [leaf[rows] for leaf in leaves], torch.distributed.group.WORLD, int(rows[0]), ranks)
         for name, (case, leaves) in CASES.items()
     }
+    for name, (case, leaves) in COUNTED.items():
+        with Traffic() as traffic:
+            run(case, [leaf[rows] for leaf in leaves], torch.distributed.group.WORLD, int(rows[0]), ranks)
+        found["traffic", name] = traffic.bytes
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 

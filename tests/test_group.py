@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
+import fastkl
 from fastkl.ops import _group
 
 import group_cases
@@ -34,6 +35,23 @@ def test_several_processes_find_what_one_finds(found, name):
         torch.testing.assert_close(each, value)
     for gradient, part in zip(gradients, parts):
         torch.testing.assert_close(torch.cat(part), gradient)
+
+
+def test_mmd_passes_blocks_around_a_ring(found):
+    """R - 1 blocks of x and y from each process; besides, numbers: of rows, the value's parts, and its gradient."""
+    ranks, rows = len(found), -(-group_cases.ROWS // len(found))
+    for rank in found:
+        expected = {"gathered": 2 * 8, "sent": 8 * (ranks - 1) * 2 * rows * 3, "summed": 8 + 8}
+        assert rank["traffic", "mmd"] == expected
+
+
+def test_sinkhorn_divergence_sends_points_once_and_then_potentials(found):
+    """At every update, those of x and y, of x with itself, and of y with itself."""
+    rows, updates = -(-group_cases.ROWS // len(found)), 2 + len(fastkl.reference.sinkhorn_schedule(5.0, 1.0, 0.5, 0))
+    for rank in found:
+        points = 8 * 2 * rows * (3 + 1)
+        expected = {"gathered": 2 * 8 + points + 8 * updates * 4 * rows, "summed": 8 + 8}
+        assert rank["traffic", "sinkhorn_divergence"] == expected
 
 
 def test_what_is_no_group_is_refused():

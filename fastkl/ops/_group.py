@@ -50,6 +50,7 @@ def ring(group: ProcessGroup, tensor: Tensor, sizes: list[int]) -> Iterator[tupl
     to, source = (torch.distributed.get_global_rank(group, (rank + step) % count) for step in (1, -1))
     block = tensor.new_zeros((max(sizes), *tensor.shape[1:]))  # all of the same size
     block[: len(tensor)] = tensor.detach()
+    del tensor  # often the caller's only copy of several
     for step in range(count):
         coming, requests = torch.empty_like(block), []
         if step < count - 1:
