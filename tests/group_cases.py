@@ -60,7 +60,11 @@ def decomposed(z, mu, logvar, group):
 def uneven(x, y, late, group):
     """Of the rows that are late: on several processes, the first has one of x, or none."""
     chosen = x[late[:, 0] > 0]
-    return fastkl.mmd(chosen, y, kernel="rbf", estimator="biased", group=group) + 0 * late.sum()
+    return (
+        fastkl.mmd(chosen, y, kernel="rbf", estimator="biased", group=group)
+        + 0 * late.sum()
+        + (fastkl.sinkhorn_divergence(chosen, y, 0.5, group=group))
+    )
 
 
 def transported(x, y, weights, group):

@@ -48,7 +48,7 @@ def mmd_between(x: Tensor, y: Tensor, kernel: str, scales: list[float], dx: bool
     gradient = x.new_empty(x.shape, dtype=plan.dtype) if dx else None
     plan.run(x, y, gradient, None, value)
     # It computes -2 times the mean.
-    return [each * (-0.5 * len(x) * len(y)) for each in (value, gradient) if each is not None]
+    return [each.mul_(-0.5 * len(x) * len(y)) for each in (value, gradient) if each is not None]
 
 
 def _sums_plan(name: str, settings: tuple, z: Tensor, mu: Tensor, logvar: Tensor, *more: Tensor) -> Plan | None:

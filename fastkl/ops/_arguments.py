@@ -82,13 +82,13 @@ def number_in(tensor: Tensor) -> float | None:
         return None
 
 
-def check_samples(**samples: Tensor) -> None:
-    """Require points [N, D], with N > 0 and the same D > 0."""
+def check_samples(*, part: bool = False, **samples: Tensor) -> None:
+    """Require points [N, D], with the same D > 0, and N > 0 unless they are the part of one process."""
     check_tensors(**samples)
     for name, points in samples.items():
         if points.dim() != 2:
             raise ValueError(f"{name} must be points [N, D], got {tuple(points.shape)}")
-        if 0 in points.shape:
+        if 0 in points.shape[part:]:
             raise ValueError(f"{name} must have at least one point and one dimension, got {tuple(points.shape)}")
     (first, x), (second, y) = samples.items()
     if x.shape[1] != y.shape[1]:

@@ -43,16 +43,18 @@ def gathered(group: ProcessGroup, tensor: Tensor, sizes: list[int]) -> Tensor:
 def ring(group: ProcessGroup, tensor: Tensor, sizes: list[int]) -> Iterator[tuple[int, Tensor]]:
     """(rank, its rows of the tensor) of every process, this one first; `sizes` are those of row_counts.
 
-    While a block is used, it goes to the next process and another one comes from the process before, so that two are in
-    memory. A process sends R - 1 blocks, as in an all-gather. Blocks have no gradient.
+    While a block is used, it goes to the next process and another one comes from the process before. Two are in memory,
+    and the next step writes over the one that was used. A process sends R - 1 blocks, as in an all-gather. Blocks have
+    no gradient.
     """
     rank, count = torch.distributed.get_rank(group), len(sizes)
     to, source = (torch.distributed.get_global_rank(group, (rank + step) % count) for step in (1, -1))
     block = tensor.new_zeros((max(sizes), *tensor.shape[1:]))  # all of the same size
     block[: len(tensor)] = tensor.detach()
-    del tensor  # often the caller's only copy of several
+    del tensor  # often the only reference to it
+    coming = torch.empty_like(block)
     for step in range(count):
-        coming, requests = torch.empty_like(block), []
+        requests = []
         if step < count - 1:
             operations = [
                 torch.distributed.P2POp(torch.distributed.isend, block, to, group),
@@ -63,7 +65,7 @@ def ring(group: ProcessGroup, tensor: Tensor, sizes: list[int]) -> Iterator[tupl
         yield owner, block[: sizes[owner]]
         for request in requests:
             request.wait()
-        block = coming
+        block, coming = coming, block
 
 
 def total(group: ProcessGroup | None, tensor: Tensor) -> Tensor:

@@ -70,12 +70,12 @@ def _own_rows(
                 if a == b and source == own:
                     pairs = len(z) * (len(z) - unbiased)
                     found = mmd_sums(z, z[:0], kernel, scales, unbiased, wanted[a], False) if pairs else []
-                    found = [each * pairs for each in found]
+                    factors = [weight * pairs] * 2
                 else:
                     found = between(z, other, kernel, scales, wanted[a])
-                    found[1:] = [2 * each for each in found[1:]]  # the pair (j, i) too
-                for sum_, each in zip((total, gradients[a]), found):
-                    sum_.add_(each, alpha=weight)
+                    factors = [weight, 2 * weight]  # the gradient is that of the pair (j, i) too
+                for sum_, each, factor in zip((total, gradients[a]), found, factors):
+                    sum_.add_(each, alpha=factor)
     return [total, *(gradient for gradient, want in zip(gradients, wanted) if want)]
 
 

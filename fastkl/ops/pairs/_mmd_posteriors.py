@@ -177,14 +177,13 @@ def _own_rows(mu, logvar, scales, unbiased: bool, group, sizes: list[int], *want
     total, gradient, pairs = mu.new_zeros((), dtype=torch.float64), any(wanted), len(mu) * (len(mu) - unbiased)
     sums = [total, torch.zeros_like(mu), torch.zeros_like(logvar)]
     for source, block in _group.ring(group, torch.cat([mu, logvar], 1), sizes):
-        found, factor = [], weight
+        found, factors = [], [weight, 2 * weight, 2 * weight]  # gradients are those of the pair (j, i) too
         if source == torch.distributed.get_rank(group):
             if pairs:
-                found, factor = mmd_posteriors(mu, logvar, scales, unbiased, gradient, gradient), weight * pairs
+                found, factors = mmd_posteriors(mu, logvar, scales, unbiased, gradient, gradient), [weight * pairs] * 3
         elif len(mu) and len(block):
             found = between(mu, logvar, *block.chunk(2, 1), scales, gradient)
-            found[1:] = [2 * each for each in found[1:]]  # the pair (j, i) too
-        for sum_, each in zip(sums, found):
+        for sum_, each, factor in zip(sums, found, factors):
             sum_.add_(each, alpha=factor)
     return [total, *(each for each, want in zip(sums[1:], wanted) if want)]
 

@@ -39,7 +39,9 @@ def mmd(
         estimator: "unbiased" leaves out the pairs of a point with itself, and can be below 0; "biased" is the squared
             MMD of the two empirical distributions, never below 0.
         group: a torch.distributed process group; the samples are then the x and y of all its processes, and every
-            process gets the same value. None: this process's samples.
+            process gets the same value. None: this process's samples. Each of R processes sums the pairs of its own
+            rows with those of the blocks that come around a ring; it sends R - 1 times the bytes of a block, its x and
+            y, and backward 8 bytes. No process has the whole batch. A second derivative then raises an error.
 
     Returns:
         [], float32 for float16, bfloat16 and float32 input, float64 if any input is. Gradients have each input's dtype;
@@ -50,6 +52,7 @@ def mmd(
             group.
         ValueError: x and y have different dimensions or devices, fewer than two rows (biased: one), an unknown kernel
             or estimator, no scales, or one that is not above 0.
+        RuntimeError: the gradient of a group's value is differentiated.
 
     Source: Gretton et al. 2012, "A Kernel Two-Sample Test", JMLR 13, equation 3 and lemma 6; the kernels as in
     Tolstikhin et al. 2018, "Wasserstein Auto-Encoders", arXiv:1711.01558.

@@ -62,7 +62,7 @@ def mmd_normal(
             which can be below 0. "biased" keeps them: the squared MMD of the points' empirical distribution, or of the
             mixture of the N posteriors, never below 0.
         group: a torch.distributed process group; the rows are then those of all its processes, and every process gets
-            the same value. None: this process's rows.
+            the same value. None: this process's rows. Blocks of mu and logvar go around a ring, as in `fastkl.mmd`.
         scale: the meaning of logvar: "logvar", "log_std", "std" or "softplus" (sigma = softplus of it), as in
             `fastkl.kl_normal`. `scales` are those of the kernel.
 
@@ -74,6 +74,7 @@ def mmd_normal(
             process group.
         ValueError: shapes do not broadcast, devices differ, there are fewer than two rows (biased: one), estimator or
             scale is unknown, or scales is empty or has a number not above 0.
+        RuntimeError: the gradient of a group's value is differentiated.
 
     Source: Rustamov 2019, "Closed-form Expressions for Maximum Mean Discrepancy with Applications to Wasserstein
     Auto-Encoders", arXiv:1901.03227; of points also Baringhaus and Henze 1988, "A consistent test for multivariate

@@ -73,7 +73,7 @@ class Shared(Softmin):
     def _own(self, source: Points, own: slice, target: Points, potential: Tensor, eps: float, pulls: bool):
         part = Points(*(each[own] for each in source))
         if part.at.shape[0] == 0:
-            return potential[:0], part.at
+            return part.at[:, 0], part.at  # the dtype of the other processes' potentials
         return self._one(part, target, potential, eps, pulls)
 
     def update(self, f: Tensor, g: Tensor, eps: float, pulls: bool = False):

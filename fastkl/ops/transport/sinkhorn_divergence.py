@@ -128,8 +128,8 @@ def sinkhorn_divergence(
     Returns:
         One number, float32 for float16, bfloat16 and float32 input, float64 if any input is. It needs no tensor of size
         N x M, only tiles of 3 MiB on a CPU; the gradient needs tensors of the inputs' sizes. A second derivative raises
-        an error. Each of R processes with n and m points sends them once, and 16 (R - 1) (n + m) bytes at every update
-        (half if not debias) for the potentials, in float64; backward, 8 bytes.
+        an error. Each of R processes with n and m points sends them once, and at every update, in float32,
+        8 (R - 1) (n + m) bytes for the potentials (half if not debias); backward, one number.
 
     Raises:
         TypeError: an argument is not a floating-point tensor or not a number, group is not a process group.
@@ -145,7 +145,7 @@ def sinkhorn_divergence(
     >>> f"{fastkl.sinkhorn_divergence(x, x + 1.0):.3f}"  # |shift|^2 / 2
     '1.500'
     """
-    arguments.check_samples(x=x, y=y)
+    arguments.check_samples(part=group is not None, x=x, y=y)
     arguments.check_tensors(x=x, weights_x=weights_x, weights_y=weights_y)
     blur, scaling = (arguments.check_number(*each, above=True) for each in (("blur", blur), ("scaling", scaling)))
     if scaling >= 1:
@@ -158,6 +158,8 @@ def sinkhorn_divergence(
     given = weights_x is not None or weights_y is not None
     dtype = reference.compute_dtype(x, y, weights_x, weights_y)
     sizes = [_group.row_counts(group, points.shape[0], points.device) for points in (x, y)]
+    if group is not None and not all(map(sum, sizes)):
+        raise ValueError(f"x and y must have at least one point in the group, got {sum(sizes[0])} and {sum(sizes[1])}")
     weights = [
         _weights(name, own, points, sum(each), dtype)
         for name, own, points, each in zip(("weights_x", "weights_y"), (weights_x, weights_y), (x, y), sizes)
