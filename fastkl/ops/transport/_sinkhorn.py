@@ -1,7 +1,8 @@
-"""Sinkhorn's algorithm between two weighted sets of points for the cost |x - y|^2 / 2; nothing of size N x M is stored.
+"""Sinkhorn's algorithm between two weighted sets of points for the cost |x - y|^2 / 2.
 
 Potentials f [N] and g [M] are updated together, at decreasing temperatures eps:
-f_i <- -eps ln sum_j b_j exp((g_j - C_ij) / eps), and g alike. `Products` does so on a CPU, `Softmin` everywhere.
+f_i <- -eps ln sum_j b_j exp((g_j - C_ij) / eps), and g alike. On a CPU a loop in C does so for small sets (`by_loops`)
+and `Products` for large ones; `Softmin` does so everywhere. The last two store nothing of size N x M.
 """
 
 from __future__ import annotations
@@ -154,3 +155,10 @@ def potentials(problem: Softmin, schedule: list[float], pulls: bool):
         new_f, new_g, *_ = problem.update(f, g, eps)
         f, g = 0.5 * (f + new_f), 0.5 * (g + new_g)
     return problem.update(f, g, schedule[-1], pulls)
+
+
+def by_loops(x: Points, y: Points, schedule: list[float], pulls: bool):
+    """`potentials` of small sets on a CPU, in C; or NotImplemented."""
+    from fastkl.native import sinkhorn
+
+    return sinkhorn.potentials(x.at, y.at, x.weights, y.weights, schedule, pulls)
