@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,9 @@ def solve(
             both[index] = both[index] - potential
             moved[index] = moved[index] - pull if pulls else None
     value = torch.stack([(cloud.weights.double() * f.double()).sum() for cloud, f in zip(clouds, both)]).sum()
-    gradients = [cloud.weights.unsqueeze(1) * pull if pulls else None for cloud, pull in zip(clouds, moved)] + both
+    gradients: list[Any] = [
+        cloud.weights.unsqueeze(1) * pull if pulls else None for cloud, pull in zip(clouds, moved)
+    ] + both
     return [value.to(dtype), *(gradient.to(dtype) for gradient, want in zip(gradients, wanted) if want)]
 
 
