@@ -28,7 +28,7 @@ def potentials(x: Tensor, y: Tensor, weights_x: Tensor, weights_y: Tensor, sched
         return NotImplemented
     same = x is y
     x, y = x.contiguous(), y.contiguous()
-    temperatures = torch.tensor(schedule, dtype=torch.float64)
+    temperatures = torch.tensor(schedule, dtype=torch.float64, device="cpu")
     f, pull_x = (x.new_empty(shape, dtype=torch.float64) for shape in (x.shape[:1], x.shape))
     g, pull_y = (f, pull_x) if same else (y.new_empty(shape, dtype=torch.float64) for shape in (y.shape[:1], y.shape))
     wanted = (pull_x, pull_y) if pulls else (None, None)
