@@ -107,7 +107,7 @@ def test_bar_shows_elbo_kl_and_throughput(monkeypatch):
     pytest.importorskip("rich")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     run = types.SimpleNamespace(total_steps=10, batch_size=4, step=0)
-    with progress.Terminal(run, None) as display:
+    with progress.Terminal(run) as display:
         display.trained(5, -3.25, 1.5, -1.75, {})
         display.stepped(5)
         task = display.bar.tasks[0]
@@ -119,7 +119,7 @@ def test_bar_shows_elbo_kl_and_throughput(monkeypatch):
 def test_bar_before_the_first_point_of_the_curves(monkeypatch):
     run = types.SimpleNamespace(total_steps=10, batch_size=4, step=0)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
-    assert re.fullmatch(r"  [\d,]+/s", progress.Terminal(run, None).line(1))
+    assert re.fullmatch(r"  [\d,]+/s", progress.Terminal(run).line(1))
 
 
 def test_the_report_tells_earlier_starts_from_the_last():
