@@ -22,9 +22,10 @@ def train(
     """Train a VAE, keep the run in a folder, and return its model. Under torchrun all processes train together.
 
     Args:
-        data: an array or tensor [N, features], [N, H, W] or [N, C, H, W]; a pair (data, labels), whose labels serve the
-            report only; a dictionary with names such as x, y, x_test and y_test; or a name or path as for
-            `fastkl train --data`, which scales numbers alike. None: the digits, or with `resume` the data of the run.
+        data: an array or tensor [N, features], [N, H, W], [N, C, H, W] or [N, C, T, H, W]; a pair (data, labels), whose
+            labels serve the report only; a dictionary with names such as x, y, x_test and y_test; or a name or path as
+            for `fastkl train --data`, which scales numbers alike. None: the digits, or with `resume` the data of the
+            run.
         out: the folder of the run.
         model: a `fastkl.vae.VAE` of your own encoder [N, *shape] -> [N, 2 * latent, ...] and decoder, trained in place.
         objective: the name of one of `fastkl.objectives`, or a function of (posterior, prior, log_likelihood) that

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastkl.vae.arrays import first_line
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from fastkl.vae.run import Run
 
 PICTURED = 16  # number of reconstructions and of samples
+FRAMES = 16  # of a video, at most
 WANDB_ID = "wandb_id.txt"
 
 
@@ -118,7 +121,19 @@ def pictures_of(run: Run) -> dict[str, Tensor]:
 
 
 def shades(picture: Tensor, data: Data) -> Tensor:
-    """Values scaled to [0, 1] by the range of the training data; only the first channel unless there are three."""
+    """Values scaled to [0, 1] by the range of the training data; only the first channel unless there are three. The
+    frames of a video lie side by side in one picture."""
+    picture = tiled(picture) if picture.dim() == 5 else picture
     low, high = data.train.min().item(), data.train.max().item()
     scaled = ((picture.float().cpu() - low) / max(high - low, 1e-12)).clamp(0, 1)
     return scaled if scaled.shape[1] in (1, 3) else scaled[:, :1]
+
+
+def tiled(video: Tensor) -> Tensor:
+    """Up to 16 frames of videos [N, C, T, H, W], in rows: [N, C, rows * H, columns * W]."""
+    count = min(FRAMES, video.shape[2])
+    columns = math.isqrt(count - 1) + 1
+    rows = -(-count // columns)
+    shown = torch.linspace(0, video.shape[2] - 1, count, dtype=torch.float32, device="cpu").round().long()
+    frames = F.pad(video[:, :, shown.to(video.device)], (0, 0, 0, 0, 0, rows * columns - count))
+    return frames.unflatten(2, (rows, columns)).transpose(3, 4).flatten(4, 5).flatten(2, 3)

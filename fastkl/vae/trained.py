@@ -35,7 +35,8 @@ class Trained:
         vae: the networks, in float32, on `device`, without gradients.
         prior: the learned prior, or None for N(0, I).
         settings, step: the settings of the run, and its number of steps.
-        shape, latent_shape: the shape of one datum in the model (images are [C, H, W]), and that of its latent.
+        shape, latent_shape: the shape of one datum in the model (images are [C, H, W], videos [C, T, H, W]), and that
+            of its latent.
     """
 
     def __init__(self, vae: VAE, prior: Prior | None, scaling: Scaling, settings: Settings, step: int):
