@@ -192,13 +192,11 @@ def _write_report_of(run: Run, began: float) -> None:
 
     asked = (run.settings.importance_samples, run.settings.seed, run.device, run.prior, run.data.test_labels)
     evaluation = figures_of(run.vae, run.data.test, *asked)
-    more: dict[str, Any] = {}
-    if run.settings.model == "conv":
-        more["loss_memory"] = memory.compare(run.vae.latent_shape)
-        say(more["loss_memory"]["what"])
-        for name, row in more["loss_memory"]["rows"].items():
-            say(f"  {name:8} kept {row['saved']:7.1f} MiB   peak {row['peak']:7.1f} MiB   {row['time']:7.1f} ms")
-    metrics = write_report(run, evaluation, more)
+    costs = memory.shares(run)
+    say(costs["what"])
+    for name, cells in memory.table(costs):
+        say(f"  {name:11} kept {cells[0]:>18}   peak {cells[1]:>18}   {cells[2]:>18}")
+    metrics = write_report(run, evaluation, {"loss_share": costs})
     for name, value, text in summary(metrics):
         say(f"  {name:19} {value:>18}  {text}")
     say(f"{time.perf_counter() - began:.1f} s; report: {run.folder / 'report.html'}")

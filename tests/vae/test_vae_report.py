@@ -96,10 +96,13 @@ def test_spatial_latent_reports_what_the_loss_costs(tmp_path, capsys):
     options = ("--preset", "large-latent", "--image-size", "16", "--steps", "2", "--test-count", "4", "--hidden", "8")
     assert train(tmp_path, *options, "--no-tensorboard", "--importance-samples", "2") == 0
     said = capsys.readouterr().out
-    rows = json.loads((tmp_path / "metrics.json").read_text())["loss_memory"]["rows"]
-    assert set(rows) == {"eager", "fastkl"}
-    assert rows["fastkl"]["saved"] <= rows["eager"]["saved"]
-    assert "kept" in said
+    rows = json.loads((tmp_path / "metrics.json").read_text())["loss_share"]["rows"]
+    assert set(rows) == {"step", "eager loss", "fastkl loss"}
+    # The seed of the noise is 8 bytes. The eager formula keeps three tensors as large as the latent.
+    latent = 4 * 3 * 8 * 8 * 4 / 2**20
+    assert rows["eager loss"]["kept"] >= 3 * latent
+    assert rows["fastkl loss"]["kept"] < 0.01 * latent
+    assert re.search(r"fastkl loss kept +[\d.e-]+ MiB \([\d.e-]+ %\)", said)
     assert "Memory and time of the loss" in (tmp_path / "report.html").read_text()
 
 
