@@ -1,5 +1,6 @@
 """Runs before anything imports Triton: without a GPU the kernels run in Triton's interpreter, on CPU tensors."""
 
+import atexit
 import gc
 import importlib.util
 import os
@@ -13,6 +14,10 @@ if not torch.cuda.is_available():
 torch.set_num_threads(min(2, torch.get_num_threads()))
 # torch.compile creates so many objects that garbage collection takes a sixth of its time.
 gc.set_threshold(200_000, 20, 100)
+atexit.register(gc.unfreeze)  # libraries complain at the end about what is never freed
+# Inductor would test the compiler for each kind of vector code, and start processes: longer work than what it compiles.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def patch_once_a_launch() -> None:
@@ -132,3 +137,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             examples = getattr(getattr(item, "dtest", None), "examples", ())
             if any("zuko" in example.source for example in examples):
                 item.add_marker(pytest.mark.skip(reason="needs zuko"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _collect_own_garbage() -> None:
+    """gc.collect() does not search what was there before a file's tests: after many compilations that takes seconds."""
+    gc.freeze()
