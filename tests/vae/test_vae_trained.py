@@ -204,7 +204,7 @@ def test_evaluate_prints_the_figures_of_the_report(tmp_path, capsys):
     [
         (["encode", "{run}", "{x}", "--out", "z.txt"], "--out z.txt: the name must end in .npy"),
         (["encode", "{run}", "nothing.npy", "--out", "z.npy"], "nothing.npy: cannot be read"),
-        (["encode", "{run}", "{text}", "--out", "z.npy"], "truncated, or not a .npy file"),
+        (["encode", "{run}", "{text}", "--out", "z.npy"], "DATA text.npy: not a .npy file"),
         (["encode", "nothing", "{x}", "--out", "z.npy"], "nothing/checkpoint.pt cannot be read"),
         (["encode", "{run}", "{x}", "--out", "nowhere/z.npy"], "--out nowhere/z.npy: cannot be written"),
         (["decode", "{run}", "{x}", "--out", "z.npy"], "z must be latents [N, 3]"),
