@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import pickle
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ def read(path: Path, image_size: int = 0, option: str = "--data") -> Held:
         other = ", and no built-in data set of that name" if option == "--data" else ""
         raise UserError(f"{option} {path}: no such file or folder{other}")
     readers = {".npy": read_npy, ".npz": read_npz, ".pt": read_pt, ".pth": read_pt}
-    try:
+    with report_errors(path, option):
         if path.is_dir():
             return read_folder(path, image_size, option)
         if path.suffix.lower() not in readers:
@@ -45,6 +47,13 @@ def read(path: Path, image_size: int = 0, option: str = "--data") -> Held:
         if path.stat().st_size == 0:
             raise UserError(f"{option} {path}: the file is empty")
         return readers[path.suffix.lower()](path, option)
+
+
+@contextlib.contextmanager
+def report_errors(path: Path, option: str) -> Iterator[None]:
+    """A context that turns the errors of a damaged file into UserErrors of one line."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be read ({error.strerror or first_line(error)})") from None
     except BROKEN as error:
@@ -61,8 +70,14 @@ def read(path: Path, image_size: int = 0, option: str = "--data") -> Held:
 
 
 def read_npy(path: Path, option: str) -> Held:
-    # Memory mapping checks the file's length against its header before any memory is allocated.
-    return Held({"train": Part(np.array(np.load(path, mmap_mode="r", allow_pickle=False)))})
+    return Held({"train": Part(np.array(mapped(path, option)))})
+
+
+def mapped(path: Path, option: str) -> np.ndarray:
+    """The array of a .npy file, whose rows are read when they are used."""
+    with report_errors(path, option):
+        # Memory mapping checks the file's length against its header before any memory is allocated.
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def read_npz(path: Path, option: str) -> Held:

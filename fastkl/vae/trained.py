@@ -86,8 +86,17 @@ class Trained:
         z = torch.as_tensor(z, dtype=torch.float32)
         if z.dim() == 0 or z.shape[1:] != self.latent_shape:
             raise UserError(f"z must be latents [N, {', '.join(map(str, self.latent_shape))}], got {list(z.shape)}")
-        size = max(1, DECODED // math.prod(self.shape))
-        return torch.cat([self.scaling.undo(self.vae.pictured(part.to(self.device)).cpu()) for part in z.split(size)])
+        parts = z.split(self.decoded_at_once)
+        return torch.cat([self.scaling.undo(self.vae.pictured(part.to(self.device)).cpu()) for part in parts])
+
+    @property
+    def decoded_at_once(self) -> int:
+        """The number of latents in a batch of the decoder."""
+        return max(1, DECODED // math.prod(self.shape))
+
+    def seed_decoder(self, seed: int) -> None:
+        """Seed the values that an autoregressive decoder draws, as `sample` does."""
+        torch.manual_seed(streams.seed_for(seed, "decoder"))
 
     def reconstruct(self, x: Any) -> Tensor:
         """decode(encode(x)): [N, *shape], in the units of the training file."""
@@ -99,7 +108,7 @@ class Trained:
 
     def sample(self, count: int, *, seed: int = 0) -> Tensor:
         """Means of the data [count, *shape] for latents drawn from the prior: the same for the same seed."""
-        torch.manual_seed(streams.seed_for(seed, "decoder"))
+        self.seed_decoder(seed)
         return self.decode(self.latents(count, seed=seed))
 
     @torch.no_grad()
