@@ -106,7 +106,8 @@ def defaults(given: dict[str, Any]) -> Settings:
     names = ("preset", "data", "objective", "prior")
     preset, data, objective, prior = (given.get(name, getattr(Settings, name)) for name in names)
     learned = {} if prior == "standard" else {"warm_up": WARM_UP.get(preset if data == "digits" else data, 500)}
-    model = given.get("model", FOR_PRESET[preset].get("model", Settings.model))
+    of_data = FOR_DATA.get(data, {}).get("model", Settings.model)
+    model = given.get("model", FOR_PRESET[preset].get("model", of_data))
     suited = {**FOR_DATA.get(data, {}), **FOR_MODEL.get(model, {}), **FOR_PRESET[preset]}
     return Settings(**{**suited, **FOR_OBJECTIVE.get(objective, {}), **learned, **given})
 
@@ -133,6 +134,8 @@ def check(settings: Settings) -> None:
         "split_seed",
         "test_count",
         "threads",
+        "crop",
+        "workers",
     )
     zeros += ("warm_up", "patience")
     for name, minimum in {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)}.items():
@@ -147,6 +150,10 @@ def check(settings: Settings) -> None:
         value = getattr(settings, name)
         if not 0 < value < float("inf"):
             raise UserError(f"{flag(name)} must be a finite number above 0, got {value}")
+    if 0 < settings.image_size < settings.crop:
+        raise UserError(
+            f"--crop {settings.crop} is more than --image-size {settings.image_size}, the shorter side after resizing"
+        )
     if not 0 <= settings.validation < 1:
         raise UserError(f"--validation must be a share, 0 or more and below 1, got {settings.validation}")
     if not 0 <= settings.ema < 1:
