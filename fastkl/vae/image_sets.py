@@ -11,6 +11,9 @@ from fastkl.vae.errors import UserError, require
 from fastkl.vae.images import depth, one_depth, one_size, read_header, read_image, resized
 
 
+CENTRE = 0.5 - 1e-9  # a place, rounded down if it is between two pixels
+
+
 class Files(Protocol):
     """Where the bytes of images are: a folder, archives, or a table."""
 
@@ -136,7 +139,7 @@ class Crops(Lazy):
         self.shape = (len(source), channels, crop, crop)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        return self.random(rows, np.full((len(rows), 2), 0.5))
+        return self.random(rows, np.full((len(rows), 2), CENTRE))
 
     def random(self, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
         """The squares of some rows at places [n, 2] from 0 (top, left) to 1 (bottom, right)."""

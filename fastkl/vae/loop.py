@@ -219,7 +219,7 @@ def save_whole(run: Run, display: Display) -> str:
     if run.step == 0:
         return " (no step was taken)"
     save_if_due(run, display, True)
-    return f"; step {run.step} is saved: mend the data and go on with --resume"
+    return f"; step {run.step} is saved: when this is mended, go on with --resume"
 
 
 def gradients(run: Run) -> dict[str, float]:

@@ -54,7 +54,7 @@ class Shards(Lazy):
     def read(self, rows: np.ndarray) -> np.ndarray:
         found = np.empty((len(rows), *self.shape[1:]), self.dtype)
         size = self.dtype.itemsize * math.prod(self.shape[1:])
-        bytes_of = found.reshape(len(rows), -1).view(np.uint8).reshape(len(rows), size)
+        bytes_of = found.view(np.uint8).reshape(len(rows), size)
         which = np.searchsorted(self.ends, rows, side="right")
         for shard in np.unique(which):
             path, first = self.paths[shard], self.ends[shard - 1] if shard else 0

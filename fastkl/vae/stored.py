@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastkl.vae import streams
 from fastkl.vae.arrays import Lazy
-from fastkl.vae.image_sets import Crops
+from fastkl.vae.image_sets import CENTRE, Crops
 from fastkl.vae.scaling import Scaling
 
 # Limits of held-out data, which stay in memory: rows and numbers.
@@ -63,7 +63,7 @@ class Stored:
         indices = np.asarray(indices)
         rows = self.rows[indices]
         # Two numbers for the place of the crop, and one for the flip.
-        chances = np.full((len(rows), 3), 0.5)
+        chances = np.full((len(rows), 3), CENTRE)
         if self.random and (self.flip or isinstance(self.source, Crops)):
             for chance, index in zip(chances, indices.tolist()):
                 chance[:] = streams.uniform(self.seed, "crop", epoch, index, count=3)

@@ -6,6 +6,7 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -119,16 +120,18 @@ def test_signals_to_all_processes_end_the_run_after_its_step(tmp_path, monkeypat
 
 @posix
 def test_a_worker_that_dies_loses_no_step(tmp_path, capsys, monkeypatch, pictures):
-    real = loop.batch
+    """It dies while the weights are updated, which must not be interrupted."""
+    real = loop.update
 
-    def deadly(run):
+    def deadly(run, loss):
         if run.step == 5:
             for child in multiprocessing.active_children():
                 os.kill(child.pid, signal.SIGKILL)
-        return real(run)
+                time.sleep(0.2)
+        return real(run, loss)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "batch", deadly)
+        patch.setattr(loop, "update", deadly)
         error = refused(capsys, tmp_path / "run", *options(pictures, *AUGMENTED, "--workers", "1"))
     assert "a process of --workers was ended from outside" in error
     assert checkpoint.load(tmp_path / "run")["step"] >= 5, "a step that was read before is finished"
@@ -180,7 +183,7 @@ def test_a_picture_that_is_cut_loses_no_step(tmp_path, capsys, workers):
     content = cut_short(damaged)
     error = refused(capsys, tmp_path / "run", *chosen, "--workers", workers)
     assert f"{damaged} is truncated" in error
-    assert f"step {step} is saved: mend the data and go on with --resume" in error
+    assert f"step {step} is saved: when this is mended, go on with --resume" in error
     assert checkpoint.load(tmp_path / "run")["step"] == step
     assert f"{damaged} is truncated" in refused(capsys, tmp_path / "run", "--resume"), "again, and nothing is lost"
     damaged.write_bytes(content)
