@@ -10,7 +10,6 @@ from fastkl.vae.arrays import Lazy, Span
 from fastkl.vae.errors import UserError, require
 from fastkl.vae.images import depth, one_depth, one_size, read_header, read_image, resized
 
-
 CENTRE = 0.5 - 1e-9  # a place, rounded down if it is between two pixels
 
 
