@@ -112,7 +112,7 @@ def evaluate(options: argparse.Namespace) -> int:
         source = data.load(model.settings)
         x, labels = source.test, source.test_labels
     else:
-        x, labels = model.scaled(whole(Path(options.data), model)), None
+        x, labels = model.scaled(whole(Path(options.data), model)[:]), None
     samples = options.importance_samples or model.settings.importance_samples
     if samples < 1:
         raise UserError(f"--importance-samples must be at least 1, got {samples}")
@@ -143,7 +143,9 @@ def rows_of(path: Path, model: Trained, option: str = "DATA") -> np.ndarray:
 
 
 def whole(path: Path, model: Trained) -> np.ndarray:
-    parts = files.read(path, model.settings.image_size, "DATA").parts
+    """The data of a file or folder, as the run reads its own."""
+    settings = dataclasses.replace(model.settings, stream=model.settings.stream and path.is_dir())
+    parts = files.read(path, settings, "DATA").parts
     return next(iter(parts.values())).values
 
 

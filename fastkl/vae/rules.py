@@ -105,8 +105,9 @@ def defaults(given: dict[str, Any]) -> Settings:
     """Settings from, in rising precedence: defaults, data set, model, objective, prior, preset, given options."""
     preset = given.get("preset", Settings.preset)
     chosen = {**FOR_PRESET[preset], **given}
-    names = ("data", "objective", "prior", "model")
-    data, objective, prior, model = (chosen.get(name, getattr(Settings, name)) for name in names)
+    names = ("data", "objective", "prior")
+    data, objective, prior = (chosen.get(name, getattr(Settings, name)) for name in names)
+    model = chosen.get("model", FOR_DATA.get(data, {}).get("model", Settings.model))
     learned = {} if prior == "standard" else {"warm_up": WARM_UP.get(preset if data == "digits" else data, 500)}
     suited = {**FOR_DATA.get(data, {}), **FOR_MODEL.get(model, {}), **FOR_OBJECTIVE.get(objective, {}), **learned}
     return Settings(**{**suited, **chosen})
@@ -134,6 +135,8 @@ def check(settings: Settings) -> None:
         "split_seed",
         "test_count",
         "threads",
+        "crop",
+        "workers",
     )
     zeros += ("warm_up", "patience")
     for name, minimum in {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)}.items():
@@ -148,6 +151,10 @@ def check(settings: Settings) -> None:
         value = getattr(settings, name)
         if not 0 < value < float("inf"):
             raise UserError(f"{flag(name)} must be a finite number above 0, got {value}")
+    if 0 < settings.image_size < settings.crop:
+        raise UserError(
+            f"--crop {settings.crop} is more than --image-size {settings.image_size}, the shorter side after resizing"
+        )
     if not 0 <= settings.validation < 1:
         raise UserError(f"--validation must be a share, 0 or more and below 1, got {settings.validation}")
     if not 0 <= settings.ema < 1:

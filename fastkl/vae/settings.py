@@ -29,14 +29,34 @@ class Settings:
         "digits", "a set of defaults; other options override it", choices=("digits", "large-latent", "large-mixture")
     )
     # A moved file is the same data, so resuming compares the fingerprint of the data instead of this name.
-    data: str = option("digits", "digits, mnist5k, pbmc, or a .npy, .npz, .pt file or a folder of images", maths=False)
+    data: str = option(
+        "digits",
+        "digits, mnist5k, pbmc, photos, a .npy, .npz, .pt or .tar file, or a folder of images, .npy or .tar files or "
+        "a Hugging Face data set",
+        maths=False,
+    )
     test_data: str = option(
         "", "a file or folder of test data (default: the test part of --data, or else a fifth of it)", maths=False
     )
     validation: float = option(
         0.0, "share of the training data held out for the curves; the test data are then used only once, at the end"
     )
-    image_size: int = option(0, "resize images to this many pixels a side (0: keep their size)")
+    image_size: int = option(
+        0, "resize images to this many pixels a side, with --crop the shorter side (0: keep their size)"
+    )
+    crop: int = option(
+        0, "train on random squares of this many pixels a side, and test on those in the centre (0: whole images)",
+        by_default="0; photos: 64",
+    )  # fmt: skip
+    flip: bool = option(False, "mirror training images at random")
+    stream: bool = option(
+        False, "leave the training data on the disk and read them step by step; folders of .npy files, .tar files and "
+        "Hugging Face data sets always are",
+    )  # fmt: skip
+    workers: int = option(
+        0, "processes that read, decode and crop ahead of the training (0: it reads by itself)", maths=False,
+        by_default="0; on a GPU up to 8 if the data are not in memory",
+    )  # fmt: skip
     likelihood: str = option(
         "auto",
         "distribution of a value given the latent; auto chooses bernoulli or normal, logistic and categorical are for "
@@ -172,7 +192,8 @@ class Settings:
 GROUPS = {
     "the run": ("preset", "seed", "device", "threads", "log_every", "checkpoint_every"),
     "data": (
-        "data", "test_data", "validation", "image_size", "likelihood", "split_seed", "test_count", "importance_samples",
+        "data", "test_data", "validation", "image_size", "crop", "flip", "stream", "workers", "likelihood",
+        "split_seed", "test_count", "importance_samples",
     ),
     "model": ("model", "latent", "hidden", "layers"),
     "training": (
@@ -193,9 +214,10 @@ GROUPS = {
 }  # fmt: skip
 
 # Defaults of a data set; options given by hand take precedence.
-FOR_DATA = {
+FOR_DATA: dict[str, dict[str, Any]] = {
     "mnist5k": {"hidden": 512, "latent": 20, "epochs": 40, "learning_rate": 1e-3, "threads": 0},
     "pbmc": {"hidden": 128, "latent": 10, "epochs": 60, "learning_rate": 1e-3},
+    "photos": {"model": "conv", "crop": 64, "flip": True, "likelihood": "logistic"},
 }
 # Defaults of a small convolutional model; pace.py adds those that depend on the size of the data.
 FOR_MODEL = {"conv": {"latent": 8, "hidden": 16, "layers": 2, "learning_rate": 1e-3, "threads": 0}}
