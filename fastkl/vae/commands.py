@@ -103,7 +103,7 @@ def evaluate(options: argparse.Namespace) -> int:
     samples = options.importance_samples or model.settings.importance_samples
     if samples < 1:
         raise UserError(f"--importance-samples must be at least 1, got {samples}")
-    found = figures_of(model.vae, x, samples, model.settings.seed, model.device, model.prior, labels)
+    found = figures_of(model.vae, x, samples, model.settings.seed, model.device, model.prior, labels, model.scaling)
     print(json.dumps(found.figures(), indent=2))
     return 0
 
@@ -177,7 +177,7 @@ def _write_report_of(run: Run, began: float) -> None:
     from fastkl.vae.report import summary, write_report
 
     asked = (run.settings.importance_samples, run.settings.seed, run.device, run.prior, run.data.test_labels)
-    evaluation = figures_of(run.vae, run.data.test, *asked)
+    evaluation = figures_of(run.vae, run.data.test, *asked, run.data.scaling)
     more: dict[str, Any] = {}
     if run.settings.model == "conv":
         more["loss_memory"] = memory.compare(run.vae.latent_shape)

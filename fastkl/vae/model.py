@@ -28,15 +28,16 @@ class VAE(nn.Module):
 
     def __init__(
         self, encoder: nn.Module, decoder: nn.Module, shape: tuple, latent_shape: tuple, likelihood: str,
-        levels: int = 256,
+        levels: int = 256, scale: float = 0.0,
     ) -> None:  # fmt: skip
-        """`likelihood`: a name of likelihood.py; `levels`: of the pixels of a discrete one."""
+        """`likelihood`: a name of likelihood.py; `levels`: of the pixels of a discrete one; `scale`: of errors, or 0
+        to learn it."""
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.register_module("prior", None)  # None is N(0, I); a learned prior starts after the warm-up (prior.py)
         self.shape, self.latent_shape, self.likelihood = tuple(shape), tuple(latent_shape), likelihood
         self.activation_checkpointing = False
-        self.levels, self.observation = levels, make(likelihood, self.shape, levels)
+        self.levels, self.observation = levels, make(likelihood, self.shape, levels, scale)
 
     def posterior(self, x: Tensor) -> fastkl.DiagonalNormal:
         """q(z | x), views of the packed head [N, 2 * latent, ...]."""
@@ -112,6 +113,8 @@ def build(
         if (own.shape, own.likelihood) != (shape, likelihood):
             given = f"{list(own.shape)} with a {own.likelihood} likelihood"
             raise UserError(f"model= is for data of shape {given}; these have {list(shape)} and {likelihood}")
+        if settings.scale:
+            raise UserError("--scale is an argument of the model: VAE(..., scale=) of a run with model=")
         own.activation_checkpointing = settings.activation_checkpointing
         return own
     networks = {"mlp": mlp, "conv": conv, "autoregressive": autoregressive}[settings.model]
@@ -119,7 +122,7 @@ def build(
         raise UserError(f"--model autoregressive has --likelihood bernoulli or normal, got {likelihood}")
     outputs = levels if likelihood == "categorical" else 1
     encoder, decoder, latent_shape = networks(shape, settings.latent, settings.hidden, settings.layers, outputs)
-    vae = VAE(encoder, decoder, shape, latent_shape, likelihood, levels)
+    vae = VAE(encoder, decoder, shape, latent_shape, likelihood, levels, settings.scale)
     vae.activation_checkpointing = settings.activation_checkpointing
     return vae
 

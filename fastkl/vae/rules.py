@@ -139,7 +139,7 @@ def check(settings: Settings) -> None:
         if getattr(settings, name) < minimum:
             raise UserError(f"{flag(name)} must be at least {minimum}, got {getattr(settings, name)}")
     rates = ("learning_rate", "prior_learning_rate", "discriminator_learning_rate")
-    for name in (*rates, "weight_decay", "beta", "free_bits", "penalty", "alpha", "elbo_share", "clip"):
+    for name in (*rates, "weight_decay", "beta", "free_bits", "penalty", "alpha", "elbo_share", "clip", "scale"):
         value = getattr(settings, name)
         if not 0 <= value < float("inf"):
             raise UserError(f"{flag(name)} must be a finite number, 0 or more, got {value}")

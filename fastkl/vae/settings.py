@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-LIKELIHOODS = ("bernoulli", "logistic", "categorical", "normal", "laplace", "poisson", "negative_binomial")
+LIKELIHOODS = ("bernoulli", "logistic", "categorical", "normal", "laplace", "huber", "poisson", "negative_binomial")
 LEARNED = ("gmm", "vamp", "flow")
 OBJECTIVES = (
     "elbo", "beta_vae", "iwae", "miwae", "piwae", "ciwae", "wae_mmd", "info_vae", "swae", "sinkhorn_ae", "aae",
@@ -38,8 +38,11 @@ class Settings:
     likelihood: str = option(
         "auto",
         "distribution of a value given the latent; auto chooses bernoulli or normal, logistic and categorical are for "
-        "pixels with whole numbers, poisson and negative_binomial for counts, laplace is the L1 loss",
+        "pixels with whole numbers, poisson and negative_binomial for counts; normal is the L2, laplace the L1 loss",
         choices=("auto", *LIKELIHOODS),
+    )
+    scale: float = option(
+        0.0, "scale of the errors of a normal, laplace or huber likelihood, for standardised values (0: learned)"
     )
     model: str = option(
         "mlp",
@@ -170,7 +173,8 @@ class Settings:
 GROUPS = {
     "the run": ("preset", "seed", "device", "threads", "log_every", "checkpoint_every"),
     "data": (
-        "data", "test_data", "validation", "image_size", "likelihood", "split_seed", "test_count", "importance_samples",
+        "data", "test_data", "validation", "image_size", "likelihood", "scale", "split_seed", "test_count",
+        "importance_samples",
     ),
     "model": ("model", "latent", "hidden", "layers"),
     "training": (
