@@ -11,10 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 import fastkl
 from fastkl.priors import Prior
+from fastkl.vae import autoencoder
 from fastkl.vae.autoregressive import MaskedDecoder
-from fastkl.vae.errors import UserError
+from fastkl.vae.errors import UserError, check_sides
 from fastkl.vae.likelihood import Normal, make
-from fastkl.vae.settings import Settings
+from fastkl.vae.scaling import Scaling
+from fastkl.vae.settings import AUTOENCODER, Settings
 
 # Values of x per chunk, encoded and decoded. They bound the memory of large images and of 1,000 samples.
 ENCODED, DECODED = 2**17, 2**20
@@ -37,6 +39,7 @@ class VAE(nn.Module):
         self.register_module("prior", None)  # None is N(0, I); a learned prior starts after the warm-up (prior.py)
         self.shape, self.latent_shape, self.likelihood = tuple(shape), tuple(latent_shape), likelihood
         self.activation_checkpointing = False
+        self.signed = (1.0, 0.0)  # (a, b): a x + b are images in [-1, 1]
         self.levels, self.observation = levels, make(likelihood, self.shape, levels, scale)
 
     def posterior(self, x: Tensor) -> fastkl.DiagonalNormal:
@@ -104,27 +107,52 @@ class VAE(nn.Module):
 
 
 def build(
-    settings: Settings, shape: tuple[int, ...], likelihood: str, own: VAE | None = None, levels: int = 256
+    settings: Settings, shape: tuple[int, ...], likelihood: str, own: VAE | None = None, scaling: Scaling | None = None
 ) -> VAE:
-    """The model that the settings name, or the given one."""
+    """The model that the settings name, or the given one. `scaling` has the levels of pixels and their range."""
+    levels, image = 256 if scaling is None else scaling.levels, len(shape) == 3
+    signed = scaling.signed if scaling is not None and image else (1.0, 0.0)
     if settings.model == OWN:
-        if own is None:
-            raise UserError("this run has a model of its own: give it by model=")
-        if (own.shape, own.likelihood) != (shape, likelihood):
-            given = f"{list(own.shape)} with a {own.likelihood} likelihood"
-            raise UserError(f"model= is for data of shape {given}; these have {list(shape)} and {likelihood}")
-        if settings.scale:
-            raise UserError("--scale is an argument of the model: VAE(..., scale=) of a run with model=")
-        own.activation_checkpointing = settings.activation_checkpointing
-        return own
-    networks = {"mlp": mlp, "conv": conv, "autoregressive": autoregressive}[settings.model]
-    if settings.model == "autoregressive" and likelihood not in ("bernoulli", "normal"):
-        raise UserError(f"--model autoregressive has --likelihood bernoulli or normal, got {likelihood}")
-    outputs = levels if likelihood == "categorical" else 1
-    encoder, decoder, latent_shape = networks(shape, settings.latent, settings.hidden, settings.layers, outputs)
-    vae = VAE(encoder, decoder, shape, latent_shape, likelihood, levels, settings.scale)
-    vae.activation_checkpointing = settings.activation_checkpointing
+        vae = fitting(own, settings, shape, likelihood)
+    else:
+        *networks, latent_shape = networks_of(settings, shape, likelihood, levels, signed)
+        vae = VAE(*networks, shape, latent_shape, likelihood, levels, settings.scale)
+    # diffusers' networks have checkpoints of their own.
+    vae.activation_checkpointing = settings.activation_checkpointing and settings.model != AUTOENCODER
+    vae.signed = signed
     return vae
+
+
+def fitting(own: VAE | None, settings: Settings, shape: tuple[int, ...], likelihood: str) -> VAE:
+    """The given model.
+
+    Raises:
+        UserError: none is given, or it is for other data.
+    """
+    if own is None:
+        raise UserError("this run has a model of its own: give it by model=")
+    if (own.shape, own.likelihood) != (shape, likelihood):
+        given = f"{list(own.shape)} with a {own.likelihood} likelihood"
+        raise UserError(f"model= is for data of shape {given}; these have {list(shape)} and {likelihood}")
+    if settings.scale:
+        raise UserError("--scale is an argument of the model: VAE(..., scale=) of a run with model=")
+    return own
+
+
+def networks_of(
+    settings: Settings, shape: tuple[int, ...], likelihood: str, levels: int, signed: tuple[float, float]
+) -> tuple[nn.Module, nn.Module, tuple]:
+    """(encoder, decoder, shape of the latent)."""
+    able = {"autoregressive": ("bernoulli", "normal"), AUTOENCODER: autoencoder.LIKELIHOODS}
+    if likelihood not in (names := able.get(settings.model, (likelihood,))):
+        raise UserError(
+            f"--model {settings.model} has --likelihood {', '.join(names[:-1])} or {names[-1]}, got {likelihood}"
+        )
+    if settings.model == AUTOENCODER:
+        return autoencoder.networks(settings, shape, signed)
+    networks = {"mlp": mlp, "conv": conv, "autoregressive": autoregressive}[settings.model]
+    outputs = levels if likelihood == "categorical" else 1
+    return networks(shape, settings.latent, settings.hidden, settings.layers, outputs)
 
 
 def mlp(shape: tuple, latent: int, hidden: int, layers: int, outputs: int = 1) -> tuple[nn.Module, nn.Module, tuple]:
@@ -173,10 +201,7 @@ def conv(shape: tuple, latent: int, hidden: int, layers: int, outputs: int = 1) 
     if len(shape) != 3:
         raise UserError(f"--model conv needs images, but a datum has shape {tuple(shape)}; use --model mlp")
     channels, height, width = shape
-    if height % factor or width % factor:
-        raise UserError(
-            f"--layers {layers} needs image sides divisible by {factor}, got {height} x {width}: choose --image-size"
-        )
+    check_sides(layers, shape)
     widths = [hidden * 2**level for level in range(layers + 1)]
     down: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1)]
     for narrow, wide in pairwise(widths):

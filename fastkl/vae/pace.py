@@ -12,7 +12,7 @@ import torch
 from fastkl.vae.data import Data
 from fastkl.vae.objective import draws_of
 from fastkl.vae.plan import TEST_POINTS
-from fastkl.vae.settings import FOR_DATA, FOR_PRESET, Settings
+from fastkl.vae.settings import CONVOLUTIONAL, FOR_DATA, FOR_PRESET, Settings
 
 if TYPE_CHECKING:
     from fastkl.vae.run import Run
@@ -32,7 +32,7 @@ def fit_defaults(settings: Settings, given: dict[str, Any], data: Data, processe
     built-in data set, stay."""
     chosen = {**FOR_DATA.get(settings.data, {}), **FOR_PRESET[settings.preset], **given}
     fitted: dict[str, Any] = {}
-    conv, values = settings.model == "conv" and len(data.shape) == 3, math.prod(data.shape)
+    conv, values = settings.model in CONVOLUTIONAL and len(data.shape) == 3, math.prod(data.shape)
     pixels = data.shape[1] * data.shape[2] * (settings.hidden / 16) ** 2 if conv else values * settings.hidden / 256
     if conv and "layers" not in chosen and any(side % 2**settings.layers for side in data.shape[1:]):
         fitted["layers"] = 1

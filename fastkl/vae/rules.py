@@ -7,7 +7,7 @@ import difflib
 from typing import Any
 
 from fastkl.vae.errors import UserError
-from fastkl.vae.settings import FOR_DATA, FOR_MODEL, FOR_OBJECTIVE, FOR_PRESET, LEARNED, WARM_UP, Settings
+from fastkl.vae.settings import AUTOENCODER, FOR_DATA, FOR_MODEL, FOR_OBJECTIVE, FOR_PRESET, LEARNED, WARM_UP, Settings
 
 BOUNDS = ("elbo", "beta_vae")  # objectives that accept every --kl
 WEIGHTED = (*BOUNDS, "beta_tc_vae", "vade")  # objectives that use --beta
@@ -52,6 +52,8 @@ def resolve(given: dict[str, Any]) -> Settings:
             if chosen not in (known := table.get(name, (chosen,))):
                 wanted = " or ".join(known)
                 raise UserError(f"{flag(name)} belongs to --{about} {wanted}; this run has --{about} {chosen}")
+    if "model_config" in given and settings.model != AUTOENCODER:
+        raise UserError(f"--model-config belongs to --model {AUTOENCODER}; this run has --model {settings.model}")
     sampled = settings.prior != "standard" and settings.objective in BOUNDS
     if "samples" in given and not sampled and settings.objective not in (*IMPORTANCE, "vade"):
         raise UserError(

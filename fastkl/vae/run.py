@@ -133,7 +133,7 @@ def start(settings: Settings, data: Data, ranks: Ranks, folder: Path, own: Own =
         raise UserError(f"{requested} is more than the {len(data.train)} training data")
     device = choose_device(settings.device, ranks)
     torch.manual_seed(streams.seed_for(settings.seed, "weights"))
-    vae = build(settings, data.shape, data.likelihood, own.model, data.scaling.levels)
+    vae = build(settings, data.shape, data.likelihood, own.model, data.scaling)
     vae.prior = prior.build(settings, vae, data)
     vae = vae.to(device)
     learned = vae.prior is not None

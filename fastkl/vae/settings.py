@@ -7,19 +7,26 @@ from typing import Any
 
 LIKELIHOODS = ("bernoulli", "logistic", "categorical", "normal", "laplace", "huber", "poisson", "negative_binomial")
 LEARNED = ("gmm", "vamp", "flow")
+AUTOENCODER = "autoencoder-kl"
+CONVOLUTIONAL = ("conv", AUTOENCODER)
 OBJECTIVES = (
     "elbo", "beta_vae", "iwae", "miwae", "piwae", "ciwae", "wae_mmd", "info_vae", "swae", "sinkhorn_ae", "aae",
     "beta_tc_vae", "vade",
 )  # fmt: skip
 
 
-def option(default: Any, text: str, maths: bool = True, choices: tuple = (), by_default: str = "") -> Any:
+def option(
+    default: Any, text: str, maths: bool = True, choices: tuple = (), by_default: str = "", many: bool = False
+) -> Any:
     """A field of Settings.
 
     `maths`: the option changes the numbers, so a resumed run may not change it. `by_default`: help text for a default
-    that depends on the data or the model (pace.py).
+    that depends on the data or the model (pace.py). `many`: the command line takes several, kept as lines.
     """
-    meta = {"help": text, "maths": maths, "choices": choices or None, "kind": type(default), "by_default": by_default}
+    meta = {
+        "help": text, "maths": maths, "choices": choices or None, "kind": type(default), "by_default": by_default,
+        "many": many,
+    }  # fmt: skip
     return field(default=default, metadata=meta)
 
 
@@ -46,21 +53,30 @@ class Settings:
     )
     model: str = option(
         "mlp",
-        "encoder and decoder; the autoregressive decoder also reads the earlier pixels and may ignore the latent",
-        choices=("mlp", "conv", "autoregressive"),
+        "encoder and decoder; the autoregressive decoder also reads the earlier pixels and may ignore the latent; "
+        "autoencoder-kl is diffusers' AutoencoderKL, which the run also writes for diffusers",
+        choices=("mlp", *CONVOLUTIONAL, "autoregressive"),
     )
+    model_config: str = option(
+        "", "fields of AutoencoderKL: key=value, a .json file, or a folder of save_pretrained, whose weights are the "
+        "start (default: small networks by --latent, --hidden and --layers)", many=True,
+    )  # fmt: skip
     latent: int = option(
-        16, "latent dimensions (mlp) or channels of the spatial latent (conv)", by_default="16; conv: 8"
-    )
+        16, "latent dimensions (mlp) or channels of the spatial latent (conv, autoencoder-kl)",
+        by_default="16; conv: 8; autoencoder-kl: 4",
+    )  # fmt: skip
     hidden: int = option(
-        256, "width of the hidden layers (mlp) or of the first level (conv)", by_default="256; conv: 16"
-    )
-    layers: int = option(2, "hidden layers (mlp) or levels, each halving the image (conv)")
+        256, "width of the hidden layers (mlp) or of the first level (conv, autoencoder-kl: the next have twice that)",
+        by_default="256; conv, autoencoder-kl: 16",
+    )  # fmt: skip
+    layers: int = option(2, "hidden layers (mlp) or levels, each halving the image (conv, autoencoder-kl)")
     batch_size: int = option(64, "data per step and process", by_default="64; fewer for few data or large images")
     epochs: int = option(150, "passes over the training data", by_default="150; fewer for many data or large images")
     steps: int = option(0, "stop after this many steps instead of --epochs (0: use --epochs)")
     learning_rate: float = option(
-        3e-3, "learning rate of AdamW after at most 100 steps of warm-up", by_default="0.003; conv: 0.001"
+        3e-3,
+        "learning rate of AdamW after at most 100 steps of warm-up",
+        by_default="0.003; conv, autoencoder-kl: 0.001",
     )
     schedule: str = option("cosine", "schedule of the learning rate", choices=("cosine", "constant"))
     weight_decay: float = option(0.0, "weight decay of AdamW")
@@ -149,14 +165,14 @@ class Settings:
     checkpoint_every: int = option(500, "steps between two checkpoints", maths=False)
     # One, because a matrix product of a small MLP ends before a second thread wakes up.
     threads: int = option(
-        1, "CPU threads (0: torch's default)", maths=False, by_default="1; 0 with conv and large data"
+        1, "CPU threads (0: torch's default)", maths=False, by_default="1; 0 with conv, autoencoder-kl and large data"
     )
     device: str = option("auto", "device to train on", maths=False, choices=("auto", "cpu", "cuda"))
 
     @property
     def what(self) -> str:
         """A short description of the model."""
-        model = {"mlp": "MLP", "conv": "convolutional"}.get(self.model, self.model)
+        model = {"mlp": "MLP", "conv": "convolutional", AUTOENCODER: "AutoencoderKL"}.get(self.model, self.model)
         prior = "" if self.prior == "standard" else f", prior {self.prior}"
         return f"{model} VAE{prior}" + ("" if self.objective == "elbo" else f", objective {self.objective}")
 
@@ -176,7 +192,7 @@ GROUPS = {
         "data", "test_data", "validation", "image_size", "likelihood", "scale", "split_seed", "test_count",
         "importance_samples",
     ),
-    "model": ("model", "latent", "hidden", "layers"),
+    "model": ("model", "model_config", "latent", "hidden", "layers"),
     "training": (
         "batch_size", "accumulate", "epochs", "steps", "learning_rate", "schedule", "weight_decay", "clip", "ema",
         "patience", "precision", "compile", "activation_checkpointing", "noise", "bad_steps",
@@ -200,7 +216,9 @@ FOR_DATA = {
     "pbmc": {"hidden": 128, "latent": 10, "epochs": 60, "learning_rate": 1e-3},
 }
 # Defaults of a small convolutional model; pace.py adds those that depend on the size of the data.
-FOR_MODEL = {"conv": {"latent": 8, "hidden": 16, "layers": 2, "learning_rate": 1e-3, "threads": 0}}
+SMALL: dict[str, Any] = {"hidden": 16, "layers": 2, "learning_rate": 1e-3, "threads": 0}
+# Latent channels as in Stable Diffusion, and the L1 loss with a learned scale, as there.
+FOR_MODEL = {"conv": {"latent": 8, **SMALL}, AUTOENCODER: {"latent": 4, "likelihood": "laplace", **SMALL}}
 FOR_PRESET = {
     "digits": {},
     "large-latent": {
