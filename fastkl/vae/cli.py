@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import fastkl
-from fastkl.vae import autoencoder, checkpoint, data, facts, folders, loop, pace, parallel
+from fastkl.vae import autoencoder, checkpoint, data, facts, folders, loop, pace, parallel, pretrained
 from fastkl.vae.commands import add_parsers, write_report_of
 from fastkl.vae.config import read_config
 from fastkl.vae.errors import UserError, check_installed
@@ -159,7 +159,7 @@ def train_in(
     if state:
         restore(run, state)
     else:
-        autoencoder.load_pretrained(run.vae, settings)
+        pretrained.load_pretrained(run.vae, settings)
     if ranks.main:
         checkpoint.prepare(folder)
         checkpoint.write(
@@ -178,7 +178,7 @@ def train_in(
                 say(f"stopped at step {run.step}; go on with: fastkl train --resume --out {shlex.quote(str(folder))}")
             return 130
     if ranks.main and settings.model == AUTOENCODER:
-        say(f"{autoencoder.save(run)}: the weights for diffusers' AutoencoderKL.from_pretrained")
+        say(f"{pretrained.save(run)}: the weights for diffusers' AutoencoderKL.from_pretrained")
     if ranks.main and "no_report" not in options:
         write_report_of(run, began)
     return 0

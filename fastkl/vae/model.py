@@ -89,9 +89,17 @@ class VAE(nn.Module):
     def log_likelihood(self, z: Tensor, x: Tensor) -> Tensor:
         """log p(x | z) in nats, one per leading index of z; x may lack the first one (samples of a datum)."""
         x = self.observed(x)
-        output = self.decode(z, x)
+        return self.scored(self.decode(z, x), x)
+
+    def scored(self, output: Tensor, x: Tensor) -> Tensor:
+        """log p(x | z) in nats, for the decoder's output."""
         leading = output.shape[: output.dim() - len(self.output_shape)]
         return self.observation.log_prob(x.expand(*leading, *self.shape), output)
+
+    def image(self, output: Tensor) -> Tensor:
+        """The means of images [..., C, H, W] in [-1, 1], for the decoder's output."""
+        slope, shift = self.signed
+        return slope * self.observation.mean(output) + shift
 
     def pictured(self, z: Tensor) -> Tensor:
         """The decoder's mean of x, for pictures. An autoregressive decoder gives the mean of each value given draws of

@@ -19,11 +19,12 @@ OF_OBJECTIVE = {
     "balance": ("elbo",), "capacity": ("beta_vae",), "capacity_steps": ("beta_vae",),
     "groups": ("miwae", "piwae"), "gradient": IMPORTANCE, "elbo_share": ("ciwae",), "penalty": MATCHING,
     "alpha": ("info_vae",), "kernel": ("wae_mmd", "info_vae"), "projections": ("swae",), "blur": ("sinkhorn_ae",),
-    "weights": ("beta_tc_vae",), "discriminator_learning_rate": ("aae",),
+    "weights": ("beta_tc_vae",), "perceptual": WEIGHTED, "adversarial": WEIGHTED,
 }  # fmt: skip
 OF_PRIOR = {
     "components": ("gmm", "vamp"), "covariance": ("gmm",), "kl": LEARNED, "prior_learning_rate": LEARNED,
 }  # fmt: skip
+IMAGE_WEIGHTS = ("perceptual_weight", "adversarial_weight")
 RELAXED = ("tau", "final_tau", "tau_schedule")  # options of --kl relaxed
 # Invalid combinations, each with its reason; docs/objectives.md has the same table.
 REFUSED = {
@@ -66,6 +67,7 @@ def resolve(given: dict[str, Any]) -> Settings:
             "with --prior standard uses neither"
         )
     check_remedies(settings, given)
+    check_images(settings, given)
     if settings.kl == "upper" and settings.prior == "flow":
         raise UserError("--kl upper needs a mixture, --prior gmm or vamp; a flow has only --kl mc")
     if settings.kl == "relaxed" and settings.prior == "flow":
@@ -103,6 +105,19 @@ def check_remedies(settings: Settings, given: dict[str, Any]) -> None:
         raise UserError(f"--balance {settings.balance} is more groups than the {settings.latent} of --latent")
 
 
+def check_images(settings: Settings, given: dict[str, Any]) -> None:
+    for name, of in (
+        ("perceptual_weight", "perceptual"), ("adversarial_weight", "adversarial"),
+        ("adversarial_start", "adversarial"),
+    ):  # fmt: skip
+        if name in given and not getattr(settings, of):
+            raise UserError(f"{flag(name)} belongs to {flag(of)}")
+    if "discriminator_learning_rate" in given and not (settings.adversarial or settings.objective == "aae"):
+        raise UserError("--discriminator-learning-rate belongs to --objective aae or --adversarial")
+    if settings.compile and settings.adversarial:
+        raise UserError("--compile does not go with --adversarial, whose weight needs gradients inside the loss")
+
+
 def defaults(given: dict[str, Any]) -> Settings:
     """Settings from, in rising precedence: defaults, data set, model, preset, objective, prior, given options."""
     names = ("preset", "data", "objective", "prior")
@@ -136,12 +151,23 @@ def check(settings: Settings) -> None:
         "test_count",
         "threads",
     )
-    zeros += ("warm_up", "patience")
+    zeros += ("warm_up", "patience", "adversarial_start")
     for name, minimum in {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)}.items():
         if getattr(settings, name) < minimum:
             raise UserError(f"{flag(name)} must be at least {minimum}, got {getattr(settings, name)}")
     rates = ("learning_rate", "prior_learning_rate", "discriminator_learning_rate")
-    for name in (*rates, "weight_decay", "beta", "free_bits", "penalty", "alpha", "elbo_share", "clip", "scale"):
+    for name in (
+        *rates,
+        "weight_decay",
+        "beta",
+        "free_bits",
+        "penalty",
+        "alpha",
+        "elbo_share",
+        "clip",
+        "scale",
+        *IMAGE_WEIGHTS,
+    ):
         value = getattr(settings, name)
         if not 0 <= value < float("inf"):
             raise UserError(f"{flag(name)} must be a finite number, 0 or more, got {value}")

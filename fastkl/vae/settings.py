@@ -140,7 +140,18 @@ class Settings:
     projections: int = option(50, "random projections of swae")
     blur: float = option(0.5, "blur of sinkhorn_ae, in units of the latent")
     weights: str = option("mss", "minibatch weights of beta_tc_vae's estimates", choices=("mss", "mws"))
-    discriminator_learning_rate: float = option(0.0, "learning rate of aae's discriminator (0: --learning-rate)")
+    discriminator_learning_rate: float = option(
+        0.0, "learning rate of the discriminator of aae or --adversarial (0: --learning-rate)"
+    )
+    perceptual: str = option(
+        "", "module:function of a distance (x_hat, x) -> [N] between images in [-1, 1], such as LPIPS, for the loss"
+    )
+    perceptual_weight: float = option(1.0, "weight of --perceptual, in nats")
+    adversarial: bool = option(False, "train the decoder against a discriminator of image patches, as VQGAN")
+    adversarial_weight: float = option(
+        0.5, "weight of --adversarial: the share of its gradient in that of the reconstruction, in the last layer"
+    )
+    adversarial_start: int = option(0, "steps before --adversarial, without a discriminator")
     bad_steps: int = option(10, "stop after this many non-finite steps in a row", maths=False)
     tau: float = option(1.0, "temperature of --kl relaxed at the first step of the prior")
     final_tau: float = option(0.1, "temperature at the end of the run")
@@ -207,6 +218,9 @@ GROUPS = {
     "objective": (
         "objective", "groups", "gradient", "elbo_share", "penalty", "alpha", "kernel", "projections", "blur", "weights",
         "discriminator_learning_rate",
+    ),
+    "losses of images": (
+        "perceptual", "perceptual_weight", "adversarial", "adversarial_weight", "adversarial_start",
     ),
 }  # fmt: skip
 

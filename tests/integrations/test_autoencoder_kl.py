@@ -91,7 +91,7 @@ def test_fields_come_from_values_files_and_folders(tmp_path):
     path = tmp_path / "config.json"
     shutil.copy(tmp_path / "first" / "autoencoder" / "config.json", path)
     for layers, source in ((2, str(path)), (1, f"{path}\nlayers_per_block=1")):
-        other = train(tmp_path / f"other {layers}", model_config=source)
+        other = train(tmp_path / f"other {layers}", model_config=source, seed=1)
         assert other.vae.encoder.network.layers_per_block == layers
         assert not torch.equal(other.encode(PIXELS), first.encode(PIXELS)), "a config has no weights"
 
