@@ -116,7 +116,7 @@ def evaluate(options: argparse.Namespace) -> int:
     samples = options.importance_samples or model.settings.importance_samples
     if samples < 1:
         raise UserError(f"--importance-samples must be at least 1, got {samples}")
-    found = figures_of(model.vae, x, samples, model.settings.seed, model.device, model.prior, labels)
+    found = figures_of(model.vae, x, samples, model.settings.seed, model.device, model.prior, labels, model.scaling)
     print(json.dumps(found.figures(), indent=2))
     return 0
 
@@ -186,7 +186,7 @@ def _write_report_of(run: Run, began: float) -> None:
     from fastkl.vae.report import summary, write_report
 
     asked = (run.settings.importance_samples, run.settings.seed, run.device, run.prior, run.data.test_labels)
-    evaluation = figures_of(run.vae, run.data.test, *asked)
+    evaluation = figures_of(run.vae, run.data.test, *asked, run.data.scaling)
     costs = memory.shares(run)
     say(costs["what"])
     for name, cells in memory.table(costs):

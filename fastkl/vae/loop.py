@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def backward(run: Run, weights: Weights) -> tuple[Tensor, dict[str, Tensor], Dia
         last = len(losses) == len(parts) - 1
         with contextlib.nullcontext() if last else run.ranks.without_exchange(run.objective):
             with run.autocast():
-                loss, own, posterior = run.objective(x, noise, weights, run.prior is not None)
+                loss, own, posterior = run.objective(x, noise, weights, run.prior is not None, run.adversarial)
             run.scaler.scale(loss / len(parts)).backward()
         losses.append(loss.detach())
         terms.append(own)
@@ -83,19 +84,25 @@ def backward(run: Run, weights: Weights) -> tuple[Tensor, dict[str, Tensor], Dia
 
 def update(run: Run, loss: Tensor) -> bool:
     """Update the weights and return True, or return False if the loss or a gradient is not finite."""
-    for optimizer in run.optimizers.values():
+    # Without gradients: the discriminator before --adversarial-start, which the scaler of fp16 would reject.
+    optimizers = [each for each in run.optimizers.values() if any(p.grad is not None for p in weights_of(each))]
+    for optimizer in optimizers:
         run.scaler.unscale_(optimizer)
     smaller = run.scaler.is_enabled() and run.scaler.get_scale() > 1  # a smaller scale may give finite gradients
     good = run.guard.admit(loss, run.objective.parameters(), run.step, smaller)
     if good:
         if run.settings.clip:
             torch.nn.utils.clip_grad_norm_(run.objective.parameters(), run.settings.clip)
-        for optimizer in run.optimizers.values():
+        for optimizer in optimizers:
             run.scaler.step(optimizer)
         if run.average is not None:
             run.average.update_parameters(run.vae)
     run.scaler.update()
     return good
+
+
+def weights_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def start_prior(run: Run) -> None:

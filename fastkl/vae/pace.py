@@ -13,7 +13,7 @@ import torch
 from fastkl.vae.data import Data
 from fastkl.vae.objective import draws_of
 from fastkl.vae.plan import TEST_POINTS
-from fastkl.vae.settings import FOR_DATA, FOR_PRESET, Settings
+from fastkl.vae.settings import CONVOLUTIONAL, FOR_DATA, FOR_PRESET, Settings
 from fastkl.vae.stored import Stored
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def fit_defaults(settings: Settings, given: dict[str, Any], data: Data, processe
     built-in data set, stay."""
     chosen = {**FOR_DATA.get(settings.data, {}), **FOR_PRESET[settings.preset], **given}
     fitted: dict[str, Any] = {}
-    conv, values = settings.model == "conv" and len(data.shape) > 1, math.prod(data.shape)
+    conv, values = settings.model in CONVOLUTIONAL and len(data.shape) > 1, math.prod(data.shape)
     pixels = math.prod(data.shape[1:]) * (settings.hidden / 16) ** 2 if conv else values * settings.hidden / 256
     if conv and "layers" not in chosen and any(side % 2**settings.layers for side in data.shape[1:]):
         fitted["layers"] = 1

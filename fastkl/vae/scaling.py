@@ -35,6 +35,8 @@ class Scaling:
     likelihood: str
     mean: np.ndarray
     deviation: np.ndarray
+    low: float = 0.0  # the range of a value in the file: that of its pixels, or else of the data
+    high: float = 1.0
 
     def apply(self, values: np.ndarray, rows: np.ndarray | None = None) -> Tensor:
         """The scaled values. `rows`: their rows in the file, for error messages.
@@ -51,6 +53,16 @@ class Scaling:
         """The number of levels of pixels that were whole numbers."""
         return int(self.deviation) + 1 if self.likelihood in PIXELS else 0
 
+    @property
+    def peak(self) -> float:
+        """The range of a value of an image in the numbers of the model, to which its errors are compared."""
+        return (self.high - self.low) / float(self.deviation)
+
+    @property
+    def signed(self) -> tuple[float, float]:
+        """(a, b) for images: a x + b maps the range of a value, in the numbers of the model, to [-1, 1]."""
+        return 2 / self.peak, 2 * (float(self.mean) - self.low) / (self.high - self.low) - 1
+
     def undo(self, x: Tensor) -> Tensor:
         mean, deviation = (torch.from_numpy(np.asarray(each)).to(x) for each in (self.mean, self.deviation))
         return x * deviation + mean
@@ -62,11 +74,13 @@ class Scaling:
 
     def state_dict(self) -> dict[str, Any]:
         mean, deviation = (torch.from_numpy(np.array(each)) for each in (self.mean, self.deviation))
-        return {"likelihood": self.likelihood, "mean": mean, "deviation": deviation}
+        bounds = {"low": self.low, "high": self.high}
+        return {"likelihood": self.likelihood, "mean": mean, "deviation": deviation, **bounds}
 
     @staticmethod
     def of_state(state: dict[str, Any]) -> Scaling:
-        return Scaling(state["likelihood"], state["mean"].numpy(), state["deviation"].numpy())
+        bounds = (state.get(name, math.nan) for name in ("low", "high"))  # checkpoints of 0.1.0 have none
+        return Scaling(state["likelihood"], state["mean"].numpy(), state["deviation"].numpy(), *bounds)
 
 
 def resized(values: Tensor, size: int) -> Tensor:
@@ -209,7 +223,7 @@ def scale(parts: dict[str, Part], train: np.ndarray, asked: str, stored: bool = 
             raise UserError(
                 f"--likelihood {likelihood} needs values in [0, 1], got values in [{span.low:.4g}, {span.high:.4g}]"
             )
-        scaling = Scaling(likelihood, np.zeros(()), np.asarray(float(by)))
+        scaling = Scaling(likelihood, np.zeros(()), np.asarray(float(by)), 0.0, float(by))
         what = f"{span}" + (f", divided by {by}" if by > 1 else "")
         if likelihood in DISCRETE:
             if not span.integer:
@@ -232,9 +246,9 @@ def scale(parts: dict[str, Part], train: np.ndarray, asked: str, stored: bool = 
         what += f" by {len(rows):,} of the training data"
     if span.integer and span.low >= 0 and vectors and asked == "auto":
         what += " (if they are pixels: --likelihood bernoulli)"
-    return Scaling(likelihood, mean, deviation), what, (
+    return Scaling(likelihood, mean, deviation, *bounds(span, by)), what, (
         f"{likelihood.capitalize()} likelihood on standardised values (mean 0, deviation 1 over the training data), "
-        f"with a learned {'variance' if likelihood == 'normal' else 'scale'} "
+        f"whose {'variance' if likelihood == 'normal' else 'scale'} is given by --scale, or learned "
         f"{'per feature' if vectors else 'for all pixels'}: log p(x) is a log-density of these."
     )  # fmt: skip
 
@@ -247,7 +261,15 @@ def counted(parts: dict[str, Part], span: Span, likelihood: str) -> tuple[Scalin
         raise UserError(f"--likelihood {likelihood} needs counts, whole numbers from 0; got {span}")
     name = likelihood.replace("_", " ").capitalize()
     meaning = f"{name} likelihood on counts: log p(x) is a log-probability of the counts as they are in the file."
-    return Scaling(likelihood, np.zeros(()), np.ones(())), f"{span}, counts", meaning
+    return Scaling(likelihood, np.zeros(()), np.ones(()), span.low, span.high), f"{span}, counts", meaning
+
+
+def bounds(span: Span, by: float | None) -> tuple[float, float]:
+    """The range of values: of pixels with this divisor, of images in [-1, 1], or of the data."""
+    if by is not None:
+        return 0.0, float(by)
+    signed = not span.integer and -1 - ROUNDING <= span.low < 0 < span.high <= 1 + ROUNDING
+    return (-1.0, 1.0) if signed else (float(span.low), float(span.high))
 
 
 def fit_together(spans: dict[str, Span], vectors: bool, likelihood: str) -> None:

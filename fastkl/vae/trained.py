@@ -176,7 +176,7 @@ def load(
     settings, shape, scaling = (
         rules.resume(state["settings"], {}), tuple(state["shape"]), Scaling.of_state(state["scaling"])
     )  # fmt: skip
-    vae = build(settings, shape, scaling.likelihood, copy.deepcopy(model), scaling.levels)
+    vae = build(settings, shape, scaling.likelihood, copy.deepcopy(model), scaling)
     # The prior's constructor needs data of the right shape; its numbers are those of the checkpoint.
     blank = torch.zeros(max(1, settings.components), *shape, dtype=torch.float32, device="cpu")
     vae.prior = prior.build(settings, vae, Data("", "", scaling, blank, blank, None, None, None))

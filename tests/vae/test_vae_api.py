@@ -29,6 +29,11 @@ def own_model(likelihood="bernoulli"):
     return vae.VAE(encoder, decoder, (1, 8, 8), (4,), likelihood)
 
 
+def test_a_model_may_have_its_name(tmp_path):
+    model = vae.train(torch.rand(20, 1, 8, 8), out=tmp_path / "run", model="conv", layers=1, hidden=8, steps=1)
+    assert model.latent_shape == (8, 4, 4)
+
+
 def test_a_run_from_python_is_that_of_the_command_line(tmp_path):
     model = vae.train("digits", out=tmp_path / "python", **SMALL)
     assert train(tmp_path / "shell", "--no-report", "--no-tensorboard") == 0
