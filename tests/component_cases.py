@@ -17,8 +17,9 @@ from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, Shard, dist
 import fastkl
 from fastkl import priors
 
+from forked import fork
 from helpers import peak_bytes
-from sharding_cases import fork, triangle
+from sharding_cases import triangle
 from traffic import Traffic
 
 SEED, N, D = 5, 9, 4
@@ -152,9 +153,9 @@ def refusal(mesh):
         return f"RuntimeError: {error}"
 
 
-def work(rank: int, folder: Path) -> None:
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=4)
+def work(folder: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     found = {}
     for at, (processes, *_) in MESHES.items():
         mesh = DeviceMesh("cpu", processes)
@@ -170,4 +171,4 @@ def work(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    fork(work, Path(sys.argv[1]))
+    fork(4, lambda: work(Path(sys.argv[1])))

@@ -7,7 +7,7 @@ runs every case with tensors sharded in each of LAYOUTS and leaves whole values,
 sharded as it is, the others not at all.
 """
 
-import multiprocessing.connection
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -231,19 +231,16 @@ def work(rank: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def fork(work, folder: Path) -> None:
+def main(folder: Path) -> None:
     """Forked, the four import torch once, which is most of their time."""
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=work, args=(rank, folder)) for rank in range(4)]
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=work, args=(rank, folder)) for rank in range(4)]
     for worker in workers:
         worker.start()
-    while any(worker.is_alive() for worker in workers):
-        multiprocessing.connection.wait([worker.sentinel for worker in workers if worker.is_alive()])
-        if any(worker.exitcode for worker in workers):  # the others would wait for it
-            for worker in workers:
-                worker.terminate()
+    for worker in workers:
+        worker.join()
     sys.exit(max(abs(worker.exitcode) for worker in workers))
 
 
 if __name__ == "__main__":
-    fork(work, Path(sys.argv[1]))
+    main(Path(sys.argv[1]))

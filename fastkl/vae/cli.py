@@ -14,14 +14,15 @@ from typing import Any
 import torch
 
 import fastkl
-from fastkl.vae import checkpoint, data, facts, folders, loop, pace, parallel
+from fastkl.vae import autoencoder, checkpoint, data, facts, folders, loop, pace, parallel, pretrained
 from fastkl.vae.commands import add_parsers, write_report_of
 from fastkl.vae.config import read_config
 from fastkl.vae.errors import UserError, check_installed
+from fastkl.vae.events import TensorBoard, WandB
 from fastkl.vae.progress import Display, Terminal, say
 from fastkl.vae.rules import defaults, flag, prolonging, resolve, resume
 from fastkl.vae.run import NOTHING, Own, Run, restore, start
-from fastkl.vae.settings import GROUPS, Settings
+from fastkl.vae.settings import AUTOENCODER, GROUPS, Settings
 
 EXAMPLES = """examples:
   fastkl train                                          digits of 8 x 8 pixels, under a minute
@@ -78,6 +79,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.add_argument("--no-report", action="store_true", help="stop after training, without evaluation and report")
     run.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard events")
+    run.add_argument(
+        "--wandb", metavar="PROJECT", help="send curves and pictures to Weights & Biases, too (or WANDB_MODE=offline)"
+    )
     fields = {item.name: item for item in dataclasses.fields(Settings)}
     for title, names in GROUPS.items():
         group = run if title == "the run" else train.add_argument_group(title)
@@ -89,7 +93,10 @@ def parser() -> argparse.ArgumentParser:
                 group.add_argument(flag(name), action="store_true", help=meta["help"])
                 continue
             metavar = None if meta["choices"] else {int: "N", float: "X", str: "PATH"}[meta["kind"]]
-            group.add_argument(flag(name), type=meta["kind"], choices=meta["choices"], metavar=metavar, help=text)
+            several: dict[str, Any] = {"nargs": "+"} if meta["many"] else {}
+            group.add_argument(
+                flag(name), type=meta["kind"], choices=meta["choices"], metavar=metavar, help=text, **several
+            )
     add_parsers(commands)
     return top
 
@@ -97,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
 def train_command(options: argparse.Namespace) -> int:
     began = time.perf_counter()
     given = {item.name: getattr(options, item.name) for item in dataclasses.fields(Settings) if item.name in options}
+    given = {name: "\n".join(value) if isinstance(value, list) else value for name, value in given.items()}
     if "config" in options:
         given = {**read_config(options.config), **given}
     ranks = parallel.start()
@@ -115,6 +123,7 @@ def train_on(ranks: Any, options: argparse.Namespace, given: dict[str, Any], beg
     if out is not None and not out.strip():
         raise UserError("--out is empty: name a folder")
     out = None if out is None else Path(out)
+    given = autoencoder.with_config(given)
     claim = state = begun = None
     try:
         if ranks.main:  # only the main process touches the run folder
@@ -145,6 +154,8 @@ def train_in(
     """Train in a folder that this process has locked, from the beginning or from a checkpoint."""
     if threads := settings.threads or (state or {}).get("threads", 0):
         torch.set_num_threads(threads)  # a different number of threads would round sums differently
+    if ranks.main and "wandb" in options:
+        check_installed("wandb", "--wandb")
     if ranks.main and "no_report" not in options:
         check_installed("matplotlib", "The report (--no-report skips it)")
         if settings.prior in ("gmm", "vamp") and source.test_labels is not None:
@@ -153,6 +164,8 @@ def train_in(
     step_time = pace.seconds_per_step(run)
     if state:
         restore(run, state)
+    else:
+        pretrained.load_pretrained(run.vae, settings)
     if ranks.main:
         checkpoint.prepare(folder)
         checkpoint.write(
@@ -163,16 +176,27 @@ def train_in(
         for line in opening(run, state, "resume" in options, forecast):
             say(line)
     if not run.ended:
-        events = None if "no_tensorboard" in options else folder / "tensorboard"
-        with Terminal(run, events) if ranks.main else Display() as display:
+        with Terminal(run, writers(run, options)) if ranks.main else Display() as display:
             finished = loop.train(run, display)
         if not finished:
             if ranks.main:
                 say(f"stopped at step {run.step}; go on with: fastkl train --resume --out {shlex.quote(str(folder))}")
             return 130
+    if ranks.main and settings.model == AUTOENCODER:
+        say(f"{pretrained.save(run)}: the weights for diffusers' AutoencoderKL.from_pretrained")
     if ranks.main and "no_report" not in options:
         write_report_of(run, began)
     return 0
+
+
+def writers(run: Run, options: argparse.Namespace) -> list[TensorBoard | WandB]:
+    """The writers of curves and pictures that the options ask for."""
+    found: list[TensorBoard | WandB] = []
+    if "wandb" in options:
+        found.append(WandB(options.wandb, run.folder, dataclasses.asdict(run.settings)))
+    if "no_tensorboard" not in options:
+        found.append(TensorBoard(run.folder / "tensorboard", run.step))
+    return found
 
 
 def opening(run: Run, state: Any, resuming: bool, forecast: list[str]) -> list[str]:

@@ -155,11 +155,18 @@ def _kernels():
     return mmd_normal
 
 
+def _loops():
+    from fastkl.native import pairs
+
+    return pairs
+
+
 mmd_posteriors = register(
     "mmd_posteriors(Tensor mu, Tensor logvar, float[] scales, bool unbiased, bool dmu, bool dlogvar) -> Tensor[]",
     closed_form=_sweep,
     fake=fake,
     kernel=lambda: _kernels().fwd,
+    native=lambda: _loops().mmd_posteriors,
 )
 between = register(
     "mmd_posteriors_between(Tensor mu, Tensor logvar, Tensor other_mu, Tensor other_logvar, float[] scales, "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +13,7 @@ from fastkl.ops import _group
 from fastkl.ops._register import without_autocast
 from fastkl.ops._sharding import by_parts
 from fastkl.ops._sweep import Sweep
-from fastkl.ops.transport._sinkhorn import Points, Products, Shared, Softmin, potentials
+from fastkl.ops.transport._sinkhorn import Points, Products, Shared, Softmin, by_loops, potentials
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -39,18 +37,24 @@ def solve(
         if diameter == float("inf"):
             raise ValueError("x and y must lie in a box of finite size, got one with an infinite diagonal")
     schedule = reference.sinkhorn_schedule(diameter, blur, scaling, final_updates)
-    make: Callable[[Points, Points], Softmin] = Softmin
-    if sizes is not None:
-        make = functools.partial(Shared, group=group, sizes=sizes)
-    elif x.device.type == "cpu" and not torch.compiler.is_compiling():
-        make = functools.partial(Products, centre=torch.cat([at.double() for at, _ in clouds]).mean(0))
+    on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
     pulls = any(wanted[:2])
-    *both, pull_x, pull_y = potentials(make(*clouds), schedule, pulls)
+
+    def between(first: Points, second: Points, sides: list[int]) -> tuple:
+        if sizes is not None:
+            return potentials(Shared(first, second, group, [sizes[side] for side in sides]), schedule, pulls)
+        if on_cpu and (found := by_loops(first, second, schedule, pulls)) is not NotImplemented:
+            return found
+        if on_cpu:
+            centre = torch.cat([at.double() for at, _ in clouds]).mean(0)
+            return potentials(Products(first, second, centre), schedule, pulls)
+        return potentials(Softmin(first, second), schedule, pulls)
+
+    *both, pull_x, pull_y = between(*clouds, [0, 1])
     moved = [pull_x, pull_y]
     if debias:
         for index, cloud in enumerate(clouds):
-            same = functools.partial(Shared, group=group, sizes=[sizes[index]] * 2) if sizes else make
-            potential, _, pull, _ = potentials(same(cloud, cloud), schedule, pulls)
+            potential, _, pull, _ = between(cloud, cloud, [index, index])
             both[index] = both[index] - potential
             moved[index] = moved[index] - pull if pulls else None
     weights = [weights_x.to(dtype), weights_y.to(dtype)]
@@ -58,7 +62,7 @@ def solve(
         rank = torch.distributed.get_rank(group)
         both = [f.split(each)[rank] for f, each in zip(both, sizes)]
     value = torch.stack([(own.double() * f.double()).sum() for own, f in zip(weights, both)]).sum()
-    gradients = [own.unsqueeze(1) * pull if pulls else None for own, pull in zip(weights, moved)] + both
+    gradients: list[Any] = [own.unsqueeze(1) * pull if pulls else None for own, pull in zip(weights, moved)] + both
     return [value.to(dtype), *(gradient.to(dtype) for gradient, want in zip(gradients, wanted) if want)]
 
 
@@ -126,10 +130,11 @@ def sinkhorn_divergence(
             same value, and each updates its own points' potentials. None: this process's points.
 
     Returns:
-        One number, float32 for float16, bfloat16 and float32 input, float64 if any input is. It needs no tensor of size
-        N x M, only tiles of 3 MiB on a CPU; the gradient needs tensors of the inputs' sizes. A second derivative raises
-        an error. Each of R processes with n and m points sends them once, and at every update, in float32,
-        8 (R - 1) (n + m) bytes for the potentials (half if not debias); backward, one number.
+        One number, float32 for float16, bfloat16 and float32 input, float64 if any input is. It stores the costs of at
+        most 2^18 pairs, on a CPU, in 4 MiB; for more it needs no tensor of size N x M, only tiles of 3 MiB on a CPU.
+        The gradient needs tensors of the inputs' sizes. A second derivative raises an error. Each
+        of R processes with n and m points sends them once, and at every update, in float32, 8 (R - 1) (n + m) bytes for
+        the potentials (half if not debias); backward, one number.
 
     Raises:
         TypeError: an argument is not a floating-point tensor or not a number, group is not a process group.
