@@ -43,7 +43,7 @@ class Rule(NamedTuple):
     along: Callable[[tuple, Tensor, int], Places | None] = lambda args, lead, dim: None  # None: gather
     draw: Callable[..., Any] | None = None  # calls the function with this process's part of the noise instead of a seed
     means: int = -1  # index of a mixture's means: logits are before it, logvars and scale_tril after it
-    by_component: tuple[int | None, ...] = (None,)  # the results' places if components are sharded; None is a whole one
+    by_component: tuple[Any, ...] = (None,)  # the results' places if components are sharded; None is a whole one
 
 
 def _aligned(tensor: Tensor | None, like: Tensor, dim: int) -> int | None:
@@ -176,7 +176,7 @@ def apply(call: Callable[..., Any], function: Any, args: tuple) -> Any:
             found[number], along[number] = rule.along(args, args[lead], placement.dim), placement.dim
             shape = list(args[lead].shape)
     rows = list(found)  # of these places alone, without those of components
-    means = args[rule.means] if rule.means >= 0 else None
+    means: Any = args[rule.means] if rule.means >= 0 else None
     for number, placement in enumerate(means.placements if isinstance(means, DTensor) else ()):
         if found[number] is None and type(placement) is Shard:
             components = _components(args, rule.means, placement.dim)

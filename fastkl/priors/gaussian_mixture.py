@@ -26,7 +26,8 @@ def _generator(seed: int | None, device: torch.device) -> torch.Generator | None
 @by_parts
 def _triangles(log_diagonal: Tensor, lower: Tensor) -> Tensor:
     """[K, D, D] of the diagonals' logarithms [K, D] and the entries below them [K, D (D - 1) / 2], row by row."""
-    rows, columns = torch.tril_indices(*[log_diagonal.shape[1]] * 2, -1, device=lower.device)
+    size = log_diagonal.shape[1]
+    rows, columns = torch.tril_indices(size, size, -1, device=lower.device)
     scale = torch.diag_embed(log_diagonal.exp())
     scale[:, rows, columns] = lower
     return scale

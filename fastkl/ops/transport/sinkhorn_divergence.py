@@ -50,7 +50,7 @@ def solve(
             return potentials(Products(first, second, centre), schedule, pulls)
         return potentials(Softmin(first, second), schedule, pulls)
 
-    *both, pull_x, pull_y = between(*clouds, [0, 1])
+    *both, pull_x, pull_y = between(clouds[0], clouds[1], [0, 1])
     moved = [pull_x, pull_y]
     if debias:
         for index, cloud in enumerate(clouds):
@@ -170,6 +170,6 @@ def sinkhorn_divergence(
         for name, own, points, each in zip(("weights_x", "weights_y"), (weights_x, weights_y), (x, y), sizes)
     ]
     if given:
-        _check_masses(*weights, group)
+        _check_masses(weights[0], weights[1], group)
     settings = [blur, scaling, bool(debias), diameter, final_updates, group, sizes if len(sizes[0]) > 1 else None]
     return _group.total(group, SINKHORN.value(settings, x, y, *weights))
