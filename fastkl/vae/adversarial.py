@@ -78,7 +78,8 @@ class LastLayer:
     """
 
     def __init__(self, decoder: nn.Module):
-        having = [m for m in decoder.modules() if isinstance(getattr(m, "weight", None), Tensor) and m.weight.dim() > 1]
+        weights = ((module, getattr(module, "weight", None)) for module in decoder.modules())
+        having = [module for module, weight in weights if isinstance(weight, Tensor) and weight.dim() > 1]
         if not having:
             raise UserError("--adversarial needs a decoder whose last layer has weights")
         self.module = having[-1]

@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
                 group.add_argument(flag(name), action="store_true", help=meta["help"])
                 continue
             metavar = None if meta["choices"] else {int: "N", float: "X", str: "PATH"}[meta["kind"]]
-            several = {"nargs": "+"} if meta["many"] else {}
+            several: dict[str, Any] = {"nargs": "+"} if meta["many"] else {}
             group.add_argument(
                 flag(name), type=meta["kind"], choices=meta["choices"], metavar=metavar, help=text, **several
             )

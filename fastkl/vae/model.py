@@ -123,8 +123,8 @@ def build(
     if settings.model == OWN:
         vae = fitting(own, settings, shape, likelihood)
     else:
-        *networks, latent_shape = networks_of(settings, shape, likelihood, levels, signed)
-        vae = VAE(*networks, shape, latent_shape, likelihood, levels, settings.scale)
+        encoder, decoder, latent_shape = networks_of(settings, shape, likelihood, levels, signed)
+        vae = VAE(encoder, decoder, shape, latent_shape, likelihood, levels, settings.scale)
     # diffusers' networks have checkpoints of their own.
     vae.activation_checkpointing = settings.activation_checkpointing and settings.model != AUTOENCODER
     vae.signed = signed
