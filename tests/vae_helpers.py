@@ -16,7 +16,7 @@ import torch
 from torch import distributions, nn
 
 import fastkl
-from fastkl.vae import checkpoint
+from fastkl.vae import checkpoint, loop
 from fastkl.vae.cli import main
 from fastkl.vae.model import VAE
 from fastkl.vae.scaling import Scaling
@@ -28,6 +28,18 @@ datasets.load_digits = functools.cache(datasets.load_digits)
 # A run of a second or so: every part of the loop is reached, nothing is learned well.
 SMALL = ("--hidden", "16", "--latent", "3", "--steps", "12", "--log-every", "3", "--checkpoint-every", "4")
 BARE = ("--no-report", "--no-tensorboard")
+posix = pytest.mark.skipif(os.name != "posix", reason="needs fork and kill")
+
+
+def interrupt(monkeypatch, at: int) -> None:
+    real = loop.save_if_due
+
+    def stopping(run, display, asked):
+        return real(run, display, asked or run.step == at)
+
+    monkeypatch.setattr(loop, "save_if_due", stopping)
+    log = loop.log
+    monkeypatch.setattr(loop, "log", lambda run, *rest: log(run, *rest) or run.step == at)
 
 
 def train(folder: Path, *options: str) -> int:
@@ -66,18 +78,21 @@ def scaling(likelihood: str) -> Scaling:
     return Scaling(likelihood, np.zeros(()), np.ones(()))
 
 
+WORKER = str(Path(__file__).with_name("vae_worker.py"))
+
+
 def torchrun(*options: str) -> subprocess.CompletedProcess:
     """Two processes train together; see vae_worker.py."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    worker = str(Path(__file__).with_name("vae_worker.py"))
-    return run([sys.executable, *launcher, worker, "train", *options], timeout=300)
+    return run([sys.executable, *launcher, WORKER, "train", *options], timeout=300)
 
 
-def torchrun_each(folder: Path, runs: dict[str, tuple[str, ...]]) -> subprocess.CompletedProcess:
-    """One run after the other, each in its own place in the folder: starting the processes takes longer than a run."""
+def fork_each(folder: Path, runs: dict[str, tuple[str, ...]]) -> subprocess.CompletedProcess:
+    """Two processes as of torchrun, but forked, and one run after the other, each in its own place in the folder:
+    starting processes takes longer than a run."""
     commands = [["--out", str(folder / name), *options] for name, options in runs.items()]
     words = [word for command in commands for word in (*command, "then", "train")]
-    return torchrun(*words[:-2])
+    return run([sys.executable, WORKER, "train", *words[:-2]], timeout=300)
 
 
 def assert_same_state(one: Path, other: Path) -> None:
@@ -126,3 +141,20 @@ def linear_gaussian(features: int = 5, latent: int = 2) -> tuple[VAE, torch.Tens
     nn.init.constant_(vae.observation.logvar, math.log(0.49))
     marginal = distributions.MultivariateNormal(bias, weight @ weight.T + 0.49 * torch.eye(features))
     return vae, marginal.sample((40,)), marginal
+
+
+def write_pictures(folder: Path, count: int = 48, size: tuple[int, int] = (8, 8), seed: int = 0) -> np.ndarray:
+    """Colour pictures of random bytes, as PNG files; returns them, [count, height, width, 3]."""
+    image = pytest.importorskip("PIL.Image")
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, *size, 3)).astype(np.uint8)
+    for index, picture in enumerate(pixels):
+        image.fromarray(picture).save(folder / f"{index:03}.png")
+    return pixels
+
+
+def cut_short(path: Path) -> bytes:
+    """Cut a picture after its header; returns its old content."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) - 40])
+    return content

@@ -3,8 +3,12 @@
 Read `loop.py` first: the loss is a few lines of `fastkl`. The other files serve a real run:
 
     settings.py     every option and the presets; rules.py, valid combinations and the options a resumed run may change
-    data.py         the built-in data sets and the split; files.py and images.py read untrusted files into the types of
-                    arrays.py; scaling.py chooses layout, scale and likelihood
+    data.py         the data of a run and their split; builtin.py, the built-in sets; labels.py
+    files.py        readers of untrusted files, into the types of arrays.py; folder_data.py, of folders: images.py,
+                    shards.py (.npy files), archives.py (.tar files), huggingface.py
+    scaling.py      layout, scale and likelihood of the numbers
+    stored.py       data that are read when they are used; image_sets.py, pictures decoded then, and crops; reader.py,
+                    the data of each step, read ahead by workers
     model.py        encoder and decoder, MLP or convolutional; likelihood.py, the distributions of a datum
     loop.py         the loop
     objective.py    the loss of a step, from fastkl.objectives
@@ -17,11 +21,12 @@ Read `loop.py` first: the loss is a few lines of `fastkl`. The other files serve
     streams.py      every random number as a function of the step
     parallel.py     torchrun: rank, group and exchange of values
     checkpoint.py   atomic writes
-    progress.py     the bar in the terminal; events.py for TensorBoard
+    progress.py     the bar in the terminal; events.py for TensorBoard and W&B
     evaluate.py     the test figures; pictures.py draws them, report.py puts them in one page
     clusters.py     used components of a mixture, and their agreement with the labels
     memory.py       the memory of the loss, beside the eager formula
-    trained.py      the model of a run, for use elsewhere; commands.py, the same on the command line
+    trained.py      the model of a run, for use elsewhere; commands.py, the same on the command line;
+                    export.py, programs that run without fastkl
     api.py          training from Python, with data, a model or an objective of your own
     errors.py       one-line errors; cli.py, the command line; config.py, options in a file
 """

@@ -78,8 +78,7 @@ class LastLayer:
     """
 
     def __init__(self, decoder: nn.Module):
-        weights = ((module, getattr(module, "weight", None)) for module in decoder.modules())
-        having = [module for module, weight in weights if isinstance(weight, Tensor) and weight.dim() > 1]
+        having = [module for module in decoder.modules() if getattr(getattr(module, "weight", None), "ndim", 0) > 1]
         if not having:
             raise UserError("--adversarial needs a decoder whose last layer has weights")
         self.module = having[-1]

@@ -1,4 +1,5 @@
-"""The commands that use the model of a run: `fastkl encode`, `decode`, `sample`, `reconstruct`, `evaluate`, `report`.
+"""The commands that use the model of a run: `fastkl encode`, `decode`, `sample`, `reconstruct`, `evaluate`,
+`export`, `report`.
 
 Arrays are read and written in blocks of rows, so a .npy file may be larger than the memory.
 """
@@ -16,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastkl.vae import checkpoint, data, files, folders, parallel, rules, trained
-from fastkl.vae.arrays import BROKEN, first_line
 from fastkl.vae.errors import UserError
 from fastkl.vae.evaluate import evaluate as figures_of
+from fastkl.vae.export import FORMATS
 from fastkl.vae.progress import say
 from fastkl.vae.run import Run, choose_device, restore, start
 from fastkl.vae.trained import Trained
@@ -34,6 +34,7 @@ COMMANDS = {
     "sample": "write decoded samples from the prior",
     "reconstruct": "write the reconstructions of data",
     "evaluate": "print ELBO, KL and log p(x) of held-out data as JSON",
+    "export": "write encoder and decoder as programs that run without fastkl",
     "report": "write the report of a run again",
 }
 READS = {
@@ -56,11 +57,15 @@ def add_parsers(commands: Any) -> None:
         if name == "sample":
             own.add_argument("--count", metavar="N", type=int, default=64, help="number of samples (default: 64)")
             own.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the samples (default: 0)")
+        if name == "export":
+            own.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder of the programs")
+            text = "for torch.export.load (pt2, the default), or onnx"
+            own.add_argument("--format", choices=FORMATS, default="pt2", help=text)
         if name == "evaluate":
             own.add_argument("--data", metavar="PATH", help="data to evaluate (default: the run's test data)")
             text = "samples per datum for log p(x) (default: the run's)"
             own.add_argument("--importance-samples", metavar="N", type=int, help=text)
-        if name != "report":
+        if name not in ("report", "export"):
             own.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
 
 
@@ -82,15 +87,23 @@ def decode(options: argparse.Namespace) -> int:
     model = loaded(options)
     if options.data.suffix != ".npy":
         raise UserError(f"LATENTS {options.data}: expected a .npy file, such as `fastkl encode` writes")
-    return write(model.decode, rows_of(options.data, model), options.out)
+    return write(model.decode, rows_of(options.data, model, "LATENTS"), options.out)
 
 
 def sample(options: argparse.Namespace) -> int:
     if options.count < 1:
         raise UserError(f"--count must be at least 1, got {options.count}")
     model = loaded(options)
-    torch.manual_seed(options.seed)  # an autoregressive decoder draws values
-    return write(model.decode, model.latents(options.count, seed=options.seed).numpy(), options.out)
+    model.seed_decoder(options.seed)
+    latents = model.latents(options.count, seed=options.seed).numpy()
+    return write(model.decode, latents, options.out, model.decoded_at_once)
+
+
+def export(options: argparse.Namespace) -> int:
+    for line in trained.load(options.run).export(options.out, format=options.format):
+        say(line)
+    say(f"{options.out}: {', '.join(sorted(path.name for path in options.out.glob(f'*.{options.format}')))}")
+    return 0
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -99,7 +112,7 @@ def evaluate(options: argparse.Namespace) -> int:
         source = data.load(model.settings)
         x, labels = source.test, source.test_labels
     else:
-        x, labels = model.scaled(whole(Path(options.data), model)), None
+        x, labels = model.scaled(whole(Path(options.data), model)[:]), None
     samples = options.importance_samples or model.settings.importance_samples
     if samples < 1:
         raise UserError(f"--importance-samples must be at least 1, got {samples}")
@@ -121,47 +134,43 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
-def rows_of(path: Path, model: Trained) -> np.ndarray:
+def rows_of(path: Path, model: Trained, option: str = "DATA") -> np.ndarray:
     """The rows of a file. Those of a .npy file are read when they are used."""
-    if path.suffix.lower() != ".npy":
-        values = whole(path, model)
-    else:
-        try:
-            values = np.load(path, mmap_mode="r", allow_pickle=False)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
-        except BROKEN as error:
-            raise UserError(f"{path}: truncated, or not a .npy file of plain arrays ({first_line(error)})") from None
+    values = files.mapped(path, option) if path.suffix.lower() == ".npy" else whole(path, model)
     if values.ndim < 2 or not len(values):
-        raise UserError(f"{path}: expected at least one row [N, ...], got shape {list(values.shape)}")
+        raise UserError(f"{option} {path}: expected at least one row [N, ...], got shape {list(values.shape)}")
     return values
 
 
 def whole(path: Path, model: Trained) -> np.ndarray:
-    parts = files.read(path, model.settings.image_size, "DATA").parts
+    """The data of a file or folder, as the run reads its own."""
+    settings = dataclasses.replace(model.settings, stream=model.settings.stream and path.is_dir())
+    parts = files.read(path, settings, "DATA").parts
     return next(iter(parts.values())).values
 
 
-def write(function: Callable[[np.ndarray], Tensor], rows: np.ndarray, path: Path) -> int:
-    """Write function(rows) to a .npy file, block by block. The file gets its name when it is complete."""
+def write(function: Callable[[np.ndarray], Tensor], rows: np.ndarray, path: Path, at_once: int = 0) -> int:
+    """Write function(rows) to a .npy file, in blocks of `at_once` rows. The file gets its name when it is complete."""
     if path.suffix != ".npy":
         raise UserError(f"--out {path}: the name must end in .npy")
-    temporary, target, size = path.with_name(f".{path.name}.tmp"), None, max(1, ROWS // math.prod(rows.shape[1:]))
+    temporary, shape = path.with_name(f".{path.name}.tmp"), [0]
+    size = at_once or max(1, ROWS // math.prod(rows.shape[1:]))
     try:
-        for first in range(0, len(rows), size):
-            values = function(np.array(rows[first : first + size])).numpy()
-            if target is None:
-                shape = (len(rows), *values.shape[1:])
-                target = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-            target[first : first + size] = values
-        assert target is not None
-        target.flush()
+        # Not a memory map: on a full disk the system would end the process.
+        with open(temporary, "wb") as stream:
+            for first in range(0, len(rows), size):
+                values = function(np.array(rows[first : first + size])).numpy().astype("<f4", order="C", copy=False)
+                if first == 0:
+                    shape = [len(rows), *values.shape[1:]]
+                    header = {"descr": "<f4", "fortran_order": False, "shape": tuple(shape)}
+                    np.lib.format.write_array_header_1_0(stream, header)
+                stream.write(values.data)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written: {checkpoint.reason(error)}") from None
     finally:
         temporary.unlink(missing_ok=True)
-    say(f"{path}: {len(rows):,} rows of shape {list(target.shape[1:])}")
+    say(f"{path}: {len(rows):,} rows of shape {shape[1:]}")
     return 0
 
 
@@ -178,13 +187,11 @@ def _write_report_of(run: Run, began: float) -> None:
 
     asked = (run.settings.importance_samples, run.settings.seed, run.device, run.prior, run.data.test_labels)
     evaluation = figures_of(run.vae, run.data.test, *asked, run.data.scaling)
-    more: dict[str, Any] = {}
-    if run.settings.model == "conv":
-        more["loss_memory"] = memory.compare(run.vae.latent_shape)
-        say(more["loss_memory"]["what"])
-        for name, row in more["loss_memory"]["rows"].items():
-            say(f"  {name:8} kept {row['saved']:7.1f} MiB   peak {row['peak']:7.1f} MiB   {row['time']:7.1f} ms")
-    metrics = write_report(run, evaluation, more)
+    costs = memory.shares(run)
+    say(costs["what"])
+    for name, cells in memory.table(costs):
+        say(f"  {name:11} kept {cells[0]:>18}   peak {cells[1]:>18}   {cells[2]:>18}")
+    metrics = write_report(run, evaluation, {"loss_share": costs})
     for name, value, text in summary(metrics):
         say(f"  {name:19} {value:>18}  {text}")
     say(f"{time.perf_counter() - began:.1f} s; report: {run.folder / 'report.html'}")

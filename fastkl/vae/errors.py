@@ -34,12 +34,12 @@ def check_installed(module: str, why: str) -> None:
 
 
 def check_sides(levels: int, shape: tuple[int, ...]) -> None:
-    """Raise an error unless images [C, H, W] can be halved so often."""
-    factor = 2**levels
-    if shape[1] % factor or shape[2] % factor:
+    """Raise an error unless images [C, H, W] or videos [C, T, H, W] can be halved so often."""
+    factor, sides = 2**levels, shape[1:]
+    if any(side % factor for side in sides):
         raise UserError(
-            f"--layers {levels} needs image sides divisible by {factor}, got {shape[1]} x {shape[2]}: "
-            "choose --image-size"
+            f"--layers {levels} needs sides divisible by {factor}, got {' x '.join(map(str, sides))}: choose "
+            f"{'--image-size' if len(sides) == 2 else 'other frames, --image-size'} or --layers"
         )
 
 

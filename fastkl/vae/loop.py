@@ -12,10 +12,12 @@ from torch import Tensor
 
 from fastkl import DiagonalNormal, monitors, reference
 from fastkl.vae import prior, streams
+from fastkl.vae.errors import UserError
 from fastkl.vae.evaluate import quick_elbo, quick_mixture
 from fastkl.vae.objective import Noise, Weights, draws_of
 from fastkl.vae.plan import TEST_POINTS, capacity, kl_weight, learning_rate, temperature
 from fastkl.vae.progress import Display
+from fastkl.vae.reader import BadData
 from fastkl.vae.rules import MATCHING
 from fastkl.vae.run import Run, discriminator_of, save
 from fastkl.vae.stop import Stop
@@ -29,7 +31,7 @@ def train(run: Run, display: Display) -> bool:
     settings = run.settings
     # Each step refills these tensors, so that new values do not recompile a compiled objective.
     weights = Weights(*(torch.ones((), dtype=torch.float32, device=run.device) for _ in Weights._fields))
-    with Stop() as stop:
+    with Stop() as stop, contextlib.closing(run.reader):
         while not run.ended:
             for optimizer in run.optimizers.values():
                 for group in optimizer.param_groups:
@@ -41,7 +43,10 @@ def train(run: Run, display: Display) -> bool:
             learned = run.prior
             for optimizer in run.optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
-            loss, terms, posterior = backward(run, weights)
+            try:
+                loss, terms, posterior = backward(run, weights)
+            except BadData as error:  # raised before anything of this step has changed
+                raise UserError(f"{error}{save_whole(run, display)}") from None
             run.step += 1
             good = update(run, loss)
             if good:
@@ -130,8 +135,7 @@ def batch(run: Run) -> tuple[Tensor, Noise]:
     a datum is then independent of the number of processes: two processes with 32 data each do the same as one with 64.
     """
     settings, ranks = run.settings, run.ranks
-    indices = streams.batch_indices(settings.seed, run.step, len(run.data.train), run.batch_size)
-    x = run.data.train[ranks.share(indices)].to(run.device)
+    x = run.reader.at(run.step)
     eps = gumbel = drawn = uniform = None
     if settings.noise == "datum":
         shape = (run.batch_size, draws_of(settings, run.prior is not None))
@@ -215,6 +219,14 @@ def save_if_due(run: Run, display: Display, stopping: bool) -> None:
         if run.ranks.main:
             display.flush()  # first: a process killed after the checkpoint would lose the events before it
             save(run, monitored)
+
+
+def save_whole(run: Run, display: Display) -> str:
+    """Save the last whole step before a run ends because of its data, and tell how to go on."""
+    if run.step == 0:
+        return " (no step was taken)"
+    save_if_due(run, display, True)
+    return f"; step {run.step} is saved: when this is mended, go on with --resume"
 
 
 def gradients(run: Run) -> dict[str, float]:

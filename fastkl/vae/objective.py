@@ -123,18 +123,14 @@ class Objective(nn.Module):
         The discriminator's own loss is part of the sum: the decoder's has no gradient in the discriminator, and the
         discriminator's has gradients only there.
         """
-        settings, discriminator = self.settings, self.discriminator
-        outputs: list[Tensor] = []
-        # Without a discriminator, nobody needs the call of the last layer.
-        watched: contextlib.AbstractContextManager[list[Tensor]] = contextlib.nullcontext([])
-        if adversarial:
-            watched = self.last_layer.watched()
+        settings, outputs = self.settings, []
 
         def log_likelihood(z: Tensor) -> Tensor:
             outputs.append(self.vae.decode(z, x).float())
             return self.vae.scored(outputs[-1], x)
 
-        with watched as call:
+        nothing: contextlib.AbstractContextManager[list[Tensor]] = contextlib.nullcontext([])
+        with self.last_layer.watched() if adversarial else nothing as call:
             loss, terms = self.of(posterior, prior, log_likelihood, noise, weights)
             slope, shift = self.vae.signed
             x_hat = self.vae.image(outputs[-1])
@@ -144,12 +140,13 @@ class Objective(nn.Module):
                 distance = self.perceptual(x_hat, truth).mean()
                 loss = loss + settings.perceptual_weight * distance
                 terms = {**terms, "perceptual": distance.detach()}
-            if not adversarial or discriminator is None:
+            if not adversarial:
                 return Loss(loss, terms)
-            fooled = -frozen(discriminator, x_hat).float().mean()
+            assert self.discriminator is not None
+            fooled = -frozen(self.discriminator, x_hat).float().mean()
             norms = (self.last_layer.gradient_norm(each, outputs[-1], call, self.group) for each in (loss, fooled))
             weight = settings.adversarial_weight * adaptive_weight(*norms)
-        of_data, of_model = (discriminator(images).float() for images in (truth, x_hat.detach()))
+        of_data, of_model = (self.discriminator(images).float() for images in (truth, x_hat.detach()))
         own = hinge(of_data, of_model)
         right = torch.cat([(of_data > 0).flatten(), (of_model < 0).flatten()]).float().mean()
         more = {"adversarial": fooled, "adversarial_weight": weight, "discriminator": own, "accuracy": right}

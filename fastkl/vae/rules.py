@@ -119,13 +119,15 @@ def check_images(settings: Settings, given: dict[str, Any]) -> None:
 
 
 def defaults(given: dict[str, Any]) -> Settings:
-    """Settings from, in rising precedence: defaults, data set, model, preset, objective, prior, given options."""
-    names = ("preset", "data", "objective", "prior")
-    preset, data, objective, prior = (given.get(name, getattr(Settings, name)) for name in names)
+    """Settings from, in rising precedence: defaults, data set, model, objective, prior, preset, given options."""
+    preset = given.get("preset", Settings.preset)
+    chosen = {**FOR_PRESET[preset], **given}
+    names = ("data", "objective", "prior")
+    data, objective, prior = (chosen.get(name, getattr(Settings, name)) for name in names)
+    model = chosen.get("model", FOR_DATA.get(data, {}).get("model", Settings.model))
     learned = {} if prior == "standard" else {"warm_up": WARM_UP.get(preset if data == "digits" else data, 500)}
-    model = given.get("model", FOR_PRESET[preset].get("model", Settings.model))
-    suited = {**FOR_DATA.get(data, {}), **FOR_MODEL.get(model, {}), **FOR_PRESET[preset]}
-    return Settings(**{**suited, **FOR_OBJECTIVE.get(objective, {}), **learned, **given})
+    suited = {**FOR_DATA.get(data, {}), **FOR_MODEL.get(model, {}), **FOR_OBJECTIVE.get(objective, {}), **learned}
+    return Settings(**{**suited, **chosen})
 
 
 def check(settings: Settings) -> None:
@@ -150,6 +152,8 @@ def check(settings: Settings) -> None:
         "split_seed",
         "test_count",
         "threads",
+        "crop",
+        "workers",
     )
     zeros += ("warm_up", "patience", "adversarial_start")
     for name, minimum in {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)}.items():
@@ -175,6 +179,10 @@ def check(settings: Settings) -> None:
         value = getattr(settings, name)
         if not 0 < value < float("inf"):
             raise UserError(f"{flag(name)} must be a finite number above 0, got {value}")
+    if 0 < settings.image_size < settings.crop:
+        raise UserError(
+            f"--crop {settings.crop} is more than --image-size {settings.image_size}, the shorter side after resizing"
+        )
     if not 0 <= settings.validation < 1:
         raise UserError(f"--validation must be a share, 0 or more and below 1, got {settings.validation}")
     if not 0 <= settings.ema < 1:

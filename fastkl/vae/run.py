@@ -20,7 +20,9 @@ from fastkl.vae.guard import Guard
 from fastkl.vae.model import VAE, build
 from fastkl.vae.objective import Objective
 from fastkl.vae.parallel import Ranks
+from fastkl.vae.reader import Reader
 from fastkl.vae.settings import Settings
+from fastkl.vae.stored import Stored
 from fastkl.vae.watch import Watch
 
 
@@ -58,6 +60,7 @@ class Run:
     window: dict[str, float] = field(default_factory=dict)
     watch: Watch = field(init=False)
     guard: Guard = field(init=False)
+    reader: Reader = field(init=False)
     # Rows by curve. "train", and "test" or "validation": step, ELBO, KL, reconstruction. "terms/NAME": step, another
     # term of the objective. "monitors/NAME": step, figure. "mixture": step, lower bound, KL, upper bound, used
     # components, and with --kl relaxed the temperature.
@@ -67,6 +70,7 @@ class Run:
         self.history.setdefault(self.data.watched_name, [])
         self.watch = Watch(self.settings, self.ranks)
         self.guard = Guard(self.settings.bad_steps, self.ranks, self.folder / checkpoint.NAME)
+        self.reader = Reader(self)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
 
     @property
@@ -136,6 +140,10 @@ def start(settings: Settings, data: Data, ranks: Ranks, folder: Path, own: Own =
         several = f" with --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
         requested = f"--batch-size {settings.batch_size}{several} on {ranks.size} processes"
         raise UserError(f"{requested} is more than the {len(data.train)} training data")
+    if settings.workers and not isinstance(data.train, Stored):
+        raise UserError(
+            "--workers read ahead from the disk, but these data are in memory: use --stream, --crop or --flip"
+        )
     device = choose_device(settings.device, ranks)
     torch.manual_seed(streams.seed_for(settings.seed, "weights"))
     vae = build(settings, data.shape, data.likelihood, own.model, data.scaling)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkl.vae.arrays import Part, Span
+from fastkl.vae.arrays import AT_ONCE, Lazy, Part, Span, blocks, laid
 from fastkl.vae.errors import UserError
+from fastkl.vae.image_sets import Crops, Whole
 from fastkl.vae.likelihood import COUNTS, DISCRETE, LEVELS, PIXELS
 
 FEW = 4  # the most channels of a picture
 DEPTHS = (8, 10, 12, 14, 16, 32)  # bits of a pixel
 ROUNDING = 1e-5  # tolerance of the range [0, 1]
-AT_ONCE = 2**22  # numbers in float64 at a time
+# Limits of the rows that standardise data outside the memory: rows, and numbers in all, but not fewer than the last.
+SAMPLED, SAMPLED_NUMBERS, LEAST_SAMPLED = 10_000, 2**26, 100
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,15 @@ class Scaling:
     low: float = 0.0  # the range of a value in the file: that of its pixels, or else of the data
     high: float = 1.0
 
-    def apply(self, values: np.ndarray) -> Tensor:
+    def apply(self, values: np.ndarray, rows: np.ndarray | None = None) -> Tensor:
+        """The scaled values. `rows`: their rows in the file, for error messages.
+
+        Raises:
+            UserError: a standardised value overflows.
+        """
         if self.likelihood in PIXELS:
             return divided(values, float(self.deviation))
-        return standardised(values, self.mean, self.deviation)
+        return standardised(values, self.mean, self.deviation, rows)
 
     @property
     def levels(self) -> int:
@@ -76,14 +84,18 @@ class Scaling:
 
 
 def resized(values: Tensor, size: int) -> Tensor:
-    """Images [N, C, H, W] with `size` pixels a side; size 0, or vectors: unchanged."""
-    if not size or values.dim() != 4 or values.shape[-2:] == (size, size):
+    """Images [N, C, H, W], or each frame of videos [N, C, T, H, W], with `size` pixels a side; size 0, or vectors:
+    unchanged."""
+    if not size or values.dim() < 4 or values.shape[-2:] == (size, size):
         return values
+    if values.dim() == 5:
+        return torch.stack([resized(frame, size) for frame in values.unbind(2)], dim=2)
     return F.interpolate(values, size=(size, size), mode="bilinear", antialias=True)
 
 
 def arrange(part: Part, where: str) -> tuple[Part, str]:
-    """(the part as [N, features] or [N, channels, height, width], a note on its layout).
+    """(the part as [N, features], [N, channels, height, width] or [N, channels, frames, height, width], a note on its
+    layout).
 
     Raises:
         UserError: dtype or shape are unsupported, or values are not finite.
@@ -91,17 +103,15 @@ def arrange(part: Part, where: str) -> tuple[Part, str]:
     values = part.values
     if values.dtype.kind not in "fiub":
         raise UserError(f"{where}: expected numbers, got dtype {values.dtype}")
-    if values.ndim not in (2, 3, 4) or 0 in values.shape:
-        shape = tuple(values.shape)
-        raise UserError(f"{where}: expected [N, features], [N, H, W] or [N, C, H, W], got shape {shape}")
-    if values.dtype.kind == "f":
-        # In float32, because a float64 beyond its range becomes infinite there.
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(values.astype(np.float32)).reshape(len(values), -1).all(axis=1)
-        if not finite.all():
-            bad = np.flatnonzero(~finite)
-            raise UserError(f"{where}: {len(bad)} rows with NaN or infinite values, the first is row {bad[0]}")
-    span = part.span or Span.of(values)
+    if values.ndim not in (2, 3, 4, 5) or 0 in values.shape:
+        expected = "[N, features], [N, H, W], [N, C, H, W] or [N, C, T, H, W]"
+        raise UserError(f"{where}: expected {expected}, got shape {tuple(values.shape)}")
+    span = part.span
+    if values.dtype.kind == "f" and not (span and isinstance(values, Lazy)):  # images were checked as they were read
+        measured = span_of_finite(values, where)
+        span = span or measured
+    elif span is None:
+        span = Span.of_blocks(blocks(values), values.dtype) if isinstance(values, Lazy) else Span.of(values)
     layout = ""
     if values.ndim == 3:
         if values.shape[0] == values.shape[1] != values.shape[2]:
@@ -109,11 +119,36 @@ def arrange(part: Part, where: str) -> tuple[Part, str]:
                 f"{where}: shape {values.shape} may be {values.shape[2]} square images with N last: move N to the "
                 "front, or save [N, 1, H, W] if it is already there"
             )
-        values = values[:, None]
-    elif values.ndim == 4 and channels_last(values.shape, where):
+        values = laid(values, grey)
+    elif values.ndim == 4 and not isinstance(values, (Whole, Crops)) and channels_last(values.shape, where):
         layout = f"channels last, {list(values.shape)}"
-        values = values.transpose(0, 3, 1, 2)
+        values = laid(values, channels_first)
+    elif values.ndim == 5 and (axis := channel_axis(values.shape, where)) != 1:
+        layout = f"channels {'last' if axis == 4 else 'after the frames'}, {list(values.shape)}"
+        values = laid(values, functools.partial(np.moveaxis, source=axis, destination=1))
     return Part(values, part.labels, span), layout
+
+
+def grey(values: np.ndarray) -> np.ndarray:
+    return values[:, None]
+
+
+def channels_first(values: np.ndarray) -> np.ndarray:
+    return values.transpose(0, 3, 1, 2)
+
+
+def span_of_finite(values: Any, where: str) -> Span:
+    """The span of floating-point rows, which must be finite in float32, where a float64 may overflow."""
+    spans, bad, first = [], [], 0
+    for block in blocks(values):
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(block.astype(np.float32)).reshape(len(block), -1).all(axis=1)
+        bad += (first + np.flatnonzero(~finite)).tolist()
+        spans += [Span.of(block)]
+        first += len(block)
+    if bad:
+        raise UserError(f"{where}: {len(bad)} rows with NaN or infinite values, the first is row {bad[0]}")
+    return Span.joined(spans)
 
 
 def channels_last(shape: tuple[int, ...], where: str) -> bool:
@@ -131,6 +166,19 @@ def channels_last(shape: tuple[int, ...], where: str) -> bool:
             "channels and larger images, or [N, features]"
         )
     return False
+
+
+def channel_axis(shape: tuple[int, ...], where: str) -> int:
+    """The axis of the channels of videos: 1 of [N, C, T, H, W], 2 of [N, T, C, H, W] or 4 of [N, T, H, W, C]."""
+    first, second, _, last = (size <= FEW for size in shape[1:])
+    if first != last:  # a video may be as short as it has channels: the second axis decides only alone
+        return 1 if first else 4
+    if second and not first:
+        return 2
+    raise UserError(
+        f"{where}: the channel dimension of {list(shape)} is ambiguous; save [N, C, T, H, W] with at most {FEW} "
+        "channels and larger frames"
+    )
 
 
 def whole_range(high: float) -> float:
@@ -154,10 +202,11 @@ def divisor(span: Span, vectors: bool, likelihood: str) -> float | None:
     return whole_range(span.high) if pixels else None
 
 
-def scale(parts: dict[str, Part], train: np.ndarray, asked: str) -> tuple[Scaling, str, str]:
+def scale(parts: dict[str, Part], train: np.ndarray, asked: str, stored: bool = False) -> tuple[Scaling, str, str]:
     """(the scaling of all parts, its description, meaning of the figures).
 
-    `train`: rows of the training part, whose mean and deviation standardise the data for a normal likelihood.
+    `train`: rows of the training part, whose mean and deviation standardise the data for a normal likelihood. `stored`:
+    they are not in memory, so a sample of them is used.
     """
     spans = {name: part.span for name, part in parts.items() if part.span is not None}
     vectors = parts["train"].values.ndim == 2
@@ -187,8 +236,14 @@ def scale(parts: dict[str, Part], train: np.ndarray, asked: str) -> tuple[Scalin
             "Bernoulli likelihood on values in [0, 1]: a value between 0 and 1 is taken as the probability of a 1, so "
             "these figures are lower bounds on the mean log-probability of the binarised data."
         )  # fmt: skip
-    mean, deviation = moments(parts["train"].values, train, vectors)
+    values, rows = parts["train"].values, train
+    if stored:
+        values = sampled(values, train)
+        rows = np.arange(len(values))
+    mean, deviation = moments(values, rows, vectors)
     what = f"{span}, standardised{' per feature' if vectors else ''}"
+    if len(rows) < len(train):
+        what += f" by {len(rows):,} of the training data"
     if span.integer and span.low >= 0 and vectors and asked == "auto":
         what += " (if they are pixels: --likelihood bernoulli)"
     return Scaling(likelihood, mean, deviation, *bounds(span, by)), what, (
@@ -200,7 +255,8 @@ def scale(parts: dict[str, Part], train: np.ndarray, asked: str) -> tuple[Scalin
 
 def counted(parts: dict[str, Part], span: Span, likelihood: str) -> tuple[Scaling, str, str]:
     """`scale` for counts, which are left as they are."""
-    whole = span.integer or all(bool((part.values == np.floor(part.values)).all()) for part in parts.values())
+    each = (block for part in parts.values() for block in blocks(part.values))
+    whole = span.integer or all(bool((block == np.floor(block)).all()) for block in each)
     if not whole or span.low < 0:
         raise UserError(f"--likelihood {likelihood} needs counts, whole numbers from 0; got {span}")
     name = likelihood.replace("_", " ").capitalize()
@@ -235,6 +291,14 @@ def divided(values: np.ndarray, by: float) -> Tensor:
     return torch.from_numpy(values.clip(0, 1, out=values))
 
 
+def sampled(values: Any, rows: np.ndarray) -> np.ndarray:
+    """The values of the first rows, which have been shuffled: of crops, at random places."""
+    rows = rows[: max(LEAST_SAMPLED, min(SAMPLED, SAMPLED_NUMBERS // math.prod(values.shape[1:])))]
+    if isinstance(values, Crops):
+        return values.random(rows, np.random.default_rng(0).random((len(rows), 2)))
+    return np.asarray(values[rows])
+
+
 def moments(values: np.ndarray, rows: np.ndarray, vectors: bool) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation in float64: one per feature of a vector, one for all pixels of an image."""
     axes = 0 if vectors else None
@@ -248,7 +312,7 @@ def moments(values: np.ndarray, rows: np.ndarray, vectors: bool) -> tuple[np.nda
     return mean, np.where(chosen.max(axis=axes) > chosen.min(axis=axes), deviation, 1.0)
 
 
-def standardised(values: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> Tensor:
+def standardised(values: np.ndarray, mean: np.ndarray, deviation: np.ndarray, rows: np.ndarray | None = None) -> Tensor:
     """Standardised values. The mean is subtracted in float64, so large numbers keep their last digits."""
     scaled = np.empty(values.shape, dtype=np.float32)
     for part in pieces(np.arange(len(values)), values):
@@ -256,6 +320,7 @@ def standardised(values: np.ndarray, mean: np.ndarray, deviation: np.ndarray) ->
             scaled[part] = (block(values, part) - mean) / deviation
     if not np.isfinite(scaled).all():
         row = np.flatnonzero(~np.isfinite(scaled).reshape(len(scaled), -1).all(axis=1))[0]
+        row = row if rows is None else rows[row]
         raise UserError(f"--data: row {row} is too far from the training data: its standardised values overflow")
     return torch.from_numpy(scaled)
 

@@ -32,16 +32,38 @@ def option(
 
 @dataclass(frozen=True)
 class Settings:
-    preset: str = option("digits", "a set of defaults; other options override it", choices=("digits", "large-latent"))
+    preset: str = option(
+        "digits", "a set of defaults; other options override it", choices=("digits", "large-latent", "large-mixture")
+    )
     # A moved file is the same data, so resuming compares the fingerprint of the data instead of this name.
-    data: str = option("digits", "digits, mnist5k, pbmc, or a .npy, .npz, .pt file or a folder of images", maths=False)
+    data: str = option(
+        "digits",
+        "digits, mnist5k, pbmc, photos, a .npy, .npz, .pt or .tar file, or a folder of images, .npy or .tar files or "
+        "a Hugging Face data set",
+        maths=False,
+    )
     test_data: str = option(
         "", "a file or folder of test data (default: the test part of --data, or else a fifth of it)", maths=False
     )
     validation: float = option(
         0.0, "share of the training data held out for the curves; the test data are then used only once, at the end"
     )
-    image_size: int = option(0, "resize images to this many pixels a side (0: keep their size)")
+    image_size: int = option(
+        0, "resize images to this many pixels a side, with --crop the shorter side (0: keep their size)"
+    )
+    crop: int = option(
+        0, "train on random squares of this many pixels a side, and test on those in the centre (0: whole images)",
+        by_default="0; photos: 64",
+    )  # fmt: skip
+    flip: bool = option(False, "mirror training images at random")
+    stream: bool = option(
+        False, "leave the training data on the disk and read them step by step; folders of .npy files, .tar files and "
+        "Hugging Face data sets always are",
+    )  # fmt: skip
+    workers: int = option(
+        0, "processes that read, decode and crop ahead of the training (0: it reads by itself)", maths=False,
+        by_default="0; on a GPU up to 8 if the data are not in memory",
+    )  # fmt: skip
     likelihood: str = option(
         "auto",
         "distribution of a value given the latent; auto chooses bernoulli or normal, logistic and categorical are for "
@@ -200,8 +222,8 @@ class Settings:
 GROUPS = {
     "the run": ("preset", "seed", "device", "threads", "log_every", "checkpoint_every"),
     "data": (
-        "data", "test_data", "validation", "image_size", "likelihood", "scale", "split_seed", "test_count",
-        "importance_samples",
+        "data", "test_data", "validation", "image_size", "crop", "flip", "stream", "workers", "likelihood", "scale",
+        "split_seed", "test_count", "importance_samples",
     ),
     "model": ("model", "model_config", "latent", "hidden", "layers"),
     "training": (
@@ -225,9 +247,10 @@ GROUPS = {
 }  # fmt: skip
 
 # Defaults of a data set; options given by hand take precedence.
-FOR_DATA = {
+FOR_DATA: dict[str, dict[str, Any]] = {
     "mnist5k": {"hidden": 512, "latent": 20, "epochs": 40, "learning_rate": 1e-3, "threads": 0},
     "pbmc": {"hidden": 128, "latent": 10, "epochs": 60, "learning_rate": 1e-3},
+    "photos": {"model": "conv", "crop": 64, "flip": True, "likelihood": "logistic"},
 }
 # Defaults of a small convolutional model; pace.py adds those that depend on the size of the data.
 SMALL: dict[str, Any] = {"hidden": 16, "layers": 2, "learning_rate": 1e-3, "threads": 0}
@@ -239,6 +262,11 @@ FOR_PRESET = {
         "model": "conv", "image_size": 128, "latent": 16, "hidden": 16, "layers": 1, "batch_size": 4, "steps": 10,
         "epochs": 1, "learning_rate": 2e-3, "log_every": 1, "checkpoint_every": 5, "importance_samples": 10,
         "test_count": 16, "threads": 0,
+    },
+    # Where the loss is most of a step: a latent as large as the datum, and each of its samples meets each component.
+    "large-mixture": {
+        "latent": 64, "prior": "gmm", "components": 100, "objective": "iwae", "samples": 5, "steps": 600,
+        "importance_samples": 100,
     },
 }  # fmt: skip
 
@@ -258,4 +286,4 @@ FOR_OBJECTIVE: dict[str, dict[str, Any]] = {
 }
 
 # A learned prior starts once the posteriors have separated; a short run has few steps for that.
-WARM_UP = {"digits": 500, "pbmc": 100, "large-latent": 3}
+WARM_UP = {"digits": 500, "pbmc": 100, "large-latent": 3, "large-mixture": 100}

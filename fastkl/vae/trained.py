@@ -16,12 +16,13 @@ from torch.optim.swa_utils import AveragedModel
 
 import fastkl
 from fastkl.priors import Prior
-from fastkl.vae import checkpoint, prior, rules, streams
+from fastkl.vae import checkpoint, export, prior, rules, streams
 from fastkl.vae.arrays import Part, first_line
 from fastkl.vae.data import Data
 from fastkl.vae.errors import UserError
 from fastkl.vae.evaluate import importance_weighted
 from fastkl.vae.files import as_array
+from fastkl.vae.image_sets import Crops
 from fastkl.vae.model import DECODED, ENCODED, VAE, build
 from fastkl.vae.scaling import Scaling, arrange
 from fastkl.vae.settings import Settings
@@ -35,7 +36,8 @@ class Trained:
         vae: the networks, in float32, on `device`, without gradients.
         prior: the learned prior, or None for N(0, I).
         settings, step: the settings of the run, and its number of steps.
-        shape, latent_shape: the shape of one datum in the model (images are [C, H, W]), and that of its latent.
+        shape, latent_shape: the shape of one datum in the model (images are [C, H, W], videos [C, T, H, W]), and that
+            of its latent.
     """
 
     def __init__(self, vae: VAE, prior: Prior | None, scaling: Scaling, settings: Settings, step: int):
@@ -48,13 +50,17 @@ class Trained:
         return f"<{self.settings.what} after {self.step:,} steps, {sizes}>"
 
     def scaled(self, x: Any, name: str = "x") -> Tensor:
-        """Data [N, ...] in the numbers of the model, [N, *shape] on the CPU.
+        """Data [N, ...] in the numbers of the model, [N, *shape] on the CPU. In a run with --crop, images of another
+        size are resized as in training, and their centre is taken.
 
         Raises:
             UserError: x has another shape than the training data, is not numeric, or is not finite.
         """
         part, _ = arrange(Part(np.asarray(as_array(x))), name)
-        values = self.scaling.resize(self.scaling.apply(part.values), self.settings.image_size)
+        rows, size, crop = part.values, self.settings.image_size, self.settings.crop
+        if crop and rows.ndim == 4 and rows.shape[2:] != (crop, crop):
+            rows = Crops(rows, crop, size, name)[:]
+        values = self.scaling.resize(self.scaling.apply(rows), 0 if crop else size)
         if values.shape[1:] != self.shape:
             raise UserError(f"{name} must be data of shape {list(self.shape)}, got {list(part.values.shape[1:])}")
         return values
@@ -85,8 +91,17 @@ class Trained:
         z = torch.as_tensor(z, dtype=torch.float32)
         if z.dim() == 0 or z.shape[1:] != self.latent_shape:
             raise UserError(f"z must be latents [N, {', '.join(map(str, self.latent_shape))}], got {list(z.shape)}")
-        size = max(1, DECODED // math.prod(self.shape))
-        return torch.cat([self.scaling.undo(self.vae.pictured(part.to(self.device)).cpu()) for part in z.split(size)])
+        parts = z.split(self.decoded_at_once)
+        return torch.cat([self.scaling.undo(self.vae.pictured(part.to(self.device)).cpu()) for part in parts])
+
+    @property
+    def decoded_at_once(self) -> int:
+        """The number of latents in a batch of the decoder."""
+        return max(1, DECODED // math.prod(self.shape))
+
+    def seed_decoder(self, seed: int) -> None:
+        """Seed the values that an autoregressive decoder draws, as `sample` does."""
+        torch.manual_seed(streams.seed_for(seed, "decoder"))
 
     def reconstruct(self, x: Any) -> Tensor:
         """decode(encode(x)): [N, *shape], in the units of the training file."""
@@ -98,7 +113,7 @@ class Trained:
 
     def sample(self, count: int, *, seed: int = 0) -> Tensor:
         """Means of the data [count, *shape] for latents drawn from the prior: the same for the same seed."""
-        torch.manual_seed(streams.seed_for(seed, "decoder"))
+        self.seed_decoder(seed)
         return self.decode(self.latents(count, seed=seed))
 
     @torch.no_grad()
@@ -116,6 +131,25 @@ class Trained:
             weighted = importance_weighted(self.vae, observed, self.vae.posterior(part), num_samples, self.prior)
             found.append(weighted[1].cpu())
         return torch.cat(found)
+
+    def export(self, folder: str | PathLike, *, format: str = "pt2") -> list[str]:
+        """Write encoder.pt2 and decoder.pt2 for `torch.export.load`, or encoder.onnx and decoder.onnx.
+
+        The programs run without fastkl, on float32 tensors in the units of the training file with any number of data:
+        the encoder maps x [N, *shape] to (mean, logvar), the decoder maps z [N, *latent_shape] to the mean of x.
+        export.json describes them.
+
+        Args:
+            folder: the folder, made if it does not exist.
+            format: "pt2", or "onnx" with the packages onnx and onnxscript.
+
+        Returns:
+            Notes on what is left out, such as the decoder if it is autoregressive.
+
+        Raises:
+            UserError: a package is missing, the folder is not writable, or a network cannot be exported.
+        """
+        return export.export(self.vae, self.scaling, self.settings, self.prior is not None, Path(folder), format)
 
 
 def load(

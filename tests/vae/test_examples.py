@@ -21,6 +21,22 @@ def test_the_example_of_sixty_lines_learns():
     assert -27 < elbo < bound < -23, done.stdout  # after one step it is -42
 
 
+def test_the_hierarchical_example_learns_and_uses_both_latents():
+    done = run([sys.executable, str(EXAMPLES / "train_hierarchical_vae.py"), "--steps", "400"])
+    assert done.returncode == 0, done.stderr
+    elbo, lower, upper = (float(number) for number in re.findall(r"-?\d+\.\d+", done.stdout))
+    assert -25 < elbo < -15, done.stdout  # before the first step it is -45
+    assert lower > 1, done.stdout
+    assert upper > 0.1, done.stdout
+
+
+def test_the_example_of_single_cells_finds_the_cell_types():
+    pytest.importorskip("scipy")
+    done = run([sys.executable, str(EXAMPLES / "train_single_cells.py"), "--steps", "150"])
+    assert done.returncode == 0, done.stderr
+    assert float(re.findall(r"accuracy (\d\.\d+)", done.stdout)[0]) > 0.8, done.stdout
+
+
 def test_the_example_of_images_reconstructs_and_scales_its_latents(tmp_path):
     """With a network of its own where diffusers is not installed."""
     script = str(EXAMPLES / "train_image_autoencoder.py")
