@@ -1,4 +1,4 @@
-/* Gaussian mixtures with diagonal covariances on a CPU: the log-density and its gradients.
+/* Gaussian mixtures with diagonal covariances on a CPU: the log-density, log-responsibilities, their gradients, and moments.
  * fastkl.reference defines the op, fastkl.ops.mixture._mixture the three forms of a component's term. The lanes of a
  * vector are components, and four rows share each load of a component. A difference z - mean is taken before it is
  * scaled, so narrow and distant components lose no digits. */
@@ -15,23 +15,30 @@ static void exponentials(REAL *restrict values, int count, REAL high, REAL low) 
     }
 }
 
+/* values - log_density, in place, with ln p as the sum of two REALs */
+static void subtract(REAL *restrict values, int64_t count, double log_density) {
+    REAL high = (REAL)log_density, low = (REAL)(log_density - (double)high);
+    for (int64_t k = 0; k < count; k++) values[k] = (values[k] - high) - low;
+}
+
 static void finish_row(const problem *p, const slice *t, const block *b, int r) {
     REAL *restrict joint = b->joint + r * t->width, most = -(REAL)INFINITY;
     int64_t row = b->row[r];
     most = highest(joint, t->count);
     int several = t->count < p->count;
     REAL *restrict kept = p->kept ? p->kept + row * p->count + t->first : b->product;
-    if (several && p->kept) memcpy(kept, joint, (size_t)t->count * sizeof *kept);
+    if ((several || p->logs) && p->kept) memcpy(kept, joint, (size_t)t->count * sizeof *kept);
     REAL origin = most > -(REAL)INFINITY ? most : 0;
     exponentials(joint, t->count, origin, 0);
     REAL all = sum(joint, t->count), share = 1 / all; /* NaN in a row of density 0, whose gradient may be anything */
-    if (!several && p->kept) for (int k = 0; k < t->count; k++) kept[k] = joint[k] * share;
+    if (!several && p->kept && !p->logs) for (int k = 0; k < t->count; k++) kept[k] = joint[k] * share;
     double found = (double)origin + logarithm(all);
     if (t->first) {
         double before = p->log_density[row], larger = before > found ? before : found;
         double difference = before > found ? found - before : before - found;
         found = larger == -INFINITY && found == before ? larger : larger + log1p(exp(difference));
     }
+    if (!several && p->logs) subtract(kept, t->count, found);
     p->log_density[row] = found, p->lp[row] = (REAL)found;
 }
 
@@ -71,14 +78,16 @@ static void responsibilities(REAL *restrict joint, int count, double log_density
 static void settle_job(void *context, int64_t job) {
     problem *p = context;
     int64_t each = (p->rows + p->jobs - 1) / p->jobs, end = (job + 1) * each < p->rows ? (job + 1) * each : p->rows;
-    for (int64_t row = job * each; row < end; row++)
-        responsibilities(p->kept + row * p->count, (int)p->count, p->log_density[row]);
+    for (int64_t row = job * each; row < end; row++) {
+        REAL *values = p->kept + row * p->count;
+        if (p->logs) subtract(values, p->count, p->log_density[row]);
+        else responsibilities(values, (int)p->count, p->log_density[row]);
+    }
 }
 
-/* Returns 0, or 1 if out of memory. Writes ln p, also as double, and where `kept` is given the responsibilities [R, K]. */
-int forward(const int64_t *numbers, const int64_t *addresses, double low, double high) {
+static int densities(const int64_t *numbers, const int64_t *addresses, int logs) {
     problem p = open_problem(numbers, addresses);
-    (void)low, (void)high;
+    p.logs = logs;
     cut_data(&p, 1);
     p.failed = normalise_all(&p) || (p.sets == 1 && open_slice(&p.shared, &p));
     for (int64_t first = 0; first < p.count && !p.failed; first += p.step) {
@@ -88,6 +97,18 @@ int forward(const int64_t *numbers, const int64_t *addresses, double low, double
     if (!p.failed && p.kept && p.step < p.count) for_jobs(&p, settle_job);
     free(p.normaliser), free(p.shared.mean);
     return p.failed;
+}
+
+/* Returns 0, or 1 if out of memory. Writes ln p, also as double, and where `kept` is given the responsibilities [R, K]. */
+int forward(const int64_t *numbers, const int64_t *addresses, double low, double high) {
+    (void)low, (void)high;
+    return densities(numbers, addresses, 0);
+}
+
+/* `forward` with the log-responsibilities in `kept`. */
+int log_responsibilities(const int64_t *numbers, const int64_t *addresses, double low, double high) {
+    (void)low, (void)high;
+    return densities(numbers, addresses, 1);
 }
 
 /* ---- backward */
@@ -147,6 +168,15 @@ static int is_tame(const problem *p, const slice *t, const block *b) {
     return (largest(b->z, all) + t->most_mean) * root < LIMIT / 4 && wide * wide * root < LIMIT / 4;
 }
 
+/* The weights of log-responsibilities with cotangents g: g_k - r_k sum(g). A sum of 0 leaves out r, which is NaN in a row of
+ * density 0. */
+static void weigh_logs(const problem *p, const slice *t, int64_t row, REAL *restrict weights) {
+    const REAL *restrict g = p->lp + row * p->count, *restrict logs = p->kept + row * p->count + t->first;
+    REAL all = sum(g, (int)p->count);
+    g += t->first;
+    for (int k = 0; k < t->count; k++) weights[k] = g[k] - (all == 0 ? 0 : exponential(logs[k]) * all);
+}
+
 /* The weights of the block's rows and components, in place of the joint. */
 static void weigh(const problem *p, const slice *t, block *b) {
     int width = t->width;
@@ -154,12 +184,12 @@ static void weigh(const problem *p, const slice *t, block *b) {
     else if (!p->kept) fill_joint(p, t, b);
     for (int r = 0; r < b->count; r++) {
         REAL *restrict weights = b->joint + r * width, own;
-        double log_density = p->log_density[b->row[r]];
-        b->scale[r] = *read_tile(&p->dlp, (tile){b->row[r], 0, 1, 1}, &own);
-        if (p->kept) memcpy(weights, p->kept + b->row[r] * p->count + t->first, (size_t)t->count * sizeof *weights);
-        else responsibilities(weights, t->count, log_density);
+        b->scale[r] = p->logs ? 0 : p->moments ? 1 : *read_tile(&p->dlp, (tile){b->row[r], 0, 1, 1}, &own);
         REAL scale = b->scale[r];
-        for (int k = 0; k < t->count; k++) weights[k] = scale == 0 ? 0 : weights[k] * scale;
+        if (p->logs) weigh_logs(p, t, b->row[r], weights);
+        else if (p->kept) memcpy(weights, p->kept + b->row[r] * p->count + t->first, (size_t)t->count * sizeof *weights);
+        else responsibilities(weights, t->count, p->log_density[b->row[r]]);
+        if (!p->logs) for (int k = 0; k < t->count; k++) weights[k] = scale == 0 ? 0 : weights[k] * scale;
         for (int k = t->count; k < width; k++) weights[k] = 0;
     }
 }
@@ -211,7 +241,8 @@ static void finish_components(const problem *p, const slice *t, int64_t set, int
     REAL *restrict to = p->dmeans.data ? target_tile(&p->dmeans, at, out) : out;
     const REAL *restrict roots = t->root + k;
     for (int i = 0; p->dmeans.data && i < count; i++) {
-        if (p->form == CONVOLVED) for (int d = 0; d < n; d++) to[i * n + d] = -first[d * stride + i];
+        if (p->moments) for (int d = 0; d < n; d++) to[i * n + d] = -first[d * stride + i] / roots[d * width + i];
+        else if (p->form == CONVOLVED) for (int d = 0; d < n; d++) to[i * n + d] = -first[d * stride + i];
         else for (int d = 0; d < n; d++) to[i * n + d] = -first[d * stride + i] * roots[d * width + i];
     }
     if (p->dmeans.data) write_tile(&p->dmeans, at, to, out);
@@ -219,7 +250,8 @@ static void finish_components(const problem *p, const slice *t, int64_t set, int
     to = spread ? out : target_tile(&p->dlogvars, at, out);
     for (int i = 0; i < count; i++) {
         REAL weight = p->form == CONVOLVED ? 0 : counts[i];
-        for (int d = 0; d < n; d++) to[i * n + d] = (REAL)0.5 * (second[d * stride + i] - weight);
+        if (p->moments) for (int d = 0; d < n; d++) to[i * n + d] = second[d * stride + i] / roots[d * width + i] / roots[d * width + i];
+        else for (int d = 0; d < n; d++) to[i * n + d] = (REAL)0.5 * (second[d * stride + i] - weight);
     }
     if (!spread) { write_tile(&p->dlogvars, at, to, out); return; }
     add_spread(p, t->first + k, count, out, spread);
@@ -404,7 +436,7 @@ static void finish_job(void *context, int64_t group) {
     for (int64_t d = 0; d < n; d++)
         for (int i = 0; i < LANES; i++) {
             first[d * LANES + i] = (REAL)a[d * width + i];
-            second[d * LANES + i] = (REAL)(b[d * width + i] - (p->form == CONVOLVED ? 0 : counts[i]));
+            second[d * LANES + i] = (REAL)(b[d * width + i] - (p->form == CONVOLVED || p->moments ? 0 : counts[i]));
         }
     for (int i = 0; i < LANES && k + i < t->count; i++) p->counts[t->first + k + i] = counts[i];
     finish_components(p, t, 0, k, first, second, none, LANES, out, p->spread ? p->spreads : NULL);
@@ -431,14 +463,13 @@ static void write_shared_logits(const problem *p, REAL *restrict own) {
     double scale = 0;
     for (int64_t k = 0; k < p->count; k++) scale += p->counts[k];
     log_weights(p, &all, 0, own);
-    for (int64_t k = 0; k < p->count; k++) own[k] = (REAL)(p->counts[k] - exponential(own[k]) * scale);
+    for (int64_t k = 0; k < p->count; k++) own[k] = (REAL)(p->counts[k] - (p->moments ? 0 : exponential(own[k]) * scale));
     write_tile(&p->dlogits, (tile){0, 0, 1, (int)p->count}, own, own);
 }
 
-/* Returns 0, or 1 if out of memory. Every gradient may be absent; `kept` has the responsibilities, or is absent. */
-int backward(const int64_t *numbers, const int64_t *addresses, double low, double high) {
+static int sums_over_rows(const int64_t *numbers, const int64_t *addresses, int logs, int moments) {
     problem p = open_problem(numbers, addresses);
-    (void)low, (void)high;
+    p.logs = logs, p.moments = moments;
     int own = p.sets > 1, reduced = p.size[0] < p.sets || p.size[1] < p.count || p.size[2] < p.columns;
     int64_t width = padded(p.step), all = (2 * p.columns + 1) * width;
     p.spread = p.dlogvars.data && reduced ? p.size[1] * p.size[2] : 0;
@@ -465,4 +496,22 @@ int backward(const int64_t *numbers, const int64_t *addresses, double low, doubl
     if (!p.failed && p.dlogits.data && p.weight_sets == 1) write_shared_logits(&p, last);
     free(last), free(p.partial), free(p.totals), free(p.normaliser), free(p.shared.mean);
     return p.failed;
+}
+
+/* Returns 0, or 1 if out of memory. Every gradient may be absent; `kept` has the responsibilities, or is absent. */
+int backward(const int64_t *numbers, const int64_t *addresses, double low, double high) {
+    (void)low, (void)high;
+    return sums_over_rows(numbers, addresses, 0, 0);
+}
+
+/* The gradients of log-responsibilities: their cotangents are in the place of ln p, and they in that of `kept`. */
+int log_responsibilities_gradients(const int64_t *numbers, const int64_t *addresses, double low, double high) {
+    (void)low, (void)high;
+    return sums_over_rows(numbers, addresses, 1, 0);
+}
+
+/* The sums of r, r (z - m) and r (z - m)^2 over the rows, in the places of the gradients in logits, means and log-variances. */
+int moments(const int64_t *numbers, const int64_t *addresses, double low, double high) {
+    (void)low, (void)high;
+    return sums_over_rows(numbers, addresses, 0, 1);
 }

@@ -93,12 +93,12 @@ typedef struct {
 } block;
 
 typedef struct {
-    int form, columns, failed;
+    int form, columns, failed, logs, moments; /* logs: `kept` has log-responsibilities; moments: instead of gradients */
     int64_t threads, step, rows, count, sets, weight_sets, data, samples, each, jobs;
     int64_t size[3], spread; /* sizes of dlogvars; their product if they are less than the components', else 0 */
     int64_t first_job, wave, sums; /* jobs that run together; REALs of the sums of each */
     tensor z, logvar, dlp, dz, dlogvar, logits, dlogits, means, logvars, dmeans, dlogvars;
-    REAL *lp, *kept;
+    REAL *lp, *kept; /* backward, with logs: lp has the cotangents of the log-responsibilities [R, K] */
     REAL *partial;
     double *log_density, *normaliser, *totals, *counts, *spreads, *spread_parts;
     slice shared;

@@ -1,4 +1,4 @@
-"""Arguments of mixture.c: the log-density of a mixture of diagonal Gaussians, and its gradients."""
+"""Arguments of mixture.c: mixtures of diagonal Gaussians."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ LANES = 16  # at most, in mixture.c
 # Beyond this many dimensions vectors of components would take too much memory; beyond this many elements, the
 # components of one datum.
 MOST_COLUMNS, MOST_OWN = 1 << 14, 1 << 20
+MOST_KEPT = 1 << 21  # responsibilities that gmm_moments stores between its two passes
 
 
 def _step(count: int, columns: int) -> int:
@@ -99,13 +100,21 @@ def gmm_log_prob_bwd(
     """Write the outputs that are wanted and return None, or return NotImplemented."""
     if scale_tril is not None:
         return NotImplemented
-    outputs, of_rows = (dz, dlogvar, dlogits, dmeans, dlogvars), [dz, dlogvar]
+    kept = (None, lp, responsibilities)
+    outputs, mixture = (dz, dlogvar, dlogits, dmeans, dlogvars), (logits, means, logvars)
+    return _gradients("backward", form, kept, (z, logvar, dlp), mixture, outputs)
+
+
+def _gradients(name: str, form: str, kept: tuple, rows: tuple, mixture: tuple, outputs: tuple):
+    z, (logits, means, logvars) = rows[0], mixture
+    dz, dlogvar, dlogits, dmeans, dlogvars = outputs
+    of_rows = [dz, dlogvar]
     if means.shape[0] == 1 and _step(*means.shape[1:]) < means.shape[1]:  # each slice of components adds to these
         of_rows = [t.float() if t is not None and t.itemsize == 2 else t for t in of_rows]
     # A saved tensor may come back in any layout.
-    kept = (None, lp.contiguous(), None if responsibilities is None else responsibilities.contiguous())
-    rows, weights, components = (z, logvar, dlp, *of_rows), (logits, dlogits), (means, logvars, dmeans)
-    if _run("backward", form, rows, weights, components, dlogvars, lambda dtype: kept) is NotImplemented:
+    kept = tuple(None if tensor is None else tensor.contiguous() for tensor in kept)
+    weights, components = (logits, dlogits), (means, logvars, dmeans)
+    if _run(name, form, (*rows, *of_rows), weights, components, dlogvars, lambda dtype: kept) is NotImplemented:
         return NotImplemented
     for output, found in zip(outputs, of_rows):
         if found is not output:
@@ -114,3 +123,45 @@ def gmm_log_prob_bwd(
         if output is not None and z.shape[0] == 0:
             output.zero_()
     return None
+
+
+def gmm_responsibilities_fwd(z, logits, means, logvars, scale_tril, precision: str):
+    """ln p(k | z) [R, K], or NotImplemented."""
+    if scale_tril is not None:
+        return NotImplemented
+
+    def results(dtype: torch.dtype) -> tuple:
+        lp = z.new_empty(z.shape[0], dtype=dtype)
+        return lp, torch.empty_like(lp, dtype=torch.float64), z.new_empty((z.shape[0], means.shape[1]), dtype=dtype)
+
+    rows, components = (z, None, None, None, None), (means, logvars, None)
+    made = _run("log_responsibilities", "point", rows, (logits, None), components, None, results)
+    return made if made is NotImplemented else made[2]
+
+
+def gmm_responsibilities_bwd(
+    dlog_r, log_r, z, logits, means, logvars, scale_tril, dz, dlogits, dmeans, dlogvars, dscale_tril, precision: str
+):
+    """Write the outputs that are wanted and return None, or return NotImplemented."""
+    if scale_tril is not None or dlog_r.dtype != log_r.dtype:
+        return NotImplemented
+    outputs, kept = (dz, None, dlogits, dmeans, dlogvars), (dlog_r, None, log_r)
+    name = "log_responsibilities_gradients"
+    return _gradients(name, "point", kept, (z, None, None), (logits, means, logvars), outputs)
+
+
+def gmm_moments_fwd(z, logits, means, logvars, scale_tril):
+    """[ln p [R], sum r [K], sum r (z - m) [K, D], sum r (z - m)^2 [K, D]], or NotImplemented."""
+    if scale_tril is not None:
+        return NotImplemented
+    kept = 2 if z.shape[0] * means.shape[1] <= MOST_KEPT else 1
+    made = gmm_log_prob_fwd(z, None, logits, means, logvars, None, "point", "exact", kept)
+    if made is NotImplemented:
+        return NotImplemented
+    lp, log_density, *responsibilities = made
+    counts, first, second = (like.new_empty(like.shape, dtype=lp.dtype) for like in (logits, means, means))
+    found = (None, log_density, responsibilities[0] if responsibilities else None)
+    _gradients(
+        "moments", "point", found, (z, None, None), (logits, means, logvars), (None, None, counts, first, second)
+    )
+    return [lp, counts[0], first[0], second[0]]

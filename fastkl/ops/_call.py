@@ -18,6 +18,7 @@ from torch import Tensor
 from fastkl.ops import _sharding, _torch
 from fastkl.ops._arguments import DTYPES
 from fastkl.ops._forward_mode import with_tangents
+from fastkl.ops._fused import is_fused
 from fastkl.reference import SCALES
 
 # Name of each op -> its implementation. `CPU` is the table in use for CPU tensors. Tests swap in `TRITON` to run the
@@ -26,12 +27,6 @@ CLOSED_FORM: dict[str, Callable[..., Any]] = {}
 NATIVE: dict[str, Callable[..., Any]] = {}
 TRITON: dict[str, Callable[..., Any]] = {}
 CPU: dict[str, Callable[..., Any]] = {}
-
-# On a CPU the compiler gets the closed form of these ops, up to this many numbers. It fuses the closed form with the
-# operations around it. For a small latent, the call of an op from compiled code costs more than the arithmetic: the
-# step of a VAE with latents [128, 64] took 1.3 times as long with the op. From [1024, 64] on the cost of
-# the call does not matter, and the loop in C is faster.
-FUSED, FUSED_NUMBERS = frozenset(("kl_normal_fwd", "kl_normal_bwd")), 1 << 15
 
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _PLAIN = _TENSORS | {int, float, bool, str, NoneType}
@@ -43,17 +38,15 @@ def run(table: dict[str, Callable[..., Any]], name: str, *args: Any) -> Any:
     return CLOSED_FORM[name](*args) if result is NotImplemented else result
 
 
-def direct(name: str, dispatched: Callable[..., Any]) -> Callable[..., Any]:
+def direct(name: str, dispatched: Callable[..., Any], terms: Callable[..., float] | None = None) -> Callable[..., Any]:
     """The op, called without torch's dispatcher if nothing intercepts the call and the memory of every tensor holds its
     values: it is strided, no subclass, not lazily negated, and no zero tensor without memory. This saves a third of the
     host time of a small loss."""
 
-    fused = name in FUSED
-
     def op(*args: Any) -> Any:
         if torch.compiler.is_compiling():
-            inlined = fused and not torch.compiler.is_exporting() and args[1].is_cpu
-            if inlined and args[1].numel() <= FUSED_NUMBERS:  # checked last, because it adds a guard
+            device = next(arg.device for arg in args if isinstance(arg, Tensor))
+            if terms is not None and is_fused(device, terms(*args)):
                 return CLOSED_FORM[name](*args)
             return dispatched(*args)
         if _torch.modes_active() or _torch.transforms_active() or _torch.profiling() or _torch.tracing():
@@ -75,6 +68,17 @@ def direct(name: str, dispatched: Callable[..., Any]) -> Callable[..., Any]:
         return CLOSED_FORM[name](*args) if result is NotImplemented else result
 
     return op
+
+
+def has_own_memory(*tensors: Tensor) -> bool:
+    """Whether code in C may read the tensors' values from their memory: the conditions of `direct`, on CPU tensors."""
+    if torch.compiler.is_compiling() or _torch.modes_active() or _torch.transforms_active() or _torch.tracing():
+        return False
+    return all(
+        type(each) in _TENSORS and each.is_cpu and each.layout is torch.strided
+        and not each.is_neg() and not _torch.is_zero(each)
+        for each in tensors
+    )  # fmt: skip
 
 
 def event_ndim_of_common_call(

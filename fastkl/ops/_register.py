@@ -30,12 +30,13 @@ LOADERS: dict[str, tuple[Loader, Loader | None]] = {}
 
 def register(
     schema: str, *, closed_form: Callable[..., Any], fake: Callable[..., Any] | None = None, kernel: Loader,
-    native: Loader | None = None,
+    native: Loader | None = None, terms: Callable[..., float] | None = None,
 ) -> Callable:  # fmt: skip
     """Define `fastkl::<schema>` and return the callable op.
 
     `kernel` imports the Triton launcher, and `native` the loop in C. Both take the op's arguments, and may return
-    NotImplemented to fall back on the closed form. An op that only writes into given outputs needs no fake.
+    NotImplemented to fall back on the closed form. An op that only writes into given outputs needs no fake. `terms`
+    counts the terms of a call, and small calls are compiled as their closed form on a CPU (`_fused.is_fused`).
     """
     name = schema[: schema.index("(")]
     qualified = f"{NAMESPACE}::{name}"
@@ -49,7 +50,7 @@ def register(
     torch.library.impl(qualified, "CPU", functools.partial(run, CPU, name))
     torch.library.impl(qualified, "CUDA", functools.partial(run, TRITON, name))
     torch.library.register_fake(qualified, fake or _nothing)
-    return direct(name, getattr(torch.ops.fastkl, name).default)
+    return direct(name, getattr(torch.ops.fastkl, name).default, terms)
 
 
 def _nothing(*args: Any) -> None:

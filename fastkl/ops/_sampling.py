@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
+from fastkl.ops._fused import MOST_NOISE, is_fused
 from fastkl.reference import Stream
 
 
@@ -20,14 +21,17 @@ def check_noise(
     """(seed, eps), one of which is None: eps expanded to its full shape, or a seed tensor on `device`.
 
     If neither is given, torch.randint draws the seed on the device: this obeys torch.manual_seed, needs no
-    synchronisation, repeats under activation checkpointing, and is new in each replay of a CUDA graph.
+    synchronisation, repeats under activation checkpointing, and is new in each replay of a CUDA graph. Inside
+    torch.compile the noise of a small latent on a CPU is torch.randn, which the compiler fuses.
     """
     if num_samples is not None:
         num_samples = arguments.check_int("num_samples", num_samples, 1)
+    full = shape if num_samples is None else torch.Size((num_samples, *shape))
+    if seed is None and eps is None and is_fused(device, full.numel(), MOST_NOISE):
+        return None, torch.randn(full, dtype=torch.float32, device=device)
     if eps is not None:
         if seed is not None:
             raise ValueError("seed and eps exclude each other: eps is the noise itself")
-        full = shape if num_samples is None else torch.Size((num_samples, *shape))
         if not arguments.fits(eps, full):
             raise ValueError(f"eps must have the shape of the samples, {tuple(full)}, got {tuple(eps.shape)}")
         return None, arguments.expand(eps, full)

@@ -17,11 +17,12 @@ Read `loop.py` first: the loss is a few lines of `fastkl`. The other files serve
     streams.py      every random number as a function of the step
     parallel.py     torchrun: rank, group and exchange of values
     checkpoint.py   atomic writes
-    progress.py     the bar in the terminal; events.py for TensorBoard
+    progress.py     the bar in the terminal; events.py for TensorBoard and W&B
     evaluate.py     the test figures; pictures.py draws them, report.py puts them in one page
     clusters.py     used components of a mixture, and their agreement with the labels
     memory.py       the memory of the loss, beside the eager formula
-    trained.py      the model of a run, for use elsewhere; commands.py, the same on the command line
+    trained.py      the model of a run, for use elsewhere; commands.py, the same on the command line;
+                    export.py, programs that run without fastkl
     api.py          training from Python, with data, a model or an objective of your own
     errors.py       one-line errors; cli.py, the command line; config.py, options in a file
 """

@@ -16,20 +16,23 @@ from fastkl.vae.trained import Trained
 
 def train(
     data: Any = None, *, out: str | PathLike, model: VAE | None = None, objective: str | Callable[..., Any] = "",
-    resume: bool = False, report: bool = False, tensorboard: bool = False, **options: Any,
+    resume: bool = False, report: bool = False, tensorboard: bool = False, wandb: str = "",
+    **options: Any,
 ) -> Trained:  # fmt: skip
     """Train a VAE, keep the run in a folder, and return its model. Under torchrun all processes train together.
 
     Args:
-        data: an array or tensor [N, features], [N, H, W] or [N, C, H, W]; a pair (data, labels), whose labels serve the
-            report only; a dictionary with names such as x, y, x_test and y_test; or a name or path as for
-            `fastkl train --data`, which scales numbers alike. None: the digits, or with `resume` the data of the run.
+        data: an array or tensor [N, features], [N, H, W], [N, C, H, W] or [N, C, T, H, W]; a pair (data, labels), whose
+            labels serve the report only; a dictionary with names such as x, y, x_test and y_test; or a name or path as
+            for `fastkl train --data`, which scales numbers alike. None: the digits, or with `resume` the data of the
+            run.
         out: the folder of the run.
         model: a `fastkl.vae.VAE` of your own encoder [N, *shape] -> [N, 2 * latent, ...] and decoder, trained in place.
         objective: the name of one of `fastkl.objectives`, or a function of (posterior, prior, log_likelihood) that
             returns a `fastkl.objectives.Loss`, whose terms include "kl" and "reconstruction".
         resume: continue the run in `out`, with the same data and model.
         report, tensorboard: whether to write the report at the end, and TensorBoard events during the run.
+        wandb: a project of Weights & Biases that gets the curves and the pictures, too.
         **options: every option of `fastkl train`, with underscores: steps=1000, prior="gmm", precision="bf16".
 
     Returns:
@@ -54,6 +57,8 @@ def train(
     for name, value in (("resume", resume), ("no_report", not report), ("no_tensorboard", not tensorboard)):
         if value:
             flags[name] = True
+    if wandb:
+        flags["wandb"] = wandb
     ranks = parallel.start()
     try:
         cli.train_on(ranks, argparse.Namespace(**flags), options, began, Own(data, model, own))

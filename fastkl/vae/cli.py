@@ -18,6 +18,7 @@ from fastkl.vae import checkpoint, data, facts, folders, loop, pace, parallel
 from fastkl.vae.commands import add_parsers, write_report_of
 from fastkl.vae.config import read_config
 from fastkl.vae.errors import UserError, check_installed
+from fastkl.vae.events import TensorBoard, WandB
 from fastkl.vae.progress import Display, Terminal, say
 from fastkl.vae.rules import defaults, flag, prolonging, resolve, resume
 from fastkl.vae.run import NOTHING, Own, Run, restore, start
@@ -78,6 +79,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.add_argument("--no-report", action="store_true", help="stop after training, without evaluation and report")
     run.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard events")
+    run.add_argument(
+        "--wandb", metavar="PROJECT", help="send curves and pictures to Weights & Biases, too (or WANDB_MODE=offline)"
+    )
     fields = {item.name: item for item in dataclasses.fields(Settings)}
     for title, names in GROUPS.items():
         group = run if title == "the run" else train.add_argument_group(title)
@@ -145,6 +149,8 @@ def train_in(
     """Train in a folder that this process has locked, from the beginning or from a checkpoint."""
     if threads := settings.threads or (state or {}).get("threads", 0):
         torch.set_num_threads(threads)  # a different number of threads would round sums differently
+    if ranks.main and "wandb" in options:
+        check_installed("wandb", "--wandb")
     if ranks.main and "no_report" not in options:
         check_installed("matplotlib", "The report (--no-report skips it)")
         if settings.prior in ("gmm", "vamp") and source.test_labels is not None:
@@ -163,8 +169,7 @@ def train_in(
         for line in opening(run, state, "resume" in options, forecast):
             say(line)
     if not run.ended:
-        events = None if "no_tensorboard" in options else folder / "tensorboard"
-        with Terminal(run, events) if ranks.main else Display() as display:
+        with Terminal(run, writers(run, options)) if ranks.main else Display() as display:
             finished = loop.train(run, display)
         if not finished:
             if ranks.main:
@@ -173,6 +178,16 @@ def train_in(
     if ranks.main and "no_report" not in options:
         write_report_of(run, began)
     return 0
+
+
+def writers(run: Run, options: argparse.Namespace) -> list[TensorBoard | WandB]:
+    """The writers of curves and pictures that the options ask for."""
+    found: list[TensorBoard | WandB] = []
+    if "wandb" in options:
+        found.append(WandB(options.wandb, run.folder, dataclasses.asdict(run.settings)))
+    if "no_tensorboard" not in options:
+        found.append(TensorBoard(run.folder / "tensorboard", run.step))
+    return found
 
 
 def opening(run: Run, state: Any, resuming: bool, forecast: list[str]) -> list[str]:

@@ -1,4 +1,5 @@
-"""The commands that use the model of a run: `fastkl encode`, `decode`, `sample`, `reconstruct`, `evaluate`, `report`.
+"""The commands that use the model of a run: `fastkl encode`, `decode`, `sample`, `reconstruct`, `evaluate`,
+`export`, `report`.
 
 Arrays are read and written in blocks of rows, so a .npy file may be larger than the memory.
 """
@@ -23,6 +24,7 @@ from fastkl.vae import checkpoint, data, files, folders, parallel, rules, traine
 from fastkl.vae.arrays import BROKEN, first_line
 from fastkl.vae.errors import UserError
 from fastkl.vae.evaluate import evaluate as figures_of
+from fastkl.vae.export import FORMATS
 from fastkl.vae.progress import say
 from fastkl.vae.run import Run, choose_device, restore, start
 from fastkl.vae.trained import Trained
@@ -34,6 +36,7 @@ COMMANDS = {
     "sample": "write decoded samples from the prior",
     "reconstruct": "write the reconstructions of data",
     "evaluate": "print ELBO, KL and log p(x) of held-out data as JSON",
+    "export": "write encoder and decoder as programs that run without fastkl",
     "report": "write the report of a run again",
 }
 READS = {
@@ -56,11 +59,15 @@ def add_parsers(commands: Any) -> None:
         if name == "sample":
             own.add_argument("--count", metavar="N", type=int, default=64, help="number of samples (default: 64)")
             own.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the samples (default: 0)")
+        if name == "export":
+            own.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder of the programs")
+            text = "for torch.export.load (pt2, the default), or onnx"
+            own.add_argument("--format", choices=FORMATS, default="pt2", help=text)
         if name == "evaluate":
             own.add_argument("--data", metavar="PATH", help="data to evaluate (default: the run's test data)")
             text = "samples per datum for log p(x) (default: the run's)"
             own.add_argument("--importance-samples", metavar="N", type=int, help=text)
-        if name != "report":
+        if name not in ("report", "export"):
             own.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
 
 
@@ -91,6 +98,13 @@ def sample(options: argparse.Namespace) -> int:
     model = loaded(options)
     torch.manual_seed(options.seed)  # an autoregressive decoder draws values
     return write(model.decode, model.latents(options.count, seed=options.seed).numpy(), options.out)
+
+
+def export(options: argparse.Namespace) -> int:
+    for line in trained.load(options.run).export(options.out, format=options.format):
+        say(line)
+    say(f"{options.out}: {', '.join(sorted(path.name for path in options.out.glob(f'*.{options.format}')))}")
+    return 0
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -178,13 +192,11 @@ def _write_report_of(run: Run, began: float) -> None:
 
     asked = (run.settings.importance_samples, run.settings.seed, run.device, run.prior, run.data.test_labels)
     evaluation = figures_of(run.vae, run.data.test, *asked)
-    more: dict[str, Any] = {}
-    if run.settings.model == "conv":
-        more["loss_memory"] = memory.compare(run.vae.latent_shape)
-        say(more["loss_memory"]["what"])
-        for name, row in more["loss_memory"]["rows"].items():
-            say(f"  {name:8} kept {row['saved']:7.1f} MiB   peak {row['peak']:7.1f} MiB   {row['time']:7.1f} ms")
-    metrics = write_report(run, evaluation, more)
+    costs = memory.shares(run)
+    say(costs["what"])
+    for name, cells in memory.table(costs):
+        say(f"  {name:11} kept {cells[0]:>18}   peak {cells[1]:>18}   {cells[2]:>18}")
+    metrics = write_report(run, evaluation, {"loss_share": costs})
     for name, value, text in summary(metrics):
         say(f"  {name:19} {value:>18}  {text}")
     say(f"{time.perf_counter() - began:.1f} s; report: {run.folder / 'report.html'}")

@@ -42,7 +42,7 @@ class Data:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one datum: (features,) or (channels, height, width)."""
+        """The shape of one datum: (features,), (channels, height, width) or (channels, frames, height, width)."""
         return tuple(self.train.shape[1:])
 
     @property

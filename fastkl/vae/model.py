@@ -151,9 +151,9 @@ def stack(inputs: int, outputs: int, hidden: int, layers: int) -> list[nn.Module
 class Residual(nn.Module):
     """x + conv(silu(norm(x))): one convolution suffices for small pictures."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, layer: type[nn.Conv2d] | type[nn.Conv3d] = nn.Conv2d):
         super().__init__()
-        self.body = nn.Sequential(norm(width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
+        self.body = nn.Sequential(norm(width), nn.SiLU(), layer(width, width, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
@@ -165,22 +165,26 @@ def norm(width: int) -> nn.Module:
 
 
 def conv(shape: tuple, latent: int, hidden: int, layers: int, outputs: int = 1) -> tuple[nn.Module, nn.Module, tuple]:
-    """A spatial latent [latent, H / 2^layers, W / 2^layers], as in the first stage of latent diffusion."""
+    """A spatial latent [latent, H / 2^layers, W / 2^layers], as in the first stage of latent diffusion; of a video
+    [latent, T / 2^layers, H / 2^layers, W / 2^layers]."""
     factor = 2**layers
-    if len(shape) != 3:
-        raise UserError(f"--model conv needs images, but a datum has shape {tuple(shape)}; use --model mlp")
-    channels, height, width = shape
-    if height % factor or width % factor:
+    if len(shape) not in (3, 4):
+        raise UserError(f"--model conv needs images or videos, but a datum has shape {shape}; use --model mlp")
+    channels, *sides = shape
+    if any(side % factor for side in sides):
         raise UserError(
-            f"--layers {layers} needs image sides divisible by {factor}, got {height} x {width}: choose --image-size"
+            f"--layers {layers} needs sides divisible by {factor}, got {' x '.join(map(str, sides))}: choose "
+            f"{'--image-size' if len(sides) == 2 else 'other frames, --image-size'} or --layers"
         )
+    layer = nn.Conv2d if len(sides) == 2 else nn.Conv3d
     widths = [hidden * 2**level for level in range(layers + 1)]
-    down: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1)]
+    down: list[nn.Module] = [layer(channels, widths[0], 3, padding=1)]
     for narrow, wide in pairwise(widths):
-        down += [Residual(narrow), nn.Conv2d(narrow, wide, 3, stride=2, padding=1)]
-    down += [Residual(widths[-1]), norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], 2 * latent, 1)]
-    up: list[nn.Module] = [nn.Conv2d(latent, widths[-1], 1), Residual(widths[-1])]
+        down += [Residual(narrow, layer), layer(narrow, wide, 3, stride=2, padding=1)]
+    down += [Residual(widths[-1], layer), norm(widths[-1]), nn.SiLU(), layer(widths[-1], 2 * latent, 1)]
+    up: list[nn.Module] = [layer(latent, widths[-1], 1), Residual(widths[-1], layer)]
     for narrow, wide in reversed(list(pairwise(widths))):
-        up += [nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(wide, narrow, 3, padding=1), Residual(narrow)]
-    up += [norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], outputs * channels, 3, padding=1)]
-    return nn.Sequential(*down), nn.Sequential(*up), (latent, height // factor, width // factor)
+        larger = nn.Upsample(scale_factor=2, mode="nearest")
+        up += [larger, layer(wide, narrow, 3, padding=1), Residual(narrow, layer)]
+    up += [norm(widths[0]), nn.SiLU(), layer(widths[0], outputs * channels, 3, padding=1)]
+    return nn.Sequential(*down), nn.Sequential(*up), (latent, *(side // factor for side in sides))

@@ -32,8 +32,8 @@ def fit_defaults(settings: Settings, given: dict[str, Any], data: Data, processe
     built-in data set, stay."""
     chosen = {**FOR_DATA.get(settings.data, {}), **FOR_PRESET[settings.preset], **given}
     fitted: dict[str, Any] = {}
-    conv, values = settings.model == "conv" and len(data.shape) == 3, math.prod(data.shape)
-    pixels = data.shape[1] * data.shape[2] * (settings.hidden / 16) ** 2 if conv else values * settings.hidden / 256
+    conv, values = settings.model == "conv" and len(data.shape) > 1, math.prod(data.shape)
+    pixels = math.prod(data.shape[1:]) * (settings.hidden / 16) ** 2 if conv else values * settings.hidden / 256
     if conv and "layers" not in chosen and any(side % 2**settings.layers for side in data.shape[1:]):
         fitted["layers"] = 1
     if "threads" not in chosen and values * settings.hidden > MANY:

@@ -42,11 +42,11 @@ def draw(run: Run, evaluation: Evaluation) -> dict[str, Any]:
         figures = {"loss_curves": loss_curves(run)}
         if any(name.startswith("terms/") for name in run.history):
             figures["objective_terms"] = objective_terms(run)
-        if len(run.data.shape) == 3:
+        if len(run.data.shape) > 1:
             figures["reconstructions"] = reconstructions(run)
             figures["samples"] = samples(run)
         if is_mixture(run.prior):
-            if len(run.data.shape) == 3:
+            if len(run.data.shape) > 1:
                 figures["components"] = components(run, evaluation)
             figures["component_usage"] = component_usage(evaluation)
             figures["kl_bracket"] = kl_bracket(run)
@@ -101,8 +101,13 @@ def objective_terms(run: Run) -> Any:
     return figure
 
 
+def large(run: Run) -> bool:
+    """Whether the pictures are large, or the frames of videos: fewer of them are shown."""
+    return run.data.shape[-1] > 64 or len(run.data.shape) == 4
+
+
 def reconstructions(run: Run, columns: int = 12) -> Any:
-    columns = min(columns, len(run.data.test), 4 if run.data.shape[-1] > 64 else 12)
+    columns = min(columns, len(run.data.test), 4 if large(run) else 12)
     x = run.data.test[:columns]
     mean = run.vae.posterior(x.to(run.device)).mean
     figure, panels = new_figure(0.85 * max(columns, 8) + 0.6, 3.0 * max(columns, 8) / columns * 0.75, 2, columns)
@@ -114,7 +119,7 @@ def reconstructions(run: Run, columns: int = 12) -> Any:
 
 
 def samples(run: Run) -> Any:
-    side = 4 if run.data.shape[-1] > 64 else 8
+    side = 4 if large(run) else 8
     z = draw_latents(run.prior, run.vae, side * side, run.settings.seed, "samples")
     drawn = decoded(run, z)
     figure, panels = new_figure(6.4, 6.8, side, side)
@@ -133,7 +138,7 @@ def components(run: Run, evaluation: Evaluation, rows: int = 20, columns: int = 
     assert evaluation.responsibilities is not None, "of a mixture"
     shares = clusters.shares(evaluation.responsibilities)
     chosen = shares.argsort(descending=True)[:rows].tolist()
-    columns = 4 if run.data.shape[-1] > 64 else columns
+    columns = 4 if large(run) else columns
     # Two components side by side, for a figure that is not too tall.
     halves = 2 if len(chosen) > 5 else 1
     height = -(-len(chosen) // halves)
@@ -256,7 +261,7 @@ def plane(means: Tensor) -> tuple[Tensor, tuple[str, str]]:
 def kl_per_dimension(run: Run, evaluation: Evaluation) -> Any:
     """Bars of the KL per latent dimension; a spatial latent is summed over positions, which shows the total."""
     shape = run.vae.latent_shape
-    spatial = len(shape) == 3
+    spatial = len(shape) > 1
     kl = evaluation.kl_per_dim.flatten(1).sum(1) if spatial else evaluation.kl_per_dim
     active = evaluation.means.flatten(2).var(dim=0).amax(dim=1) if spatial else evaluation.means.var(dim=0)
     order = kl.argsort(descending=True)
@@ -267,7 +272,7 @@ def kl_per_dimension(run: Run, evaluation: Evaluation) -> Any:
         panel.set_xticks(range(len(kl)), [str(int(index)) for index in order])
         panel.tick_params(axis="x", length=0)
     unit = "channel" if spatial else "latent dimension"
-    where = f", summed over {shape[1]} x {shape[2]} positions" if spatial else ""
+    where = f", summed over {' x '.join(map(str, shape[1:]))} positions" if spatial else ""
     target = "" if run.prior is None else " to N(0, I)"
     panel.set(
         title=f"KL{target} per {unit}{where}", xlabel=f"{unit}, largest KL first", ylabel="nats per datum, test mean"

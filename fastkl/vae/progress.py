@@ -1,4 +1,4 @@
-"""The display of a run: a bar in a terminal, lines in a log, and TensorBoard events."""
+"""The display of a run: a bar in a terminal, lines in a log, and what events.py writes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import contextlib
 import os
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastkl.vae.errors import require
-from fastkl.vae.events import Events
+from fastkl.vae.events import TensorBoard, WandB, pictures_of
 from fastkl.vae.prior import is_mixture
 
 if TYPE_CHECKING:
@@ -78,15 +78,15 @@ class Display:
 
 
 class Terminal(Display):
-    """A progress bar on a terminal, about twenty plain lines in a log; TensorBoard events if a folder is given."""
+    """A progress bar on a terminal, about twenty plain lines in a log; curves and pictures for each writer."""
 
-    def __init__(self, run: Run, events: Path | None):
+    def __init__(self, run: Run, writers: Sequence[TensorBoard | WandB] = ()):
         self.total, self.batch_size, self.first = run.total_steps, run.batch_size, run.step
         self.began = time.perf_counter()
         self.values: dict[str, float] = {}  # empty before the first point of the curves
         self.used = self.skipped = ""
         self.bar = None
-        self.events = None if events is None else Events(events, run.step)
+        self.writers = writers
         if sys.stdout.isatty():
             self.bar = make_bar()
             self.task = self.bar.add_task("training", total=self.total, completed=run.step, text="")
@@ -99,15 +99,14 @@ class Terminal(Display):
     def __exit__(self, *error: Any) -> None:
         if self.bar:
             self.bar.stop()
-        if self.events:
-            self.events.close(quiet=error != (None, None, None))
+        for writer in self.writers:
+            writer.close(quiet=error != (None, None, None))
 
     def trained(self, step: int, elbo: float, kl: float, reconstruction: float, terms: dict[str, float]) -> None:
         self.values.update(ELBO=elbo, KL=kl)
-        if self.events:
-            values = {"elbo": elbo, "kl": kl, "reconstruction": reconstruction, **terms}
-            values["data_per_second"] = self.rate(step)
-            self.events.scalars("train", step, values)
+        values = {"elbo": elbo, "kl": kl, "reconstruction": reconstruction, **terms}
+        values["data_per_second"] = self.rate(step)
+        self.write("train", step, values)
 
     def tested(self, run: Run, step: int, elbo: float, kl: float, reconstruction: float) -> None:
         name = "validation" if "validation" in run.history else "test"
@@ -117,17 +116,17 @@ class Terminal(Display):
             names = ("kl_lower", "kl_estimate", "kl_upper", "used_components", "tau")
             values.update(zip(names, run.history["mixture"][-1][1:]))
             self.used = f"  {values['used_components']} of {run.settings.components} used"
-        if self.events:
-            self.events.scalars(name, step, values)
-            if len(run.data.shape) == 3:
-                self.events.images(run, step)
+        self.write(name, step, values)
+        if self.writers and len(run.data.shape) > 1:
+            pictures = pictures_of(run)
+            for writer in self.writers:
+                writer.images(step, pictures)
         if not self.bar:
             say(f"step {step}/{self.total}  {self.line(step)}")
 
     def monitored(self, step: int, figures: dict[str, float], warnings: list[str]) -> None:
         self.skipped = f"  {figures['skipped_steps']} skipped" if figures["skipped_steps"] else ""
-        if self.events:
-            self.events.scalars("monitors", step, figures)
+        self.write("monitors", step, figures)
         tell = self.bar.console.print if self.bar else say
         for line in warnings:
             tell(f"step {step}: {line}")
@@ -137,8 +136,12 @@ class Terminal(Display):
             self.bar.update(self.task, completed=step, text=self.line(step))
 
     def flush(self) -> None:
-        if self.events:
-            self.events.flush()
+        for writer in self.writers:
+            writer.flush()
+
+    def write(self, group: str, step: int, values: dict[str, float]) -> None:
+        for writer in self.writers:
+            writer.scalars(group, step, values)
 
     def rate(self, step: int) -> float:
         return (step - self.first) * self.batch_size / max(time.perf_counter() - self.began, 1e-9)

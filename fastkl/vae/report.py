@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastkl.vae import checkpoint, facts
+from fastkl.vae import checkpoint, facts, memory
 from fastkl.vae.evaluate import Evaluation
 from fastkl.vae.pictures import draw
 from fastkl.vae.run import Run
@@ -185,7 +185,7 @@ def page(run: Run, metrics: dict[str, Any], images: dict[str, bytes]) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
         f"<body><h1>{title}</h1>{notes}"
-        f'<div class="figures">{tiles}</div>{warnings}{memory_table(metrics.get("loss_memory"))}{figures}'
+        f'<div class="figures">{tiles}</div>{warnings}{memory_table(metrics["loss_share"])}{figures}'
         f"{provenance(metrics['starts'])}{settings_table(run.settings)}</body></html>\n"
     )
 
@@ -221,16 +221,13 @@ def settings_table(settings: Settings) -> str:
     return f'<h2>Settings</h2><div class="table"><table>{rows}</table></div>'
 
 
-def memory_table(measured: dict[str, Any] | None) -> str:
-    if not measured:
-        return ""
-    cell = '<td class="number">{:,.1f}</td>'
+def memory_table(costs: dict[str, Any]) -> str:
     rows = "".join(
-        f"<tr><td>{name}</td>{''.join(cell.format(row[key]) for key in ('saved', 'peak', 'time'))}</tr>"
-        for name, row in measured["rows"].items()
+        f"<tr><td>{name}</td>{''.join(f'<td class=number>{cell}</td>' for cell in cells)}</tr>"
+        for name, cells in memory.table(costs)
     )
     return (
-        f'<h2>Memory and time of the loss</h2><p class="note">{html.escape(measured["what"])}</p>'
+        f'<h2>Memory and time of the loss</h2><p class="note">{html.escape(costs["what"])}</p>'
         '<div class="table"><table><tr><th></th>'
-        f"<th>kept for backward, MiB</th><th>peak, MiB</th><th>forward and backward, ms</th></tr>{rows}</table></div>"
+        f"<th>kept for backward</th><th>peak</th><th>forward and backward</th></tr>{rows}</table></div>"
     )

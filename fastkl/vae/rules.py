@@ -102,13 +102,14 @@ def check_remedies(settings: Settings, given: dict[str, Any]) -> None:
 
 
 def defaults(given: dict[str, Any]) -> Settings:
-    """Settings from, in rising precedence: defaults, data set, model, preset, objective, prior, given options."""
-    names = ("preset", "data", "objective", "prior")
-    preset, data, objective, prior = (given.get(name, getattr(Settings, name)) for name in names)
+    """Settings from, in rising precedence: defaults, data set, model, objective, prior, preset, given options."""
+    preset = given.get("preset", Settings.preset)
+    chosen = {**FOR_PRESET[preset], **given}
+    names = ("data", "objective", "prior", "model")
+    data, objective, prior, model = (chosen.get(name, getattr(Settings, name)) for name in names)
     learned = {} if prior == "standard" else {"warm_up": WARM_UP.get(preset if data == "digits" else data, 500)}
-    model = given.get("model", FOR_PRESET[preset].get("model", Settings.model))
-    suited = {**FOR_DATA.get(data, {}), **FOR_MODEL.get(model, {}), **FOR_PRESET[preset]}
-    return Settings(**{**suited, **FOR_OBJECTIVE.get(objective, {}), **learned, **given})
+    suited = {**FOR_DATA.get(data, {}), **FOR_MODEL.get(model, {}), **FOR_OBJECTIVE.get(objective, {}), **learned}
+    return Settings(**{**suited, **chosen})
 
 
 def check(settings: Settings) -> None:

@@ -62,14 +62,18 @@ class Scaling:
 
 
 def resized(values: Tensor, size: int) -> Tensor:
-    """Images [N, C, H, W] with `size` pixels a side; size 0, or vectors: unchanged."""
-    if not size or values.dim() != 4 or values.shape[-2:] == (size, size):
+    """Images [N, C, H, W], or each frame of videos [N, C, T, H, W], with `size` pixels a side; size 0, or vectors:
+    unchanged."""
+    if not size or values.dim() < 4 or values.shape[-2:] == (size, size):
         return values
+    if values.dim() == 5:
+        return torch.stack([resized(frame, size) for frame in values.unbind(2)], dim=2)
     return F.interpolate(values, size=(size, size), mode="bilinear", antialias=True)
 
 
 def arrange(part: Part, where: str) -> tuple[Part, str]:
-    """(the part as [N, features] or [N, channels, height, width], a note on its layout).
+    """(the part as [N, features], [N, channels, height, width] or [N, channels, frames, height, width], a note on its
+    layout).
 
     Raises:
         UserError: dtype or shape are unsupported, or values are not finite.
@@ -77,9 +81,9 @@ def arrange(part: Part, where: str) -> tuple[Part, str]:
     values = part.values
     if values.dtype.kind not in "fiub":
         raise UserError(f"{where}: expected numbers, got dtype {values.dtype}")
-    if values.ndim not in (2, 3, 4) or 0 in values.shape:
-        shape = tuple(values.shape)
-        raise UserError(f"{where}: expected [N, features], [N, H, W] or [N, C, H, W], got shape {shape}")
+    if values.ndim not in (2, 3, 4, 5) or 0 in values.shape:
+        expected = "[N, features], [N, H, W], [N, C, H, W] or [N, C, T, H, W]"
+        raise UserError(f"{where}: expected {expected}, got shape {tuple(values.shape)}")
     if values.dtype.kind == "f":
         # In float32, because a float64 beyond its range becomes infinite there.
         with np.errstate(over="ignore"):
@@ -99,6 +103,9 @@ def arrange(part: Part, where: str) -> tuple[Part, str]:
     elif values.ndim == 4 and channels_last(values.shape, where):
         layout = f"channels last, {list(values.shape)}"
         values = values.transpose(0, 3, 1, 2)
+    elif values.ndim == 5 and (axis := channel_axis(values.shape, where)) != 1:
+        layout = f"channels {'last' if axis == 4 else 'after the frames'}, {list(values.shape)}"
+        values = np.moveaxis(values, axis, 1)
     return Part(values, part.labels, span), layout
 
 
@@ -117,6 +124,19 @@ def channels_last(shape: tuple[int, ...], where: str) -> bool:
             "channels and larger images, or [N, features]"
         )
     return False
+
+
+def channel_axis(shape: tuple[int, ...], where: str) -> int:
+    """The axis of the channels of videos: 1 of [N, C, T, H, W], 2 of [N, T, C, H, W] or 4 of [N, T, H, W, C]."""
+    first, second, _, last = (size <= FEW for size in shape[1:])
+    if first != last:  # a video may be as short as it has channels: the second axis decides only alone
+        return 1 if first else 4
+    if second and not first:
+        return 2
+    raise UserError(
+        f"{where}: the channel dimension of {list(shape)} is ambiguous; save [N, C, T, H, W] with at most {FEW} "
+        "channels and larger frames"
+    )
 
 
 def whole_range(high: float) -> float:

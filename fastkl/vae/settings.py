@@ -25,7 +25,9 @@ def option(default: Any, text: str, maths: bool = True, choices: tuple = (), by_
 
 @dataclass(frozen=True)
 class Settings:
-    preset: str = option("digits", "a set of defaults; other options override it", choices=("digits", "large-latent"))
+    preset: str = option(
+        "digits", "a set of defaults; other options override it", choices=("digits", "large-latent", "large-mixture")
+    )
     # A moved file is the same data, so resuming compares the fingerprint of the data instead of this name.
     data: str = option("digits", "digits, mnist5k, pbmc, or a .npy, .npz, .pt file or a folder of images", maths=False)
     test_data: str = option(
@@ -204,6 +206,11 @@ FOR_PRESET = {
         "epochs": 1, "learning_rate": 2e-3, "log_every": 1, "checkpoint_every": 5, "importance_samples": 10,
         "test_count": 16, "threads": 0,
     },
+    # Where the loss is most of a step: a latent as large as the datum, and each of its samples meets each component.
+    "large-mixture": {
+        "latent": 64, "prior": "gmm", "components": 100, "objective": "iwae", "samples": 5, "steps": 600,
+        "importance_samples": 100,
+    },
 }  # fmt: skip
 
 # Values of the papers, or tuned on digits (bench/compare_objectives.py).
@@ -222,4 +229,4 @@ FOR_OBJECTIVE: dict[str, dict[str, Any]] = {
 }
 
 # A learned prior starts once the posteriors have separated; a short run has few steps for that.
-WARM_UP = {"digits": 500, "pbmc": 100, "large-latent": 3}
+WARM_UP = {"digits": 500, "pbmc": 100, "large-latent": 3, "large-mixture": 100}

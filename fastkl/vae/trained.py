@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import fastkl
 from fastkl.priors import Prior
-from fastkl.vae import checkpoint, prior, rules, streams
+from fastkl.vae import checkpoint, export, prior, rules, streams
 from fastkl.vae.arrays import Part, first_line
 from fastkl.vae.data import Data
 from fastkl.vae.errors import UserError
@@ -35,7 +35,8 @@ class Trained:
         vae: the networks, in float32, on `device`, without gradients.
         prior: the learned prior, or None for N(0, I).
         settings, step: the settings of the run, and its number of steps.
-        shape, latent_shape: the shape of one datum in the model (images are [C, H, W]), and that of its latent.
+        shape, latent_shape: the shape of one datum in the model (images are [C, H, W], videos [C, T, H, W]), and that
+            of its latent.
     """
 
     def __init__(self, vae: VAE, prior: Prior | None, scaling: Scaling, settings: Settings, step: int):
@@ -116,6 +117,25 @@ class Trained:
             weighted = importance_weighted(self.vae, observed, self.vae.posterior(part), num_samples, self.prior)
             found.append(weighted[1].cpu())
         return torch.cat(found)
+
+    def export(self, folder: str | PathLike, *, format: str = "pt2") -> list[str]:
+        """Write encoder.pt2 and decoder.pt2 for `torch.export.load`, or encoder.onnx and decoder.onnx.
+
+        The programs run without fastkl, on float32 tensors in the units of the training file with any number of data:
+        the encoder maps x [N, *shape] to (mean, logvar), the decoder maps z [N, *latent_shape] to the mean of x.
+        export.json describes them.
+
+        Args:
+            folder: the folder, made if it does not exist.
+            format: "pt2", or "onnx" with the packages onnx and onnxscript.
+
+        Returns:
+            Notes on what is left out, such as the decoder if it is autoregressive.
+
+        Raises:
+            UserError: a package is missing, the folder is not writable, or a network cannot be exported.
+        """
+        return export.export(self.vae, self.scaling, self.settings, self.prior is not None, Path(folder), format)
 
 
 def load(

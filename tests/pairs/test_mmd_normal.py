@@ -1,4 +1,4 @@
-"""mmd_normal: both implementations against the float64 definition, Monte Carlo, and quadrature."""
+"""mmd_normal: its implementations against the float64 definition, Monte Carlo, and quadrature."""
 
 import math
 
@@ -11,7 +11,7 @@ from fastkl.ops.pairs import _mmd_posteriors
 
 from helpers import DEVICE, DTYPES, assert_as_good_as_eager, implementation, launcher, leaf, peak_bytes
 
-both = pytest.mark.parametrize("backend", ["torch", "triton"])
+both = pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 posteriors = pytest.mark.parametrize("with_logvar", [False, True], ids=["points", "posteriors"])
 # (N, D): why
 SHAPES = [
@@ -68,10 +68,28 @@ def test_dtypes(backend, dtype, with_logvar):
 
 def test_several_blocks(monkeypatch):
     monkeypatch.setattr(_mmd_posteriors, "SMALL", 0)
-    for block in (256, 16):
-        monkeypatch.setattr(_mmd_posteriors, "BLOCK", block)
-        for estimator in reference.MMD_ESTIMATORS:
-            check(draw(50, 4), estimator=estimator)
+    with implementation("torch"):
+        for block in (256, 16):
+            monkeypatch.setattr(_mmd_posteriors, "BLOCK", block)
+            for estimator in reference.MMD_ESTIMATORS:
+                check(draw(50, 4), estimator=estimator)
+
+
+def test_several_blocks_in_c_and_any_number_of_threads():
+    tensors, found, before = draw(300, 4), [], torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            with implementation("native"):
+                check(tensors)
+                found.append(run(fastkl.mmd_normal, tensors))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_more_scales_than_the_loop_in_c_takes():
+    check(draw(9, 4), scales=[0.1 * (1 + s) for s in range(20)])
 
 
 @both

@@ -33,9 +33,14 @@ def by_geomloss(x, y, blur=0.05, *, weights_x, weights_y, **settings):
     return loss(weights_x, x, weights_y, y)
 
 
+def without_loops(monkeypatch):
+    monkeypatch.setattr(sinkhorn_divergence, "by_loops", lambda *arguments: NotImplemented)
+
+
 @pytest.fixture
 def general(monkeypatch):
     """The path of GPUs, by gmm_log_prob."""
+    without_loops(monkeypatch)
     monkeypatch.setattr(sinkhorn_divergence, "Products", lambda x, y, centre: _sinkhorn.Softmin(x, y))
 
 
@@ -43,10 +48,13 @@ def general(monkeypatch):
 SHAPES = [(20, 15, 3), (1, 1, 2), (1, 6, 1), (40, 70, 2)]  # the last: several tiles either way, and mirrored
 
 
+@pytest.mark.parametrize("loops", [True, False])
 @pytest.mark.parametrize("debias", [True, False])
 @pytest.mark.parametrize("blur", [0.02, 0.3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients_agree_with_geomloss(monkeypatch, shape, blur, debias):
+def test_values_and_gradients_agree_with_geomloss(monkeypatch, shape, blur, debias, loops):
+    if not loops:
+        without_loops(monkeypatch)
     monkeypatch.setattr(_sinkhorn, "TILE", (16, 32))
     tensors, settings = draw(*shape), {"blur": blur, "debias": debias}
     expected = run(by_geomloss, tensors, **settings)
@@ -71,10 +79,13 @@ def test_kernels(general):
     torch.testing.assert_close(actual, run(by_geomloss, tensors, **settings), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("loops", [True, False])
 @pytest.mark.parametrize("centre", [0.0, 100.0])
 @pytest.mark.parametrize("blur", [0.02, 0.3])
-def test_float32_is_as_good_as_geomloss_near_and_far_from_the_origin(blur, centre):
+def test_float32_is_as_good_as_geomloss_near_and_far_from_the_origin(monkeypatch, blur, centre, loops):
     """GeomLoss expands |x - y|^2 around the origin: at a distance of 100 nothing is left of it at blur = 0.02."""
+    if not loops:
+        without_loops(monkeypatch)
     tensors = draw(60, 50, dtype=torch.float32, centre=centre)
     exact = run(by_geomloss, [leaf(t.double()) for t in tensors], blur)
     eager = run(by_geomloss, tensors, blur)

@@ -146,5 +146,5 @@ def test_lines_tell_the_used_components(capsys, monkeypatch):
     run = types.SimpleNamespace(
         total_steps=10, batch_size=4, step=0, prior=GaussianMixture(9, 2), history=history, settings=settings
     )
-    progress.Terminal(run, None).tested(run, 5, -1.0, 2.0, 1.0)
+    progress.Terminal(run).tested(run, 5, -1.0, 2.0, 1.0)
     assert "test -1.00 nats  4 of 9 used" in capsys.readouterr().out

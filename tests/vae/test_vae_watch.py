@@ -40,7 +40,7 @@ def test_warnings_name_the_remedy_once(monkeypatch, capsys):
     assert again.warnings(41, 100, again.figures(), None) == [], "nor after a resumption"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
     run = types.SimpleNamespace(total_steps=100, batch_size=4, step=0)
-    with progress.Terminal(run, None) as display:
+    with progress.Terminal(run) as display:
         display.monitored(20, {"skipped_steps": 2, **figures}, [once[1]])
         assert display.line(20).count("2 skipped") == 1
     assert f"step 20: {once[1]}" in capsys.readouterr().out

@@ -56,6 +56,7 @@ bernoulli_log_prob_fwd = register(
     fake=_fake_forward,
     kernel=lambda: _kernels().fwd,
     native=lambda: _loops().bernoulli_log_prob_fwd,
+    terms=lambda logits, *_: logits.numel(),
 )
 bernoulli_log_prob_bwd = register(
     "bernoulli_log_prob_bwd(Tensor dlog_prob, Tensor logits, Tensor x, Tensor(a!)? dlogits, Tensor(b!)? dx, "
@@ -63,6 +64,7 @@ bernoulli_log_prob_bwd = register(
     closed_form=_backward,
     kernel=lambda: _kernels().bwd,
     native=lambda: _loops().bernoulli_log_prob_bwd,
+    terms=lambda dlog_prob, logits, *_: logits.numel(),
 )
 BERNOULLI = Likelihood(bernoulli_log_prob_fwd, bernoulli_log_prob_bwd, "bernoulli_log_prob_fwd", _gradients)
 

@@ -71,6 +71,7 @@ normal_log_prob_fwd = register(
     fake=_fake_forward,
     kernel=lambda: _kernels().fwd,
     native=lambda: _loops().normal_log_prob_fwd,
+    terms=lambda x, *_: x.numel(),
 )
 normal_log_prob_bwd = register(
     "normal_log_prob_bwd(Tensor dlog_prob, Tensor x, Tensor mean, Tensor logvar, Tensor(a!)? dx, Tensor(b!)? dmean, "
@@ -78,6 +79,7 @@ normal_log_prob_bwd = register(
     closed_form=_backward,
     kernel=lambda: _kernels().bwd,
     native=lambda: _loops().normal_log_prob_bwd,
+    terms=lambda dlog_prob, x, *_: x.numel(),
 )
 NORMAL = Likelihood(normal_log_prob_fwd, normal_log_prob_bwd, "normal_log_prob_fwd", _gradients, _fit_logvar)
 

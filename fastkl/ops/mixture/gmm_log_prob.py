@@ -89,6 +89,7 @@ gmm_log_prob_fwd = register(
     fake=fake_values,
     kernel=lambda: _kernels().fwd,
     native=lambda: _loops().gmm_log_prob_fwd,
+    terms=lambda z, logvar, logits, means, *_: z.numel() * means.shape[1],
 )
 gmm_log_prob_bwd = register(
     f"gmm_log_prob_bwd(Tensor dlp, Tensor lp, Tensor? responsibilities, {_INPUTS}, "
@@ -96,6 +97,7 @@ gmm_log_prob_bwd = register(
     closed_form=_backward,
     kernel=lambda: _kernels().bwd,
     native=lambda: _loops().gmm_log_prob_bwd,
+    terms=lambda dlp, lp, responsibilities, z, logvar, logits, means, *_: z.numel() * means.shape[1],
 )
 
 

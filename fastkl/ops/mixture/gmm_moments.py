@@ -51,11 +51,18 @@ def _kernels():
     return gmm_moments
 
 
+def _loops():
+    from fastkl.native import mixture
+
+    return mixture
+
+
 gmm_moments_fwd = register(
     f"gmm_moments_fwd(Tensor z, {MIXTURE}) -> Tensor[]",
     closed_form=_forward,
     fake=_fake_forward,
     kernel=lambda: _kernels().fwd,
+    native=lambda: _loops().gmm_moments_fwd,
 )
 
 

@@ -56,17 +56,25 @@ def _kernels():
     return gmm_responsibilities
 
 
+def _loops():
+    from fastkl.native import mixture
+
+    return mixture
+
+
 gmm_responsibilities_fwd = register(
     f"gmm_responsibilities_fwd(Tensor z, {MIXTURE}, str precision) -> Tensor",
     closed_form=_forward,
     fake=_fake_forward,
     kernel=lambda: _kernels().fwd,
+    native=lambda: _loops().gmm_responsibilities_fwd,
 )
 gmm_responsibilities_bwd = register(
     f"gmm_responsibilities_bwd(Tensor dlog_r, Tensor log_r, Tensor z, {MIXTURE}, Tensor(a!)? dz, {DMIXTURE}, "
     "str precision) -> ()",
     closed_form=_backward,
     kernel=lambda: _kernels().bwd,
+    native=lambda: _loops().gmm_responsibilities_bwd,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -55,6 +56,11 @@ class Drawing(NamedTuple):
 def of_rows(dvalue: Tensor, mu: Tensor, event_ndim: int) -> Tensor:
     """The gradient of one value per row, shaped to broadcast with mu."""
     return dvalue.reshape(*dvalue.shape, *[1] * event_ndim)
+
+
+def terms_of_eps(index: int) -> Callable[..., float]:
+    """`terms` in `register` of an op that draws: the compiler cannot trace the closed form of the noise of a seed."""
+    return lambda *args: math.inf if args[index] is None else args[index].numel()
 
 
 def fake_value(

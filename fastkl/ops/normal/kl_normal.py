@@ -57,12 +57,14 @@ kl_normal_fwd = register(
     fake=fake_value,
     kernel=lambda: _kernels().fwd,
     native=lambda: _loops().kl_normal_fwd,
+    terms=lambda mu, *_: mu.numel(),
 )
 kl_normal_bwd = register(
     f"kl_normal_bwd(Tensor dkl, {Q}, {PRIOR}, {DQ}, {DPRIOR}, {SETTINGS}) -> ()",
     closed_form=_backward,
     kernel=lambda: _kernels().bwd,
     native=lambda: _loops().kl_normal_bwd,
+    terms=lambda dvalue, mu, *_: mu.numel(),
 )
 KL_NORMAL = NormalOp(kl_normal_fwd, kl_normal_bwd, "kl_normal_fwd")
 

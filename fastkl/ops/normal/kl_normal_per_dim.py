@@ -57,12 +57,14 @@ kl_normal_per_dim_fwd = register(
     fake=_fake_forward,
     kernel=lambda: _kernels().fwd,
     native=lambda: _loops().kl_normal_per_dim_fwd,
+    terms=lambda mu, *_: mu.numel(),
 )
 kl_normal_per_dim_bwd = register(
     f"kl_normal_per_dim_bwd(Tensor dkl, {Q}, {PRIOR}, {DQ}, {DPRIOR}, {SETTINGS}) -> ()",
     closed_form=_backward,
     kernel=lambda: _kernels().bwd,
     native=lambda: _loops().kl_normal_per_dim_bwd,
+    terms=lambda dvalue, mu, *_: mu.numel(),
 )
 KL_NORMAL_PER_DIM = NormalOp(
     kl_normal_per_dim_fwd, kl_normal_per_dim_bwd, "kl_normal_per_dim_fwd", spread=share_of_rows

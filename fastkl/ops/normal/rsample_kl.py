@@ -24,6 +24,7 @@ from fastkl.ops.normal._normal import (
     Q,
     fake_value,
     of_rows,
+    terms_of_eps,
 )
 from fastkl.reference import SoftBounds
 
@@ -72,6 +73,7 @@ rsample_kl_fwd = register(
     fake=_fake_forward,
     kernel=lambda: _kernels().fwd,
     native=lambda: _loops().rsample_kl_fwd,
+    terms=terms_of_eps(4),
 )
 # Without dkl the prior has no part in the gradient, and dprior_mu and dprior_logvar are None.
 rsample_kl_bwd = register(
@@ -79,6 +81,7 @@ rsample_kl_bwd = register(
     closed_form=_backward,
     kernel=lambda: _kernels().bwd,
     native=lambda: _loops().rsample_kl_bwd,
+    terms=terms_of_eps(6),
 )
 RSAMPLE_KL = NormalOp(rsample_kl_fwd, rsample_kl_bwd, "rsample_kl_fwd", draws=True)
 

@@ -9,7 +9,17 @@ from fastkl.ops import _sampling as sampling
 from fastkl.ops._call import apply
 from fastkl.ops._register import register
 from fastkl.ops.normal._closed_form import empty_samples, sample, samples_dtype, write_normal_gradients
-from fastkl.ops.normal._normal import DQ, DRAWING_SETTINGS, NO_EVENT, NOISE, Drawing, NormalFunction, NormalOp, Q
+from fastkl.ops.normal._normal import (
+    DQ,
+    DRAWING_SETTINGS,
+    NO_EVENT,
+    NOISE,
+    Drawing,
+    NormalFunction,
+    NormalOp,
+    Q,
+    terms_of_eps,
+)
 from fastkl.reference import SoftBounds
 
 
@@ -47,12 +57,14 @@ rsample_normal_fwd = register(
     fake=_fake_forward,
     kernel=lambda: _kernels().fwd,
     native=lambda: _loops().rsample_normal_fwd,
+    terms=terms_of_eps(2),
 )
 rsample_normal_bwd = register(
     f"rsample_normal_bwd(Tensor dz, {Q}, {NOISE}, {DQ}, {DRAWING_SETTINGS}) -> ()",
     closed_form=_backward,
     kernel=lambda: _kernels().bwd,
     native=lambda: _loops().rsample_normal_bwd,
+    terms=terms_of_eps(3),
 )
 RSAMPLE_NORMAL = NormalOp(rsample_normal_fwd, rsample_normal_bwd, "rsample_normal_fwd", draws=True, has_value=False)
 

@@ -53,12 +53,14 @@ wasserstein2_normal_fwd = register(
     fake=fake_value,
     kernel=lambda: _kernels().fwd,
     native=lambda: _loops().wasserstein2_normal_fwd,
+    terms=lambda mu, *_: mu.numel(),
 )
 wasserstein2_normal_bwd = register(
     f"wasserstein2_normal_bwd(Tensor ddistance, {Q}, {PRIOR}, {DQ}, {DPRIOR}, {SETTINGS}) -> ()",
     closed_form=_backward,
     kernel=lambda: _kernels().bwd,
     native=lambda: _loops().wasserstein2_normal_bwd,
+    terms=lambda dvalue, mu, *_: mu.numel(),
 )
 WASSERSTEIN2_NORMAL = NormalOp(
     wasserstein2_normal_fwd, wasserstein2_normal_bwd, "wasserstein2_normal_fwd",

@@ -128,11 +128,18 @@ def _kernels():
     return mmd_normal
 
 
+def _loops():
+    from fastkl.native import pairs
+
+    return pairs
+
+
 mmd_posteriors = register(
     "mmd_posteriors(Tensor mu, Tensor logvar, float[] scales, bool unbiased, bool dmu, bool dlogvar) -> Tensor[]",
     closed_form=_sweep,
     fake=fake,
     kernel=lambda: _kernels().fwd,
+    native=lambda: _loops().mmd_posteriors,
 )
 MMD_POSTERIORS = Sweep(mmd_posteriors, gradients, name="mmd_posteriors")
 

@@ -1,7 +1,8 @@
-"""Sinkhorn's algorithm between two weighted sets of points for the cost |x - y|^2 / 2; nothing of size N x M is stored.
+"""Sinkhorn's algorithm between two weighted sets of points for the cost |x - y|^2 / 2.
 
 Potentials f [N] and g [M] are updated together, at decreasing temperatures eps:
-f_i <- -eps ln sum_j b_j exp((g_j - C_ij) / eps), and g alike. `Products` does so on a CPU, `Softmin` everywhere.
+f_i <- -eps ln sum_j b_j exp((g_j - C_ij) / eps), and g alike. On a CPU a loop in C does so for small sets (`by_loops`)
+and `Products` for large ones; `Softmin` does so everywhere. The last two store nothing of size N x M.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastkl.ops._call import has_own_memory
 from fastkl.ops.mixture.gmm_log_prob import gmm_log_prob_bwd, gmm_log_prob_fwd
 
 # Rows and columns of a tile of exponents: its float64 and float32 values together fit the cache.
@@ -154,3 +156,12 @@ def potentials(problem: Softmin, schedule: list[float], pulls: bool):
         new_f, new_g, *_ = problem.update(f, g, eps)
         f, g = 0.5 * (f + new_f), 0.5 * (g + new_g)
     return problem.update(f, g, schedule[-1], pulls)
+
+
+def by_loops(x: Points, y: Points, schedule: list[float], pulls: bool):
+    """`potentials` of small sets on a CPU, in C; or NotImplemented."""
+    from fastkl.native import sinkhorn
+
+    if not has_own_memory(*x, *y):
+        return NotImplemented
+    return sinkhorn.potentials(x.at, y.at, x.weights, y.weights, schedule, pulls)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops._register import without_autocast
 from fastkl.ops._sharding import by_parts
 from fastkl.ops._sweep import Sweep
-from fastkl.ops.transport._sinkhorn import Points, Products, Softmin, potentials
+from fastkl.ops.transport._sinkhorn import Points, Products, Softmin, by_loops, potentials
 
 
 @without_autocast
@@ -31,19 +30,28 @@ def solve(
         if diameter == float("inf"):
             raise ValueError("x and y must lie in a box of finite size, got one with an infinite diagonal")
     schedule = reference.sinkhorn_schedule(diameter, blur, scaling, final_updates)
-    make: Callable[[Points, Points], Softmin] = Softmin
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        make = functools.partial(Products, centre=torch.cat([at.double() for at, _ in clouds]).mean(0))
+    on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
     pulls = any(wanted[:2])
-    *both, pull_x, pull_y = potentials(make(*clouds), schedule, pulls)
+
+    def between(first: Points, second: Points) -> tuple:
+        if on_cpu and (found := by_loops(first, second, schedule, pulls)) is not NotImplemented:
+            return found
+        if on_cpu:
+            centre = torch.cat([at.double() for at, _ in clouds]).mean(0)
+            return potentials(Products(first, second, centre), schedule, pulls)
+        return potentials(Softmin(first, second), schedule, pulls)
+
+    *both, pull_x, pull_y = between(*clouds)
     moved = [pull_x, pull_y]
     if debias:
         for index, cloud in enumerate(clouds):
-            potential, _, pull, _ = potentials(make(cloud, cloud), schedule, pulls)
+            potential, _, pull, _ = between(cloud, cloud)
             both[index] = both[index] - potential
             moved[index] = moved[index] - pull if pulls else None
     value = torch.stack([(cloud.weights.double() * f.double()).sum() for cloud, f in zip(clouds, both)]).sum()
-    gradients = [cloud.weights.unsqueeze(1) * pull if pulls else None for cloud, pull in zip(clouds, moved)] + both
+    gradients: list[Any] = [
+        cloud.weights.unsqueeze(1) * pull if pulls else None for cloud, pull in zip(clouds, moved)
+    ] + both
     return [value.to(dtype), *(gradient.to(dtype) for gradient, want in zip(gradients, wanted) if want)]
 
 
@@ -107,9 +115,9 @@ def sinkhorn_divergence(
             gradient are then some tenths of a per cent off. Some tens let them converge unless blur is small.
 
     Returns:
-        One number, float32 for float16, bfloat16 and float32 input, float64 if any input is. It needs no tensor of size
-        N x M, only tiles of 3 MiB on a CPU; the gradient needs tensors of the inputs' sizes. A second derivative raises
-        an error.
+        One number, float32 for float16, bfloat16 and float32 input, float64 if any input is. It stores the costs of at
+        most 2^18 pairs, on a CPU, in 4 MiB; for more it needs no tensor of size N x M, only tiles of 3 MiB on a CPU.
+        The gradient needs tensors of the inputs' sizes. A second derivative raises an error.
 
     Raises:
         TypeError: an argument is not a floating-point tensor or not a number.
