@@ -1,6 +1,6 @@
 """A hierarchical VAE of digits: two latents, and a prior of the lower one that depends on the upper one.
 
-p(x, z1, z2) = p(x | z1) p(z1 | z2) N(z2; 0, I), with posteriors q(z1 | x) and q(z2 | z1)
+p(x, z1, z2) = p(x | z1) p(z1 | z2) N(z2; 0, I), with posteriors q(z2 | x) and q(z1 | x, z2)
 
 python examples/train_hierarchical_vae.py [--steps 2000]
 """
@@ -21,7 +21,7 @@ steps = options.parse_args().steps
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
-pixels = torch.from_numpy(load_digits().images).float().flatten(1) / 16  # [1797, 64], in [0, 1]
+pixels = torch.from_numpy(load_digits().images > 7).float().flatten(1)  # [1797, 64], black or white
 pixels = pixels[torch.randperm(len(pixels))].to(device)
 train, test = pixels[:1438], pixels[1438:]
 
@@ -32,7 +32,7 @@ def network(inputs, outputs):
 
 # A network of a distribution gives means and log-variances together.
 model = nn.ModuleDict({
-    "posterior of z1": network(64, 2 * LOWER), "posterior of z2": network(LOWER, 2 * UPPER),
+    "posterior of z1": network(64 + UPPER, 2 * LOWER), "posterior of z2": network(64, 2 * UPPER),
     "prior of z1": network(UPPER, 2 * LOWER), "decoder": network(LOWER, 64),
 }).to(device)  # fmt: skip
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -41,10 +41,10 @@ schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
 def terms(x):
     """(ln p(x | z1), KL of z1, KL of z2) of each datum, in nats."""
-    mu1, logvar1 = model["posterior of z1"](x).chunk(2, dim=1)
-    z1 = fastkl.rsample_normal(mu1, logvar1)
-    mu2, logvar2 = model["posterior of z2"](z1).chunk(2, dim=1)
+    mu2, logvar2 = model["posterior of z2"](x).chunk(2, dim=1)
     z2, kl2 = fastkl.rsample_kl(mu2, logvar2)
+    mu1, logvar1 = model["posterior of z1"](torch.cat([x, z2], dim=1)).chunk(2, dim=1)
+    z1 = fastkl.rsample_normal(mu1, logvar1)
     prior_mu, prior_logvar = model["prior of z1"](z2).chunk(2, dim=1)
     kl1 = fastkl.kl_normal(mu1, logvar1, prior_mu, prior_logvar)  # of two Gaussians, both learned
     return fastkl.bernoulli_log_prob(x, model["decoder"](z1)), kl1, kl2

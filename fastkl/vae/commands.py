@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastkl.vae import checkpoint, data, files, folders, parallel, rules, trained
-from fastkl.vae.arrays import BROKEN, first_line
 from fastkl.vae.errors import UserError
 from fastkl.vae.evaluate import evaluate as figures_of
 from fastkl.vae.export import FORMATS
@@ -89,15 +87,16 @@ def decode(options: argparse.Namespace) -> int:
     model = loaded(options)
     if options.data.suffix != ".npy":
         raise UserError(f"LATENTS {options.data}: expected a .npy file, such as `fastkl encode` writes")
-    return write(model.decode, rows_of(options.data, model), options.out)
+    return write(model.decode, rows_of(options.data, model, "LATENTS"), options.out)
 
 
 def sample(options: argparse.Namespace) -> int:
     if options.count < 1:
         raise UserError(f"--count must be at least 1, got {options.count}")
     model = loaded(options)
-    torch.manual_seed(options.seed)  # an autoregressive decoder draws values
-    return write(model.decode, model.latents(options.count, seed=options.seed).numpy(), options.out)
+    model.seed_decoder(options.seed)
+    latents = model.latents(options.count, seed=options.seed).numpy()
+    return write(model.decode, latents, options.out, model.decoded_at_once)
 
 
 def export(options: argparse.Namespace) -> int:
@@ -113,11 +112,11 @@ def evaluate(options: argparse.Namespace) -> int:
         source = data.load(model.settings)
         x, labels = source.test, source.test_labels
     else:
-        x, labels = model.scaled(whole(Path(options.data), model)), None
+        x, labels = model.scaled(whole(Path(options.data), model)[:]), None
     samples = options.importance_samples or model.settings.importance_samples
     if samples < 1:
         raise UserError(f"--importance-samples must be at least 1, got {samples}")
-    found = figures_of(model.vae, x, samples, model.settings.seed, model.device, model.prior, labels)
+    found = figures_of(model.vae, x, samples, model.settings.seed, model.device, model.prior, labels, model.scaling)
     print(json.dumps(found.figures(), indent=2))
     return 0
 
@@ -135,47 +134,43 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
-def rows_of(path: Path, model: Trained) -> np.ndarray:
+def rows_of(path: Path, model: Trained, option: str = "DATA") -> np.ndarray:
     """The rows of a file. Those of a .npy file are read when they are used."""
-    if path.suffix.lower() != ".npy":
-        values = whole(path, model)
-    else:
-        try:
-            values = np.load(path, mmap_mode="r", allow_pickle=False)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
-        except BROKEN as error:
-            raise UserError(f"{path}: truncated, or not a .npy file of plain arrays ({first_line(error)})") from None
+    values = files.mapped(path, option) if path.suffix.lower() == ".npy" else whole(path, model)
     if values.ndim < 2 or not len(values):
-        raise UserError(f"{path}: expected at least one row [N, ...], got shape {list(values.shape)}")
+        raise UserError(f"{option} {path}: expected at least one row [N, ...], got shape {list(values.shape)}")
     return values
 
 
 def whole(path: Path, model: Trained) -> np.ndarray:
-    parts = files.read(path, model.settings.image_size, "DATA").parts
+    """The data of a file or folder, as the run reads its own."""
+    settings = dataclasses.replace(model.settings, stream=model.settings.stream and path.is_dir())
+    parts = files.read(path, settings, "DATA").parts
     return next(iter(parts.values())).values
 
 
-def write(function: Callable[[np.ndarray], Tensor], rows: np.ndarray, path: Path) -> int:
-    """Write function(rows) to a .npy file, block by block. The file gets its name when it is complete."""
+def write(function: Callable[[np.ndarray], Tensor], rows: np.ndarray, path: Path, at_once: int = 0) -> int:
+    """Write function(rows) to a .npy file, in blocks of `at_once` rows. The file gets its name when it is complete."""
     if path.suffix != ".npy":
         raise UserError(f"--out {path}: the name must end in .npy")
-    temporary, target, size = path.with_name(f".{path.name}.tmp"), None, max(1, ROWS // math.prod(rows.shape[1:]))
+    temporary, shape = path.with_name(f".{path.name}.tmp"), [0]
+    size = at_once or max(1, ROWS // math.prod(rows.shape[1:]))
     try:
-        for first in range(0, len(rows), size):
-            values = function(np.array(rows[first : first + size])).numpy()
-            if target is None:
-                shape = (len(rows), *values.shape[1:])
-                target = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-            target[first : first + size] = values
-        assert target is not None
-        target.flush()
+        # Not a memory map: on a full disk the system would end the process.
+        with open(temporary, "wb") as stream:
+            for first in range(0, len(rows), size):
+                values = function(np.array(rows[first : first + size])).numpy().astype("<f4", order="C", copy=False)
+                if first == 0:
+                    shape = [len(rows), *values.shape[1:]]
+                    header = {"descr": "<f4", "fortran_order": False, "shape": tuple(shape)}
+                    np.lib.format.write_array_header_1_0(stream, header)
+                stream.write(values.data)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written: {checkpoint.reason(error)}") from None
     finally:
         temporary.unlink(missing_ok=True)
-    say(f"{path}: {len(rows):,} rows of shape {list(target.shape[1:])}")
+    say(f"{path}: {len(rows):,} rows of shape {shape[1:]}")
     return 0
 
 
@@ -191,7 +186,7 @@ def _write_report_of(run: Run, began: float) -> None:
     from fastkl.vae.report import summary, write_report
 
     asked = (run.settings.importance_samples, run.settings.seed, run.device, run.prior, run.data.test_labels)
-    evaluation = figures_of(run.vae, run.data.test, *asked)
+    evaluation = figures_of(run.vae, run.data.test, *asked, run.data.scaling)
     costs = memory.shares(run)
     say(costs["what"])
     for name, cells in memory.table(costs):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from fastkl.vae import checkpoint, commands
 from fastkl.vae.cli import main
 from fastkl.vae.errors import UserError
 
-from vae_helpers import BARE, datasets, linear_gaussian, train
+from vae_helpers import BARE, datasets, linear_gaussian, run, train
 
 RUNS = {
     "bernoulli": (),
@@ -147,6 +149,41 @@ def test_commands_write_what_the_model_gives(runs, tmp_path, monkeypatch, capsys
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def test_sample_of_an_autoregressive_model_is_that_of_the_command(runs, tmp_path, monkeypatch):
+    """In several batches, each of which draws values."""
+    from fastkl.vae import trained
+
+    monkeypatch.setattr(trained, "DECODED", 3 * 64)
+    assert (
+        main(["sample", str(runs("autoregressive")), "--count", "7", "--seed", "3", "--out", f"{tmp_path}/s.npy"]) == 0
+    )
+    expected = vae.load(runs("autoregressive")).sample(7, seed=3)
+    torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "s.npy")), expected, rtol=0, atol=0)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 kB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_ends_a_command_with_one_line(runs, tmp_path, small_disk):
+    """In a process of its own: a memory map of a full disk would end it by SIGBUS."""
+    np.save(tmp_path / "z.npy", np.zeros((4000, 3), np.float32))
+    words = ["decode", str(runs("bernoulli")), str(tmp_path / "z.npy"), "--out", str(small_disk / "x.npy")]
+    done = run([sys.executable, "-m", "fastkl.vae", *words])
+    assert done.returncode == 2, done.stderr
+    assert "x.npy: cannot be written: the disk is full" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(small_disk.iterdir()), "nothing is left"
+
+
 def test_evaluate_prints_the_figures_of_the_report(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert train(tmp_path / "run", "--no-tensorboard", "--importance-samples", "10") == 0
@@ -167,7 +204,7 @@ def test_evaluate_prints_the_figures_of_the_report(tmp_path, capsys):
     [
         (["encode", "{run}", "{x}", "--out", "z.txt"], "--out z.txt: the name must end in .npy"),
         (["encode", "{run}", "nothing.npy", "--out", "z.npy"], "nothing.npy: cannot be read"),
-        (["encode", "{run}", "{text}", "--out", "z.npy"], "truncated, or not a .npy file"),
+        (["encode", "{run}", "{text}", "--out", "z.npy"], "DATA text.npy: not a .npy file"),
         (["encode", "nothing", "{x}", "--out", "z.npy"], "nothing/checkpoint.pt cannot be read"),
         (["encode", "{run}", "{x}", "--out", "nowhere/z.npy"], "--out nowhere/z.npy: cannot be written"),
         (["decode", "{run}", "{x}", "--out", "z.npy"], "z must be latents [N, 3]"),
