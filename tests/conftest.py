@@ -147,9 +147,10 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
 # fmt: off
 # The slowest files run first, so that no process works on one of them when the others have finished.
-LONG = ("test_gpu_script.py", "test_contract.py", "test_vae_parallel.py", "test_vae_resume.py", "test_compiled.py",
-        "test_bench.py", "test_vae_objectives.py", "test_vae_priors.py", "test_group.py", "test_host_path.py",
-        "test_fuzz.py")
+LONG = ("test_contract.py", "test_gpu_script.py", "test_compiled.py", "test_bench.py", "test_fuzz.py",
+        "test_host_path.py", "test_vae_objectives.py", "test_export.py", "test_rsample_kl.py", "test_gmm_kernels.py",
+        "test_vae_parallel.py", "test_vae_resume.py", "test_vae_priors.py", "test_dynamic_sizes.py",
+        "test_kl_multivariate_normal.py")
 # fmt: on
 
 
