@@ -135,7 +135,7 @@ def check(settings: Settings) -> None:
         "test_count",
         "threads",
     )
-    zeros += ("warm_up", "patience")
+    zeros += ("warm_up", "patience", "learning_rate_warm_up")
     for name, minimum in {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)}.items():
         if getattr(settings, name) < minimum:
             raise UserError(f"{flag(name)} must be at least {minimum}, got {getattr(settings, name)}")
