@@ -1,5 +1,6 @@
 """Runs before anything imports Triton: without a GPU the kernels run in Triton's interpreter, on CPU tensors."""
 
+import atexit
 import gc
 import importlib.util
 import os
@@ -13,6 +14,10 @@ if not torch.cuda.is_available():
 torch.set_num_threads(min(2, torch.get_num_threads()))
 # torch.compile creates so many objects that garbage collection takes a sixth of its time.
 gc.set_threshold(200_000, 20, 100)
+atexit.register(gc.unfreeze)  # libraries complain at the end about what is never freed
+# Inductor would test the compiler for each kind of vector code, and start processes: longer work than what it compiles.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def patch_once_a_launch() -> None:
@@ -38,22 +43,30 @@ def patch_once_a_launch() -> None:
 
 def share_types() -> None:
     """Let equal blocks share their immutable type and shape objects. The interpreter creates them at every operation,
-    which takes a third of its time."""
+    and compares them entry by entry, which takes half of its time."""
     from triton import language
     from triton.runtime import interpreter
 
-    unwrapped = language.core._unwrap_if_constexpr
+    unwrapped, semantic = language.core._unwrap_if_constexpr, language.semantic.TritonSemantic
     new_type, new_tensor, new_dtype = language.block_type.__init__, language.tensor.__init__, interpreter._get_np_dtype
-    types, dtypes = {}, {}
+    new_pair = semantic.broadcast_impl_value
+    types, shapes, dtypes = {}, {}, {}
 
     def block_type(self, element_ty, shape):
-        key = element_ty.name, *map(unwrapped, shape)
-        like = types.get(key)
+        sizes = tuple([size if type(size) is int else unwrapped(size) for size in shape])
+        like = types.get((element_ty.name, sizes))
         if like is None:
             new_type(self, element_ty, shape)
-            types[key] = self.__dict__
+            self.shape = shapes.setdefault(sizes, self.shape)
+            types[element_ty.name, sizes] = self.__dict__
         else:
             self.__dict__.update(like)
+
+    def broadcast(self, lhs, rhs):
+        shape = getattr(lhs.type, "shape", None)
+        if shape is not None and shape is getattr(rhs.type, "shape", None):
+            return lhs, rhs
+        return new_pair(self, lhs, rhs)
 
     def tensor(self, handle, type):
         like = type.__dict__.get("a_tensor")
@@ -64,7 +77,22 @@ def share_types() -> None:
             self.__dict__.update(like, handle=handle)
 
     language.block_type.__init__, language.tensor.__init__ = block_type, tensor
+    semantic.broadcast_impl_value = broadcast
     interpreter._get_np_dtype = lambda type: dtypes.get(type.name) or dtypes.setdefault(type.name, new_dtype(type))
+
+
+def omit_unused_checks() -> None:
+    """Look for overflows only in debug mode: the interpreter always does, a fifth of its time, and drops the result."""
+    from triton import language
+
+    semantic = language.semantic.TritonSemantic
+    check = semantic.binary_op_sanitize_overflow_impl
+
+    def check_in_debug_mode(self, *operands):
+        if self.builder.options.debug:
+            check(self, *operands)
+
+    semantic.binary_op_sanitize_overflow_impl = check_in_debug_mode
 
 
 def mend_older_interpreters() -> None:
@@ -112,6 +140,7 @@ def cast_float64_to_bfloat16() -> None:
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     patch_once_a_launch()
     share_types()
+    omit_unused_checks()
     cast_float64_to_bfloat16()
     mend_older_interpreters()
 
@@ -132,3 +161,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             examples = getattr(getattr(item, "dtest", None), "examples", ())
             if any("zuko" in example.source for example in examples):
                 item.add_marker(pytest.mark.skip(reason="needs zuko"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _collect_own_garbage() -> None:
+    """gc.collect() does not search what was there before a file's tests: after many compilations that takes seconds."""
+    gc.freeze()

@@ -1,9 +1,10 @@
 """Cases for `group=`: a function of a batch gives the same on one process as on several with a part each.
 
-    torchrun --nproc-per-node 3 tests/group_cases.py FOLDER
+    python tests/group_cases.py 3 FOLDER
 
-runs every case on this process's rows and writes results and gradients to FOLDER; `test_group.py` compares them with
-those of one process. A case takes the leaves [rows, ...] and the group, and returns values [rows] or a single value.
+runs every case in three processes, each on its rows, and writes results and gradients to FOLDER; `test_group.py`
+compares them with those of one process. A case takes the leaves [rows, ...] and the group, and returns values [rows] or
+a single value.
 """
 
 import sys
@@ -14,6 +15,8 @@ import torch
 import fastkl
 from fastkl import monitors, remedies
 from fastkl.ops import _group
+
+from forked import fork
 
 
 def draw(*shapes):
@@ -91,4 +94,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    fork(int(sys.argv[1]), lambda: main(Path(sys.argv[2])))

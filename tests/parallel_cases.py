@@ -1,9 +1,9 @@
 """Models whose forward returns one of fastkl's objects, under what shares a model's training among processes.
 
-    torchrun --nproc-per-node 2 tests/parallel_cases.py FOLDER
+    python tests/parallel_cases.py FOLDER
 
-trains every case on this process's rows and leaves values and gradients in FOLDER; `test_parallel.py` compares them
-with those of one process. A case makes a model, and says what its output loses on average.
+trains every case in two processes, each on its rows, and leaves values and gradients in FOLDER; `test_parallel.py`
+compares them with those of one process. A case makes a model, and says what its output loses on average.
 """
 
 import sys
@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastkl
 from fastkl.priors.mixture import Mixture
+
+from forked import fork
 
 ROWS, INPUTS, LATENT, STEPS = 8, 5, 3, 2
 
@@ -130,4 +132,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    fork(2, lambda: main(Path(sys.argv[1])))

@@ -41,23 +41,6 @@ def test_core_calls_compile_without_a_fault(module, compiled):
     assert [(record["call"], fault) for record in records for fault in aot.faults(record)] == []
 
 
-HELD_TO_FEW_REGISTERS = """
-import aot, torch
-from fastkl.kernels.normal import kl_normal
-from triton.runtime.jit import JITFunction
-
-run = JITFunction.run
-JITFunction.run = lambda self, *args, **options: run(self, *args, **{**options, "maxnreg": 24})
-mu = torch.zeros(64, 4096)
-with aot.compiling("sm_90", lambda kernel, function, options: print(aot.describe(kernel, "sm_90")["spills"])):
-    kl_normal.fwd(mu, mu, None, None, 1, "logvar", float("-inf"), float("inf"), False)
-"""
-
-
-def test_a_spill_would_be_seen():
-    assert int(run("-c", HELD_TO_FEW_REGISTERS)) > 0
-
-
 def test_each_fault_is_named():
     well = {"call": "core aligned", "kernel": "a_bwd_kernel", "target": "sm_90", "spills": 0, "shared": 0}
     well |= {"wide_loads": 1, "wide_stores": 1}
@@ -74,9 +57,18 @@ def test_each_fault_is_named():
     assert aot.faults(well | {"call": "odd", "wide_loads": 0}) == []
 
 
-BROKEN = """
-import aot, triton
+FAULTY = """
+import aot, torch, triton
+from fastkl.kernels.normal import kl_normal
+from triton.runtime.jit import JITFunction
 from types import SimpleNamespace
+
+# Held to few registers.
+run = JITFunction.run
+JITFunction.run = lambda self, *args, **options: run(self, *args, **{**options, "maxnreg": 24})
+mu = torch.zeros(64, 4096)
+with aot.compiling("sm_90", lambda kernel, function, options: print(aot.describe(kernel, "sm_90")["spills"])):
+    kl_normal.fwd(mu, mu, None, None, 1, "logvar", float("-inf"), float("inf"), False)
 
 @triton.jit
 def broken_kernel(x):
@@ -91,6 +83,16 @@ print(record["error"])
 """
 
 
-def test_a_kernel_that_does_not_compile_is_an_error(tmp_path):
-    (tmp_path / "broken.py").write_text(BROKEN)  # Triton reads a kernel's source from its file
-    assert "no_such_name" in run(str(tmp_path / "broken.py"))
+@pytest.fixture(scope="module")
+def spills_and_error(tmp_path_factory):
+    script = tmp_path_factory.mktemp("faulty") / "faulty.py"
+    script.write_text(FAULTY)  # Triton reads a kernel's source from its file
+    return run(str(script)).split("\n", 1)
+
+
+def test_a_spill_would_be_seen(spills_and_error):
+    assert int(spills_and_error[0]) > 0
+
+
+def test_a_kernel_that_does_not_compile_is_an_error(spills_and_error):
+    assert "no_such_name" in spills_and_error[1]

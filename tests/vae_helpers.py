@@ -66,18 +66,21 @@ def scaling(likelihood: str) -> Scaling:
     return Scaling(likelihood, np.zeros(()), np.ones(()))
 
 
+WORKER = str(Path(__file__).with_name("vae_worker.py"))
+
+
 def torchrun(*options: str) -> subprocess.CompletedProcess:
     """Two processes train together; see vae_worker.py."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    worker = str(Path(__file__).with_name("vae_worker.py"))
-    return run([sys.executable, *launcher, worker, "train", *options], timeout=300)
+    return run([sys.executable, *launcher, WORKER, "train", *options], timeout=300)
 
 
-def torchrun_each(folder: Path, runs: dict[str, tuple[str, ...]]) -> subprocess.CompletedProcess:
-    """One run after the other, each in its own place in the folder: starting the processes takes longer than a run."""
+def fork_each(folder: Path, runs: dict[str, tuple[str, ...]]) -> subprocess.CompletedProcess:
+    """Two processes as of torchrun, but forked, and one run after the other, each in its own place in the folder:
+    starting processes takes longer than a run."""
     commands = [["--out", str(folder / name), *options] for name, options in runs.items()]
     words = [word for command in commands for word in (*command, "then", "train")]
-    return torchrun(*words[:-2])
+    return run([sys.executable, WORKER, "train", *words[:-2]], timeout=300)
 
 
 def assert_same_state(one: Path, other: Path) -> None:

@@ -70,6 +70,17 @@ def direct(name: str, dispatched: Callable[..., Any], terms: Callable[..., float
     return op
 
 
+def has_own_memory(*tensors: Tensor) -> bool:
+    """Whether code in C may read the tensors' values from their memory: the conditions of `direct`, on CPU tensors."""
+    if torch.compiler.is_compiling() or _torch.modes_active() or _torch.transforms_active() or _torch.tracing():
+        return False
+    return all(
+        type(each) in _TENSORS and each.is_cpu and each.layout is torch.strided
+        and not each.is_neg() and not _torch.is_zero(each)
+        for each in tensors
+    )  # fmt: skip
+
+
 def event_ndim_of_common_call(
     event_ndim: int | None, tensors: tuple[Any, ...], scale: str = "logvar", *absent: Any
 ) -> int:

@@ -9,7 +9,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from fastkl.vae import checkpoint, load, loop
 from fastkl.vae.guard import Diverged, Guard
 
-from vae_helpers import BARE, assert_same_state, refused, torchrun_each, train
+from vae_helpers import BARE, assert_same_state, fork_each, refused, train
 
 OPTIONS = {
     "bf16": ("--precision", "bf16"),
@@ -66,7 +66,7 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
 def test_processes_exchange_gradients_once_a_step(tmp_path):
     """Two processes with two batches each do what one with four does."""
     common = ("--hidden", "16", "--latent", "3", "--steps", "12", "--log-every", "3", *BARE, "--noise", "datum")
-    done = torchrun_each(tmp_path, {"two": (*common, "--batch-size", "16", "--accumulate", "2")})
+    done = fork_each(tmp_path, {"two": (*common, "--batch-size", "16", "--accumulate", "2")})
     assert done.returncode == 0, done.stderr
     assert train(tmp_path / "one", *common, "--batch-size", "16", "--accumulate", "4") == 0
     torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-4, atol=1e-6)
@@ -160,7 +160,7 @@ def test_patience_waits_for_a_learned_prior(tmp_path, monkeypatch):
 
 def test_all_processes_end_together(tmp_path):
     options = ("--hidden", "16", "--latent", "3", "--steps", "40", "--learning-rate", "10", *BARE, "--patience", "2")
-    done = torchrun_each(tmp_path, {"two": options})
+    done = fork_each(tmp_path, {"two": options})
     assert done.returncode == 0, done.stderr
     state = checkpoint.load(tmp_path / "two")
     assert state["step"] < 40

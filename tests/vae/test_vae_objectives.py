@@ -20,7 +20,7 @@ from fastkl.vae.objective import Objective, Weights
 from fastkl.vae.rules import REFUSED, resolve
 from fastkl.vae.settings import LEARNED, OBJECTIVES, Settings
 
-from vae_helpers import BARE, SMALL, refused, torchrun_each, train
+from vae_helpers import BARE, SMALL, fork_each, refused, train
 
 PRIORS = ("standard", *LEARNED)
 SHORT = ("--steps", "8", "--checkpoint-every", "99")
@@ -132,7 +132,7 @@ def test_two_processes_do_what_one_with_their_batch_does(tmp_path):
     runs = {objective: (*SMALL, *BARE, "--objective", objective, "--schedule", "constant", "--log-every", "1",
                         "--noise", "datum", *options_of("vamp" if objective == "aae" else "standard"))
             for objective in ("wae_mmd", "beta_tc_vae", "aae")}  # fmt: skip
-    done = torchrun_each(tmp_path / "two", {name: (*options, "--batch-size", "32") for name, options in runs.items()})
+    done = fork_each(tmp_path / "two", {name: (*options, "--batch-size", "32") for name, options in runs.items()})
     assert done.returncode == 0, done.stderr
     for objective, options in runs.items():
         assert train(tmp_path / objective, *options, "--batch-size", "64") == 0

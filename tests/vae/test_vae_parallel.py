@@ -14,7 +14,7 @@ from fastkl.vae.errors import UserError
 from fastkl.vae.parallel import Ranks
 from fastkl.vae.rules import resolve
 
-from vae_helpers import BARE, SMALL, refused, torchrun, train
+from vae_helpers import BARE, SMALL, fork_each, refused, torchrun, train
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this build has no torch.distributed")
 
@@ -25,8 +25,11 @@ def test_two_processes_lose_what_one_with_their_batch_loses(tmp_path, capsys):
     The two processes stop half way and resume, which tests resuming as well.
     """
     same = (*SMALL, "--schedule", "constant", "--log-every", "1", *BARE)
-    for more in (("--steps", "6"), ("--steps", "12", "--resume")):
-        done = torchrun("--out", str(tmp_path / "two"), *same, "--noise", "datum", "--batch-size", "32", *more)
+    two = (*same, "--noise", "datum", "--batch-size", "32")
+    for done in (
+        torchrun("--out", str(tmp_path / "two"), *two, "--steps", "6"),
+        fork_each(tmp_path, {"two": (*two, "--steps", "12", "--resume")}),
+    ):
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("training data") + done.stdout.count("going on") == 1, "only one process speaks"
     assert train(tmp_path / "one", *same, "--noise", "datum", "--batch-size", "64") == 0

@@ -19,7 +19,7 @@ from fastkl.vae.model import VAE
 from fastkl.vae.rules import resolve
 from fastkl.vae.settings import Settings
 
-from vae_helpers import BARE, SMALL, assert_same_state, refused, scaling, torchrun_each, train
+from vae_helpers import BARE, SMALL, assert_same_state, fork_each, refused, scaling, train
 
 CPU = torch.device("cpu")
 PRIORS = {
@@ -90,7 +90,7 @@ def test_two_processes_do_what_one_with_their_batch_does(tmp_path):
     options = {
         name: (*same, *given, *few[name]) for name, given in PRIORS.items() if name != "flow" or find_spec("zuko")
     }
-    done = torchrun_each(tmp_path / "two", {name: (*given, "--batch-size", "32") for name, given in options.items()})
+    done = fork_each(tmp_path / "two", {name: (*given, "--batch-size", "32") for name, given in options.items()})
     assert done.returncode == 0, done.stderr
     for name, given in options.items():
         assert train(tmp_path / "one" / name, *given, "--batch-size", "64") == 0

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkl.ops._torch import is_zero
+from fastkl.ops._call import has_own_memory
 from fastkl.ops.mixture.gmm_log_prob import gmm_log_prob_bwd, gmm_log_prob_fwd
 
 # Rows and columns of a tile of exponents: its float64 and float32 values together fit the cache.
@@ -162,6 +162,6 @@ def by_loops(x: Points, y: Points, schedule: list[float], pulls: bool):
     """`potentials` of small sets on a CPU, in C; or NotImplemented."""
     from fastkl.native import sinkhorn
 
-    if any(tensor.is_neg() or is_zero(tensor) for tensor in (*x, *y)):  # its memory does not hold its values
+    if not has_own_memory(*x, *y):
         return NotImplemented
     return sinkhorn.potentials(x.at, y.at, x.weights, y.weights, schedule, pulls)
