@@ -181,8 +181,8 @@ def test_the_map_names_every_folder_and_only_what_is_there():
 
 # What an installation may lack: the extras, by the names that are imported.
 EXTRAS = {
-    "PIL", "geomloss", "h5py", "hypothesis", "matplotlib", "mlxtend", "ot", "rich", "scanpy", "scipy", "setuptools",
-    "sklearn", "tensorboard", "wheel", "zuko",
+    "PIL", "datasets", "geomloss", "h5py", "hypothesis", "matplotlib", "mlxtend", "ot", "rich", "scanpy", "scipy",
+    "setuptools", "skimage", "sklearn", "tensorboard", "wheel", "zuko",
 }  # fmt: skip
 
 

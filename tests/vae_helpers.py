@@ -16,7 +16,7 @@ import torch
 from torch import distributions, nn
 
 import fastkl
-from fastkl.vae import checkpoint
+from fastkl.vae import checkpoint, loop
 from fastkl.vae.cli import main
 from fastkl.vae.model import VAE
 from fastkl.vae.scaling import Scaling
@@ -28,6 +28,18 @@ datasets.load_digits = functools.cache(datasets.load_digits)
 # A run of a second or so: every part of the loop is reached, nothing is learned well.
 SMALL = ("--hidden", "16", "--latent", "3", "--steps", "12", "--log-every", "3", "--checkpoint-every", "4")
 BARE = ("--no-report", "--no-tensorboard")
+posix = pytest.mark.skipif(os.name != "posix", reason="needs fork and kill")
+
+
+def interrupt(monkeypatch, at: int) -> None:
+    real = loop.save_if_due
+
+    def stopping(run, display, asked):
+        return real(run, display, asked or run.step == at)
+
+    monkeypatch.setattr(loop, "save_if_due", stopping)
+    log = loop.log
+    monkeypatch.setattr(loop, "log", lambda run, *rest: log(run, *rest) or run.step == at)
 
 
 def train(folder: Path, *options: str) -> int:
@@ -129,3 +141,20 @@ def linear_gaussian(features: int = 5, latent: int = 2) -> tuple[VAE, torch.Tens
     nn.init.constant_(vae.observation.logvar, math.log(0.49))
     marginal = distributions.MultivariateNormal(bias, weight @ weight.T + 0.49 * torch.eye(features))
     return vae, marginal.sample((40,)), marginal
+
+
+def write_pictures(folder: Path, count: int = 48, size: tuple[int, int] = (8, 8), seed: int = 0) -> np.ndarray:
+    """Colour pictures of random bytes, as PNG files; returns them, [count, height, width, 3]."""
+    image = pytest.importorskip("PIL.Image")
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, *size, 3)).astype(np.uint8)
+    for index, picture in enumerate(pixels):
+        image.fromarray(picture).save(folder / f"{index:03}.png")
+    return pixels
+
+
+def cut_short(path: Path) -> bytes:
+    """Cut a picture after its header; returns its old content."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) - 40])
+    return content

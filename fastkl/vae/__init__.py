@@ -3,8 +3,12 @@
 Read `loop.py` first: the loss is a few lines of `fastkl`. The other files serve a real run:
 
     settings.py     every option and the presets; rules.py, valid combinations and the options a resumed run may change
-    data.py         the built-in data sets and the split; files.py and images.py read untrusted files into the types of
-                    arrays.py; scaling.py chooses layout, scale and likelihood
+    data.py         the data of a run and their split; builtin.py, the built-in sets; labels.py
+    files.py        readers of untrusted files, into the types of arrays.py; folder_data.py, of folders: images.py,
+                    shards.py (.npy files), archives.py (.tar files), huggingface.py
+    scaling.py      layout, scale and likelihood of the numbers
+    stored.py       data that are read when they are used; image_sets.py, pictures decoded then, and crops; reader.py,
+                    the data of each step, read ahead by workers
     model.py        encoder and decoder, MLP or convolutional; likelihood.py, the distributions of a datum
     loop.py         the loop
     objective.py    the loss of a step, from fastkl.objectives

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from os import PathLike, fspath
@@ -15,7 +16,7 @@ from fastkl.vae.trained import Trained
 
 
 def train(
-    data: Any = None, *, out: str | PathLike, model: VAE | None = None, objective: str | Callable[..., Any] = "",
+    data: Any = None, *, out: str | PathLike, model: str | VAE | None = None, objective: str | Callable[..., Any] = "",
     resume: bool = False, report: bool = False, tensorboard: bool = False, wandb: str = "",
     **options: Any,
 ) -> Trained:  # fmt: skip
@@ -27,13 +28,15 @@ def train(
             for `fastkl train --data`, which scales numbers alike. None: the digits, or with `resume` the data of the
             run.
         out: the folder of the run.
-        model: a `fastkl.vae.VAE` of your own encoder [N, *shape] -> [N, 2 * latent, ...] and decoder, trained in place.
+        model: a `fastkl.vae.VAE` of your own encoder [N, *shape] -> [N, 2 * latent, ...] and decoder, trained in place;
+            or the name of a model as for `--model`, such as "conv".
         objective: the name of one of `fastkl.objectives`, or a function of (posterior, prior, log_likelihood) that
             returns a `fastkl.objectives.Loss`, whose terms include "kl" and "reconstruction".
         resume: continue the run in `out`, with the same data and model.
         report, tensorboard: whether to write the report at the end, and TensorBoard events during the run.
         wandb: a project of Weights & Biases that gets the curves and the pictures, too.
         **options: every option of `fastkl train`, with underscores: steps=1000, prior="gmm", precision="bf16".
+            `model_config` may also be a dictionary.
 
     Returns:
         The model after the last step. Ctrl-C ends training early, and the model of the steps until then is returned.
@@ -45,11 +48,15 @@ def train(
     began = time.perf_counter()
     if isinstance(data, (str, PathLike)):
         options, data = {**options, "data": fspath(data)}, None
+    if isinstance(model, str):
+        options, model = {**options, "model": model}, None
     own = None
     if callable(objective):
         own = objective
     elif objective:
         options = {**options, "objective": objective}
+    if isinstance(config := options.get("model_config"), dict):
+        options = {**options, "model_config": json.dumps(config)}
     rules.check_names(options)
     if model is not None:
         options = {**options, "model": OWN}

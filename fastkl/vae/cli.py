@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import fastkl
-from fastkl.vae import checkpoint, data, facts, folders, loop, pace, parallel
+from fastkl.vae import autoencoder, checkpoint, data, facts, folders, loop, pace, parallel, pretrained
 from fastkl.vae.commands import add_parsers, write_report_of
 from fastkl.vae.config import read_config
 from fastkl.vae.errors import UserError, check_installed
@@ -22,7 +22,7 @@ from fastkl.vae.events import TensorBoard, WandB
 from fastkl.vae.progress import Display, Terminal, say
 from fastkl.vae.rules import defaults, flag, prolonging, resolve, resume
 from fastkl.vae.run import NOTHING, Own, Run, restore, start
-from fastkl.vae.settings import GROUPS, Settings
+from fastkl.vae.settings import AUTOENCODER, GROUPS, Settings
 
 EXAMPLES = """examples:
   fastkl train                                          digits of 8 x 8 pixels, under a minute
@@ -93,7 +93,10 @@ def parser() -> argparse.ArgumentParser:
                 group.add_argument(flag(name), action="store_true", help=meta["help"])
                 continue
             metavar = None if meta["choices"] else {int: "N", float: "X", str: "PATH"}[meta["kind"]]
-            group.add_argument(flag(name), type=meta["kind"], choices=meta["choices"], metavar=metavar, help=text)
+            several: dict[str, Any] = {"nargs": "+"} if meta["many"] else {}
+            group.add_argument(
+                flag(name), type=meta["kind"], choices=meta["choices"], metavar=metavar, help=text, **several
+            )
     add_parsers(commands)
     return top
 
@@ -101,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
 def train_command(options: argparse.Namespace) -> int:
     began = time.perf_counter()
     given = {item.name: getattr(options, item.name) for item in dataclasses.fields(Settings) if item.name in options}
+    given = {name: "\n".join(value) if isinstance(value, list) else value for name, value in given.items()}
     if "config" in options:
         given = {**read_config(options.config), **given}
     ranks = parallel.start()
@@ -119,6 +123,7 @@ def train_on(ranks: Any, options: argparse.Namespace, given: dict[str, Any], beg
     if out is not None and not out.strip():
         raise UserError("--out is empty: name a folder")
     out = None if out is None else Path(out)
+    given = autoencoder.with_config(given)
     claim = state = begun = None
     try:
         if ranks.main:  # only the main process touches the run folder
@@ -159,6 +164,8 @@ def train_in(
     step_time = pace.seconds_per_step(run)
     if state:
         restore(run, state)
+    else:
+        pretrained.load_pretrained(run.vae, settings)
     if ranks.main:
         checkpoint.prepare(folder)
         checkpoint.write(
@@ -175,6 +182,8 @@ def train_in(
             if ranks.main:
                 say(f"stopped at step {run.step}; go on with: fastkl train --resume --out {shlex.quote(str(folder))}")
             return 130
+    if ranks.main and settings.model == AUTOENCODER:
+        say(f"{pretrained.save(run)}: the weights for diffusers' AutoencoderKL.from_pretrained")
     if ranks.main and "no_report" not in options:
         write_report_of(run, began)
     return 0

@@ -112,11 +112,11 @@ def evaluate(options: argparse.Namespace) -> int:
         source = data.load(model.settings)
         x, labels = source.test, source.test_labels
     else:
-        x, labels = model.scaled(whole(Path(options.data), model)), None
+        x, labels = model.scaled(whole(Path(options.data), model)[:]), None
     samples = options.importance_samples or model.settings.importance_samples
     if samples < 1:
         raise UserError(f"--importance-samples must be at least 1, got {samples}")
-    found = figures_of(model.vae, x, samples, model.settings.seed, model.device, model.prior, labels)
+    found = figures_of(model.vae, x, samples, model.settings.seed, model.device, model.prior, labels, model.scaling)
     print(json.dumps(found.figures(), indent=2))
     return 0
 
@@ -143,7 +143,9 @@ def rows_of(path: Path, model: Trained, option: str = "DATA") -> np.ndarray:
 
 
 def whole(path: Path, model: Trained) -> np.ndarray:
-    parts = files.read(path, model.settings.image_size, "DATA").parts
+    """The data of a file or folder, as the run reads its own."""
+    settings = dataclasses.replace(model.settings, stream=model.settings.stream and path.is_dir())
+    parts = files.read(path, settings, "DATA").parts
     return next(iter(parts.values())).values
 
 
@@ -184,7 +186,7 @@ def _write_report_of(run: Run, began: float) -> None:
     from fastkl.vae.report import summary, write_report
 
     asked = (run.settings.importance_samples, run.settings.seed, run.device, run.prior, run.data.test_labels)
-    evaluation = figures_of(run.vae, run.data.test, *asked)
+    evaluation = figures_of(run.vae, run.data.test, *asked, run.data.scaling)
     costs = memory.shares(run)
     say(costs["what"])
     for name, cells in memory.table(costs):

@@ -12,7 +12,7 @@ class UserError(Exception):
 
 
 # pip's names of packages whose module has another name, and every optional package of `fastkl train`.
-PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
+PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "diffusers": '"fastkl[diffusers]"'}
 TRAIN = ("rich", "tensorboard", "matplotlib", "pillow", "scikit-learn")
 
 
@@ -31,6 +31,16 @@ def check_installed(module: str, why: str) -> None:
     """Raise the error of `require` before the training, without the time of an import."""
     if importlib.util.find_spec(module) is None:
         raise not_installed(module, why)
+
+
+def check_sides(levels: int, shape: tuple[int, ...]) -> None:
+    """Raise an error unless images [C, H, W] or videos [C, T, H, W] can be halved so often."""
+    factor, sides = 2**levels, shape[1:]
+    if any(side % factor for side in sides):
+        raise UserError(
+            f"--layers {levels} needs sides divisible by {factor}, got {' x '.join(map(str, sides))}: choose "
+            f"{'--image-size' if len(sides) == 2 else 'other frames, --image-size'} or --layers"
+        )
 
 
 def not_installed(module: str, why: str) -> UserError:

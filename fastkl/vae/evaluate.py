@@ -17,6 +17,7 @@ from fastkl.vae import clusters, streams
 from fastkl.vae.likelihood import DISCRETE, bits_per_dimension
 from fastkl.vae.model import DECODED, ENCODED, VAE
 from fastkl.vae.prior import is_mixture
+from fastkl.vae.scaling import Scaling
 
 # Limits of the mutual information's estimate: data (it is at most their ln), draws from all posteriors, numbers drawn.
 COMPARED, DRAWS, NUMBERS = 1000, 10_000, 2**22
@@ -38,6 +39,7 @@ class Evaluation:
     responsibilities: Tensor | None = None
     labels: Tensor | None = None
     bits: float | None = None  # -log p(x) in bits per value, for pixels with levels
+    errors: tuple[Tensor, Tensor] | None = None  # of images: mean |x - E[x | mean]| and its square [N], over their peak
 
     @property
     def elbo(self) -> Tensor:
@@ -58,7 +60,20 @@ class Evaluation:
         return {
             **means, **errors, **units, "mutual_information": self.mutual_information,
             "importance_samples": self.samples, "test_data": len(self.kl),
-            **({} if self.bits is None else {"bits_per_dimension": self.bits}), **self.mixture_figures(),
+            **({} if self.bits is None else {"bits_per_dimension": self.bits}), **self.image_figures(),
+            **self.mixture_figures(),
+        }  # fmt: skip
+
+    def image_figures(self) -> dict[str, float]:
+        """Errors of the decoded posterior means: absolute, squared, and the peak signal-to-noise ratio of an image in
+        decibels. The range of the values is the unit and the peak."""
+        if self.errors is None:
+            return {}
+        absolute, squared = self.errors
+        psnr = -10 * squared.log10()
+        return {
+            "psnr": psnr.mean().item(), "psnr_standard_error": psnr.std().item() / math.sqrt(len(psnr)),
+            "absolute_error": absolute.mean().item(), "squared_error": squared.mean().item(),
         }  # fmt: skip
 
     def mixture_figures(self) -> dict[str, float]:
@@ -106,12 +121,14 @@ def quick_mixture(
 @torch.no_grad()
 def evaluate(
     vae: VAE, x: Tensor, samples: int, seed: int, device: torch.device, prior: Prior | None = None,
-    labels: Tensor | None = None,
+    labels: Tensor | None = None, scaling: Scaling | None = None,
 ) -> Evaluation:  # fmt: skip
     """All figures, from one pass with `samples` draws per datum. The reconstruction and the KL to a learned prior are
-    means over the draws; the KL to N(0, I) is exact."""
+    means over the draws; the KL to N(0, I) is exact. `scaling`: has the range of the values of
+    images, to which their errors are compared."""
     torch.manual_seed(streams.seed_for(seed, "evaluation"))
     parts: list[tuple[Tensor, ...]] = []
+    errors: list[Tensor] = []
     per_dim = torch.zeros(vae.latent_shape, dtype=torch.float64, device="cpu")
     for part in x.split(max(1, ENCODED // x[0].numel())):
         part = part.to(device)
@@ -122,6 +139,9 @@ def evaluate(
         parts.append((reconstruction, log_prob_x, kl, posterior.mean, posterior.logvar))
         if is_mixture(prior):
             parts[-1] += (*prior.kl_bounds(posterior), prior.responsibilities(posterior.mean.flatten(1)))
+        if scaling is not None and len(vae.shape) == 3 and not vae.autoregressive:
+            error = ((vae.pictured(posterior.mean).float() - part) / scaling.peak).abs().flatten(1).double()
+            errors.append(torch.stack([error.mean(1), error.square().mean(1)]).cpu())
         per_dim += posterior.kl_per_dim().double().cpu() * len(part)
     columns = (torch.cat(column).float().cpu() for column in zip(*parts))
     reconstruction, log_prob_x, kl, means, logvars, *mixture = columns
@@ -129,10 +149,11 @@ def evaluate(
     own = (reconstruction, kl, log_prob_x, means, (per_dim / len(x)).float(), samples, information)
     discrete = vae.likelihood in DISCRETE
     bits = bits_per_dimension(log_prob_x.double().mean().item(), vae.shape) if discrete else None
+    of_images = (*torch.cat(errors, 1).float(),) if errors else None
     if not mixture:
-        return Evaluation(*own, bits=bits)
+        return Evaluation(*own, bits=bits, errors=of_images)
     lower, upper, responsibilities = mixture
-    return Evaluation(*own, (lower, upper), responsibilities, labels, bits)
+    return Evaluation(*own, (lower, upper), responsibilities, labels, bits, of_images)
 
 
 @torch.no_grad()

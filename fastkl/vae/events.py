@@ -124,7 +124,7 @@ def shades(picture: Tensor, data: Data) -> Tensor:
     """Values scaled to [0, 1] by the range of the training data; only the first channel unless there are three. The
     frames of a video lie side by side in one picture."""
     picture = tiled(picture) if picture.dim() == 5 else picture
-    low, high = data.train.min().item(), data.train.max().item()
+    low, high = data.range
     scaled = ((picture.float().cpu() - low) / max(high - low, 1e-12)).clamp(0, 1)
     return scaled if scaled.shape[1] in (1, 3) else scaled[:, :1]
 

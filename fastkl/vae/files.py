@@ -16,7 +16,10 @@ from torch import Tensor
 
 from fastkl.vae.arrays import BROKEN, Held, Part, first_line
 from fastkl.vae.errors import UserError
-from fastkl.vae.images import read_folder, shortened
+from fastkl.vae.folder_data import read_folder, read_part, refuse_reading_whole
+from fastkl.vae.images import shortened
+from fastkl.vae.settings import Settings
+from fastkl.vae.shards import Shards
 
 # Usual names of the arrays of a file, in lower case and without separators: images_train is imagestrain.
 SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -34,19 +37,28 @@ VALUE_NAMES["train"] = (*VALUES, *VALUE_NAMES["train"], "values", "arr0")
 LABEL_NAMES["train"] = (*LABELS, *LABEL_NAMES["train"], "arr1")
 
 
-def read(path: Path, image_size: int = 0, option: str = "--data") -> Held:
+def read(path: Path, settings: Settings, option: str = "--data") -> Held:
+    """The data of a file or folder. They stay on the disk with --stream, and always in folders of .npy files, tar
+    archives and Hugging Face data sets; images do with --crop, too."""
     if not path.exists():
         other = ", and no built-in data set of that name" if option == "--data" else ""
         raise UserError(f"{option} {path}: no such file or folder{other}")
     readers = {".npy": read_npy, ".npz": read_npz, ".pt": read_pt, ".pth": read_pt}
+    suffix = path.suffix.lower()
     with report_errors(path, option):
         if path.is_dir():
-            return read_folder(path, image_size, option)
-        if path.suffix.lower() not in readers:
-            raise UserError(f"{option} {path}: expected a .npy, .npz or .pt file or a folder of images")
+            return read_folder(path, settings, option)
+        if suffix not in (*readers, ".tar"):
+            raise UserError(f"{option} {path}: expected a .npy, .npz, .pt or .tar file or a folder of images")
         if path.stat().st_size == 0:
             raise UserError(f"{option} {path}: the file is empty")
-        return readers[path.suffix.lower()](path, option)
+        if suffix == ".tar":
+            part, names, notes = read_part(path, settings, option)
+            return Held({"train": part}, names, notes)
+        if suffix == ".npy" and settings.stream:
+            return Held({"train": Part(Shards([path], option))})
+        refuse_reading_whole(settings, f"{option} {path}")
+        return readers[suffix](path, option)
 
 
 @contextlib.contextmanager
@@ -169,7 +181,7 @@ def plain(value: Any) -> bool:
 
 def as_array(value: Any) -> np.ndarray:
     if not isinstance(value, Tensor):
-        return np.array(value)
+        return np.asarray(value)  # not copied: it may be a mapping of a file
     value = (value if value.layout == torch.strided else value.to_dense()).detach().resolve_conj().resolve_neg()
     # NumPy has no bfloat16 and no 8-bit floats; float32 represents all of their values.
     return (value.float() if value.is_floating_point() and value.element_size() < 4 else value).numpy()

@@ -19,6 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+HELD: set[int] = set()  # the handles of locked folders
 RUNS = Path("runs")
 SETTINGS, FACTS = "settings.json", "run.json"
 
@@ -35,6 +36,7 @@ class Claim:
             return
         try:
             self.handle = os.open(folder, os.O_RDONLY)
+            HELD.add(self.handle)
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()
@@ -47,8 +49,20 @@ class Claim:
             with contextlib.suppress(OSError):  # not empty: the run wrote its files
                 self.folder.rmdir()
         if self.handle is not None:
+            HELD.discard(self.handle)
             os.close(self.handle)
             self.handle = None
+
+
+def forget_locks() -> None:
+    """Close the handles in a forked process. A worker that outlives a killed run by some seconds would otherwise keep
+    the folder locked."""
+    while HELD:
+        os.close(HELD.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=forget_locks)
 
 
 def claim_new(out: Path | None, name: str) -> Claim:

@@ -2,66 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastkl.vae.arrays import BROKEN, Held, Part, Span, first_line
+from fastkl.vae.arrays import BROKEN, Part, Span, first_line
 from fastkl.vae.errors import UserError, require
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
-TRAIN, TEST, VALIDATION = ("train", "training"), ("test", "testing"), ("val", "valid", "validation")
 # Modes with one channel of more than 8 bits, which NumPy reads unchanged.
 DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
-
-
-def read_folder(path: Path, image_size: int, option: str) -> Held:
-    """Every image below the folder, in sorted order. Subfolders name the labels if each image is in one.
-
-    Subfolders `train` and `test` (or `val`) are the parts of the data, and each is read in this way.
-    """
-    inside = {item.name.lower(): item for item in path.iterdir() if item.is_dir()}
-    training, testing, validating = (
-        next((inside[name] for name in names if name in inside), None) for names in (TRAIN, TEST, VALIDATION)
-    )
-    if training is None or (testing is None and validating is None):
-        images, groups, notes = read_below(path, image_size, option)
-        return Held({"train": images}, groups, notes)
-    chosen = {"train": training, "validation": validating, "test": testing}
-    read = {name: read_below(folder, image_size, option) for name, folder in chosen.items() if folder is not None}
-    notes = [f"{name}: {note}" for name, (_, _, notes) in read.items() for note in notes]
-    used = {folder for folder in chosen.values() if folder is not None}
-    if others := sorted(item.name for item in path.iterdir() if item not in used and not item.name.startswith(".")):
-        notes.append(f"left out, beside train and test: {shortened(others)}")
-    # Labels by name: each part has numbered its groups separately.
-    parts = {
-        name: Part(part.values, None if part.labels is None else np.array(groups)[part.labels], part.span)
-        for name, (part, groups, _) in read.items()
-    }
-    return Held(parts, None, notes)
+GREY = ("1", "L", "LA", "La")
+ORIENTATION = 0x0112  # the EXIF tag
 
 
 def read_below(path: Path, image_size: int, option: str) -> tuple[Part, list[str] | None, list[str]]:
     """(images, names of their groups or None, notes for the report)."""
-    files = [item for item in path.rglob("*") if item.is_file() and not hidden(item.relative_to(path))]
-    names = sorted(item for item in files if item.suffix.lower() in IMAGES)
-    if not names:
-        raise UserError(f"{option} {path}: no images in this folder ({', '.join(IMAGES)})")
+    names, others = listed(path, option)
     require("PIL", "Reading images")
     by_depth: dict[str, str] = {}  # depth -> the first image of this depth
     images, spans, laid = [], [], 0
     for name in names:
-        pixels, transparent = read_image(name, option)
-        by_depth.setdefault(depth(pixels), str(name.relative_to(path)))
-        if len(by_depth) > 1:
-            listed = ", ".join(f"{file} ({kind})" for kind, file in by_depth.items())
-            raise UserError(f"{option} {path}: images of different depths have no common scale: {listed}")
+        pixels, transparent = read_image(path / name, f"{option}: {path / name}")
+        by_depth.setdefault(depth(pixels.dtype), name)
+        one_depth(by_depth, f"{option} {path}")
         spans.append(Span.of(pixels))
-        images.append(resized(pixels, image_size) if image_size else pixels)
+        images.append(resized(pixels, (image_size, image_size)) if image_size else pixels)
         laid += transparent
-    if len(shapes := {image.shape[1:] for image in images}) > 1:
-        raise UserError(f"{option} {path}: images of {len(shapes)} different sizes; give --image-size to resize them")
+    one_size({image.shape[1:] for image in images}, f"{option} {path}")
     notes = [f"{len(names):,} images"]
     if len({image.shape[0] for image in images}) > 1:
         images = [np.repeat(image, 3, axis=0) if image.shape[0] == 1 else image for image in images]
@@ -70,48 +42,99 @@ def read_below(path: Path, image_size: int, option: str) -> tuple[Part, list[str
         notes.append(f"{laid:,} with transparent pixels, drawn on white")
     if image_size:
         notes.append(f"resized to {image_size} x {image_size} without keeping proportions")
-    if others := sorted(str(item.relative_to(path)) for item in files if item.suffix.lower() not in IMAGES):
+    if others:
         notes.append(f"other files left out: {shortened(others)}")
-    places = [name.relative_to(path).parts for name in names]
+    labels, groups = grouped(names)
+    return Part(np.stack(images), labels, Span.joined(spans)), groups, notes
+
+
+def listed(path: Path, option: str) -> tuple[list[str], list[str]]:
+    """The images and the other files below a folder, relative to it, each in the order of their folders and names."""
+    found: tuple[list[str], list[str]] = [], []
+    for folder, inner, names in os.walk(path):
+        inner[:] = [name for name in inner if not hidden(Path(name))]
+        below = os.path.relpath(folder, path)
+        for name in names:
+            if not hidden(Path(name)):
+                kind = os.path.splitext(name)[1].lower() not in IMAGES
+                found[kind].append(name if below == "." else os.path.join(below, name))
+    if not found[0]:
+        raise UserError(f"{option} {path}: no images in this folder ({', '.join(IMAGES)})")
+    images, others = (sorted(names, key=lambda name: name.split(os.sep)) for names in found)
+    return images, others
+
+
+def grouped(names: list[str]) -> tuple[np.ndarray | None, list[str] | None]:
+    """(labels, names of the groups) if each image is in a subfolder and there are several, else (None, None)."""
+    places = [name.split(os.sep) for name in names]
     while all(len(place) > 1 for place in places) and len({place[0] for place in places}) == 1:
         places = [place[1:] for place in places]  # one folder around all images is not a group
     groups = sorted({place[0] for place in places if len(place) > 1})
-    pictures = Part(np.stack(images), None, Span.joined(spans))
     if len(groups) < 2 or any(len(place) == 1 for place in places):
-        return pictures, None, notes
-    labels = np.array([groups.index(place[0]) for place in places])
-    return Part(pictures.values, labels, pictures.span), groups, notes
+        return None, None
+    number = {group: index for index, group in enumerate(groups)}
+    return np.array([number[place[0]] for place in places]), groups
 
 
-def read_image(path: Path, option: str) -> tuple[np.ndarray, bool]:
-    """(pixels [1 or 3, height, width] at the file's depth, rotated by its EXIF tag; whether it was transparent)."""
-    from PIL import Image, ImageOps
+def one_depth(by_depth: dict[str, str], where: str) -> None:
+    if len(by_depth) > 1:
+        kinds = ", ".join(f"{file} ({kind})" for kind, file in by_depth.items())
+        raise UserError(f"{where}: images of different depths have no common scale: {kinds}")
+
+
+def one_size(sizes: set[tuple[int, ...]], where: str) -> None:
+    if len(sizes) > 1:
+        ways = "give --image-size to resize them, or --crop to cut out squares"
+        raise UserError(f"{where}: images of {len(sizes)} different sizes; {ways}")
+
+
+@contextlib.contextmanager
+def opened(source: Any, where: str) -> Iterator[Any]:
+    """Pillow's image of a path or an open file; `where` names it in errors."""
+    from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # the second frame of an MPO is a preview
-                raise UserError(f"{option}: {path} holds {image.n_frames} pictures: save each in a separate file")
+                raise UserError(f"{where} holds {image.n_frames} pictures: save each in a separate file")
             if cut(image):
                 raise UserError(
-                    f"{option}: {path} is a colour picture with more than 8 bits per channel; Pillow reads only 8: "
+                    f"{where} is a colour picture with more than 8 bits per channel; Pillow reads only 8: "
                     "save it in 8 bits, or all pictures in one .npy"
                 )
-            image.load()
-            if image.mode == "I" and image.format == "TIFF" and unsigned(image):
-                raise UserError(f"{option}: {path} has 32-bit values that Pillow reads as negative: save them as .npy")
-            image = ImageOps.exif_transpose(image)
-            if image.mode in DEEP:
-                if "transparency" in image.info:
-                    raise UserError(
-                        f"{option}: {path} has transparent pixels and more than 8 bits: save it without transparency"
-                    )
-                return np.asarray(image)[None], False
-            image, transparent = flattened(image)
-            pixels = np.asarray(image)
+            yield image
     except (OSError, SyntaxError, Image.DecompressionBombError, *BROKEN) as error:
-        raise UserError(
-            f"{option}: {path} is truncated, or not an image that Pillow reads ({first_line(error)})"
-        ) from None
+        raise UserError(f"{where} is truncated, or not an image that Pillow reads ({first_line(error)})") from None
+
+
+def read_header(source: Any, where: str) -> tuple[int, int, int, np.dtype]:
+    """(channels, height, width, dtype) of an image, without decoding it."""
+    with opened(source, where) as image:
+        size = image.size
+        # Pillow looks for the EXIF data of a PNG behind its pixels, and would decode them for that.
+        if (image.format != "PNG" or "exif" in image.info) and image.getexif().get(ORIENTATION, 1) >= 5:
+            size = size[::-1]
+        deep = image.mode in DEEP
+        channels = 1 if deep or image.mode in GREY else 3
+        kind = {"I": "i4", "F": "f4"}.get(image.mode, "u2") if deep else "u1"
+        return channels, size[1], size[0], np.dtype(kind)
+
+
+def read_image(source: Any, where: str) -> tuple[np.ndarray, bool]:
+    """(pixels [1 or 3, height, width] at the file's depth, rotated by its EXIF tag; whether it was transparent)."""
+    from PIL import ImageOps
+
+    with opened(source, where) as image:
+        image.load()
+        if image.mode == "I" and image.format == "TIFF" and unsigned(image):
+            raise UserError(f"{where} has 32-bit values that Pillow reads as negative: save them as .npy")
+        image = ImageOps.exif_transpose(image)
+        if image.mode in DEEP:
+            if "transparency" in image.info:
+                raise UserError(f"{where} has transparent pixels and more than 8 bits: save it without transparency")
+            return np.asarray(image)[None], False
+        image, transparent = flattened(image)
+        pixels = np.asarray(image)
     return (pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))), transparent
 
 
@@ -121,7 +144,7 @@ def flattened(image: Any) -> tuple[Any, bool]:
 
     if image.mode not in ("1", "L", "P", "PA", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"):
         raise ValueError(f"the kind {image.mode}")
-    grey = image.mode in ("1", "L", "LA", "La")
+    grey = image.mode in GREY
     palette = image.mode in ("P", "PA")
     transparent = False
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
@@ -157,20 +180,24 @@ def unsigned(image: Any) -> bool:
     return image.tag_v2.get(339, (1,))[0] == 1 and image.getextrema()[0] < 0
 
 
-def resized(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The resized picture, in floating point: rounding to the file's levels would lose the edges of a 0/1 mask."""
+def resized(
+    pixels: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+) -> np.ndarray:
+    """A picture [channels, height, width], or a box (left, top, right, bottom) of it, resized to (height, width), in
+    floating point: rounding to the file's levels would lose the edges of a 0/1 mask."""
     from PIL import Image
 
+    shape = size[::-1]
     channels = [
-        np.asarray(Image.fromarray(channel.astype(np.float32)).resize((size, size), Image.Resampling.BILINEAR))
+        np.asarray(Image.fromarray(channel.astype(np.float32)).resize(shape, Image.Resampling.BILINEAR, box))
         for channel in pixels
     ]
     return np.stack(channels).clip(pixels.min(), pixels.max())
 
 
-def depth(pixels: np.ndarray) -> str:
+def depth(dtype: np.dtype) -> str:
     kinds = {1: "8 bits", 2: "16 bits", 4: "32 bits"}
-    return "floating point" if pixels.dtype.kind == "f" else kinds[pixels.dtype.itemsize]
+    return "floating point" if dtype.kind == "f" else kinds[dtype.itemsize]
 
 
 def hidden(place: Path) -> bool:

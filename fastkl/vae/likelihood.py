@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, distributions, nn
 
 import fastkl
+from fastkl.vae.errors import UserError
 
 PIXELS = ("bernoulli", "logistic", "categorical")  # of values in [0, 1]
 COUNTS = ("poisson", "negative_binomial")
-SCALED = ("normal", "laplace")  # of standardised values
+SCALED = ("normal", "laplace", "huber")  # of standardised values; each has a scale
 NAMES = (*PIXELS, *SCALED, *COUNTS)
 DISCRETE = ("logistic", "categorical")  # these also report bits per dimension
 LEVELS = 256  # at most, of categorical pixels
+HUBER = 1.345  # scales up to which the loss is quadratic; the usual one, of 95 % efficiency for normal errors
 
 
 class Likelihood(nn.Module):
@@ -34,6 +36,13 @@ class Likelihood(nn.Module):
 
     def parameter(self) -> nn.Parameter:
         return nn.Parameter(torch.zeros(self.own_shape))
+
+    def keep_log(self, name: str, scale: float, power: int = 1) -> None:
+        """Register ln scale^power as a buffer, or for a scale of 0 a parameter in its place."""
+        if scale:
+            self.register_buffer(name, torch.full(self.own_shape, power * math.log(scale)))
+        else:
+            self.register_parameter(name, self.parameter())
 
     def seen(self, x: Tensor) -> Tensor:
         """The encoder's input for data x."""
@@ -63,26 +72,49 @@ class Bernoulli(Likelihood):
 
 
 class Normal(Likelihood):
-    """The output is the mean; the log-variance is learned."""
+    """The L2 loss. The output is the mean; the log-variance is learned, or that of a given deviation."""
 
-    def __init__(self, shape: tuple[int, ...]):
+    logvar: Tensor
+
+    def __init__(self, shape: tuple[int, ...], scale: float = 0.0):
         super().__init__(shape)
-        self.logvar = self.parameter()
+        self.keep_log("logvar", scale, power=2)
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
         return fastkl.normal_log_prob(x, output, self.logvar.expand_as(output), event_ndim=self.ndim)
 
 
 class Laplace(Likelihood):
-    """The L1 loss. The output is the mean; the logarithm of the scale, by which errors are divided, is learned."""
+    """The L1 loss. The output is the mean; the logarithm of the scale, which divides errors, is learned or given."""
 
-    def __init__(self, shape: tuple[int, ...]):
+    log_scale: Tensor
+
+    def __init__(self, shape: tuple[int, ...], scale: float = 0.0):
         super().__init__(shape)
-        self.log_scale = self.parameter()
+        self.keep_log("log_scale", scale)
 
     def terms(self, x: Tensor, output: Tensor) -> Tensor:
         output = output.float()
         return distributions.Laplace(output, self.log_scale.exp().expand_as(output), validate_args=False).log_prob(x)
+
+
+class Huber(Laplace):
+    """The Huber loss: quadratic for errors of up to k = 1.345 scales b, and linear beyond. The output is the mean.
+
+    -rho(u) - ln b - ln [sqrt(2 pi) erf(k / sqrt 2) + 2/k exp(-k^2 / 2)], u = (x - m) / b, rho(u) = u^2 / 2 up to k,
+    and k |u| - k^2 / 2 beyond
+
+    Source: Huber 1964, "Robust Estimation of a Location Parameter", section 4 (the least favourable distribution).
+    """
+
+    LOG_NORMALISER = math.log(
+        math.sqrt(2 * math.pi) * math.erf(HUBER / math.sqrt(2)) + 2 / HUBER * math.exp(-(HUBER**2) / 2)
+    )
+
+    def terms(self, x: Tensor, output: Tensor) -> Tensor:
+        error = (x - output.float()) * (-self.log_scale).exp()
+        near = error.clamp(-HUBER, HUBER)
+        return near * (near / 2 - error) - self.log_scale - self.LOG_NORMALISER
 
 
 class Logistic(Likelihood):
@@ -160,15 +192,19 @@ class NegativeBinomial(Poisson):
         return distribution.log_prob(x)
 
 
-def make(name: str, shape: tuple[int, ...], levels: int) -> Likelihood:
-    """The likelihood of this name for data of this shape; pixels have this number of levels."""
+def make(name: str, shape: tuple[int, ...], levels: int, scale: float = 0.0) -> Likelihood:
+    """The likelihood of this name for data of this shape; pixels have this number of levels. A scale of 0 is learned.
+
+    Raises:
+        UserError: the likelihood has no scale.
+    """
+    if name in SCALED:
+        return {"normal": Normal, "laplace": Laplace, "huber": Huber}[name](shape, scale)
+    if scale:
+        raise UserError(f"--scale {scale:g} needs --likelihood {', '.join(SCALED[:-1])} or {SCALED[-1]}, got {name}")
     if name in DISCRETE:
         return {"logistic": Logistic, "categorical": Categorical}[name](shape, levels)
-    kinds: dict[str, type[Likelihood]] = {
-        "bernoulli": Bernoulli, "normal": Normal, "laplace": Laplace, "poisson": Poisson,
-        "negative_binomial": NegativeBinomial,
-    }  # fmt: skip
-    return kinds[name](shape)
+    return {"bernoulli": Bernoulli, "poisson": Poisson, "negative_binomial": NegativeBinomial}[name](shape)
 
 
 def bits_per_dimension(nats: float, shape: tuple[int, ...]) -> float:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from fastkl import DiagonalNormal, monitors, reference
 from fastkl.vae import prior, streams
+from fastkl.vae.errors import UserError
 from fastkl.vae.evaluate import quick_elbo, quick_mixture
 from fastkl.vae.objective import Noise, Weights, draws_of
 from fastkl.vae.plan import TEST_POINTS, capacity, kl_weight, learning_rate, temperature
 from fastkl.vae.progress import Display
+from fastkl.vae.reader import BadData
 from fastkl.vae.rules import MATCHING
 from fastkl.vae.run import Run, discriminator_of, save
 from fastkl.vae.stop import Stop
@@ -28,7 +31,7 @@ def train(run: Run, display: Display) -> bool:
     settings = run.settings
     # Each step refills these tensors, so that new values do not recompile a compiled objective.
     weights = Weights(*(torch.ones((), dtype=torch.float32, device=run.device) for _ in Weights._fields))
-    with Stop() as stop:
+    with Stop() as stop, contextlib.closing(run.reader):
         while not run.ended:
             for optimizer in run.optimizers.values():
                 for group in optimizer.param_groups:
@@ -40,7 +43,10 @@ def train(run: Run, display: Display) -> bool:
             learned = run.prior
             for optimizer in run.optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
-            loss, terms, posterior = backward(run, weights)
+            try:
+                loss, terms, posterior = backward(run, weights)
+            except BadData as error:  # raised before anything of this step has changed
+                raise UserError(f"{error}{save_whole(run, display)}") from None
             run.step += 1
             good = update(run, loss)
             if good:
@@ -64,7 +70,7 @@ def backward(run: Run, weights: Weights) -> tuple[Tensor, dict[str, Tensor], Dia
         last = len(losses) == len(parts) - 1
         with contextlib.nullcontext() if last else run.ranks.without_exchange(run.objective):
             with run.autocast():
-                loss, own, posterior = run.objective(x, noise, weights, run.prior is not None)
+                loss, own, posterior = run.objective(x, noise, weights, run.prior is not None, run.adversarial)
             run.scaler.scale(loss / len(parts)).backward()
         losses.append(loss.detach())
         terms.append(own)
@@ -78,19 +84,25 @@ def backward(run: Run, weights: Weights) -> tuple[Tensor, dict[str, Tensor], Dia
 
 def update(run: Run, loss: Tensor) -> bool:
     """Update the weights and return True, or return False if the loss or a gradient is not finite."""
-    for optimizer in run.optimizers.values():
+    # Without gradients: the discriminator before --adversarial-start, which the scaler of fp16 would reject.
+    optimizers = [each for each in run.optimizers.values() if any(p.grad is not None for p in weights_of(each))]
+    for optimizer in optimizers:
         run.scaler.unscale_(optimizer)
     smaller = run.scaler.is_enabled() and run.scaler.get_scale() > 1  # a smaller scale may give finite gradients
     good = run.guard.admit(loss, run.objective.parameters(), run.step, smaller)
     if good:
         if run.settings.clip:
             torch.nn.utils.clip_grad_norm_(run.objective.parameters(), run.settings.clip)
-        for optimizer in run.optimizers.values():
+        for optimizer in optimizers:
             run.scaler.step(optimizer)
         if run.average is not None:
             run.average.update_parameters(run.vae)
     run.scaler.update()
     return good
+
+
+def weights_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def start_prior(run: Run) -> None:
@@ -123,8 +135,7 @@ def batch(run: Run) -> tuple[Tensor, Noise]:
     a datum is then independent of the number of processes: two processes with 32 data each do the same as one with 64.
     """
     settings, ranks = run.settings, run.ranks
-    indices = streams.batch_indices(settings.seed, run.step, len(run.data.train), run.batch_size)
-    x = run.data.train[ranks.share(indices)].to(run.device)
+    x = run.reader.at(run.step)
     eps = gumbel = drawn = uniform = None
     if settings.noise == "datum":
         shape = (run.batch_size, draws_of(settings, run.prior is not None))
@@ -208,6 +219,14 @@ def save_if_due(run: Run, display: Display, stopping: bool) -> None:
         if run.ranks.main:
             display.flush()  # first: a process killed after the checkpoint would lose the events before it
             save(run, monitored)
+
+
+def save_whole(run: Run, display: Display) -> str:
+    """Save the last whole step before a run ends because of its data, and tell how to go on."""
+    if run.step == 0:
+        return " (no step was taken)"
+    save_if_due(run, display, True)
+    return f"; step {run.step} is saved: when this is mended, go on with --resume"
 
 
 def gradients(run: Run) -> dict[str, float]:

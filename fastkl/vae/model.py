@@ -11,10 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 import fastkl
 from fastkl.priors import Prior
+from fastkl.vae import autoencoder
 from fastkl.vae.autoregressive import MaskedDecoder
-from fastkl.vae.errors import UserError
+from fastkl.vae.errors import UserError, check_sides
 from fastkl.vae.likelihood import Normal, make
-from fastkl.vae.settings import Settings
+from fastkl.vae.scaling import Scaling
+from fastkl.vae.settings import AUTOENCODER, Settings
 
 # Values of x per chunk, encoded and decoded. They bound the memory of large images and of 1,000 samples.
 ENCODED, DECODED = 2**17, 2**20
@@ -28,15 +30,17 @@ class VAE(nn.Module):
 
     def __init__(
         self, encoder: nn.Module, decoder: nn.Module, shape: tuple, latent_shape: tuple, likelihood: str,
-        levels: int = 256,
+        levels: int = 256, scale: float = 0.0,
     ) -> None:  # fmt: skip
-        """`likelihood`: a name of likelihood.py; `levels`: of the pixels of a discrete one."""
+        """`likelihood`: a name of likelihood.py; `levels`: of the pixels of a discrete one; `scale`: of errors, or 0
+        to learn it."""
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.register_module("prior", None)  # None is N(0, I); a learned prior starts after the warm-up (prior.py)
         self.shape, self.latent_shape, self.likelihood = tuple(shape), tuple(latent_shape), likelihood
         self.activation_checkpointing = False
-        self.levels, self.observation = levels, make(likelihood, self.shape, levels)
+        self.signed = (1.0, 0.0)  # (a, b): a x + b are images in [-1, 1]
+        self.levels, self.observation = levels, make(likelihood, self.shape, levels, scale)
 
     def posterior(self, x: Tensor) -> fastkl.DiagonalNormal:
         """q(z | x), views of the packed head [N, 2 * latent, ...]."""
@@ -85,9 +89,17 @@ class VAE(nn.Module):
     def log_likelihood(self, z: Tensor, x: Tensor) -> Tensor:
         """log p(x | z) in nats, one per leading index of z; x may lack the first one (samples of a datum)."""
         x = self.observed(x)
-        output = self.decode(z, x)
+        return self.scored(self.decode(z, x), x)
+
+    def scored(self, output: Tensor, x: Tensor) -> Tensor:
+        """log p(x | z) in nats, for the decoder's output."""
         leading = output.shape[: output.dim() - len(self.output_shape)]
         return self.observation.log_prob(x.expand(*leading, *self.shape), output)
+
+    def image(self, output: Tensor) -> Tensor:
+        """The means of images [..., C, H, W] in [-1, 1], for the decoder's output."""
+        slope, shift = self.signed
+        return slope * self.observation.mean(output) + shift
 
     def pictured(self, z: Tensor) -> Tensor:
         """The decoder's mean of x, for pictures. An autoregressive decoder gives the mean of each value given draws of
@@ -103,25 +115,52 @@ class VAE(nn.Module):
 
 
 def build(
-    settings: Settings, shape: tuple[int, ...], likelihood: str, own: VAE | None = None, levels: int = 256
+    settings: Settings, shape: tuple[int, ...], likelihood: str, own: VAE | None = None, scaling: Scaling | None = None
 ) -> VAE:
-    """The model that the settings name, or the given one."""
+    """The model that the settings name, or the given one. `scaling` has the levels of pixels and their range."""
+    levels, image = 256 if scaling is None else scaling.levels, len(shape) == 3
+    signed = scaling.signed if scaling is not None and image else (1.0, 0.0)
     if settings.model == OWN:
-        if own is None:
-            raise UserError("this run has a model of its own: give it by model=")
-        if (own.shape, own.likelihood) != (shape, likelihood):
-            given = f"{list(own.shape)} with a {own.likelihood} likelihood"
-            raise UserError(f"model= is for data of shape {given}; these have {list(shape)} and {likelihood}")
-        own.activation_checkpointing = settings.activation_checkpointing
-        return own
-    networks = {"mlp": mlp, "conv": conv, "autoregressive": autoregressive}[settings.model]
-    if settings.model == "autoregressive" and likelihood not in ("bernoulli", "normal"):
-        raise UserError(f"--model autoregressive has --likelihood bernoulli or normal, got {likelihood}")
-    outputs = levels if likelihood == "categorical" else 1
-    encoder, decoder, latent_shape = networks(shape, settings.latent, settings.hidden, settings.layers, outputs)
-    vae = VAE(encoder, decoder, shape, latent_shape, likelihood, levels)
-    vae.activation_checkpointing = settings.activation_checkpointing
+        vae = fitting(own, settings, shape, likelihood)
+    else:
+        encoder, decoder, latent_shape = networks_of(settings, shape, likelihood, levels, signed)
+        vae = VAE(encoder, decoder, shape, latent_shape, likelihood, levels, settings.scale)
+    # diffusers' networks have checkpoints of their own.
+    vae.activation_checkpointing = settings.activation_checkpointing and settings.model != AUTOENCODER
+    vae.signed = signed
     return vae
+
+
+def fitting(own: VAE | None, settings: Settings, shape: tuple[int, ...], likelihood: str) -> VAE:
+    """The given model.
+
+    Raises:
+        UserError: none is given, or it is for other data.
+    """
+    if own is None:
+        raise UserError("this run has a model of its own: give it by model=")
+    if (own.shape, own.likelihood) != (shape, likelihood):
+        given = f"{list(own.shape)} with a {own.likelihood} likelihood"
+        raise UserError(f"model= is for data of shape {given}; these have {list(shape)} and {likelihood}")
+    if settings.scale:
+        raise UserError("--scale is an argument of the model: VAE(..., scale=) of a run with model=")
+    return own
+
+
+def networks_of(
+    settings: Settings, shape: tuple[int, ...], likelihood: str, levels: int, signed: tuple[float, float]
+) -> tuple[nn.Module, nn.Module, tuple]:
+    """(encoder, decoder, shape of the latent)."""
+    able = {"autoregressive": ("bernoulli", "normal"), AUTOENCODER: autoencoder.LIKELIHOODS}
+    if likelihood not in (names := able.get(settings.model, (likelihood,))):
+        raise UserError(
+            f"--model {settings.model} has --likelihood {', '.join(names[:-1])} or {names[-1]}, got {likelihood}"
+        )
+    if settings.model == AUTOENCODER:
+        return autoencoder.networks(settings, shape, signed)
+    networks = {"mlp": mlp, "conv": conv, "autoregressive": autoregressive}[settings.model]
+    outputs = levels if likelihood == "categorical" else 1
+    return networks(shape, settings.latent, settings.hidden, settings.layers, outputs)
 
 
 def mlp(shape: tuple, latent: int, hidden: int, layers: int, outputs: int = 1) -> tuple[nn.Module, nn.Module, tuple]:
@@ -171,11 +210,7 @@ def conv(shape: tuple, latent: int, hidden: int, layers: int, outputs: int = 1) 
     if len(shape) not in (3, 4):
         raise UserError(f"--model conv needs images or videos, but a datum has shape {shape}; use --model mlp")
     channels, *sides = shape
-    if any(side % factor for side in sides):
-        raise UserError(
-            f"--layers {layers} needs sides divisible by {factor}, got {' x '.join(map(str, sides))}: choose "
-            f"{'--image-size' if len(sides) == 2 else 'other frames, --image-size'} or --layers"
-        )
+    check_sides(layers, shape)
     layer = nn.Conv2d if len(sides) == 2 else nn.Conv3d
     widths = [hidden * 2**level for level in range(layers + 1)]
     down: list[nn.Module] = [layer(channels, widths[0], 3, padding=1)]

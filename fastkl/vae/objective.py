@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fastkl import DiagonalNormal, objectives, remedies
 from fastkl.objectives import Discriminator, Loss
 from fastkl.priors import Prior
+from fastkl.vae.adversarial import LastLayer, PatchDiscriminator, adaptive_weight, frozen, hinge
+from fastkl.vae.errors import UserError
 from fastkl.vae.model import VAE
+from fastkl.vae.perceptual import Perceptual
 from fastkl.vae.rules import IMPORTANCE, MATCHING
 from fastkl.vae.settings import Settings
 
@@ -37,21 +42,33 @@ class Weights(NamedTuple):
 
 
 class Objective(nn.Module):
-    """The loss as a module, because DistributedDataParallel needs a forward(). It owns the discriminator of aae."""
+    """The loss as a module, because DistributedDataParallel needs a forward(). It owns the discriminator of
+    aae, or of image patches."""
 
     def __init__(
         self, vae: VAE, settings: Settings, dataset_size: int, group: ProcessGroup | None = None,
-        own: Callable[..., Loss] | None = None,
+        own: Callable[..., Loss] | None = None, device: torch.device | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.own = own
         self.vae, self.settings, self.dataset_size, self.group = vae, settings, dataset_size, group
-        self.discriminator = Discriminator(math.prod(vae.latent_shape)) if settings.objective == "aae" else None
+        self.discriminator: nn.Module | None = None
+        if settings.objective == "aae":
+            self.discriminator = Discriminator(math.prod(vae.latent_shape))
+        if settings.adversarial:
+            self.discriminator, self.last_layer = PatchDiscriminator(vae.shape), LastLayer(vae.decoder)
+        if vae.autoregressive and (settings.adversarial or settings.perceptual):
+            option = "--adversarial" if settings.adversarial else "--perceptual"
+            raise UserError(f"{option} needs decoded images, and --model {settings.model} predicts one pixel at a time")
+        self.perceptual = None
+        if settings.perceptual:
+            self.perceptual = Perceptual(settings.perceptual, vae.shape, device or torch.device("cpu"))
 
     def forward(
-        self, x: Tensor, noise: Noise, weights: Weights, learned: bool = False
+        self, x: Tensor, noise: Noise, weights: Weights, learned: bool = False, adversarial: bool = False
     ) -> tuple[Tensor, dict[str, Tensor], DiagonalNormal]:
-        """(loss, its terms, the posterior without gradient) of a batch; with the learned prior if `learned`."""
+        """(loss, its terms, the posterior without gradient) of a batch; with the learned prior if `learned`, and with
+        the discriminator of patches if `adversarial`."""
         posterior = self.vae.posterior(x)
         observed = self.vae.observed(x, noise.uniform)  # binarised once, so that all samples share it
 
@@ -59,7 +76,10 @@ class Objective(nn.Module):
             return self.vae.log_likelihood(z, observed)
 
         prior = self.vae.prior if learned else None
-        loss, terms = self.of(posterior, prior, log_likelihood, noise, weights)
+        if self.perceptual is None and not adversarial:
+            loss, terms = self.of(posterior, prior, log_likelihood, noise, weights)
+        else:
+            loss, terms = self.of_images(posterior, prior, observed, noise, weights, adversarial)
         return loss, terms, DiagonalNormal(posterior.mean.detach(), posterior.logvar.detach())
 
     def of(
@@ -93,6 +113,45 @@ class Objective(nn.Module):
             capacity = weights.capacity if settings.capacity >= 0 else None
             return minimise(*problem, beta=weights.beta, capacity=capacity, **kl)
         return minimise(*problem, beta=weights.beta, remedy=self.remedy(weights), **kl)
+
+    def of_images(
+        self, posterior: DiagonalNormal, prior: Prior | None, x: Tensor, noise: Noise, weights: Weights,
+        adversarial: bool,
+    ) -> Loss:  # fmt: skip
+        """The loss with the terms that compare images: the perceptual distance, and the discriminator's.
+
+        The discriminator's own loss is part of the sum: the decoder's has no gradient in the discriminator, and the
+        discriminator's has gradients only there.
+        """
+        settings, outputs = self.settings, []
+
+        def log_likelihood(z: Tensor) -> Tensor:
+            outputs.append(self.vae.decode(z, x).float())
+            return self.vae.scored(outputs[-1], x)
+
+        nothing: contextlib.AbstractContextManager[list[Tensor]] = contextlib.nullcontext([])
+        with self.last_layer.watched() if adversarial else nothing as call:
+            loss, terms = self.of(posterior, prior, log_likelihood, noise, weights)
+            slope, shift = self.vae.signed
+            x_hat = self.vae.image(outputs[-1])
+            truth = (slope * x + shift).expand_as(x_hat).flatten(0, -4)
+            x_hat = x_hat.flatten(0, -4)
+            if self.perceptual is not None:
+                distance = self.perceptual(x_hat, truth).mean()
+                loss = loss + settings.perceptual_weight * distance
+                terms = {**terms, "perceptual": distance.detach()}
+            if not adversarial:
+                return Loss(loss, terms)
+            assert self.discriminator is not None
+            fooled = -frozen(self.discriminator, x_hat).float().mean()
+            norms = (self.last_layer.gradient_norm(each, outputs[-1], call, self.group) for each in (loss, fooled))
+            weight = settings.adversarial_weight * adaptive_weight(*norms)
+        of_data, of_model = (self.discriminator(images).float() for images in (truth, x_hat.detach()))
+        own = hinge(of_data, of_model)
+        right = torch.cat([(of_data > 0).flatten(), (of_model < 0).flatten()]).float().mean()
+        more = {"adversarial": fooled, "adversarial_weight": weight, "discriminator": own, "accuracy": right}
+        terms = {**terms, **{name: value.detach() for name, value in more.items()}}
+        return Loss(loss + weight * fooled + own, terms)
 
     def distance(self) -> dict[str, Any]:
         """Arguments of the distance between latents and draws of the prior."""

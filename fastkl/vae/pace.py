@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ import torch
 from fastkl.vae.data import Data
 from fastkl.vae.objective import draws_of
 from fastkl.vae.plan import TEST_POINTS
-from fastkl.vae.settings import FOR_DATA, FOR_PRESET, Settings
+from fastkl.vae.settings import CONVOLUTIONAL, FOR_DATA, FOR_PRESET, Settings
+from fastkl.vae.stored import Stored
 
 if TYPE_CHECKING:
     from fastkl.vae.run import Run
@@ -24,6 +26,7 @@ TRAINED_DATA, DECODED_VALUES = 1.3e6, 4e9
 BATCH, BATCH_PIXELS, LEAST_BATCH = 64, 2**18, 4
 EPOCHS, LEAST_STEPS, SAMPLES, LEAST_SAMPLES = 150, 300, 1000, 10
 LONG, SHORT = 3600.0, 1200.0  # seconds: a longer run gets a hint, which proposes a run of the second length
+WORKERS = 8  # the most processes that read ahead by default
 MANY = 2**20  # weights of a layer above which more than one thread pays
 
 
@@ -32,7 +35,7 @@ def fit_defaults(settings: Settings, given: dict[str, Any], data: Data, processe
     built-in data set, stay."""
     chosen = {**FOR_DATA.get(settings.data, {}), **FOR_PRESET[settings.preset], **given}
     fitted: dict[str, Any] = {}
-    conv, values = settings.model == "conv" and len(data.shape) > 1, math.prod(data.shape)
+    conv, values = settings.model in CONVOLUTIONAL and len(data.shape) > 1, math.prod(data.shape)
     pixels = math.prod(data.shape[1:]) * (settings.hidden / 16) ** 2 if conv else values * settings.hidden / 256
     if conv and "layers" not in chosen and any(side % 2**settings.layers for side in data.shape[1:]):
         fitted["layers"] = 1
@@ -54,14 +57,20 @@ def fit_defaults(settings: Settings, given: dict[str, Any], data: Data, processe
     if "importance_samples" not in chosen:
         budget = (DECODED_PIXELS if conv else DECODED_VALUES) / (len(data.test) * pixels)
         fitted["importance_samples"] = int(max(LEAST_SAMPLES, min(SAMPLES, budget)))
+    if "workers" not in chosen and isinstance(data.train, Stored) and settings.device != "cpu":
+        # A GPU would wait for data that the training's own process reads.
+        fitted["workers"] = min(WORKERS, (os.cpu_count() or 1) // processes) if torch.cuda.is_available() else 0
     return dataclasses.replace(settings, **fitted)
 
 
 def seconds_per_step(run: Run) -> float:
-    """Seconds of an ELBO's forward and backward, measured on the second of two runs, without side effects."""
-    x = run.data.train[: run.settings.batch_size].to(run.device)
-    draws, taken = draws_of(run.settings, run.prior is not None), 0.0
+    """Seconds of reading, and of an ELBO's forward and backward, measured on the second of two runs, without side
+    effects."""
+    draws, taken, reading = draws_of(run.settings, run.prior is not None), 0.0, 0.0
     for _ in range(2):
+        began = time.perf_counter()
+        x = run.data.train[: run.settings.batch_size].to(run.device)
+        reading = (time.perf_counter() - began) * run.settings.accumulate
         began = time.perf_counter()
         with run.autocast():
             posterior = run.vae.posterior(x)
@@ -72,7 +81,8 @@ def seconds_per_step(run: Run) -> float:
         taken = (time.perf_counter() - began) * run.settings.accumulate
         for parameter in run.vae.parameters():
             parameter.grad = None
-    return taken
+    workers = run.settings.workers
+    return max(taken, reading / workers) if workers else taken + reading
 
 
 def forecast(run: Run, step: float, reported: bool = True) -> list[str]:

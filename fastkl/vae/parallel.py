@@ -47,6 +47,14 @@ class Ranks:
         distributed.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, on every process."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
     def wrap(self, module: nn.Module, partly: bool = False) -> nn.Module:
         """`partly`: some steps do not use all parameters."""
         if self.size == 1:

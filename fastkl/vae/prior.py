@@ -81,12 +81,12 @@ def initialise(prior: nn.Module, vae: VAE, data: Data, settings: Settings, devic
         return
     seed = streams.seed_for(settings.seed, "fit")
     torch.manual_seed(seed)  # the next training step seeds itself
-    rows = max(settings.components, min(DRAWS, NUMBERS // math.prod(vae.latent_shape)))
-    x = data.train[:rows]  # a random subset: the split has shuffled the rows
-    draws = max(1, rows // len(x))
-    means, drawn = [], []
-    for part in x.split(max(1, ENCODED // x[0].numel())):
-        posterior = vae.posterior(part.to(device))
+    wanted = max(settings.components, min(DRAWS, NUMBERS // math.prod(vae.latent_shape)))
+    rows = min(wanted, len(data.train))  # a random subset: the split has shuffled the rows
+    draws = max(1, wanted // rows)
+    size, means, drawn = max(1, ENCODED // math.prod(data.shape)), [], []
+    for first in range(0, rows, size):
+        posterior = vae.posterior(data.train[first : min(first + size, rows)].to(device))
         means.append(posterior.mean.flatten(1))
         drawn.append(posterior.rsample(num_samples=draws).flatten(2).transpose(0, 1).flatten(0, 1))
     try:

@@ -142,6 +142,9 @@ def summary(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]  # fmt: skip
     if "bits_per_dimension" in metrics:
         figures.insert(2, ("Bits per dimension", f"{metrics['bits_per_dimension']:.3f}", "-log2 p(x) of a value"))
+    if "psnr" in metrics:
+        errors = f"dB, of E[x|mean of z]; mean error {metrics['absolute_error']:.3g} of the range"
+        figures.append(("PSNR", f"{metrics['psnr']:.2f}", errors))
     if "components" in metrics:
         used, entropy = metrics["used_components"], metrics["usage_entropy"]
         figures += [

@@ -7,7 +7,7 @@ import difflib
 from typing import Any
 
 from fastkl.vae.errors import UserError
-from fastkl.vae.settings import FOR_DATA, FOR_MODEL, FOR_OBJECTIVE, FOR_PRESET, LEARNED, WARM_UP, Settings
+from fastkl.vae.settings import AUTOENCODER, FOR_DATA, FOR_MODEL, FOR_OBJECTIVE, FOR_PRESET, LEARNED, WARM_UP, Settings
 
 BOUNDS = ("elbo", "beta_vae")  # objectives that accept every --kl
 WEIGHTED = (*BOUNDS, "beta_tc_vae", "vade")  # objectives that use --beta
@@ -19,11 +19,12 @@ OF_OBJECTIVE = {
     "balance": ("elbo",), "capacity": ("beta_vae",), "capacity_steps": ("beta_vae",),
     "groups": ("miwae", "piwae"), "gradient": IMPORTANCE, "elbo_share": ("ciwae",), "penalty": MATCHING,
     "alpha": ("info_vae",), "kernel": ("wae_mmd", "info_vae"), "projections": ("swae",), "blur": ("sinkhorn_ae",),
-    "weights": ("beta_tc_vae",), "discriminator_learning_rate": ("aae",),
+    "weights": ("beta_tc_vae",), "perceptual": WEIGHTED, "adversarial": WEIGHTED,
 }  # fmt: skip
 OF_PRIOR = {
     "components": ("gmm", "vamp"), "covariance": ("gmm",), "kl": LEARNED, "prior_learning_rate": LEARNED,
 }  # fmt: skip
+IMAGE_WEIGHTS = ("perceptual_weight", "adversarial_weight")
 RELAXED = ("tau", "final_tau", "tau_schedule")  # options of --kl relaxed
 # Invalid combinations, each with its reason; docs/objectives.md has the same table.
 REFUSED = {
@@ -52,6 +53,8 @@ def resolve(given: dict[str, Any]) -> Settings:
             if chosen not in (known := table.get(name, (chosen,))):
                 wanted = " or ".join(known)
                 raise UserError(f"{flag(name)} belongs to --{about} {wanted}; this run has --{about} {chosen}")
+    if "model_config" in given and settings.model != AUTOENCODER:
+        raise UserError(f"--model-config belongs to --model {AUTOENCODER}; this run has --model {settings.model}")
     sampled = settings.prior != "standard" and settings.objective in BOUNDS
     if "samples" in given and not sampled and settings.objective not in (*IMPORTANCE, "vade"):
         raise UserError(
@@ -64,6 +67,7 @@ def resolve(given: dict[str, Any]) -> Settings:
             "with --prior standard uses neither"
         )
     check_remedies(settings, given)
+    check_images(settings, given)
     if settings.kl == "upper" and settings.prior == "flow":
         raise UserError("--kl upper needs a mixture, --prior gmm or vamp; a flow has only --kl mc")
     if settings.kl == "relaxed" and settings.prior == "flow":
@@ -101,12 +105,26 @@ def check_remedies(settings: Settings, given: dict[str, Any]) -> None:
         raise UserError(f"--balance {settings.balance} is more groups than the {settings.latent} of --latent")
 
 
+def check_images(settings: Settings, given: dict[str, Any]) -> None:
+    for name, of in (
+        ("perceptual_weight", "perceptual"), ("adversarial_weight", "adversarial"),
+        ("adversarial_start", "adversarial"),
+    ):  # fmt: skip
+        if name in given and not getattr(settings, of):
+            raise UserError(f"{flag(name)} belongs to {flag(of)}")
+    if "discriminator_learning_rate" in given and not (settings.adversarial or settings.objective == "aae"):
+        raise UserError("--discriminator-learning-rate belongs to --objective aae or --adversarial")
+    if settings.compile and settings.adversarial:
+        raise UserError("--compile does not go with --adversarial, whose weight needs gradients inside the loss")
+
+
 def defaults(given: dict[str, Any]) -> Settings:
     """Settings from, in rising precedence: defaults, data set, model, objective, prior, preset, given options."""
     preset = given.get("preset", Settings.preset)
     chosen = {**FOR_PRESET[preset], **given}
-    names = ("data", "objective", "prior", "model")
-    data, objective, prior, model = (chosen.get(name, getattr(Settings, name)) for name in names)
+    names = ("data", "objective", "prior")
+    data, objective, prior = (chosen.get(name, getattr(Settings, name)) for name in names)
+    model = chosen.get("model", FOR_DATA.get(data, {}).get("model", Settings.model))
     learned = {} if prior == "standard" else {"warm_up": WARM_UP.get(preset if data == "digits" else data, 500)}
     suited = {**FOR_DATA.get(data, {}), **FOR_MODEL.get(model, {}), **FOR_OBJECTIVE.get(objective, {}), **learned}
     return Settings(**{**suited, **chosen})
@@ -134,13 +152,26 @@ def check(settings: Settings) -> None:
         "split_seed",
         "test_count",
         "threads",
+        "crop",
+        "workers",
     )
-    zeros += ("warm_up", "patience", "learning_rate_warm_up")
+    zeros += ("warm_up", "patience", "learning_rate_warm_up", "adversarial_start")
     for name, minimum in {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)}.items():
         if getattr(settings, name) < minimum:
             raise UserError(f"{flag(name)} must be at least {minimum}, got {getattr(settings, name)}")
     rates = ("learning_rate", "prior_learning_rate", "discriminator_learning_rate")
-    for name in (*rates, "weight_decay", "beta", "free_bits", "penalty", "alpha", "elbo_share", "clip"):
+    for name in (
+        *rates,
+        "weight_decay",
+        "beta",
+        "free_bits",
+        "penalty",
+        "alpha",
+        "elbo_share",
+        "clip",
+        "scale",
+        *IMAGE_WEIGHTS,
+    ):
         value = getattr(settings, name)
         if not 0 <= value < float("inf"):
             raise UserError(f"{flag(name)} must be a finite number, 0 or more, got {value}")
@@ -148,6 +179,10 @@ def check(settings: Settings) -> None:
         value = getattr(settings, name)
         if not 0 < value < float("inf"):
             raise UserError(f"{flag(name)} must be a finite number above 0, got {value}")
+    if 0 < settings.image_size < settings.crop:
+        raise UserError(
+            f"--crop {settings.crop} is more than --image-size {settings.image_size}, the shorter side after resizing"
+        )
     if not 0 <= settings.validation < 1:
         raise UserError(f"--validation must be a share, 0 or more and below 1, got {settings.validation}")
     if not 0 <= settings.ema < 1:

@@ -20,7 +20,9 @@ from fastkl.vae.guard import Guard
 from fastkl.vae.model import VAE, build
 from fastkl.vae.objective import Objective
 from fastkl.vae.parallel import Ranks
+from fastkl.vae.reader import Reader
 from fastkl.vae.settings import Settings
+from fastkl.vae.stored import Stored
 from fastkl.vae.watch import Watch
 
 
@@ -47,7 +49,7 @@ class Run:
     folder: Path
     vae: VAE
     objective: nn.Module  # an Objective, in DistributedDataParallel if there are several processes
-    optimizers: dict[str, torch.optim.Optimizer]  # of the autoencoder and, for aae, of the discriminator
+    optimizers: dict[str, torch.optim.Optimizer]  # of the autoencoder and of the discriminator, if any
     average: AveragedModel | None = None  # of the weights over the steps, with --ema
     # With --patience: step, ELBO and weights ("model") of the best point of the curve of held-out data, and the number
     # of points since. Processes other than the main one know only the number.
@@ -58,6 +60,7 @@ class Run:
     window: dict[str, float] = field(default_factory=dict)
     watch: Watch = field(init=False)
     guard: Guard = field(init=False)
+    reader: Reader = field(init=False)
     # Rows by curve. "train", and "test" or "validation": step, ELBO, KL, reconstruction. "terms/NAME": step, another
     # term of the objective. "monitors/NAME": step, figure. "mixture": step, lower bound, KL, upper bound, used
     # components, and with --kl relaxed the temperature.
@@ -67,6 +70,7 @@ class Run:
         self.history.setdefault(self.data.watched_name, [])
         self.watch = Watch(self.settings, self.ranks)
         self.guard = Guard(self.settings.bad_steps, self.ranks, self.folder / checkpoint.NAME)
+        self.reader = Reader(self)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
 
     @property
@@ -90,6 +94,11 @@ class Run:
     def prior(self) -> Prior | None:
         """The learned prior, or None for N(0, I): during the warm-up and in a run without a learned prior."""
         return self.vae.prior if self.step >= self.settings.warm_up else None
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether the discriminator of patches takes part in the next step."""
+        return self.settings.adversarial and self.step >= self.settings.adversarial_start
 
     def autocast(self) -> torch.autocast:
         """The context that sets the networks' dtype. fastkl's ops always compute in float32."""
@@ -131,23 +140,31 @@ def start(settings: Settings, data: Data, ranks: Ranks, folder: Path, own: Own =
         several = f" with --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
         requested = f"--batch-size {settings.batch_size}{several} on {ranks.size} processes"
         raise UserError(f"{requested} is more than the {len(data.train)} training data")
+    if settings.workers and not isinstance(data.train, Stored):
+        raise UserError(
+            "--workers read ahead from the disk, but these data are in memory: use --stream, --crop or --flip"
+        )
     device = choose_device(settings.device, ranks)
     torch.manual_seed(streams.seed_for(settings.seed, "weights"))
-    vae = build(settings, data.shape, data.likelihood, own.model, data.scaling.levels)
+    vae = build(settings, data.shape, data.likelihood, own.model, data.scaling)
     vae.prior = prior.build(settings, vae, data)
     vae = vae.to(device)
     learned = vae.prior is not None
-    objective = Objective(vae, settings, len(data.train), ranks.group, own.objective).to(device)
+    objective = Objective(vae, settings, len(data.train), ranks.group, own.objective, device).to(device)
     optimizers = make_optimizers(settings, vae, objective.discriminator)
-    # During the warm-up the loss does not use the learned prior's parameters.
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(settings.ema)) if settings.ema else None
-    wrapped = ranks.wrap(objective, partly=learned)
+    # The loss does not use a learned prior's parameters during the warm-up, and those of the discriminator of patches
+    # before --adversarial-start.
+    wrapped = ranks.wrap(objective, partly=learned or settings.adversarial_start > 0)
     if settings.compile:
         wrapped.compile()
     run = Run(settings, data, ranks, device, folder, vae, wrapped, optimizers, average)
     if learned and 0 < run.total_steps <= settings.warm_up:
         problem = f"--warm-up {settings.warm_up} leaves none of the {run.total_steps} steps to --prior {settings.prior}"
         raise UserError(f"{problem}: choose fewer, or train for longer")
+    if settings.adversarial and 0 < run.total_steps <= settings.adversarial_start:
+        problem = f"--adversarial-start {settings.adversarial_start} leaves none of the {run.total_steps} steps"
+        raise UserError(f"{problem} to --adversarial: choose fewer, or train for longer")
     return run
 
 

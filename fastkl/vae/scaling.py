@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkl.vae.arrays import Part, Span
+from fastkl.vae.arrays import AT_ONCE, Lazy, Part, Span, blocks, laid
 from fastkl.vae.errors import UserError
+from fastkl.vae.image_sets import Crops, Whole
 from fastkl.vae.likelihood import COUNTS, DISCRETE, LEVELS, PIXELS
 
 FEW = 4  # the most channels of a picture
 DEPTHS = (8, 10, 12, 14, 16, 32)  # bits of a pixel
 ROUNDING = 1e-5  # tolerance of the range [0, 1]
-AT_ONCE = 2**22  # numbers in float64 at a time
+# Limits of the rows that standardise data outside the memory: rows, and numbers in all, but not fewer than the last.
+SAMPLED, SAMPLED_NUMBERS, LEAST_SAMPLED = 10_000, 2**26, 100
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,33 @@ class Scaling:
     likelihood: str
     mean: np.ndarray
     deviation: np.ndarray
+    low: float = 0.0  # the range of a value in the file: that of its pixels, or else of the data
+    high: float = 1.0
 
-    def apply(self, values: np.ndarray) -> Tensor:
+    def apply(self, values: np.ndarray, rows: np.ndarray | None = None) -> Tensor:
+        """The scaled values. `rows`: their rows in the file, for error messages.
+
+        Raises:
+            UserError: a standardised value overflows.
+        """
         if self.likelihood in PIXELS:
             return divided(values, float(self.deviation))
-        return standardised(values, self.mean, self.deviation)
+        return standardised(values, self.mean, self.deviation, rows)
 
     @property
     def levels(self) -> int:
         """The number of levels of pixels that were whole numbers."""
         return int(self.deviation) + 1 if self.likelihood in PIXELS else 0
+
+    @property
+    def peak(self) -> float:
+        """The range of a value of an image in the numbers of the model, to which its errors are compared."""
+        return (self.high - self.low) / float(self.deviation)
+
+    @property
+    def signed(self) -> tuple[float, float]:
+        """(a, b) for images: a x + b maps the range of a value, in the numbers of the model, to [-1, 1]."""
+        return 2 / self.peak, 2 * (float(self.mean) - self.low) / (self.high - self.low) - 1
 
     def undo(self, x: Tensor) -> Tensor:
         mean, deviation = (torch.from_numpy(np.asarray(each)).to(x) for each in (self.mean, self.deviation))
@@ -54,11 +74,13 @@ class Scaling:
 
     def state_dict(self) -> dict[str, Any]:
         mean, deviation = (torch.from_numpy(np.array(each)) for each in (self.mean, self.deviation))
-        return {"likelihood": self.likelihood, "mean": mean, "deviation": deviation}
+        bounds = {"low": self.low, "high": self.high}
+        return {"likelihood": self.likelihood, "mean": mean, "deviation": deviation, **bounds}
 
     @staticmethod
     def of_state(state: dict[str, Any]) -> Scaling:
-        return Scaling(state["likelihood"], state["mean"].numpy(), state["deviation"].numpy())
+        bounds = (state.get(name, math.nan) for name in ("low", "high"))  # checkpoints of 0.1.0 have none
+        return Scaling(state["likelihood"], state["mean"].numpy(), state["deviation"].numpy(), *bounds)
 
 
 def resized(values: Tensor, size: int) -> Tensor:
@@ -84,14 +106,12 @@ def arrange(part: Part, where: str) -> tuple[Part, str]:
     if values.ndim not in (2, 3, 4, 5) or 0 in values.shape:
         expected = "[N, features], [N, H, W], [N, C, H, W] or [N, C, T, H, W]"
         raise UserError(f"{where}: expected {expected}, got shape {tuple(values.shape)}")
-    if values.dtype.kind == "f":
-        # In float32, because a float64 beyond its range becomes infinite there.
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(values.astype(np.float32)).reshape(len(values), -1).all(axis=1)
-        if not finite.all():
-            bad = np.flatnonzero(~finite)
-            raise UserError(f"{where}: {len(bad)} rows with NaN or infinite values, the first is row {bad[0]}")
-    span = part.span or Span.of(values)
+    span = part.span
+    if values.dtype.kind == "f" and not (span and isinstance(values, Lazy)):  # images were checked as they were read
+        measured = span_of_finite(values, where)
+        span = span or measured
+    elif span is None:
+        span = Span.of_blocks(blocks(values), values.dtype) if isinstance(values, Lazy) else Span.of(values)
     layout = ""
     if values.ndim == 3:
         if values.shape[0] == values.shape[1] != values.shape[2]:
@@ -99,14 +119,36 @@ def arrange(part: Part, where: str) -> tuple[Part, str]:
                 f"{where}: shape {values.shape} may be {values.shape[2]} square images with N last: move N to the "
                 "front, or save [N, 1, H, W] if it is already there"
             )
-        values = values[:, None]
-    elif values.ndim == 4 and channels_last(values.shape, where):
+        values = laid(values, grey)
+    elif values.ndim == 4 and not isinstance(values, (Whole, Crops)) and channels_last(values.shape, where):
         layout = f"channels last, {list(values.shape)}"
-        values = values.transpose(0, 3, 1, 2)
+        values = laid(values, channels_first)
     elif values.ndim == 5 and (axis := channel_axis(values.shape, where)) != 1:
         layout = f"channels {'last' if axis == 4 else 'after the frames'}, {list(values.shape)}"
-        values = np.moveaxis(values, axis, 1)
+        values = laid(values, functools.partial(np.moveaxis, source=axis, destination=1))
     return Part(values, part.labels, span), layout
+
+
+def grey(values: np.ndarray) -> np.ndarray:
+    return values[:, None]
+
+
+def channels_first(values: np.ndarray) -> np.ndarray:
+    return values.transpose(0, 3, 1, 2)
+
+
+def span_of_finite(values: Any, where: str) -> Span:
+    """The span of floating-point rows, which must be finite in float32, where a float64 may overflow."""
+    spans, bad, first = [], [], 0
+    for block in blocks(values):
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(block.astype(np.float32)).reshape(len(block), -1).all(axis=1)
+        bad += (first + np.flatnonzero(~finite)).tolist()
+        spans += [Span.of(block)]
+        first += len(block)
+    if bad:
+        raise UserError(f"{where}: {len(bad)} rows with NaN or infinite values, the first is row {bad[0]}")
+    return Span.joined(spans)
 
 
 def channels_last(shape: tuple[int, ...], where: str) -> bool:
@@ -160,10 +202,11 @@ def divisor(span: Span, vectors: bool, likelihood: str) -> float | None:
     return whole_range(span.high) if pixels else None
 
 
-def scale(parts: dict[str, Part], train: np.ndarray, asked: str) -> tuple[Scaling, str, str]:
+def scale(parts: dict[str, Part], train: np.ndarray, asked: str, stored: bool = False) -> tuple[Scaling, str, str]:
     """(the scaling of all parts, its description, meaning of the figures).
 
-    `train`: rows of the training part, whose mean and deviation standardise the data for a normal likelihood.
+    `train`: rows of the training part, whose mean and deviation standardise the data for a normal likelihood. `stored`:
+    they are not in memory, so a sample of them is used.
     """
     spans = {name: part.span for name, part in parts.items() if part.span is not None}
     vectors = parts["train"].values.ndim == 2
@@ -180,7 +223,7 @@ def scale(parts: dict[str, Part], train: np.ndarray, asked: str) -> tuple[Scalin
             raise UserError(
                 f"--likelihood {likelihood} needs values in [0, 1], got values in [{span.low:.4g}, {span.high:.4g}]"
             )
-        scaling = Scaling(likelihood, np.zeros(()), np.asarray(float(by)))
+        scaling = Scaling(likelihood, np.zeros(()), np.asarray(float(by)), 0.0, float(by))
         what = f"{span}" + (f", divided by {by}" if by > 1 else "")
         if likelihood in DISCRETE:
             if not span.integer:
@@ -193,25 +236,40 @@ def scale(parts: dict[str, Part], train: np.ndarray, asked: str) -> tuple[Scalin
             "Bernoulli likelihood on values in [0, 1]: a value between 0 and 1 is taken as the probability of a 1, so "
             "these figures are lower bounds on the mean log-probability of the binarised data."
         )  # fmt: skip
-    mean, deviation = moments(parts["train"].values, train, vectors)
+    values, rows = parts["train"].values, train
+    if stored:
+        values = sampled(values, train)
+        rows = np.arange(len(values))
+    mean, deviation = moments(values, rows, vectors)
     what = f"{span}, standardised{' per feature' if vectors else ''}"
+    if len(rows) < len(train):
+        what += f" by {len(rows):,} of the training data"
     if span.integer and span.low >= 0 and vectors and asked == "auto":
         what += " (if they are pixels: --likelihood bernoulli)"
-    return Scaling(likelihood, mean, deviation), what, (
+    return Scaling(likelihood, mean, deviation, *bounds(span, by)), what, (
         f"{likelihood.capitalize()} likelihood on standardised values (mean 0, deviation 1 over the training data), "
-        f"with a learned {'variance' if likelihood == 'normal' else 'scale'} "
+        f"whose {'variance' if likelihood == 'normal' else 'scale'} is given by --scale, or learned "
         f"{'per feature' if vectors else 'for all pixels'}: log p(x) is a log-density of these."
     )  # fmt: skip
 
 
 def counted(parts: dict[str, Part], span: Span, likelihood: str) -> tuple[Scaling, str, str]:
     """`scale` for counts, which are left as they are."""
-    whole = span.integer or all(bool((part.values == np.floor(part.values)).all()) for part in parts.values())
+    each = (block for part in parts.values() for block in blocks(part.values))
+    whole = span.integer or all(bool((block == np.floor(block)).all()) for block in each)
     if not whole or span.low < 0:
         raise UserError(f"--likelihood {likelihood} needs counts, whole numbers from 0; got {span}")
     name = likelihood.replace("_", " ").capitalize()
     meaning = f"{name} likelihood on counts: log p(x) is a log-probability of the counts as they are in the file."
-    return Scaling(likelihood, np.zeros(()), np.ones(())), f"{span}, counts", meaning
+    return Scaling(likelihood, np.zeros(()), np.ones(()), span.low, span.high), f"{span}, counts", meaning
+
+
+def bounds(span: Span, by: float | None) -> tuple[float, float]:
+    """The range of values: of pixels with this divisor, of images in [-1, 1], or of the data."""
+    if by is not None:
+        return 0.0, float(by)
+    signed = not span.integer and -1 - ROUNDING <= span.low < 0 < span.high <= 1 + ROUNDING
+    return (-1.0, 1.0) if signed else (float(span.low), float(span.high))
 
 
 def fit_together(spans: dict[str, Span], vectors: bool, likelihood: str) -> None:
@@ -233,6 +291,14 @@ def divided(values: np.ndarray, by: float) -> Tensor:
     return torch.from_numpy(values.clip(0, 1, out=values))
 
 
+def sampled(values: Any, rows: np.ndarray) -> np.ndarray:
+    """The values of the first rows, which have been shuffled: of crops, at random places."""
+    rows = rows[: max(LEAST_SAMPLED, min(SAMPLED, SAMPLED_NUMBERS // math.prod(values.shape[1:])))]
+    if isinstance(values, Crops):
+        return values.random(rows, np.random.default_rng(0).random((len(rows), 2)))
+    return np.asarray(values[rows])
+
+
 def moments(values: np.ndarray, rows: np.ndarray, vectors: bool) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation in float64: one per feature of a vector, one for all pixels of an image."""
     axes = 0 if vectors else None
@@ -246,7 +312,7 @@ def moments(values: np.ndarray, rows: np.ndarray, vectors: bool) -> tuple[np.nda
     return mean, np.where(chosen.max(axis=axes) > chosen.min(axis=axes), deviation, 1.0)
 
 
-def standardised(values: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> Tensor:
+def standardised(values: np.ndarray, mean: np.ndarray, deviation: np.ndarray, rows: np.ndarray | None = None) -> Tensor:
     """Standardised values. The mean is subtracted in float64, so large numbers keep their last digits."""
     scaled = np.empty(values.shape, dtype=np.float32)
     for part in pieces(np.arange(len(values)), values):
@@ -254,6 +320,7 @@ def standardised(values: np.ndarray, mean: np.ndarray, deviation: np.ndarray) ->
             scaled[part] = (block(values, part) - mean) / deviation
     if not np.isfinite(scaled).all():
         row = np.flatnonzero(~np.isfinite(scaled).reshape(len(scaled), -1).all(axis=1))[0]
+        row = row if rows is None else rows[row]
         raise UserError(f"--data: row {row} is too far from the training data: its standardised values overflow")
     return torch.from_numpy(scaled)
 

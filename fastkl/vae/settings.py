@@ -5,21 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-LIKELIHOODS = ("bernoulli", "logistic", "categorical", "normal", "laplace", "poisson", "negative_binomial")
+LIKELIHOODS = ("bernoulli", "logistic", "categorical", "normal", "laplace", "huber", "poisson", "negative_binomial")
 LEARNED = ("gmm", "vamp", "flow")
+AUTOENCODER = "autoencoder-kl"
+CONVOLUTIONAL = ("conv", AUTOENCODER)
 OBJECTIVES = (
     "elbo", "beta_vae", "iwae", "miwae", "piwae", "ciwae", "wae_mmd", "info_vae", "swae", "sinkhorn_ae", "aae",
     "beta_tc_vae", "vade",
 )  # fmt: skip
 
 
-def option(default: Any, text: str, maths: bool = True, choices: tuple = (), by_default: str = "") -> Any:
+def option(
+    default: Any, text: str, maths: bool = True, choices: tuple = (), by_default: str = "", many: bool = False
+) -> Any:
     """A field of Settings.
 
     `maths`: the option changes the numbers, so a resumed run may not change it. `by_default`: help text for a default
-    that depends on the data or the model (pace.py).
+    that depends on the data or the model (pace.py). `many`: the command line takes several, kept as lines.
     """
-    meta = {"help": text, "maths": maths, "choices": choices or None, "kind": type(default), "by_default": by_default}
+    meta = {
+        "help": text, "maths": maths, "choices": choices or None, "kind": type(default), "by_default": by_default,
+        "many": many,
+    }  # fmt: skip
     return field(default=default, metadata=meta)
 
 
@@ -29,37 +36,69 @@ class Settings:
         "digits", "a set of defaults; other options override it", choices=("digits", "large-latent", "large-mixture")
     )
     # A moved file is the same data, so resuming compares the fingerprint of the data instead of this name.
-    data: str = option("digits", "digits, mnist5k, pbmc, or a .npy, .npz, .pt file or a folder of images", maths=False)
+    data: str = option(
+        "digits",
+        "digits, mnist5k, pbmc, photos, a .npy, .npz, .pt or .tar file, or a folder of images, .npy or .tar files or "
+        "a Hugging Face data set",
+        maths=False,
+    )
     test_data: str = option(
         "", "a file or folder of test data (default: the test part of --data, or else a fifth of it)", maths=False
     )
     validation: float = option(
         0.0, "share of the training data held out for the curves; the test data are then used only once, at the end"
     )
-    image_size: int = option(0, "resize images to this many pixels a side (0: keep their size)")
+    image_size: int = option(
+        0, "resize images to this many pixels a side, with --crop the shorter side (0: keep their size)"
+    )
+    crop: int = option(
+        0, "train on random squares of this many pixels a side, and test on those in the centre (0: whole images)",
+        by_default="0; photos: 64",
+    )  # fmt: skip
+    flip: bool = option(False, "mirror training images at random")
+    stream: bool = option(
+        False, "leave the training data on the disk and read them step by step; folders of .npy files, .tar files and "
+        "Hugging Face data sets always are",
+    )  # fmt: skip
+    workers: int = option(
+        0, "processes that read, decode and crop ahead of the training (0: it reads by itself)", maths=False,
+        by_default="0; on a GPU up to 8 if the data are not in memory",
+    )  # fmt: skip
     likelihood: str = option(
         "auto",
         "distribution of a value given the latent; auto chooses bernoulli or normal, logistic and categorical are for "
-        "pixels with whole numbers, poisson and negative_binomial for counts, laplace is the L1 loss",
+        "pixels with whole numbers, poisson and negative_binomial for counts; normal is the L2, laplace the L1 loss",
         choices=("auto", *LIKELIHOODS),
+    )
+    scale: float = option(
+        0.0, "scale of the errors of a normal, laplace or huber likelihood, for standardised values (0: learned)"
     )
     model: str = option(
         "mlp",
-        "encoder and decoder; the autoregressive decoder also reads the earlier pixels and may ignore the latent",
-        choices=("mlp", "conv", "autoregressive"),
+        "encoder and decoder; the autoregressive decoder also reads the earlier pixels and may ignore the latent; "
+        "autoencoder-kl is diffusers' AutoencoderKL, which the run also writes for diffusers",
+        choices=("mlp", *CONVOLUTIONAL, "autoregressive"),
     )
+    model_config: str = option(
+        "", "fields of AutoencoderKL: key=value, a .json file, or a folder of save_pretrained, whose weights are the "
+        "start (default: small networks by --latent, --hidden and --layers)", many=True,
+    )  # fmt: skip
     latent: int = option(
-        16, "latent dimensions (mlp) or channels of the spatial latent (conv)", by_default="16; conv: 8"
-    )
+        16, "latent dimensions (mlp) or channels of the spatial latent (conv, autoencoder-kl)",
+        by_default="16; conv: 8; autoencoder-kl: 4",
+    )  # fmt: skip
     hidden: int = option(
-        256, "width of the hidden layers (mlp) or of the first level (conv)", by_default="256; conv: 16"
-    )
-    layers: int = option(2, "hidden layers (mlp) or levels, each halving the image (conv)")
+        256, "width of the hidden layers (mlp) or of the first level (conv, autoencoder-kl: the next have twice that)",
+        by_default="256; conv, autoencoder-kl: 16",
+    )  # fmt: skip
+    layers: int = option(2, "hidden layers (mlp) or levels, each halving the image (conv, autoencoder-kl)")
     batch_size: int = option(64, "data per step and process", by_default="64; fewer for few data or large images")
     epochs: int = option(150, "passes over the training data", by_default="150; fewer for many data or large images")
     steps: int = option(0, "stop after this many steps instead of --epochs (0: use --epochs)")
     learning_rate: float = option(
-        3e-3, "learning rate of AdamW after at most 100 steps of warm-up", by_default="0.003; conv: 0.001"
+        3e-3,
+        "learning rate of AdamW after at most 100 steps of warm-up",
+        by_default="0.003; conv, autoencoder-kl: 0.001",
     )
     learning_rate_warm_up: int = option(
         0, "steps over which the learning rate rises from 0 (0: 100, and with cosine at most a tenth of the run)"
@@ -126,7 +165,18 @@ class Settings:
     projections: int = option(50, "random projections of swae")
     blur: float = option(0.5, "blur of sinkhorn_ae, in units of the latent")
     weights: str = option("mss", "minibatch weights of beta_tc_vae's estimates", choices=("mss", "mws"))
-    discriminator_learning_rate: float = option(0.0, "learning rate of aae's discriminator (0: --learning-rate)")
+    discriminator_learning_rate: float = option(
+        0.0, "learning rate of the discriminator of aae or --adversarial (0: --learning-rate)"
+    )
+    perceptual: str = option(
+        "", "module:function of a distance (x_hat, x) -> [N] between images in [-1, 1], such as LPIPS, for the loss"
+    )
+    perceptual_weight: float = option(1.0, "weight of --perceptual, in nats")
+    adversarial: bool = option(False, "train the decoder against a discriminator of image patches, as VQGAN")
+    adversarial_weight: float = option(
+        0.5, "weight of --adversarial: the share of its gradient in that of the reconstruction, in the last layer"
+    )
+    adversarial_start: int = option(0, "steps before --adversarial, without a discriminator")
     bad_steps: int = option(10, "stop after this many non-finite steps in a row", maths=False)
     tau: float = option(1.0, "temperature of --kl relaxed at the first step of the prior")
     final_tau: float = option(0.1, "temperature at the end of the run")
@@ -151,14 +201,14 @@ class Settings:
     checkpoint_every: int = option(500, "steps between two checkpoints", maths=False)
     # One, because a matrix product of a small MLP ends before a second thread wakes up.
     threads: int = option(
-        1, "CPU threads (0: torch's default)", maths=False, by_default="1; 0 with conv and large data"
+        1, "CPU threads (0: torch's default)", maths=False, by_default="1; 0 with conv, autoencoder-kl and large data"
     )
     device: str = option("auto", "device to train on", maths=False, choices=("auto", "cpu", "cuda"))
 
     @property
     def what(self) -> str:
         """A short description of the model."""
-        model = {"mlp": "MLP", "conv": "convolutional"}.get(self.model, self.model)
+        model = {"mlp": "MLP", "conv": "convolutional", AUTOENCODER: "AutoencoderKL"}.get(self.model, self.model)
         prior = "" if self.prior == "standard" else f", prior {self.prior}"
         return f"{model} VAE{prior}" + ("" if self.objective == "elbo" else f", objective {self.objective}")
 
@@ -175,9 +225,10 @@ class Settings:
 GROUPS = {
     "the run": ("preset", "seed", "device", "threads", "log_every", "checkpoint_every"),
     "data": (
-        "data", "test_data", "validation", "image_size", "likelihood", "split_seed", "test_count", "importance_samples",
+        "data", "test_data", "validation", "image_size", "crop", "flip", "stream", "workers", "likelihood", "scale",
+        "split_seed", "test_count", "importance_samples",
     ),
-    "model": ("model", "latent", "hidden", "layers"),
+    "model": ("model", "model_config", "latent", "hidden", "layers"),
     "training": (
         "batch_size", "accumulate", "epochs", "steps", "learning_rate", "learning_rate_warm_up", "schedule",
         "weight_decay", "clip", "ema",
@@ -194,15 +245,21 @@ GROUPS = {
         "objective", "groups", "gradient", "elbo_share", "penalty", "alpha", "kernel", "projections", "blur", "weights",
         "discriminator_learning_rate",
     ),
+    "losses of images": (
+        "perceptual", "perceptual_weight", "adversarial", "adversarial_weight", "adversarial_start",
+    ),
 }  # fmt: skip
 
 # Defaults of a data set; options given by hand take precedence.
-FOR_DATA = {
+FOR_DATA: dict[str, dict[str, Any]] = {
     "mnist5k": {"hidden": 512, "latent": 20, "epochs": 40, "learning_rate": 1e-3, "threads": 0},
     "pbmc": {"hidden": 128, "latent": 10, "epochs": 60, "learning_rate": 1e-3},
+    "photos": {"model": "conv", "crop": 64, "flip": True, "likelihood": "logistic"},
 }
 # Defaults of a small convolutional model; pace.py adds those that depend on the size of the data.
-FOR_MODEL = {"conv": {"latent": 8, "hidden": 16, "layers": 2, "learning_rate": 1e-3, "threads": 0}}
+SMALL: dict[str, Any] = {"hidden": 16, "layers": 2, "learning_rate": 1e-3, "threads": 0}
+# Latent channels as in Stable Diffusion, and the L1 loss with a learned scale, as there.
+FOR_MODEL = {"conv": {"latent": 8, **SMALL}, AUTOENCODER: {"latent": 4, "likelihood": "laplace", **SMALL}}
 FOR_PRESET = {
     "digits": {},
     "large-latent": {

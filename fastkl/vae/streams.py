@@ -7,6 +7,7 @@ the training noise. A new op that draws from any of torch's generators needs no 
 
 from __future__ import annotations
 
+import functools
 import zlib
 
 import numpy as np
@@ -25,9 +26,18 @@ def generator(seed: int, purpose: str, *numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_for(seed, purpose, *numbers))
 
 
+def uniform(seed: int, purpose: str, *numbers: int, count: int) -> np.ndarray:
+    """Numbers [count] from 0 to 1."""
+    entropy = [seed, zlib.crc32(purpose.encode()), *numbers]
+    return np.random.default_rng(entropy).random(count)
+
+
 def batch_indices(seed: int, step: int, count: int, batch: int) -> Tensor:
     """The data of one step. Each epoch has a new shuffle and skips the last, incomplete batch."""
-    steps_per_epoch = count // batch
-    epoch, position = divmod(step, steps_per_epoch)
-    order = torch.randperm(count, generator=generator(seed, "order", epoch), dtype=torch.int64, device="cpu")
-    return order[position * batch : (position + 1) * batch]
+    epoch, position = divmod(step, count // batch)
+    return order(seed, epoch, count)[position * batch : (position + 1) * batch]
+
+
+@functools.lru_cache(maxsize=1)  # a shuffle of many data takes longer than a step
+def order(seed: int, epoch: int, count: int) -> Tensor:
+    return torch.randperm(count, generator=generator(seed, "order", epoch), dtype=torch.int64, device="cpu")

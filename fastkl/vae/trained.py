@@ -22,6 +22,7 @@ from fastkl.vae.data import Data
 from fastkl.vae.errors import UserError
 from fastkl.vae.evaluate import importance_weighted
 from fastkl.vae.files import as_array
+from fastkl.vae.image_sets import Crops
 from fastkl.vae.model import DECODED, ENCODED, VAE, build
 from fastkl.vae.scaling import Scaling, arrange
 from fastkl.vae.settings import Settings
@@ -49,13 +50,17 @@ class Trained:
         return f"<{self.settings.what} after {self.step:,} steps, {sizes}>"
 
     def scaled(self, x: Any, name: str = "x") -> Tensor:
-        """Data [N, ...] in the numbers of the model, [N, *shape] on the CPU.
+        """Data [N, ...] in the numbers of the model, [N, *shape] on the CPU. In a run with --crop, images of another
+        size are resized as in training, and their centre is taken.
 
         Raises:
             UserError: x has another shape than the training data, is not numeric, or is not finite.
         """
         part, _ = arrange(Part(np.asarray(as_array(x))), name)
-        values = self.scaling.resize(self.scaling.apply(part.values), self.settings.image_size)
+        rows, size, crop = part.values, self.settings.image_size, self.settings.crop
+        if crop and rows.ndim == 4 and rows.shape[2:] != (crop, crop):
+            rows = Crops(rows, crop, size, name)[:]
+        values = self.scaling.resize(self.scaling.apply(rows), 0 if crop else size)
         if values.shape[1:] != self.shape:
             raise UserError(f"{name} must be data of shape {list(self.shape)}, got {list(part.values.shape[1:])}")
         return values
@@ -171,7 +176,7 @@ def load(
     settings, shape, scaling = (
         rules.resume(state["settings"], {}), tuple(state["shape"]), Scaling.of_state(state["scaling"])
     )  # fmt: skip
-    vae = build(settings, shape, scaling.likelihood, copy.deepcopy(model), scaling.levels)
+    vae = build(settings, shape, scaling.likelihood, copy.deepcopy(model), scaling)
     # The prior's constructor needs data of the right shape; its numbers are those of the checkpoint.
     blank = torch.zeros(max(1, settings.components), *shape, dtype=torch.float32, device="cpu")
     vae.prior = prior.build(settings, vae, Data("", "", scaling, blank, blank, None, None, None))

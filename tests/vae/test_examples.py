@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fastkl.vae import checkpoint
+
 from vae_helpers import run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -33,6 +35,18 @@ def test_the_example_of_single_cells_finds_the_cell_types():
     done = run([sys.executable, str(EXAMPLES / "train_single_cells.py"), "--steps", "150"])
     assert done.returncode == 0, done.stderr
     assert float(re.findall(r"accuracy (\d\.\d+)", done.stdout)[0]) > 0.8, done.stdout
+
+
+def test_the_example_of_images_reconstructs_and_scales_its_latents(tmp_path):
+    """With a network of its own where diffusers is not installed."""
+    script = str(EXAMPLES / "train_image_autoencoder.py")
+    done = run([sys.executable, script, "--steps", "60", "--out", str(tmp_path / "run")])
+    assert done.returncode == 0, done.stderr
+    (psnr,) = re.findall(r"PSNR of 359 test images: (\d+\.\d+) dB", done.stdout)
+    assert float(psnr) > 13, "after one step it is below 12"
+    assert "latents [1438, 4, 4, 4]" in done.stdout
+    state = checkpoint.load(tmp_path / "run")
+    assert {"terms/perceptual", "terms/accuracy"} <= set(state["history"])
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from fastkl import objectives, vae
-from fastkl.vae import checkpoint, loop
+from fastkl.vae import checkpoint, data, loop
 from fastkl.vae.errors import UserError
+from fastkl.vae.settings import Settings
 
 from vae_helpers import assert_same_state, datasets, train
 
@@ -26,6 +27,11 @@ def own_model(likelihood="bernoulli"):
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 8))
     decoder = nn.Sequential(nn.Linear(4, 64), nn.Unflatten(1, (1, 8, 8)))
     return vae.VAE(encoder, decoder, (1, 8, 8), (4,), likelihood)
+
+
+def test_a_model_may_have_its_name(tmp_path):
+    model = vae.train(torch.rand(20, 1, 8, 8), out=tmp_path / "run", model="conv", layers=1, hidden=8, steps=1)
+    assert model.latent_shape == (8, 4, 4)
 
 
 def test_a_run_from_python_is_that_of_the_command_line(tmp_path):
@@ -108,3 +114,16 @@ def test_wrong_arguments_are_named(tmp_path, error, message, options):
     with pytest.raises(error, match=message.replace("?", r"\?")):
         vae.train(out=tmp_path / "run", **options)
     assert not (tmp_path / "run").exists(), "nothing is left"
+
+
+def test_a_mapping_of_a_file_stays_on_the_disk(tmp_path):
+    """And its crops and flips are those of the file."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (90, 1, 9, 9)).astype(np.uint8))
+    mapping = np.load(tmp_path / "x.npy", mmap_mode="r")
+    options = {**SMALL, "stream": True, "crop": 8, "flip": True, "batch_size": 16}
+    vae.train(mapping, out=tmp_path / "mapping", **options)
+    vae.train(tmp_path / "x.npy", out=tmp_path / "file", workers=1, **options)
+    one, other = (checkpoint.load(tmp_path / name)["model"] for name in ("mapping", "file"))
+    assert all(one[name].equal(other[name]) for name in one)
+    source = data.load(Settings(stream=True), mapping).train.source
+    assert np.shares_memory(source, mapping)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import distributions
 
+import fastkl.vae
 from fastkl.vae import streams
-from fastkl.vae.evaluate import evaluate, mutual_information, quick_elbo
+from fastkl.vae.evaluate import Evaluation, evaluate, mutual_information, quick_elbo
 from fastkl.vae.model import build
 from fastkl.vae.settings import Settings
 
-from vae_helpers import linear_gaussian
+from vae_helpers import linear_gaussian, scaling
 
 CPU = torch.device("cpu")
 
@@ -114,3 +116,37 @@ def test_streams_depend_on_every_number():
     epoch = torch.cat([streams.batch_indices(0, step, 10, 3) for step in range(3)])
     assert len(set(epoch.tolist())) == 9, "within an epoch no datum comes twice"
     assert not streams.batch_indices(0, 3, 10, 3).equal(streams.batch_indices(0, 0, 10, 3))
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "values"),
+    [
+        ("logistic", np.arange(256, dtype=np.uint8)),  # of which the model has x / 255
+        ("laplace", np.arange(256, dtype=np.uint8)),  # standardised
+        ("normal", np.linspace(-1, 1, 256, dtype=np.float32)),
+    ],
+)
+def test_errors_of_images_do_not_depend_on_their_scaling(tmp_path, likelihood, values):
+    """PSNR, absolute and squared error of the reconstructions, as the numbers of the file have them."""
+    x = np.random.default_rng(0).choice(values, (40, 1, 8, 8))
+    model = fastkl.vae.train(x, out=tmp_path / "run", likelihood=likelihood, steps=2, hidden=8, latent=2)
+    found = evaluate(model.vae, model.scaled(x), 1, 0, CPU, scaling=model.scaling).figures()
+    span = float(values.max()) - float(values.min())
+    error = (model.reconstruct(x).double().numpy() - x) / span
+    assert found["absolute_error"] == pytest.approx(np.abs(error).mean(), rel=1e-4)
+    assert found["squared_error"] == pytest.approx(np.square(error).mean(), rel=1e-4)
+    psnr = 10 * np.log10(1 / np.square(error).reshape(40, -1).mean(1))
+    assert found["psnr"] == pytest.approx(psnr.mean(), rel=1e-4)
+    assert found["psnr_standard_error"] == pytest.approx(psnr.std(ddof=1) / math.sqrt(40), rel=1e-3)
+    a, b = model.scaling.signed
+    torch.testing.assert_close(
+        a * model.scaled(x) + b, torch.from_numpy(2.0 * (x - float(values.min())) / span - 1).float()
+    )
+
+
+def test_vectors_have_no_peak_and_a_perfect_image_no_noise():
+    vae, x, _ = linear_gaussian()
+    assert "psnr" not in evaluate(vae, x, samples=1, seed=0, device=CPU, scaling=scaling("normal")).figures()
+    zero = torch.zeros(3)
+    found = Evaluation(zero, zero, zero, torch.zeros(3, 2), zero, 1, 0.0, errors=(zero, zero)).figures()
+    assert found["psnr"] == math.inf

@@ -15,7 +15,7 @@ from fastkl.vae.cli import main
 
 from vae_helpers import BARE, datasets, refused, train
 
-special, stats = (pytest.importorskip(f"scipy.{name}") for name in ("special", "stats"))
+integrate, special, stats = (pytest.importorskip(f"scipy.{name}") for name in ("integrate", "special", "stats"))
 
 SHAPE = (1, 2, 3)
 
@@ -48,6 +48,61 @@ def test_laplace_is_that_of_scipy():
     torch.nn.init.constant_(own.log_scale, -1.5)
     expected = total(stats.laplace.logpdf(x.numpy(), output.numpy(), math.exp(-1.5)))
     torch.testing.assert_close(own.log_prob(x, output), expected, rtol=1e-5, atol=1e-5)
+
+
+def huber(x, mean, scale):
+    """ln p by its definition in float64, with the normaliser by quadrature."""
+    k = 1.345
+
+    def rho(u):
+        return u * u / 2 if abs(u) <= k else k * abs(u) - k * k / 2
+
+    inside, _ = integrate.quad(lambda u: math.exp(-rho(u)), 0, k)
+    outside, _ = integrate.quad(lambda u: math.exp(-rho(u)), k, math.inf)
+    return -rho((x - mean) / scale) - math.log(2 * scale * (inside + outside))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("log_scale", [-3.0, 0.0, 1.0])
+def test_huber_is_its_density_with_the_normaliser_of_a_quadrature(dtype, log_scale):
+    """Also of a decoder's bfloat16 output: the error is that of the output alone."""
+    x, output, own = 3 * draw(4, *SHAPE), draw(4, *SHAPE, seed=1).to(dtype), likelihood.make("huber", SHAPE, 0)
+    torch.nn.init.constant_(own.log_scale, log_scale)
+    pairs = zip(x.flatten().tolist(), output.double().flatten().tolist())
+    expected = total(np.array([huber(*pair, math.exp(log_scale)) for pair in pairs]).reshape(4, *SHAPE))
+    torch.testing.assert_close(own.log_prob(x, output), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_huber_has_the_gradients_of_its_two_parts():
+    own, output = likelihood.make("huber", (1,), 0), torch.tensor([[0.3], [-5.0], [1e30]], requires_grad=True)
+    own.log_prob(torch.zeros(3, 1), output).sum().backward()
+    torch.testing.assert_close(output.grad, torch.tensor([[-0.3], [1.345], [-1.345]]))
+    assert own.log_scale.grad.isfinite()
+
+
+@pytest.mark.parametrize("name", ["normal", "laplace", "huber"])
+def test_a_given_scale_is_not_learned(name):
+    """And is the scale at which a learned one has the same density."""
+    x, output = draw(4, *SHAPE), draw(4, *SHAPE, seed=1)
+    given, learned = likelihood.make(name, SHAPE, 0, scale=0.2), likelihood.make(name, SHAPE, 0)
+    assert not list(given.parameters())
+    (log_scale,) = learned.parameters()
+    torch.nn.init.constant_(log_scale, math.log(0.2) * (2 if name == "normal" else 1))
+    torch.testing.assert_close(given.log_prob(x, output), learned.log_prob(x, output))
+    reference = {"normal": stats.norm, "laplace": stats.laplace}
+    if name in reference:
+        expected = total(reference[name].logpdf(x.numpy(), output.numpy(), 0.2))
+        torch.testing.assert_close(given.log_prob(x, output), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_scale_is_given_to_likelihoods_that_have_one(tmp_path, capsys):
+    assert "--scale 0.2 needs --likelihood normal, laplace or huber, got bernoulli" in refused(
+        capsys, tmp_path / "none", "--scale", "0.2"
+    )
+    assert "--scale must be a finite number" in refused(capsys, tmp_path / "none", "--scale", "-1")
+    options = ("--likelihood", "huber", "--scale", "0.2", "--ema", "0.9")
+    assert train(tmp_path / "run", *BARE, *options, "--steps", "4") == 0
+    assert vae.load(tmp_path / "run").vae.observation.log_scale.item() == pytest.approx(math.log(0.2))
 
 
 @pytest.mark.parametrize("levels", [2, 17, 256])
@@ -88,7 +143,7 @@ def test_a_categorical_level_has_the_softmax_of_its_logits():
 
 
 @pytest.mark.parametrize("model", ["mlp", "conv"])
-@pytest.mark.parametrize("name", ["logistic", "categorical", "laplace", "poisson", "negative_binomial"])
+@pytest.mark.parametrize("name", ["logistic", "categorical", "laplace", "huber", "poisson", "negative_binomial"])
 def test_a_run_learns_by_each_likelihood(tmp_path, name, model):
     layers = ("--layers", "1") if model == "conv" else ()
     options = ("--likelihood", name, "--model", model, *layers, "--steps", "30", "--learning-rate", "0.01")

@@ -9,7 +9,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from fastkl.vae import checkpoint, load, loop
 from fastkl.vae.guard import Diverged, Guard
 
-from vae_helpers import BARE, assert_same_state, fork_each, refused, train
+from vae_helpers import BARE, assert_same_state, fork_each, interrupt, refused, train
 
 OPTIONS = {
     "bf16": ("--precision", "bf16"),
@@ -25,17 +25,6 @@ OPTIONS = {
         "--objective", "aae", "--noise", "datum",
     ),
 }  # fmt: skip
-
-
-def interrupt(monkeypatch, at: int) -> None:
-    real = loop.save_if_due
-
-    def stopping(run, display, asked):
-        return real(run, display, asked or run.step == at)
-
-    monkeypatch.setattr(loop, "save_if_due", stopping)
-    log = loop.log
-    monkeypatch.setattr(loop, "log", lambda run, *rest: log(run, *rest) or run.step == at)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

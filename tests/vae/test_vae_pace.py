@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from fastkl.vae.data import Data
 from fastkl.vae.parallel import Ranks
 from fastkl.vae.rules import resolve
 from fastkl.vae.settings import Settings
+from fastkl.vae.stored import Stored
 
 from vae_helpers import BARE, refused, scaling, train
 
@@ -107,3 +110,32 @@ def test_a_run_that_would_take_hours_says_what_to_change():
 def test_durations_have_the_precision_of_a_forecast():
     durations = {0.2: "1 s", 44: "44 s", 100: "1.7 min", 1200: "20 min", 7200: "2.0 h", 4e5: "4.6 days"}
     assert {seconds: pace.duration(seconds) for seconds in durations} == durations
+
+
+def test_workers_read_ahead_for_a_gpu(tmp_path, monkeypatch):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((20, 5)))
+    given = {"data": str(tmp_path / "x.npy"), "stream": True}
+    source = data.load(resolve(given))
+    monkeypatch.setattr("os.cpu_count", lambda: 12)
+    for cuda, expected in ((False, 0), (True, 6)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        assert pace.fit_defaults(resolve(given), given, source, processes=2).workers == expected
+    for more in ({"device": "cpu"}, {"workers": 0}):
+        assert pace.fit_defaults(resolve({**given, **more}), {**given, **more}, source).workers == 0
+    assert suited(sized(50, 5)).workers == 0, "data in memory need none"
+
+
+def test_the_time_of_a_step_has_its_reading(tmp_path, monkeypatch):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((40, 5)))
+    given = {"data": str(tmp_path / "x.npy"), "stream": True, "hidden": 8, "latent": 2, "batch_size": 8}
+    run = runs.start(resolve(given), data.load(resolve(given)), Ranks(), tmp_path)
+    real = Stored.view
+
+    def slow(self, indices, epoch):
+        time.sleep(0.3)
+        return real(self, indices, epoch)
+
+    monkeypatch.setattr(Stored, "view", slow)
+    assert pace.seconds_per_step(run) > 0.3
+    few = dataclasses.replace(run, settings=dataclasses.replace(run.settings, workers=1000))
+    assert pace.seconds_per_step(few) < 0.3

@@ -13,9 +13,7 @@ import pytest
 from fastkl.vae import checkpoint, loop
 from fastkl.vae.stop import Stop
 
-from vae_helpers import BARE, SMALL, assert_same_state, command, environment, run, train
-
-posix = pytest.mark.skipif(os.name != "posix", reason="needs fork and kill")
+from vae_helpers import BARE, SMALL, assert_same_state, command, environment, posix, run, train
 
 # Torch is imported once; every run is a forked process of its own, which dies by a true kill -9.
 KILLER = """

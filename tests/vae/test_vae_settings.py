@@ -161,6 +161,16 @@ def test_missing_packages_are_named_with_install_command():
     assert f"train = {list(TRAIN)}".replace("'", '"') in project
 
 
+def test_a_model_of_diffusers_without_diffusers_ends_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    said = refused(capsys, tmp_path / "run", "--model", "autoencoder-kl")
+    assert said.endswith('--model autoencoder-kl needs "fastkl[diffusers]", which is not installed: '
+                         'pip install "fastkl[diffusers]"\n')  # fmt: skip
+    assert "--model-config belongs to --model autoencoder-kl; this run has --model mlp" in refused(
+        capsys, tmp_path / "run", "--model-config", "act_fn=silu", "layers_per_block=2"
+    )
+
+
 def test_help_has_every_option_in_a_group_and_examples(capsys):
     listed = [name for names in GROUPS.values() for name in names]
     assert sorted(listed) == sorted(item.name for item in dataclasses.fields(Settings))
