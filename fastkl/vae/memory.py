@@ -83,7 +83,7 @@ def shares(run: Run) -> dict[str, Any]:
 
 def row(one: Cost, step: Cost) -> dict[str, float]:
     parts = {f"{name}_share": part / max(whole, 1e-9) for name, part, whole in zip(Cost._fields, one, step)}
-    return {**one._asdict(), **parts}
+    return {**dict(zip(Cost._fields, one)), **parts}
 
 
 def table(costs: dict[str, Any]) -> list[tuple[str, list[str]]]:

@@ -14,9 +14,10 @@ WARM_UP = 100  # steps over which the learning rate rises, at most
 def learning_rate(settings: Settings, step: int, total: int, rate: float) -> float:
     """A short rise, then constant or half a cosine. Only the cosine depends on `total`, so a constant run may be
     extended."""
+    rise = settings.learning_rate_warm_up
     if settings.schedule == "constant":
-        return rate * min(1.0, (step + 1) / WARM_UP)
-    rise = min(WARM_UP, max(1, total // 10))
+        return rate * min(1.0, (step + 1) / (rise or WARM_UP))
+    rise = rise or min(WARM_UP, max(1, total // 10))
     return rate * min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 

@@ -155,7 +155,7 @@ def check(settings: Settings) -> None:
         "crop",
         "workers",
     )
-    zeros += ("warm_up", "patience", "adversarial_start")
+    zeros += ("warm_up", "patience", "learning_rate_warm_up", "adversarial_start")
     for name, minimum in {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)}.items():
         if getattr(settings, name) < minimum:
             raise UserError(f"{flag(name)} must be at least {minimum}, got {getattr(settings, name)}")

@@ -100,6 +100,9 @@ class Settings:
         "learning rate of AdamW after at most 100 steps of warm-up",
         by_default="0.003; conv, autoencoder-kl: 0.001",
     )
+    learning_rate_warm_up: int = option(
+        0, "steps over which the learning rate rises from 0 (0: 100, and with cosine at most a tenth of the run)"
+    )
     schedule: str = option("cosine", "schedule of the learning rate", choices=("cosine", "constant"))
     weight_decay: float = option(0.0, "weight decay of AdamW")
     precision: str = option(
@@ -227,7 +230,8 @@ GROUPS = {
     ),
     "model": ("model", "model_config", "latent", "hidden", "layers"),
     "training": (
-        "batch_size", "accumulate", "epochs", "steps", "learning_rate", "schedule", "weight_decay", "clip", "ema",
+        "batch_size", "accumulate", "epochs", "steps", "learning_rate", "learning_rate_warm_up", "schedule",
+        "weight_decay", "clip", "ema",
         "patience", "precision", "compile", "activation_checkpointing", "noise", "bad_steps",
     ),
     "prior": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import pickle
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from fastkl.vae import checkpoint, loop
+from fastkl.vae.cli import main
 from fastkl.vae.errors import UserError
 
 from vae_helpers import BARE, assert_same, command, refused, run, train
@@ -165,3 +167,40 @@ def test_write_replaces_in_one_step(tmp_path):
     assert path.read_bytes() == b"new"
     with pytest.raises(UserError, match="the old file is unchanged"):
         checkpoint.write(tmp_path / "missing" / "x", b"new")
+
+
+def test_a_batch_of_nan_costs_one_step(good, monkeypatch):
+    real = loop.batch
+
+    def spoiled(run):
+        x, noise = real(run)
+        return (x * float("nan") if run.step == 13 else x), noise
+
+    monkeypatch.setattr(loop, "batch", spoiled)
+    assert train(good, "--resume", "--steps", "16", *BARE) == 0
+    state = checkpoint.load(good)
+    assert state["guard"] == {"skipped": 1, "in_a_row": 0}
+    assert all(value.isfinite().all() for value in state["model"].values())
+    moments = [each for one in state["optimizers"]["autoencoder"]["state"].values() for each in one.values()]
+    assert all(torch.as_tensor(value).isfinite().all() for value in moments)
+    assert all(math.isfinite(number) for rows in state["history"].values() for row in rows for number in row)
+
+
+def test_a_disk_that_is_full_at_the_report_costs_the_report_alone(good, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    before = (good / FILE).read_bytes()
+    real = os.replace
+
+    def full(source, target):
+        if str(target).endswith("report.html"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    capsys.readouterr()
+    assert main(["report", str(good)]) == 2
+    error = capsys.readouterr().err
+    assert "report.html cannot be written: the disk is full; the old file is unchanged" in error
+    assert error.count("\n") == 1
+    assert (good / FILE).read_bytes() == before
+    assert not list(good.rglob("*.tmp"))

@@ -20,10 +20,8 @@ from vae_helpers import BARE, datasets, train
 RUNS = {
     "bernoulli": (),
     "normal": ("--likelihood", "normal", "--prior", "gmm", "--components", "3", "--warm-up", "4"),
-    "logistic": ("--likelihood", "logistic"),
     "conv": ("--model", "conv", "--layers", "1", "--hidden", "8", "--steps", "3", "--activation-checkpointing"),
-    "categorical": ("--likelihood", "categorical", "--steps", "3"),
-    "resized": ("--model", "conv", "--image-size", "4", "--layers", "1", "--hidden", "8", "--steps", "3"),
+    "resized": ("--image-size", "4", "--likelihood", "categorical", "--steps", "3"),
 }
 # Every program of a folder runs on its input, in a process that cannot import fastkl.
 READER = """

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from fastkl.vae import checkpoint, prior
+from fastkl.vae import checkpoint, plan, prior
 from fastkl.vae.errors import UserError
 from fastkl.vae.objective import Objective
 from fastkl.vae.rules import resolve, resume
@@ -94,3 +94,15 @@ def test_a_planned_temperature_fixes_the_length_of_the_run():
 def test_options_that_contradict_are_refused_by_name(given, expected):
     with pytest.raises(UserError, match=expected):
         resolve(given)
+
+
+def test_the_learning_rate_rises_over_the_steps_that_are_asked_for():
+    for schedule, fall in (
+        ("constant", lambda step: 1.0),
+        ("cosine", lambda step: (1 + math.cos(math.pi * step / 400)) / 2),
+    ):
+        settings = resolve({"schedule": schedule, "learning_rate_warm_up": 200})
+        for step in (0, 50, 199, 300):
+            found = plan.learning_rate(settings, step, 400, 0.5)
+            assert found == pytest.approx(0.5 * min(1.0, (step + 1) / 200) * fall(step))
+    assert plan.learning_rate(resolve({"schedule": "constant"}), 99, 400, 0.5) == 0.5, "by default over 100 steps"
