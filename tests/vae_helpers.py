@@ -80,6 +80,12 @@ def torchrun_each(folder: Path, runs: dict[str, tuple[str, ...]]) -> subprocess.
     return torchrun(*words[:-2])
 
 
+def ranks(*runs: tuple[int, tuple[str, ...]]) -> subprocess.CompletedProcess:
+    """Runs of so many processes with these options, one after the other; see vae_ranks.py."""
+    words = [word for size, options in runs for word in (str(size), "train", *options, "then")]
+    return run([sys.executable, str(Path(__file__).with_name("vae_ranks.py")), *words[:-1]])
+
+
 def assert_same_state(one: Path, other: Path) -> None:
     """Weights, optimiser, step and curves of two run folders, bit for bit; the time it took may differ."""
     first, second = (without_time(checkpoint.load(folder)) for folder in (one, other))

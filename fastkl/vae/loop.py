@@ -60,18 +60,21 @@ def train(run: Run, display: Display) -> bool:
 def backward(run: Run, weights: Weights) -> tuple[Tensor, dict[str, Tensor], DiagonalNormal]:
     """(loss, its terms, posterior) of the batches of a step. Their gradients are added."""
     parts, losses, terms, posteriors = batches(run), [], [], []  # type: ignore[var-annotated]
+    shares = []
     for x, noise in parts:
+        # DistributedDataParallel averages over processes, which need not have the same number of data.
+        shares.append(len(x) * run.ranks.size / run.batch_size)
         last = len(losses) == len(parts) - 1
         with contextlib.nullcontext() if last else run.ranks.without_exchange(run.objective):
             with run.autocast():
                 loss, own, posterior = run.objective(x, noise, weights, run.prior is not None)
-            run.scaler.scale(loss / len(parts)).backward()
+            run.scaler.scale(loss * shares[-1]).backward()
         losses.append(loss.detach())
         terms.append(own)
         posteriors.append(posterior)
-    if len(parts) == 1:
+    if shares == [1.0]:
         return losses[0], terms[0], posteriors[0]
-    means = {name: torch.stack([own[name] for own in terms]).mean(0) for name in terms[0]}
+    means = {name: sum(share * own[name] for share, own in zip(shares, terms)) for name in terms[0]}
     mu, logvar = (torch.cat([getattr(q, name) for q in posteriors]) for name in ("mean", "logvar"))
     return torch.stack(losses).mean(), means, DiagonalNormal(mu, logvar)
 
@@ -106,13 +109,24 @@ def start_prior(run: Run) -> None:
 
 
 def batches(run: Run) -> list[tuple[Tensor, Noise]]:
-    """The data of this step and process, split into --accumulate batches."""
-    x, noise = batch(run)
-    count = run.settings.accumulate
-    if count == 1:
-        return [(x, noise)]
-    parts = [[None] * count if tensor is None else tensor.chunk(count) for tensor in noise]
-    return [(part, Noise(*own)) for part, *own in zip(x.chunk(count), *parts)]
+    """The data of this step and process, split into --accumulate batches.
+
+    The step is split into batches first and each of them over processes. Terms that compare the data of a batch then do
+    not depend on the number of processes.
+    """
+    settings, (x, noise) = run.settings, batch(run)
+    draws, first, found = settings.noise == "datum" and settings.objective in MATCHING, 0, []
+    for index, whole in enumerate(torch.arange(run.batch_size, device="cpu").tensor_split(settings.accumulate)):
+        rows = run.ranks.rows(len(whole))
+        own = slice(first, first + rows.stop - rows.start)
+        part = noise._replace(**{name: value[own] for name, value in noise._asdict().items() if value is not None})
+        if draws:
+            seed = streams.seed_for(settings.seed, "prior", run.step, index)
+            seed = torch.tensor(seed, dtype=torch.int64, device=run.device)
+            part = part._replace(prior_seed=seed, prior_rows=(len(whole), rows))
+        found.append((x[own], part))
+        first = own.stop
+    return found
 
 
 def batch(run: Run) -> tuple[Tensor, Noise]:
@@ -123,26 +137,27 @@ def batch(run: Run) -> tuple[Tensor, Noise]:
     a datum is then independent of the number of processes: two processes with 32 data each do the same as one with 64.
     """
     settings, ranks = run.settings, run.ranks
+
+    def share(whole: Tensor) -> Tensor:
+        return ranks.share(whole, settings.accumulate).to(run.device)
+
     indices = streams.batch_indices(settings.seed, run.step, len(run.data.train), run.batch_size)
-    x = run.data.train[ranks.share(indices)].to(run.device)
-    eps = gumbel = drawn = uniform = None
+    x = run.data.train[ranks.share(indices, settings.accumulate)].to(run.device)
+    eps = gumbel = uniform = None
     if settings.noise == "datum":
         shape = (run.batch_size, draws_of(settings, run.prior is not None))
         generator = streams.generator(settings.seed, "noise", run.step)
         eps = torch.randn((*shape, *run.vae.latent_shape), generator=generator, dtype=torch.float32, device="cpu")
-        eps = ranks.share(eps).to(run.device)
+        eps = share(eps)
         if settings.kl == "relaxed":
             seed = torch.tensor(streams.seed_for(settings.seed, "choice", run.step), dtype=torch.int64, device="cpu")
-            gumbel = ranks.share(reference.gumbel_noise(seed, (*shape, settings.components))).to(run.device)
-        if settings.objective in MATCHING:
-            drawn = prior.rsample(run.prior, run.vae, run.batch_size, settings.seed, run.step)
-            drawn = ranks.share(drawn).to(run.device)
+            gumbel = share(reference.gumbel_noise(seed, (*shape, settings.components)))
         if run.vae.draws_data:
             of_data = (run.batch_size, *run.vae.shape)
             uniform = torch.rand(of_data, generator=generator, dtype=torch.float32, device="cpu")
-            uniform = ranks.share(uniform).to(run.device)
+            uniform = share(uniform)
     torch.manual_seed(streams.seed_for(settings.seed, "step", run.step, ranks.rank))
-    return x, Noise(eps, gumbel, drawn, uniform)
+    return x, Noise(eps, gumbel, uniform)
 
 
 def log(run: Run, display: Display, terms: dict[str, Tensor], asked: bool) -> bool:

@@ -12,6 +12,7 @@ from fastkl import DiagonalNormal, objectives, remedies
 from fastkl.objectives import Discriminator, Loss
 from fastkl.priors import Prior
 from fastkl.vae.model import VAE
+from fastkl.vae.prior import rsample
 from fastkl.vae.rules import IMPORTANCE, MATCHING
 from fastkl.vae.settings import Settings
 
@@ -24,8 +25,11 @@ class Noise(NamedTuple):
 
     eps: Tensor | None = None  # of the latents [N, L, *latent_shape]
     gumbel: Tensor | None = None  # of the choice of a component [N, L, K]
-    prior_samples: Tensor | None = None  # draws from the prior [N, latent], compared with the latents
     uniform: Tensor | None = None  # in [0, 1) [N, *shape], to binarise grey values
+    # Seed of the draws from the prior that are compared with the latents. The draws are of the whole batch, over all
+    # processes: its size and this process's rows.
+    prior_seed: Tensor | None = None
+    prior_rows: tuple[int, slice] | None = None
 
 
 class Weights(NamedTuple):
@@ -77,7 +81,7 @@ class Objective(nn.Module):
         if name in IMPORTANCE:
             return minimise(*problem, **importance(settings), eps=eps)
         if name in MATCHING:
-            given = {"eps": eps, "prior_samples": noise.prior_samples, "penalty": settings.penalty}
+            given = {"eps": eps, "prior_samples": self.prior_samples(prior, noise), "penalty": settings.penalty}
             if name == "aae":
                 loss, own = minimise(*problem, self.discriminator, **given)
                 return Loss(loss.loss + own, loss.terms)  # the two losses have gradients in disjoint parameters
@@ -93,6 +97,13 @@ class Objective(nn.Module):
             capacity = weights.capacity if settings.capacity >= 0 else None
             return minimise(*problem, beta=weights.beta, capacity=capacity, **kl)
         return minimise(*problem, beta=weights.beta, remedy=self.remedy(weights), **kl)
+
+    def prior_samples(self, prior: Prior | None, noise: Noise) -> Tensor | None:
+        """Draws from the prior [N, latent] for the rows of this process, the same for every number of processes."""
+        if noise.prior_seed is None or noise.prior_rows is None:
+            return None
+        count, rows = noise.prior_rows
+        return rsample(prior, self.vae, count, noise.prior_seed)[rows]
 
     def distance(self) -> dict[str, Any]:
         """Arguments of the distance between latents and draws of the prior."""

@@ -42,7 +42,8 @@ def fit_defaults(settings: Settings, given: dict[str, Any], data: Data, processe
     if "batch_size" not in chosen:
         batch = BATCH if not conv else max(LEAST_BATCH, min(BATCH, BATCH_PIXELS // math.prod(data.shape[1:])))
         batch = fitted["batch_size"] = max(1, min(batch, len(data.train) // (processes * settings.accumulate)))
-    per_epoch = max(1, len(data.train) // (batch * processes * settings.accumulate))
+    size = dataclasses.replace(settings, batch_size=batch).data_per_step(processes)
+    per_epoch = max(1, len(data.train) // size)
     epochs = settings.epochs
     if not {"epochs", "steps"} & chosen.keys():
         budget = TRAINED_PIXELS / (len(data.train) * pixels) if conv else TRAINED_DATA / len(data.train)
@@ -59,7 +60,7 @@ def fit_defaults(settings: Settings, given: dict[str, Any], data: Data, processe
 
 def seconds_per_step(run: Run) -> float:
     """Seconds of an ELBO's forward and backward, measured on the second of two runs, without side effects."""
-    x = run.data.train[: run.settings.batch_size].to(run.device)
+    x = run.data.train[: run.batch_size // (run.ranks.size * run.settings.accumulate)].to(run.device)
     draws, taken = draws_of(run.settings, run.prior is not None), 0.0
     for _ in range(2):
         began = time.perf_counter()
@@ -79,7 +80,7 @@ def forecast(run: Run, step: float, reported: bool = True) -> list[str]:
     """The expected time of a run from the seconds of a step, as lines to print; `reported`: log p(x) is estimated."""
     settings, left = run.settings, run.total_steps - run.step
     # A forward pass is about a third of a step, and decoding is half of a forward pass.
-    datum = step / settings.batch_size / settings.accumulate / 3
+    datum = step / (run.batch_size / run.ranks.size) / 3
     watching = TEST_POINTS * min(1000, len(run.data.watched)) * datum
     report = settings.importance_samples * len(run.data.test) * datum / 2 if reported else 0.0
     total = left * step + watching + report

@@ -59,9 +59,14 @@ class Ranks:
             return module.no_sync()
         return contextlib.nullcontext()
 
-    def share(self, indices: Tensor) -> Tensor:
-        """This process's contiguous part of a batch."""
-        return indices.chunk(self.size)[self.rank]
+    def rows(self, count: int) -> slice:
+        """This process's contiguous part of `count` rows, of which the first processes may have one more."""
+        part = torch.arange(count, device="cpu").tensor_split(self.size)[self.rank]
+        return slice(int(part[0]), int(part[-1]) + 1)
+
+    def share(self, whole: Tensor, parts: int = 1) -> Tensor:
+        """This process's rows of each of the `parts` that a batch is split into first."""
+        return torch.cat([part[self.rows(len(part))] for part in whole.tensor_split(parts)])
 
 
 def start() -> Ranks:

@@ -20,6 +20,7 @@ from fastkl.vae.guard import Guard
 from fastkl.vae.model import VAE, build
 from fastkl.vae.objective import Objective
 from fastkl.vae.parallel import Ranks
+from fastkl.vae.rules import fixed_processes
 from fastkl.vae.settings import Settings
 from fastkl.vae.watch import Watch
 
@@ -72,7 +73,7 @@ class Run:
     @property
     def batch_size(self) -> int:
         """The number of data in a step, over all batches and processes."""
-        return self.settings.batch_size * self.ranks.size * self.settings.accumulate
+        return self.settings.data_per_step(self.ranks.size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -127,10 +128,16 @@ class Run:
 
 def start(settings: Settings, data: Data, ranks: Ranks, folder: Path, own: Own = NOTHING) -> Run:
     """A run at step 0."""
-    if settings.batch_size * ranks.size * settings.accumulate > len(data.train):
-        several = f" with --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
-        requested = f"--batch-size {settings.batch_size}{several} on {ranks.size} processes"
+    size, several = settings.data_per_step(ranks.size), f" with --accumulate {settings.accumulate}"
+    name = "--global-batch-size" if settings.global_batch_size else "--batch-size"
+    requested = (
+        f"{name} {settings.global_batch_size or settings.batch_size}{several if settings.accumulate > 1 else ''}"
+    )
+    requested = f"{requested} on {ranks.size} processes"
+    if size > len(data.train):
         raise UserError(f"{requested} is more than the {len(data.train)} training data")
+    if size < ranks.size * settings.accumulate:
+        raise UserError(f"{requested} leaves a process without data")
     device = choose_device(settings.device, ranks)
     torch.manual_seed(streams.seed_for(settings.seed, "weights"))
     vae = build(settings, data.shape, data.likelihood, own.model, data.scaling.levels)
@@ -224,9 +231,9 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     """Load a checkpoint's state into a run that was started with the checkpoint's settings."""
     if state["fingerprint"] != run.data.fingerprint:
         raise UserError(f"--data {run.settings.data} holds other values than at the start of this run")
-    if state["ranks"] != run.ranks.size:
+    if state["ranks"] != run.ranks.size and (why := fixed_processes(run.settings)):
         raise UserError(
-            f"this run began with {state['ranks']} processes, now there are {run.ranks.size}: start as many"
+            f"this run began with {state['ranks']} processes, now there are {run.ranks.size}: start as many, because {why}"
         )
     try:
         run.vae.load_state_dict(state["model"])

@@ -54,6 +54,10 @@ class Settings:
     )
     layers: int = option(2, "hidden layers (mlp) or levels, each halving the image (conv)")
     batch_size: int = option(64, "data per step and process", by_default="64; fewer for few data or large images")
+    global_batch_size: int = option(
+        0, "data per step over all processes and --accumulate batches, instead of --batch-size; with --noise datum the "
+        "run may go on with another number of processes (0: use --batch-size)",
+    )  # fmt: skip
     epochs: int = option(150, "passes over the training data", by_default="150; fewer for many data or large images")
     steps: int = option(0, "stop after this many steps instead of --epochs (0: use --epochs)")
     learning_rate: float = option(
@@ -150,6 +154,10 @@ class Settings:
     )
     device: str = option("auto", "device to train on", maths=False, choices=("auto", "cpu", "cuda"))
 
+    def data_per_step(self, processes: int) -> int:
+        """The number of data in a step, over all batches and processes."""
+        return self.global_batch_size or self.batch_size * self.accumulate * processes
+
     @property
     def what(self) -> str:
         """A short description of the model."""
@@ -174,7 +182,7 @@ GROUPS = {
     ),
     "model": ("model", "latent", "hidden", "layers"),
     "training": (
-        "batch_size", "accumulate", "epochs", "steps", "learning_rate", "schedule", "weight_decay", "clip", "ema",
+        "batch_size", "global_batch_size", "accumulate", "epochs", "steps", "learning_rate", "schedule", "weight_decay", "clip", "ema",
         "patience", "precision", "compile", "activation_checkpointing", "noise", "bad_steps",
     ),
     "prior": (

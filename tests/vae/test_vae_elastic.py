@@ -1,0 +1,65 @@
+"""A run goes on with another number of processes, and after the death of one."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from fastkl.vae import checkpoint
+from fastkl.vae.rules import resolve
+from fastkl.vae.run import fixed_processes
+
+from vae_helpers import BARE, ranks, refused, train
+
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="this build has no torch.distributed"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+]
+COMMON = ("--hidden", "16", "--latent", "3", "--log-every", "1", "--schedule", "constant", *BARE)
+# 3 processes do not divide 50 data, nor does --accumulate.
+FREE = (*COMMON, "--global-batch-size", "50", "--accumulate", "4", "--noise", "datum")
+
+
+def curve(folder) -> torch.Tensor:
+    return torch.tensor(checkpoint.load(folder)["history"]["train"], dtype=torch.float64)
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return checkpoint.load(folder)["model"]
+
+
+def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path):
+    """1, 2, 4 and 3 processes in turn have the curve of one, within rounding."""
+    mixture = ("--objective", "wae_mmd", "--prior", "gmm", "--components", "3", "--warm-up", "3")
+    runs = {"elbo": FREE, "wae_mmd": (*FREE, *mixture)}
+    starts = []
+    for name, options in runs.items():
+        for size, stop in ((1, "5"), (2, "7"), (4, "9"), (3, "12")):
+            more = () if size == 1 else ("--resume",)
+            starts.append((size, ("--out", str(tmp_path / "many" / name), *options, *more, "--steps", stop)))
+    done = ranks(*starts)
+    assert done.returncode == 0, done.stderr
+    for name, options in runs.items():
+        assert train(tmp_path / name, *options, "--steps", "12") == 0
+        many, one = tmp_path / "many" / name, tmp_path / name
+        assert [row[0] for row in curve(many).tolist()] == list(range(1, 13))
+        torch.testing.assert_close(curve(many), curve(one), rtol=5e-6, atol=1e-5)
+        torch.testing.assert_close(weights(many), weights(one), rtol=1e-3, atol=1e-4)
+
+
+def test_the_number_of_processes_is_free_only_if_nothing_depends_on_it():
+    free = {"global_batch_size": 50, "noise": "datum"}
+    assert fixed_processes(resolve(free)) == ""
+    assert "only --global-batch-size" in fixed_processes(resolve({"noise": "datum"}))
+    assert "only --noise datum" in fixed_processes(resolve({"global_batch_size": 50}))
+    assert "--objective swae" in fixed_processes(resolve({**free, "objective": "swae"}))
+
+
+def test_the_size_of_a_step_is_refused_by_its_own_name(tmp_path, capsys):
+    error = refused(capsys, tmp_path, "--global-batch-size", "9999")
+    assert "--global-batch-size 9999 on 1 processes is more than the" in error
+    error = refused(capsys, tmp_path, "--global-batch-size", "2", "--accumulate", "3")
+    assert "--global-batch-size 2 with --accumulate 3 on 1 processes leaves a process without data" in error
+    assert "exclude each other" in refused(capsys, tmp_path, "--global-batch-size", "8", "--batch-size", "8")
