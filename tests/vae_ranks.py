@@ -9,8 +9,7 @@ import socket
 import sys
 
 import sklearn.datasets  # noqa: F401 (what a run of the digits imports)
-import torch._dynamo  # what an optimiser imports at its first step
-import torch.distributed.nn
+import torch._dynamo  # noqa: F401 (what an optimiser imports at its first step)
 
 from fastkl.vae.cli import main
 

@@ -1,14 +1,19 @@
 """One process of `torchrun`: trains as `python -m fastkl.vae` does, and fails where threads of gloo outlive the group.
 
+With FASTKL_KILLS, such as "1:7 0:30", one process kills itself at each start by torchrun: here the process of rank 1 in
+the middle of step 7, after the first restart that of rank 0 in step 30, and after the second one none.
+
 Such a thread may let go of a tensor while the interpreter ends, which aborts the process once in many runs. Several
 command lines, divided by the word "then", share a group, as a process cannot join a second time.
 """
 
 import itertools
+import os
+import signal
 import sys
 from pathlib import Path
 
-from fastkl.vae import parallel
+from fastkl.vae import loop, parallel
 from fastkl.vae.cli import main
 
 
@@ -23,7 +28,21 @@ def in_turn(commands: list[list[str]]) -> int:
         stop(ranks)
 
 
+def die(rank: str, step: str) -> None:
+    batch = loop.batch
+
+    def dying(run):
+        if run.step == int(step) and run.ranks.rank == int(rank):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch(run)
+
+    loop.batch = dying
+
+
 if __name__ == "__main__":
+    kills = os.environ.get("FASTKL_KILLS", "").split()
+    for kill in kills[(start := int(os.environ["TORCHELASTIC_RESTART_COUNT"])) : start + 1]:
+        die(*kill.split(":"))
     divided = itertools.groupby(sys.argv[1:], lambda word: word == "then")
     commands = [list(words) for then, words in divided if not then]
     code = main() if len(commands) == 1 else in_turn(commands)

@@ -16,7 +16,7 @@ from fastkl.vae.errors import UserError
 from fastkl.vae.files import load_tensors
 
 NAME = "checkpoint.pt"
-FORMAT = "fastkl.vae 4"
+FORMAT = "fastkl.vae 5"
 PARTS = (
     "format",
     "settings",

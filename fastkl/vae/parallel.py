@@ -21,6 +21,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     local: int = 0  # index among the processes of this machine
+    guest: bool = False  # in a group of the caller, such as Ray Train's
 
     @property
     def main(self) -> bool:
@@ -47,6 +48,14 @@ class Ranks:
         distributed.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
     def wrap(self, module: nn.Module, partly: bool = False) -> nn.Module:
         """`partly`: some steps do not use all parameters."""
         if self.size == 1:
@@ -70,7 +79,10 @@ class Ranks:
 
 
 def start() -> Ranks:
-    """Join the processes that torchrun started; without torchrun, be the only one."""
+    """Join the process group that exists or, under torchrun, start one; else be the only process."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if distributed.is_available() and distributed.is_initialized():
+        return Ranks(distributed.get_rank(), distributed.get_world_size(), local, guest=True)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
         return Ranks()
@@ -80,7 +92,6 @@ def start() -> Ranks:
     # arguments keep the group and gloo's threads alive. A thread that frees a tensor while the interpreter ends aborts
     # the process.
     importlib.import_module("torch.distributed.nn")
-    local = int(os.environ.get("LOCAL_RANK", "0"))
     backend = "gloo"
     if torch.cuda.is_available():
         if local < torch.cuda.device_count():  # else choose_device raises, or the run is on the CPU
@@ -90,8 +101,30 @@ def start() -> Ranks:
     return Ranks(distributed.get_rank(), distributed.get_world_size(), local)
 
 
+def restarted() -> bool:
+    """Whether torchrun repeats its command after the death of a process."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def restarts() -> bool:
+    """Whether torchrun will repeat its command after the death of a process.
+
+    Raises:
+        UserError: repeated commands would not find each other.
+    """
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0:
+        return False
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+        # Its store keeps the addresses of the dead processes (https://github.com/pytorch/pytorch/issues/135712).
+        raise UserError(
+            "after a restart by torchrun --max-restarts the processes would connect to dead ones: "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun"
+        )
+    return True
+
+
 def stop(ranks: Ranks) -> None:
-    """Leave the group, so that its threads end before the interpreter does."""
-    if ranks.size > 1 and distributed.is_initialized():
+    """Leave the group, so that its threads end before the interpreter does. The caller's group stays."""
+    if ranks.size > 1 and not ranks.guest and distributed.is_initialized():
         distributed.destroy_process_group()
         gc.collect()  # DistributedDataParallel also holds the group

@@ -232,9 +232,8 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     if state["fingerprint"] != run.data.fingerprint:
         raise UserError(f"--data {run.settings.data} holds other values than at the start of this run")
     if state["ranks"] != run.ranks.size and (why := fixed_processes(run.settings)):
-        raise UserError(
-            f"this run began with {state['ranks']} processes, now there are {run.ranks.size}: start as many, because {why}"
-        )
+        counts = f"{state['ranks']} processes, now there are {run.ranks.size}"
+        raise UserError(f"this run began with {counts}: start as many, because {why}")
     try:
         run.vae.load_state_dict(state["model"])
         for name, optimizer in run.optimizers.items():
@@ -246,7 +245,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
         run.best = state["best"]
         run.scaler.load_state_dict(state["scaler"])
         run.window = dict(state["window"])
-        run.watch.load_state_dict(state["watch"], run.ranks.main, run.device)
+        run.watch.load_state_dict(state["watch"], run.device)
         run.guard.load_state_dict(state["guard"])
         run.step, run.seconds, run.history = int(state["step"]), float(state["seconds"]), state["history"]
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -182,8 +182,8 @@ GROUPS = {
     ),
     "model": ("model", "latent", "hidden", "layers"),
     "training": (
-        "batch_size", "global_batch_size", "accumulate", "epochs", "steps", "learning_rate", "schedule", "weight_decay", "clip", "ema",
-        "patience", "precision", "compile", "activation_checkpointing", "noise", "bad_steps",
+        "batch_size", "global_batch_size", "accumulate", "epochs", "steps", "learning_rate", "schedule", "weight_decay",
+        "clip", "ema", "patience", "precision", "compile", "activation_checkpointing", "noise", "bad_steps",
     ),
     "prior": (
         "prior", "components", "covariance", "kl", "samples", "prior_learning_rate", "tau", "final_tau", "tau_schedule",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import random
 
 import pytest
 import torch
 
 from fastkl.vae import checkpoint
+from fastkl.vae.cli import main
 from fastkl.vae.rules import resolve
 from fastkl.vae.run import fixed_processes
 
-from vae_helpers import BARE, ranks, refused, train
+from vae_helpers import BARE, assert_same_state, ranks, refused, torchrun, train
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this build has no torch.distributed"),
@@ -63,3 +65,39 @@ def test_the_size_of_a_step_is_refused_by_its_own_name(tmp_path, capsys):
     error = refused(capsys, tmp_path, "--global-batch-size", "2", "--accumulate", "3")
     assert "--global-batch-size 2 with --accumulate 3 on 1 processes leaves a process without data" in error
     assert "exclude each other" in refused(capsys, tmp_path, "--global-batch-size", "8", "--batch-size", "8")
+
+
+def test_a_process_that_dies_loses_nothing(tmp_path, monkeypatch):
+    """One of two processes is killed at random steps. torchrun repeats its command, and the run ends as undisturbed."""
+    options = (*COMMON, "--steps", "40", "--checkpoint-every", "7", "--ema", "0.9")
+    done = ranks((2, ("--out", str(tmp_path / "whole"), *options)))
+    assert done.returncode == 0, done.stderr
+    kills = sorted(random.sample(range(1, 40), int(os.environ.get("FASTKL_DEATHS", "2"))))
+    monkeypatch.setenv("FASTKL_KILLS", " ".join(f"{random.randrange(2)}:{step}" for step in kills))
+    done = torchrun("--out", str(tmp_path / "killed"), *options, restarts=len(kills))
+    assert done.returncode == 0, done.stderr
+    again = [done.stdout.count(line) for line in ("going on at step", "no checkpoint yet, from the beginning")]
+    assert sum(again) == len(kills), done.stdout
+    assert_same_state(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_repeated_command_starts_a_run_or_continues_it(tmp_path, capsys, monkeypatch):
+    options = (*BARE, "--schedule", "constant")
+    assert train(tmp_path / "run", *options, "--resume-if-begun", "--steps", "4") == 0
+    assert train(tmp_path / "run", *options, "--resume-if-begun", "--steps", "8") == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train(tmp_path / "run", *options, "--steps", "12") == 0
+    assert "going on at step 8 of 12" in capsys.readouterr().out
+    assert train(tmp_path / "whole", *options, "--steps", "12") == 0, "killed before the run had a folder"
+    assert_same_state(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_repeated_command_names_its_folder(capsys, monkeypatch):
+    assert main(["train", "--resume-if-begun"]) == 2
+    assert "--resume-if-begun needs --out" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert main(["train"]) == 2
+    assert "--max-restarts of torchrun needs --out" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert main(["train"]) == 2
+    assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
