@@ -16,7 +16,8 @@ from fastkl.vae.trained import Trained
 
 def train(
     data: Any = None, *, out: str | PathLike, model: VAE | None = None, objective: str | Callable[..., Any] = "",
-    resume: bool = False, resume_if_begun: bool = False, report: bool = False, tensorboard: bool = False, **options: Any,
+    resume: bool = False, resume_if_begun: bool = False, report: bool = False, tensorboard: bool = False,
+    **options: Any,
 ) -> Trained:  # fmt: skip
     """Train a VAE, keep the run in a folder, and return its model. Under torchrun all processes train together.
 

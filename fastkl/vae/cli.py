@@ -132,7 +132,9 @@ def train_on(ranks: Any, options: argparse.Namespace, given: dict[str, Any], beg
                 resuming = resuming or folders.holds_run(out)
             if resuming:
                 claim = folders.claim_old(out, defaults(given).name)
-                state = checkpoint.load(claim.folder) if (claim.folder / checkpoint.NAME).exists() else None
+                state = (
+                    checkpoint.load(claim.folder, whole=False) if (claim.folder / checkpoint.NAME).exists() else None
+                )
                 begun = folders.begun(claim.folder) if state is None else None
             elif out is not None:
                 folders.refuse_taken(out)  # early, before the data are read; the claim follows when they are valid
@@ -167,6 +169,8 @@ def train_in(
         restore(run, state)
     if ranks.main:
         checkpoint.prepare(folder)
+        if run.shards is not None:
+            run.shards.clean(state)
         checkpoint.write(
             folder / folders.SETTINGS, (json.dumps(dataclasses.asdict(settings), indent=2) + "\n").encode()
         )
@@ -182,8 +186,10 @@ def train_in(
             if ranks.main:
                 say(f"stopped at step {run.step}; go on with: fastkl train --resume --out {shlex.quote(str(folder))}")
             return 130
-    if ranks.main and "no_report" not in options:
-        write_report_of(run, began)
+    if "no_report" not in options:
+        with run.reported():  # of all processes, which gather the weights of a sharded run
+            if ranks.main:
+                write_report_of(run, began)
     return 0
 
 

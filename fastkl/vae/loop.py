@@ -13,6 +13,7 @@ from fastkl import DiagonalNormal, monitors, reference
 from fastkl.vae import prior, streams
 from fastkl.vae.evaluate import quick_elbo, quick_mixture
 from fastkl.vae.objective import Noise, Weights, draws_of
+from fastkl.vae.parallel import load_whole
 from fastkl.vae.plan import TEST_POINTS, capacity, kl_weight, learning_rate, temperature
 from fastkl.vae.progress import Display
 from fastkl.vae.rules import MATCHING
@@ -44,7 +45,8 @@ def train(run: Run, display: Display) -> bool:
             run.step += 1
             good = update(run, loss)
             if good:
-                run.watch.record(run.step, posterior, learned)
+                with run.ranks.gathered(run.objective):  # a mixture's parameters
+                    run.watch.record(run.step, posterior, learned)
             if run.step == settings.warm_up and run.prior is not None:
                 start_prior(run)
             run.seconds = time.perf_counter() - began
@@ -100,12 +102,15 @@ def start_prior(run: Run) -> None:
     """Start the learned prior at the end of the warm-up, before the checkpoint of this step is written."""
     learned = run.vae.prior
     assert learned is not None, "a run without one has no warm-up of it"
-    if run.ranks.main:
-        prior.initialise(learned, run.vae, run.data, run.settings, run.device)
-    state = {name: value.cpu() for name, value in learned.state_dict().items()}
-    learned.load_state_dict(run.ranks.broadcast(state))
+    with run.gathered(run.vae):
+        fitted = run.vae.prior
+        assert fitted is not None
+        if run.ranks.main:
+            prior.initialise(fitted, run.vae, run.data, run.settings, run.device)
+        state = run.ranks.broadcast({name: value.cpu() for name, value in fitted.state_dict().items()})
+    load_whole(learned, state)
     if run.average is not None:
-        run.average.module.get_submodule("prior").load_state_dict(learned.state_dict())
+        load_whole(run.average.module.get_submodule("prior"), state)
 
 
 def batches(run: Run) -> list[tuple[Tensor, Noise]]:
@@ -190,9 +195,11 @@ def test(run: Run, display: Display) -> None:
     if run.step % run.steps_per_epoch == 0 or run.ended:
         log_monitors(run, display)
     due = run.ended or run.step % max(1, run.total_steps // TEST_POINTS) == 0
-    if run.ranks.main and due:
-        learned, about = run.prior, (run.vae, run.data.watched, run.settings.seed, run.device)
-        with run.averaged():
+    if not due:
+        return
+    with run.averaged():
+        if run.ranks.main:
+            learned, about = run.prior, (run.vae, run.data.watched, run.settings.seed, run.device)
             elbo, kl, reconstruction = quick_elbo(*about, learned)
             run.history[run.data.watched_name].append([run.step, elbo, kl, reconstruction])
             if prior.is_mixture(learned):
@@ -202,7 +209,7 @@ def test(run: Run, display: Display) -> None:
                 run.history.setdefault("mixture", []).append(bracket)
             keep_best(run, elbo)
             display.tested(run, run.step, elbo, kl, reconstruction)
-    if due and run.settings.patience:
+    if run.settings.patience:
         run.best["points"] = run.ranks.broadcast(run.best.get("points", 0))  # all processes end at the same step
 
 
@@ -220,9 +227,10 @@ def keep_best(run: Run, elbo: float) -> None:
 def save_if_due(run: Run, display: Display, stopping: bool) -> None:
     if stopping or run.ended or run.step % run.settings.checkpoint_every == 0:
         monitored = run.watch.state_dict()  # a collective call: every process takes part
-        if run.ranks.main:
-            display.flush()  # first: a process killed after the checkpoint would lose the events before it
-            save(run, monitored)
+        display.flush()  # first: a process killed after the checkpoint would lose the events before it
+        save(run, monitored)
+    if run.shards is not None:
+        run.shards.finish() if stopping or run.ended else run.shards.poll()
 
 
 def gradients(run: Run) -> dict[str, float]:

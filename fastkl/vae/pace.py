@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastkl.vae.data import Data
-from fastkl.vae.objective import draws_of
+from fastkl.vae.objective import Noise, Weights, draws_of
 from fastkl.vae.plan import TEST_POINTS
 from fastkl.vae.settings import FOR_DATA, FOR_PRESET, Settings
 
@@ -60,18 +60,22 @@ def fit_defaults(settings: Settings, given: dict[str, Any], data: Data, processe
 
 def seconds_per_step(run: Run) -> float:
     """Seconds of an ELBO's forward and backward, measured on the second of two runs, without side effects."""
+    weights = Weights(*(torch.ones((), dtype=torch.float32, device=run.device) for _ in Weights._fields))
     x = run.data.train[: run.batch_size // (run.ranks.size * run.settings.accumulate)].to(run.device)
     draws, taken = draws_of(run.settings, run.prior is not None), 0.0
     for _ in range(2):
         began = time.perf_counter()
         with run.autocast():
-            posterior = run.vae.posterior(x)
-            z = posterior.rsample(num_samples=draws)
-            loss = posterior.kl().mean() - run.vae.log_likelihood(z, x).mean()
+            if run.whole is not None:  # only the root of sharded parts can be called
+                loss = run.objective(x, Noise(), weights)[0]
+            else:
+                posterior = run.vae.posterior(x)
+                z = posterior.rsample(num_samples=draws)
+                loss = posterior.kl().mean() - run.vae.log_likelihood(z, x).mean()
         loss.backward()
         loss.item()  # synchronises with the device
         taken = (time.perf_counter() - began) * run.settings.accumulate
-        for parameter in run.vae.parameters():
+        for parameter in run.objective.parameters():
             parameter.grad = None
     return taken
 

@@ -6,14 +6,18 @@ import contextlib
 import gc
 import importlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 
 from fastkl.vae.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,39 @@ class Ranks:
             return module
         return nn.parallel.DistributedDataParallel(module, find_unused_parameters=partly)
 
+    def shard(
+        self, root: nn.Module, networks: list[nn.Module], device: torch.device, dtype: torch.dtype | None
+    ) -> None:
+        """Leave each process its part of the parameters, on `device`. The layers of the networks are gathered one at a
+        time, in `dtype`; the rest (prior, likelihood, discriminator) together and in float32."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh = init_device_mesh(device.type, (self.size,))
+        for network in networks:
+            for layer in network if isinstance(network, nn.Sequential) else [network]:
+                if any(True for _ in layer.parameters()):
+                    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+                    fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(root, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+
+    @contextlib.contextmanager
+    def gathered(self, root: nn.Module) -> Iterator[None]:
+        """A context in which the parameters outside the networks' layers are whole on each process."""
+        if not sharded(root):
+            yield
+            return
+        root.unshard()
+        try:
+            yield
+        finally:
+            root.reshard()
+
     def without_exchange(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
         """A context in which a backward pass only adds to this process's gradients."""
         if isinstance(module, nn.parallel.DistributedDataParallel):
             return module.no_sync()
-        return contextlib.nullcontext()
+        return keep_gradients(module) if sharded(module) else contextlib.nullcontext()
 
     def rows(self, count: int) -> slice:
         """This process's contiguous part of `count` rows, of which the first processes may have one more."""
@@ -76,6 +108,42 @@ class Ranks:
     def share(self, whole: Tensor, parts: int = 1) -> Tensor:
         """This process's rows of each of the `parts` that a batch is split into first."""
         return torch.cat([part[self.rows(len(part))] for part in whole.tensor_split(parts)])
+
+
+def sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
+    return hasattr(module, "set_requires_gradient_sync")
+
+
+@contextlib.contextmanager
+def keep_gradients(module: FSDPModule) -> Iterator[None]:
+    module.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        module.set_requires_gradient_sync(True)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of this process of a tensor that may be sharded."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def whole_state(module: nn.Module) -> dict[str, Any]:
+    """The module's whole state on the CPU of the main process, a collective call; elsewhere it is empty."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def load_whole(module: nn.Module, state: dict[str, Any]) -> None:
+    """Load a whole state, the same on each process, into a module that may be sharded."""
+    if not any(hasattr(parameter, "to_local") for parameter in module.parameters()):
+        module.load_state_dict(state)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=True))
 
 
 def start() -> Ranks:

@@ -71,6 +71,11 @@ class Settings:
         choices=("fp32", "bf16", "fp16"),
     )
     accumulate: int = option(1, "batches whose gradients each step adds; terms that compare data use one batch")
+    parallel: str = option(
+        "ddp",
+        "each of several processes has the whole model (ddp), or a part of each layer that is gathered for use (fsdp)",
+        maths=False, choices=("ddp", "fsdp"),
+    )  # fmt: skip
     clip: float = option(0.0, "largest norm of the gradient of all weights together (0: off)")
     ema: float = option(0.0, "decay of the average of the weights, which tests and report use (0: off)")
     patience: int = option(
@@ -183,7 +188,7 @@ GROUPS = {
     "model": ("model", "latent", "hidden", "layers"),
     "training": (
         "batch_size", "global_batch_size", "accumulate", "epochs", "steps", "learning_rate", "schedule", "weight_decay",
-        "clip", "ema", "patience", "precision", "compile", "activation_checkpointing", "noise", "bad_steps",
+        "parallel", "clip", "ema", "patience", "precision", "compile", "activation_checkpointing", "noise", "bad_steps",
     ),
     "prior": (
         "prior", "components", "covariance", "kl", "samples", "prior_learning_rate", "tau", "final_tau", "tau_schedule",
