@@ -82,7 +82,7 @@ def torchrun_each(folder: Path, runs: dict[str, tuple[str, ...]]) -> subprocess.
     return torchrun(*words[:-2])
 
 
-def ranks(*runs: tuple[int, tuple[str, ...]]) -> subprocess.CompletedProcess:
+def ranks(*runs: tuple[int | str, tuple[str, ...]]) -> subprocess.CompletedProcess:
     """Runs of so many processes with these options, one after the other; see vae_ranks.py."""
     words = [word for size, options in runs for word in (str(size), "train", *options, "then")]
     return run([sys.executable, str(Path(__file__).with_name("vae_ranks.py")), *words[:-1]], timeout=300)

@@ -1,21 +1,29 @@
 """Runs of several processes each, one after the other: `vae_ranks.py 2 train --steps 4 then 3 train --resume`.
 
+"2:7" are two processes of which the last one kills itself in the middle of step 7.
+
 torch is imported once, and the processes of a run are forked, which costs a tenth of a start by torchrun.
 """
 
 import itertools
 import os
+import signal
 import socket
 import sys
+import traceback
 
 import sklearn.datasets  # noqa: F401 (what a run of the digits imports)
-import torch._dynamo  # noqa: F401 (what an optimiser imports at its first step)
+import torch._dynamo
+import torch.distributed.checkpoint.state_dict
+import torch.distributed.fsdp
+import torch.distributed.nn  # noqa: F401
+from vae_worker import die
 
 from fastkl.vae.cli import main
 
 
-def launch(size: int, options: list[str]) -> int:
-    """The largest exit code of the processes; a process that a signal ended counts as 1."""
+def launch(size: int, dying: str, options: list[str]) -> bool:
+    """Whether the processes end as they should."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -26,17 +34,23 @@ def launch(size: int, options: list[str]) -> int:
         if child == 0:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
             code = 1
+            if dying and rank == size - 1:
+                die(str(rank), dying)
             try:
                 code = main(options)
                 sys.stdout.flush()
+            except Exception:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         children.append(child)
-    return max(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in children)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return codes[-1] == -signal.SIGKILL and 0 not in codes if dying else not any(codes)
 
 
 if __name__ == "__main__":
     divided = itertools.groupby(sys.argv[1:], lambda word: word == "then")
-    for size, *options in (list(words) for then, words in divided if not then):
-        if code := launch(int(size), options):
-            sys.exit(code)
+    for word, *options in (list(words) for then, words in divided if not then):
+        size, _, dying = word.partition(":")
+        if not launch(int(size), dying, options):
+            sys.exit(f"{word} processes did not end as they should")

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import importlib
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -75,12 +76,17 @@ class Ranks:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = init_device_mesh(device.type, (self.size,))
-        for network in networks:
-            for layer in network if isinstance(network, nn.Sequential) else [network]:
-                if any(True for _ in layer.parameters()):
-                    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-                    fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(root, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+        policies = [MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32) for kind in (dtype, None)]
+        # It warns of outputs that are views, of which only operations in place would be wrong.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+        try:
+            for network in networks:
+                for layer in network if isinstance(network, nn.Sequential) else [network]:
+                    if any(True for _ in layer.parameters()):
+                        fully_shard(layer, mesh=mesh, mp_policy=policies[0])
+            fully_shard(root, mesh=mesh, mp_policy=policies[1])
+        except ValueError as error:
+            raise UserError(f"--parallel fsdp: {error}") from None
 
     @contextlib.contextmanager
     def gathered(self, root: nn.Module) -> Iterator[None]:
