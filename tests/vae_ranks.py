@@ -5,6 +5,8 @@
 torch is imported once, and the processes of a run are forked, which costs a tenth of a start by torchrun.
 """
 
+import contextlib
+import importlib
 import itertools
 import os
 import signal
@@ -12,12 +14,14 @@ import socket
 import sys
 import traceback
 
-import sklearn.datasets  # noqa: F401 (what a run of the digits imports)
 import torch._dynamo
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
 import torch.distributed.nn  # noqa: F401
 from vae_worker import die
+
+with contextlib.suppress(ImportError):
+    importlib.import_module("sklearn.datasets")  # what a run of the digits imports
 
 from fastkl.vae.cli import main
 

@@ -84,7 +84,8 @@ def forecast(run: Run, step: float, reported: bool = True) -> list[str]:
     """The expected time of a run from the seconds of a step, as lines to print; `reported`: log p(x) is estimated."""
     settings, left = run.settings, run.total_steps - run.step
     # A forward pass is about a third of a step, and decoding is half of a forward pass.
-    datum = step / (run.batch_size / run.ranks.size) / 3
+    processes = run.ranks.size if settings.global_batch_size else 1
+    datum = step / (settings.data_per_step(processes) / processes) / 3
     watching = TEST_POINTS * min(1000, len(run.data.watched)) * datum
     report = settings.importance_samples * len(run.data.test) * datum / 2 if reported else 0.0
     total = left * step + watching + report
