@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastkl.vae import parts
+from fastkl.vae import sharded_parts
 from fastkl.vae.arrays import BROKEN, first_line
 from fastkl.vae.errors import UserError
 from fastkl.vae.files import load_tensors
@@ -89,7 +89,7 @@ def load(folder: Path, whole: bool = True) -> dict[str, Any]:
         raise UserError(f"{path} is not a checkpoint of this version of fastkl")
     if not whole or "sharded" not in state:
         return state
-    return parts.whole(folder, state)
+    return sharded_parts.whole(folder, state)
 
 
 def prepare(folder: Path) -> None:

@@ -21,10 +21,10 @@ from fastkl.vae.guard import Guard
 from fastkl.vae.model import VAE, build
 from fastkl.vae.objective import Objective
 from fastkl.vae.parallel import Ranks
-from fastkl.vae.parts import take, whole
 from fastkl.vae.rules import fixed_processes
 from fastkl.vae.settings import Settings
-from fastkl.vae.shards import Shards
+from fastkl.vae.sharded import Shards
+from fastkl.vae.sharded_parts import take, whole
 from fastkl.vae.watch import Watch
 
 

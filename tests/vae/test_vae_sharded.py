@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from fastkl.vae import checkpoint, load, shards
+from fastkl.vae import checkpoint, load, sharded
 from fastkl.vae.errors import UserError
 
 from vae_helpers import BARE, assert_same_state, ranks, refused, train
@@ -119,7 +119,7 @@ def test_what_a_killed_run_leaves_incomplete_is_removed(tmp_path, many):
     (folder / "checkpoint" / "step-16").mkdir()
     state = checkpoint.load(folder, whole=False)
     assert state["sharded"] == "checkpoint/step-11"
-    writer = shards.Shards.__new__(shards.Shards)
+    writer = sharded.Shards.__new__(sharded.Shards)
     writer.folder = folder
     writer.clean(state)
     assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["step-11", "step-8"]

@@ -1,4 +1,4 @@
-"""Tensors of a sharded checkpoint, read back by torch.distributed.checkpoint; shards.py writes them."""
+"""Tensors of a sharded checkpoint, read back by torch.distributed.checkpoint; sharded.py writes them."""
 
 from __future__ import annotations
 

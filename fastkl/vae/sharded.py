@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 from fastkl.vae import checkpoint
 from fastkl.vae.arrays import first_line
 from fastkl.vae.errors import UserError
-from fastkl.vae.parts import PARTS, fill, filled, quiet, take
+from fastkl.vae.sharded_parts import PARTS, fill, filled, quiet, take
 
 if TYPE_CHECKING:
     from fastkl.vae.parallel import Ranks
