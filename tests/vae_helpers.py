@@ -65,7 +65,8 @@ def command(*options: str) -> list[str]:
 def environment() -> dict[str, str]:
     """Subprocesses find this very fastkl, installed or not, and do not fight over two cores."""
     paths = [str(Path(fastkl.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    own = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # the latter for restarts
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **own}
 
 
 def run(arguments: list[str], timeout: int = 120) -> subprocess.CompletedProcess:
@@ -81,10 +82,11 @@ def scaling(likelihood: str) -> Scaling:
 WORKER = str(Path(__file__).with_name("vae_worker.py"))
 
 
-def torchrun(*options: str) -> subprocess.CompletedProcess:
+def torchrun(*options: str, restarts: int = 0) -> subprocess.CompletedProcess:
     """Two processes train together; see vae_worker.py."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return run([sys.executable, *launcher, WORKER, "train", *options], timeout=300)
+    launcher += ["--max-restarts", str(restarts), "--monitor-interval", "0.05"]
+    return run([sys.executable, *launcher, WORKER, "train", *options], timeout=60 + 240 * (restarts + 1))
 
 
 def fork_each(folder: Path, runs: dict[str, tuple[str, ...]]) -> subprocess.CompletedProcess:
@@ -93,6 +95,12 @@ def fork_each(folder: Path, runs: dict[str, tuple[str, ...]]) -> subprocess.Comp
     commands = [["--out", str(folder / name), *options] for name, options in runs.items()]
     words = [word for command in commands for word in (*command, "then", "train")]
     return run([sys.executable, WORKER, "train", *words[:-2]], timeout=300)
+
+
+def ranks(*runs: tuple[int | str, tuple[str, ...]]) -> subprocess.CompletedProcess:
+    """Runs of so many processes with these options, one after the other; see vae_ranks.py."""
+    words = [word for size, options in runs for word in (str(size), "train", *options, "then")]
+    return run([sys.executable, str(Path(__file__).with_name("vae_ranks.py")), *words[:-1]], timeout=300)
 
 
 def assert_same_state(one: Path, other: Path) -> None:

@@ -49,4 +49,5 @@ def _norm(parameters: list[Tensor]) -> Tensor:
     if not gradients and parameters:
         return torch.zeros((), dtype=torch.float32, device=parameters[0].device)
     # Each norm has its tensor's dtype, and a float16 norm overflows at 65504.
-    return nn.utils.get_total_norm([gradient.float() if gradient.itemsize == 2 else gradient for gradient in gradients])
+    norm = nn.utils.get_total_norm([gradient.float() if gradient.itemsize == 2 else gradient for gradient in gradients])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients

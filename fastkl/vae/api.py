@@ -17,7 +17,8 @@ from fastkl.vae.trained import Trained
 
 def train(
     data: Any = None, *, out: str | PathLike, model: str | VAE | None = None, objective: str | Callable[..., Any] = "",
-    resume: bool = False, report: bool = False, tensorboard: bool = False, wandb: str = "",
+    resume: bool = False, resume_if_begun: bool = False, report: bool = False, tensorboard: bool = False,
+    wandb: str = "",
     **options: Any,
 ) -> Trained:  # fmt: skip
     """Train a VAE, keep the run in a folder, and return its model. Under torchrun all processes train together.
@@ -33,6 +34,7 @@ def train(
         objective: the name of one of `fastkl.objectives`, or a function of (posterior, prior, log_likelihood) that
             returns a `fastkl.objectives.Loss`, whose terms include "kl" and "reconstruction".
         resume: continue the run in `out`, with the same data and model.
+        resume_if_begun: continue the run in `out`, or start it: for a launcher that calls the function again.
         report, tensorboard: whether to write the report at the end, and TensorBoard events during the run.
         wandb: a project of Weights & Biases that gets the curves and the pictures, too.
         **options: every option of `fastkl train`, with underscores: steps=1000, prior="gmm", precision="bf16".
@@ -61,9 +63,11 @@ def train(
     if model is not None:
         options = {**options, "model": OWN}
     flags: dict[str, Any] = {"out": fspath(out), "typed": []}
-    for name, value in (("resume", resume), ("no_report", not report), ("no_tensorboard", not tensorboard)):
-        if value:
-            flags[name] = True
+    switches = {
+        "resume": resume, "resume_if_begun": resume_if_begun, "no_report": not report,
+        "no_tensorboard": not tensorboard,
+    }  # fmt: skip
+    flags.update({name: True for name, asked in switches.items() if asked})
     if wandb:
         flags["wandb"] = wandb
     ranks = parallel.start()

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from fastkl.vae import sharded_parts
 from fastkl.vae.arrays import BROKEN, first_line
 from fastkl.vae.errors import UserError
 from fastkl.vae.files import load_tensors
 
 NAME = "checkpoint.pt"
-FORMAT = "fastkl.vae 4"
+FORMAT = "fastkl.vae 5"
 PARTS = (
     "format",
     "settings",
@@ -65,13 +66,18 @@ def write(path: Path, content: bytes | memoryview) -> None:
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
-    # Serialised in memory first: torch's writer reports a full disk as an internal error, or aborts.
+    write(folder / NAME, serialised(state))
+
+
+def serialised(state: dict[str, Any]) -> memoryview:
+    # In memory first: torch's writer reports a full disk as an internal error, or aborts.
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    write(folder / NAME, buffer.getbuffer())
+    return buffer.getbuffer()
 
 
-def load(folder: Path) -> dict[str, Any]:
+def load(folder: Path, whole: bool = True) -> dict[str, Any]:
+    """`whole`: the tensors of a sharded run are read, too."""
     path = folder / NAME
     try:
         state = load_tensors(path)
@@ -81,7 +87,9 @@ def load(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is truncated, or not a checkpoint of fastkl ({first_line(error)})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT or (set(PARTS) - set(state)):
         raise UserError(f"{path} is not a checkpoint of this version of fastkl")
-    return state
+    if not whole or "sharded" not in state:
+        return state
+    return sharded_parts.whole(folder, state)
 
 
 def prepare(folder: Path) -> None:

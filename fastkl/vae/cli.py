@@ -31,6 +31,7 @@ EXAMPLES = """examples:
   fastkl train --data x.npz --test-data test.npz --validation 0.1 --out runs/mine
   fastkl train --resume --out runs/mine                 after Ctrl-C, a crash or a reboot, bit for bit
   torchrun --nproc-per-node 2 -m fastkl.vae train       on two processes
+  torchrun --nproc-per-node 2 --max-restarts 9 -m fastkl.vae train --out runs/mine      also after the death of one
 """
 
 
@@ -73,6 +74,10 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--resume", action="store_true", help="continue the run in --out, or without --out the latest run of this name"
     )
+    run.add_argument(
+        "--resume-if-begun", action="store_true",
+        help="continue the run in --out, or start it: for a command that is repeated until the run has ended",
+    )  # fmt: skip
     run.add_argument(
         "--config", metavar="FILE", type=Path,
         help="a .toml file of options, such as steps = 500, or the settings.json of a run; other options override it",
@@ -119,21 +124,30 @@ def train_command(options: argparse.Namespace) -> int:
 
 
 def train_on(ranks: Any, options: argparse.Namespace, given: dict[str, Any], began: float, own: Own = NOTHING) -> int:
-    resuming, out = "resume" in options, getattr(options, "out", None)
+    out = getattr(options, "out", None)
     if out is not None and not out.strip():
         raise UserError("--out is empty: name a folder")
+    repeated = "resume_if_begun" in options or parallel.restarts()
+    if repeated and out is None:
+        why = "--resume-if-begun" if "resume_if_begun" in options else "--max-restarts of torchrun"
+        raise UserError(f"{why} needs --out, the folder of the run that a repeated command continues")
     out = None if out is None else Path(out)
     given = autoencoder.with_config(given)
     claim = state = begun = None
     try:
+        resuming = "resume" in options
         if ranks.main:  # only the main process touches the run folder
+            if out is not None and ("resume_if_begun" in options or parallel.restarted()):
+                resuming = resuming or folders.holds_run(out)
             if resuming:
                 claim = folders.claim_old(out, defaults(given).name)
-                state = checkpoint.load(claim.folder) if (claim.folder / checkpoint.NAME).exists() else None
+                state = (
+                    checkpoint.load(claim.folder, whole=False) if (claim.folder / checkpoint.NAME).exists() else None
+                )
                 begun = folders.begun(claim.folder) if state is None else None
             elif out is not None:
                 folders.refuse_taken(out)  # early, before the data are read; the claim follows when they are valid
-        state, begun = ranks.broadcast((state, begun))
+        resuming, state, begun = ranks.broadcast((resuming, state, begun))
         settings = resume(state["settings"] if state else begun, given) if state or begun else resolve(given)
         source = data.load(settings, own.data)
         if not resuming:
@@ -141,7 +155,7 @@ def train_on(ranks: Any, options: argparse.Namespace, given: dict[str, Any], beg
             if ranks.main:
                 claim = folders.claim_new(out, settings.name)
         folder = ranks.broadcast(claim.folder if claim else None)
-        return train_in(folder, ranks, options, settings, source, state, began, own)
+        return train_in(folder, ranks, options, settings, source, state, began, own, resuming)
     finally:
         if claim:
             claim.release()
@@ -149,7 +163,7 @@ def train_on(ranks: Any, options: argparse.Namespace, given: dict[str, Any], beg
 
 def train_in(
     folder: Path, ranks: Any, options: argparse.Namespace, settings: Settings, source: Any, state: Any, began: float,
-    own: Own,
+    own: Own, resuming: bool = False,
 ) -> int:  # fmt: skip
     """Train in a folder that this process has locked, from the beginning or from a checkpoint."""
     if threads := settings.threads or (state or {}).get("threads", 0):
@@ -168,12 +182,14 @@ def train_in(
         pretrained.load_pretrained(run.vae, settings)
     if ranks.main:
         checkpoint.prepare(folder)
+        if run.shards is not None:
+            run.shards.clean(state)
         checkpoint.write(
             folder / folders.SETTINGS, (json.dumps(dataclasses.asdict(settings), indent=2) + "\n").encode()
         )
         facts.keep(folder, facts.collect(options.typed, source, run.device, ranks.size))
         forecast = pace.forecast(run, step_time, "no_report" not in options)
-        for line in opening(run, state, "resume" in options, forecast):
+        for line in opening(run, state, resuming, forecast):
             say(line)
     if not run.ended:
         with Terminal(run, writers(run, options)) if ranks.main else Display() as display:
@@ -182,10 +198,13 @@ def train_in(
             if ranks.main:
                 say(f"stopped at step {run.step}; go on with: fastkl train --resume --out {shlex.quote(str(folder))}")
             return 130
-    if ranks.main and settings.model == AUTOENCODER:
-        say(f"{pretrained.save(run)}: the weights for diffusers' AutoencoderKL.from_pretrained")
-    if ranks.main and "no_report" not in options:
-        write_report_of(run, began)
+    reported, exported = "no_report" not in options, settings.model == AUTOENCODER
+    if reported or exported:
+        with run.reported():  # of all processes, which gather the weights of a sharded run
+            if ranks.main and exported:
+                say(f"{pretrained.save(run)}: the weights for diffusers' AutoencoderKL.from_pretrained")
+            if ranks.main and reported:
+                write_report_of(run, began)
     return 0
 
 

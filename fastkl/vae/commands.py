@@ -128,7 +128,8 @@ def report(options: argparse.Namespace) -> int:
         settings = rules.resume(state["settings"], {})
         run = start(dataclasses.replace(settings, device="auto"), data.load(settings), parallel.Ranks(), claim.folder)
         restore(run, {**state, "ranks": 1})
-        write_report_of(run, time.perf_counter())
+        with run.reported():
+            write_report_of(run, time.perf_counter())
     finally:
         claim.release()
     return 0
@@ -176,11 +177,6 @@ def write(function: Callable[[np.ndarray], Tensor], rows: np.ndarray, path: Path
 
 def write_report_of(run: Run, began: float) -> None:
     """Evaluate the run, write its report and print the figures."""
-    with run.reported():
-        _write_report_of(run, began)
-
-
-def _write_report_of(run: Run, began: float) -> None:
     # Imported here, so that a run without a report does not need matplotlib.
     from fastkl.vae import memory
     from fastkl.vae.report import summary, write_report

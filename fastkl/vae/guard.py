@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkl.vae.errors import UserError
-from fastkl.vae.parallel import Ranks
+from fastkl.vae.parallel import Ranks, local
 
 ALONE = Ranks()
 
@@ -88,8 +88,9 @@ class Guard:
 
 
 def norm(parameters: list[Tensor], kind: float, like: Tensor) -> Tensor:
-    """The norm of all gradients together, on the device of `like`."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None and parameter.numel()]
+    """The norm of all gradients of this process together, on the device of `like`."""
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    gradients = [gradient for gradient in gradients if gradient.numel()]
     if not gradients:
         return torch.zeros((), dtype=torch.float32, device=like.device)
     return nn.utils.get_total_norm(gradients, norm_type=kind).to(like.device)

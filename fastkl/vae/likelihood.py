@@ -32,7 +32,7 @@ class Likelihood(nn.Module):
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
         self.ndim = len(shape)
-        self.own_shape = tuple(shape) if len(shape) == 1 else ()
+        self.own_shape = tuple(shape) if len(shape) == 1 else (1,)  # not (): fully_shard takes no scalars
 
     def parameter(self) -> nn.Parameter:
         return nn.Parameter(torch.zeros(self.own_shape))

@@ -15,6 +15,7 @@ from fastkl.vae import prior, streams
 from fastkl.vae.errors import UserError
 from fastkl.vae.evaluate import quick_elbo, quick_mixture
 from fastkl.vae.objective import Noise, Weights, draws_of
+from fastkl.vae.parallel import load_whole
 from fastkl.vae.plan import TEST_POINTS, capacity, kl_weight, learning_rate, temperature
 from fastkl.vae.progress import Display
 from fastkl.vae.reader import BadData
@@ -50,7 +51,8 @@ def train(run: Run, display: Display) -> bool:
             run.step += 1
             good = update(run, loss)
             if good:
-                run.watch.record(run.step, posterior, learned)
+                with run.ranks.gathered(run.objective):  # a mixture's parameters
+                    run.watch.record(run.step, posterior, learned)
             if run.step == settings.warm_up and run.prior is not None:
                 start_prior(run)
             run.seconds = time.perf_counter() - began
@@ -66,18 +68,21 @@ def train(run: Run, display: Display) -> bool:
 def backward(run: Run, weights: Weights) -> tuple[Tensor, dict[str, Tensor], DiagonalNormal]:
     """(loss, its terms, posterior) of the batches of a step. Their gradients are added."""
     parts, losses, terms, posteriors = batches(run), [], [], []  # type: ignore[var-annotated]
+    shares = []
     for x, noise in parts:
+        # DistributedDataParallel averages over processes, which need not have the same number of data.
+        shares.append(len(x) * run.ranks.size / run.batch_size)
         last = len(losses) == len(parts) - 1
         with contextlib.nullcontext() if last else run.ranks.without_exchange(run.objective):
             with run.autocast():
                 loss, own, posterior = run.objective(x, noise, weights, run.prior is not None, run.adversarial)
-            run.scaler.scale(loss / len(parts)).backward()
+            run.scaler.scale(loss * shares[-1]).backward()
         losses.append(loss.detach())
         terms.append(own)
         posteriors.append(posterior)
-    if len(parts) == 1:
+    if shares == [1.0]:
         return losses[0], terms[0], posteriors[0]
-    means = {name: torch.stack([own[name] for own in terms]).mean(0) for name in terms[0]}
+    means = {name: sum(share * own[name] for share, own in zip(shares, terms)) for name in terms[0]}
     mu, logvar = (torch.cat([getattr(q, name) for q in posteriors]) for name in ("mean", "logvar"))
     return torch.stack(losses).mean(), means, DiagonalNormal(mu, logvar)
 
@@ -109,22 +114,36 @@ def start_prior(run: Run) -> None:
     """Start the learned prior at the end of the warm-up, before the checkpoint of this step is written."""
     learned = run.vae.prior
     assert learned is not None, "a run without one has no warm-up of it"
-    if run.ranks.main:
-        prior.initialise(learned, run.vae, run.data, run.settings, run.device)
-    state = {name: value.cpu() for name, value in learned.state_dict().items()}
-    learned.load_state_dict(run.ranks.broadcast(state))
+    with run.gathered(run.vae):
+        fitted = run.vae.prior
+        assert fitted is not None
+        if run.ranks.main:
+            prior.initialise(fitted, run.vae, run.data, run.settings, run.device)
+        state = run.ranks.broadcast({name: value.cpu() for name, value in fitted.state_dict().items()})
+    load_whole(learned, state)
     if run.average is not None:
-        run.average.module.get_submodule("prior").load_state_dict(learned.state_dict())
+        load_whole(run.average.module.get_submodule("prior"), state)
 
 
 def batches(run: Run) -> list[tuple[Tensor, Noise]]:
-    """The data of this step and process, split into --accumulate batches."""
-    x, noise = batch(run)
-    count = run.settings.accumulate
-    if count == 1:
-        return [(x, noise)]
-    parts = [[None] * count if tensor is None else tensor.chunk(count) for tensor in noise]
-    return [(part, Noise(*own)) for part, *own in zip(x.chunk(count), *parts)]
+    """The data of this step and process, split into --accumulate batches.
+
+    The step is split into batches first and each of them over processes. Terms that compare the data of a batch then do
+    not depend on the number of processes.
+    """
+    settings, (x, noise) = run.settings, batch(run)
+    draws, first, found = settings.noise == "datum" and settings.objective in MATCHING, 0, []
+    for index, whole in enumerate(torch.arange(run.batch_size, device="cpu").tensor_split(settings.accumulate)):
+        rows = run.ranks.rows(len(whole))
+        own = slice(first, first + rows.stop - rows.start)
+        part = noise._replace(**{name: value[own] for name, value in noise._asdict().items() if value is not None})
+        if draws:
+            number = streams.seed_for(settings.seed, "prior", run.step, index)
+            seed = torch.tensor(number, dtype=torch.int64, device=run.device)
+            part = part._replace(prior_seed=seed, prior_rows=(len(whole), rows))
+        found.append((x[own], part))
+        first = own.stop
+    return found
 
 
 def batch(run: Run) -> tuple[Tensor, Noise]:
@@ -135,25 +154,26 @@ def batch(run: Run) -> tuple[Tensor, Noise]:
     a datum is then independent of the number of processes: two processes with 32 data each do the same as one with 64.
     """
     settings, ranks = run.settings, run.ranks
+
+    def share(whole: Tensor) -> Tensor:
+        return ranks.share(whole, settings.accumulate).to(run.device)
+
     x = run.reader.at(run.step)
-    eps = gumbel = drawn = uniform = None
+    eps = gumbel = uniform = None
     if settings.noise == "datum":
         shape = (run.batch_size, draws_of(settings, run.prior is not None))
         generator = streams.generator(settings.seed, "noise", run.step)
         eps = torch.randn((*shape, *run.vae.latent_shape), generator=generator, dtype=torch.float32, device="cpu")
-        eps = ranks.share(eps).to(run.device)
+        eps = share(eps)
         if settings.kl == "relaxed":
             seed = torch.tensor(streams.seed_for(settings.seed, "choice", run.step), dtype=torch.int64, device="cpu")
-            gumbel = ranks.share(reference.gumbel_noise(seed, (*shape, settings.components))).to(run.device)
-        if settings.objective in MATCHING:
-            drawn = prior.rsample(run.prior, run.vae, run.batch_size, settings.seed, run.step)
-            drawn = ranks.share(drawn).to(run.device)
+            gumbel = share(reference.gumbel_noise(seed, (*shape, settings.components)))
         if run.vae.draws_data:
             of_data = (run.batch_size, *run.vae.shape)
             uniform = torch.rand(of_data, generator=generator, dtype=torch.float32, device="cpu")
-            uniform = ranks.share(uniform).to(run.device)
+            uniform = share(uniform)
     torch.manual_seed(streams.seed_for(settings.seed, "step", run.step, ranks.rank))
-    return x, Noise(eps, gumbel, drawn, uniform)
+    return x, Noise(eps, gumbel, uniform)
 
 
 def log(run: Run, display: Display, terms: dict[str, Tensor], asked: bool) -> bool:
@@ -186,9 +206,11 @@ def test(run: Run, display: Display) -> None:
     if run.step % run.steps_per_epoch == 0 or run.ended:
         log_monitors(run, display)
     due = run.ended or run.step % max(1, run.total_steps // TEST_POINTS) == 0
-    if run.ranks.main and due:
-        learned, about = run.prior, (run.vae, run.data.watched, run.settings.seed, run.device)
-        with run.averaged():
+    if not due:
+        return
+    with run.averaged():
+        if run.ranks.main:
+            learned, about = run.prior, (run.vae, run.data.watched, run.settings.seed, run.device)
             elbo, kl, reconstruction = quick_elbo(*about, learned)
             run.history[run.data.watched_name].append([run.step, elbo, kl, reconstruction])
             if prior.is_mixture(learned):
@@ -198,7 +220,7 @@ def test(run: Run, display: Display) -> None:
                 run.history.setdefault("mixture", []).append(bracket)
             keep_best(run, elbo)
             display.tested(run, run.step, elbo, kl, reconstruction)
-    if due and run.settings.patience:
+    if run.settings.patience:
         run.best["points"] = run.ranks.broadcast(run.best.get("points", 0))  # all processes end at the same step
 
 
@@ -216,9 +238,10 @@ def keep_best(run: Run, elbo: float) -> None:
 def save_if_due(run: Run, display: Display, stopping: bool) -> None:
     if stopping or run.ended or run.step % run.settings.checkpoint_every == 0:
         monitored = run.watch.state_dict()  # a collective call: every process takes part
-        if run.ranks.main:
-            display.flush()  # first: a process killed after the checkpoint would lose the events before it
-            save(run, monitored)
+        display.flush()  # first: a process killed after the checkpoint would lose the events before it
+        save(run, monitored)
+    if run.shards is not None:
+        run.shards.finish() if stopping or run.ended else run.shards.poll()
 
 
 def save_whole(run: Run, display: Display) -> str:

@@ -17,6 +17,7 @@ from fastkl.vae.adversarial import LastLayer, PatchDiscriminator, adaptive_weigh
 from fastkl.vae.errors import UserError
 from fastkl.vae.model import VAE
 from fastkl.vae.perceptual import Perceptual
+from fastkl.vae.prior import rsample
 from fastkl.vae.rules import IMPORTANCE, MATCHING
 from fastkl.vae.settings import Settings
 
@@ -29,8 +30,11 @@ class Noise(NamedTuple):
 
     eps: Tensor | None = None  # of the latents [N, L, *latent_shape]
     gumbel: Tensor | None = None  # of the choice of a component [N, L, K]
-    prior_samples: Tensor | None = None  # draws from the prior [N, latent], compared with the latents
     uniform: Tensor | None = None  # in [0, 1) [N, *shape], to binarise grey values
+    # Seed of the draws from the prior that are compared with the latents. The draws are of the whole batch, over all
+    # processes: its size and this process's rows.
+    prior_seed: Tensor | None = None
+    prior_rows: tuple[int, slice] | None = None
 
 
 class Weights(NamedTuple):
@@ -97,7 +101,7 @@ class Objective(nn.Module):
         if name in IMPORTANCE:
             return minimise(*problem, **importance(settings), eps=eps)
         if name in MATCHING:
-            given = {"eps": eps, "prior_samples": noise.prior_samples, "penalty": settings.penalty}
+            given = {"eps": eps, "prior_samples": self.prior_samples(prior, noise), "penalty": settings.penalty}
             if name == "aae":
                 loss, own = minimise(*problem, self.discriminator, **given)
                 return Loss(loss.loss + own, loss.terms)  # the two losses have gradients in disjoint parameters
@@ -152,6 +156,13 @@ class Objective(nn.Module):
         more = {"adversarial": fooled, "adversarial_weight": weight, "discriminator": own, "accuracy": right}
         terms = {**terms, **{name: value.detach() for name, value in more.items()}}
         return Loss(loss + weight * fooled + own, terms)
+
+    def prior_samples(self, prior: Prior | None, noise: Noise) -> Tensor | None:
+        """Draws from the prior [N, latent] for the rows of this process, the same for every number of processes."""
+        if noise.prior_seed is None or noise.prior_rows is None:
+            return None
+        count, rows = noise.prior_rows
+        return rsample(prior, self.vae, count, noise.prior_seed)[rows]
 
     def distance(self) -> dict[str, Any]:
         """Arguments of the distance between latents and draws of the prior."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastkl.vae.data import Data
-from fastkl.vae.objective import draws_of
+from fastkl.vae.objective import Noise, Weights, draws_of
 from fastkl.vae.plan import TEST_POINTS
 from fastkl.vae.settings import CONVOLUTIONAL, FOR_DATA, FOR_PRESET, Settings
 from fastkl.vae.stored import Stored
@@ -45,7 +45,8 @@ def fit_defaults(settings: Settings, given: dict[str, Any], data: Data, processe
     if "batch_size" not in chosen:
         batch = BATCH if not conv else max(LEAST_BATCH, min(BATCH, BATCH_PIXELS // math.prod(data.shape[1:])))
         batch = fitted["batch_size"] = max(1, min(batch, len(data.train) // (processes * settings.accumulate)))
-    per_epoch = max(1, len(data.train) // (batch * processes * settings.accumulate))
+    size = dataclasses.replace(settings, batch_size=batch).data_per_step(processes)
+    per_epoch = max(1, len(data.train) // size)
     epochs = settings.epochs
     if not {"epochs", "steps"} & chosen.keys():
         budget = TRAINED_PIXELS / (len(data.train) * pixels) if conv else TRAINED_DATA / len(data.train)
@@ -66,20 +67,24 @@ def fit_defaults(settings: Settings, given: dict[str, Any], data: Data, processe
 def seconds_per_step(run: Run) -> float:
     """Seconds of reading, and of an ELBO's forward and backward, measured on the second of two runs, without side
     effects."""
+    weights = Weights(*(torch.ones((), dtype=torch.float32, device=run.device) for _ in Weights._fields))
     draws, taken, reading = draws_of(run.settings, run.prior is not None), 0.0, 0.0
     for _ in range(2):
         began = time.perf_counter()
-        x = run.data.train[: run.settings.batch_size].to(run.device)
+        x = run.data.train[: run.batch_size // (run.ranks.size * run.settings.accumulate)].to(run.device)
         reading = (time.perf_counter() - began) * run.settings.accumulate
         began = time.perf_counter()
         with run.autocast():
-            posterior = run.vae.posterior(x)
-            z = posterior.rsample(num_samples=draws)
-            loss = posterior.kl().mean() - run.vae.log_likelihood(z, x).mean()
+            if run.whole is not None:  # only the root of sharded parts can be called
+                loss = run.objective(x, Noise(), weights)[0]
+            else:
+                posterior = run.vae.posterior(x)
+                z = posterior.rsample(num_samples=draws)
+                loss = posterior.kl().mean() - run.vae.log_likelihood(z, x).mean()
         loss.backward()
         loss.item()  # synchronises with the device
         taken = (time.perf_counter() - began) * run.settings.accumulate
-        for parameter in run.vae.parameters():
+        for parameter in run.objective.parameters():
             parameter.grad = None
     workers = run.settings.workers
     return max(taken, reading / workers) if workers else taken + reading
@@ -89,7 +94,8 @@ def forecast(run: Run, step: float, reported: bool = True) -> list[str]:
     """The expected time of a run from the seconds of a step, as lines to print; `reported`: log p(x) is estimated."""
     settings, left = run.settings, run.total_steps - run.step
     # A forward pass is about a third of a step, and decoding is half of a forward pass.
-    datum = step / settings.batch_size / settings.accumulate / 3
+    processes = run.ranks.size if settings.global_batch_size else 1
+    datum = step / (settings.data_per_step(processes) / processes) / 3
     watching = TEST_POINTS * min(1000, len(run.data.watched)) * datum
     report = settings.importance_samples * len(run.data.test) * datum / 2 if reported else 0.0
     total = left * step + watching + report

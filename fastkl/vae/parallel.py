@@ -6,8 +6,10 @@ import contextlib
 import gc
 import importlib
 import os
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as distributed
@@ -15,12 +17,16 @@ from torch import Tensor, nn
 
 from fastkl.vae.errors import UserError
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
 
 @dataclass(frozen=True)
 class Ranks:
     rank: int = 0
     size: int = 1
     local: int = 0  # index among the processes of this machine
+    guest: bool = False  # in a group of the caller, such as Ray Train's
 
     @property
     def main(self) -> bool:
@@ -48,7 +54,7 @@ class Ranks:
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, on every process."""
+        """The values of all processes, in the order of their ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -61,19 +67,96 @@ class Ranks:
             return module
         return nn.parallel.DistributedDataParallel(module, find_unused_parameters=partly)
 
+    def shard(
+        self, root: nn.Module, networks: list[nn.Module], device: torch.device, dtype: torch.dtype | None
+    ) -> None:
+        """Leave each process its part of the parameters, on `device`. The layers of the networks are gathered one at a
+        time, in `dtype`; the rest (prior, likelihood, discriminator) together and in float32."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh = init_device_mesh(device.type, (self.size,))
+        policies = [MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32) for kind in (dtype, None)]
+        # It warns of outputs that are views, of which only operations in place would be wrong.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+        try:
+            for network in networks:
+                for layer in network if isinstance(network, nn.Sequential) else [network]:
+                    if any(True for _ in layer.parameters()):
+                        fully_shard(layer, mesh=mesh, mp_policy=policies[0])
+            fully_shard(root, mesh=mesh, mp_policy=policies[1])
+        except ValueError as error:
+            raise UserError(f"--parallel fsdp: {error}") from None
+
+    @contextlib.contextmanager
+    def gathered(self, root: nn.Module) -> Iterator[None]:
+        """A context in which the parameters outside the networks' layers are whole on each process."""
+        if not sharded(root):
+            yield
+            return
+        root.unshard()
+        try:
+            yield
+        finally:
+            root.reshard()
+
     def without_exchange(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
         """A context in which a backward pass only adds to this process's gradients."""
         if isinstance(module, nn.parallel.DistributedDataParallel):
             return module.no_sync()
-        return contextlib.nullcontext()
+        return keep_gradients(module) if sharded(module) else contextlib.nullcontext()
 
-    def share(self, indices: Tensor) -> Tensor:
-        """This process's contiguous part of a batch."""
-        return indices.chunk(self.size)[self.rank]
+    def rows(self, count: int) -> slice:
+        """This process's contiguous part of `count` rows, of which the first processes may have one more."""
+        part = torch.arange(count, device="cpu").tensor_split(self.size)[self.rank]
+        return slice(int(part[0]), int(part[-1]) + 1)
+
+    def share(self, whole: Tensor, parts: int = 1) -> Tensor:
+        """This process's rows of each of the `parts` that a batch is split into first."""
+        return torch.cat([part[self.rows(len(part))] for part in whole.tensor_split(parts)])
+
+
+def sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
+    return hasattr(module, "set_requires_gradient_sync")
+
+
+@contextlib.contextmanager
+def keep_gradients(module: FSDPModule) -> Iterator[None]:
+    module.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        module.set_requires_gradient_sync(True)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of this process of a tensor that may be sharded."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def whole_state(module: nn.Module) -> dict[str, Any]:
+    """The module's whole state on the CPU of the main process, a collective call; elsewhere it is empty."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def load_whole(module: nn.Module, state: dict[str, Any]) -> None:
+    """Load a whole state, the same on each process, into a module that may be sharded."""
+    if not any(hasattr(parameter, "to_local") for parameter in module.parameters()):
+        module.load_state_dict(state)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=True))
 
 
 def start() -> Ranks:
-    """Join the processes that torchrun started; without torchrun, be the only one."""
+    """Join the process group that exists or, under torchrun, start one; else be the only process."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if distributed.is_available() and distributed.is_initialized():
+        return Ranks(distributed.get_rank(), distributed.get_world_size(), local, guest=True)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
         return Ranks()
@@ -83,7 +166,6 @@ def start() -> Ranks:
     # arguments keep the group and gloo's threads alive. A thread that frees a tensor while the interpreter ends aborts
     # the process.
     importlib.import_module("torch.distributed.nn")
-    local = int(os.environ.get("LOCAL_RANK", "0"))
     backend = "gloo"
     if torch.cuda.is_available():
         if local < torch.cuda.device_count():  # else choose_device raises, or the run is on the CPU
@@ -93,8 +175,30 @@ def start() -> Ranks:
     return Ranks(distributed.get_rank(), distributed.get_world_size(), local)
 
 
+def restarted() -> bool:
+    """Whether torchrun repeats its command after the death of a process."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def restarts() -> bool:
+    """Whether torchrun will repeat its command after the death of a process.
+
+    Raises:
+        UserError: repeated commands would not find each other.
+    """
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0:
+        return False
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+        # Its store keeps the addresses of the dead processes (https://github.com/pytorch/pytorch/issues/135712).
+        raise UserError(
+            "after a restart by torchrun --max-restarts the processes would connect to dead ones: "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun"
+        )
+    return True
+
+
 def stop(ranks: Ranks) -> None:
-    """Leave the group, so that its threads end before the interpreter does."""
-    if ranks.size > 1 and distributed.is_initialized():
+    """Leave the group, so that its threads end before the interpreter does. The caller's group stays."""
+    if ranks.size > 1 and not ranks.guest and distributed.is_initialized():
         distributed.destroy_process_group()
         gc.collect()  # DistributedDataParallel also holds the group

@@ -70,14 +70,14 @@ def moments(run: Run) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def save(run: Run) -> Path:
-    """Write RUN/autoencoder by save_pretrained, with the weights that the report is about. Returns the folder.
+    """Write RUN/autoencoder by save_pretrained, with the present weights, and return the folder.
 
     The scaled latents (z - latents_mean) * scaling_factor / latents_std, as SDXL's pipelines compute them, have mean 0
     and deviation 1 in each channel. z * scaling_factor, as Stable Diffusion's compute them, has deviation 1 over all
     channels, and with shift_factor, as SD 3's and Flux's, also mean 0. So latents_std is in units of that deviation.
     """
     target = run.folder / FOLDER
-    with run.reported(), tempfile.TemporaryDirectory(dir=run.folder, prefix=f".{FOLDER}.") as temporary:
+    with tempfile.TemporaryDirectory(dir=run.folder, prefix=f".{FOLDER}.") as temporary:
         mean, deviation, shift, whole = moments(run)
         model = assembled(run.vae, config_of(run.settings, run.vae.shape))
         model.register_to_config(

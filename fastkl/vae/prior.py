@@ -96,10 +96,10 @@ def initialise(prior: nn.Module, vae: VAE, data: Data, settings: Settings, devic
         raise UserError(f"--prior gmm cannot be fitted to the posteriors: {error}") from None
 
 
-def rsample(prior: Prior | None, vae: VAE, count: int, *seeds: int) -> Tensor:
-    """Reparameterised draws [count, latent] from the prior, the same on every process."""
-    seed, dim = streams.seed_for(seeds[0], "prior", *seeds[1:]), math.prod(vae.latent_shape)
-    return (StandardNormal(dim) if prior is None else prior).rsample(count, seed=seed)
+def rsample(prior: Prior | None, vae: VAE, count: int, seed: Tensor) -> Tensor:
+    """Reparameterised draws [count, latent] from the prior, on the device of the seed."""
+    standard = StandardNormal(math.prod(vae.latent_shape)).to(seed.device)
+    return (standard if prior is None else prior).rsample(count, seed=seed)
 
 
 def draw(prior: Prior | None, vae: VAE, count: int, seed: int, purpose: str, component: int | None = None) -> Tensor:

@@ -33,9 +33,11 @@ class Steps(Dataset):
 
     def __init__(self, run: Run):
         self.train, self.seed, self.batch, self.ranks = run.data.train, run.settings.seed, run.batch_size, run.ranks
+        self.parts = run.settings.accumulate
 
     def __getitem__(self, step: int) -> tuple[Tensor | None, str]:
-        indices = self.ranks.share(streams.batch_indices(self.seed, step, len(self.train), self.batch))
+        indices = streams.batch_indices(self.seed, step, len(self.train), self.batch)
+        indices = self.ranks.share(indices, self.parts)
         if isinstance(self.train, Tensor):
             return self.train[indices], ""
         try:

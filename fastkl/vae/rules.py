@@ -68,6 +68,10 @@ def resolve(given: dict[str, Any]) -> Settings:
         )
     check_remedies(settings, given)
     check_images(settings, given)
+    if settings.global_batch_size and "batch_size" in given:
+        raise UserError(
+            "--batch-size and --global-batch-size exclude each other: data per process, or of all processes"
+        )
     if settings.kl == "upper" and settings.prior == "flow":
         raise UserError("--kl upper needs a mixture, --prior gmm or vamp; a flow has only --kl mc")
     if settings.kl == "relaxed" and settings.prior == "flow":
@@ -116,6 +120,12 @@ def check_images(settings: Settings, given: dict[str, Any]) -> None:
         raise UserError("--discriminator-learning-rate belongs to --objective aae or --adversarial")
     if settings.compile and settings.adversarial:
         raise UserError("--compile does not go with --adversarial, whose weight needs gradients inside the loss")
+    if settings.parallel == "fsdp":
+        for name in ("adversarial", "perceptual"):
+            if getattr(settings, name):
+                raise UserError(f"--parallel fsdp does not go with {flag(name)}, which calls a part of the model")
+        if settings.model == AUTOENCODER:
+            raise UserError(f"--parallel fsdp does not shard --model {AUTOENCODER}: use --parallel ddp")
 
 
 def defaults(given: dict[str, Any]) -> Settings:
@@ -155,7 +165,7 @@ def check(settings: Settings) -> None:
         "crop",
         "workers",
     )
-    zeros += ("warm_up", "patience", "learning_rate_warm_up", "adversarial_start")
+    zeros += ("warm_up", "patience", "learning_rate_warm_up", "adversarial_start", "global_batch_size")
     for name, minimum in {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)}.items():
         if getattr(settings, name) < minimum:
             raise UserError(f"{flag(name)} must be at least {minimum}, got {getattr(settings, name)}")
@@ -228,6 +238,17 @@ def resume(saved: dict[str, Any], given: dict[str, Any]) -> Settings:
     settings = dataclasses.replace(before, **given)
     check(settings)
     return settings
+
+
+def fixed_processes(settings: Settings) -> str:
+    """The reason why this run needs the number of processes that it began with, or ""."""
+    if not settings.global_batch_size:
+        return "the data of a step grow with the processes (only --global-batch-size fixes them)"
+    if settings.noise != "datum":
+        return "each process draws its own noise (only --noise datum does not depend on their number)"
+    if settings.objective in ("swae", "sinkhorn_ae"):
+        return f"--objective {settings.objective} compares the data of each process by themselves"
+    return ""
 
 
 def planned(settings: Settings) -> str:

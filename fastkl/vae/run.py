@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastkl.priors import Prior
-from fastkl.vae import checkpoint, prior, streams
+from fastkl.vae import checkpoint, parallel, prior, streams
 from fastkl.vae.data import Data
 from fastkl.vae.errors import UserError
 from fastkl.vae.guard import Guard
@@ -21,7 +22,10 @@ from fastkl.vae.model import VAE, build
 from fastkl.vae.objective import Objective
 from fastkl.vae.parallel import Ranks
 from fastkl.vae.reader import Reader
+from fastkl.vae.rules import fixed_processes
 from fastkl.vae.settings import Settings
+from fastkl.vae.sharded import Shards
+from fastkl.vae.sharded_parts import take, whole
 from fastkl.vae.stored import Stored
 from fastkl.vae.watch import Watch
 
@@ -48,9 +52,12 @@ class Run:
     device: torch.device
     folder: Path
     vae: VAE
-    objective: nn.Module  # an Objective, in DistributedDataParallel if there are several processes
+    objective: nn.Module  # an Objective, in DistributedDataParallel or sharded if there are several processes
     optimizers: dict[str, torch.optim.Optimizer]  # of the autoencoder and of the discriminator, if any
     average: AveragedModel | None = None  # of the weights over the steps, with --ema
+    # In a sharded run: a model for whole weights on the main process, and the writer of checkpoints.
+    whole: VAE | None = None
+    shards: Shards | None = None
     # With --patience: step, ELBO and weights ("model") of the best point of the curve of held-out data, and the number
     # of points since. Processes other than the main one know only the number.
     best: dict[str, Any] = field(default_factory=dict)
@@ -76,7 +83,7 @@ class Run:
     @property
     def batch_size(self) -> int:
         """The number of data in a step, over all batches and processes."""
-        return self.settings.batch_size * self.ranks.size * self.settings.accumulate
+        return self.settings.data_per_step(self.ranks.size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -102,12 +109,20 @@ class Run:
 
     def autocast(self) -> torch.autocast:
         """The context that sets the networks' dtype. fastkl's ops always compute in float32."""
-        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.settings.precision]
+        dtype = dtype_of(self.settings)
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """A context in which the model has the average of the weights, if the run keeps one."""
+        """A context in which the model has the average of the weights, if the run keeps one.
+
+        In a sharded run it is a collective call, and the model is whole on the main process and not usable elsewhere.
+        """
+        if self.whole is not None:
+            kept = self.average is not None and bool(self.average.n_averaged)
+            with self.gathered(self.average.module if kept else self.vae):  # type: ignore[union-attr]
+                yield
+            return
         self._exchange_weights()
         try:
             yield
@@ -115,18 +130,39 @@ class Run:
             self._exchange_weights()
 
     @contextlib.contextmanager
-    def reported(self) -> Iterator[None]:
-        """A context in which the model has the weights that the report is about: the best, if the run keeps them."""
-        if "model" not in self.best:
-            with self.averaged():
-                yield
+    def gathered(self, source: nn.Module) -> Iterator[None]:
+        """A context in which the model has the whole weights of `source`, which may be sharded."""
+        if self.whole is None:
+            yield
             return
-        last = {name: value.clone() for name, value in self.vae.state_dict().items()}
-        self.vae.load_state_dict(self.best["model"])
+        state, own = parallel.whole_state(source), self.vae
+        if self.ranks.main:
+            self.whole.load_state_dict(state)
+            self.whole.to(self.device)
+        self.vae = self.whole
         try:
             yield
         finally:
-            self.vae.load_state_dict(last)
+            self.vae = own
+            self.whole.cpu()
+
+    @contextlib.contextmanager
+    def reported(self) -> Iterator[None]:
+        """A context in which the model has the weights that the report is about: the best, if the run keeps them."""
+        if not self.ranks.broadcast("model" in self.best):
+            with self.averaged():
+                yield
+            return
+        with self.gathered(self.vae):
+            if not self.ranks.main:  # it has no part in the report
+                yield
+                return
+            last = {name: value.clone() for name, value in self.vae.state_dict().items()}
+            self.vae.load_state_dict(self.best["model"])
+            try:
+                yield
+            finally:
+                self.vae.load_state_dict(last)
 
     def _exchange_weights(self) -> None:
         if self.average is not None and self.average.n_averaged:
@@ -136,29 +172,46 @@ class Run:
 
 def start(settings: Settings, data: Data, ranks: Ranks, folder: Path, own: Own = NOTHING) -> Run:
     """A run at step 0."""
-    if settings.batch_size * ranks.size * settings.accumulate > len(data.train):
-        several = f" with --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
-        requested = f"--batch-size {settings.batch_size}{several} on {ranks.size} processes"
+    size, several = settings.data_per_step(ranks.size), f" with --accumulate {settings.accumulate}"
+    name = "--global-batch-size" if settings.global_batch_size else "--batch-size"
+    requested = (
+        f"{name} {settings.global_batch_size or settings.batch_size}{several if settings.accumulate > 1 else ''}"
+    )
+    requested = f"{requested} on {ranks.size} processes"
+    if size > len(data.train):
         raise UserError(f"{requested} is more than the {len(data.train)} training data")
     if settings.workers and not isinstance(data.train, Stored):
         raise UserError(
             "--workers read ahead from the disk, but these data are in memory: use --stream, --crop or --flip"
         )
+    if size < ranks.size * settings.accumulate:
+        raise UserError(f"{requested} leaves a process without data")
     device = choose_device(settings.device, ranks)
     torch.manual_seed(streams.seed_for(settings.seed, "weights"))
     vae = build(settings, data.shape, data.likelihood, own.model, data.scaling)
     vae.prior = prior.build(settings, vae, data)
-    vae = vae.to(device)
-    learned = vae.prior is not None
-    objective = Objective(vae, settings, len(data.train), ranks.group, own.objective, device).to(device)
-    optimizers = make_optimizers(settings, vae, objective.discriminator)
+    sharded, learned = settings.parallel == "fsdp" and ranks.size > 1, vae.prior is not None
+    whole = copy.deepcopy(vae) if sharded else None
+    vae = vae if sharded else vae.to(device)  # else layer by layer, when each is sharded
+    objective = Objective(vae, settings, len(data.train), ranks.group, own.objective, device)
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(settings.ema)) if settings.ema else None
-    # The loss does not use a learned prior's parameters during the warm-up, and those of the discriminator of patches
-    # before --adversarial-start.
-    wrapped = ranks.wrap(objective, partly=learned or settings.adversarial_start > 0)
+    wrapped: nn.Module = objective
+    if sharded:
+        dtype = dtype_of(settings)
+        ranks.shard(objective, [vae.encoder, vae.decoder], device, dtype)
+        if average is not None:
+            averaged: Any = average.module
+            ranks.shard(averaged, [averaged.encoder, averaged.decoder], device, dtype)
+            average.to(device)
+    else:
+        # The loss does not use a learned prior's parameters during the warm-up, and those of the discriminator of
+        # patches before --adversarial-start.
+        wrapped = ranks.wrap(objective.to(device), partly=learned or settings.adversarial_start > 0)
+    optimizers = make_optimizers(settings, vae, objective.discriminator)
     if settings.compile:
         wrapped.compile()
-    run = Run(settings, data, ranks, device, folder, vae, wrapped, optimizers, average)
+    shards = Shards(folder, ranks) if sharded else None
+    run = Run(settings, data, ranks, device, folder, vae, wrapped, optimizers, average, whole, shards)
     if learned and 0 < run.total_steps <= settings.warm_up:
         problem = f"--warm-up {settings.warm_up} leaves none of the {run.total_steps} steps to --prior {settings.prior}"
         raise UserError(f"{problem}: choose fewer, or train for longer")
@@ -166,6 +219,11 @@ def start(settings: Settings, data: Data, ranks: Ranks, folder: Path, own: Own =
         problem = f"--adversarial-start {settings.adversarial_start} leaves none of the {run.total_steps} steps"
         raise UserError(f"{problem} to --adversarial: choose fewer, or train for longer")
     return run
+
+
+def dtype_of(settings: Settings) -> torch.dtype | None:
+    """The dtype of the networks, or None for float32."""
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
 
 
 def make_optimizers(
@@ -207,44 +265,69 @@ def discriminator_of(run: Run) -> nn.Module | None:
 
 
 def save(run: Run, monitored: dict[str, Any]) -> None:
-    """Write the checkpoint. Generator states are left out: they are functions of the step (streams.py)."""
-    for parameter in run.vae.parameters():
-        if not parameter.isfinite().all():
-            raise UserError(f"the weights are not finite at step {run.step}; {advice(run)}")
+    """Write the checkpoint, a collective call. Generator states are left out: they are functions of the step
+    (streams.py)."""
+    finite = torch.stack([parallel.local(parameter).isfinite().all() for parameter in run.vae.parameters()])
+    if run.ranks.mean((~finite).any().float()) > 0:
+        raise UserError(f"the weights are not finite at step {run.step}; {advice(run)}")
+    state = {
+        "settings": asdict(run.settings),
+        "fingerprint": run.data.fingerprint,
+        "shape": list(run.data.shape),
+        "scaling": run.data.scaling.state_dict(),
+        "ranks": run.ranks.size,
+        "threads": torch.get_num_threads(),
+        "step": run.step,
+        **parts(run),
+        "best": run.best,
+        "scaler": run.scaler.state_dict(),
+        "seconds": run.seconds,
+        "window": run.window,
+        "watch": monitored,
+        "guard": run.guard.state_dict(),
+        "history": run.history,
+    }
+    if run.shards is not None:
+        run.shards.save(state)
+    elif run.ranks.main:
+        checkpoint.save(run.folder, state)
+
+
+def parts(run: Run) -> dict[str, Any]:
+    """The parts of the state with tensors that may be sharded."""
     discriminator = discriminator_of(run)
-    checkpoint.save(
-        run.folder,
-        {
-            "settings": asdict(run.settings),
-            "fingerprint": run.data.fingerprint,
-            "shape": list(run.data.shape),
-            "scaling": run.data.scaling.state_dict(),
-            "ranks": run.ranks.size,
-            "threads": torch.get_num_threads(),
-            "step": run.step,
-            "model": run.vae.state_dict(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
-            "discriminator": {} if discriminator is None else discriminator.state_dict(),
-            "average": {} if run.average is None else run.average.state_dict(),
-            "best": run.best,
-            "scaler": run.scaler.state_dict(),
-            "seconds": run.seconds,
-            "window": run.window,
-            "watch": monitored,
-            "guard": run.guard.state_dict(),
-            "history": run.history,
-        },
-    )
+    return {
+        "model": run.vae.state_dict(),
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
+        "discriminator": {} if discriminator is None else discriminator.state_dict(),
+        "average": {} if run.average is None else run.average.state_dict(),
+    }
+
+
+def live(run: Run) -> dict[str, torch.Tensor]:
+    """Tensors of a sharded run by the names of its checkpoint, with those that an optimizer has after a step."""
+    tensors: dict[str, torch.Tensor] = {}
+    for part, value in parts(run).items():
+        take(value, part, tensors)
+    for name, optimizer in run.optimizers.items():
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, parameter in enumerate(parameters):
+            of_moments = (f"optimizers/{name}/state/{index}/{moment}" for moment in ("exp_avg", "exp_avg_sq"))
+            tensors.update(dict.fromkeys(of_moments, parameter.detach()))
+    return tensors
 
 
 def restore(run: Run, state: dict[str, Any]) -> None:
     """Load a checkpoint's state into a run that was started with the checkpoint's settings."""
     if state["fingerprint"] != run.data.fingerprint:
         raise UserError(f"--data {run.settings.data} holds other values than at the start of this run")
-    if state["ranks"] != run.ranks.size:
-        raise UserError(
-            f"this run began with {state['ranks']} processes, now there are {run.ranks.size}: start as many"
-        )
+    if state["ranks"] != run.ranks.size and (why := fixed_processes(run.settings)):
+        counts = f"{state['ranks']} processes, now there are {run.ranks.size}"
+        raise UserError(f"this run began with {counts}: start as many, because {why}")
+    if run.shards is not None:
+        state = run.shards.load(state, live(run))
+    elif "sharded" in state:
+        state = whole(run.folder, state)
     try:
         run.vae.load_state_dict(state["model"])
         for name, optimizer in run.optimizers.items():
@@ -256,7 +339,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
         run.best = state["best"]
         run.scaler.load_state_dict(state["scaler"])
         run.window = dict(state["window"])
-        run.watch.load_state_dict(state["watch"], run.ranks.main, run.device)
+        run.watch.load_state_dict(state["watch"], run.device)
         run.guard.load_state_dict(state["guard"])
         run.step, run.seconds, run.history = int(state["step"]), float(state["seconds"]), state["history"]
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -93,6 +93,10 @@ class Settings:
     )  # fmt: skip
     layers: int = option(2, "hidden layers (mlp) or levels, each halving the image (conv, autoencoder-kl)")
     batch_size: int = option(64, "data per step and process", by_default="64; fewer for few data or large images")
+    global_batch_size: int = option(
+        0, "data per step over all processes and --accumulate batches, instead of --batch-size; with --noise datum the "
+        "run may go on with another number of processes (0: use --batch-size)",
+    )  # fmt: skip
     epochs: int = option(150, "passes over the training data", by_default="150; fewer for many data or large images")
     steps: int = option(0, "stop after this many steps instead of --epochs (0: use --epochs)")
     learning_rate: float = option(
@@ -111,6 +115,11 @@ class Settings:
         choices=("fp32", "bf16", "fp16"),
     )
     accumulate: int = option(1, "batches whose gradients each step adds; terms that compare data use one batch")
+    parallel: str = option(
+        "ddp",
+        "each of several processes has the whole model (ddp), or a part of each layer that is gathered for use (fsdp)",
+        maths=False, choices=("ddp", "fsdp"),
+    )  # fmt: skip
     clip: float = option(0.0, "largest norm of the gradient of all weights together (0: off)")
     ema: float = option(0.0, "decay of the average of the weights, which tests and report use (0: off)")
     patience: int = option(
@@ -205,6 +214,10 @@ class Settings:
     )
     device: str = option("auto", "device to train on", maths=False, choices=("auto", "cpu", "cuda"))
 
+    def data_per_step(self, processes: int) -> int:
+        """The number of data in a step, over all batches and processes."""
+        return self.global_batch_size or self.batch_size * self.accumulate * processes
+
     @property
     def what(self) -> str:
         """A short description of the model."""
@@ -230,9 +243,9 @@ GROUPS = {
     ),
     "model": ("model", "model_config", "latent", "hidden", "layers"),
     "training": (
-        "batch_size", "accumulate", "epochs", "steps", "learning_rate", "learning_rate_warm_up", "schedule",
-        "weight_decay", "clip", "ema",
-        "patience", "precision", "compile", "activation_checkpointing", "noise", "bad_steps",
+        "batch_size", "global_batch_size", "accumulate", "epochs", "steps", "learning_rate", "learning_rate_warm_up",
+        "schedule", "weight_decay", "parallel", "clip", "ema", "patience", "precision", "compile",
+        "activation_checkpointing", "noise", "bad_steps",
     ),
     "prior": (
         "prior", "components", "covariance", "kl", "samples", "prior_learning_rate", "tau", "final_tau", "tau_schedule",

@@ -31,7 +31,7 @@ class Watch:
     the batches of the curves' points. All figures are of all processes together."""
 
     def __init__(self, settings: Settings, ranks: Ranks):
-        self.settings = settings
+        self.settings, self.ranks = settings, ranks
         self.warned: list[list[Any]] = []  # step, line
         active, per_dimension = ActiveUnits(group=ranks.group), KLPerDimension(group=ranks.group)
         self.of_all = (active, per_dimension)
@@ -81,24 +81,23 @@ class Watch:
         return new
 
     def state_dict(self) -> dict[str, Any]:
-        """The monitors' states over all processes, a collective call: every process must make it."""
-        states = {name: merged_state(monitor) for name, monitor in self.monitors.items()}
-        kept = {name: [state.count, *state.values] for name, state in states.items() if state is not None}
-        return {"monitors": kept, "warned": self.warned}
+        """The monitors' states on each process, a collective call: every process must make it."""
+        states = {name: monitor.state for name, monitor in self.monitors.items() if monitor.state is not None}
+        own = {name: [state.count, *(value.cpu() for value in state.values)] for name, state in states.items()}
+        return {"monitors": self.ranks.gather(own), "warned": self.warned}
 
-    def load_state_dict(self, state: dict[str, Any], main: bool = True, device: torch.device | None = None) -> None:
-        """Give the merged state to the main process, on `device`: elsewhere each step would synchronise to copy it."""
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | None = None) -> None:
+        """Give each process its own state on `device`, where each step adds to it. The main process gets all of them if
+        the number of processes has changed."""
         self.warned = [list(row) for row in state["warned"]]
-        for name, (count, *values) in state["monitors"].items():
-            if main:
-                self.monitors[name].state = State(int(count), tuple(value.to(device) for value in values))
-
-
-def merged_state(monitor: Monitor) -> State | None:
-    try:
-        return monitor.everything()
-    except ValueError:  # empty: no step was recorded
-        return None
+        parts = state["monitors"]
+        if len(parts) == self.ranks.size:
+            parts = [parts[self.ranks.rank]]
+        elif not self.ranks.main:
+            parts = []
+        for part in parts:
+            for name, (count, *values) in part.items():
+                self.monitors[name].add(State(int(count), tuple(value.to(device) for value in values)))
 
 
 def kind_of(line: str) -> str:

@@ -52,7 +52,7 @@ def test_two_processes_lose_what_one_with_their_batch_loses(tmp_path, capsys):
     [
         ({"objective": "miwae", "groups": 2, "samples": 2, "model": "autoregressive"}, {"eps", "uniform"}),
         ({"prior": "gmm", "components": 3, "kl": "relaxed", "warm_up": 0}, {"eps", "gumbel"}),
-        ({"objective": "swae", "prior": "vamp", "components": 3, "warm_up": 0}, {"eps", "prior_samples"}),
+        ({"objective": "info_vae", "prior": "vamp", "components": 3, "warm_up": 0}, {"eps", "prior"}),
     ],
 )
 def test_noise_does_not_depend_on_the_number_of_processes(given, drawn):
@@ -63,9 +63,16 @@ def test_noise_does_not_depend_on_the_number_of_processes(given, drawn):
     x, noise = loop.batch(run)
     assert torch.cat([part for part, _ in shares]).equal(x)
     for name, whole in noise._asdict().items():
+        if name.startswith("prior"):
+            continue
         assert (whole is not None) == (name in drawn), name
         if whole is not None:
             assert torch.cat([getattr(part, name) for _, part in shares]).equal(whole), name
+    if "prior" in drawn:
+        parts = [dataclasses.replace(run, settings=half, ranks=Ranks(rank, 2)) for rank in range(2)]
+        ((_, noise),), *others = (loop.batches(part) for part in (run, *parts))
+        whole = run.objective.prior_samples(run.prior, noise)
+        assert torch.cat([run.objective.prior_samples(run.prior, own) for ((_, own),) in others]).equal(whole)
     if noise.uniform is not None:
         seen = run.vae.observed(x, noise.uniform)
         assert seen.unique().tolist() == [0, 1]
