@@ -201,6 +201,7 @@ def test_two_processes_do_what_one_with_their_batch_does(tmp_path):
     [
         ({"objective": "iwae"}, "--adversarial belongs to --objective elbo"),
         ({"compile": True}, "--compile does not go with --adversarial"),
+        ({"parallel": "fsdp"}, "--parallel fsdp does not go with --adversarial"),
         ({"adversarial_weight": -1.0}, "--adversarial-weight must be a finite number"),
         ({"adversarial": False, "adversarial_start": 3}, "--adversarial-start belongs to --adversarial"),
         ({"adversarial": False, "discriminator_learning_rate": 0.1}, "belongs to --objective aae or --adversarial"),
