@@ -293,6 +293,9 @@ def test_opcheck():
             value = function(*inputs)
             torch.autograd.grad(value.sum(), inputs)
         fastkl.gmm_moments(*draw((3, 4), (2,), (2, 4), dtype=torch.float32))  # has no gradient
+        x, y, *logvars = (tensor.detach() for tensor in draw((3, 4), (5, 4), (3, 4), (5, 4), dtype=torch.float32))
+        torch.ops.fastkl.mmd_between(x, y, "imq", [1.0, 2.0], True)  # of batches over a group
+        torch.ops.fastkl.mmd_posteriors_between(x, logvars[0], y, logvars[1], [1.0, 2.0], True)
     assert {name.split("::")[1].split(".")[0] for name in calls} == set(_call.TRITON)
     for op, args in (call for same in calls.values() for call in same):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,7 @@ class Photographs(Pictures):
     """Rows of which each is a photograph in memory, as often as its share of all pixels."""
 
     def __init__(self, photographs: list[np.ndarray], count: int):
-        ends = np.cumsum([photograph.size for photograph in photographs])
+        ends = np.array(list(itertools.accumulate(photograph.size for photograph in photographs)))
         self.which = np.searchsorted(ends / ends[-1], (np.arange(count) + 0.5) / count)
         self.photographs, self.dtype, self.channels = photographs, photographs[0].dtype, 3
         self.sizes = np.array([photograph.shape[1:] for photograph in photographs])[self.which]

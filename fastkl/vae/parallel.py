@@ -53,7 +53,7 @@ class Ranks:
         distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def collect(self, value: Any) -> list[Any]:
         """The values of all processes, in the order of their ranks."""
         if self.size == 1:
             return [value]

@@ -34,7 +34,7 @@ class Perceptual:
         if isinstance(self.function, nn.Module):
             self.function.to(device).eval().requires_grad_(False)
         with torch.random.fork_rng(), torch.enable_grad():
-            x, x_hat = (torch.rand(2, *shape, device=device) for _ in range(2))
+            x, x_hat = (torch.rand(2, *shape, dtype=torch.float32, device=device) for _ in range(2))
             distance = self(x_hat.requires_grad_(), x)
             given = distance.requires_grad and torch.autograd.grad(distance.sum(), x_hat, allow_unused=True)
         if not given or given[0] is None:

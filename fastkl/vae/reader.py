@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 from fastkl.vae import streams
 from fastkl.vae.errors import UserError
 from fastkl.vae.stored import Stored
-
-if TYPE_CHECKING:
-    from fastkl.vae.run import Run
 
 AHEAD = 2  # steps that each worker reads ahead
 
@@ -31,7 +28,7 @@ class Steps(Dataset):
     The data are a function of the step (streams.py), so a resumed run needs no state of the workers.
     """
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Any):
         self.train, self.seed, self.batch, self.ranks = run.data.train, run.settings.seed, run.batch_size, run.ranks
         self.parts = run.settings.accumulate
 
@@ -49,7 +46,7 @@ class Steps(Dataset):
 class Reader:
     """Reads the data of a run step by step; any step may come first."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Any):
         self.run, self.steps = run, Steps(run)
         self.ahead: Iterator[Any] | None = None
         self.next = -1  # the step that the workers have read
@@ -65,7 +62,7 @@ class Reader:
         if ranks.size > 1 and isinstance(self.steps.train, Stored):
             bad = torch.full((), float(bool(problem)), dtype=torch.float32, device="cpu")
             if ranks.mean(bad) > 0:
-                problem = next(filter(None, ranks.gather(problem)))
+                problem = next(filter(None, ranks.collect(problem)))
         if x is None or problem:
             raise BadData(problem)
         return x.to(self.run.device, non_blocking=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Shards(Lazy):
             if (head.dtype, head.shape[1:]) != (self.dtype, heads[0].shape[1:]):
                 expected = f"rows {list(heads[0].shape[1:])} of {self.dtype}, as in {paths[0].name}"
                 raise UserError(f"{option} {path}: expected {expected}, got {list(head.shape[1:])} of {head.dtype}")
-        self.ends = np.cumsum([len(head) for head in heads])
+        self.ends = np.array(list(itertools.accumulate(len(head) for head in heads)))
         self.shape = (int(self.ends[-1]), *heads[0].shape[1:])
 
     def head(self, path: Path) -> np.memmap:

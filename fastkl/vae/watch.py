@@ -84,7 +84,7 @@ class Watch:
         """The monitors' states on each process, a collective call: every process must make it."""
         states = {name: monitor.state for name, monitor in self.monitors.items() if monitor.state is not None}
         own = {name: [state.count, *(value.cpu() for value in state.values)] for name, state in states.items()}
-        return {"monitors": self.ranks.gather(own), "warned": self.warned}
+        return {"monitors": self.ranks.collect(own), "warned": self.warned}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | None = None) -> None:
         """Give each process its own state on `device`, where each step adds to it. The main process gets all of them if

@@ -19,10 +19,10 @@ def recorded(monkeypatch, folder, *options) -> tuple[list, list]:
     """(beta, tau, where they are, whether the prior was learned) of each step, and the step when the prior began."""
     seen, begun, real = [], [], Objective.forward
 
-    def recording(self, x, noise, weights, learned):
+    def recording(self, x, noise, weights, learned, *more):
         beta, tau, _ = weights
         seen.append((beta.item(), tau.item(), (beta.data_ptr(), tau.data_ptr()), learned))
-        return real(self, x, noise, weights, learned)
+        return real(self, x, noise, weights, learned, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(prior, "initialise", lambda *given: begun.append(len(seen)))

@@ -96,7 +96,7 @@ def test_pictures_show_the_frames_side_by_side():
     assert shown[0, 0, ::2, ::3].tolist() == [[0, 1, 2], [3, 4, 0]], "black where there is no frame"
     long = torch.arange(46.0).view(1, 1, 46, 1, 1)
     assert events.tiled(long).flatten().tolist() == list(range(0, 46, 3)), "16 frames, evenly spaced"
-    of = types.SimpleNamespace(train=torch.tensor([0.0, 4.0]))
+    of = types.SimpleNamespace(range=(0.0, 4.0))
     assert events.shades(video, of).max() == 1
 
 
