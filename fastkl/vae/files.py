@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastkl.vae import huggingface
 from fastkl.vae.arrays import BROKEN, Held, Part, first_line
 from fastkl.vae.errors import UserError
 from fastkl.vae.folder_data import read_folder, read_part, refuse_reading_whole
@@ -47,7 +48,8 @@ def read(path: Path, settings: Settings, option: str = "--data") -> Held:
     suffix = path.suffix.lower()
     with report_errors(path, option):
         if path.is_dir():
-            return read_folder(path, settings, option)
+            reader = huggingface.read if huggingface.is_data_set(path) else read_folder
+            return reader(path, settings, option)
         if suffix not in (*readers, ".tar"):
             raise UserError(f"{option} {path}: expected a .npy, .npz, .pt or .tar file or a folder of images")
         if path.stat().st_size == 0:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from fastkl.vae import huggingface
 from fastkl.vae.archives import Folder, Tars
 from fastkl.vae.arrays import Held, Part
 from fastkl.vae.errors import UserError
@@ -23,8 +22,6 @@ def read_folder(path: Path, settings: Settings, option: str) -> Held:
 
     Subfolders `train` and `test` (or `val`) are the parts of the data, and each is read in this way.
     """
-    if huggingface.is_data_set(path):
-        return huggingface.read(path, settings, option)
     inside = {item.name.lower(): item for item in path.iterdir() if item.is_dir()}
     training, testing, validating = (
         next((inside[name] for name in names if name in inside), None) for names in (TRAIN, TEST, VALIDATION)

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastkl.vae.arrays import Held, Lazy, Part
 from fastkl.vae.errors import UserError, require
+from fastkl.vae.folder_data import of_files
 from fastkl.vae.settings import Settings
 
 IMAGES, VALUES, LABELS = ("image", "img", "images"), ("x", "data", "values", "pixels"), ("label", "labels", "y")
@@ -43,7 +44,6 @@ def read(path: Path, settings: Settings, option: str) -> Held:
 
 def of_rows(rows: Any, settings: Settings, where: str, option: str) -> tuple[Part, list[str] | None, list[str]]:
     # Imported here, because it imports this module.
-    from fastkl.vae.folder_data import of_files
 
     features = rows.features
     images = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
