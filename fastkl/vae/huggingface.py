@@ -43,8 +43,6 @@ def read(path: Path, settings: Settings, option: str) -> Held:
 
 
 def of_rows(rows: Any, settings: Settings, where: str, option: str) -> tuple[Part, list[str] | None, list[str]]:
-    # Imported here, because it imports this module.
-
     features = rows.features
     images = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
     arrays = [name for name, feature in features.items() if leaf(feature) is not None]
