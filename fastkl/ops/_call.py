@@ -45,9 +45,10 @@ def direct(name: str, dispatched: Callable[..., Any], terms: Callable[..., float
 
     def op(*args: Any) -> Any:
         if torch.compiler.is_compiling():
-            device = next(arg.device for arg in args if isinstance(arg, Tensor))
-            if terms is not None and is_fused(device, terms(*args)):
-                return CLOSED_FORM[name](*args)
+            if terms is not None:
+                device = next(arg.device for arg in args if isinstance(arg, Tensor))
+                if is_fused(device, terms(*args)):
+                    return CLOSED_FORM[name](*args)
             return dispatched(*args)
         if _torch.modes_active() or _torch.transforms_active() or _torch.profiling() or _torch.tracing():
             return dispatched(*args)

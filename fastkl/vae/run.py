@@ -172,12 +172,10 @@ class Run:
 
 def start(settings: Settings, data: Data, ranks: Ranks, folder: Path, own: Own = NOTHING) -> Run:
     """A run at step 0."""
-    size, several = settings.data_per_step(ranks.size), f" with --accumulate {settings.accumulate}"
+    size = settings.data_per_step(ranks.size)
     name = "--global-batch-size" if settings.global_batch_size else "--batch-size"
-    requested = (
-        f"{name} {settings.global_batch_size or settings.batch_size}{several if settings.accumulate > 1 else ''}"
-    )
-    requested = f"{requested} on {ranks.size} processes"
+    several = f" with --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
+    requested = f"{name} {settings.global_batch_size or settings.batch_size}{several} on {ranks.size} processes"
     if size > len(data.train):
         raise UserError(f"{requested} is more than the {len(data.train)} training data")
     if settings.workers and not isinstance(data.train, Stored):

@@ -132,9 +132,10 @@ def sinkhorn_divergence(
     Returns:
         One number, float32 for float16, bfloat16 and float32 input, float64 if any input is. It stores the costs of at
         most 2^18 pairs, on a CPU, in 4 MiB; for more it needs no tensor of size N x M, only tiles of 3 MiB on a CPU.
-        The gradient needs tensors of the inputs' sizes. A second derivative raises an error. Each
-        of R processes with n and m points sends them once, and at every update, in float32, 8 (R - 1) (n + m) bytes for
-        the potentials (half if not debias); backward, one number.
+        The gradient needs tensors of the inputs' sizes. A second derivative raises an error.
+
+        Each of R processes with n and m points sends them once, and at every update, in float32, 8 (R - 1) (n + m)
+        bytes for the potentials (half if not debias); backward, one number.
 
     Raises:
         TypeError: an argument is not a floating-point tensor or not a number, group is not a process group.
