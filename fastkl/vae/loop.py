@@ -136,7 +136,8 @@ def batches(run: Run) -> list[tuple[Tensor, Noise]]:
     for index, whole in enumerate(torch.arange(run.batch_size, device="cpu").tensor_split(settings.accumulate)):
         rows = run.ranks.rows(len(whole))
         own = slice(first, first + rows.stop - rows.start)
-        part = noise._replace(**{name: value[own] for name, value in noise._asdict().items() if value is not None})
+        eps, gumbel, uniform = (None if value is None else value[own] for value in noise[:3])
+        part = Noise(eps, gumbel, uniform)
         if draws:
             number = streams.seed_for(settings.seed, "prior", run.step, index)
             seed = torch.tensor(number, dtype=torch.int64, device=run.device)
