@@ -17,25 +17,12 @@ from fastkl.kernels._layout import (
     clear,
     compute_dtype,
     layout,
-    next_power_of_2,
     on_copies,
     share,
     views,
 )
 from fastkl.kernels._tile import load_rows, run_of_columns, tile
-from fastkl.kernels._tuned import TILES
-
-# Where rows cannot be read 16 bytes at a time, every element has an address and a mask.
-ODD_TILE = 1024
-
-
-def blocks(rows: int, columns: int, itemsize: int) -> dict[str, int]:
-    """A tile of rows x columns: short rows packed many to a program, long rows in runs."""
-    # 16 for each of 128 threads: more of them cost registers, and with these the programs that fit in.
-    elements, warps = TILES["bernoulli_log_prob"][itemsize]
-    elements = elements if columns % 16 == 0 else ODD_TILE
-    block_columns = min(next_power_of_2(columns), elements)
-    return {"ROWS": min(elements // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": warps}
+from fastkl.kernels.likelihood._tiles import blocks
 
 
 @triton.jit
@@ -101,7 +88,7 @@ def plan_fwd(inputs: Sequence[View], event_ndim: int) -> Sums | None:
     shape, found = inputs[0].shape, layout(inputs, event_ndim)
     if found is None:
         return None
-    block = blocks(found.rows, found.columns, max(view.itemsize for view in inputs))
+    block = blocks("bernoulli_log_prob", found.rows, found.columns, max(view.itemsize for view in inputs))
     row_blocks = cdiv(found.rows, block["ROWS"])
     columns_per_program, splits = share(found.columns, block["COLUMNS"], PROGRAMS // row_blocks)
     plan = Plan(
@@ -124,7 +111,7 @@ def plan_bwd(inputs: Sequence[View], outputs: Sequence[View | None], event_ndim:
     found = layout([dlog_prob.of_rows(inputs[0].shape), *inputs, *outputs], event_ndim)
     if found is None:
         return None
-    block = blocks(found.rows, found.columns, max(view.itemsize for view in inputs))
+    block = blocks("bernoulli_log_prob", found.rows, found.columns, max(view.itemsize for view in inputs))
     column_blocks = cdiv(found.columns, block["COLUMNS"])
     return Plan(
         bernoulli_log_prob_bwd_kernel, (cdiv(found.rows, block["ROWS"]) * column_blocks,), found.shape,

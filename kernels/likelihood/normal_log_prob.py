@@ -22,28 +22,15 @@ from fastkl.kernels._layout import (
     compute_dtype,
     finish,
     layout,
-    next_power_of_2,
     on_copies,
     share,
     share_rows,
     views,
 )
 from fastkl.kernels._tile import load_rows, row_offsets, run_of_columns, store_columns, tile
-from fastkl.kernels._tuned import TILES
-
-# Where rows cannot be read 16 bytes at a time, every element has an address and a mask.
-ODD_TILE = 1024
+from fastkl.kernels.likelihood._tiles import blocks
 
 LN_2PI = tl.constexpr(1.8378770664093453)
-
-
-def blocks(rows: int, columns: int, itemsize: int) -> dict[str, int]:
-    """A tile of rows x columns: short rows packed many to a program, long rows in runs."""
-    # 16 for each of 128 threads: more of them cost registers, and with these the programs that fit in.
-    elements, warps = TILES["normal_log_prob"][itemsize]
-    elements = elements if columns % 16 == 0 else ODD_TILE
-    block_columns = min(next_power_of_2(columns), elements)
-    return {"ROWS": min(elements // block_columns, next_power_of_2(rows)), "COLUMNS": block_columns, "num_warps": warps}
 
 
 def spread_of(logvar: View, x: View) -> str:
@@ -184,7 +171,7 @@ def plan_fwd(inputs: Sequence[View], event_ndim: int) -> Sums | None:
     found = layout(inputs, event_ndim)
     if found is None:
         return None
-    block = blocks(found.rows, found.columns, max(view.itemsize for view in inputs))
+    block = blocks("normal_log_prob", found.rows, found.columns, max(view.itemsize for view in inputs))
     row_blocks = cdiv(found.rows, block["ROWS"])
     columns_per_program, splits = share(found.columns, block["COLUMNS"], PROGRAMS // row_blocks)
     plan = Plan(
@@ -211,7 +198,7 @@ def plan_bwd(
     shape, spread, wanted = x.shape, spread_of(logvar, x), outputs[2] is not None
     event = shape[len(shape) - event_ndim :]
     rows, columns = shape[: len(shape) - event_ndim].numel(), event.numel()
-    block = blocks(rows, columns, max(view.itemsize for view in (x, mean, logvar)))
+    block = blocks("normal_log_prob", rows, columns, max(view.itemsize for view in (x, mean, logvar)))
     rows_per_program, columns_per_program = block["ROWS"], block["COLUMNS"]
     groups, splits, partial = cdiv(rows, rows_per_program), cdiv(columns, columns_per_program), None
     if wanted and spread == "row":
