@@ -21,8 +21,9 @@ from fastkl.vae.errors import UserError, check_installed
 from fastkl.vae.events import TensorBoard, WandB
 from fastkl.vae.progress import Display, Terminal, say
 from fastkl.vae.rules import defaults, flag, prolonging, resolve, resume
-from fastkl.vae.run import NOTHING, Own, Run, restore, start
+from fastkl.vae.run import NOTHING, Own, Run, start
 from fastkl.vae.settings import AUTOENCODER, GROUPS, Settings
+from fastkl.vae.state import restore
 
 EXAMPLES = """examples:
   fastkl train                                          digits of 8 x 8 pixels, under a minute

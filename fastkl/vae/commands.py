@@ -24,7 +24,8 @@ from fastkl.vae.errors import UserError
 from fastkl.vae.evaluate import evaluate as figures_of
 from fastkl.vae.export import FORMATS
 from fastkl.vae.progress import say
-from fastkl.vae.run import Run, choose_device, restore, start
+from fastkl.vae.run import Run, choose_device, start
+from fastkl.vae.state import restore
 from fastkl.vae.trained import Trained
 
 ROWS = 2**22  # numbers in a block of rows

@@ -20,7 +20,8 @@ from fastkl.vae.plan import TEST_POINTS, capacity, kl_weight, learning_rate, tem
 from fastkl.vae.progress import Display
 from fastkl.vae.reader import BadData
 from fastkl.vae.rules import MATCHING
-from fastkl.vae.run import Run, discriminator_of, save
+from fastkl.vae.run import Run, discriminator_of
+from fastkl.vae.state import save
 from fastkl.vae.stop import Stop
 
 KEPT = 256  # up to this many latent dimensions, the history keeps the KL of each
