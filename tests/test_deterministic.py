@@ -23,7 +23,7 @@ WITHOUT_ORDER = {
 ALLOWED = {
     ("fastkl.ops.transport.sliced_wasserstein", "index_add"),  # on a CPU, where it is one loop
     ("fastkl.ops._sampling", "cumsum"),  # of more than one row, which a GPU adds in order
-    ("fastkl.vae.scaling", "interpolate"),  # of data, which have no gradient, on the CPU
+    ("fastkl.vae.data.scaling", "interpolate"),  # of data, which have no gradient, on the CPU
     ("fastkl.vae.pictures", "median"),  # NumPy's
 }
 # The gather of processes.

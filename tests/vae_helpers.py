@@ -18,8 +18,8 @@ from torch import distributions, nn
 import fastkl
 from fastkl.vae import checkpoint, loop
 from fastkl.vae.cli import main
+from fastkl.vae.data.scaling import Scaling
 from fastkl.vae.model import VAE
-from fastkl.vae.scaling import Scaling
 
 # What a run trains on, unless it is told. Read once: it is a third of the time of a small run.
 datasets = pytest.importorskip("sklearn.datasets")

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastkl.vae.arrays import first_line
+from fastkl.vae.data.arrays import first_line
 from fastkl.vae.errors import UserError, check_sides, require
 from fastkl.vae.settings import AUTOENCODER, Settings
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from fastkl.vae import sharded_parts
-from fastkl.vae.arrays import BROKEN, first_line
+from fastkl.vae.data.arrays import BROKEN, first_line
+from fastkl.vae.data.files import load_tensors
 from fastkl.vae.errors import UserError
-from fastkl.vae.files import load_tensors
 
 NAME = "checkpoint.pt"
 FORMAT = "fastkl.vae 5"

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastkl.vae import checkpoint, data, files, folders, parallel, rules, trained
+from fastkl.vae import checkpoint, data, folders, parallel, rules, trained
+from fastkl.vae.data import files
 from fastkl.vae.errors import UserError
 from fastkl.vae.evaluate import evaluate as figures_of
 from fastkl.vae.export import FORMATS

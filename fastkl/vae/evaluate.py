@@ -14,10 +14,10 @@ from fastkl.objectives import sample_kl
 from fastkl.objectives._loss import log_prior
 from fastkl.priors import MixturePrior, Prior
 from fastkl.vae import clusters, streams
+from fastkl.vae.data.scaling import Scaling
 from fastkl.vae.likelihood import DISCRETE, bits_per_dimension
 from fastkl.vae.model import DECODED, ENCODED, VAE
 from fastkl.vae.prior import is_mixture
-from fastkl.vae.scaling import Scaling
 
 # Limits of the mutual information's estimate: data (it is at most their ln), draws from all posteriors, numbers drawn.
 COMPARED, DRAWS, NUMBERS = 1000, 10_000, 2**22

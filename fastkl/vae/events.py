@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkl.vae.arrays import first_line
 from fastkl.vae.checkpoint import reason, write
 from fastkl.vae.data import Data
+from fastkl.vae.data.arrays import first_line
 from fastkl.vae.errors import UserError, require
 from fastkl.vae.prior import draw
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fastkl.vae import checkpoint
-from fastkl.vae.arrays import first_line
+from fastkl.vae.data.arrays import first_line
+from fastkl.vae.data.scaling import Scaling
 from fastkl.vae.errors import UserError, check_installed
 from fastkl.vae.likelihood import DISCRETE, PIXELS
 from fastkl.vae.model import VAE
-from fastkl.vae.scaling import Scaling
 from fastkl.vae.settings import Settings
 
 FORMATS = ("pt2", "onnx")

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from fastkl import DiagonalNormal, monitors, reference
 from fastkl.vae import prior, streams
+from fastkl.vae.data.reader import BadData
 from fastkl.vae.errors import UserError
 from fastkl.vae.evaluate import quick_elbo, quick_mixture
 from fastkl.vae.objective import Noise, Weights, draws_of
 from fastkl.vae.parallel import load_whole
 from fastkl.vae.plan import TEST_POINTS, capacity, kl_weight, learning_rate, temperature
 from fastkl.vae.progress import Display
-from fastkl.vae.reader import BadData
 from fastkl.vae.rules import MATCHING
 from fastkl.vae.run import Run, discriminator_of
 from fastkl.vae.state import save

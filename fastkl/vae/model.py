@@ -13,9 +13,9 @@ import fastkl
 from fastkl.priors import Prior
 from fastkl.vae import autoencoder
 from fastkl.vae.autoregressive import MaskedDecoder
+from fastkl.vae.data.scaling import Scaling
 from fastkl.vae.errors import UserError, check_sides
 from fastkl.vae.likelihood import Normal, make
-from fastkl.vae.scaling import Scaling
 from fastkl.vae.settings import AUTOENCODER, Settings
 
 # Values of x per chunk, encoded and decoded. They bound the memory of large images and of 1,000 samples.

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastkl.vae.data import Data
+from fastkl.vae.data.stored import Stored
 from fastkl.vae.objective import Noise, Weights, draws_of
 from fastkl.vae.plan import TEST_POINTS
 from fastkl.vae.settings import CONVOLUTIONAL, FOR_DATA, FOR_PRESET, Settings
-from fastkl.vae.stored import Stored
 
 if TYPE_CHECKING:
     from fastkl.vae.run import Run

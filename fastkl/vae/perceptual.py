@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkl.vae.arrays import first_line
+from fastkl.vae.data.arrays import first_line
 from fastkl.vae.errors import UserError
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkl.vae.arrays import first_line
 from fastkl.vae.autoencoder import FROM, Decoder, Encoder, autoencoder_kl, config_of, made
+from fastkl.vae.data.arrays import first_line
 from fastkl.vae.errors import UserError
 from fastkl.vae.model import VAE
 from fastkl.vae.run import Run

@@ -16,15 +16,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastkl.priors import Prior
 from fastkl.vae import checkpoint, parallel, prior, streams
 from fastkl.vae.data import Data
+from fastkl.vae.data.reader import Reader
+from fastkl.vae.data.stored import Stored
 from fastkl.vae.errors import UserError
 from fastkl.vae.guard import Guard
 from fastkl.vae.model import VAE, build
 from fastkl.vae.objective import Objective
 from fastkl.vae.parallel import Ranks
-from fastkl.vae.reader import Reader
 from fastkl.vae.settings import Settings
 from fastkl.vae.sharded import Shards
-from fastkl.vae.stored import Stored
 from fastkl.vae.watch import Watch
 
 

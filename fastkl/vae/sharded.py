@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, distributed
 
 from fastkl.vae import checkpoint
-from fastkl.vae.arrays import first_line
+from fastkl.vae.data.arrays import first_line
 from fastkl.vae.errors import UserError
 from fastkl.vae.sharded_parts import PARTS, fill, filled, quiet, take
 

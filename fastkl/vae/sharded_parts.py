@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkl.vae.arrays import BROKEN, first_line
+from fastkl.vae.data.arrays import BROKEN, first_line
 from fastkl.vae.errors import UserError
 
 PARTS = ("model", "optimizers", "discriminator", "average")  # of the state, with tensors that may be sharded

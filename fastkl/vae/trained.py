@@ -17,14 +17,14 @@ from torch.optim.swa_utils import AveragedModel
 import fastkl
 from fastkl.priors import Prior
 from fastkl.vae import checkpoint, export, prior, rules, streams
-from fastkl.vae.arrays import Part, first_line
 from fastkl.vae.data import Data
+from fastkl.vae.data.arrays import Part, first_line
+from fastkl.vae.data.files import as_array
+from fastkl.vae.data.image_sets import Crops
+from fastkl.vae.data.scaling import Scaling, arrange
 from fastkl.vae.errors import UserError
 from fastkl.vae.evaluate import importance_weighted
-from fastkl.vae.files import as_array
-from fastkl.vae.image_sets import Crops
 from fastkl.vae.model import DECODED, ENCODED, VAE, build
-from fastkl.vae.scaling import Scaling, arrange
 from fastkl.vae.settings import Settings
 
 

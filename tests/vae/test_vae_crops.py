@@ -12,16 +12,17 @@ import pytest
 import torch
 
 from fastkl import vae
-from fastkl.vae import builtin, data, prior
+from fastkl.vae import data, prior
 from fastkl.vae import run as runs
 from fastkl.vae.cli import main
+from fastkl.vae.data import builtin
+from fastkl.vae.data.image_sets import Crops
+from fastkl.vae.data.images import read_image
+from fastkl.vae.data.stored import Stored
 from fastkl.vae.errors import UserError
-from fastkl.vae.image_sets import Crops
-from fastkl.vae.images import read_image
 from fastkl.vae.parallel import Ranks
 from fastkl.vae.rules import resolve
 from fastkl.vae.settings import Settings
-from fastkl.vae.stored import Stored
 
 from vae_helpers import BARE, refused, scaling, train, write_pictures
 

@@ -11,7 +11,7 @@ import torch
 from fastkl.vae import checkpoint
 from fastkl.vae.cli import main
 from fastkl.vae.rules import resolve
-from fastkl.vae.run import fixed_processes
+from fastkl.vae.rules import fixed_processes
 
 from vae_helpers import BARE, assert_same_state, ranks, refused, torchrun, train
 

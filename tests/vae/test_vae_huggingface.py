@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from fastkl.vae import data
+from fastkl.vae.data.stored import Stored
 from fastkl.vae.errors import UserError
 from fastkl.vae.settings import Settings
-from fastkl.vae.stored import Stored
 
 from vae_helpers import BARE, assert_same_state, refused, train, write_pictures
 

@@ -14,10 +14,10 @@ import torch
 from fastkl.vae import data, pace
 from fastkl.vae import run as runs
 from fastkl.vae.data import Data
+from fastkl.vae.data.stored import Stored
 from fastkl.vae.parallel import Ranks
 from fastkl.vae.rules import resolve
 from fastkl.vae.settings import Settings
-from fastkl.vae.stored import Stored
 
 from vae_helpers import BARE, refused, scaling, train
 

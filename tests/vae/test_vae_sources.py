@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from fastkl.vae import data
-from fastkl.vae.arrays import Span, blocks
+from fastkl.vae.data.arrays import Span, blocks
+from fastkl.vae.data.scaling import Scaling
+from fastkl.vae.data.shards import Shards
+from fastkl.vae.data.stored import Stored
 from fastkl.vae.errors import UserError
-from fastkl.vae.scaling import Scaling
 from fastkl.vae.settings import Settings
-from fastkl.vae.shards import Shards
-from fastkl.vae.stored import Stored
 
 from vae_helpers import BARE, refused, train, write_pictures
 
@@ -127,7 +127,7 @@ def test_a_shard_with_nan_is_refused_and_one_cut_during_the_run_is_named(tmp_pat
 
 
 def test_the_span_of_bytes_is_known_from_the_first_block(monkeypatch):
-    monkeypatch.setattr("fastkl.vae.arrays.AT_ONCE", 10)
+    monkeypatch.setattr("fastkl.vae.data.arrays.AT_ONCE", 10)
     values = RANDOM.integers(0, 128, (50, 5)).astype(np.uint8)
     values[0, 0] = 0
     seen = []
@@ -213,7 +213,7 @@ def test_foreign_pictures_are_named_before_the_run(tmp_path, capsys):
 
 def test_held_out_data_are_bounded_and_moments_sampled(tmp_path, monkeypatch):
     np.save(tmp_path / "x.npy", values := RANDOM.normal(5, 3, (300, 4)))
-    for name, most in {"fastkl.vae.stored.HELD": 25, "fastkl.vae.scaling.SAMPLED": 150}.items():
+    for name, most in {"fastkl.vae.data.stored.HELD": 25, "fastkl.vae.data.scaling.SAMPLED": 150}.items():
         monkeypatch.setattr(name, most)
     loaded = load(tmp_path / "x.npy", stream=True, validation=0.1)
     assert (len(loaded.train), len(loaded.test), len(loaded.validation)) == (216, 25, 24)

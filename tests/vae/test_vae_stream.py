@@ -15,9 +15,9 @@ import torch
 
 from fastkl.vae import checkpoint, data, loop, streams
 from fastkl.vae import run as runs
+from fastkl.vae.data.shards import Shards
 from fastkl.vae.parallel import Ranks
 from fastkl.vae.rules import resolve
-from fastkl.vae.shards import Shards
 
 from vae_helpers import (
     BARE,

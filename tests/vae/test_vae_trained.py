@@ -95,7 +95,7 @@ def test_scaled_data_return_to_their_units(runs):
 
 def test_log_prob_is_that_of_the_model():
     """Of a linear model, whose log p(x) is known."""
-    from fastkl.vae.scaling import Scaling
+    from fastkl.vae.data.scaling import Scaling
     from fastkl.vae.settings import Settings
 
     network, x, marginal = linear_gaussian()

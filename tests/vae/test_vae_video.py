@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastkl import vae
-from fastkl.vae import data, events, scaling
+from fastkl.vae import data, events
+from fastkl.vae.data import scaling
 from fastkl.vae.errors import UserError
 from fastkl.vae.model import build
 from fastkl.vae.rules import resolve

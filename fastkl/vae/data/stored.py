@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastkl.vae import streams
-from fastkl.vae.arrays import Lazy
-from fastkl.vae.image_sets import CENTRE, Crops
-from fastkl.vae.scaling import Scaling
+from fastkl.vae.data.arrays import Lazy
+from fastkl.vae.data.image_sets import CENTRE, Crops
+from fastkl.vae.data.scaling import Scaling
 
 # Limits of held-out data, which stay in memory: rows and numbers.
 HELD, HELD_NUMBERS = 10_000, 2**28

@@ -1,4 +1,13 @@
-"""The data of a run: a built-in set, or a file or folder; checked, scaled and split."""
+"""The data of a run: a built-in set, or a file or folder; checked, scaled and split.
+
+    builtin.py      the built-in sets, read from installed packages
+    files.py        readers of untrusted files, into the types of arrays.py
+    folder_data.py  readers of folders: images.py, shards.py (.npy files), archives.py (.tar files), huggingface.py
+    labels.py       labels and their names
+    scaling.py      layout, scale and likelihood of the numbers
+    stored.py       data that are read when they are used; image_sets.py, pictures decoded then, and crops
+    reader.py       the data of each step, read ahead by workers
+"""
 
 from __future__ import annotations
 
@@ -13,15 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkl.vae import files, streams
-from fastkl.vae.arrays import Held, Lazy, Part
-from fastkl.vae.builtin import BUILTIN
+from fastkl.vae import streams
+from fastkl.vae.data import files
+from fastkl.vae.data.arrays import Held, Lazy, Part
+from fastkl.vae.data.builtin import BUILTIN
+from fastkl.vae.data.image_sets import Crops, Whole
+from fastkl.vae.data.labels import arrange_labels, where
+from fastkl.vae.data.scaling import Scaling, arrange, scale
+from fastkl.vae.data.stored import Stored, held
 from fastkl.vae.errors import UserError
-from fastkl.vae.image_sets import Crops, Whole
-from fastkl.vae.labels import arrange_labels, where
-from fastkl.vae.scaling import Scaling, arrange, scale
 from fastkl.vae.settings import Settings
-from fastkl.vae.stored import Stored, held
 
 TEST_FRACTION = 0.2
 RANGED = 256  # stored data whose values stand for the range of all

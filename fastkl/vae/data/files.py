@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkl.vae import huggingface
-from fastkl.vae.arrays import BROKEN, Held, Part, first_line
+from fastkl.vae.data import huggingface
+from fastkl.vae.data.arrays import BROKEN, Held, Part, first_line
+from fastkl.vae.data.folder_data import read_folder, read_part, refuse_reading_whole
+from fastkl.vae.data.images import shortened
+from fastkl.vae.data.shards import Shards
 from fastkl.vae.errors import UserError
-from fastkl.vae.folder_data import read_folder, read_part, refuse_reading_whole
-from fastkl.vae.images import shortened
 from fastkl.vae.settings import Settings
-from fastkl.vae.shards import Shards
 
 # Usual names of the arrays of a file, in lower case and without separators: images_train is imagestrain.
 SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastkl.vae.arrays import Held, Part, first_line
+from fastkl.vae.data.arrays import Held, Part, first_line
+from fastkl.vae.data.image_sets import Crops, Pictures
+from fastkl.vae.data.images import read_image, resized
 from fastkl.vae.errors import UserError, require
-from fastkl.vae.image_sets import Crops, Pictures
-from fastkl.vae.images import read_image, resized
 from fastkl.vae.settings import Settings
 
 # Colour photographs of scenes, and the package and the folder of each. (Of motorcycle_right, almost the same pixels are

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastkl.vae.arrays import BROKEN, Lazy, first_line
+from fastkl.vae.data.arrays import BROKEN, Lazy, first_line
 from fastkl.vae.errors import UserError
 
 

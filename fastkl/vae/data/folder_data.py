@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fastkl.vae.archives import Folder, Tars
-from fastkl.vae.arrays import Held, Part
+from fastkl.vae.data.archives import Folder, Tars
+from fastkl.vae.data.arrays import Held, Part
+from fastkl.vae.data.image_sets import Crops, Decoded, Files, Whole
+from fastkl.vae.data.images import grouped, hidden, listed, read_below, shortened
+from fastkl.vae.data.shards import Shards
 from fastkl.vae.errors import UserError
-from fastkl.vae.image_sets import Crops, Decoded, Files, Whole
-from fastkl.vae.images import grouped, hidden, listed, read_below, shortened
 from fastkl.vae.settings import Settings
-from fastkl.vae.shards import Shards
 
 TRAIN, TEST, VALIDATION = ("train", "training"), ("test", "testing"), ("val", "valid", "validation")
 

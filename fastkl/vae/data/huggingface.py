@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from fastkl.vae.arrays import Held, Lazy, Part
+from fastkl.vae.data.arrays import Held, Lazy, Part
+from fastkl.vae.data.folder_data import of_files
 from fastkl.vae.errors import UserError, require
-from fastkl.vae.folder_data import of_files
 from fastkl.vae.settings import Settings
 
 IMAGES, VALUES, LABELS = ("image", "img", "images"), ("x", "data", "values", "pixels"), ("label", "labels", "y")

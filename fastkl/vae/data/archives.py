@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastkl.vae.arrays import first_line
+from fastkl.vae.data.arrays import first_line
+from fastkl.vae.data.images import IMAGES, hidden, shortened
 from fastkl.vae.errors import UserError
-from fastkl.vae.images import IMAGES, hidden, shortened
 
 BLOCK = 512  # bytes of a header in a tar file, and of the zeros at its end
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastkl.vae import streams
+from fastkl.vae.data.stored import Stored
 from fastkl.vae.errors import UserError
-from fastkl.vae.stored import Stored
 
 AHEAD = 2  # steps that each worker reads ahead
 

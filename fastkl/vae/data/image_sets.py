@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fastkl.vae.arrays import Lazy, Span
+from fastkl.vae.data.arrays import Lazy, Span
+from fastkl.vae.data.images import depth, one_depth, one_size, read_header, read_image, resized
 from fastkl.vae.errors import UserError, require
-from fastkl.vae.images import depth, one_depth, one_size, read_header, read_image, resized
 
 CENTRE = 0.5 - 1e-9  # a place, rounded down if it is between two pixels
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastkl.vae.arrays import BROKEN, Part, Span, first_line
+from fastkl.vae.data.arrays import BROKEN, Part, Span, first_line
 from fastkl.vae.errors import UserError, require
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkl.vae.arrays import Part
+from fastkl.vae.data.arrays import Part
 from fastkl.vae.errors import UserError
 from fastkl.vae.settings import Settings
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkl.vae.arrays import AT_ONCE, Lazy, Part, Span, blocks, laid
+from fastkl.vae.data.arrays import AT_ONCE, Lazy, Part, Span, blocks, laid
+from fastkl.vae.data.image_sets import Crops, Whole
 from fastkl.vae.errors import UserError
-from fastkl.vae.image_sets import Crops, Whole
 from fastkl.vae.likelihood import COUNTS, DISCRETE, LEVELS, PIXELS
 
 FEW = 4  # the most channels of a picture
