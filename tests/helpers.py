@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -54,10 +55,17 @@ def implementation(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fill torch.empty and its relatives with NaN, which shows an output that a kernel does not write."""
+    _let_the_compiler_learn_torch()
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             patch.setattr(owner, name, _poisoned(getattr(owner, name)))
         yield
+
+
+@functools.cache
+def _let_the_compiler_learn_torch() -> None:
+    """torch.compile lists torch's functions at its first use, which must not find the replaced ones."""
+    torch.compile(torch.empty_like, backend="eager")(torch.zeros(1))
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
