@@ -32,7 +32,7 @@ EXAMPLES = """examples:
   fastkl train --data x.npz --test-data test.npz --validation 0.1 --out runs/mine
   fastkl train --resume --out runs/mine                 after Ctrl-C, a crash or a reboot, bit for bit
   torchrun --nproc-per-node 2 -m fastkl.vae train       on two processes
-  torchrun --nproc-per-node 2 --max-restarts 9 -m fastkl.vae train --out runs/mine      also after the death of one
+  torchrun --nproc-per-node 2 --max-restarts 9 -m fastkl.vae train --out runs/mine      starts again if one dies
 """
 
 
@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The parser of all commands. Options of training that are not given stay out of its result."""
     top = argparse.ArgumentParser(
         prog="fastkl", description="Train variational autoencoders with fastkl, and use them.",
         epilog="`fastkl COMMAND --help` lists the options of a command.",
@@ -70,11 +71,12 @@ def parser() -> argparse.ArgumentParser:
     run = train.add_argument_group("the run")
     run.add_argument("-h", "--help", action="help", help="show this help and exit")
     run.add_argument(
-        "--out", metavar="PATH", help=f"the run folder (default: {folders.RUNS}/NAME, or the next free number)"
+        "--out", metavar="PATH", help=f"the run folder (default: {folders.RUNS}/NAME, {folders.RUNS}/NAME-2, ...)"
     )
     run.add_argument(
-        "--resume", action="store_true", help="continue the run in --out, or without --out the latest run of this name"
-    )
+        "--resume", action="store_true",
+        help="continue the run in --out; without --out, the latest one with the same data, prior and objective",
+    )  # fmt: skip
     run.add_argument(
         "--resume-if-begun", action="store_true",
         help="continue the run in --out, or start it: for a command that is repeated until the run has ended",
@@ -86,8 +88,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--no-report", action="store_true", help="stop after training, without evaluation and report")
     run.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard events")
     run.add_argument(
-        "--wandb", metavar="PROJECT", help="send curves and pictures to Weights & Biases, too (or WANDB_MODE=offline)"
-    )
+        "--wandb", metavar="PROJECT",
+        help="also send curves and pictures to a project of Weights & Biases (WANDB_MODE=offline: keep them here)",
+    )  # fmt: skip
     fields = {item.name: item for item in dataclasses.fields(Settings)}
     for title, names in GROUPS.items():
         group = run if title == "the run" else train.add_argument_group(title)
@@ -98,7 +101,8 @@ def parser() -> argparse.ArgumentParser:
             if meta["kind"] is bool:
                 group.add_argument(flag(name), action="store_true", help=meta["help"])
                 continue
-            metavar = None if meta["choices"] else {int: "N", float: "X", str: "PATH"}[meta["kind"]]
+            by_type = {int: "N", float: "X", str: "PATH"}[meta["kind"]]
+            metavar = None if meta["choices"] else meta["metavar"] or by_type
             several: dict[str, Any] = {"nargs": "+"} if meta["many"] else {}
             group.add_argument(
                 flag(name), type=meta["kind"], choices=meta["choices"], metavar=metavar, help=text, **several
@@ -125,6 +129,7 @@ def train_command(options: argparse.Namespace) -> int:
 
 
 def train_on(ranks: Any, options: argparse.Namespace, given: dict[str, Any], began: float, own: Own = NOTHING) -> int:
+    """Lock the run's folder, load settings and data, and train. `given`: the options of training that were given."""
     out = getattr(options, "out", None)
     if out is not None and not out.strip():
         raise UserError("--out is empty: name a folder")
@@ -197,7 +202,9 @@ def train_in(
             finished = loop.train(run, display)
         if not finished:
             if ranks.main:
-                say(f"stopped at step {run.step}; go on with: fastkl train --resume --out {shlex.quote(str(folder))}")
+                say(
+                    f"stopped at step {run.step}; continue with: fastkl train --resume --out {shlex.quote(str(folder))}"
+                )
             return 130
     reported, exported = "no_report" not in options, settings.model == AUTOENCODER
     if reported or exported:
@@ -226,12 +233,12 @@ def opening(run: Run, state: Any, resuming: bool, forecast: list[str]) -> list[s
         return [f"{run.folder}: finished at step {run.step:,}; {prolonging(settings)}"]
     time_needed, *hints = forecast
     if state:
-        return [f"{run.folder}: going on at step {run.step:,} of {run.total_steps:,}, {time_needed}", *hints]
-    note = "no checkpoint yet, from the beginning: " if resuming else ""
+        return [f"{run.folder}: continuing at step {run.step:,} of {run.total_steps:,}, {time_needed}", *hints]
+    note = "no checkpoint yet, so from the beginning: " if resuming else ""
     counts = source.counts.replace("training", "training data")
     shape = " x ".join(map(str, source.shape))
     return [
-        f"{run.folder}: {note}{settings.what} on {source.name}, {time_needed}",
+        f"{run.folder}: {note}{settings.description} on {source.name}, {time_needed}",
         *hints,
         f"data: {source.source}: {counts}, each {shape}; {source.values}; {source.likelihood} likelihood",
         *(f"      {line}" for line in source.notes),

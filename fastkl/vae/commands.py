@@ -40,13 +40,14 @@ COMMANDS = {
     "report": "write the report of a run again",
 }
 READS = {
-    "encode": ("DATA", "a .npy, .npz or .pt file, or a folder of images, like the training data"),
+    "encode": ("DATA", "a .npy, .npz or .pt file, or a folder of images, in the units of the training data"),
     "decode": ("LATENTS", "a .npy file of latents [N, ...]"),
-    "reconstruct": ("DATA", "a .npy, .npz or .pt file, or a folder of images, like the training data"),
+    "reconstruct": ("DATA", "a .npy, .npz or .pt file, or a folder of images, in the units of the training data"),
 }
 
 
 def add_parsers(commands: Any) -> None:
+    """Add the parser of each command, with the function of the same name below."""
     for name, about in COMMANDS.items():
         own = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
         own.set_defaults(command=globals()[name])
@@ -61,14 +62,14 @@ def add_parsers(commands: Any) -> None:
             own.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the samples (default: 0)")
         if name == "export":
             own.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder of the programs")
-            text = "for torch.export.load (pt2, the default), or onnx"
+            text = "pt2, for torch.export.load (the default), or onnx"
             own.add_argument("--format", choices=FORMATS, default="pt2", help=text)
         if name == "evaluate":
-            own.add_argument("--data", metavar="PATH", help="data to evaluate (default: the run's test data)")
-            text = "samples per datum for log p(x) (default: the run's)"
+            own.add_argument("--data", metavar="PATH", help="data to evaluate (default: the test data of the run)")
+            text = "samples per datum for log p(x) (default: as many as in the run)"
             own.add_argument("--importance-samples", metavar="N", type=int, help=text)
         if name not in ("report", "export"):
-            own.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+            own.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device to use (default: cpu)")
 
 
 def loaded(options: argparse.Namespace) -> Trained:
@@ -138,7 +139,7 @@ def report(options: argparse.Namespace) -> int:
 
 
 def rows_of(path: Path, model: Trained, option: str = "DATA") -> np.ndarray:
-    """The rows of a file. Those of a .npy file are read when they are used."""
+    """The rows of a file or folder. Those of a .npy file are read when they are used."""
     values = files.mapped(path, option) if path.suffix.lower() == ".npy" else whole(path, model)
     if values.ndim < 2 or not len(values):
         raise UserError(f"{option} {path}: expected at least one row [N, ...], got shape {list(values.shape)}")
@@ -146,7 +147,7 @@ def rows_of(path: Path, model: Trained, option: str = "DATA") -> np.ndarray:
 
 
 def whole(path: Path, model: Trained) -> np.ndarray:
-    """The data of a file or folder, as the run reads its own."""
+    """The data of a file or folder, read in the same way as the run's own."""
     settings = dataclasses.replace(model.settings, stream=model.settings.stream and path.is_dir())
     parts = files.read(path, settings, "DATA").parts
     return next(iter(parts.values())).values

@@ -24,7 +24,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if path.suffix not in (".toml", ".json"):
         raise UserError(f"--config {path}: expected a .toml or .json file")
     reader: Any = json
-    if path.suffix == ".toml":  # of which Python has a reader from 3.11
+    if path.suffix == ".toml":  # Python reads TOML from version 3.11
         reader = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "--config with a .toml file")
     try:
         held = reader.loads(path.read_text(encoding="utf-8"))
@@ -33,13 +33,13 @@ def read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"--config {path}: not valid {path.suffix[1:].upper()} ({error})".splitlines()[0]) from None
     if not isinstance(held, dict):
-        raise UserError(f"--config {path}: expected options by name")
+        raise UserError(f"--config {path}: expected an object with options by name")
     given: dict[str, Any] = {}
     for name, value in held.items():
         for own, one in value.items() if isinstance(value, dict) else [(name, value)]:
             own = own.replace("-", "_")
             if own in given:
-                raise UserError(f"--config {path}: {own} is there twice")
+                raise UserError(f"--config {path}: {own} is given twice")
             given[own] = one
     try:
         check_names(given)

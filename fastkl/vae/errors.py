@@ -34,16 +34,17 @@ def check_installed(module: str, why: str) -> None:
 
 
 def check_sides(levels: int, shape: tuple[int, ...]) -> None:
-    """Raise an error unless images [C, H, W] or videos [C, T, H, W] can be halved so often."""
+    """Raise an error unless all sides of images [C, H, W] or videos [C, T, H, W] can be halved `levels` times."""
     factor, sides = 2**levels, shape[1:]
     if any(side % factor for side in sides):
         raise UserError(
             f"--layers {levels} needs sides divisible by {factor}, got {' x '.join(map(str, sides))}: choose "
-            f"{'--image-size' if len(sides) == 2 else 'other frames, --image-size'} or --layers"
+            f"another {'' if len(sides) == 2 else 'number of frames, '}--image-size or --layers"
         )
 
 
 def not_installed(module: str, why: str) -> UserError:
+    """The error of a missing package; `why` is its subject, such as "--prior flow"."""
     package = PACKAGES.get(module, module)
     rest = f"; all optional packages of training: pip install {' '.join(TRAIN)}" if package in TRAIN else ""
     return UserError(f"{why} needs {package}, which is not installed: pip install {package}{rest}")

@@ -162,7 +162,7 @@ def summary(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def page(run: Run, metrics: dict[str, Any], images: dict[str, bytes]) -> str:
     """A self-contained HTML page: inline styles, images as data URIs. Text from files and options is escaped."""
-    title = html.escape(f"{run.data.name}: {run.settings.what}")
+    title = html.escape(f"{run.data.name}: {run.settings.description}")
     tiles = "".join(
         f'<div class="figure"><small>{html.escape(name)}</small><b>{html.escape(value)}</b>'
         f"<small>{html.escape(text)}</small></div>"

@@ -64,20 +64,22 @@ def resolve(given: dict[str, Any]) -> Settings:
     if settings.warm_up and settings.prior == "standard" and settings.objective not in WEIGHTED:
         raise UserError(
             f"--warm-up raises --beta and delays a learned --prior; --objective {settings.objective} "
-            "with --prior standard uses neither"
+            "with --prior standard uses neither: leave it out"
         )
     check_remedies(settings, given)
     check_images(settings, given)
     if settings.global_batch_size and "batch_size" in given:
         raise UserError(
-            "--batch-size and --global-batch-size exclude each other: data per process, or of all processes"
+            "--batch-size (of each process) and --global-batch-size (of all processes) exclude each other: give one"
         )
     if settings.kl == "upper" and settings.prior == "flow":
         raise UserError("--kl upper needs a mixture, --prior gmm or vamp; a flow has only --kl mc")
     if settings.kl == "relaxed" and settings.prior == "flow":
         raise UserError("--kl relaxed needs a mixture, --prior gmm or vamp; a flow has only --kl mc")
     if settings.kl == "relaxed" and settings.covariance == "full":
-        raise UserError("--kl relaxed needs --covariance diag, spherical or tied, got full: it averages deviations")
+        raise UserError(
+            "--kl relaxed needs --covariance diag, spherical or tied, got full: it averages standard deviations"
+        )
     for name in RELAXED:
         if name in given and settings.kl != "relaxed":
             raise UserError(f"{flag(name)} belongs to --kl relaxed; this run has --kl {settings.kl}")
@@ -91,6 +93,7 @@ def resolve(given: dict[str, Any]) -> Settings:
 
 
 def check_remedies(settings: Settings, given: dict[str, Any]) -> None:
+    """Raise a UserError for an option of a remedy that has no effect, or contradicts another one."""
     for name, of in (("free_bits_per", "free_bits"), ("capacity_steps", "capacity"), ("cycles", "beta_schedule")):
         asked = settings.beta_schedule == "cyclical" if name == "cycles" else of in given
         if name in given and not asked:
@@ -106,10 +109,13 @@ def check_remedies(settings: Settings, given: dict[str, Any]) -> None:
     if settings.balance and settings.warm_up == 0:
         raise UserError("--balance acts during --warm-up only; this run has --warm-up 0")
     if settings.balance > settings.latent:
-        raise UserError(f"--balance {settings.balance} is more groups than the {settings.latent} of --latent")
+        raise UserError(
+            f"--balance {settings.balance} is more than --latent {settings.latent}, so groups would be empty"
+        )
 
 
 def check_images(settings: Settings, given: dict[str, Any]) -> None:
+    """Raise a UserError for an option of image losses that has no effect, or contradicts another one."""
     for name, of in (
         ("perceptual_weight", "perceptual"), ("adversarial_weight", "adversarial"),
         ("adversarial_start", "adversarial"),
@@ -123,7 +129,10 @@ def check_images(settings: Settings, given: dict[str, Any]) -> None:
     if settings.parallel == "fsdp":
         for name in ("adversarial", "perceptual"):
             if getattr(settings, name):
-                raise UserError(f"--parallel fsdp does not go with {flag(name)}, which calls a part of the model")
+                raise UserError(
+                    f"--parallel fsdp does not go with {flag(name)}, which calls a part of the model: "
+                    "use --parallel ddp"
+                )
         if settings.model == AUTOENCODER:
             raise UserError(f"--parallel fsdp does not shard --model {AUTOENCODER}: use --parallel ddp")
 
@@ -141,6 +150,7 @@ def defaults(given: dict[str, Any]) -> Settings:
 
 
 def check(settings: Settings) -> None:
+    """Raise a UserError for a number outside its range."""
     ones: tuple[str, ...] = (
         "latent",
         "hidden",
@@ -217,12 +227,12 @@ def resume(saved: dict[str, Any], given: dict[str, Any]) -> Settings:
     """
     fields = {item.name: item for item in dataclasses.fields(Settings)}
     if unknown := sorted(set(saved) - set(fields)):
-        raise UserError(f"the checkpoint has settings unknown here ({', '.join(unknown)}); it is from another version")
+        raise UserError(f"the run has unknown settings ({', '.join(unknown)}): another version of fastkl wrote it")
     for name, value in saved.items():
         kind = fields[name].metadata["kind"]
         number = isinstance(value, bool) and kind is not bool
         if not isinstance(value, (int, float) if kind is float else kind) or number:
-            raise UserError(f"the run's {flag(name)} must be of type {kind.__name__}, got {value!r}")
+            raise UserError(f"the run's saved {flag(name)} must be of type {kind.__name__}, got {value!r}")
     before = Settings(**saved)
     for name, value in given.items():
         old = getattr(before, name)
@@ -243,11 +253,11 @@ def resume(saved: dict[str, Any], given: dict[str, Any]) -> Settings:
 def fixed_processes(settings: Settings) -> str:
     """The reason why this run needs the number of processes that it began with, or ""."""
     if not settings.global_batch_size:
-        return "the data of a step grow with the processes (only --global-batch-size fixes them)"
+        return "the number of data in a step grows with that of processes (only --global-batch-size fixes it)"
     if settings.noise != "datum":
-        return "each process draws its own noise (only --noise datum does not depend on their number)"
+        return "each process draws its own noise (only --noise datum does not depend on the number of processes)"
     if settings.objective in ("swae", "sinkhorn_ae"):
-        return f"--objective {settings.objective} compares the data of each process by themselves"
+        return f"--objective {settings.objective} compares only data of the same process"
     return ""
 
 
@@ -283,4 +293,5 @@ def check_names(given: dict[str, Any]) -> None:
 
 
 def flag(name: str) -> str:
+    """The name of an option on the command line."""
     return "--" + name.replace("_", "-")

@@ -16,16 +16,18 @@ OBJECTIVES = (
 
 
 def option(
-    default: Any, text: str, maths: bool = True, choices: tuple = (), by_default: str = "", many: bool = False
-) -> Any:
+    default: Any, text: str, maths: bool = True, choices: tuple = (), by_default: str = "", many: bool = False,
+    metavar: str = "",
+) -> Any:  # fmt: skip
     """A field of Settings.
 
     `maths`: the option changes the numbers, so a resumed run may not change it. `by_default`: help text for a default
-    that depends on the data or the model (pace.py). `many`: the command line takes several, kept as lines.
+    that depends on the data or the model (pace.py). `many`: the command line takes several values, kept as lines.
+    `metavar`: the help's word for a value, if the type does not tell enough.
     """
     meta = {
         "help": text, "maths": maths, "choices": choices or None, "kind": type(default), "by_default": by_default,
-        "many": many,
+        "many": many, "metavar": metavar,
     }  # fmt: skip
     return field(default=default, metadata=meta)
 
@@ -38,8 +40,8 @@ class Settings:
     # A moved file is the same data, so resuming compares the fingerprint of the data instead of this name.
     data: str = option(
         "digits",
-        "digits, mnist5k, pbmc, photos, a .npy, .npz, .pt or .tar file, or a folder of images, .npy or .tar files or "
-        "a Hugging Face data set",
+        "digits, mnist5k, pbmc or photos; a .npy, .npz, .pt or .tar file; a folder of images, of .npy files or of .tar "
+        "files; or the folder of a Hugging Face data set",
         maths=False,
     )
     test_data: str = option(
@@ -49,53 +51,57 @@ class Settings:
         0.0, "share of the training data held out for the curves; the test data are then used only once, at the end"
     )
     image_size: int = option(
-        0, "resize images to this many pixels a side, with --crop the shorter side (0: keep their size)"
+        0, "resize images to this many pixels a side; with --crop, only their shorter side (0: keep their size)"
     )
     crop: int = option(
-        0, "train on random squares of this many pixels a side, and test on those in the centre (0: whole images)",
+        0, "train on random squares of this many pixels a side, and test on the central ones (0: whole images)",
         by_default="0; photos: 64",
     )  # fmt: skip
     flip: bool = option(False, "mirror training images at random")
     stream: bool = option(
         False, "leave the training data on the disk and read them step by step; folders of .npy files, .tar files and "
-        "Hugging Face data sets always are",
+        "Hugging Face data sets are always read in this way",
     )  # fmt: skip
     workers: int = option(
-        0, "processes that read, decode and crop ahead of the training (0: it reads by itself)", maths=False,
+        0, "processes that read, decode and crop the data of the next steps (0: the training process)",
+        maths=False,
         by_default="0; on a GPU up to 8 if the data are not in memory",
     )  # fmt: skip
     likelihood: str = option(
         "auto",
-        "distribution of a value given the latent; auto chooses bernoulli or normal, logistic and categorical are for "
-        "pixels with whole numbers, poisson and negative_binomial for counts; normal is the L2, laplace the L1 loss",
+        "distribution of a value given the latent. auto: bernoulli or normal, by the range of the data. logistic, "
+        "categorical: for pixels with whole numbers. poisson, negative_binomial: for counts. normal is the L2 loss, "
+        "laplace the L1 loss",
         choices=("auto", *LIKELIHOODS),
     )
     scale: float = option(
-        0.0, "scale of the errors of a normal, laplace or huber likelihood, for standardised values (0: learned)"
+        0.0, "scale of a normal, laplace or huber likelihood, in deviations of the training data (0: learned)"
     )
     model: str = option(
         "mlp",
-        "encoder and decoder; the autoregressive decoder also reads the earlier pixels and may ignore the latent; "
-        "autoencoder-kl is diffusers' AutoencoderKL, which the run also writes for diffusers",
+        "encoder and decoder. The autoregressive decoder also reads the earlier pixels, and may ignore the latent. "
+        "autoencoder-kl is the AutoencoderKL of diffusers; the run also writes its weights in the format of diffusers",
         choices=("mlp", *CONVOLUTIONAL, "autoregressive"),
     )
     model_config: str = option(
-        "", "fields of AutoencoderKL: key=value, a .json file, or a folder of save_pretrained, whose weights are the "
-        "start (default: small networks by --latent, --hidden and --layers)", many=True,
+        "", "fields of AutoencoderKL: key=value, a .json file, or a folder written by save_pretrained, with whose "
+        "weights the training starts (default: a small model by --latent, --hidden and --layers)", many=True,
+        metavar="FIELD",
     )  # fmt: skip
     latent: int = option(
         16, "latent dimensions (mlp) or channels of the spatial latent (conv, autoencoder-kl)",
         by_default="16; conv: 8; autoencoder-kl: 4",
     )  # fmt: skip
     hidden: int = option(
-        256, "width of the hidden layers (mlp) or of the first level (conv, autoencoder-kl: the next have twice that)",
+        256, "width of the hidden layers (mlp), or channels of the first level (each level of conv has twice as many "
+        "as the one before; all others of autoencoder-kl have twice as many as the first)",
         by_default="256; conv, autoencoder-kl: 16",
     )  # fmt: skip
-    layers: int = option(2, "hidden layers (mlp) or levels, each halving the image (conv, autoencoder-kl)")
-    batch_size: int = option(64, "data per step and process", by_default="64; fewer for few data or large images")
+    layers: int = option(2, "hidden layers (mlp), or levels that each halve the image (conv, autoencoder-kl)")
+    batch_size: int = option(64, "data of a batch in each process", by_default="64; fewer for few data or large images")
     global_batch_size: int = option(
-        0, "data per step over all processes and --accumulate batches, instead of --batch-size; with --noise datum the "
-        "run may go on with another number of processes (0: use --batch-size)",
+        0, "data of a step, over all processes and --accumulate batches, instead of --batch-size; with --noise datum "
+        "the run may be resumed on another number of processes (0: use --batch-size)",
     )  # fmt: skip
     epochs: int = option(150, "passes over the training data", by_default="150; fewer for many data or large images")
     steps: int = option(0, "stop after this many steps instead of --epochs (0: use --epochs)")
@@ -114,20 +120,27 @@ class Settings:
         "dtype of the networks: bf16 and fp16 use autocast, fp16 also scales the loss; KL and likelihood are float32",
         choices=("fp32", "bf16", "fp16"),
     )
-    accumulate: int = option(1, "batches whose gradients each step adds; terms that compare data use one batch")
+    accumulate: int = option(
+        1, "batches whose gradients are added in a step; terms that compare data compare those of one batch"
+    )
     parallel: str = option(
         "ddp",
-        "each of several processes has the whole model (ddp), or a part of each layer that is gathered for use (fsdp)",
+        "under torchrun each process keeps the whole model (ddp), or a part of each layer, and a layer is gathered "
+        "while it is used (fsdp)",
         maths=False, choices=("ddp", "fsdp"),
     )  # fmt: skip
-    clip: float = option(0.0, "largest norm of the gradient of all weights together (0: off)")
-    ema: float = option(0.0, "decay of the average of the weights, which tests and report use (0: off)")
+    clip: float = option(0.0, "upper bound of the norm of the gradient of all weights together (0: off)")
+    ema: float = option(
+        0.0,
+        "decay of an exponential moving average of the weights, which the held-out curve and the report use (0: off)",
+    )
     patience: int = option(
-        0, "stop after this many points of the curves without a better ELBO, and report the best weights (0: off)"
+        0,
+        "stop after this many points of the held-out curve without a better ELBO, and report the best weights (0: off)",
     )
     compile: bool = option(False, "compile the model and its loss with torch.compile")
     activation_checkpointing: bool = option(
-        False, "keep only the inputs of the networks' layers, and compute the rest again in the backward pass"
+        False, "keep only the inputs of the layers, and compute the rest again in the backward pass"
     )
     objective: str = option("elbo", "the loss, one of fastkl.objectives", choices=OBJECTIVES)
     beta: float = option(1.0, "weight of the KL term (beta_tc_vae: of the total correlation)")
@@ -138,7 +151,7 @@ class Settings:
     beta_schedule: str = option(
         "linear", "curve by which --beta rises over --warm-up", choices=("linear", "cosine", "sigmoid", "cyclical")
     )
-    cycles: int = option(4, "cycles of --beta-schedule cyclical within --warm-up")
+    cycles: int = option(4, "number of cycles of --beta-schedule cyclical within --warm-up")
     free_bits: float = option(0.0, "KL in nats below which the loss has no KL gradient (0: off)")
     free_bits_per: str = option(
         "batch",
@@ -147,7 +160,9 @@ class Settings:
     )
     capacity: float = option(-1.0, "target of the KL in nats, for beta_vae (below 0: off)")
     capacity_steps: int = option(0, "steps over which --capacity rises from 0")
-    balance: int = option(0, "number of latent groups whose KL is balanced during --warm-up, as in NVAE (0: off)")
+    balance: int = option(
+        0, "number of groups of latent dimensions whose KLs are balanced during --warm-up, as in NVAE (0: off)"
+    )
     prior: str = option(
         "standard", "prior of the latent: N(0, I) (standard), or a learned one", choices=("standard", *LEARNED)
     )
@@ -157,7 +172,8 @@ class Settings:
     )
     kl: str = option(
         "mc",
-        "KL to a learned prior: by samples (mc), an upper bound, or relaxed (component by Gumbel-Softmax)",
+        "KL to a learned prior: its mean over samples (mc), an upper bound (upper), or the mean over samples of which "
+        "Gumbel-Softmax chooses the component (relaxed)",
         choices=("mc", "upper", "relaxed"),
     )
     samples: int = option(
@@ -168,27 +184,33 @@ class Settings:
         "plain", "gradient estimator of the importance-weighted objectives", choices=("plain", "stl", "dreg")
     )
     elbo_share: float = option(0.5, "share of the ELBO in ciwae; the rest is IWAE")
-    penalty: float = option(10.0, "weight of the distance between latents and prior (wae_mmd, info_vae, swae, ...)")
+    penalty: float = option(
+        10.0, "weight of the distance between latents and prior (wae_mmd, info_vae, swae, sinkhorn_ae, aae)"
+    )
     alpha: float = option(0.0, "share of the KL that info_vae leaves out")
-    kernel: str = option("imq", "kernel of the maximum mean discrepancy", choices=("imq", "rbf"))
-    projections: int = option(50, "random projections of swae")
+    kernel: str = option("imq", "kernel of the maximum mean discrepancy (wae_mmd, info_vae)", choices=("imq", "rbf"))
+    projections: int = option(50, "number of random projections of swae")
     blur: float = option(0.5, "blur of sinkhorn_ae, in units of the latent")
-    weights: str = option("mss", "minibatch weights of beta_tc_vae's estimates", choices=("mss", "mws"))
+    weights: str = option(
+        "mss", "estimates of beta_tc_vae: stratified (mss) or weighted (mws) minibatch sampling", choices=("mss", "mws")
+    )
     discriminator_learning_rate: float = option(
         0.0, "learning rate of the discriminator of aae or --adversarial (0: --learning-rate)"
     )
     perceptual: str = option(
-        "", "module:function of a distance (x_hat, x) -> [N] between images in [-1, 1], such as LPIPS, for the loss"
-    )
+        "", "a function (x_hat, x) -> [N] of your own, such as LPIPS: a distance between images in [-1, 1] that is "
+        "added to the loss (default: none)",
+        metavar="MODULE:FUNCTION",
+    )  # fmt: skip
     perceptual_weight: float = option(1.0, "weight of --perceptual, in nats")
-    adversarial: bool = option(False, "train the decoder against a discriminator of image patches, as VQGAN")
+    adversarial: bool = option(False, "train the decoder against a discriminator of image patches, as in VQGAN")
     adversarial_weight: float = option(
-        0.5, "weight of --adversarial: the share of its gradient in that of the reconstruction, in the last layer"
+        0.5, "norm of the gradient of --adversarial over that of the reconstruction, in the decoder's last layer"
     )
-    adversarial_start: int = option(0, "steps before --adversarial, without a discriminator")
+    adversarial_start: int = option(0, "number of steps before the discriminator of --adversarial takes part")
     bad_steps: int = option(10, "stop after this many non-finite steps in a row", maths=False)
-    tau: float = option(1.0, "temperature of --kl relaxed at the first step of the prior")
-    final_tau: float = option(0.1, "temperature at the end of the run")
+    tau: float = option(1.0, "temperature of --kl relaxed at the first step of the learned prior")
+    final_tau: float = option(0.1, "temperature of --kl relaxed at the end of the run")
     tau_schedule: str = option(
         "exponential", "curve from --tau to --final-tau", choices=("exponential", "linear", "cosine")
     )
@@ -206,7 +228,7 @@ class Settings:
         1000, "samples per test datum for the estimate of log p(x)", maths=False,
         by_default="1000; fewer for a slow model",
     )  # fmt: skip
-    log_every: int = option(20, "steps between two points of the curves", maths=False)
+    log_every: int = option(20, "steps between two points of the training curves", maths=False)
     checkpoint_every: int = option(500, "steps between two checkpoints", maths=False)
     # One, because a matrix product of a small MLP ends before a second thread wakes up.
     threads: int = option(
@@ -219,7 +241,7 @@ class Settings:
         return self.global_batch_size or self.batch_size * self.accumulate * processes
 
     @property
-    def what(self) -> str:
+    def description(self) -> str:
         """A short description of the model."""
         model = {"mlp": "MLP", "conv": "convolutional", AUTOENCODER: "AutoencoderKL"}.get(self.model, self.model)
         prior = "" if self.prior == "standard" else f", prior {self.prior}"
@@ -280,7 +302,7 @@ FOR_PRESET = {
         "epochs": 1, "learning_rate": 2e-3, "log_every": 1, "checkpoint_every": 5, "importance_samples": 10,
         "test_count": 16, "threads": 0,
     },
-    # Where the loss is most of a step: a latent as large as the datum, and each of its samples meets each component.
+    # Here the loss takes most of a step: the latent is as large as the datum, and each sample meets each component.
     "large-mixture": {
         "latent": 64, "prior": "gmm", "components": 100, "objective": "iwae", "samples": 5, "steps": 600,
         "importance_samples": 100,
@@ -295,7 +317,7 @@ FOR_OBJECTIVE: dict[str, dict[str, Any]] = {
     "miwae": {"samples": 4},
     "piwae": {"samples": 4},
     "ciwae": {"samples": 5},
-    # Ten times as much collapses the latents to the prior; at a tenth they are far from it.
+    # Ten times this penalty collapses the latents to the prior; with a tenth of it they are far from the prior.
     "wae_mmd": {"penalty": 50.0},
     "swae": {"penalty": 100.0},
     "sinkhorn_ae": {"penalty": 30.0},

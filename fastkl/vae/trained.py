@@ -47,7 +47,7 @@ class Trained:
 
     def __repr__(self) -> str:
         sizes = f"{'x'.join(map(str, self.shape))} to a latent of {'x'.join(map(str, self.latent_shape))}"
-        return f"<{self.settings.what} after {self.step:,} steps, {sizes}>"
+        return f"<{self.settings.description} after {self.step:,} steps, {sizes}>"
 
     def scaled(self, x: Any, name: str = "x") -> Tensor:
         """Data [N, ...] in the numbers of the model, [N, *shape] on the CPU. In a run with --crop, images of another

@@ -10,8 +10,7 @@ import torch
 
 from fastkl.vae import checkpoint
 from fastkl.vae.cli import main
-from fastkl.vae.rules import resolve
-from fastkl.vae.rules import fixed_processes
+from fastkl.vae.rules import fixed_processes, resolve
 
 from vae_helpers import BARE, assert_same_state, ranks, refused, torchrun, train
 
@@ -72,7 +71,7 @@ def test_a_process_that_dies_loses_nothing(many, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTKL_KILLS", " ".join(f"{random.randrange(2)}:{step}" for step in kills))
     done = torchrun("--out", str(tmp_path / "killed"), *COMMON, *STEPS, restarts=len(kills))
     assert done.returncode == 0, done.stderr
-    again = [done.stdout.count(line) for line in ("going on at step", "no checkpoint yet, from the beginning")]
+    again = [done.stdout.count(line) for line in ("continuing at step", "no checkpoint yet, so from the beginning")]
     assert sum(again) == len(kills), done.stdout
     assert_same_state(tmp_path / "killed", many / "whole")
 
@@ -83,7 +82,7 @@ def test_a_repeated_command_starts_a_run_or_continues_it(tmp_path, capsys, monke
     assert train(tmp_path / "run", *options, "--resume-if-begun", "--steps", "8") == 0
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert train(tmp_path / "run", *options, "--steps", "12") == 0
-    assert "going on at step 8 of 12" in capsys.readouterr().out
+    assert "continuing at step 8 of 12" in capsys.readouterr().out
     assert train(tmp_path / "whole", *options, "--steps", "12") == 0, "killed before the run had a folder"
     found, expected = (checkpoint.load(tmp_path / name)["model"] for name in ("run", "whole"))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)

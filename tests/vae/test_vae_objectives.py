@@ -226,7 +226,7 @@ def test_published_temperature_never_anneals():
         ({"prior": "gmm", "free_bits": 1.0}, "--free-bits needs the KL of each dimension"),
         ({"prior": "gmm", "balance": 2}, "--balance needs the KL of each dimension"),
         ({"balance": 2}, "--balance acts .* this run has --warm-up 0"),
-        ({"balance": 20, "warm_up": 5}, "--balance 20 is more groups than the 16"),
+        ({"balance": 20, "warm_up": 5}, "--balance 20 is more than --latent 16"),
         ({"balance": 2, "warm_up": 5, "free_bits": 1.0}, "--balance and --free-bits exclude each other"),
         ({"cycles": 2, "warm_up": 5}, "--cycles belongs to --beta-schedule cyclical"),
         ({"samples": 2}, "--samples applies to --objective elbo or beta_vae with a learned --prior, or to"),

@@ -108,7 +108,7 @@ def test_interrupt_leaves_a_usable_checkpoint(tmp_path, capsys, monkeypatch, num
     with monkeypatch.context() as patch:
         patch.setattr(loop, "batch", interrupted)
         assert train(tmp_path / "run", *BARE) == 130
-    assert "go on with: fastkl train --resume" in capsys.readouterr().out
+    assert "continue with: fastkl train --resume" in capsys.readouterr().out
     assert checkpoint.load(tmp_path / "run")["step"] == 6, "the step under way is finished, and none after it begins"
     assert train(tmp_path / "run", "--resume", *BARE) == 0, "the signal is no wish of this run"
     assert train(tmp_path / "whole", *BARE) == 0
