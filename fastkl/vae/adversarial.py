@@ -101,8 +101,8 @@ class LastLayer:
         """|d loss / d weight| over the whole batch, for the decoder's output in float32.
 
         The weight's gradient is computed in float32, also under autocast: in float16 the sum over all pixels overflows,
-        and gradients of a mean over patches vanish. So the output's gradient is divided by its largest value on its way
-        through what follows the layer, and multiplied afterwards.
+        and gradients of a mean over patches vanish. So the output's gradient is divided by its largest value before the
+        backward pass from the output to the layer, and the result is multiplied by it.
         """
         inputs, result = call
         (wanted,) = torch.autograd.grad(loss, output, retain_graph=True)
@@ -121,10 +121,10 @@ class LastLayer:
 
 
 def adaptive_weight(of_reconstruction: Tensor, of_adversary: Tensor) -> Tensor:
-    """The quotient of two gradient norms, at most 10,000, by which the decoder weighs both losses alike.
+    """The quotient of two gradient norms, at most 10,000. With this weight both losses have gradients of one size.
 
-    0 where the quotient is not a number, because both gradients are 0 or one is NaN: this step has no adversarial loss.
-    10,000 where only the adversary's gradient is 0.
+    It is 0 if the quotient is not a number, because both gradients are 0 or one is NaN: this step has no adversarial
+    loss. It is 10,000 if only the adversary's gradient is 0.
 
     Source: Esser et al. 2021, equation 7, without its constant 1e-6.
     """

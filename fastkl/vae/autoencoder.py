@@ -15,7 +15,7 @@ from fastkl.vae.data.arrays import first_line
 from fastkl.vae.errors import UserError, check_sides, require
 from fastkl.vae.settings import AUTOENCODER, Settings
 
-LIKELIHOODS = ("laplace", "normal", "huber", "logistic")  # whose mean is the decoder's output itself
+LIKELIHOODS = ("laplace", "normal", "huber", "logistic")  # the decoder's output is the mean of these
 FROM = "_name_or_path"  # diffusers' name of the folder whose weights a model starts from
 
 
@@ -61,14 +61,14 @@ def with_config(given: dict[str, Any]) -> dict[str, Any]:
         told.update(hidden=widths[0], layers=len(widths) - 1)
     for name, value in told.items():
         if value is not None and given.get(name, value) != value:
-            raise UserError(f"--{name} {given[name]} differs from the {value} of --model-config: leave it out")
+            raise UserError(f"--{name} {given[name]} differs from the {value} of --model-config: leave out --{name}")
     told = {name: value for name, value in told.items() if value is not None}
     return {**given, **told, "model_config": json.dumps(config, sort_keys=True)}
 
 
 def read_config(text: str) -> dict[str, Any]:
-    """The fields named by lines that are key=value, a .json file, or a folder written by save_pretrained; by later
-    lines first. A JSON object is read as it is."""
+    """The fields in lines of --model-config, of which each is key=value, a .json file, or a folder written by
+    save_pretrained. A later line takes precedence. The text may also be a JSON object."""
     if text.startswith("{"):
         return parse(text, "the object")
     config: dict[str, Any] = {}
@@ -82,7 +82,7 @@ def read_config(text: str) -> dict[str, Any]:
         try:
             held = parse((path / "config.json" if folder else path).read_text(encoding="utf-8"), line)
         except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not a text"
+            reason = getattr(error, "strerror", None) or "not a text file"
             raise UserError(f"--model-config {line}: expected key=value, a .json file or a folder ({reason})") from None
         kind = held.get("_class_name", "AutoencoderKL")
         if kind != "AutoencoderKL":
@@ -94,12 +94,13 @@ def read_config(text: str) -> dict[str, Any]:
 
 
 def parse(text: str, where: str) -> dict[str, Any]:
+    """The JSON object in a text; `where` names its source in errors."""
     try:
         held = json.loads(text)
     except ValueError as error:
         raise UserError(f"--model-config {where}: not valid JSON ({first_line(error)})") from None
     if not isinstance(held, dict):
-        raise UserError(f"--model-config {where}: expected fields by name")
+        raise UserError(f"--model-config {where}: expected an object with fields by name")
     return held
 
 
@@ -117,7 +118,7 @@ def config_of(settings: Settings, shape: tuple[int, ...]) -> dict[str, Any]:
     """The arguments of AutoencoderKL for images of this shape.
 
     Raises:
-        UserError: the data are no images, or a field is unknown or does not fit them.
+        UserError: the data are not images, or a field is unknown or does not fit them.
     """
     if len(shape) != 3:
         raise UserError(f"--model {AUTOENCODER} needs images, but a datum has shape {tuple(shape)}; use --model mlp")
@@ -148,6 +149,7 @@ def autoencoder_kl() -> Any:
 
 
 def made(config: dict[str, Any]) -> Any:
+    """An AutoencoderKL with these fields."""
     try:
         return autoencoder_kl()(**config)
     except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:

@@ -53,7 +53,8 @@ class MaskedDecoder(nn.Module):
         features = math.prod(shape)
         if features > LARGEST:
             raise UserError(
-                f"--model autoregressive draws value by value: a datum has {LARGEST:,} at most, got {features:,}"
+                f"--model autoregressive draws value by value: a datum may have {LARGEST:,} at most, got {features:,}; "
+                "use another --model or a smaller --image-size"
             )
         self.shape = tuple(shape)
         predicted = torch.arange(features, dtype=torch.int64, device="cpu")

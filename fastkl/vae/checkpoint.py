@@ -1,4 +1,4 @@
-"""Atomic writes: after a crash at any moment, each file has either its old or its new content."""
+"""Checkpoints and atomic writes: after a crash at any moment, each file has either its old or its new content."""
 
 from __future__ import annotations
 
@@ -70,6 +70,7 @@ def save(folder: Path, state: dict[str, Any]) -> None:
 
 
 def serialised(state: dict[str, Any]) -> memoryview:
+    """The bytes of a checkpoint."""
     # In memory first: torch's writer reports a full disk as an internal error, or aborts.
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
@@ -77,7 +78,11 @@ def serialised(state: dict[str, Any]) -> memoryview:
 
 
 def load(folder: Path, whole: bool = True) -> dict[str, Any]:
-    """`whole`: the tensors of a sharded run are read, too."""
+    """The state in a run's folder. `whole`: with the tensors of a sharded run.
+
+    Raises:
+        UserError: the folder has no checkpoint, or a damaged or foreign one.
+    """
     path = folder / NAME
     try:
         state = load_tensors(path)
@@ -86,7 +91,9 @@ def load(folder: Path, whole: bool = True) -> dict[str, Any]:
     except BROKEN as error:
         raise UserError(f"{path} is truncated, or not a checkpoint of fastkl ({first_line(error)})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT or (set(PARTS) - set(state)):
-        raise UserError(f"{path} is not a checkpoint of this version of fastkl")
+        raise UserError(
+            f"{path} is not a checkpoint of this version of fastkl: another version, or another program wrote it"
+        )
     if not whole or "sharded" not in state:
         return state
     return sharded_parts.whole(folder, state)
@@ -106,6 +113,7 @@ def prepare(folder: Path) -> None:
 
 
 def reason(error: OSError) -> str:
+    """The cause of an error of the system, in a few words."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full"
     return error.strerror or str(error)

@@ -133,7 +133,7 @@ def train_on(ranks: Any, options: argparse.Namespace, given: dict[str, Any], beg
     out = getattr(options, "out", None)
     if out is not None and not out.strip():
         raise UserError("--out is empty: name a folder")
-    repeated = "resume_if_begun" in options or parallel.restarts()
+    repeated = "resume_if_begun" in options or parallel.may_restart()
     if repeated and out is None:
         why = "--resume-if-begun" if "resume_if_begun" in options else "--max-restarts of torchrun"
         raise UserError(f"{why} needs --out, the folder of the run that a repeated command continues")

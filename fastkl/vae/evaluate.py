@@ -31,7 +31,7 @@ class Evaluation:
     kl: Tensor
     log_prob: Tensor
     means: Tensor
-    kl_per_dim: Tensor  # to N(0, I): the KL to another prior is no sum over dimensions
+    kl_per_dim: Tensor  # to N(0, I): the KL to another prior is not a sum over dimensions
     samples: int
     mutual_information: float  # between data and latent
     # With a mixture prior: bounds on the KL [N], ln p(k | mean) [N, K], and the labels [N], if any.
@@ -124,8 +124,8 @@ def evaluate(
     labels: Tensor | None = None, scaling: Scaling | None = None,
 ) -> Evaluation:  # fmt: skip
     """All figures, from one pass with `samples` draws per datum. The reconstruction and the KL to a learned prior are
-    means over the draws; the KL to N(0, I) is exact. `scaling`: has the range of the values of
-    images, to which their errors are compared."""
+    means over the draws; the KL to N(0, I) is exact. `scaling` has the range of the values of images, the unit of their
+    errors."""
     torch.manual_seed(streams.seed_for(seed, "evaluation"))
     parts: list[tuple[Tensor, ...]] = []
     errors: list[Tensor] = []

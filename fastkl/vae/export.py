@@ -55,8 +55,8 @@ class Decoder(Scaled):
 
 
 def export(whole: VAE, scaling: Scaling, settings: Settings, learned: bool, folder: Path, kind: str) -> list[str]:
-    """Write the programs and their description, export.json, and return notes on what is left out. `learned`: latents
-    come from a learned prior."""
+    """Write the programs and their description, export.json, and return notes on omitted parts. `learned`: latents come
+    from a learned prior."""
     if kind not in FORMATS:
         raise UserError(f"format must be {' or '.join(FORMATS)}, got {kind!r}")
     if kind == "onnx":
@@ -88,7 +88,7 @@ def program(name: str, module: nn.Module, sizes: dict[str, list[Any]], kind: str
     batch: Any = {0: torch.export.Dim("batch", min=1)}
     log = logging.getLogger("torch.onnx")
     level = log.level
-    log.setLevel(logging.ERROR)  # it tells which other libraries it does not find
+    log.setLevel(logging.ERROR)  # mutes its list of missing optional libraries
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -109,11 +109,12 @@ def program(name: str, module: nn.Module, sizes: dict[str, list[Any]], kind: str
 
 
 def notes(vae: VAE, settings: Settings, learned: bool) -> list[str]:
+    """Notes on the parts of the run that its programs lack."""
     lines = []
     if vae.autoregressive:
         lines.append("the decoder is left out: an autoregressive one draws its values in a loop; use `fastkl decode`")
     if learned:
         lines.append(f"the {settings.prior} prior is left out: draws of it are `Trained.latents`")
     if side := settings.image_size:
-        lines.append(f"the encoder does not resize: its images have {side} x {side} pixels")
+        lines.append(f"the encoder does not resize: give it images of {side} x {side} pixels")
     return lines

@@ -21,6 +21,7 @@ from fastkl.vae.folders import FACTS
 
 
 def collect(arguments: list[str], data: Data, device: torch.device, processes: int) -> dict[str, Any]:
+    """The facts of this start."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["fastkl", *arguments]),
@@ -49,6 +50,7 @@ def version(package: str) -> str | None:
 
 
 def processor() -> str:
+    """The model of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -40,7 +40,7 @@ class Claim:
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()
-            raise UserError(f"--out {folder}: another process is training in this folder") from None
+            raise UserError(f"{folder}: another process is training in this folder") from None
         except OSError:
             pass  # a file system without locks
 
@@ -66,7 +66,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def claim_new(out: Path | None, name: str) -> Claim:
-    """The requested folder; else runs/NAME, runs/NAME-2, ...: the first number above all existing ones.
+    """A claim on the requested folder; else on runs/NAME, runs/NAME-2, ...: the first number above all existing ones.
 
     mkdir is atomic: of two runs that start at once, the second gets FileExistsError and takes the next number.
     """
@@ -95,7 +95,7 @@ def claim_new(out: Path | None, name: str) -> Claim:
 
 
 def claim_old(out: Path | None, name: str) -> Claim:
-    """The run in the requested folder, else the latest of its name."""
+    """A claim on the requested folder of a run; else on that of the latest run of this name."""
     if out is None:
         held = [number for number, folder in numbered(name).items() if holds_run(folder)]
         if not held:
@@ -105,7 +105,7 @@ def claim_old(out: Path | None, name: str) -> Claim:
         runs = [str(folder) for folder in [*siblings(out), *siblings(RUNS / name)] if holds_run(folder)]
         near = difflib.get_close_matches(str(out), runs, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--resume --out {out}: no run in this folder{hint}")
+        raise UserError(f"{out}: no run in this folder{hint}")
     with report_errors(out):
         return Claim(out)
 
@@ -123,6 +123,7 @@ def begun(folder: Path) -> dict[str, Any]:
 
 
 def refuse_taken(folder: Path) -> None:
+    """Raise a UserError if the folder of a new run holds a run."""
     if holds_run(folder):
         raise UserError(f"--out {folder} holds a run; continue it by --resume, or choose another folder")
 
@@ -139,6 +140,7 @@ def numbered(name: str) -> dict[int, Path]:
 
 
 def siblings(folder: Path) -> list[Path]:
+    """The files and folders beside a folder, and the folder itself."""
     with contextlib.suppress(OSError):
         return sorted(folder.parent.iterdir())
     return []
@@ -146,6 +148,7 @@ def siblings(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def report_errors(folder: Path):
+    """A context that turns the errors of making a folder into UserErrors of one line."""
     try:
         yield
     except OSError as error:

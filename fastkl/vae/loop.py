@@ -52,7 +52,7 @@ def train(run: Run, display: Display) -> bool:
             run.step += 1
             good = update(run, loss)
             if good:
-                with run.ranks.gathered(run.objective):  # a mixture's parameters
+                with run.ranks.unsharded(run.objective):  # a mixture's parameters
                     run.watch.record(run.step, posterior, learned)
             if run.step == settings.warm_up and run.prior is not None:
                 start_prior(run)
@@ -114,7 +114,7 @@ def weights_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 def start_prior(run: Run) -> None:
     """Start the learned prior at the end of the warm-up, before the checkpoint of this step is written."""
     learned = run.vae.prior
-    assert learned is not None, "a run without one has no warm-up of it"
+    assert learned is not None, "the caller checks that the run has a learned prior"
     with run.gathered(run.vae):
         fitted = run.vae.prior
         assert fitted is not None
@@ -149,10 +149,10 @@ def batches(run: Run) -> list[tuple[Tensor, Noise]]:
 
 
 def batch(run: Run) -> tuple[Tensor, Noise]:
-    """The data of this step and process, and the noise if it is not drawn inside the op.
+    """The data of this step and process, and with --noise datum their noise.
 
-    With noise="fused" each process seeds torch from (seed, step, rank) and the op draws its noise, which is not stored
-    for backward. With noise="datum" every process draws the noise of the whole batch and keeps its share. The noise of
+    With --noise fused each process seeds torch from (seed, step, rank) and the op draws its noise, which is not stored
+    for backward. With --noise datum every process draws the noise of the whole batch and keeps its share. The noise of
     a datum is then independent of the number of processes: two processes with 32 data each do the same as one with 64.
     """
     settings, ranks = run.settings, run.ranks
@@ -238,6 +238,7 @@ def keep_best(run: Run, elbo: float) -> None:
 
 
 def save_if_due(run: Run, display: Display, stopping: bool) -> None:
+    """Write a checkpoint every --checkpoint-every steps, at a stop, and at the end of the run."""
     if stopping or run.ended or run.step % run.settings.checkpoint_every == 0:
         monitored = run.watch.state_dict()  # a collective call: every process takes part
         display.flush()  # first: a process killed after the checkpoint would lose the events before it
@@ -247,11 +248,11 @@ def save_if_due(run: Run, display: Display, stopping: bool) -> None:
 
 
 def save_whole(run: Run, display: Display) -> str:
-    """Save the last whole step before a run ends because of its data, and tell how to go on."""
+    """Save the last whole step before a run ends because of its data; return the rest of the error's message."""
     if run.step == 0:
         return " (no step was taken)"
     save_if_due(run, display, True)
-    return f"; step {run.step} is saved: when this is mended, go on with --resume"
+    return f"; step {run.step} is saved: mend the data, then continue with --resume"
 
 
 def gradients(run: Run) -> dict[str, float]:

@@ -82,6 +82,7 @@ def shares(run: Run) -> dict[str, Any]:
 
 
 def row(one: Cost, step: Cost) -> dict[str, float]:
+    """The figures of a cost, and their shares of those of a step."""
     parts = {f"{name}_share": part / max(whole, 1e-9) for name, part, whole in zip(Cost._fields, one, step)}
     return {**dict(zip(Cost._fields, one)), **parts}
 
@@ -130,7 +131,7 @@ class Passed(torch.autograd.Function):
 
 
 class Fixed(MixturePrior):
-    """The components of a mixture as they are, because the encoder computes those of a VampPrior."""
+    """A mixture with the present components as its parameters. (The encoder computes those of a VampPrior.)"""
 
     def __init__(self, prior: MixturePrior):
         super().__init__()
@@ -182,6 +183,7 @@ def formula(head: Tensor, prior: Prior | None, log_likelihood: LogLikelihood, se
 
 
 def density(mixture: Mixture) -> distributions.Distribution:
+    """The mixture in torch.distributions."""
     weights = distributions.Categorical(logits=mixture.logits, validate_args=False)
     components: distributions.Distribution
     if mixture.logvars is None:
@@ -195,7 +197,7 @@ def density(mixture: Mixture) -> distributions.Distribution:
 
 
 def eager_likelihood(observation: Likelihood) -> Callable[[Tensor, Tensor], Tensor]:
-    """log p(x | output) in the usual PyTorch; those of likelihood.py without an op of fastkl are it."""
+    """log p(x | output) in the usual PyTorch. Likelihoods of likelihood.py that use no op of fastkl already are."""
 
     def log_prob(x: Tensor, output: Tensor) -> Tensor:
         if isinstance(observation, Bernoulli):
@@ -211,8 +213,8 @@ def eager_likelihood(observation: Likelihood) -> Callable[[Tensor, Tensor], Tens
 
 
 def cost(loss: Callable[[], Tensor], owned: list[Tensor], run: Run) -> Cost:
-    """The cost of a loss and of its gradient in those of `owned` that have one. `owned`: tensors of others, which are
-    not counted."""
+    """The cost of a loss and of its gradients. `owned`: the tensors that exist before it, such as weights and data;
+    their memory is not counted, and gradients are computed for those that require one."""
     leaves = [tensor for tensor in owned if tensor.requires_grad]
 
     def forward() -> Tensor:

@@ -138,12 +138,12 @@ def fitting(own: VAE | None, settings: Settings, shape: tuple[int, ...], likelih
         UserError: none is given, or it is for other data.
     """
     if own is None:
-        raise UserError("this run has a model of its own: give it by model=")
+        raise UserError("this run has a model of its own, which cannot be rebuilt: give it by model= in Python")
     if (own.shape, own.likelihood) != (shape, likelihood):
         given = f"{list(own.shape)} with a {own.likelihood} likelihood"
         raise UserError(f"model= is for data of shape {given}; these have {list(shape)} and {likelihood}")
     if settings.scale:
-        raise UserError("--scale is an argument of the model: VAE(..., scale=) of a run with model=")
+        raise UserError("--scale does not apply to a run with model=: give it to the model, by VAE(..., scale=)")
     return own
 
 
@@ -154,7 +154,7 @@ def networks_of(
     able = {"autoregressive": ("bernoulli", "normal"), AUTOENCODER: autoencoder.LIKELIHOODS}
     if likelihood not in (names := able.get(settings.model, (likelihood,))):
         raise UserError(
-            f"--model {settings.model} has --likelihood {', '.join(names[:-1])} or {names[-1]}, got {likelihood}"
+            f"--model {settings.model} needs --likelihood {', '.join(names[:-1])} or {names[-1]}, got {likelihood}"
         )
     if settings.model == AUTOENCODER:
         return autoencoder.networks(settings, shape, signed)

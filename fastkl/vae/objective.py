@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Noise(NamedTuple):
-    """Noise of one training step, given instead of drawn inside the op."""
+    """Noise of one training step that is drawn outside the ops. Noise that is None is drawn there."""
 
     eps: Tensor | None = None  # of the latents [N, L, *latent_shape]
     gumbel: Tensor | None = None  # of the choice of a component [N, L, K]
@@ -46,8 +46,8 @@ class Weights(NamedTuple):
 
 
 class Objective(nn.Module):
-    """The loss as a module, because DistributedDataParallel needs a forward(). It owns the discriminator of
-    aae, or of image patches."""
+    """The loss as a module, because DistributedDataParallel needs a forward(). It owns the discriminator of aae, or of
+    image patches."""
 
     def __init__(
         self, vae: VAE, settings: Settings, dataset_size: int, group: ProcessGroup | None = None,
@@ -90,6 +90,7 @@ class Objective(nn.Module):
         self, posterior: DiagonalNormal, prior: Prior | None, log_likelihood: objectives.LogLikelihood,
         noise: Noise, weights: Weights,
     ) -> Loss:  # fmt: skip
+        """The loss of the run's objective, with its options."""
         settings, problem = self.settings, (posterior, prior, log_likelihood)
         if self.own is not None:
             return self.own(*problem)
@@ -207,6 +208,7 @@ def groups_of(posterior: DiagonalNormal, count: int) -> list[DiagonalNormal]:
 
 
 def importance(settings: Settings) -> dict[str, Any]:
+    """Arguments of the importance-weighted objectives."""
     given = {"num_samples": settings.samples, "gradient": settings.gradient}
     if settings.objective in ("miwae", "piwae"):
         given["num_estimates"] = settings.groups

@@ -1,4 +1,4 @@
-"""torchrun: rank, process group and exchange of values. With one process every function here is trivial."""
+"""Several processes: ranks, their group, and the exchange of values. With one process nothing is exchanged."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ranks:
+    """The processes of a run, and the place of this one among them."""
+
     rank: int = 0
     size: int = 1
     local: int = 0  # index among the processes of this machine
@@ -62,7 +64,8 @@ class Ranks:
         return values
 
     def wrap(self, module: nn.Module, partly: bool = False) -> nn.Module:
-        """`partly`: some steps do not use all parameters."""
+        """The module in DistributedDataParallel, or as it is for one process. `partly`: some steps do not use all
+        parameters."""
         if self.size == 1:
             return module
         return nn.parallel.DistributedDataParallel(module, find_unused_parameters=partly)
@@ -89,7 +92,7 @@ class Ranks:
             raise UserError(f"--parallel fsdp: {error}") from None
 
     @contextlib.contextmanager
-    def gathered(self, root: nn.Module) -> Iterator[None]:
+    def unsharded(self, root: nn.Module) -> Iterator[None]:
         """A context in which the parameters outside the networks' layers are whole on each process."""
         if not sharded(root):
             yield
@@ -117,11 +120,13 @@ class Ranks:
 
 
 def sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
+    """Whether `fully_shard` was applied to the module."""
     return hasattr(module, "set_requires_gradient_sync")
 
 
 @contextlib.contextmanager
 def keep_gradients(module: FSDPModule) -> Iterator[None]:
+    """A context in which a sharded module adds gradients without reducing them."""
     module.set_requires_gradient_sync(False)
     try:
         yield
@@ -130,7 +135,7 @@ def keep_gradients(module: FSDPModule) -> Iterator[None]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of this process of a tensor that may be sharded."""
+    """This process's part of a tensor that may be sharded."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 
@@ -153,7 +158,7 @@ def load_whole(module: nn.Module, state: dict[str, Any]) -> None:
 
 
 def start() -> Ranks:
-    """Join the process group that exists or, under torchrun, start one; else be the only process."""
+    """The processes of this run: those of an existing group or, under torchrun, of a new one; else this one alone."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if distributed.is_available() and distributed.is_initialized():
         return Ranks(distributed.get_rank(), distributed.get_world_size(), local, guest=True)
@@ -176,12 +181,12 @@ def start() -> Ranks:
 
 
 def restarted() -> bool:
-    """Whether torchrun repeats its command after the death of a process."""
+    """Whether this is a repetition of torchrun's command, after the death of a process."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def restarts() -> bool:
-    """Whether torchrun will repeat its command after the death of a process.
+def may_restart() -> bool:
+    """Whether torchrun repeats its command if a process dies.
 
     Raises:
         UserError: repeated commands would not find each other.

@@ -18,7 +18,7 @@ from fastkl.vae.errors import UserError
 class Perceptual:
     """(x_hat, x) -> a distance for each image [N], in float32. Images are [N, C, H, W] in [-1, 1], as LPIPS has them.
 
-    It is no nn.Module: the weights of a network inside are constants, and no part of a checkpoint.
+    It is not an nn.Module: the weights of a network inside are constants, and not a part of a checkpoint.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...], device: torch.device):
@@ -56,7 +56,7 @@ def imported(name: str) -> Callable[..., Any]:
     """The function that module:function names."""
     module, _, attribute = name.partition(":")
     if not (module and attribute):
-        raise UserError(f"--perceptual {name}: expected module:function")
+        raise UserError(f"--perceptual {name}: expected module:function, such as my_lpips:distance")
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
     try:

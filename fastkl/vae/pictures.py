@@ -107,6 +107,7 @@ def large(run: Run) -> bool:
 
 
 def reconstructions(run: Run, columns: int = 12) -> Any:
+    """Test images above their decoded posterior means."""
     columns = min(columns, len(run.data.test), 4 if large(run) else 12)
     x = run.data.test[:columns]
     mean = run.vae.posterior(x.to(run.device)).mean
@@ -245,6 +246,7 @@ def spaced(centres: np.ndarray, extent: np.ndarray, least: float = 0.055) -> np.
 
 
 def plane(means: Tensor) -> tuple[Tensor, tuple[str, str]]:
+    """(places [N, 2] of posterior means [N, D], names of the two axes)."""
     if means.shape[1] == 1:
         return torch.cat([means, torch.zeros_like(means)], dim=1), ("latent dimension 0", "(one dimension)")
     if means.shape[1] == 2:

@@ -1,4 +1,4 @@
-"""Folders of diffusers' AutoencoderKL: one that a run starts from, and the one that it writes."""
+"""Folders of diffusers' AutoencoderKL: the one with whose weights a run starts, and the one that it writes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def assembled(vae: VAE, config: dict[str, Any]) -> Any:
     """An AutoencoderKL of the VAE's own modules."""
     model = made(config)
     encoder, decoder = vae.encoder, vae.decoder
-    assert isinstance(encoder, Encoder), "a run with this model has these"
+    assert isinstance(encoder, Encoder), "the run has --model autoencoder-kl"
     assert isinstance(decoder, Decoder)
     model.encoder, model.decoder = encoder.network, decoder.network
     for name, part in (("quant_conv", encoder), ("post_quant_conv", decoder)):
@@ -39,7 +39,7 @@ def load_pretrained(vae: VAE, settings: Settings) -> None:
     """Load the weights of the folder that --model-config names, if it names one.
 
     Raises:
-        UserError: the folder holds no weights, or not those of its config.
+        UserError: the folder holds no weights, or its weights do not fit its config.
     """
     folder = json.loads(settings.model_config or "{}").get(FROM)
     if folder is None:
@@ -55,8 +55,8 @@ def load_pretrained(vae: VAE, settings: Settings) -> None:
 def moments(run: Run) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean and deviation of the latents of training data: of each channel, and of all together.
 
-    Of draws from the posteriors, such as diffusion is trained on. Their variance is Var(mean) + E[variance], without
-    noise of the draws.
+    The latents are draws from the posteriors, on which diffusion is trained. Their variance is computed as Var(mean) +
+    E[variance], without draws.
     """
     first, second = [], []
     for part in run.data.train[:WATCHED].split(max(1, run.settings.batch_size)):

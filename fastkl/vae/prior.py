@@ -27,11 +27,11 @@ LARGEST = 1024  # the largest latent for full covariances and flows, whose matri
 
 
 def build(settings: Settings, vae: VAE, data: Data) -> Prior | None:
-    """The untrained prior."""
+    """The untrained prior, or None for N(0, I)."""
     dim = math.prod(vae.latent_shape)
     large = "--prior flow" if settings.prior == "flow" else f"--covariance {settings.covariance}"
     if large in ("--prior flow", "--covariance full") and dim > LARGEST:
-        raise UserError(f"{large} takes latents of at most {LARGEST} numbers, got {dim}: use --prior gmm")
+        raise UserError(f"{large} takes at most {LARGEST} latent dimensions, got {dim}: use --prior gmm")
     if settings.prior == "gmm":
         if settings.components > len(data.train):
             raise UserError(f"--components {settings.components} is more than the {len(data.train)} training data")

@@ -1,4 +1,4 @@
-"""The display of a run: a bar in a terminal, lines in a log, and what events.py writes."""
+"""The display of a run: a bar in a terminal, lines in a log, and the curves and pictures of events.py."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ class Steady:
 
 
 def say(line: str, error: bool = False) -> None:
+    """Print a line, or an error to stderr, without an error of its own if the stream is gone."""
     print(line, file=Steady(sys.stderr if error else sys.stdout), flush=True)
 
 

@@ -33,7 +33,7 @@ CAPTIONS = {
     "it. Before the first point, during the warm-up, the prior was N(0, I).",
     "latent_space": "Posterior means of held-out test data. Training used no labels.",
     "kl_per_dimension": "A dimension whose KL to N(0, I) is near 0 carries no information: its posterior is the same "
-    "for all data. (The KL to another prior is no sum over dimensions.)",
+    "for all data. (The KL to another prior is not a sum over dimensions.)",
 }
 # Alternative texts of the pictures.
 ALTS = {
@@ -71,7 +71,7 @@ tr.changed td { background: var(--mark); font-weight: 600 }
 
 
 def write_report(run: Run, evaluation: Evaluation, more: dict[str, Any]) -> dict[str, Any]:
-    """Write the report into the run folder and return the metrics. `more` holds further entries of the metrics."""
+    """Write the report into the run folder and return the metrics. `more`: further entries of the metrics."""
     metrics = {
         **evaluation.figures(),
         "step": run.step,
@@ -225,6 +225,7 @@ def settings_table(settings: Settings) -> str:
 
 
 def memory_table(costs: dict[str, Any]) -> str:
+    """A table of the memory and time of the loss."""
     rows = "".join(
         f"<tr><td>{name}</td>{''.join(f'<td class=number>{cell}</td>' for cell in cells)}</tr>"
         for name, cells in memory.table(costs)

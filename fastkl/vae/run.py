@@ -42,7 +42,7 @@ NOTHING = Own()
 
 @dataclass
 class Run:
-    """The state of a run, all of which a checkpoint holds or determines."""
+    """A run and its state. A checkpoint holds or determines all of it."""
 
     settings: Settings
     data: Data
@@ -146,13 +146,14 @@ class Run:
 
     @contextlib.contextmanager
     def reported(self) -> Iterator[None]:
-        """A context in which the model has the weights that the report is about: the best, if the run keeps them."""
+        """A context in which the model has the weights of the report: the best if the run keeps them, else those of
+        `averaged`."""
         if not self.ranks.broadcast("model" in self.best):
             with self.averaged():
                 yield
             return
         with self.gathered(self.vae):
-            if not self.ranks.main:  # it has no part in the report
+            if not self.ranks.main:  # only the main process writes the report
                 yield
                 return
             last = {name: value.clone() for name, value in self.vae.state_dict().items()}
@@ -169,26 +170,32 @@ class Run:
 
 
 def start(settings: Settings, data: Data, ranks: Ranks, folder: Path, own: Own = NOTHING) -> Run:
-    """A run at step 0."""
+    """A run at step 0.
+
+    Raises:
+        UserError: the settings do not fit the data, the processes or the device.
+    """
     size = settings.data_per_step(ranks.size)
     name = "--global-batch-size" if settings.global_batch_size else "--batch-size"
     several = f" with --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
-    requested = f"{name} {settings.global_batch_size or settings.batch_size}{several} on {ranks.size} processes"
+    processes = f"{ranks.size} process{'' if ranks.size == 1 else 'es'}"
+    requested = f"{name} {settings.global_batch_size or settings.batch_size}{several} on {processes}"
     if size > len(data.train):
-        raise UserError(f"{requested} is more than the {len(data.train)} training data")
+        raise UserError(f"{requested} is more than the {len(data.train)} training data: choose a smaller one")
     if settings.workers and not isinstance(data.train, Stored):
         raise UserError(
-            "--workers read ahead from the disk, but these data are in memory: use --stream, --crop or --flip"
+            "--workers needs data that are read while the model trains, but these are in memory: leave it out, or add "
+            "--stream, --crop or --flip"
         )
     if size < ranks.size * settings.accumulate:
-        raise UserError(f"{requested} leaves a process without data")
+        raise UserError(f"{requested} leaves a process without data: choose a larger one")
     device = choose_device(settings.device, ranks)
     torch.manual_seed(streams.seed_for(settings.seed, "weights"))
     vae = build(settings, data.shape, data.likelihood, own.model, data.scaling)
     vae.prior = prior.build(settings, vae, data)
     sharded, learned = settings.parallel == "fsdp" and ranks.size > 1, vae.prior is not None
     whole = copy.deepcopy(vae) if sharded else None
-    vae = vae if sharded else vae.to(device)  # else layer by layer, when each is sharded
+    vae = vae if sharded else vae.to(device)  # a sharded model moves layer by layer, below
     objective = Objective(vae, settings, len(data.train), ranks.group, own.objective, device)
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(settings.ema)) if settings.ema else None
     wrapped: nn.Module = objective
@@ -200,8 +207,8 @@ def start(settings: Settings, data: Data, ranks: Ranks, folder: Path, own: Own =
             ranks.shard(averaged, [averaged.encoder, averaged.decoder], device, dtype)
             average.to(device)
     else:
-        # The loss does not use a learned prior's parameters during the warm-up, and those of the discriminator of
-        # patches before --adversarial-start.
+        # The loss uses a learned prior's parameters only after the warm-up, and those of the discriminator of patches
+        # only from --adversarial-start on.
         wrapped = ranks.wrap(objective.to(device), partly=learned or settings.adversarial_start > 0)
     optimizers = make_optimizers(settings, vae, objective.discriminator)
     if settings.compile:
@@ -210,10 +217,10 @@ def start(settings: Settings, data: Data, ranks: Ranks, folder: Path, own: Own =
     run = Run(settings, data, ranks, device, folder, vae, wrapped, optimizers, average, whole, shards)
     if learned and 0 < run.total_steps <= settings.warm_up:
         problem = f"--warm-up {settings.warm_up} leaves none of the {run.total_steps} steps to --prior {settings.prior}"
-        raise UserError(f"{problem}: choose fewer, or train for longer")
+        raise UserError(f"{problem}: make it shorter, or train for longer")
     if settings.adversarial and 0 < run.total_steps <= settings.adversarial_start:
         problem = f"--adversarial-start {settings.adversarial_start} leaves none of the {run.total_steps} steps"
-        raise UserError(f"{problem} to --adversarial: choose fewer, or train for longer")
+        raise UserError(f"{problem} to --adversarial: start earlier, or train for longer")
     return run
 
 
@@ -225,6 +232,7 @@ def dtype_of(settings: Settings) -> torch.dtype | None:
 def make_optimizers(
     settings: Settings, vae: VAE, discriminator: nn.Module | None = None
 ) -> dict[str, torch.optim.Optimizer]:
+    """The optimizers of the autoencoder with its prior, and of the discriminator, by name."""
     rate, decay = settings.learning_rate, settings.weight_decay
     groups: list[dict[str, Any]] = [{"params": list(vae.parameters())}]
     if vae.prior is not None:
@@ -244,6 +252,7 @@ def make_optimizers(
 
 
 def choose_device(name: str, ranks: Ranks) -> torch.device:
+    """The device of this process. On CUDA it has an index, because the processes of a machine have one device each."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -251,10 +260,14 @@ def choose_device(name: str, ranks: Ranks) -> torch.device:
     if name != "cuda":
         return torch.device(name)
     if ranks.local >= (count := torch.cuda.device_count()):
-        raise UserError(f"process {ranks.local + 1} of this machine has no CUDA device: it has {count}, one for each")
+        raise UserError(
+            f"process {ranks.local + 1} of this machine has no CUDA device: there are {count}, and each process needs "
+            "one; start fewer processes, or use --device cpu"
+        )
     return torch.device("cuda", ranks.local)
 
 
 def discriminator_of(run: Run) -> nn.Module | None:
+    """The discriminator of aae or of image patches, if the run has one."""
     objective: Any = getattr(run.objective, "module", run.objective)  # DistributedDataParallel's own
     return objective.discriminator

@@ -1,8 +1,8 @@
 """Checkpoints of a sharded run: each process writes its part of the tensors, by torch.distributed.checkpoint.
 
-`checkpoint/step-N/` has the tensors of a step, and checkpoint.pt has all the rest and the name of this folder. It is
-replaced only when the folder is complete, so after a crash at any moment it names a complete one. One process writes
-checkpoint.pt alone: it is then one file, replaced in one step.
+`checkpoint/step-N/` has the tensors of a step, and checkpoint.pt has all the rest and the name of this folder.
+checkpoint.pt is replaced only when the folder is complete, so after a crash at any moment it names a complete one. A
+run that is not sharded has checkpoint.pt alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Shards:
         self.pending: tuple[Any, bytes | memoryview] | None = None
 
     def save(self, state: dict[str, Any]) -> None:
-        """Begin to write, a collective call. The last one has ended by then."""
+        """Begin to write a checkpoint, a collective call. It first waits for the end of the write before."""
         import torch.distributed.checkpoint as dcp
 
         self.finish()
@@ -45,7 +45,7 @@ class Shards:
         rest = {part: take(state[part], part, tensors) if part in PARTS else state[part] for part in state}
         # Serialised now: the curves grow while the tensors are written.
         content = checkpoint.serialised({**rest, "sharded": name})
-        with reported(self.folder), quiet():
+        with report_errors(self.folder), quiet():
             future = dcp.async_save(tensors, checkpoint_id=self.folder / name, process_group=self.group)
         self.pending = future, content
 
@@ -55,10 +55,11 @@ class Shards:
             self.finish()
 
     def finish(self) -> None:
+        """Wait for the tensors, then write checkpoint.pt and remove old folders."""
         if self.pending is None:
             return
         (future, content), self.pending = self.pending, None
-        with reported(self.folder):
+        with report_errors(self.folder):
             future.result()
         if self.ranks.main:
             checkpoint.write(self.folder / checkpoint.NAME, content)
@@ -72,7 +73,7 @@ class Shards:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def load(self, state: dict[str, Any], live: dict[str, Tensor]) -> dict[str, Any]:
-        """The state with tensors that are sharded as the live ones of the same names, a collective call."""
+        """The state with tensors that are sharded like the live ones of the same names, a collective call."""
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         if "sharded" in state:
@@ -88,6 +89,7 @@ class Shards:
 
 
 def folders(folder: Path) -> list[Path]:
+    """The folders of the tensors in a run's folder, the oldest first."""
     return sorted((folder / FOLDER).glob("step-*"), key=step_of)
 
 
@@ -97,7 +99,8 @@ def step_of(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def reported(folder: Path):
+def report_errors(folder: Path):
+    """A context that turns the errors of a write into UserErrors of one line."""
     from torch.distributed.checkpoint import CheckpointException
 
     try:

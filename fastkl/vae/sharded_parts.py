@@ -14,8 +14,8 @@ from torch import Tensor
 from fastkl.vae.data.arrays import BROKEN, first_line
 from fastkl.vae.errors import UserError
 
-PARTS = ("model", "optimizers", "discriminator", "average")  # of the state, with tensors that may be sharded
-# All that a table of contents of tensors consists of. A pickle may name any function, and loading it would call it.
+PARTS = ("model", "optimizers", "discriminator", "average")  # parts of the state with tensors that may be sharded
+# The classes in a table of contents of tensors. A pickle may name any function, and loading it would call it.
 NAMES = {
     "torch.distributed.checkpoint.metadata": (
         "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex", "StorageMeta",
@@ -34,6 +34,11 @@ def whole(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def filled(folder: Path, state: dict[str, Any], live: dict[str, Tensor], group: Any) -> dict[str, Any]:
+    """The state with its tensors, sharded like the live ones of the same names, or else whole on the CPU.
+
+    Raises:
+        UserError: the folder of the tensors cannot be read, or is incomplete or foreign.
+    """
     import torch.distributed.checkpoint as dcp
 
     path = folder / state["sharded"]
@@ -90,7 +95,7 @@ def fill(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 @contextlib.contextmanager
 def quiet():
-    """A context without torch's warnings about how it copies and reads, which no user can act on."""
+    """A context without torch's warnings about its copies and reads, on which no user can act."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

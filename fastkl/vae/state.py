@@ -70,10 +70,12 @@ def live(run: Run) -> dict[str, torch.Tensor]:
 def restore(run: Run, state: dict[str, Any]) -> None:
     """Load a checkpoint's state into a run that was started with the checkpoint's settings."""
     if state["fingerprint"] != run.data.fingerprint:
-        raise UserError(f"--data {run.settings.data} holds other values than at the start of this run")
+        raise UserError(
+            f"--data {run.settings.data} holds other values than at the start of this run: give the same data"
+        )
     if state["ranks"] != run.ranks.size and (why := fixed_processes(run.settings)):
-        counts = f"{state['ranks']} processes, now there are {run.ranks.size}"
-        raise UserError(f"this run began with {counts}: start as many, because {why}")
+        counts = f"{state['ranks']} processes and now has {run.ranks.size}"
+        raise UserError(f"this run began with {counts}: start as many as at first, because {why}")
     if run.shards is not None:
         state = run.shards.load(state, live(run))
     elif "sharded" in state:
@@ -97,6 +99,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
 
 
 def advice(run: Run) -> str:
+    """The advice for a run with weights that are not finite."""
     written = (run.folder / checkpoint.NAME).exists()
     return (
         f"try a smaller --learning-rate ({'the checkpoint is of an earlier step' if written else 'no checkpoint yet'})"

@@ -144,7 +144,7 @@ class Trained:
             format: "pt2", or "onnx" with the packages onnx and onnxscript.
 
         Returns:
-            Notes on what is left out, such as the decoder if it is autoregressive.
+            Notes on omitted parts, such as an autoregressive decoder.
 
         Raises:
             UserError: a package is missing, the folder is not writable, or a network cannot be exported.
@@ -164,7 +164,7 @@ def load(
         model: the networks, if the run trained a model of your own. Their weights are read from the run.
 
     Raises:
-        UserError: the folder holds no checkpoint, a damaged one, or not these weights.
+        UserError: the folder holds no checkpoint, a damaged one, or one without these weights.
 
     >>> from fastkl import vae
     >>> vae.load("nothing")
@@ -177,7 +177,7 @@ def load(
         rules.resume(state["settings"], {}), tuple(state["shape"]), Scaling.of_state(state["scaling"])
     )  # fmt: skip
     vae = build(settings, shape, scaling.likelihood, copy.deepcopy(model), scaling)
-    # The prior's constructor needs data of the right shape; its numbers are those of the checkpoint.
+    # The prior's constructor needs data of the right shape. The checkpoint replaces the values that it takes from them.
     blank = torch.zeros(max(1, settings.components), *shape, dtype=torch.float32, device="cpu")
     vae.prior = prior.build(settings, vae, Data("", "", scaling, blank, blank, None, None, None))
     try:

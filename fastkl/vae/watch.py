@@ -1,4 +1,4 @@
-"""The monitors of a run: each step records the posteriors of its loss, and each epoch ends with their figures."""
+"""The monitors of a run: each step records its posteriors, and each epoch ends with the monitors' figures."""
 
 from __future__ import annotations
 
@@ -101,4 +101,5 @@ class Watch:
 
 
 def kind_of(line: str) -> str:
+    """A warning without its figures, which change from epoch to epoch."""
     return line.partition(" (")[0]

@@ -151,7 +151,7 @@ def test_checkpoints_of_the_networks_do_not_change_gradients(tmp_path):
         ({"model_config": "norm_num_groups=7"}, "--model-config: AutoencoderKL cannot be made of it"),
         ({"model_config": "nowhere.json"}, "--model-config nowhere.json: expected key=value, a .json file or a folder"),
         ({"layers": 4}, "--layers 4 needs sides divisible by 16, got 8 x 8"),
-        ({"likelihood": "bernoulli"}, "has --likelihood laplace, normal, huber or logistic, got bernoulli"),
+        ({"likelihood": "bernoulli"}, "needs --likelihood laplace, normal, huber or logistic, got bernoulli"),
         ({"data": PIXELS.reshape(40, -1)}, "--model autoencoder-kl needs images, but a datum has shape"),
         ({"model": "conv"}, "--model-config belongs to --model autoencoder-kl; this run has --model conv"),
     ],

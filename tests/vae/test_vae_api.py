@@ -71,7 +71,7 @@ def test_a_model_of_ones_own_is_trained_resumed_and_loaded(tmp_path, monkeypatch
     loaded = vae.load(tmp_path / "run", model=fresh)
     torch.testing.assert_close(loaded.encode(x[:9]), whole.encode(x[:9]), rtol=0, atol=0)
     assert fresh.encoder[1].weight.requires_grad, "the given model is left as it is"
-    with pytest.raises(UserError, match="this run has a model of its own: give it by model="):
+    with pytest.raises(UserError, match="this run has a model of its own, which cannot be rebuilt: give it by model="):
         vae.load(tmp_path / "run")
 
 

@@ -59,9 +59,9 @@ def test_the_number_of_processes_is_free_only_if_nothing_depends_on_it():
 
 def test_the_size_of_a_step_is_refused_by_its_own_name(tmp_path, capsys):
     error = refused(capsys, tmp_path, "--global-batch-size", "9999")
-    assert "--global-batch-size 9999 on 1 processes is more than the" in error
+    assert "--global-batch-size 9999 on 1 process is more than the" in error
     error = refused(capsys, tmp_path, "--global-batch-size", "2", "--accumulate", "3")
-    assert "--global-batch-size 2 with --accumulate 3 on 1 processes leaves a process without data" in error
+    assert "--global-batch-size 2 with --accumulate 3 on 1 process leaves a process without data" in error
     assert "exclude each other" in refused(capsys, tmp_path, "--global-batch-size", "8", "--batch-size", "8")
 
 

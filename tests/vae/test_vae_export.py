@@ -78,7 +78,7 @@ def test_what_is_left_out_is_said(exported, tmp_path, capsys):
     assert described["encoder"] == {"x": ["N", 1, 8, 8], "mean": ["N", 3, 4, 4], "logvar": ["N", 3, 4, 4]}
     assert described["notes"] == exported["conv"][-1] == exported["bernoulli"][-1] == []
     assert exported["normal"][-1] == ["the gmm prior is left out: draws of it are `Trained.latents`"]
-    assert exported["resized"][-1] == ["the encoder does not resize: its images have 4 x 4 pixels"]
+    assert exported["resized"][-1] == ["the encoder does not resize: give it images of 4 x 4 pixels"]
     assert train(tmp_path / "run", *BARE, "--model", "autoregressive", "--steps", "2") == 0
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "programs")]) == 0
     assert "the decoder is left out: an autoregressive one draws its values in a loop" in capsys.readouterr().out

@@ -178,7 +178,7 @@ def test_bits_per_dimension_are_in_the_figures(tmp_path, capsys):
         (np.random.default_rng(0).random((20, 3)), ("--likelihood", "logistic"), "needs whole numbers, the levels"),
         (np.arange(60000).reshape(20, 3000), ("--likelihood", "categorical"), "takes at most 256 levels, got 65536"),
         (np.arange(60).reshape(20, 3), ("--likelihood", "poisson", "--model", "autoregressive"),
-         "--model autoregressive has --likelihood bernoulli or normal, got poisson"),
+         "--model autoregressive needs --likelihood bernoulli or normal, got poisson"),
     ],
 )  # fmt: skip
 def test_data_that_do_not_go_with_a_likelihood(tmp_path, capsys, values, options, message):

@@ -31,7 +31,7 @@ def test_two_processes_lose_what_one_with_their_batch_loses(tmp_path, capsys):
         fork_each(tmp_path, {"two": (*two, "--steps", "12", "--resume")}),
     ):
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("training data") + done.stdout.count("going on") == 1, "only one process speaks"
+        assert done.stdout.count("training data") + done.stdout.count("continuing") == 1, "only one process speaks"
     assert train(tmp_path / "one", *same, "--noise", "datum", "--batch-size", "64") == 0
     two, one = (checkpoint.load(tmp_path / name) for name in ("two", "one"))
     assert [row[0] for row in two["history"]["train"]] == list(range(1, 13))
@@ -44,7 +44,7 @@ def test_two_processes_lose_what_one_with_their_batch_loses(tmp_path, capsys):
     assert train(tmp_path / "other", *same, "--batch-size", "64") == 0
     other = torch.tensor(checkpoint.load(tmp_path / "other")["history"]["train"], dtype=torch.float64)
     assert (other - losses[1]).abs().max() > 1e-3
-    assert "began with 2 processes, now there are 1" in refused(capsys, tmp_path / "two", "--resume")
+    assert "began with 2 processes and now has 1" in refused(capsys, tmp_path / "two", "--resume")
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,8 @@ def test_a_process_takes_its_own_device_before_it_joins(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     ranks = parallel.start()
     assert seen[2:] == ["join by cpu:gloo,cuda:nccl"]
-    with pytest.raises(UserError, match="process 4 of this machine has no CUDA device: it has 3, one for each"):
+    with pytest.raises(
+        UserError, match="process 4 of this machine has no CUDA device: there are 3, and each process needs one"
+    ):
         runs.choose_device("auto", ranks)
     assert runs.choose_device("cpu", ranks) == torch.device("cpu")

@@ -210,8 +210,11 @@ def test_defaults_of_a_learned_prior():
     [
         (("--warm-up", "12", "--prior", "gmm"), "--warm-up 12 leaves none of the 12 steps"),
         (("--prior", "gmm", "--components", "1439", *WARM), "--components 1439 is more than the 1438"),
-        (("--prior", "flow", "--latent", "1025", *WARM), "--prior flow takes latents of at most 1024"),
-        (("--prior", "gmm", "--covariance", "full", "--latent", "1025", *WARM), "--covariance full takes latents"),
+        (("--prior", "flow", "--latent", "1025", *WARM), "--prior flow takes at most 1024 latent dimensions"),
+        (
+            ("--prior", "gmm", "--covariance", "full", "--latent", "1025", *WARM),
+            "--covariance full takes at most 1024 latent dimensions",
+        ),
     ],
 )
 def test_runs_that_cannot_be_end_in_one_line(tmp_path, capsys, options, expected):

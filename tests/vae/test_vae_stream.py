@@ -158,7 +158,9 @@ def test_each_process_reads_its_own_rows_only(tmp_path, monkeypatch):
 
 
 def test_workers_need_data_outside_the_memory(tmp_path, capsys):
-    assert "--workers read ahead from the disk" in refused(capsys, tmp_path / "run", "--workers", "2")
+    assert "--workers needs data that are read while the model trains" in refused(
+        capsys, tmp_path / "run", "--workers", "2"
+    )
     assert "--data digits is read whole" in refused(capsys, tmp_path / "run", "--stream")
 
 
@@ -183,7 +185,7 @@ def test_a_picture_that_is_cut_loses_no_step(tmp_path, capsys, workers):
     content = cut_short(damaged)
     error = refused(capsys, tmp_path / "run", *chosen, "--workers", workers)
     assert f"{damaged} is truncated" in error
-    assert f"step {step} is saved: when this is mended, go on with --resume" in error
+    assert f"step {step} is saved: mend the data, then continue with --resume" in error
     assert checkpoint.load(tmp_path / "run")["step"] == step
     assert f"{damaged} is truncated" in refused(capsys, tmp_path / "run", "--resume"), "again, and nothing is lost"
     damaged.write_bytes(content)
