@@ -71,7 +71,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     """Load a checkpoint's state into a run that was started with the checkpoint's settings."""
     if state["fingerprint"] != run.data.fingerprint:
         raise UserError(
-            f"--data {run.settings.data} holds other values than at the start of this run: give the same data"
+            f"--data: {run.data.source} holds other values than at the start of this run: give the same data"
         )
     if state["ranks"] != run.ranks.size and (why := fixed_processes(run.settings)):
         counts = f"{state['ranks']} processes and now has {run.ranks.size}"

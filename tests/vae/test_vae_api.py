@@ -103,7 +103,8 @@ def test_an_objective_of_ones_own(tmp_path):
         (UserError, "prior must be one of 'standard'", {"prior": "normal"}),
         (UserError, "--ema must be a decay", {"ema": 1.0}),
         (UserError, r"model= is for data of shape \[1, 8, 8\] with a normal likelihood", {"model": "normal"}),
-        (UserError, "expected numbers, got dtype <U1", {"data": np.array(["a"] * 20)}),
+        (UserError, r"--data \(an array\): expected numbers, got dtype <U1", {"data": np.array(["a"] * 20)}),
+        (UserError, r"--data \(an array\): at least 10 rows are needed", {"data": np.zeros((5, 6))}),
         (UserError, "data must be an array, a pair", {"data": (np.zeros(3),) * 3}),
     ],
 )

@@ -101,7 +101,7 @@ def test_pictures_of_different_sizes_are_cropped(tmp_path, capsys):
     assert data.load(Settings(data=str(tmp_path / "x"), crop=8)).shape == (3, 8, 8)
     assert data.load(Settings(data=str(tmp_path / "x"), crop=8, image_size=30)).train[:].shape == (20, 3, 8, 8)
     error = refused(capsys, tmp_path / "run", *chosen, "--crop", "10")
-    assert "--crop 10 is more than an image of 9 x 9 has" in error
+    assert "--crop 10 is larger than an image of 9 x 9 (" in error
     assert "000.png" in error
     assert "--image-size 10 resizes the shorter sides" in error
     assert "the shorter side after resizing" in refused(capsys, tmp_path / "run", "--crop", "9", "--image-size", "8")

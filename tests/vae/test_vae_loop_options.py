@@ -245,7 +245,7 @@ def test_a_compiled_run_is_the_same_run(tmp_path):
         (("--ema", "1"), "--ema must be a decay, 0 or more and below 1, got 1.0"),
         (("--clip", "-1"), "--clip must be a finite number, 0 or more, got -1.0"),
         (("--accumulate", "0"), "--accumulate must be at least 1, got 0"),
-        (("--accumulate", "900", "--batch-size", "2"), "--batch-size 2 with --accumulate 900 on 1 processes is more"),
+        (("--accumulate", "900", "--batch-size", "2"), "--batch-size 2 with --accumulate 900 on 1 process is more"),
     ],
 )
 def test_refused_values(tmp_path, capsys, options, message):

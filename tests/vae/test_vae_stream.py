@@ -133,7 +133,7 @@ def test_a_worker_that_dies_loses_no_step(tmp_path, capsys, monkeypatch, picture
     with monkeypatch.context() as patch:
         patch.setattr(loop, "update", deadly)
         error = refused(capsys, tmp_path / "run", *options(pictures, *AUGMENTED, "--workers", "1"))
-    assert "a process of --workers was ended from outside" in error
+    assert "a process of --workers was killed" in error
     assert checkpoint.load(tmp_path / "run")["step"] >= 5, "a step that was read before is finished"
     assert train(tmp_path / "run", *BARE, "--resume", "--workers", "0") == 0
     assert train(tmp_path / "whole", *options(pictures, *AUGMENTED)) == 0

@@ -34,7 +34,7 @@ from fastkl.vae.errors import UserError
 from fastkl.vae.settings import Settings
 
 TEST_FRACTION = 0.2
-RANGED = 256  # stored data whose values stand for the range of all
+RANGED = 256  # the range of stored data is that of so many of them
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,21 @@ class Data:
 
 def load(settings: Settings, given: Any = None) -> Data:
     """The data that the settings name, or `given`: an array or tensor [N, ...], a pair with labels [N], or a dictionary
-    with names such as x, y, x_test and y_test."""
+    with names such as x, y, x_test and y_test.
+
+    Raises:
+        UserError: data cannot be read, are too few, or do not fit the options or each other.
+    """
     if given is not None:
         found, name, source, note = files.choose(files.arrays_of(given), "data"), "array", "an array", ""
+        settings = dataclasses.replace(settings, data="(an array)")  # the name in error messages
     elif settings.data in BUILTIN:
         (found, note), name, source = BUILTIN[settings.data](settings), settings.data, settings.data
     else:
         path = Path(settings.data)
         found, name, source, note = files.read(path, settings), path.resolve().name, settings.data, ""
         if "train" not in found.parts:
-            raise UserError(f"--data {path}: it holds {' and '.join(found.parts)} data, but no training data")
+            raise UserError(f"--data {path}: expected training data, got only {' and '.join(found.parts)} data")
     parts, notes = with_test_data(found, settings)
     for part in parts:
         parts[part], layout = arrange(parts[part], where(part, settings))
@@ -149,7 +154,7 @@ def load(settings: Settings, given: Any = None) -> Data:
 
 
 def cropped(part: Part, where: str, settings: Settings) -> Part:
-    """With --crop, the squares of images that are no `Crops` yet."""
+    """With --crop, the squares of images that are not `Crops` yet."""
     if not settings.crop or isinstance(part.values, Crops):
         return part
     if part.values.ndim != 4:

@@ -45,7 +45,7 @@ class Tars:
 
     Attributes:
         labels: the numbers in the `.cls` members [N], or None unless each image has one.
-        notes: what was left out.
+        notes: notes on the members left out.
 
     Raises:
         UserError: an archive is truncated, compressed or foreign, or holds no images; the message names it.
@@ -76,6 +76,7 @@ class Tars:
         self.labels = self.numbers(classes)
 
     def numbers(self, classes: list[bytes | None]) -> np.ndarray | None:
+        """The labels in the contents of `.cls` members, one for each image; None without a member or without labels."""
         if not any(each is not None for each in classes):
             return None
         try:

@@ -42,7 +42,7 @@ class Lazy:
 
     @property
     def identity(self) -> bytes:
-        """What tells this array from others without reading its rows, such as the names of its files."""
+        """Bytes that tell this array from others without reading its rows, such as the names of its files."""
         return b""
 
     @property

@@ -15,8 +15,8 @@ from fastkl.vae.data.images import read_image, resized
 from fastkl.vae.errors import UserError, require
 from fastkl.vae.settings import Settings
 
-# Colour photographs of scenes, and the package and the folder of each. (Of motorcycle_right, almost the same pixels are
-# in motorcycle_left; the other pictures of scikit-image are grey, of textures, drawn, or of a microscope or telescope.)
+# Colour photographs of scenes, and the package and the folder of each. (motorcycle_right has almost the same pixels as
+# motorcycle_left; the other pictures of scikit-image are grey, drawn, of textures, or of a microscope or telescope.)
 PHOTOS = {
     **{
         name: ("skimage", "scikit-image", f"data/{name}")
@@ -68,10 +68,10 @@ def pbmc(settings: Settings) -> tuple[Held, str]:
 
 
 def photos(settings: Settings) -> tuple[Held, str]:
-    """Crops of photographs at random places; of test data, at the squares of a grid in the right fifth of each."""
+    """Crops of photographs at random places. Test data are the squares of a grid in the right fifth of each."""
     crop = settings.crop
     if not crop:
-        raise UserError("--data photos needs --crop, the size of the squares that are cut out of the photographs")
+        raise UserError("--data photos needs --crop, the side in pixels of the squares that are cut out of photographs")
     left, right, small = [], [], []
     for name, (package, install, path) in PHOTOS.items():
         pixels, _ = read_image(inside(package, path, "--data photos", install), f"--data photos: {name}")
@@ -103,7 +103,7 @@ def photos(settings: Settings) -> tuple[Held, str]:
 
 
 class Photographs(Pictures):
-    """Rows of which each is a photograph in memory, as often as its share of all pixels."""
+    """`count` rows that are photographs in memory: each photograph is repeated by its share of all pixels."""
 
     def __init__(self, photographs: list[np.ndarray], count: int):
         ends = np.array(list(itertools.accumulate(photograph.size for photograph in photographs)))

@@ -51,7 +51,7 @@ def read(path: Path, settings: Settings, option: str = "--data") -> Held:
             reader = huggingface.read if huggingface.is_data_set(path) else read_folder
             return reader(path, settings, option)
         if suffix not in (*readers, ".tar"):
-            raise UserError(f"{option} {path}: expected a .npy, .npz, .pt or .tar file or a folder of images")
+            raise UserError(f"{option} {path}: expected a .npy, .npz, .pt or .tar file, or a folder")
         if path.stat().st_size == 0:
             raise UserError(f"{option} {path}: the file is empty")
         if suffix == ".tar":
@@ -114,7 +114,7 @@ def load_tensors(path: Path) -> Any:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            raise ValueError("its end is missing") from None  # torch has looked for it before the beginning
+            raise ValueError("its end is missing") from None  # torch has searched before the file's beginning
 
 
 def arrays_of(given: Any) -> dict[str, np.ndarray]:
@@ -182,6 +182,7 @@ def plain(value: Any) -> bool:
 
 
 def as_array(value: Any) -> np.ndarray:
+    """The values of a tensor, or of anything that NumPy takes, without a copy if possible."""
     if not isinstance(value, Tensor):
         return np.asarray(value)  # not copied: it may be a mapping of a file
     value = (value if value.layout == torch.strided else value.to_dense()).detach().resolve_conj().resolve_neg()

@@ -44,7 +44,7 @@ def read_folder(path: Path, settings: Settings, option: str) -> Held:
 
 
 def read_part(path: Path, settings: Settings, option: str) -> tuple[Part, list[str] | None, list[str]]:
-    """(data, names of their groups or None, notes for the report) of a folder without parts, or of one tar archive."""
+    """(data, names of their labels or None, notes for the report) of a folder without parts, or of one tar archive."""
     for suffix in (".npy", ".tar"):
         items = path.iterdir() if path.is_dir() else [path]
         named = sorted(item for item in items if item.suffix.lower() == suffix and not hidden(Path(item.name)))
@@ -63,6 +63,7 @@ def read_part(path: Path, settings: Settings, option: str) -> tuple[Part, list[s
 
 
 def of_tars(tars: Tars, settings: Settings, where: str) -> tuple[Part, None, list[str]]:
+    """The images of archives, with their labels; as in read_part."""
     part, notes = of_files(tars, settings, where)
     return Part(part.values, tars.labels, part.span), None, notes + tars.notes
 
@@ -80,5 +81,6 @@ def of_files(files: Files, settings: Settings, where: str) -> tuple[Part, list[s
 
 
 def refuse_reading_whole(settings: Settings, where: str) -> None:
+    """Raise a UserError if --stream asks for data of a kind that is only read whole."""
     if settings.stream:
         raise UserError(f"{where}: --stream needs a .npy file, a .tar file or a folder; these data are read whole")

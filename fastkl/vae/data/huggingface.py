@@ -18,6 +18,7 @@ SPLITS = {"train": "train", "test": "test", "validation": "validation", "val": "
 
 
 def is_data_set(path: Path) -> bool:
+    """Whether `save_to_disk` wrote this folder."""
     return any((path / name).exists() for name in ("dataset_dict.json", "dataset_info.json"))
 
 
@@ -43,6 +44,7 @@ def read(path: Path, settings: Settings, option: str) -> Held:
 
 
 def of_rows(rows: Any, settings: Settings, where: str, option: str) -> tuple[Part, list[str] | None, list[str]]:
+    """(data, names of their labels or None, notes for the report) of one split."""
     features = rows.features
     images = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
     arrays = [name for name, feature in features.items() if leaf(feature) is not None]

@@ -14,7 +14,7 @@ CENTRE = 0.5 - 1e-9  # a place, rounded down if it is between two pixels
 
 
 class Files(Protocol):
-    """Where the bytes of images are: a folder, archives, or a table."""
+    """A source of encoded images: a folder, archives, or a table."""
 
     @property
     def identity(self) -> bytes:
@@ -35,7 +35,7 @@ class Pictures:
     sizes: np.ndarray
     channels: int
     dtype: np.dtype
-    identity = b""  # what tells these pictures from others, such as their names
+    identity = b""  # bytes that tell these pictures from others, such as their names
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -50,8 +50,8 @@ class Pictures:
 class Decoded(Pictures):
     """Pictures that are decoded when they are indexed; grey ones among colour ones become colour.
 
-    Making it opens every header, so foreign and empty files are found before the training. A file that is cut after its
-    header is found when it is decoded.
+    The constructor opens every header, so foreign and empty files are found before the training. A file that is cut
+    after its header is found when it is decoded.
 
     Raises:
         UserError: a file is not an image, or its depth differs from that of others.
@@ -130,7 +130,7 @@ class Crops(Lazy):
         if not size and short.min() < crop:
             row = int(short.argmin())
             name = f" ({source.name(row)})" if isinstance(source, Pictures) else ""
-            problem = f"--crop {crop} is more than an image of {' x '.join(map(str, sizes[row]))} has{name}"
+            problem = f"--crop {crop} is larger than an image of {' x '.join(map(str, sizes[row]))}{name}"
             raise UserError(f"{where}: {problem}; --image-size {crop} resizes the shorter sides")
         exact = not size or bool((short == size).all())
         self.dtype = source.dtype if exact else np.dtype(np.float32)

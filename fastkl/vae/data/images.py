@@ -21,7 +21,7 @@ ORIENTATION = 0x0112  # the EXIF tag
 
 
 def read_below(path: Path, image_size: int, option: str) -> tuple[Part, list[str] | None, list[str]]:
-    """(images, names of their groups or None, notes for the report)."""
+    """(images, names of their groups or None, notes for the report) of a folder, read whole."""
     names, others = listed(path, option)
     require("PIL", "Reading images")
     by_depth: dict[str, str] = {}  # depth -> the first image of this depth
@@ -77,12 +77,14 @@ def grouped(names: list[str]) -> tuple[np.ndarray | None, list[str] | None]:
 
 
 def one_depth(by_depth: dict[str, str], where: str) -> None:
+    """Raise a UserError if images have different depths; `by_depth` has an image of each."""
     if len(by_depth) > 1:
         kinds = ", ".join(f"{file} ({kind})" for kind, file in by_depth.items())
         raise UserError(f"{where}: images of different depths have no common scale: {kinds}")
 
 
 def one_size(sizes: set[tuple[int, ...]], where: str) -> None:
+    """Raise a UserError if images have different sizes."""
     if len(sizes) > 1:
         ways = "give --image-size to resize them, or --crop to cut out squares"
         raise UserError(f"{where}: images of {len(sizes)} different sizes; {ways}")
@@ -196,6 +198,7 @@ def resized(
 
 
 def depth(dtype: np.dtype) -> str:
+    """The depth of a pixel, in words."""
     kinds = {1: "8 bits", 2: "16 bits", 4: "32 bits"}
     return "floating point" if dtype.kind == "f" else kinds[dtype.itemsize]
 
@@ -206,5 +209,6 @@ def hidden(place: Path) -> bool:
 
 
 def shortened(names: list[str], shown: int = 3) -> str:
+    """The first names, and the number of the others."""
     more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more

@@ -65,6 +65,7 @@ def arrange_labels(
 
 
 def one_hot(labels: np.ndarray) -> bool:
+    """Whether each row has a single 1 among zeros."""
     if labels.ndim != 2 or labels.dtype.kind not in "iubf":
         return False
     return bool(((labels == 0) | (labels == 1)).all() and (labels.sum(axis=1) == 1).all())

@@ -23,7 +23,7 @@ class BadData(UserError):
 
 
 class Steps(Dataset):
-    """This process's data of every step, with the error instead where they cannot be read.
+    """This process's data of every step and "", or None and the message of an error if they cannot be read.
 
     The data are a function of the step (streams.py), so a resumed run needs no state of the workers.
     """
@@ -44,7 +44,7 @@ class Steps(Dataset):
 
 
 class Reader:
-    """Reads the data of a run step by step; any step may come first."""
+    """A reader of the data of a run, step by step. Any step may come first."""
 
     def __init__(self, run: Any):
         self.run, self.steps = run, Steps(run)
@@ -77,7 +77,7 @@ class Reader:
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             self.close()
-            return None, "a process of --workers was ended from outside, perhaps for its memory; fewer need less"
+            return None, "a process of --workers was killed, perhaps because the memory was full: use fewer --workers"
 
     def start(self, step: int) -> Iterator[Any]:
         """Processes that read the data from a step on."""

@@ -98,7 +98,7 @@ def arrange(part: Part, where: str) -> tuple[Part, str]:
     layout).
 
     Raises:
-        UserError: dtype or shape are unsupported, or values are not finite.
+        UserError: the dtype or the shape is unsupported, or values are not finite.
     """
     values = part.values
     if values.dtype.kind not in "fiub":
@@ -203,17 +203,17 @@ def divisor(span: Span, vectors: bool, likelihood: str) -> float | None:
 
 
 def scale(parts: dict[str, Part], train: np.ndarray, asked: str, stored: bool = False) -> tuple[Scaling, str, str]:
-    """(the scaling of all parts, its description, meaning of the figures).
+    """(the scaling of all parts, its description, the meaning of the figures).
 
-    `train`: rows of the training part, whose mean and deviation standardise the data for a normal likelihood. `stored`:
-    they are not in memory, so a sample of them is used.
+    `train`: rows of the training part, whose mean and deviation standardise data that are neither pixels nor counts.
+    `stored`: they are not in memory, so a sample of them is used.
     """
     spans = {name: part.span for name, part in parts.items() if part.span is not None}
     vectors = parts["train"].values.ndim == 2
     fit_together(spans, vectors, asked)
     span = Span.joined(spans.values())
     if span.low == span.high:
-        raise UserError(f"--data: all values are {span.low:g}; a model needs values that differ")
+        raise UserError(f"--data: all values are {span.low:g}; the training needs values that differ")
     if asked in COUNTS:
         return counted(parts, span, asked)
     by = divisor(span, vectors, asked)
@@ -285,6 +285,7 @@ def fit_together(spans: dict[str, Span], vectors: bool, likelihood: str) -> None
 
 
 def divided(values: np.ndarray, by: float) -> Tensor:
+    """Pixels in [0, 1]."""
     values = np.array(values, dtype=np.float32, order="C")
     if by > 1:
         values /= np.float32(by)
@@ -326,6 +327,7 @@ def standardised(values: np.ndarray, mean: np.ndarray, deviation: np.ndarray, ro
 
 
 def pieces(rows: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
+    """Rows in blocks whose values in float64 have a bounded size."""
     count = max(1, AT_ONCE // math.prod(values.shape[1:]))
     return [rows[first : first + count] for first in range(0, len(rows), count)]
 

@@ -77,8 +77,8 @@ class Stored:
 
     @property
     def identity(self) -> bytes:
-        """What tells these data from others: the names of files, and the values of a few rows. The other values are not
-        read, so that a mended file may replace a damaged one."""
+        """Bytes that tell these data from others: the names of files, and values of a few rows. The other values are
+        not read, so that a mended file may replace a damaged one."""
         names = self.source.identity if isinstance(self.source, Lazy) else b""
         some = np.unique(np.linspace(0, len(self) - 1, COMPARED).astype(int))
         return names + self.rows[some].tobytes() + self[some].numpy().tobytes()
