@@ -57,8 +57,8 @@ def properties() -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--slug", action="store_true")
+    parser.add_argument("--out", type=Path, help="a JSON file of the facts")
+    parser.add_argument("--slug", action="store_true", help="only print the card's name, as the name of a folder")
     given = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     about = machine(device, [torch.get_num_threads()])

@@ -252,7 +252,7 @@ def measure(case: Case, rounds: int, seconds: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=0.05, help="of each way and round")
+    parser.add_argument("--seconds", type=float, default=0.05, help="seconds of each way and round")
     parser.add_argument("--only", nargs="+", choices=("distributions", "diffusers", "pythae", "scvi", "pyro"))
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,9 +1,9 @@
 """Steps per second, bytes sent and memory of a training step on 1 to 4 processes: `python -m bench.scaling`.
 
 It runs the loop of `fastkl train` under torchrun, over gloo on this machine's CPUs, and prints a table. The processes
-share the cores and each has a batch of its own, so the times are those of this machine and not of a cluster; the bytes
-and the memory are the same everywhere. The bytes sent are those that a process writes to its sockets (Linux counts
-them), next to the formulas of docs/scaling.md.
+share the cores and each has a batch of its own. The times are therefore those of this machine, not of a cluster; bytes
+and memory are the same everywhere. The bytes sent are those that a process writes to its sockets, as Linux counts
+them, beside the formulas of docs/scaling.md.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def terms(x):
 for step in range(1, steps + 1):
     x = train[torch.randint(len(train), (64,), device=device)]
     log_likelihood, kl1, kl2 = terms(x)
-    weight = min(1.0, step / (0.3 * steps))  # the KL rises slowly: else z2 is never used
+    weight = min(1.0, step / (0.3 * steps))  # a KL warm-up: without it the posterior of z2 collapses
     loss = (weight * (kl1 + kl2) - log_likelihood).mean()
     optimizer.zero_grad()
     loss.backward()

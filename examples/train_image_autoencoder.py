@@ -2,7 +2,8 @@
 
 python examples/train_image_autoencoder.py [--steps 600] [--out FOLDER]
 
-With diffusers installed it trains an AutoencoderKL, and FOLDER/autoencoder is what diffusion training loads.
+With diffusers installed it trains an AutoencoderKL, and writes it to FOLDER/autoencoder for the training of a diffusion
+model.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def main(steps, out):
         perceptual=f"{Path(__file__).stem}:edges",
         perceptual_weight=30.0,  # in nats
         adversarial=True,
-        adversarial_start=steps // 2,  # once there is something to sharpen
+        adversarial_start=steps // 2,  # once the images have shapes to sharpen
         adversarial_weight=0.3,
         batch_size=32,
         steps=steps,
@@ -47,7 +48,7 @@ def main(steps, out):
     psnr = -10 * error.square().flatten(1).mean(1).log10()
     print(f"PSNR of {len(test)} test images: {psnr.mean():.2f} dB")
 
-    # What a diffusion model is trained on: draws from the posteriors, with mean 0 and deviation 1 in each channel.
+    # A diffusion model is trained on draws from the posteriors, scaled to mean 0 and deviation 1 in each channel.
     q = model.posterior(train)
     z = q.sample()
     mean, deviation = z.mean((0, 2, 3), keepdim=True), z.std((0, 2, 3), keepdim=True)

@@ -32,7 +32,7 @@ schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
 
 def evidence_lower_bound(x):
-    """Of each datum, in nats."""
+    """The ELBO of each datum, in nats."""
     q = fastkl.DiagonalNormal.from_packed(encoder(x), dim=1)
     z, kl = q.rsample_kl()
     return fastkl.bernoulli_log_prob(x, decoder(z)) - kl

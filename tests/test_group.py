@@ -66,5 +66,5 @@ def test_forward_mode_with_a_group_is_refused(monkeypatch, name):
     monkeypatch.setattr(_group, "row_counts", lambda *_: [2, 2])
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(torch.ones(2, 3), torch.ones(2, 3))
-        with pytest.raises(NotImplementedError, match="group of processes there is no forward-mode derivative"):
+        with pytest.raises(NotImplementedError, match="group= of several processes has no forward-mode"):
             getattr(_group, name)(object(), dual)

@@ -118,7 +118,7 @@ def test_a_folder_of_others_is_not_trusted(elsewhere, anew, tmp_path, monkeypatc
         anew()
         (warning,), works = load()
         assert works
-        assert "anew in each process" in warning
+        assert "again in each process" in warning
         assert why in warning
     assert not list(open_to_all.iterdir())
 
@@ -137,7 +137,7 @@ def test_an_unusable_cache_is_bypassed(state, elsewhere, anew, tmp_path, monkeyp
     monkeypatch.setattr(owner, name, refuse)
     (warning,), works = load()
     assert works
-    assert "anew in each process" in warning
+    assert "again in each process" in warning
     left = [path.name for path in (tmp_path / "cache").glob("*")]
     assert not left or (state == "noexec" and all(name.endswith(".so") for name in left))
 

@@ -1,7 +1,7 @@
 """fastkl's reference loop under accelerate: `python with_accelerate.py`, or `accelerate launch with_accelerate.py`.
 
-Needs: pip install accelerate ".[train]". accelerate casts the outputs of a model in mixed precision to float32; the
-posterior among them stays the object that it is.
+Needs: pip install accelerate ".[train]". In mixed precision accelerate casts the outputs of a model to float32; the
+posterior among them stays a DiagonalNormal.
 """
 
 import tempfile

@@ -1,6 +1,6 @@
 """A VAE written with torch.distributions, with a mixture as its prior: `python with_distributions.py`.
 
-Needs only fastkl. The model does not know of fastkl; one line lets it compute the density of its prior.
+Needs only fastkl. The model's code stays as it is; after one line, fastkl computes the density of its prior.
 """
 
 import time

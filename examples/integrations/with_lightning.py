@@ -1,6 +1,6 @@
 """A VAE in Lightning, watched for collapse: `python with_lightning.py`. Needs: pip install lightning.
 
-The second run weighs the KL so much that the posterior collapses: the callback says so, and what helps.
+The second run weighs the KL so much that the posterior collapses: the callback warns of it, and names remedies.
 """
 
 import lightning.pytorch as pl

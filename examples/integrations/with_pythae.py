@@ -11,7 +11,7 @@ x = torch.rand(256, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
 
 def train(kind, config, steps: int = 3) -> tuple[float, float]:
-    """(the last loss, CPU milliseconds of a step). Pythae's own trainers call the model just so."""
+    """(the last loss, CPU milliseconds of a step). Pythae's own trainers call the model in the same way."""
     torch.manual_seed(0)
     model = kind(config)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)

@@ -1,6 +1,6 @@
 """A VAE under the Trainer of transformers: `python with_transformers.py`. Needs: pip install transformers accelerate.
 
-The Trainer wants a model whose output is a dict with "loss". A `DiagonalNormal` in it is left alone.
+The Trainer needs a model whose output is a dict with "loss". It passes a `DiagonalNormal` in it on unchanged.
 """
 
 import tempfile

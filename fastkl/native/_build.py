@@ -1,4 +1,4 @@
-"""Compile a C source at first use and cache the library, as Triton does with its kernels.
+"""The compilation of a C source at first use, and a cache of the libraries, as Triton has one of its kernels.
 
 The folder is FASTKL_CACHE, or fastkl under XDG_CACHE_HOME or ~/.cache, private to the user. A library's name is a hash
 of everything it was built from, its last bytes are a checksum, and it is renamed into place atomically. So a stale one
@@ -104,6 +104,7 @@ def folder() -> Path:
 
 
 def _is_whole(path: Path) -> bool:
+    """Whether the file ends in the checksum of the rest."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -124,6 +125,7 @@ def _sweep(cache: Path) -> None:
 
 
 def _compile(source: Path, options: tuple[str, ...], path: Path) -> None:
+    """Write the library of a source to `path`, with its checksum. Raises OSError with the compiler's message."""
     with _scratch(dir=path.parent, prefix=".build-") as scratch:
         made = Path(scratch) / "library.so"
         sources = [str(source), str(SOURCES / BOUNDS)]
@@ -138,6 +140,7 @@ def _compile(source: Path, options: tuple[str, ...], path: Path) -> None:
 
 
 def _kept(source: Path, options: tuple[str, ...], name: str) -> ctypes.CDLL:
+    """Load a library from the cache, and build it first if it is missing or damaged."""
     path = folder() / name
     if not _is_whole(path):
         _sweep(path.parent)
@@ -174,11 +177,11 @@ def build(family: str, dtype: torch.dtype) -> ctypes.CDLL | None:
         library = _passing(source, options, name)  # the disk is full, read-only or noexec
     except (OSError, subprocess.SubprocessError) as error:
         _warn_once(
-            "compiler", f"fastkl could not compile its native CPU code and goes on with torch's operations: {error}"
+            "compiler", f"fastkl could not compile its native CPU code and uses torch's operations instead: {error}"
         )
         return None
-    remedy = "FASTKL_CACHE names another folder to keep it in"
-    _warn_once("cache", f"fastkl compiles its native CPU code anew in each process ({reason}); {remedy}")
+    remedy = "set FASTKL_CACHE to a folder in which it can be kept"
+    _warn_once("cache", f"fastkl compiles its native CPU code again in each process ({reason}): {remedy}")
     return library
 
 

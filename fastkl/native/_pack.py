@@ -90,6 +90,7 @@ MOST_PLANS = 1024
 
 
 def keep(key: tuple, plan: Plan | None) -> Plan | None:
+    """Store a plan and return it."""
     if len(plans) >= MOST_PLANS:
         plans.clear()
     plans[key] = plan

@@ -7,7 +7,7 @@ import functools
 from fastkl.native._pack import keep, known, plans, prepare
 
 NORMAL, BERNOULLI = 0, 1
-FULL, ROW, SHARED = 0, 1, 2
+FULL, ROW, SHARED = 0, 1, 2  # log-variances: of each element, of each row, or one row of them for all
 
 
 def _plan(name: str, density: int, event_ndim: int, tensors: tuple):

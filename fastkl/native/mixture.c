@@ -30,7 +30,7 @@ static void finish_row(const problem *p, const slice *t, const block *b, int r) 
     if ((several || p->logs) && p->kept) memcpy(kept, joint, (size_t)t->count * sizeof *kept);
     REAL origin = most > -(REAL)INFINITY ? most : 0;
     exponentials(joint, t->count, origin, 0);
-    REAL all = sum(joint, t->count), share = 1 / all; /* NaN in a row of density 0, whose gradient may be anything */
+    REAL all = sum(joint, t->count), share = 1 / all; /* NaN in a row of density 0, whose gradient is not defined */
     if (!several && p->kept && !p->logs) for (int k = 0; k < t->count; k++) kept[k] = joint[k] * share;
     double found = (double)origin + logarithm(all);
     if (t->first) {

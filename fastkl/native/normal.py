@@ -44,7 +44,7 @@ def make(name: str, settings: tuple, tensors: tuple) -> Plan | None:
     for tensor, kind in zip(tensors, kinds, strict=True):
         own = (0,) * ndim if tensor is None or kind == "none" else tensor.stride()
         if kind == "samples":
-            samples = 0 if tensor is None else settings.num_samples or 1  # finally the number in z or in its gradient
+            samples = 0 if tensor is None else settings.num_samples or 1  # the last one counts: z, or its gradient
             several = tensor is not None and settings.num_samples is not None
             step, own = (own[0], own[1:]) if several else (0, own)
             steps.append(step)

@@ -14,8 +14,8 @@
 typedef struct {
     const REAL *points, *others;      /* [rows, columns], [count, columns] */
     const double *cost, *outer;       /* [rows, count]; the old potentials of these points */
-    const double *inner;              /* of the other points */
-    const REAL *weights;              /* the same */
+    const double *inner;              /* the old potentials of the other points */
+    const REAL *weights;              /* of the other points */
     double *terms;                    /* [count]: g_j / eps, -inf for a weight of 0 */
     int64_t rows, count, columns;
     double eps;

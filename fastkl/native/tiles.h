@@ -177,7 +177,7 @@ static pieces cut_columns(const call *c) {
     return cut(c, rows, columns);
 }
 
-/* for (tile at = ...) over a piece. */
+/* The tiles of a piece that are left; next_tile takes one. */
 typedef struct { int64_t row, row_end, column, column_end, column_start; const pieces *of; } region;
 
 static region piece(const pieces *p, int64_t job) {

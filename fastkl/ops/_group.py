@@ -77,8 +77,9 @@ def total(group: ProcessGroup | None, tensor: Tensor) -> Tensor:
 
 
 def _refuse_forward_mode() -> None:
+    """Raise an error inside torch.func.jvp and the like, whose tangents would not be exchanged."""
     if forward_mode():
-        raise NotImplementedError("with a group of processes there is no forward-mode derivative")
+        raise NotImplementedError("a call with group= of several processes has no forward-mode derivative")
 
 
 def row_counts(group: ProcessGroup | None, rows: int, device: torch.device) -> list[int]:

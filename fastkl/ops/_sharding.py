@@ -3,8 +3,8 @@
 Each dimension of the device mesh is treated by itself. If it shards an op's leading tensor along the batch, the other
 tensors and the results are sharded alike. If it shards the event of an op that sums over it, each process has an addend
 of the sum. If it shards the components of a mixture and not its rows, each process has a mixture of its own, and the op
-combines their densities. Else the tensors are gathered and every process computes the whole: that is right for any op,
-so an op without a line in `RULES` needs none. A seed's noise is that of the undivided tensor, of which each process
+combines their densities. Else the tensors are gathered and every process computes the whole. That is right for any op,
+so `RULES` has only the ops that can do better. A seed's noise is that of the undivided tensor, of which each process
 draws its part.
 """
 
@@ -50,6 +50,10 @@ def _aligned(tensor: Tensor | None, like: Tensor, dim: int) -> int | None:
     """The dimension of a tensor that broadcasting pairs with `dim` of `like`, if the sizes agree; else None."""
     own = -1 if tensor is None else dim - like.dim() + tensor.dim()
     return own if own >= 0 and tensor is not None and tensor.shape[own] == like.shape[dim] else None
+
+
+# `along` of the rules: the arguments, the leading tensor and its sharded dimension -> the places, or None to gather.
+# `draw` of the rules: the arguments and this process's part of the leading tensor's shape -> the function's result.
 
 
 def _normal(args: tuple, lead: Tensor, dim: int) -> Places | None:
@@ -126,8 +130,8 @@ def _draw_kl_gmm(call: Callable[..., Any], args: list, shape: list[int], region:
 
 
 def _components(args: tuple, means: int, dim: int) -> dict[int, int | None] | None:
-    """The dimension of the components in each tensor of the mixture, None in one that all components share. No dict if
-    `dim` of the means is another one."""
+    """The dimension of the components in each tensor of the mixture, None in one that all components share. The result
+    is None if `dim` of the means is another dimension."""
     count = args[means].shape[dim]
     places = {means - 1: -1, means: -2, means + 1: -2, means + 2: -3}
     found: dict[int, int | None] = {}
@@ -219,7 +223,7 @@ def apply(call: Callable[..., Any], function: Any, args: tuple) -> Any:
     if isinstance(results, Tensor):
         return whole(0, results)
     parts = [whole(index, result) for index, result in enumerate(results)]
-    return tuple(parts) if type(results) in (list, tuple) else type(results)(*parts)  # the latter is a named tuple
+    return tuple(parts) if type(results) in (list, tuple) else type(results)(*parts)  # a named tuple
 
 
 def by_parts(function: Function) -> Function:

@@ -171,6 +171,14 @@ def test_a_model_of_diffusers_without_diffusers_ends_in_one_line(tmp_path, capsy
     )
 
 
+def test_the_page_lists_every_option_in_the_group_of_the_help():
+    page = (Path(__file__).parents[2] / "docs" / "reference-vae.md").read_text(encoding="utf-8")
+    lines = page.partition("## Options")[2].partition("\n## ")[0].splitlines()
+    rows = {line.split(" | ")[0].strip("| "): line.split("`")[1::2] for line in lines if line[:2] == "| "}
+    for title, names in GROUPS.items():
+        assert rows[title][: len(names)] == [flag(name) for name in names], title
+
+
 def test_help_has_every_option_in_a_group_and_examples(capsys):
     listed = [name for names in GROUPS.values() for name in names]
     assert sorted(listed) == sorted(item.name for item in dataclasses.fields(Settings))

@@ -1,13 +1,13 @@
-"""A mixture whose components are divided among processes: its density, from those of the processes' own mixtures.
+"""A mixture whose components are divided among processes: its density, from the densities of the processes' parts.
 
 Process r has the density p_r of its components and the logarithm w_r of their weights' sum, not normalised:
 
     ln p(z) = logsumexp_r [w_r + ln p_r(z)] - logsumexp_r w_r
 
 One all-gather sends w_r and the N values of w_r + ln p_r, in float64: every process adds the same numbers in the same
-order and finds the same bits. (All-reduces of a maximum and of a sum would be two collectives.) Backward, the own
-mixture's gradient is that of an ordinary mixture, with the incoming gradient times the share exp(w_r + ln p_r - ln p)
-of the process; nothing is sent but the sum of the rows' gradients [N, D], which is the caller's.
+order and finds the same bits. (All-reduces of a maximum and of a sum would be two collectives.) Backward, a process
+computes the gradient of an ordinary mixture, with the incoming gradient times its share exp(w_r + ln p_r - ln p). Then
+the caller sums the rows' gradients [N, D] over processes, which is all that is sent.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def responsibilities(
 
 
 def at_least_one(mixture: Parameters) -> Parameters:
-    """The mixture, or one component of weight 0 if there is none: the process still checks its arguments, takes part in
-    collectives, and finds gradients."""
+    """The mixture, or for an empty one a component of weight 0: this process then also checks its arguments, takes part
+    in collectives, and computes gradients."""
     logits, means, logvars, scale_tril = mixture
     if means.shape[-2] > 0:
         return mixture
@@ -76,7 +76,7 @@ def at_least_one(mixture: Parameters) -> Parameters:
 
 
 def once(tensor: Tensor, groups: Groups) -> Tensor:
-    """A tensor that all processes have, whose gradient counts on one of them: gradients are sums over processes."""
+    """A tensor that all processes have. Its gradient counts on one of them, because gradients are summed over them."""
     return tensor if all(torch.distributed.get_rank(group) == 0 for group in groups) else tensor.detach()
 
 
@@ -117,7 +117,7 @@ class _LogSumExp(torch.autograd.Function):
 
 
 class _Shared(torch.autograd.Function):
-    """A result that all processes have, of which each makes something else: its gradient is the sum of theirs."""
+    """A result that all processes have and use in different ways: its gradient is the sum of theirs."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor, group) -> Tensor:

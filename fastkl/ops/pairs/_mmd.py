@@ -79,7 +79,7 @@ def _own_rows(
     return [total, *(gradient for gradient, want in zip(gradients, wanted) if want)]
 
 
-OWN_ROWS = Sweep(_own_rows, once="mmd of a group has no second derivative, and neither has mmd_normal")
+OWN_ROWS = Sweep(_own_rows, once="mmd and mmd_normal with group= have no second derivative")
 
 
 def mmd(
@@ -94,6 +94,7 @@ def mmd(
 
 
 def check_scales(scales: Any) -> tuple[float, ...]:
+    """The scales of a kernel, checked."""
     try:
         numbers = tuple(scales)
     except TypeError:

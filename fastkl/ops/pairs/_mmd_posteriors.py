@@ -28,6 +28,7 @@ SMALL = 1 << 17  # up to this, pairs times dimensions are computed at once: a sw
 
 
 def _sweep(mu, logvar, scales, unbiased, dmu, dlogvar) -> list[Tensor]:
+    """[mean of K over pairs in float64, its gradients in mu if dmu, in logvar if dlogvar]."""
     rows, size = mu.shape
     if rows * rows * size <= SMALL:
         return _at_once(mu, logvar, scales, unbiased, dmu, dlogvar)
@@ -143,6 +144,7 @@ def _gradients(u, variance, each, scales) -> list[Tensor]:
 
 
 def _at_once(mu, logvar, scales, unbiased, dmu, dlogvar) -> list[Tensor]:
+    """`_sweep` without blocks."""
     u, variance, each = _parts(mu, logvar, scales, unbiased)
     total = sum(k.sum(1).sum(dtype=torch.float64) for _, k in each)
     found = _gradients(u, variance, each, scales) if dmu or dlogvar else []
@@ -195,7 +197,7 @@ def _own_rows(mu, logvar, scales, unbiased: bool, group, sizes: list[int], *want
     return [total, *(each for each, want in zip(sums[1:], wanted) if want)]
 
 
-OWN_ROWS = Sweep(_own_rows, once="mmd_normal of a group has no second derivative")
+OWN_ROWS = Sweep(_own_rows, once="mmd_normal with group= has no second derivative")
 MMD_POSTERIORS = Sweep(mmd_posteriors, gradients, name="mmd_posteriors")
 
 

@@ -88,6 +88,7 @@ class Points:
 
 
 def of_block(buffer: Tensor, a: slice, b: slice) -> Tensor:
+    """The beginning of a buffer as a block of pairs."""
     rows, columns = a.stop - a.start, b.stop - b.start
     return buffer[: rows * columns].view(rows, columns)
 
@@ -127,7 +128,8 @@ BLOCKS = {"imq": imq_block, "rbf": rbf_block}
 
 
 def pair_weights(n: int, m: int, unbiased: bool) -> tuple[float, float, float]:
-    """The weight c of a pair within x, within y, and of one each, in either order; m = 0 means pairs of x only."""
+    """The weights c of a pair within x, within y, and between x and y, which counts in both orders. If m = 0, only
+    pairs of x have a weight."""
     own = [1 / max(1, count * (count - 1) if unbiased else count * count) for count in (n, m)]
     return own[0], own[1] * bool(m), -1 / max(1, n * m) * bool(m)
 

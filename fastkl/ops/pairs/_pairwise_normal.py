@@ -54,6 +54,7 @@ def finite_(t: Tensor) -> Tensor:
 
 
 def exp_(exponent: Tensor) -> Tensor:
+    """exp in place, with 0 for negligible results."""
     return torch.nn.functional.threshold(exponent, NEGLIGIBLE[exponent.dtype], -math.inf, inplace=True).exp_()
 
 

@@ -54,7 +54,7 @@ def _backward(
             output.zero_()
         return
     coefficients = [tensor.to(joint_sum.dtype) for tensor in coefficients_of(dmutual, dtotal, ddimension)]
-    # A sum with its sign turned, of a row far from its own posterior, takes the sweep, and so does one that is NaN.
+    # A negative sum marks a row far from its own posterior, which needs the sweep, and so does a sum that is NaN.
     few = z.numel() * mu.shape[0] <= few_pairs.MOST and (joint_sum > 0).all()
     way, pairs = (few_pairs, few_pairs.Pairs) if few else (pairwise, pairwise.Sweep)
     prepared = pairs(z, mu, logvar, first, dataset_size, stratified)
@@ -167,9 +167,9 @@ def total_correlation(
             next one (dataset_size - M) / (dataset_size M), the others 1 / M. "mws", minibatch weighted sampling:
             all weigh 1 / (dataset_size N), which is not normalised, as published.
         group: a torch.distributed process group; the batch is then that of all its processes (posteriors in order of
-            rank). None means this process's batch. All mu and logvar are gathered, because memory for them is small
-            where the time for all pairs is bearable: of B posteriors, R processes send 8 (R - 1) D B / R bytes each in
-            float32 forward and 16 (R - 1) D B / R backward.
+            rank). None means this process's batch. All mu and logvar are gathered, because the time for all pairs
+            limits a batch long before the memory for these does. With B posteriors each of R processes sends
+            8 (R - 1) D B / R bytes in float32 forward, and 16 (R - 1) D B / R backward.
         scale: the meaning of logvar: "logvar", "log_std", "std" or "softplus" (sigma = softplus of it).
 
     Returns:

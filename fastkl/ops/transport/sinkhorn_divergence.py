@@ -80,6 +80,7 @@ SINKHORN = Sweep(
 
 
 def _weights(name: str, weights: Tensor | None, points: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """The weights, checked; equal ones, of `count` points in all, if none are given."""
     if weights is None:
         return torch.full(points.shape[:1], 1 / count, dtype=dtype, device=points.device)
     if weights.shape != points.shape[:1]:
