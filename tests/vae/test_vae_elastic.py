@@ -10,8 +10,7 @@ import torch
 
 from fastkl.vae import checkpoint
 from fastkl.vae.cli import main
-from fastkl.vae.rules import resolve
-from fastkl.vae.rules import fixed_processes
+from fastkl.vae.rules import fixed_processes, resolve
 
 from vae_helpers import BARE, assert_same_state, ranks, refused, torchrun, train
 
