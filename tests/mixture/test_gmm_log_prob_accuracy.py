@@ -50,6 +50,19 @@ def test_as_exact_as_differences(monkeypatch, name, dtype, way, small):
         )
 
 
+@pytest.mark.parametrize("name", EXTREMES)
+@pytest.mark.parametrize("way", ["torch", "native", "triton"])
+def test_bounds_are_as_exact_as_differences(name, way):
+    z, logits, means, logvars = (tensor.float() for tensor in EXTREMES[name]())
+    inputs = [z, logvars.mean().expand(z.shape), logits, means, logvars]
+    expected = reference.kl_gmm_bounds(*(tensor.double() for tensor in inputs))
+    with implementation(way):
+        actual = fastkl.kl_gmm_bounds(*inputs)
+    largest = z.shape[1] * logvars.abs().max().double()  # of the terms that cancel: the logarithms of the variances
+    for bound, own, truth in zip(actual, reference.kl_gmm_bounds(*inputs), expected):
+        assert_as_good_as_eager(bound, own, truth, scale=largest.clamp(min=1.0))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_narrow_and_distant_within_a_ten_thousandth_nat(backend):
     inputs = [tensor.float() for tensor in narrow(10.0, 0.1)]
