@@ -44,8 +44,8 @@ static void to_parameter_gradient(const posterior *q, const REAL *v, const REAL 
     if (q->scale == STD)
         for (int i = 0; i < n; i++) {
             REAL std = v[i] == 0 ? least : v[i];
-            REAL divisor = (gradient[i] == 0) & (std == 0) ? 1 : std > most ? most : std;
-            gradient[i] = 2 * (gradient[i] / divisor);
+            std += (gradient[i] == 0) & (std == 0) ? (REAL)1 : 0; /* added, because gcc would divide by `most` for a third case, too */
+            gradient[i] = 2 * (gradient[i] / (std > most ? most : std));
         }
     if (q->scale == SOFTPLUS)
         for (int i = 0; i < n; i++) {

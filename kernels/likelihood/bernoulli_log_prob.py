@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkl.kernels._device import log1p, weighted
+from fastkl.kernels._device import exp, log1p, weighted
 from fastkl.kernels._launch import Plan, Sums, planned, sums
 from fastkl.kernels._layout import (
     PROGRAMS,
@@ -28,13 +28,13 @@ from fastkl.kernels.likelihood._tiles import blocks
 @triton.jit
 def bernoulli_terms(logits, x):
     """x l - softplus(l) without overflow; above 0 it is (x - 1) l - softplus(-l), because x l - l cancels."""
-    return weighted(tl.where(logits > 0.0, x - 1.0, x), logits) - log1p(tl.exp(-tl.abs(logits)))
+    return weighted(tl.where(logits > 0.0, x - 1.0, x), logits) - log1p(exp(-tl.abs(logits)))
 
 
 @triton.jit
 def bernoulli_terms_gradient(logits, x):
     """Gradients: in logits x - sigmoid(l), with the same two cases; in x the logit."""
-    u = tl.exp(-tl.abs(logits))
+    u = exp(-tl.abs(logits))
     opposite = u / (1.0 + u)  # the probability of the less likely outcome
     return tl.where(logits > 0.0, x - 1.0 + opposite, x - opposite)
 

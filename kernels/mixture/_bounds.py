@@ -20,7 +20,7 @@ import triton.language as tl
 
 from fastkl.kernels._device import LN2, exp, two_parts, weighted
 from fastkl.kernels._layout import OLD_COMPILER, PROGRAMS, SPILLS_A_FEW, cdiv, next_power_of_2, registers
-from fastkl.kernels.mixture._mixture import four, fraction_and_exponent, load_centred, load_rows
+from fastkl.kernels.mixture._mixture import four, fraction_and_exponent, load_rows
 from fastkl.kernels.mixture._mixture_prepare import SHRUNK
 
 
@@ -53,23 +53,23 @@ def by_component(x, BY_ROWS: tl.constexpr):
 
 
 @triton.jit
-def load_four(mu_at, logvar_at, centre, start, columns, TAIL: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr):
-    """Four columns of mu, centred, and of sigma."""
-    zs = four(load_centred(mu_at, centre, start, columns, "expected", TAIL, DTYPE), ROWS)
+def load_four(mu_at, logvar_at, start, columns, TAIL: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr):
+    """Four columns of mu and of sigma."""
+    zs = four(load_rows(mu_at, start, columns, TAIL, DTYPE), ROWS)
     return zs, four(exp(load_rows(logvar_at, start, columns, TAIL, DTYPE), 0.5), ROWS)
 
 
 @triton.jit
-def element(z, sigma, s, scaled_mean):
-    """(t, sqrt w, 1 + w) of one dimension, scaled by 2^-40 like s and scaled_mean; z and scaled_mean are centred."""
-    t = z * s - scaled_mean
+def element(z, sigma, s, mean):
+    """(t, sqrt w, 1 + w) of one dimension, scaled by 2^-40 like s."""
+    t = (z - mean) * s
     u = sigma * s
     return t, u, u * u + SHRUNK * SHRUNK
 
 
 @triton.jit
 def joint_tiles(
-    mu_at, logvar_at, normaliser, centre, constants, roots, scaled_means, start, shape, steps,
+    mu_at, logvar_at, normaliser, constants, roots, means, start, shape, steps,
     TAIL: tl.constexpr, BY_ROWS: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """ln pi_k + the terms of component k in the lower and the upper bound: [COMPONENTS, ROWS] by rows, else transposed.
@@ -83,17 +83,17 @@ def joint_tiles(
     exponent = tl.zeros(lower.shape, dtype=tl.int32) + tl.cdiv(shape[0], 4) * 320  # each 1 + w lacks a factor of 2^80
     lanes = tl.arange(0, COMPONENTS)  # constants, which become immediate offsets of the loads
     roots += start
-    scaled_means += start
+    means += start
     for d in range(0, shape[0], 4):
-        zs, vs = load_four(mu_at, logvar_at, centre, d, shape[0], TAIL, ROWS, DTYPE)
+        zs, vs = load_four(mu_at, logvar_at, d, shape[0], TAIL, ROWS, DTYPE)
         mu_at += steps[0]
         logvar_at += steps[1]
         for i in tl.static_range(4):
             s = by_component(tl.load(roots + lanes), BY_ROWS)
-            scaled_mean = by_component(tl.load(scaled_means + lanes), BY_ROWS)
+            mean = by_component(tl.load(means + lanes), BY_ROWS)
             roots += shape[2]
-            scaled_means += shape[2]
-            t, u, one_plus_w = element(by_row(zs[i], BY_ROWS), by_row(vs[i], BY_ROWS), s, scaled_mean)
+            means += shape[2]
+            t, u, one_plus_w = element(by_row(zs[i], BY_ROWS), by_row(vs[i], BY_ROWS), s, mean)
             upper += t * t
             upper += u * u
             product, power = fraction_and_exponent(product * one_plus_w)

@@ -26,7 +26,7 @@ from fastkl.kernels.mixture._mixture_tiles import scattered, split
 
 @triton.jit
 def kl_gmm_bounds_rows_kernel(
-    dlower, dupper, lower, upper, mu, logvar, normaliser, centre, constants, roots, scaled_means, dmu, dlogvar,
+    dlower, dupper, lower, upper, mu, logvar, normaliser, constants, roots, means, dmu, dlogvar,
     rows, shape, mu_strides, logvar_strides, dlower_stride, dupper_stride, dmu_strides, dlogvar_strides,
     dmu_split_stride, dlogvar_split_stride, components_per_program, splits,
     TAIL: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DTYPE: tl.constexpr,
@@ -46,22 +46,22 @@ def kl_gmm_bounds_rows_kernel(
     first = split * components_per_program
     for start in range(first, tl.minimum(first + components_per_program, shape[1]), COMPONENTS):
         low, high = joint_tiles(
-            mu_start, logvar_start, normaliser, centre, constants, roots, scaled_means, start, shape, steps,
+            mu_start, logvar_start, normaliser, constants, roots, means, start, shape, steps,
             TAIL, True, ROWS, COMPONENTS, DTYPE,
         )  # fmt: skip
         low = weights(low, lower, to_lower, row, True, DTYPE)
         high = weights(high, upper, to_upper, row, True, DTYPE) / (SHRUNK * SHRUNK)
         mu_at, logvar_at, dmu_at, dlogvar_at = mu_start, logvar_start, dmu, dlogvar
-        roots_at, means_at = roots + start, scaled_means + start
+        roots_at, means_at = roots + start, means + start
         for d in range(0, shape[0], 4):
-            zs, vs = load_four(mu_at, logvar_at, centre, d, shape[0], TAIL, ROWS, DTYPE)
+            zs, vs = load_four(mu_at, logvar_at, d, shape[0], TAIL, ROWS, DTYPE)
             sums, others = (), ()  # mypy lets no tuple grow
             for i in tl.static_range(4):
                 s = tl.load(roots_at + tl.arange(0, COMPONENTS))[:, None]
-                scaled_mean = tl.load(means_at + tl.arange(0, COMPONENTS))[:, None]
+                mean = tl.load(means_at + tl.arange(0, COMPONENTS))[:, None]
                 roots_at += shape[2]
                 means_at += shape[2]
-                t, u, one_plus_w = element(zs[i][None, :], vs[i][None, :], s, scaled_mean)
+                t, u, one_plus_w = element(zs[i][None, :], vs[i][None, :], s, mean)
                 root = tl.rsqrt(one_plus_w)
                 narrowed = low * (root * root)
                 sums += (tl.sum((high + narrowed) * t * s, axis=0),)  # type: ignore[assignment]
@@ -83,7 +83,7 @@ def kl_gmm_bounds_rows_kernel(
 
 @triton.jit
 def kl_gmm_bounds_components_kernel(
-    dlower, dupper, lower, upper, mu, logvar, normaliser, centre, constants, roots, scaled_means, counts, sums, squared,
+    dlower, dupper, lower, upper, mu, logvar, normaliser, constants, roots, means, counts, sums, squared,
     rows, shape, mu_strides, logvar_strides, dlower_stride, dupper_stride, part_stride, rows_per_program,
     component_blocks,
     TAIL: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DTYPE: tl.constexpr,
@@ -104,7 +104,7 @@ def kl_gmm_bounds_components_kernel(
         row = tl.minimum(index, rows - 1).to(tl.int64)  # past the end the last row, with weight 0
         mu_at, logvar_at = quads(mu, row, mu_strides), quads(logvar, row, logvar_strides)
         low, high = joint_tiles(
-            mu_at, logvar_at, normaliser, centre, constants, roots, scaled_means, start_component, shape, steps,
+            mu_at, logvar_at, normaliser, constants, roots, means, start_component, shape, steps,
             TAIL, False, ROWS, COMPONENTS, DTYPE,
         )  # fmt: skip
         gradient = tl.load(dlower + row * dlower_stride, mask=index < rows, other=0.0).to(DTYPE)
@@ -113,12 +113,12 @@ def kl_gmm_bounds_components_kernel(
         high = weights(high, upper, gradient, row, False, DTYPE)
         count += tl.sum(low + high, axis=0)
         high /= SHRUNK * SHRUNK
-        roots_at, means_at, sums_at = roots + start_component, scaled_means + start_component, sums_start
+        roots_at, means_at, sums_at = roots + start_component, means + start_component, sums_start
         if squared is not None:
             squared_at = squared_start
         again = start + tl.arange(0, 1) > first  # the first block starts from 0
         for d in range(0, shape[0], 4):
-            zs, vs = load_four(mu_at, logvar_at, centre, d, shape[0], TAIL, ROWS, DTYPE)
+            zs, vs = load_four(mu_at, logvar_at, d, shape[0], TAIL, ROWS, DTYPE)
             mu_at += steps[0]
             logvar_at += steps[1]
             for i in tl.static_range(4):

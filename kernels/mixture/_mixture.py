@@ -54,14 +54,6 @@ def load_rows(at, start, columns, TAIL: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load_centred(at, centre, start, columns, FORM: tl.constexpr, TAIL: tl.constexpr, DTYPE: tl.constexpr):
-    value = load_rows(at, start, columns, TAIL, DTYPE)
-    if FORM != "convolved":  # which subtracts the means directly
-        value -= tl.load(centre + start + tl.arange(0, 4))[None, :]
-    return value
-
-
-@triton.jit
 def load_spread(at, start, columns, FORM: tl.constexpr, TAIL: tl.constexpr, DTYPE: tl.constexpr):
     """Four columns of q's variance (convolved: it is added to the components'), else of q's sigma."""
     value = load_rows(at, start, columns, TAIL, DTYPE)
@@ -106,21 +98,21 @@ def of_rows(x, BY_ROWS: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def squares(
-    z_at, logvar_at, centre, roots, scaled_means, columns, padded, steps,
+    z_at, logvar_at, roots, means, columns, padded, steps,
     FORM: tl.constexpr, TAIL: tl.constexpr, BY_ROWS: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr,
     TERMS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """-2 (ln N_k(z) - constant_k) for a tile.
 
     z_at and logvar_at are pointers [ROWS, 4] to the first four columns, and steps their distance to the next four.
-    roots and scaled_means point to the first component, in rows of `padded` elements.
+    roots and means point to the first component, in rows of `padded` elements.
     """
     OWN: tl.constexpr = (ROWS if BY_ROWS else COMPONENTS) // LANES
     GROUPS: tl.constexpr = (COMPONENTS if BY_ROWS else ROWS) // TERMS
     total = tl.zeros([OWN, TERMS, GROUPS, LANES], dtype=DTYPE)
     lanes = component_index(COMPONENTS, BY_ROWS, TERMS, LANES)  # outside the loop: constant over its steps
     for start in range(0, columns, 4):
-        zs = four(load_centred(z_at, centre, start, columns, FORM, TAIL, DTYPE), ROWS)
+        zs = four(load_rows(z_at, start, columns, TAIL, DTYPE), ROWS)
         z_at += steps[0]
         if FORM != "point":
             vs = four(load_spread(logvar_at, start, columns, FORM, TAIL, DTYPE), ROWS)
@@ -130,18 +122,17 @@ def squares(
             exponent = tl.zeros(total.shape, dtype=tl.int32)
         for i in tl.static_range(4):
             s = tl.load(roots + lanes)
-            ms = tl.load(scaled_means + lanes)
+            t = of_rows(zs[i], BY_ROWS, TERMS, LANES) - tl.load(means + lanes)
             roots += padded
-            scaled_means += padded
+            means += padded
             if FORM == "convolved":
-                t = of_rows(zs[i], BY_ROWS, TERMS, LANES) - ms
                 spread = s + of_rows(vs[i], BY_ROWS, TERMS, LANES)
                 total += t * t / spread
                 fraction, power = fraction_and_exponent(spread)
                 product *= fraction
                 exponent += power
             else:
-                t = of_rows(zs[i], BY_ROWS, TERMS, LANES) * s - ms
+                t *= s
                 total += t * t
                 if FORM == "expected":
                     u = of_rows(vs[i], BY_ROWS, TERMS, LANES) * s
@@ -153,7 +144,7 @@ def squares(
 
 @triton.jit
 def joint_tile(
-    z_at, logvar_at, logits, normaliser, centre, constants, roots, scaled_means, row, start, shape, steps,
+    z_at, logvar_at, logits, normaliser, constants, roots, means, row, start, shape, steps,
     logits_strides, FORM: tl.constexpr, TAIL: tl.constexpr, BY_ROWS: tl.constexpr, ROWS: tl.constexpr,
     COMPONENTS: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -163,7 +154,7 @@ def joint_tile(
     """
     columns, components, padded = shape
     total = squares(
-        z_at, logvar_at, centre, roots + start, scaled_means + start, columns, padded, steps,
+        z_at, logvar_at, roots + start, means + start, columns, padded, steps,
         FORM, TAIL, BY_ROWS, ROWS, COMPONENTS, TERMS, LANES, DTYPE,
     )  # fmt: skip
     component = start + component_index(COMPONENTS, BY_ROWS, TERMS, LANES)

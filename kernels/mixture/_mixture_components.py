@@ -16,7 +16,7 @@ from fastkl.kernels.mixture._mixture import (
     finite_spread,
     four,
     joint_tile,
-    load_centred,
+    load_rows,
     of_rows,
     own_index,
     quads,
@@ -50,7 +50,7 @@ def finished(first, second, count, s, KIND: tl.constexpr):
 
 @triton.jit
 def gmm_components_kernel(
-    dlp, lp, dlog_r, log_r, z, logvar, logits, normaliser, centre, constants, roots, scaled_means, counts, sums,
+    dlp, lp, dlog_r, log_r, z, logvar, logits, normaliser, constants, roots, means, counts, sums,
     squared, rows, logit_rows, shape, z_strides, logvar_strides, logits_strides, dlp_stride, dlog_r_strides,
     sums_strides, squared_strides, part_stride, rows_per_program, component_blocks,
     FORM: tl.constexpr, GIVEN: tl.constexpr, TAIL: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr,
@@ -89,17 +89,17 @@ def gmm_components_kernel(
         else:
             value, rest = two_parts(tl.load(lp + row), DTYPE)
             joint = joint_tile(
-                z_at, logvar_at, logits, normaliser, centre, constants, roots, scaled_means, row % logit_rows,
+                z_at, logvar_at, logits, normaliser, constants, roots, means, row % logit_rows,
                 start_component, shape, steps, logits_strides, FORM, TAIL, False, ROWS, COMPONENTS, TERMS, LANES, DTYPE,
             )  # fmt: skip
             value, rest = of_rows(value, False, TERMS, LANES), of_rows(rest, False, TERMS, LANES)
             weight = weighted(of_rows(gradient, False, TERMS, LANES), exp(joint - value - rest))
         count += tl.reshape(tl.permute(tl.sum(tl.sum(weight, axis=1), axis=1), [1, 0]), [COMPONENTS])
-        roots_at, means_at, sums_at = roots + start_component, scaled_means + start_component, sums_start
+        roots_at, means_at, sums_at = roots + start_component, means + start_component, sums_start
         if squared is not None:
             squared_at = squared_start
         for d in range(0, shape[0], 4):
-            zs = four(load_centred(z_at, centre, d, shape[0], FORM, TAIL, DTYPE), ROWS)
+            zs = four(load_rows(z_at, d, shape[0], TAIL, DTYPE), ROWS)
             z_at += steps[0]
             if FORM != "point":
                 vs = four(finite_spread(logvar_at, d, shape[0], FORM, TAIL, DTYPE), ROWS)
@@ -107,12 +107,12 @@ def gmm_components_kernel(
             firsts, seconds = (), ()  # mypy lets no tuple grow
             for i in tl.static_range(4):
                 s = tl.load(roots_at + lanes)
-                t = of_rows(zs[i], False, TERMS, LANES)
+                t = of_rows(zs[i], False, TERMS, LANES) - tl.load(means_at + lanes)
                 if FORM == "convolved":
                     u = 1.0 / (s + of_rows(vs[i], False, TERMS, LANES))
-                    t = (t - tl.load(means_at + lanes)) * u
+                    t *= u
                 else:
-                    t = t * s - tl.load(means_at + lanes)
+                    t *= s
                 moment = weight * t
                 firsts += (tl.sum(moment, axis=1),)  # type: ignore[assignment]
                 if squared is not None:

@@ -1,8 +1,8 @@
 """Preparation of a mixture for the kernels of the shared-mixture ops, by one kernel before them.
 
-The layout is [D, K] with contiguous components, padded so that the inner loops need no mask. It holds a root of the
-precision s and (m - c) s, or for the convolved form the variance and the mean. This costs one more read and write of
-the parameters in each direction, and saves an exponential, or two subtractions, per row in the inner loops.
+The layout is [D, K] with contiguous components, padded so that the inner loops need no mask. It holds the means and
+the roots of the precisions, or for the convolved form the variances. This costs one more read and write of the
+parameters in each direction, and saves an exponential per row in the inner loops.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ class Prepared(NamedTuple):
     """A mixture as the prepare kernel writes it."""
 
     normaliser: torch.Tensor  # [I] ln sum exp logits
-    centre: torch.Tensor  # [D padded], subtracted from z first
     constants: torch.Tensor  # [K padded] logits (if shared), determinant, 2 pi; -inf in the padding
     roots: torch.Tensor  # [D padded, K padded] exp(-logvars / 2), for "bounds" shrunk; convolved: exp(logvars)
-    means: torch.Tensor  # [D padded, K padded] (means - centre) roots; convolved: means
+    means: torch.Tensor  # [D padded, K padded]
 
     @property
     def padded(self) -> int:
@@ -62,7 +61,7 @@ def spread(logvars, FORM: tl.constexpr):
 
 @triton.jit
 def prepare_kernel(
-    logits, means, logvars, normaliser, centre, constants, roots, scaled_means, shape, logits_strides, means_strides,
+    logits, means, logvars, normaliser, constants, roots, prepared_means, shape, logits_strides, means_strides,
     logvars_strides,
     FORM: tl.constexpr, SHARED: tl.constexpr, DTYPE: tl.constexpr,
     COMPONENTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, LOGITS: tl.constexpr,
@@ -95,30 +94,18 @@ def prepare_kernel(
             v += spread(tl.load(logvars + at, mask, other=0.0).to(DTYPE), FORM)  # a variance of 1
         at = column.to(tl.int64)[None, :] * padded_components + component[:, None]
         inside = (component < padded_components)[:, None] & (column < padded_columns)[None, :]
+        tl.store(prepared_means + at, m, inside)
         if FORM == "convolved":
             # Padded dimensions have a difference of 0 and a variance of 0; q's variance is 1 there, and ln 1 = 0.
             tl.store(roots + at, tl.where((column < columns)[None, :], not_infinite(exp(v)), 0.0), inside)
-            tl.store(scaled_means + at, m, inside)
         else:
-            # The centre is the average of the first components if it is much larger than their distances: then z - c
-            # is exact, and shifting z and means together hardly changes the result. Else 0, because z - c would round.
-            some = tl.arange(0, COMPONENTS)
-            at_some = some.to(tl.int64)[:, None] * means_strides[0] + narrow * means_strides[1]
-            inside_some = (some < components)[:, None] & (column < columns)[None, :]
-            first = tl.load(means + at_some, inside_some, other=0.0).to(DTYPE)
-            average = tl.sum(first, axis=0) / tl.minimum(components, COMPONENTS)
-            distance = tl.max(tl.where(inside_some, tl.abs(first - average[None, :]), 0.0), axis=0)
-            c = tl.where(tl.abs(average) > 2.0 * distance, average, 0.0)
             # A component this narrow has density only at its mean. Bounded, because 0 * inf would be NaN.
             most = 1e150 if v.dtype == tl.float64 else 1e30
-            s = tl.minimum(exp(-0.5 * v), most / tl.maximum(tl.abs(m - c[None, :]), 1.0), tl.PropagateNan.ALL)
+            s = tl.minimum(exp(-0.5 * v), most / tl.maximum(tl.abs(m), 1.0), tl.PropagateNan.ALL)
             if FORM == "bounds":
                 s *= SHRUNK
             # Padding components get root 1; with 0, an infinite z would give inf * 0 = NaN.
             tl.store(roots + at, tl.where((column < columns)[None, :], s, 0.0), inside)
-            tl.store(scaled_means + at, tl.where(mask, (m - c[None, :]) * s, 0.0), inside)
-            if program < column_blocks:
-                tl.store(centre + column, c, mask=column < padded_columns)
         if program % column_blocks == 0:
             log_scale = tl.zeros([COMPONENTS, COLUMNS], dtype=DTYPE)
             if logvars is not None and FORM != "convolved":
@@ -142,7 +129,7 @@ def prepare(logits: Tensor, means: Tensor, logvars: Tensor | None, form: str, dt
     padded_components, padded_columns = cdiv(components, pad) * pad, cdiv(columns, STEP) * STEP
     empty: dict[str, Any] = {"dtype": dtype, "device": device}
     mixture = Prepared(
-        torch.empty(rows, **empty), torch.empty(padded_columns, **empty), torch.empty(padded_components, **empty),
+        torch.empty(rows, **empty), torch.empty(padded_components, **empty),
         torch.empty((padded_columns, padded_components), **empty),
         torch.empty((padded_columns, padded_components), **empty),
     )  # fmt: skip

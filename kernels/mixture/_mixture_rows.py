@@ -16,7 +16,7 @@ from fastkl.kernels.mixture._mixture import (
     finite_spread,
     four,
     joint_tile,
-    load_centred,
+    load_rows,
     of_rows,
     quads,
     term_index,
@@ -62,7 +62,7 @@ def summed(x):
 
 @triton.jit
 def gmm_rows_kernel(
-    dlp, lp, dlog_r, log_r, z, logvar, logits, normaliser, centre, constants, roots, scaled_means, dz, dlogvar, dlogits,
+    dlp, lp, dlog_r, log_r, z, logvar, logits, normaliser, constants, roots, means, dz, dlogvar, dlogits,
     rows, copies, shape, z_strides, logvar_strides, logits_strides, dlp_stride, dlog_r_strides, dz_strides,
     dlogvar_strides, dlogits_strides, dz_split_stride, dlogvar_split_stride, components_per_program, splits,
     FORM: tl.constexpr, GIVEN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr,
@@ -103,7 +103,7 @@ def gmm_rows_kernel(
                 )  # fmt: skip
             else:
                 joint = joint_tile(
-                    z_at, logvar_at, logits, normaliser, centre, constants, roots, scaled_means, index, start, shape,
+                    z_at, logvar_at, logits, normaliser, constants, roots, means, index, start, shape,
                     steps, logits_strides, FORM, TAIL, True, ROWS, COMPONENTS, TERMS, LANES, DTYPE,
                 )  # fmt: skip
                 weight = weighted(of_rows(gradient, True, TERMS, LANES), exp(joint - value - rest))
@@ -121,30 +121,30 @@ def gmm_rows_kernel(
                 tl.store(dlogits + out, change, inside)
             if dz is not None:
                 dz_at = quads(dz, row, dz_strides)
-                roots_at, means_at = roots + start, scaled_means + start
+                roots_at, means_at = roots + start, means + start
                 if dlogvar is not None:
                     dlogvar_at = quads(dlogvar, row, dlogvar_strides)
                     logvar_here = logvar_at
                 z_here = z_at
                 for d in range(0, shape[0], 4):
-                    zs = four(load_centred(z_here, centre, d, shape[0], FORM, TAIL, DTYPE), ROWS)
+                    zs = four(load_rows(z_here, d, shape[0], TAIL, DTYPE), ROWS)
                     if FORM != "point":
                         spread = finite_spread(logvar_here, d, shape[0], FORM, TAIL, DTYPE)
                         vs = four(spread, ROWS)
                     sums, others = (), ()  # mypy lets no tuple grow
                     for i in tl.static_range(4):
                         s = tl.load(roots_at + lanes)
-                        ms = tl.load(means_at + lanes)
+                        t = of_rows(zs[i], True, TERMS, LANES) - tl.load(means_at + lanes)
                         roots_at += shape[2]
                         means_at += shape[2]
                         if FORM == "convolved":
                             u = 1.0 / (s + of_rows(vs[i], True, TERMS, LANES))
-                            t = (of_rows(zs[i], True, TERMS, LANES) - ms) * u
+                            t *= u
                             moment = weight * t
                             others += (tl.sum(moment * t - weight * u, axis=1),)  # type: ignore[assignment]
                             sums += (tl.sum(moment, axis=1),)  # type: ignore[assignment]
                         else:
-                            t = of_rows(zs[i], True, TERMS, LANES) * s - ms
+                            t *= s
                             scaled = weight * s
                             sums += (tl.sum(scaled * t, axis=1),)  # type: ignore[assignment]
                             if FORM == "expected":

@@ -47,7 +47,7 @@ def has_kernel(means: Tensor, scale_tril: Tensor | None, form: str, dtype: torch
 
 @triton.jit
 def gmm_fwd_kernel(
-    z, logvar, logits, normaliser, centre, constants, roots, scaled_means, lp, joints, rows, logit_rows, shape,
+    z, logvar, logits, normaliser, constants, roots, means, lp, joints, rows, logit_rows, shape,
     z_strides, logvar_strides, logits_strides, components_per_program, splits,
     FORM: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, TERMS: tl.constexpr,
     LANES: tl.constexpr, DTYPE: tl.constexpr,
@@ -66,7 +66,7 @@ def gmm_fwd_kernel(
     first = split * components_per_program
     for start in range(first, tl.minimum(first + components_per_program, shape[1]), COMPONENTS):
         joint = joint_tile(
-            z_at, logvar_at, logits, normaliser, centre, constants, roots, scaled_means, row % logit_rows, start, shape,
+            z_at, logvar_at, logits, normaliser, constants, roots, means, row % logit_rows, start, shape,
             steps, logits_strides, FORM, TAIL, True, ROWS, COMPONENTS, TERMS, LANES, DTYPE,
         )  # fmt: skip
         if joints is not None:

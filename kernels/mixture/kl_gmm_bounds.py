@@ -19,7 +19,7 @@ from fastkl.kernels.mixture._mixture_tiles import scattered, split
 
 @triton.jit
 def kl_gmm_bounds_fwd_kernel(
-    mu, logvar, normaliser, centre, constants, roots, scaled_means, lower, upper, negative_entropy, rows, shape,
+    mu, logvar, normaliser, constants, roots, means, lower, upper, negative_entropy, rows, shape,
     mu_strides, logvar_strides, components_per_program, splits, TAIL: tl.constexpr, ROWS: tl.constexpr,
     COMPONENTS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -36,7 +36,7 @@ def kl_gmm_bounds_fwd_kernel(
     first = split * components_per_program
     for start in range(first, tl.minimum(first + components_per_program, shape[1]), COMPONENTS):
         low, high = joint_tiles(
-            mu_at, logvar_at, normaliser, centre, constants, roots, scaled_means, start, shape, steps,
+            mu_at, logvar_at, normaliser, constants, roots, means, start, shape, steps,
             TAIL, True, ROWS, COMPONENTS, DTYPE,
         )  # fmt: skip
         low_top, low_total = add_exponentials(low_top, low_total, low, 0)

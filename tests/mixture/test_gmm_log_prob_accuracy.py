@@ -31,14 +31,15 @@ def narrow(distance, sigma):
 
 @pytest.mark.parametrize("name", EXTREMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("small", [True, False])
-def test_as_exact_as_differences(monkeypatch, name, dtype, small):
-    """The contract of every op holds for the CPU's expansion: no worse than broadcasting in the same dtype."""
+@pytest.mark.parametrize(("way", "small"), [("torch", True), ("torch", False), ("native", True), ("triton", True)])
+def test_as_exact_as_differences(monkeypatch, name, dtype, way, small):
+    """The contract of every op holds for the expansion, too: no worse than broadcasting in the same dtype."""
     monkeypatch.setattr(_at_once, "SMALL", _at_once.SMALL if small else 0)
     inputs = [tensor.to(dtype) for tensor in EXTREMES[name]()]
     expected, dexpected = gradients(reference.gmm_log_prob, *(tensor.double() for tensor in inputs))
     eager, deager = gradients(reference.gmm_log_prob, *inputs)
-    actual, dactual = gradients(fastkl.gmm_log_prob, *inputs)
+    with implementation(way):
+        actual, dactual = gradients(fastkl.gmm_log_prob, *inputs)
     assert actual.dtype == torch.float32
     assert_as_good_as_eager(actual, eager, expected)
     for gradient, own, truth in zip(dactual, deager, dexpected):
@@ -47,6 +48,19 @@ def test_as_exact_as_differences(monkeypatch, name, dtype, small):
         assert_as_good_as_eager(
             gradient, own, truth, scale=truth.abs().max(), units=64 if dtype == torch.float32 else 4
         )
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+@pytest.mark.parametrize("way", ["torch", "native", "triton"])
+def test_bounds_are_as_exact_as_differences(name, way):
+    z, logits, means, logvars = (tensor.float() for tensor in EXTREMES[name]())
+    inputs = [z, logvars.mean().expand(z.shape), logits, means, logvars]
+    expected = reference.kl_gmm_bounds(*(tensor.double() for tensor in inputs))
+    with implementation(way):
+        actual = fastkl.kl_gmm_bounds(*inputs)
+    largest = z.shape[1] * logvars.abs().max().double()  # of the terms that cancel: the logarithms of the variances
+    for bound, own, truth in zip(actual, reference.kl_gmm_bounds(*inputs), expected):
+        assert_as_good_as_eager(bound, own, truth, scale=largest.clamp(min=1.0))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -85,8 +85,8 @@ def kl_gmm(
     Returns:
         [*batch], float32 for float16, bfloat16 and float32 input, float64 if any input is. mu, logvar and every
         parameter of the mixture have gradients. On a GPU, in float32, log-variances of components that all rows share
-        are clamped to at least -120 in "upper", and those of all components to at least -87 in "lower", which is NaN
-        if one is above 88.
+        are clamped to at least -120 in "upper", and those of all components to at least -87 in "lower", where variances
+        of q below e^-87 count as 0; it is NaN if a log-variance is above 88.
 
     With DTensors whose components are sharded over R processes, each sends, for N rows, 8 (R - 1) (N L + 1) bytes
     forward (L = 1 for a bound) and, if they require gradients, 2 (R - 1) / R times the bytes of mu and logvar backward.
