@@ -49,6 +49,7 @@ class Plan(NamedTuple):
         self.run_at(self.low, self.high, *tensors)
 
     def run_at(self, low: float, high: float, *tensors: Tensor | None) -> None:
+        """`run` with other numbers than those of the plan."""
         addresses = []
         for tensor in tensors:
             addresses.append(0 if tensor is None else tensor.data_ptr())

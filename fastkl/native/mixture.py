@@ -106,6 +106,7 @@ def gmm_log_prob_bwd(
 
 
 def _gradients(name: str, form: str, kept: tuple, rows: tuple, mixture: tuple, outputs: tuple):
+    """Write the outputs that are wanted and return None, or return NotImplemented. `kept`: of the forward pass."""
     z, (logits, means, logvars) = rows[0], mixture
     dz, dlogvar, dlogits, dmeans, dlogvars = outputs
     of_rows = [dz, dlogvar]

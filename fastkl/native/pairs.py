@@ -16,6 +16,7 @@ BETWEEN = 2  # instead of whether the estimate is unbiased: only the pairs of a 
 
 
 def _plan(x: Tensor, y: Tensor, kernel: str, scales: list[float], unbiased: int) -> Plan | None:
+    """The plan of the squared MMD, or with `unbiased` BETWEEN of the pairs of x and y alone."""
     key = ("mmd", kernel, tuple(scales), unbiased, *known((x, y)))
     try:
         return plans[key]

@@ -103,6 +103,8 @@ def check_group(group: Any) -> None:
 
 
 class _Gather(torch.autograd.Function):
+    """The rows of all processes. A row's gradient is the sum over the processes, which all have the row."""
+
     @staticmethod
     def forward(ctx, tensor: Tensor, sizes: list[int], group) -> Tensor:
         ctx.sizes, ctx.group = sizes, group

@@ -85,6 +85,7 @@ class LastLayer:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[list[Tensor]]:
+        """A context with a list, which has [input, output] of the layer after its call."""
         call: list[Tensor] = []
 
         def keep(module: nn.Module, inputs: tuple, output: Tensor) -> None:

@@ -125,6 +125,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
+    """Evaluate the model of a checkpoint on one process, and write the report again."""
     claim = folders.claim_old(options.run, "")
     try:
         state = checkpoint.load(claim.folder)

@@ -45,6 +45,7 @@ class Claim:
             pass  # a file system without locks
 
     def release(self) -> None:
+        """Unlock the folder. It may be called twice."""
         if self.fresh:
             with contextlib.suppress(OSError):  # not empty: the run wrote its files
                 self.folder.rmdir()

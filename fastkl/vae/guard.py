@@ -73,6 +73,7 @@ class Guard:
         return self.ranks.mean((~finite).float()).tolist()
 
     def message(self, what: str, step: int | None) -> str:
+        """The text of Diverged; `what` was not finite."""
         times = f"{self.in_a_row} times in a row, the last" if self.in_a_row > 1 else "once"
         place = "" if step is None else f" at step {step}"
         kept = "no checkpoint yet"

@@ -106,6 +106,8 @@ class Given:
         self.outputs: dict[torch.Size, Tensor] = {}
 
     def by(self, log_prob: Callable[[Tensor, Tensor], Tensor]) -> LogLikelihood:
+        """The log-likelihood of z, with log_prob(x, output) for the density."""
+
         def log_likelihood(z: Tensor) -> Tensor:
             if z.shape not in self.outputs:
                 with torch.no_grad():

@@ -63,19 +63,19 @@ class Display:
         pass
 
     def trained(self, step: int, elbo: float, kl: float, reconstruction: float, terms: dict[str, float]) -> None:
-        pass
+        """Show a point of the training curves."""
 
     def tested(self, run: Run, step: int, elbo: float, kl: float, reconstruction: float) -> None:
-        pass
+        """Show a point of the held-out curve."""
 
     def monitored(self, step: int, figures: dict[str, float], warnings: list[str]) -> None:
-        pass
+        """Show the monitors' figures of an epoch, and new warnings of a collapse."""
 
     def stepped(self, step: int) -> None:
-        pass
+        """Show the end of a step."""
 
     def flush(self) -> None:
-        pass
+        """Write pending events to the disk, before a checkpoint."""
 
 
 class Terminal(Display):

@@ -34,6 +34,8 @@ def option(
 
 @dataclass(frozen=True)
 class Settings:
+    """The options of a run. `fastkl train` has an option of the same name for each, with its help text."""
+
     preset: str = option(
         "digits", "a set of defaults; other options override it", choices=("digits", "large-latent", "large-mixture")
     )

@@ -41,6 +41,7 @@ class Softmin:
         self.x, self.y = x, y
 
     def _one(self, source: Points, target: Points, potential: Tensor, eps: float, pulls: bool):
+        """(the source's new potential, its pulls or None), from the target's old potential."""
         dimensions, shift = source.at.shape[1], potential.mean()
         logits = target.weights.log() + ((potential - shift) / eps).to(source.at.dtype)  # small, so float32 is enough
         logvars = logits.new_full((1, 1, 1), math.log(eps))
@@ -73,6 +74,7 @@ class Shared(Softmin):
         self.own = [slice(sum(each[:rank]), sum(each[: rank + 1])) for each in sizes]
 
     def _own(self, source: Points, own: slice, target: Points, potential: Tensor, eps: float, pulls: bool):
+        """`_one` for this process's points of the source."""
         part = Points(*(each[own] for each in source))
         if part.at.shape[0] == 0:
             return part.at[:, 0], part.at  # the dtype of the other processes' potentials
@@ -165,6 +167,7 @@ class Products(Softmin):
         return rows, columns
 
     def _exponentials(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tile of the matrix, in shared memory."""
         shape = len(left), len(right)
         exponents = torch.mm(left, right.T, out=self._buffer(shape, left.dtype))
         if exponents.dtype != dtype:

@@ -68,6 +68,7 @@ class Reader:
         return x.to(self.run.device, non_blocking=True)
 
     def from_workers(self, step: int) -> tuple[Tensor | None, str]:
+        """As an item of `Steps`, from the workers. They start at the first step, and again after a jump."""
         if self.ahead is None or step != self.next:
             self.ahead, self.next = self.start(step), step
         self.next += 1
