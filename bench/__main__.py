@@ -56,11 +56,13 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("what", nargs="*", help=f"ops, {' or '.join(PARTS)} (default: everything)")
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds, torch.compile of two ops only")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (bench/results/<device>)")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder of the results (default: bench/results/<device>)"
+    )
     every = torch.get_num_threads()
     parser.add_argument(
         "--threads", type=int, nargs="+", metavar="N", default=sorted({1, every}),
-        help=f"CPU threads; the table of sizes uses each number, all else the largest (1 and {every})",
+        help=f"CPU threads; the table of sizes uses each number, all else the largest (default: 1 and {every})",
     )  # fmt: skip
     given = parser.parse_args(arguments)
     if unknown := [name for name in given.what if name not in (*OPS, *PARTS)]:

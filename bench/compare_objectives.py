@@ -1,7 +1,7 @@
 """A comparison of objectives: the same network, data and split, 3 seeds, prior N(0, I) except for VaDE.
 
-study.py has the usage and the place of the results. ELBO and log p(x) are computed for every model, whatever its
-objective. They say little about the Wasserstein autoencoders, whose posteriors may become arbitrarily narrow.
+study.py has the usage and the place of the results. ELBO and log p(x) are computed for the models of all objectives.
+They say little about the Wasserstein autoencoders, whose posteriors may become arbitrarily narrow.
 """
 
 from study import Study

@@ -25,8 +25,8 @@ typedef struct {
     tensor logits, y, dy, dlogits;
 } problem;
 
-/* numbers: hard, stream, ndim, event (the classes and what follows them), sizes, strides. addresses: the number of threads, the
- * seed, the tensors. */
+/* numbers: hard, stream, ndim, event (the classes and all later dimensions), sizes, strides. addresses: the number of
+ * threads, the seed, the tensors. */
 static problem open_problem(const int64_t *numbers, const int64_t *addresses, REAL tau, int limit) {
     problem p = {.threads = addresses[0], .limit = limit, .seed = *(const uint64_t *)(intptr_t)addresses[1]};
     p.stream = (uint32_t)numbers[1], p.shape = open_call(numbers + 2, addresses + 2);

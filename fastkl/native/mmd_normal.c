@@ -1,6 +1,6 @@
 /* The RBF kernel between Gaussian posteriors, summed over their pairs and several scales, and its gradients, on a CPU.
- * fastkl.ops.pairs._mmd_posteriors has the formulas. Every row of pairs is a piece of work, whatever the threads: pairs are
- * computed in both orders, so that each row has its own gradients. */
+ * fastkl.ops.pairs._mmd_posteriors has the formulas. Every row of pairs is a piece of work, with any number of threads.
+ * Pairs are computed in both orders, so that each row has its own gradients. */
 
 #include "functions.h"
 #include "tiles.h"

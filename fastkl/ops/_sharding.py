@@ -1,6 +1,6 @@
 """Ops on DTensors: every process runs the op on its part, and the result is that of one process.
 
-Each dimension of the device mesh is treated by itself. If it shards an op's leading tensor along the batch, the other
+Each dimension of the device mesh is treated separately. If it shards an op's leading tensor along the batch, the other
 tensors and the results are sharded alike. If it shards the event of an op that sums over it, each process has an addend
 of the sum. If it shards the components of a mixture and not its rows, each process has a mixture of its own, and the op
 combines their densities. Else the tensors are gathered and every process computes the whole. That is right for any op,

@@ -82,7 +82,7 @@ class WandB:
 
     def __init__(self, project: str, folder: Path, settings: dict[str, Any]):
         self.wandb = require("wandb", "--wandb")
-        path = folder / WANDB_ID  # a resumed run goes on under its first identity
+        path = folder / WANDB_ID  # a resumed run continues under its first identity
         try:
             known = path.read_text(encoding="utf-8").strip() if path.exists() else secrets.token_hex(4)
             self.run = self.wandb.init(

@@ -208,7 +208,7 @@ def test_saves_two_sums_beyond_its_inputs_and_repeats_bit_for_bit():
 def test_errors_name_the_argument():
     z = torch.zeros(4, 2)
     for arguments, error in (
-        ((z[:1], z[:1], z[:1], 9), r"a batch of 1"),
+        ((z[:1], z[:1], z[:1], 9), r"z must have 2 rows or more, got 1"),
         ((z, z, z, 3), r"dataset_size must be at least the batch's 4, got 3"),
         ((z[0], z[0], z[0], 9), r"z must be \[N, D\]"),
         ((z, z[:3], z, 9), r"mu \(3, 2\) does not broadcast to z's shape \(4, 2\)"),

@@ -205,7 +205,7 @@ def total_correlation(
         posteriors, first = _group.gather(group, *posteriors)
     batch = posteriors[0].shape[0]
     if batch == 1:
-        raise ValueError("a batch of 1 says nothing about the aggregate posterior; z must have 2 rows or more")
+        raise ValueError("z must have 2 rows or more, got 1: one posterior is no estimate of the aggregate posterior")
     if dataset_size < batch:
         raise ValueError(f"dataset_size must be at least the batch's {batch}, got {dataset_size}")
     return Decomposition(*apply(_TotalCorrelation, z, *posteriors, first, dataset_size, stratified)[:3])
