@@ -38,7 +38,7 @@ def blocks(dtype: torch.dtype, kind: str, rows: int, components: int, *, scatter
     halvings = max(bool(scattered), 2 * half)
     if kind == "rows":
         halvings = max(1 + bool(scattered) * (1 + OLD_COMPILER), (3 + OLD_COMPILER) * half)
-    held = registers(255) if SPILLS_A_FEW or (few and (scattered or half)) else {}
+    held = registers(255) if SPILLS_A_FEW or (OLD_COMPILER and half) or (few and (scattered or half)) else {}
     return {"ROWS": 32, "COMPONENTS": (16 >> halvings) * warps, "num_warps": warps, **held}
 
 

@@ -74,7 +74,7 @@ def blocks(
         lanes = 32
         groups = min(4 if own else 8, next_power_of_2(cdiv(components, terms))) if few else 1
         tile = {"ROWS": owned * lanes, "COMPONENTS": terms * groups}
-    held = registers(255) if (OLD_COMPILER or SPILLS_A_FEW) and kind == "rows" else {}
+    held = registers(255) if (OLD_COMPILER or SPILLS_A_FEW or dtype == torch.float64) and kind == "rows" else {}
     if few or kind == "components":
         held = registers(255)  # few programs each have a multiprocessor to themselves, as does one of eight warps
     elif scattered:
