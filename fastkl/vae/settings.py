@@ -74,8 +74,8 @@ class Settings:
         "distribution of a value given the latent. auto: bernoulli or normal, by the range of the data. logistic, "
         "categorical: for pixels with whole numbers. poisson, negative_binomial: for counts. normal is the L2 loss, "
         "laplace the L1 loss",
-        choices=("auto", *LIKELIHOODS),
-    )
+        choices=("auto", *LIKELIHOODS), by_default="auto; autoencoder-kl: laplace; photos: logistic",
+    )  # fmt: skip
     scale: float = option(
         0.0, "scale of a normal, laplace or huber likelihood, in deviations of the training data (0: learned)"
     )
@@ -83,8 +83,8 @@ class Settings:
         "mlp",
         "encoder and decoder. The autoregressive decoder also reads the earlier pixels, and may ignore the latent. "
         "autoencoder-kl is the AutoencoderKL of diffusers; the run also writes its weights in the format of diffusers",
-        choices=("mlp", *CONVOLUTIONAL, "autoregressive"),
-    )
+        choices=("mlp", *CONVOLUTIONAL, "autoregressive"), by_default="mlp; photos: conv",
+    )  # fmt: skip
     model_config: str = option(
         "", "fields of AutoencoderKL: key=value, a .json file, or a folder written by save_pretrained, with whose "
         "weights the training starts (default: a small model by --latent, --hidden and --layers)", many=True,
@@ -145,7 +145,10 @@ class Settings:
         False, "keep only the inputs of the layers, and compute the rest again in the backward pass"
     )
     objective: str = option("elbo", "the loss, one of fastkl.objectives", choices=OBJECTIVES)
-    beta: float = option(1.0, "weight of the KL term (beta_tc_vae: of the total correlation)")
+    beta: float = option(
+        1.0, "weight of the KL term (beta_tc_vae: of the total correlation)",
+        by_default="1; beta_vae: 2; beta_tc_vae: 6",
+    )  # fmt: skip
     warm_up: int = option(
         0, "steps over which --beta rises from 0; a learned prior starts after them",
         by_default="0; 500 with a learned prior, fewer in a short run",
@@ -179,16 +182,18 @@ class Settings:
         choices=("mc", "upper", "relaxed"),
     )
     samples: int = option(
-        1, "samples of the latent per datum and step, for the KL to a learned prior and the importance weights"
-    )
+        1, "samples of the latent per datum and step, for the KL to a learned prior and the importance weights",
+        by_default="1; iwae, ciwae: 5; miwae, piwae: 4",
+    )  # fmt: skip
     groups: int = option(4, "groups of --samples each, for miwae and piwae")
     gradient: str = option(
         "plain", "gradient estimator of the importance-weighted objectives", choices=("plain", "stl", "dreg")
     )
     elbo_share: float = option(0.5, "share of the ELBO in ciwae; the rest is IWAE")
     penalty: float = option(
-        10.0, "weight of the distance between latents and prior (wae_mmd, info_vae, swae, sinkhorn_ae, aae)"
-    )
+        10.0, "weight of the distance between latents and prior (wae_mmd, info_vae, swae, sinkhorn_ae, aae)",
+        by_default="10; wae_mmd: 50; swae: 100; sinkhorn_ae: 30; aae: 0.5",
+    )  # fmt: skip
     alpha: float = option(0.0, "share of the KL that info_vae leaves out")
     kernel: str = option("imq", "kernel of the maximum mean discrepancy (wae_mmd, info_vae)", choices=("imq", "rbf"))
     projections: int = option(50, "number of random projections of swae")

@@ -13,7 +13,7 @@ from fastkl.vae import checkpoint, folders, loop
 from fastkl.vae.cli import main, parser
 from fastkl.vae.errors import TRAIN, UserError, check_installed, not_installed, require
 from fastkl.vae.rules import flag, resolve, resume
-from fastkl.vae.settings import FOR_DATA, FOR_PRESET, GROUPS, Settings
+from fastkl.vae.settings import FOR_DATA, FOR_MODEL, FOR_OBJECTIVE, FOR_PRESET, GROUPS, Settings
 
 from vae_helpers import BARE, SMALL, command, refused, run, train
 
@@ -179,6 +179,17 @@ def test_the_page_lists_every_option_in_the_group_of_the_help():
         assert rows[title][: len(names)] == [flag(name) for name in names], title
 
 
+def test_the_help_has_the_defaults_that_an_objective_or_a_model_sets():
+    told = {item.name: item.metadata["by_default"] for item in dataclasses.fields(Settings)}
+    for chosen, values in {**FOR_OBJECTIVE, **FOR_MODEL}.items():
+        for name, value in values.items():
+            if name in ("threads", "layers"):  # the first depends on the data too, the second is the usual default
+                continue
+            part = next((part for part in told[name].split("; ") if chosen in part.split(": ")[0].split(", ")), "")
+            shown = value if isinstance(value, str) else f"{value:g}"
+            assert part.endswith(f": {shown}"), (chosen, name, told[name])
+
+
 def test_help_has_every_option_in_a_group_and_examples(capsys):
     listed = [name for names in GROUPS.values() for name in names]
     assert sorted(listed) == sorted(item.name for item in dataclasses.fields(Settings))
@@ -187,6 +198,7 @@ def test_help_has_every_option_in_a_group_and_examples(capsys):
     text = capsys.readouterr().out
     assert all(f"\n{title}:\n" in text for title in (*GROUPS, "examples"))
     assert all(flag(name) in text for name in listed)
+    assert "(default: )" not in text
     for line in text[text.index("examples:") :].splitlines():
         if "fastkl train" in line:
             words = line.split("   ")[0].split()[1:]

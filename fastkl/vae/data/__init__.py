@@ -1,12 +1,14 @@
 """The data of a run: a built-in set, or a file or folder; checked, scaled and split.
 
-builtin.py      the built-in sets, read from installed packages
-files.py        readers of untrusted files, into the types of arrays.py
-folder_data.py  readers of folders: images.py, shards.py (.npy files), archives.py (.tar files), huggingface.py
-labels.py       labels and their names
-scaling.py      layout, scale and likelihood of the numbers
-stored.py       data that are read when they are used; image_sets.py, pictures decoded then, and crops
-reader.py       the data of each step, read ahead by workers
+Read `load` below first. The other files are its parts:
+
+    builtin.py      the built-in sets, read from installed packages
+    files.py        readers of untrusted files, into the types of arrays.py
+    folder_data.py  readers of folders: images.py, shards.py (.npy files), archives.py (.tar files), huggingface.py
+    labels.py       labels and their names
+    scaling.py      layout, scale and likelihood of the numbers
+    stored.py       data that are read when they are used; image_sets.py, pictures decoded then, and crops
+    reader.py       the data of each step, read ahead by workers
 """
 
 from __future__ import annotations
