@@ -31,7 +31,9 @@ import torch
 SOURCES = Path(__file__).parent
 BOUNDS = "bounds.c"  # compiled into every library
 # No -ffast-math, so that infinities and NaN work. Sums are reordered only by `omp simd`; multiply-adds are fused.
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fPIC", "-w")
+FLAGS = ["-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fPIC", "-w"]
+if platform.machine() == "x86_64":
+    FLAGS.append("-mprefer-vector-width=512")  # if the CPU has such vectors: loops that compute take 10 to 20 % less
 DIGEST = hashlib.sha256().digest_size
 SECONDS = 300  # timeout for a compiler that hangs
 LEFT_BEHIND = 3600  # seconds; an older build folder was left by a killed process
