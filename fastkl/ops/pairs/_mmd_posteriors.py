@@ -158,9 +158,9 @@ def _kernels():
 
 
 def _loops():
-    from fastkl.native import pairs
+    from fastkl.native import mmd_normal
 
-    return pairs
+    return mmd_normal
 
 
 mmd_posteriors = register(

@@ -94,9 +94,9 @@ def _kernels():
 
 
 def _loops():
-    from fastkl.native import pairs
+    from fastkl.native import total_correlation
 
-    return pairs
+    return total_correlation
 
 
 total_correlation_fwd = register(
