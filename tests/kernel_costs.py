@@ -31,16 +31,17 @@ def rows(execute):
     sys.path.insert(0, str(ROOT))
     from bench import tune
     from bench.estimate import compiled
+    from fastkl.kernels._launch import forget
 
     for name, dtype in tune.DTYPES.items():
         for op in OPS:
             for direction, (tensors, call) in tune.calls(op, dtype, "cpu", SHAPE).items():
                 code = compiled(call, "sm_90")
-                tune.forget()
+                forget()
                 counts = []
                 fake_driver.EXECUTE = lambda *launch, counts=counts: counts.append(execute(*launch))
                 call()
-                tune.forget()
+                forget()
                 moved, instructions = map(sum, zip(*counts, strict=True))
                 elements = SHAPE[0] * SHAPE[1]
                 traffic = moved / elements / dtype.itemsize

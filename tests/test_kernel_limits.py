@@ -1,6 +1,6 @@
 """Costs of the compiled, disassembled kernels: instructions per element, loads in flight, width, spills, grids.
 
-Limits are slightly above the counts with Triton 3.9 (docs/kernels.md); up to 3.7 a few kernels take one or two
+Limits are slightly above the counts with Triton 3.9 (docs/kernels.md); up to 3.7 a few kernels take up to five
 instructions more. With b bytes per element, an H100 is memory-bound up to 8.8 b instructions.
 """
 
@@ -22,8 +22,8 @@ if not os.environ.get("FASTKL_LIMITS"):
 ROOT = Path(__file__).parent.parent
 # op, dtype -> instructions of an element on sm_90, forward and backward
 BUDGETS = {
-    ("bernoulli_log_prob", "float32"): (36, 23),
-    ("bernoulli_log_prob", "bfloat16"): (33, 25),
+    ("bernoulli_log_prob", "float32"): (37, 27),
+    ("bernoulli_log_prob", "bfloat16"): (35, 29),
     ("gumbel_softmax", "float32"): (67, 74),
     ("gumbel_softmax", "bfloat16"): (68, 76),
     ("kl_normal", "float32"): (34, 39),
@@ -86,7 +86,7 @@ def test_instructions_width_and_loads_in_flight(counted, op, dtype, direction):
     assert found["spills"] == 0
     assert found["wide"] >= found["bytes"]  # every tensor, 16 bytes a thread and more
     if target == "sm_90":
-        assert found["instructions"] <= BUDGETS[op, dtype][direction == "bwd"] + 2 * (TRITON < (3, 8))
+        assert found["instructions"] <= BUDGETS[op, dtype][direction == "bwd"] + 5 * (TRITON < (3, 8))
         assert found["in_flight"] >= FEWER_IN_FLIGHT.get((op, dtype, direction), 32 * 1024)
 
 
