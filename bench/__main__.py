@@ -95,7 +95,7 @@ def jobs(given: argparse.Namespace, device: str, accounts: Accounts) -> list[Job
                 key = (sweep.name, f"{sweep.axis} = {size}")
                 result.append(Job("sweeps", key, lambda s=sweep, x=size: sweeps.rows_of(s, x, device, counts[-1])))
     if "training_step" in wanted:
-        key = (training_step.PRESET, training_step.WHOLE)
+        key = (training_step.NAME, training_step.WHOLE)
         result.append(Job("training_step", key, lambda: training_step.rows_of(device, counts[-1])))
     return result
 

@@ -17,7 +17,7 @@ case "${1:-}" in
   *) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac
 : "${PYTHON:=python3}" "${JOBS:=$(nproc)}" "${TOTAL:=530}"
-: "${STAGES:=about smoke host timing tune tests step}"
+: "${STAGES:=about smoke host timing tune tests step training}"
 began=$SECONDS
 scratch=$(mktemp -d) linked=""
 cleanup() { rm -rf "$scratch"; if [ -n "$linked" ]; then rm -f fastkl/kernels; fi; }
@@ -147,7 +147,18 @@ tests() {
 
 step() { $PYTHON -m bench.real_step --seconds $((LIMIT / 2)) --out "$OUT/step.csv" ${DRY:+--small}; }
 
-export -f about smoke run_tests host timing tune tests step
+# A training run on photographs; its packages may be missing on a machine without network. PSNR and times are in the log.
+training() {
+  local package
+  for package in skimage sklearn rich matplotlib; do
+    $PYTHON -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$package') is None)" ||
+      { echo "$package is missing: no training run"; return 0; }
+  done
+  $PYTHON -m fastkl train --preset large-latent --image-size 256 --precision bf16 --steps 300 --no-tensorboard \
+    --out "$scratch/run" ${DRY:+--image-size 32 --steps 2 --hidden 4 --test-count 4 --importance-samples 2}
+}
+
+export -f about smoke run_tests host timing tune tests step training
 export scratch
 stage about 20 bash -c about
 stage smoke 110 bash -c smoke
@@ -156,6 +167,7 @@ stage timing 150 bash -c timing
 stage tune 90 bash -c tune
 stage tests 120 bash -c tests
 stage step 60 bash -c step
+stage training 60 bash -c training
 {
   echo "== all: $((SECONDS - began)) s, results in $OUT"
   printf '%s\n' "${summary[@]}"

@@ -1,4 +1,4 @@
-"""One training step of the large-latent preset at a real size: 256 x 256 images, batch 16, bfloat16 by autocast.
+"""One training step of a VAE with a large latent at a real size: 256 x 256 images, batch 16, bfloat16 by autocast.
 
     python -m bench.real_step --out step.csv
 
@@ -23,14 +23,14 @@ from bench import counting
 from bench.gpu import MIB, card, release
 from bench.store import rounded
 from bench.timing import Contender, Pace, measure, ratio, spread
-from bench.training_step import LOSS, LOSSES, PRESET, WHOLE, loss_alone, whole_step
+from bench.training_step import LOSS, LOSSES, MODEL, NAME, WHOLE, loss_alone, whole_step
 from fastkl.vae.model import VAE, build
 from fastkl.vae.rules import resolve
 from fastkl.vae.settings import Settings
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMAGE, BATCH = 256, 16
-MODELS = {PRESET: {}, f"{PRESET}, hidden 64, layers 3": {"hidden": 64, "layers": 3}}
+MODELS = {NAME: {}, f"{NAME}, hidden 64, layers 3": {"hidden": 64, "layers": 3}}
 PARTS = {WHOLE: whole_step, LOSS: loss_alone}
 AGREE = 0.01  # relative tolerance: the two losses draw different noise
 COLUMNS = ["card", "model", "batch", "part", "loss", "both_ms", "both_ms_low", "both_ms_high", "forward_ms"]
@@ -56,7 +56,7 @@ def under_autocast(step: Contender) -> Contender:
 
 def rows_of(model: str, image: int, batch: int, pace: Pace) -> tuple[list[dict[str, Any]], bool]:
     """(a row for each part and loss, whether the losses agree)."""
-    settings = resolve({"preset": PRESET, "image_size": image, "batch_size": batch, **MODELS[model]})
+    settings = resolve({**MODEL, "image_size": image, "batch_size": batch, **MODELS[model]})
     x = torch.rand(batch, 3, image, image, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     facts = {"card": card(), "model": model, "batch": " x ".join(map(str, x.shape))}
     values = {}

@@ -165,4 +165,4 @@ def of_training(store: Store) -> Table:
         rows.append([r["case"], f"batch {r['batch']}", r["provider"], *cells])
     note = "The loss alone: sample, KL and likelihood, on the head and the logits of the same step."
     header = ["", "", "loss", "ms", "quartiles", "speed-up", "peak"]
-    return Table("A training step of the large-latent preset", note, header, rows, 3)
+    return Table("A training step with a large latent", note, header, rows, 3)

@@ -304,10 +304,10 @@ SMALL: dict[str, Any] = {"hidden": 16, "layers": 2, "learning_rate": 1e-3, "thre
 FOR_MODEL = {"conv": {"latent": 8, **SMALL}, AUTOENCODER: {"latent": 4, "likelihood": "laplace", **SMALL}}
 FOR_PRESET = {
     "digits": {},
+    # The first stage of latent diffusion: a spatial latent of a third of the datum's size, a small weight of the KL.
     "large-latent": {
-        "model": "conv", "image_size": 128, "latent": 16, "hidden": 16, "layers": 1, "batch_size": 4, "steps": 10,
-        "epochs": 1, "learning_rate": 2e-3, "log_every": 1, "checkpoint_every": 5, "importance_samples": 10,
-        "test_count": 16, "threads": 0,
+        "data": "photos", "model": "conv", "latent": 16, "hidden": 16, "layers": 2, "batch_size": 8, "steps": 3000,
+        "likelihood": "normal", "beta": 0.01, "learning_rate": 2e-3, "importance_samples": 10, "threads": 0,
     },
     # Here the loss takes most of a step: the latent is as large as the datum, and each sample meets each component.
     "large-mixture": {
@@ -332,4 +332,4 @@ FOR_OBJECTIVE: dict[str, dict[str, Any]] = {
 }
 
 # A learned prior starts once the posteriors have separated; a short run has few steps for that.
-WARM_UP = {"digits": 500, "pbmc": 100, "large-latent": 3, "large-mixture": 100}
+WARM_UP = {"digits": 500, "pbmc": 100, "large-latent": 300, "large-mixture": 100}

@@ -72,7 +72,7 @@ def test_pictures_and_tables_of_a_whole_run(tmp_path):
     found = tables.all_tables(again)
     assert [table.title for table in found] == [
         "KL, and sample + KL: forward and backward, float32", "Every op, on 2 threads", "Every op, on 1 thread",
-        "Growth", "A training step of the large-latent preset",
+        "Growth", "A training step with a large latent",
     ]  # fmt: skip
     # Speed-ups of torch.distributions, torch.compile, fastkl and the limit, and fastkl over torch.compile.
     assert found[0].rows[0] == ["KL", "1 x 1", "1", "8", "2x", "3x", "4x", "5x", "1.33x"]

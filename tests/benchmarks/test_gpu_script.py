@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STAGES = ["about", "smoke", "host", "timing", "tune", "tests", "step"]
+STAGES = ["about", "smoke", "host", "timing", "tune", "tests", "step", "training"]
 FILES = {"about.json", "host.csv", "log.txt", "smoke.jsonl", "step.csv", "timing.csv", "tune.csv", "tuned.py"}
 
 

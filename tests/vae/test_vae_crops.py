@@ -203,8 +203,12 @@ def test_photographs_are_tested_on_pixels_that_no_crop_shows():
 @needs_photographs
 def test_photographs_need_a_crop_that_fits(tmp_path, capsys):
     assert "needs --crop" in refused(capsys, tmp_path / "run", "--data", "photos", "--crop", "0")
-    assert "use at most 200" in refused(capsys, tmp_path / "run", "--data", "photos", "--crop", "260")
+    small = refused(capsys, tmp_path / "run", "--data", "photos", "--crop", "260", "--image-size", "300")
+    assert "use a smaller one, or a larger --image-size" in small
     assert len(data.load(resolve({"data": "photos", "crop": 200})).test) >= 10
+    enlarged = data.load(resolve({"data": "photos", "image_size": 256}))
+    assert enlarged.shape == (3, 256, 256)
+    assert len(enlarged.test) >= 10
     small = data.load(resolve({"data": "photos", "crop": 32, "image_size": 100, "flip": False}))
     assert small.shape == (3, 32, 32)
     assert 20 < len(small.test) < 60

@@ -201,7 +201,7 @@ def test_defaults_of_a_learned_prior():
     assert (resolve({}).warm_up, resolve({}).name) == (0, "digits")
     assert (resolve({"prior": "gmm"}).warm_up, resolve({"prior": "gmm"}).name) == (500, "digits-gmm")
     assert resolve({"prior": "vamp", "data": "pbmc"}).warm_up < 480, "pbmc has 480 steps"
-    assert resolve({"prior": "gmm", "preset": "large-latent"}).warm_up < 10
+    assert resolve({"prior": "gmm", "preset": "large-latent"}).warm_up < 1000
     assert resolve({"prior": "gmm", "warm_up": 7}).warm_up == 7
 
 

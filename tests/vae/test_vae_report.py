@@ -92,8 +92,9 @@ def test_vectors_without_labels_have_a_report_too(tmp_path):
 
 
 def test_spatial_latent_reports_what_the_loss_costs(tmp_path, capsys):
-    """The large-latent preset, made smaller than it promises, so that it is quick."""
-    options = ("--preset", "large-latent", "--image-size", "16", "--steps", "2", "--test-count", "4", "--hidden", "8")
+    """The large-latent preset, smaller and on digits, so that it is quick."""
+    options = ("--preset", "large-latent", "--data", "digits", "--image-size", "16", "--steps", "2", "--hidden", "8")
+    options += ("--test-count", "4", "--layers", "1", "--batch-size", "4")
     assert train(tmp_path, *options, "--no-tensorboard", "--importance-samples", "2") == 0
     said = capsys.readouterr().out
     rows = json.loads((tmp_path / "metrics.json").read_text())["loss_share"]["rows"]

@@ -24,7 +24,8 @@ def test_options_typed_win_over_the_preset_and_that_over_the_data():
     large = resolve({"preset": "large-latent", "batch_size": 2})
     assert (large.model, large.batch_size) == ("conv", 2)
     assert large.latent >= 16
-    assert large.image_size // 2**large.layers >= 64, "the preset promises a latent of at least 64 x 64 x 16"
+    large = resolve({"preset": "large-latent", "image_size": 256})
+    assert large.crop // 2**large.layers >= 64, "the page promises a latent of 16 x 64 x 64"
     assert resolve({"data": "mnist5k", "preset": "large-latent"}).hidden == FOR_PRESET["large-latent"]["hidden"]
 
 

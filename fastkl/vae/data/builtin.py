@@ -68,15 +68,20 @@ def pbmc(settings: Settings) -> tuple[Held, str]:
 
 
 def photos(settings: Settings) -> tuple[Held, str]:
-    """Crops of photographs at random places. Test data are the squares of a grid in the right fifth of each."""
+    """Crops of photographs at random places. Test data are the squares of a grid in the right fifth of each.
+
+    Photographs whose shorter side is less than two crops are enlarged to that, unless --image-size names another side.
+    """
     crop = settings.crop
     if not crop:
         raise UserError("--data photos needs --crop, the side in pixels of the squares that are cut out of photographs")
     left, right, small = [], [], []
     for name, (package, install, path) in PHOTOS.items():
         pixels, _ = read_image(inside(package, path, "--data photos", install), f"--data photos: {name}")
-        if size := settings.image_size:
-            height, width = (round(side * size / min(pixels.shape[1:])) for side in pixels.shape[1:])
+        shorter = min(pixels.shape[1:])
+        size = settings.image_size if settings.image_size > crop else max(shorter, 2 * crop)
+        if size != shorter:
+            height, width = (round(side * size / shorter) for side in pixels.shape[1:])
             pixels = np.rint(resized(pixels, (height, width))).astype(np.uint8)
         height, width = pixels.shape[1:]
         tested = max(crop, int(TEST_SHARE * width))
@@ -90,7 +95,7 @@ def photos(settings: Settings) -> tuple[Held, str]:
             for first in range(width - tested, width - crop + 1, crop)
         ]
     if len(right) < 10:
-        raise UserError(f"--crop {crop}: the photographs are too small; use at most 200, or a larger --image-size")
+        raise UserError(f"--crop {crop}: the photographs are too small; use a smaller one, or a larger --image-size")
     photographs = Photographs(left, CROPS)
     tests = np.stack(right)
     parts = {"train": Part(Crops(photographs, crop, 0, "--data photos")), "test": Part(Crops(tests, crop, 0, ""))}
