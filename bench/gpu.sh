@@ -149,11 +149,10 @@ step() { $PYTHON -m bench.real_step --seconds $((LIMIT / 2)) --out "$OUT/step.cs
 
 # A training run on photographs; its packages may be missing on a machine without network. PSNR and times are in the log.
 training() {
-  local package
-  for package in skimage sklearn rich matplotlib; do
-    $PYTHON -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$package') is None)" ||
-      { echo "$package is missing: no training run"; return 0; }
-  done
+  local missing
+  missing=$($PYTHON -c 'from importlib.util import find_spec as found
+print(*[name for name in ("skimage", "sklearn", "rich", "matplotlib") if found(name) is None])') || return 1
+  [ -z "$missing" ] || { echo "missing: $missing; no training run"; return 0; }
   $PYTHON -m fastkl train --preset large-latent --image-size 256 --precision bf16 --steps 300 --no-tensorboard \
     --out "$scratch/run" ${DRY:+--image-size 32 --steps 2 --hidden 4 --test-count 4 --importance-samples 2}
 }

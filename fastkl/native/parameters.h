@@ -44,7 +44,8 @@ static void to_parameter_gradient(const posterior *q, const REAL *v, const REAL 
     if (q->scale == STD)
         for (int i = 0; i < n; i++) {
             REAL std = v[i] == 0 ? least : v[i];
-            std += (gradient[i] == 0) & (std == 0) ? (REAL)1 : 0; /* added, because gcc would divide by `most` for a third case, too */
+            /* 0 / 0 is 0 here. With the 1 as a third case of the divisor, gcc also divides by `most`: denormals are slow. */
+            std += (gradient[i] == 0) & (std == 0) ? (REAL)1 : 0;
             gradient[i] = 2 * (gradient[i] / (std > most ? most : std));
         }
     if (q->scale == SOFTPLUS)

@@ -146,7 +146,7 @@ def defaults(given: dict[str, Any]) -> Settings:
     model = chosen.get("model", FOR_DATA.get(data, {}).get("model", Settings.model))
     learned = {} if prior == "standard" else {"warm_up": WARM_UP.get(preset if data == "digits" else data, 500)}
     suited = {**FOR_DATA.get(data, {}), **FOR_MODEL.get(model, {}), **FOR_OBJECTIVE.get(objective, {}), **learned}
-    if data == "photos" and "image_size" in chosen:
+    if data == "photos" and chosen.get("image_size"):
         suited["crop"] = chosen["image_size"]
     return Settings(**{**suited, **chosen})
 

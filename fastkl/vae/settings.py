@@ -57,7 +57,7 @@ class Settings:
     )
     crop: int = option(
         0, "train on random squares of this many pixels a side, and test on the central ones (0: whole images)",
-        by_default="0; photos: 64",
+        by_default="0; photos: --image-size, or 64",
     )  # fmt: skip
     flip: bool = option(False, "mirror training images at random")
     stream: bool = option(

@@ -26,6 +26,8 @@ def test_options_typed_win_over_the_preset_and_that_over_the_data():
     assert large.latent >= 16
     large = resolve({"preset": "large-latent", "image_size": 256})
     assert large.crop // 2**large.layers >= 64, "the page promises a latent of 16 x 64 x 64"
+    assert resolve({"data": "photos", "image_size": 0}).crop == FOR_DATA["photos"]["crop"], "0 keeps their size"
+    assert resolve({"data": "photos", "image_size": 100, "crop": 32}).crop == 32
     assert resolve({"data": "mnist5k", "preset": "large-latent"}).hidden == FOR_PRESET["large-latent"]["hidden"]
 
 
