@@ -62,16 +62,16 @@ def test_each_frame_is_resized_as_an_image():
 @pytest.mark.parametrize("model", ["conv", "mlp"])
 def test_kl_and_likelihood_are_over_all_values(model):
     settings = resolve({"model": model, "latent": 2, "hidden": 8, "layers": 1})
-    network = build(settings, (1, 4, 8, 8), "bernoulli")
+    network = build(settings, (1, 4, 8, 8), "bernoulli").double()
     assert network.latent_shape == ((2, 2, 4, 4) if model == "conv" else (2,))
-    x = torch.rand(3, 1, 4, 8, 8)
+    x = torch.rand(3, 1, 4, 8, 8, dtype=torch.float64)
     q = network.posterior(x)
     z, kl = q.rsample_kl()
-    mu, logvar = q.mean.double(), q.logvar.double()
-    torch.testing.assert_close(kl.double(), (logvar.exp() + mu**2 - 1 - logvar).flatten(1).sum(1) / 2)
-    logits = network.decode(z).double()
+    mu, logvar = q.mean, q.logvar
+    torch.testing.assert_close(kl, (logvar.exp() + mu**2 - 1 - logvar).flatten(1).sum(1) / 2)
+    logits = network.decode(z)
     expected = x * torch.nn.functional.logsigmoid(logits) + (1 - x) * torch.nn.functional.logsigmoid(-logits)
-    torch.testing.assert_close(network.log_likelihood(z, x).double(), expected.flatten(1).sum(1))
+    torch.testing.assert_close(network.log_likelihood(z, x), expected.flatten(1).sum(1))
 
 
 def test_a_run_on_videos_has_a_report_and_a_model(tmp_path):
