@@ -99,7 +99,8 @@ def fork_each(folder: Path, runs: dict[str, tuple[str, ...]]) -> subprocess.Comp
 
 def ranks(*runs: tuple[int | str, tuple[str, ...]]) -> subprocess.CompletedProcess:
     """Runs of so many processes with these options, one after the other; see vae_ranks.py."""
-    words = [word for size, options in runs for word in (str(size), "train", *options, "then")]
+    commands = [(str(size), *(() if options[0] == "own" else ("train",)), *options, "then") for size, options in runs]
+    words = [word for command in commands for word in command]
     return run([sys.executable, str(Path(__file__).with_name("vae_ranks.py")), *words[:-1]], timeout=300)
 
 

@@ -7,9 +7,10 @@ import json
 import time
 from collections.abc import Callable
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
-from fastkl.vae import cli, parallel, rules, trained
+from fastkl.vae import checkpoint, cli, parallel, rules, trained
 from fastkl.vae.model import OWN, VAE
 from fastkl.vae.run import Own
 from fastkl.vae.trained import Trained
@@ -74,6 +75,8 @@ def train(
     try:
         cli.train_on(ranks, argparse.Namespace(**flags), options, began, Own(data, model, own))
         ranks.broadcast(None)  # the main process has written the checkpoint
+        if model is not None and ranks.size > 1:  # --parallel fsdp trains a sharded copy
+            model.load_state_dict(checkpoint.load(Path(out))["model"])
         return trained.load(out, model=model)
     finally:
         parallel.stop(ranks)

@@ -194,8 +194,8 @@ def start(settings: Settings, data: Data, ranks: Ranks, folder: Path, own: Own =
     vae = build(settings, data.shape, data.likelihood, own.model, data.scaling)
     vae.prior = prior.build(settings, vae, data)
     sharded, learned = settings.parallel == "fsdp" and ranks.size > 1, vae.prior is not None
-    whole = copy.deepcopy(vae) if sharded else None
-    vae = vae if sharded else vae.to(device)  # a sharded model moves layer by layer, below
+    whole = vae if sharded else None  # with a model of the caller's: the caller's own, which so remains usable
+    vae = copy.deepcopy(vae) if sharded else vae.to(device)  # a sharded model moves layer by layer, below
     objective = Objective(vae, settings, len(data.train), ranks.group, own.objective, device)
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(settings.ema)) if settings.ema else None
     wrapped: nn.Module = objective

@@ -29,6 +29,7 @@ CASES = {
     "layers": ("--model", "conv", "--hidden", "8", "--layers", "1", "--likelihood", "normal", "--patience", "9",
                "--activation-checkpointing"),
     "half": ("--precision", "fp16", "--accumulate", "2"),
+    "compiled": ("--compile", "--prior", "gmm", "--components", "3", "--warm-up", "2", "--accumulate", "2"),
 }  # fmt: skip
 STEPS = ("--steps", "11")
 
@@ -47,8 +48,11 @@ def many(tmp_path_factory):
         *((size, of("options", "options", *more)) for size, more in starts),
         (2, of("layers", "layers", *STEPS)),
         (2, of("half", "half", *STEPS)),
+        (2, of("compiled", "compiled", *STEPS)),
         ("2:6", of("killed", "half", *STEPS)),
         (2, of("killed", "half", *STEPS, "--resume")),
+        (2, ("own", str(folder / "own"), "4")),
+        (2, ("own", str(folder / "own"), "8")),
     )
     assert done.returncode == 0, done.stderr
     return folder
@@ -56,7 +60,8 @@ def many(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_sharded_run_has_the_curve_of_one_process(many, tmp_path, name):
-    assert train(tmp_path, *FREE, *CASES[name], *STEPS) == 0
+    alone = [option for option in CASES[name] if option != "--compile"]
+    assert train(tmp_path, *FREE, *alone, *STEPS) == 0
     found, expected = (checkpoint.load(folder) for folder in (many / name, tmp_path))
     curves = [torch.tensor(state["history"]["train"], dtype=torch.float64) for state in (found, expected)]
     half = {"rtol": 1e-4, "atol": 1e-3} if name == "half" else {"rtol": 5e-6, "atol": 2e-5}
@@ -67,6 +72,14 @@ def test_a_sharded_run_has_the_curve_of_one_process(many, tmp_path, name):
     assert found["guard"] == expected["guard"]
     norms = [state["history"]["monitors/gradient_norm_total"] for state in (found, expected)]
     torch.testing.assert_close(*map(torch.tensor, norms), rtol=2e-3, atol=1e-3)
+
+
+def test_a_model_of_the_callers_is_sharded_and_has_the_trained_weights(many, tmp_path):
+    done = ranks((1, ("own", str(tmp_path / "own"), "8")))
+    assert done.returncode == 0, done.stderr
+    found, expected = (checkpoint.load(folder / "own") for folder in (many, tmp_path))
+    curves = [torch.tensor(state["history"]["train"], dtype=torch.float64) for state in (found, expected)]
+    torch.testing.assert_close(*curves, rtol=5e-6, atol=2e-5)
 
 
 def test_a_sharded_run_that_is_killed_goes_on_bit_for_bit(many):
