@@ -30,6 +30,9 @@ class Encoder(nn.Module):
         slope, shift = self.signed
         return self.head(self.network(slope * x + shift))
 
+    def blocks(self) -> list[nn.Module]:
+        return blocks_of(self.network, "down_blocks")
+
 
 class Decoder(nn.Module):
     """Latents [N, latent, h, w] -> images in the numbers of the run, from those of the network in [-1, 1]."""
@@ -42,6 +45,15 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         slope, shift = self.signed
         return (self.network(self.head(z)).float() - shift) / slope
+
+    def blocks(self) -> list[nn.Module]:
+        return blocks_of(self.network, "up_blocks")
+
+
+def blocks_of(network: nn.Module, name: str) -> list[nn.Module]:
+    """The blocks of diffusers' encoder or decoder, which hold all but a few of its parameters."""
+    blocks: Any = getattr(network, name)
+    return [*blocks, network.get_submodule("mid_block")]
 
 
 def with_config(given: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 
+from fastkl.vae.autoencoder import Decoder, Encoder
 from fastkl.vae.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class Ranks:
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         try:
             for network in networks:
-                for layer in network if isinstance(network, nn.Sequential) else [network]:
+                for layer in layers_of(network):
                     if any(True for _ in layer.parameters()):
                         fully_shard(layer, mesh=mesh, mp_policy=policies[0])
             fully_shard(root, mesh=mesh, mp_policy=policies[1])
@@ -117,6 +118,14 @@ class Ranks:
     def share(self, whole: Tensor, parts: int = 1) -> Tensor:
         """This process's rows of each of the `parts` that a batch is split into first."""
         return torch.cat([part[self.rows(len(part))] for part in whole.tensor_split(parts)])
+
+
+def layers_of(network: nn.Module) -> list[nn.Module]:
+    """The parts of a network that are gathered one at a time: those of a Sequential, the blocks of diffusers'
+    autoencoder and what they leave, or the whole network. Each is called as a module, by which it is gathered."""
+    if isinstance(network, nn.Sequential):
+        return list(network)
+    return [*(network.blocks() if isinstance(network, (Encoder, Decoder)) else ()), network]
 
 
 def sharded(module: nn.Module) -> TypeGuard[FSDPModule]:

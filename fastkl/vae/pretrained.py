@@ -15,6 +15,7 @@ from fastkl.vae.autoencoder import FROM, Decoder, Encoder, autoencoder_kl, confi
 from fastkl.vae.data.arrays import first_line
 from fastkl.vae.errors import UserError
 from fastkl.vae.model import VAE
+from fastkl.vae.parallel import load_whole
 from fastkl.vae.run import Run
 from fastkl.vae.settings import Settings
 
@@ -46,7 +47,7 @@ def load_pretrained(vae: VAE, settings: Settings) -> None:
         return
     try:
         held = autoencoder_kl().from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
-        assembled(vae, config_of(settings, vae.shape)).load_state_dict(held.state_dict())
+        load_whole(assembled(vae, config_of(settings, vae.shape)), held.state_dict())
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"--model-config {folder}: weights cannot be read ({first_line(error)})") from None
 

@@ -133,8 +133,6 @@ def check_images(settings: Settings, given: dict[str, Any]) -> None:
                     f"--parallel fsdp does not go with {flag(name)}, which calls a part of the model: "
                     "use --parallel ddp"
                 )
-        if settings.model == AUTOENCODER:
-            raise UserError(f"--parallel fsdp does not shard --model {AUTOENCODER}: use --parallel ddp")
 
 
 def defaults(given: dict[str, Any]) -> Settings:

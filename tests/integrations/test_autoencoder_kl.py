@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -14,6 +15,9 @@ diffusers = pytest.importorskip("diffusers")
 from fastkl import vae  # noqa: E402
 from fastkl.vae import checkpoint  # noqa: E402
 from fastkl.vae.errors import UserError  # noqa: E402
+from fastkl.vae.parallel import layers_of  # noqa: E402
+
+from vae_helpers import BARE, ranks  # noqa: E402
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (40, 3, 8, 8)).astype(np.uint8)
@@ -170,3 +174,37 @@ def test_a_folder_of_another_kind_or_without_weights_is_refused(tmp_path):
     (folder / "config.json").write_text('{"_class_name": "AutoencoderDC"}')
     with pytest.raises(UserError, match="expected the config of an AutoencoderKL, got that of AutoencoderDC"):
         train(tmp_path / "other", model_config=str(folder))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_sharded_run_has_the_curve_of_one_process_and_writes_the_same_folder(tmp_path):
+    """Both start with the weights of a folder, which a first run has written."""
+    train(tmp_path / "first", steps=2)
+    np.save(tmp_path / "x.npy", PIXELS)
+    options = ("--data", str(tmp_path / "x.npy"), "--model", "autoencoder-kl", "--hidden", "8", "--layers", "1")
+    options += ("--model-config", str(tmp_path / "first" / "autoencoder"), "--noise", "datum", "--steps", "4")
+    options += ("--global-batch-size", "8", "--accumulate", "2", "--log-every", "1", "--schedule", "constant")
+    options += ("--precision", "bf16", "--ema", "0.5", *BARE)
+    done = ranks(
+        (1, (*options, "--out", str(tmp_path / "one"))),
+        (2, (*options, "--out", str(tmp_path / "two"), "--parallel", "fsdp")),
+    )
+    assert done.returncode == 0, done.stderr
+    curves = [torch.tensor(checkpoint.load(tmp_path / name)["history"]["train"]) for name in ("two", "one")]
+    torch.testing.assert_close(*curves, rtol=1e-3, atol=0.02)
+    found, expected = (
+        diffusers.AutoencoderKL.from_pretrained(tmp_path / name / "autoencoder").state_dict() for name in ("two", "one")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=2e-3)
+    held = diffusers.AutoencoderKL.from_pretrained(tmp_path / "first" / "autoencoder").state_dict()
+    weight = "decoder.conv_in.weight"
+    assert 0 < (found[weight] - held[weight]).abs().max() < 0.01, "the weights of the folder, and four steps"
+
+
+def test_the_blocks_of_the_networks_are_gathered_one_at_a_time(tmp_path):
+    networks = train(tmp_path / "run", steps=1).vae
+    for network in (networks.encoder, networks.decoder):
+        *blocks, rest = layers_of(network)
+        assert rest is network
+        held = sum(parameter.numel() for block in blocks for parameter in block.parameters())
+        assert held > 0.9 * sum(parameter.numel() for parameter in network.parameters())
