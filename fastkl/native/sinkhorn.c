@@ -12,14 +12,14 @@
 #define ROWS 16 /* of a job */
 
 typedef struct {
-    const REAL *points, *others;      /* [rows, columns], [count, columns] */
-    const double *cost, *outer;       /* [rows, count]; the old potentials of these points */
-    const double *inner;              /* the old potentials of the other points */
-    const REAL *weights;              /* of the other points */
-    double *terms;                    /* [count]: g_j / eps, -inf for a weight of 0 */
+    const REAL *points, *others; /* [rows, columns]; the other points, [columns, count] */
+    const double *cost, *outer;  /* [rows, count]; the old potentials of these points */
+    const double *inner;         /* the old potentials of the other points */
+    const REAL *weights;         /* of the other points */
+    double *terms;               /* [count]: g_j / eps, -inf for a weight of 0 */
     int64_t rows, count, columns;
     double eps;
-    double *found, *pull; /* new potentials [rows]; x_i - sum_j pi_ij y_j [rows, columns], or NULL */
+    double *found, *pull; /* costs, or new potentials [rows]; x_i - sum_j pi_ij y_j [rows, columns], or NULL */
     REAL *shares;         /* [jobs, count] */
 } update;
 
@@ -42,24 +42,23 @@ static double largest(const update *u, const double *cost) {
     return most;
 }
 
-/* Sums of at most FEW terms are REALs, and sums of these are double. */
+/* Sums of at most FEW + LANES terms are REALs, and sums of these are double. */
 #define FEW 64
+#define LANES 16
 static void pull_row(const update *u, int64_t row, const REAL *restrict shares, double total) {
     const REAL *x = u->points + row * u->columns;
-    double *restrict pull = u->pull + row * u->columns;
-    for (int64_t column = 0; column < u->columns; column += TILE) {
-        int n = (int)(u->columns - column < TILE ? u->columns - column : TILE);
-        const REAL *restrict own = x + column;
-        for (int d = 0; d < n; d++) pull[column + d] = 0;
-        for (int64_t first = 0; first < u->count; first += FEW) {
-            REAL sums[TILE] = {0};
-            for (int64_t j = first; j < u->count && j < first + FEW; j++) {
-                const REAL *restrict y = u->others + j * u->columns + column;
-                for (int d = 0; d < n; d++) sums[d] += shares[j] * (own[d] - y[d]);
-            }
-            for (int d = 0; d < n; d++) pull[column + d] += sums[d];
+    for (int64_t d = 0; d < u->columns; d++) {
+        const REAL *restrict y = u->others + d * u->count, own = x[d];
+        double pull = 0;
+        for (int64_t first = 0; first < u->count; first += FEW * LANES) {
+            REAL sums[LANES] = {0};
+            int64_t end = u->count - first < FEW * LANES ? u->count : first + FEW * LANES, j = first;
+            for (; j + LANES <= end; j += LANES)
+                for (int k = 0; k < LANES; k++) sums[k] += shares[j + k] * (own - y[j + k]);
+            for (int k = 0; j < end; j++, k++) sums[k] += shares[j] * (own - y[j]);
+            pull += sum(sums, LANES);
         }
-        for (int d = 0; d < n; d++) pull[column + d] /= total;
+        u->pull[row * u->columns + d] = pull / total;
     }
 }
 
@@ -85,14 +84,30 @@ static void apply(update *u, double eps, double *found, double *pull, int64_t th
 static void cost_rows(void *context, int64_t job) {
     const update *u = context;
     int64_t end = (job + 1) * ROWS < u->rows ? (job + 1) * ROWS : u->rows;
-    for (int64_t row = job * ROWS; row < end; row++)
-        for (int64_t j = 0; j < u->count; j++) {
-            const REAL *x = u->points + row * u->columns, *y = u->others + j * u->columns;
-            double total = 0;
-#pragma omp simd reduction(+ : total)
-            for (int64_t d = 0; d < u->columns; d++) total += ((double)x[d] - (double)y[d]) * ((double)x[d] - (double)y[d]);
-            u->found[row * u->count + j] = total / 2;
+    for (int64_t row = job * ROWS; row < end; row++) {
+        double *restrict cost = u->found + row * u->count;
+        memset(cost, 0, (size_t)u->count * sizeof *cost);
+        for (int64_t d = 0; d < u->columns; d++) {
+            const REAL *restrict y = u->others + d * u->count;
+            double x = u->points[row * u->columns + d];
+            for (int64_t j = 0; j < u->count; j++) cost[j] += (x - (double)y[j]) * (x - (double)y[j]);
         }
+        for (int64_t j = 0; j < u->count; j++) cost[j] /= 2;
+    }
+}
+
+/* The costs of the first of two updates, whose pairs are those of the second. */
+static void turn_rows(void *context, int64_t job) {
+    const update *u = context, *turned = u + 1;
+    int64_t first = job * ROWS, end = (job + 1) * ROWS < u->rows ? (job + 1) * ROWS : u->rows;
+    for (int64_t i = 0; i < u->count; i++)
+        for (int64_t row = first; row < end; row++) u->found[row * u->count + i] = turned->cost[i * u->rows + row];
+}
+
+/* [columns, rows] from [rows, columns] */
+static void transpose(const REAL *restrict from, int64_t rows, int64_t columns, REAL *restrict to) {
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < columns; j++) to[j * rows + i] = from[i * columns + j];
 }
 
 static void average(double *restrict potential, const double *restrict next, int64_t count) {
@@ -112,17 +127,19 @@ int potentials(const int64_t *numbers, const int64_t *addresses, double low, dou
     double *pull[2] = {(double *)(intptr_t)addresses[8], (double *)(intptr_t)addresses[9]};
     (void)low, (void)high;
     double *cost = malloc((size_t)((same ? 1 : 2) * n * m + 2 * (n + m) + wide) * sizeof *cost);
-    REAL *shares = malloc((size_t)(jobs * wide) * sizeof *shares);
+    REAL *shares = malloc((size_t)(jobs * wide + (n + m) * columns) * sizeof *shares);
     if (!cost || !shares) { free(cost), free(shares); return 1; }
     double *across = same ? cost : cost + n * m, *f = across + n * m, *g = same ? f : f + n;
     double *new_f = g + m, *new_g = same ? new_f : new_f + n, *terms = new_g + m;
-    update of_x = {.points = x, .others = y, .cost = cost, .inner = g, .outer = f, .weights = b, .terms = terms,
+    REAL *y_across = shares + jobs * wide, *x_across = same ? y_across : y_across + m * columns;
+    transpose(y, m, columns, y_across);
+    if (!same) transpose(x, n, columns, x_across);
+    update of_x = {.points = x, .others = y_across, .cost = cost, .inner = g, .outer = f, .weights = b, .terms = terms,
                    .rows = n, .count = m, .columns = columns, .found = cost, .shares = shares};
-    update of_y = {.points = y, .others = x, .cost = across, .inner = f, .outer = g, .weights = a, .terms = terms,
-                   .rows = m, .count = n, .columns = columns, .shares = shares};
+    update of_y = {.points = y, .others = x_across, .cost = across, .inner = f, .outer = g, .weights = a, .terms = terms,
+                   .rows = m, .count = n, .columns = columns, .found = across, .shares = shares};
     run((n + ROWS - 1) / ROWS, n * m * columns, threads, cost_rows, &of_x);
-    for (int64_t i = 0; !same && i < n; i++)
-        for (int64_t j = 0; j < m; j++) across[j * n + i] = cost[i * m + j];
+    if (!same) run((m + ROWS - 1) / ROWS, n * m, threads, turn_rows, (update[]){of_y, of_x});
     for (int64_t i = 0; i < n; i++) f[i] = 0;
     for (int64_t j = 0; j < m; j++) g[j] = 0;
     for (int64_t step = -1; step < steps; step++) {
