@@ -166,7 +166,11 @@ def check_bounds(bounds: SoftBounds | tuple[float, float] | None) -> tuple[float
 
 
 def broadcast_shape(**tensors: Tensor | None) -> torch.Size:
-    shapes = {name: tensor.shape for name, tensor in tensors.items() if tensor is not None}
+    return common_shape({name: tensor.shape for name, tensor in tensors.items() if tensor is not None})
+
+
+def common_shape(shapes: dict[str, torch.Size]) -> torch.Size:
+    """The shape to which these broadcast, by the name of their tensors."""
     first, *others = shapes.values()
     for shape in others:
         if len(shape) != len(first) or shape != first:  # rank first: else a trace compares batch with event
@@ -175,7 +179,7 @@ def broadcast_shape(**tensors: Tensor | None) -> torch.Size:
         return first
     if not torch.compiler.is_compiling():  # torch.broadcast_shapes takes as long as all other checks of a small KL
         for full in shapes.values():
-            if all(fits(tensor, full) for tensor in tensors.values() if tensor is not None):
+            if all(expands(shape, full) for shape in shapes.values()):
                 return full
     try:
         return torch.broadcast_shapes(*shapes.values())
@@ -303,9 +307,13 @@ def row_blocks(tensor: Tensor) -> list[slice]:
 
 def fits(tensor: Tensor, shape: torch.Size) -> bool:
     """Whether the tensor broadcasts to exactly this shape."""
-    if tensor.dim() > len(shape):
+    return expands(tensor.shape, shape)
+
+
+def expands(own: torch.Size, shape: torch.Size) -> bool:
+    if len(own) > len(shape):
         return False
-    for size, full in zip(reversed(tensor.shape), reversed(shape)):  # noqa: SIM110 (a generator takes twice as long)
+    for size, full in zip(reversed(own), reversed(shape)):  # noqa: SIM110 (a generator takes twice as long)
         if size != 1 and size != full:
             return False
     return True

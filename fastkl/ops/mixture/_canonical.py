@@ -59,7 +59,8 @@ class Canonical(NamedTuple):
 
     def restore(self, result: Tensor) -> Tensor:
         """A result [R, ...] in the caller's shape."""
-        result = result.view((*self.batch, *result.shape[1:]))
+        if len(self.batch) != 1:
+            result = result.view((*self.batch, *result.shape[1:]))
         if self.order is None:
             return result
         back = sorted(range(len(self.order)), key=self.order.__getitem__)
@@ -123,7 +124,9 @@ def _order(row_tensors: int, mixture, batch: torch.Size) -> list[int] | None:
 def _flattened(rows: list[Tensor], mixture, batch: torch.Size) -> tuple[list[Tensor], Mixture]:
     """Flatten the batch's dimensions to one of rows, and those along which parameters vary to one of data."""
     dimensions = mixture[1].shape[-1]
-    rows = [arguments.expand(tensor, (*batch, dimensions)).reshape(-1, dimensions) for tensor in rows]
+    rows = [arguments.expand(tensor, (*batch, dimensions)) for tensor in rows]
+    if len(batch) != 1:
+        rows = [tensor.reshape(-1, dimensions) for tensor in rows]
     ndim = [0 if tensor is None else tensor.dim() - event for tensor, event in zip(mixture, EVENTS)]
     per_datum = max(ndim[1:]) > 0  # whether the components, not only the weights, differ by datum
     trailing = batch[len(batch) - max(ndim) :]
@@ -133,20 +136,19 @@ def _flattened(rows: list[Tensor], mixture, batch: torch.Size) -> tuple[list[Ten
             own = tensor.shape[-event:]
             tensor = arguments.expand(tensor, (*trailing, *own)).reshape(-1, *own)
         elif tensor is not None:
-            tensor = tensor[None]
+            tensor = tensor.unsqueeze(0)
         flat.append(tensor)
     return rows, Mixture(*flat)
 
 
 def batch_shape(z: dict[str, Tensor], logits, means, logvars, scale_tril) -> torch.Size:
     """The broadcast shape of all batch dimensions."""
-    parameters = {"logits": (logits, 1), "means": (means, 2), "logvars": (logvars, 2), "scale_tril": (scale_tril, 3)}
-    batches = {name: tensor[..., 0] for name, tensor in z.items()}
-    for name, (tensor, event_ndim) in parameters.items():
-        if tensor is not None and tensor.dim() > event_ndim:
-            first = (..., *[0] * event_ndim)
-            batches[name] = tensor[first]
-    return arguments.broadcast_shape(**batches) if batches else torch.Size()
+    shapes = {name: tensor.shape[:-1] for name, tensor in z.items()}
+    given = {"logits": logits, "means": means, "logvars": logvars, "scale_tril": scale_tril}
+    for (name, tensor), event in zip(given.items(), EVENTS):
+        if tensor is not None and tensor.dim() > event:
+            shapes[name] = tensor.shape[: tensor.dim() - event]
+    return arguments.common_shape(shapes) if shapes else torch.Size()
 
 
 def check_shapes(z: dict[str, Tensor], logits, means, logvars, scale_tril) -> None:
