@@ -268,14 +268,23 @@ static void sum_each(const REAL *values, int rows, int columns, REAL *restrict o
 }
 
 /* Sums over rows. A tile's rows are contiguous, so that vectors also pay for short rows. */
-typedef struct { double totals[TILE]; int most; } column_sums;
+typedef struct { double totals[TILE]; REAL few[TILE]; int most, count; } column_sums; /* few: of `count` tiles */
+#define TOGETHER 8 /* tiles whose sums are REALs */
+
+static void add_few(column_sums *sums) {
+    for (int i = 0; i < sums->most; i++) sums->totals[i] += sums->few[i], sums->few[i] = 0;
+    sums->count = 0;
+}
 
 static inline void add_tile(column_sums *sums, const REAL *values, int n) {
-    for (; sums->most < n; sums->most++) sums->totals[sums->most] = 0;
-    for (int i = 0; i < n; i++) sums->totals[i] += values[i];
+    if (!sums->most) sums->count = 0;
+    for (; sums->most < n; sums->most++) sums->totals[sums->most] = sums->few[sums->most] = 0;
+    for (int i = 0; i < n; i++) sums->few[i] += values[i];
+    if (++sums->count == TOGETHER) add_few(sums);
 }
 
 static void fold_rows(column_sums *sums, int columns, double *out) {
+    add_few(sums);
     for (int at = columns; at < sums->most; at += columns)
         for (int i = 0; i < columns; i++) sums->totals[i] += sums->totals[at + i];
     memcpy(out, sums->totals, (size_t)columns * sizeof *out);

@@ -48,7 +48,7 @@ def found_at_once(
     def weights_of(part, prepared) -> Tensor:
         own = responsibilities
         if own is None:
-            own = at_once.softmax_of(part, prepared).reshape(len(dlp), -1)
+            own = at_once.softmax_of(part, prepared).reshape(dlp.shape[0], -1)  # len would fix the number of rows
         scale = dlp.unsqueeze(-1)
         weights = (own * scale).masked_fill_(scale == 0, 0.0)  # NaN in rows of density 0
         return by_datum(weights, part.data)
