@@ -4,6 +4,8 @@
 """
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,21 @@ def test_a_backward_op_writes_into_its_outputs(op):
     assert any(written >= outputs for outputs in sets)
     assert all(name.startswith("d") for name in written)
     assert not [argument.name for argument in schema.arguments if "List" in str(argument.type)]
+
+
+def test_an_import_brings_neither_compiler_nor_kernels():
+    """The compiler takes a second, and each implementation is imported by its first tensor."""
+    heavy = (
+        "torch._dynamo",
+        "torch._inductor",
+        "torch.distributed.tensor",
+        "triton",
+        "fastkl.kernels.normal",
+        "fastkl.vae",
+    )
+    command = f"import sys, fastkl; sys.exit(' '.join(name for name in {heavy} if name in sys.modules) or 0)"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 if __name__ == "__main__":

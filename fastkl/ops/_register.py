@@ -40,9 +40,6 @@ def register(
     """
     name = schema[: schema.index("(")]
     qualified = f"{NAMESPACE}::{name}"
-    if terms is not None:
-        # Dynamo does not look into it, and checks none of its names at each call: 5 % of the step of a small VAE.
-        torch.compiler.allow_in_graph(closed_form)
     CLOSED_FORM[name] = CPU[name] = closed_form
     LOADERS[name] = kernel, native
     TRITON[name] = _lazily(name, kernel)
