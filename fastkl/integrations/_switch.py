@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import threading
 from collections.abc import Callable, Sequence
@@ -68,7 +69,8 @@ def registered_kl(p: type, q: type, default: Any) -> Any:
 
 
 class Layer:
-    """One `enable()` of a switch. Several switches may replace the same method: each layer wraps the one below."""
+    """One `enable()` of a switch, and the context manager that ends it. Several switches may replace the same method:
+    each layer wraps the one below."""
 
     def __init__(self, switch: Switch, options: dict[str, Any]) -> None:
         self.switch, self.options = switch, options
@@ -88,6 +90,28 @@ class Layer:
         while self.made:
             self.made.pop().undo()
 
+    def disable(self) -> None:
+        """Undo this `enable()`. Those that came later stay, on what lies below them now."""
+        with _LOCK:
+            if self not in _LAYERS:
+                raise RuntimeError("the integration is not enabled")
+            later = _LAYERS[_LAYERS.index(self) + 1 :]
+            changed = any(layer.made for layer in (self, *later))
+            for layer in (*reversed(later), self):
+                layer.undo()
+                _LAYERS.remove(layer)
+            for layer in later:
+                layer.make()
+                _LAYERS.append(layer)
+            if changed:
+                _torch.forget_compiled()
+
+    def __enter__(self) -> Layer:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.disable()
+
 
 class Switch:
     """An integration: `enable()`, `disable()`, and `with enable():`. If enabled twice, it must be disabled twice.
@@ -99,32 +123,32 @@ class Switch:
     def __init__(self, changes: Callable[..., Sequence[Attribute | Divergence]]) -> None:
         self.changes = changes
 
-    def enable(self, **options: Any) -> Switch:
+    def enable(self, **options: Any) -> Layer:
         with _LOCK:
             layer = Layer(self, options)
             layer.make()
             _LAYERS.append(layer)
-        return self
+            if layer.made:
+                _torch.forget_compiled()
+        return layer
 
     def disable(self) -> None:
-        """Undo the last `enable()`. Integrations enabled later stay, on what lies below them now."""
+        """Undo the last `enable()`."""
         with _LOCK:
-            own = [place for place, layer in enumerate(_LAYERS) if layer.switch is self]
+            own = [layer for layer in _LAYERS if layer.switch is self]
             if not own:
                 raise RuntimeError("the integration is not enabled")
-            later = _LAYERS[own[-1] + 1 :]
-            for layer in (*reversed(later), _LAYERS[own[-1]]):
-                layer.undo()
-                _LAYERS.remove(layer)
-            for layer in later:
-                layer.make()
-                _LAYERS.append(layer)
+            own[-1].disable()
 
-    def __enter__(self) -> Switch:
-        return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self.disable()
+def find(module: str, name: str, version: str) -> Any:
+    """`name` of a module of the installed library. Raises UnsupportedVersion if this version lacks either."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (AttributeError, ModuleNotFoundError) as error:
+        raise UnsupportedVersion(
+            f"{module}.{name} is missing; {version} is not supported, and nothing was replaced"
+        ) from error
 
 
 def check_method(owner: Any, name: str, parameters: tuple[str, ...], version: str) -> None:

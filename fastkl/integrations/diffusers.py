@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fastkl.distributions import DiagonalNormal
-from fastkl.integrations._switch import Attribute, Switch, UnsupportedVersion, check_method
+from fastkl.integrations._switch import Attribute, Layer, Switch, check_method, find
 from fastkl.ops.likelihood.normal_log_prob import normal_log_prob
 
 TESTED = "0.42.1"
@@ -124,9 +124,7 @@ def changes() -> list[Attribute]:
          DiagonalGaussian),
         ("autoencoder_oobleck", "OobleckDiagonalGaussianDistribution", {"kl": ("self", "other")}, OobleckGaussian),
     ):  # fmt: skip
-        stock = getattr(importlib.import_module(f"diffusers.models.autoencoders.{module}"), name, None)
-        if stock is None:
-            raise UnsupportedVersion(f"{version} has no {name}; nothing was replaced")
+        stock = find(f"diffusers.models.autoencoders.{module}", name, version)
         methods |= {"__init__": ("self", "parameters", "deterministic"), "sample": ("self", "generator")}
         for method, parameters in methods.items():
             check_method(stock, method, parameters, version)
@@ -151,7 +149,7 @@ def begin(stock: type, fused: type) -> Any:
 _switch = Switch(changes)
 
 
-def enable() -> Switch:
+def enable() -> Layer:
     """Use fastkl in the posteriors of diffusers until `disable()`; as a context manager, until the block ends.
 
     Raises:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
-from fastkl.integrations._switch import Attribute, Divergence, Switch, check_method, registered_kl
+from fastkl.integrations._switch import Attribute, Divergence, Layer, Switch, check_method, registered_kl
 from fastkl.ops._torch import validate_sample
 from fastkl.ops.mixture.gmm_log_prob import gmm_log_prob
 from fastkl.ops.mixture.kl_gmm import kl_gmm
@@ -164,7 +164,7 @@ def changes(*, mixture_kl: bool = False) -> list[Attribute | Divergence]:
 _switch = Switch(changes)
 
 
-def enable(*, mixture_kl: bool = False) -> Switch:
+def enable(*, mixture_kl: bool = False) -> Layer:
     """Use fastkl in torch.distributions until `disable()`; as a context manager, until the block ends.
 
     Args:

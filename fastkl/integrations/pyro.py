@@ -13,16 +13,16 @@ import importlib
 from torch.distributions import MixtureSameFamily
 
 from fastkl.integrations import distributions
-from fastkl.integrations._switch import Attribute, Divergence, Switch, UnsupportedVersion
+from fastkl.integrations._switch import Attribute, Divergence, Layer, Switch, UnsupportedVersion, find
 
 TESTED = "1.9.2"
 
 
 def changes(*, mixture_kl: bool = False) -> list[Attribute | Divergence]:
     # Imported first, so that Pyro registers its divergences below fastkl's.
-    mixture = importlib.import_module("pyro.distributions").MixtureSameFamily
+    version = f"Pyro {importlib.import_module('pyro').__version__} (tested with {TESTED})"
+    mixture = find("pyro.distributions", "MixtureSameFamily", version)
     if mixture.log_prob is not MixtureSameFamily.log_prob:
-        version = f"Pyro {importlib.import_module('pyro').__version__} (tested with {TESTED})"
         raise UnsupportedVersion(
             f"MixtureSameFamily has a log_prob of its own in {version}, which is not supported; nothing was replaced"
         )
@@ -32,7 +32,7 @@ def changes(*, mixture_kl: bool = False) -> list[Attribute | Divergence]:
 _switch = Switch(changes)
 
 
-def enable(*, mixture_kl: bool = False) -> Switch:
+def enable(*, mixture_kl: bool = False) -> Layer:
     """Use fastkl in Pyro until `disable()`; as a context manager, until the block ends.
 
     Args:

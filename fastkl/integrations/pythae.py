@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fastkl.integrations import distributions
-from fastkl.integrations._switch import Attribute, Switch, check_method
+from fastkl.integrations._switch import Attribute, Layer, Switch, check_method, find
 from fastkl.ops.importance.iwae import iwae
 from fastkl.ops.mixture.gmm_log_prob import gmm_log_prob
 from fastkl.ops.normal.kl_normal import kl_normal
@@ -156,17 +156,19 @@ METHODS = {
 
 
 def changes() -> list[Attribute]:
-    models = importlib.import_module("pythae.models")
     version = f"Pythae {importlib.metadata.version('pythae')} (tested with {TESTED})"
-    for name, (method, parameters, _) in METHODS.items():
-        check_method(getattr(models, name), method, parameters, version)
-    return [Attribute(getattr(models, name), method, new) for name, (method, _, new) in METHODS.items()]
+    found = []
+    for name, (method, parameters, new) in METHODS.items():
+        model = find("pythae.models", name, version)
+        check_method(model, method, parameters, version)
+        found.append(Attribute(model, method, new))
+    return found
 
 
 _switch = Switch(changes)
 
 
-def enable() -> Switch:
+def enable() -> Layer:
     """Use fastkl in Pythae's models until `disable()`; as a context manager, until the block ends.
 
     Raises:

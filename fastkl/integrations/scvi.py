@@ -13,23 +13,22 @@ import importlib
 import importlib.metadata
 
 from fastkl.integrations import distributions
-from fastkl.integrations._switch import Attribute, Divergence, Switch, check_method
+from fastkl.integrations._switch import Attribute, Divergence, Layer, Switch, check_method, find
 
 TESTED = "1.4.2"
 
 
 def changes() -> list[Attribute | Divergence]:
-    base = importlib.import_module("scvi.module.base")
     version = f"scvi-tools {importlib.metadata.version('scvi-tools')} (tested with {TESTED})"
-    check_method(base.MogPrior, "kl", ("self", "qz", "labels", "kwargs"), version)
-    check_method(base.VampPrior, "kl", ("self", "qz", "z", "kwargs"), version)
+    check_method(find("scvi.module.base", "MogPrior", version), "kl", ("self", "qz", "labels", "kwargs"), version)
+    check_method(find("scvi.module.base", "VampPrior", version), "kl", ("self", "qz", "z", "kwargs"), version)
     return distributions.changes()
 
 
 _switch = Switch(changes)
 
 
-def enable() -> Switch:
+def enable() -> Layer:
     """Use fastkl in scvi-tools until `disable()`; as a context manager, until the block ends.
 
     Raises:

@@ -75,6 +75,12 @@ def forget_kl(classes: tuple[type, type]) -> None:
         _kl_memory.clear()
 
 
+def forget_compiled() -> None:
+    """Let functions of torch.compile be compiled anew: a replaced method of a class is no reason for it by itself."""
+    if "torch._dynamo" in sys.modules:  # else nothing has been compiled
+        torch.compiler.reset()
+
+
 def validate_sample(distribution: torch.distributions.Distribution, value: Tensor) -> None:
     """Raise ValueError if the distribution validates arguments and the value is outside its support."""
     try:

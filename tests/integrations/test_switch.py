@@ -1,8 +1,9 @@
 """Integrations are switched on and off as one."""
 
 import pytest
+import torch
 
-from fastkl.integrations._switch import Attribute, Switch, UnsupportedVersion, check_method
+from fastkl.integrations._switch import Attribute, Switch, UnsupportedVersion, check_method, find
 
 
 class Library:
@@ -98,3 +99,39 @@ def test_other_parameters_are_refused():
         check_method(Library, "kl", ("self",), "library 1.0")
     with pytest.raises(UnsupportedVersion, match=r"Library\.nll is missing"):
         check_method(Library, "nll", ("self",), "library 1.0")
+
+
+def test_what_a_library_lacks_is_refused():
+    for module, name in (("fastkl.priors", "Nowhere"), ("fastkl.nowhere", "Prior")):
+        with pytest.raises(UnsupportedVersion, match=rf"^{module}\.{name} is missing; library 1\.0 is not supported"):
+            find(module, name, "library 1.0")
+
+
+def test_a_block_ends_its_own_options():
+    """Not those enabled last, which another thread may have done."""
+    one = Switch(lambda word: [Attribute(Library, "kl", lambda self: word)])
+    first, second = one.enable(word="first"), one.enable(word="second")
+    first.__exit__(None, None, None)
+    assert Library().kl() == "second"
+    with pytest.raises(RuntimeError, match="not enabled"):
+        first.disable()
+    second.disable()
+    assert Library().kl() == "stock"
+
+
+def test_what_has_been_compiled_is_compiled_anew():
+    """torch.compile does not notice that a method of a class has been replaced."""
+
+    class Density:
+        def log_prob(self, x):
+            return x + 1
+
+    density = Density()
+    compiled = torch.compile(lambda x: density.log_prob(x), backend="eager")
+    one = Switch(lambda: [Attribute(Density, "log_prob", lambda self, x: x + 2)])
+    found = [compiled(torch.zeros(())).item()]
+    with one.enable():
+        found.append(compiled(torch.zeros(())).item())
+        with one.enable():
+            found.append(compiled(torch.zeros(())).item())
+    assert [*found, compiled(torch.zeros(())).item()] == [1, 2, 2, 1]
