@@ -15,9 +15,10 @@ For float16 and bfloat16 the values are float32, in which they are accurate. Eve
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -34,12 +35,23 @@ from fastkl.ops.normal.kl_normal import kl_normal
 SMALL_NORMAL, SMALL_MIXTURE = 16_384, 131_072
 
 
-def _is_normal(distribution: Independent) -> bool:
-    return isinstance(distribution.base_dist, Normal)
+def _is_normal(distribution: Any) -> TypeGuard[Independent]:
+    """Whether it is an Independent(Normal), and no subclass has a density of its own."""
+    if not isinstance(distribution, Independent) or not isinstance(distribution.base_dist, Normal):
+        return False
+    own = type(distribution).log_prob, type(distribution.base_dist).log_prob
+    return own == (Independent.log_prob, Normal.log_prob)
 
 
-def _is_vector(distribution: Independent) -> bool:
+def _is_vector(distribution: Any) -> TypeGuard[Independent]:
     return _is_normal(distribution) and distribution.reinterpreted_batch_ndims == 1
+
+
+def _have_own_kl(*distributions: Normal) -> bool:
+    """Whether a KL is registered for subclasses of Normal that these are of."""
+    own = [[kind for kind in type(each).__mro__ if issubclass(kind, Normal)] for each in distributions]
+    pairs = itertools.product(*own) if len(own[0]) + len(own[1]) > 2 else ()
+    return any((a, b) != (Normal, Normal) and registered_kl(a, b, None) is not None for a, b in pairs)
 
 
 TESTED = "2.13.0"
@@ -70,6 +82,8 @@ def kl_of_independents(stock: Callable[..., Tensor]) -> Callable[[Independent, I
         if not (_is_normal(p) and _is_normal(q)) or ndim != q.reinterpreted_batch_ndims:
             return stock(p, q)
         first, second = p.base_dist, q.base_dist
+        if _have_own_kl(first, second):
+            return stock(p, q)
         if is_small(first.loc, max(first.loc.numel(), second.loc.numel()), SMALL_NORMAL):
             kl = _kl_by_torch(first, second)
             return kl.sum(tuple(range(-ndim, 0))) if ndim else kl  # torch sums all dimensions for ()
@@ -113,7 +127,7 @@ def log_weights(mixture: Categorical) -> Tensor:
 def kl_to_mixture(stock: Callable[..., Tensor] = _unknown) -> Callable[..., Tensor]:
     def kl(p: Independent, q: MixtureSameFamily) -> Tensor:
         components = q.component_distribution
-        if not (_is_vector(p) and isinstance(components, Independent) and _is_vector(components)):
+        if not (_is_vector(p) and _is_vector(components)):
             return stock(p, q)
         own, normal = p.base_dist, components.base_dist
         return kl_gmm(own.loc, own.scale, log_weights(q.mixture_distribution), normal.loc, normal.scale, **STANDARD)
@@ -124,12 +138,13 @@ def kl_to_mixture(stock: Callable[..., Tensor] = _unknown) -> Callable[..., Tens
 def mixture_log_prob(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def log_prob(self, x):
         components = self.component_distribution
-        if not (isinstance(components, Independent) and _is_vector(components)):
+        if not _is_vector(components):
             return stock(self, x)
         normal, count = components.base_dist, components.batch_shape[-1]
         validate_sample(self, x)
         logits = log_weights(self.mixture_distribution)
         means, stds = normal.loc, normal.scale
+        x = x.to(torch.promote_types(x.dtype, means.dtype)).expand(*x.shape[:-1], means.shape[-1])
         if is_small(x, x.numel() * count, SMALL_MIXTURE):
             standard = (x.unsqueeze(-2) - means) / stds
             log_density = -0.5 * (standard * standard).sum(-1) - (stds.log().sum(-1) + x.shape[-1] * HALF_LOG_2_PI)

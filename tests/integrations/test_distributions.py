@@ -17,6 +17,7 @@ from torch.distributions import kl as torch_kl
 
 from fastkl.integrations import distributions
 from fastkl.integrations._switch import UnsupportedVersion
+from fastkl.ops import _torch
 
 SHAPES = [((), ()), ((5,), ()), ((3, 5), (5,)), ((3, 1, 5), (4, 1)), ((0, 5), (5,)), ((2, 3, 4, 5), (2, 3, 4, 5))]
 
@@ -125,6 +126,45 @@ def mixture(logits, means, stds, **given):
 def test_log_prob_of_a_mixture(logits, means, z):
     weights, stds, centres, _, points = leaves(logits, means, means, (), z)
     compare(lambda w, s, m, x: mixture(w, m, s).log_prob(x), weights, stds, centres, points, tolerance=1e-10)
+
+
+def test_a_subclass_keeps_its_own_density_and_its_own_kl():
+    class Other(Normal):
+        def log_prob(self, value):
+            return 2 * super().log_prob(value)
+
+    class Product(Independent):
+        def log_prob(self, value):
+            return 2 * super().log_prob(value)
+
+    class Divergent(Normal):
+        pass
+
+    one, at = torch.ones(3), torch.ones(5, 2)
+    register_kl(Divergent, Normal)(lambda p, q: torch.full_like(p.loc, 7.0))
+    try:
+        pair = Independent(Divergent(0 * one, one), 1), Independent(Normal(one, one), 1)
+        with distributions.enable():
+            assert kl_divergence(*pair) == 21
+            assert kl_divergence(*reversed(pair)) == 1.5
+    finally:
+        _torch.forget_kl((Divergent, Normal))
+    normal = Normal(torch.randn(3, 2), 1.0)
+    for components in (Independent(Other(normal.loc, 1.0), 1), Product(normal, 1)):
+        given = MixtureSameFamily(Categorical(one), components)
+        stock = given.log_prob(at)
+        with distributions.enable():
+            assert torch.equal(given.log_prob(at), stock)
+
+
+@pytest.mark.parametrize("x", [torch.ones(4, 2, dtype=torch.int64), torch.ones(4, 1)])
+def test_points_of_integers_and_of_fewer_columns(x):
+    """torch takes them, the latter unless it validates."""
+    components = Independent(Normal(torch.randn(3, 2), 2.0, validate_args=False), 1, validate_args=False)
+    given = MixtureSameFamily(Categorical(torch.ones(3)), components, validate_args=False)
+    stock = given.log_prob(x)
+    with distributions.enable():
+        torch.testing.assert_close(given.log_prob(x), stock)
 
 
 def test_a_plate_is_one_mixture():
