@@ -50,6 +50,7 @@ METHODS = {
     "sample": lambda p, q: drawn(STOCK(p)),
     "mode": lambda p, q: STOCK(p).mode(),
     "nll": lambda p, q: STOCK(p).nll(q.chunk(2, 1)[0]),
+    "nll over one dimension": lambda p, q: STOCK(p).nll(q.chunk(2, 1)[0], dims=1),
     "nll over some dimensions": lambda p, q: STOCK(p).nll(q.chunk(2, 1)[0], dims=[2, 3]),
     "mean": lambda p, q: STOCK(p).mean,
     "logvar": lambda p, q: STOCK(p).logvar,
@@ -117,6 +118,49 @@ def test_oobleck_has_the_kl_itself():
     torch.testing.assert_close(other, 2 * exact + wrong_sign)
     compare(lambda p, q: drawn(OOBLECK(p)), p, q)
     compare(lambda p, q: OOBLECK(p).logvar, p, q)
+
+
+def test_a_deterministic_oobleck_keeps_its_moments():
+    """In diffusers, only its KL is another one."""
+    p, _ = heads(2, 8, 7)
+    for name in ("std", "var", "logvar"):
+        compare(lambda p, name=name: getattr(OOBLECK(p, deterministic=True), name), p)
+    compare(lambda p: drawn(OOBLECK(p, deterministic=True)), p)
+    with diffusers.enable():
+        assert torch.equal(OOBLECK(p, deterministic=True).kl(), torch.Tensor([0.0]))
+        assert OOBLECK(p[:0]).kl().isnan()  # a mean of nothing, as in diffusers
+
+
+@pytest.mark.parametrize("name", ["mean", "logvar", "std", "var"])
+def test_moments_that_are_replaced_are_computed_with(name):
+    def changed(p):
+        posterior = STOCK(p)
+        setattr(posterior, name, 2 * getattr(posterior, name))
+        return posterior
+
+    p, _ = heads(2, 8, 3, 3)
+    compare(lambda p: changed(p).kl(), p)
+    compare(lambda p: drawn(changed(p)), p)
+
+
+@pytest.mark.parametrize("kind", [STOCK, OOBLECK])
+def test_a_compiled_step_is_one_graph(kind):
+    def step(p, q):
+        posterior = kind(p)
+        found = [posterior.mode() + posterior.std, posterior.kl(), posterior.kl(kind(q))]
+        return [*found, posterior.nll(q.chunk(2, 1)[0])] if kind is STOCK else found
+
+    p, q = heads(2, 8, 3, 3, 2)  # a video
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    stock = compiled(p, q)
+    with diffusers.enable():
+        expected = step(p, q)
+        torch.testing.assert_close(compiled(p, q), expected)
+        returned = torch.compile(lambda p: kind(p), backend="eager", fullgraph=True)(p)
+        torch.testing.assert_close(returned.kl(), expected[1])
+    assert stock[1].shape != expected[1].shape or not torch.isclose(stock[1], expected[1])
+    torch.testing.assert_close(compiled(p, q), stock, rtol=0, atol=0)
+    torch.testing.assert_close(returned.kl(), stock[1], rtol=0, atol=0)
 
 
 def test_posteriors_outlive_the_switch_and_earlier_ones_stay():
