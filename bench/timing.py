@@ -63,6 +63,7 @@ QUICK = Pace(5, 0.005, 2.0)
 FEWEST_ROUNDS = 3
 FEWEST_LONG_ROUNDS = 2
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
+LARGE_PAGE, FRESH = 2 << 20, 32 << 20  # bytes: as in fastkl/native/tiles.h
 LEAST_KEPT, MOST_KEPT = 128 << 10, 32 << 20  # bytes: range of glibc's dynamic mmap threshold
 OVERHEAD = 128  # bytes of a block beyond the tensor's, for the alignment to 64 and malloc's header
 LONG = 0.25  # seconds: of a longer step few are timed, and all of them count
@@ -204,12 +205,23 @@ def copy(budget: Budget, device: str) -> Contender:
     return Contender(lambda: parts[0][0].copy_(parts[0][1]), lambda _: parts[1][0].copy_(parts[1][1]))
 
 
+def filled_like(tensor: Tensor) -> Tensor:
+    """A new tensor of ones. The system is asked for large pages for a large one, as fastkl's loops in C do."""
+    new = torch.empty_like(tensor)
+    begin = -(-new.data_ptr() // LARGE_PAGE) * LARGE_PAGE
+    size = (new.data_ptr() + new.nbytes) // LARGE_PAGE * LARGE_PAGE - begin
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # on Linux
+    if new.device.type == "cpu" and new.nbytes >= FRESH and advice is not None:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), advice)
+    return new.fill_(1)
+
+
 def limit(outputs: list[Tensor], inputs: list[Tensor]) -> Contender:
     """The lower limit of any op that returns new tensors: it only allocates and fills outputs and gradients."""
     wanted = [tensor.detach() for tensor in inputs if tensor.requires_grad]
     outputs = [tensor.detach() for tensor in outputs]
 
     def backward(kept: list[Tensor]) -> None:
-        [torch.ones_like(tensor) for tensor in wanted]
+        [filled_like(tensor) for tensor in wanted]
 
-    return Contender(lambda: [torch.ones_like(tensor) for tensor in outputs], backward)
+    return Contender(lambda: [filled_like(tensor) for tensor in outputs], backward)

@@ -265,3 +265,21 @@ def test_copy_and_limit_move_what_they_should():
     forward, backward = count_eager(*timing.limit([torch.ones(10)], inputs))
     assert (forward.read, forward.written) == (0, 40)
     assert (backward.read, backward.written) == (0, 400)
+    large = timing.filled_like(torch.empty(timing.FRESH // 4 + 5))
+    assert bool((large == 1).all())
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="has no large pages")
+def test_the_limit_asks_for_large_pages_where_the_loops_do():
+    """Else an op could pass the limit, which would be none."""
+    like = torch.empty(timing.FRESH // 4)
+    tensor = timing.filled_like(like)
+    middle = tensor.data_ptr() + tensor.nbytes // 2
+    region, asked = False, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        bounds = line.split(" ")[0].split("-")
+        if len(bounds) == 2:
+            region = int(bounds[0], 16) <= middle < int(bounds[1], 16)
+        elif region and line.startswith("VmFlags"):
+            asked = "hg" in line.split()
+    assert asked
