@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 import zlib
 
@@ -12,6 +14,8 @@ import torch
 from fastkl.vae import data
 from fastkl.vae.errors import UserError
 from fastkl.vae.settings import Settings
+
+from vae_helpers import write_pictures
 
 RANDOM = np.random.default_rng(1)
 COUNT = 12
@@ -322,3 +326,49 @@ def test_what_is_left_out_is_said(tmp_path):
     hot = np.eye(2)[np.arange(20) % 2]
     np.savez(tmp_path / "x.npz", x=x, y=hot)
     assert load(tmp_path / "x.npz").label_names == ["0", "1"]
+
+
+def test_linked_folders_are_read_and_loops_end(tmp_path):
+    for name in ("cats", "dogs"):
+        write_pictures(tmp_path / "elsewhere" / name, 12)
+    (tmp_path / "x").mkdir()
+    for name in ("cats", "dogs"):
+        (tmp_path / "x" / name).symlink_to(tmp_path / "elsewhere" / name)
+        (tmp_path / "elsewhere" / name / "around").symlink_to(tmp_path / "x")
+    (tmp_path / "x" / "all").symlink_to(tmp_path)
+    loaded = load(tmp_path / "x")
+    assert loaded.label_names == ["cats", "dogs"]
+    assert loaded.counts == "20 training, 4 test"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, stream):
+    write_pictures(tmp_path / "x" / "a", 12)
+    write_pictures(tmp_path / "x" / "b", 12)
+    scan = os.scandir
+
+    def denied(path):  # not by its mode, because an administrator may read all
+        if str(path).endswith("b"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(UserError, match=r"^--data: .*x/b cannot be read \(Permission denied\)$"):
+        load(tmp_path / "x", stream=stream)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_reason_why_a_picture_cannot_be_read_is_said(tmp_path, stream):
+    write_pictures(tmp_path / "x", 12)
+    (tmp_path / "x" / "y.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(UserError, match=r"y.png cannot be read \(No such file or directory\)$"):
+        load(tmp_path / "x", stream=stream)
+    (tmp_path / "x" / "y.png").unlink()
+    (tmp_path / "x" / "y.png").write_text("not a picture")
+    with pytest.raises(UserError, match=r"y.png is truncated, or not an image that Pillow reads$"):
+        load(tmp_path / "x", stream=stream)
+    if hasattr(os, "mkfifo"):
+        (tmp_path / "x" / "y.png").unlink()
+        os.mkfifo(tmp_path / "x" / "y.png")
+        with pytest.raises(UserError, match=r"y.png is not a regular file$"):
+            load(tmp_path / "x", stream=stream)

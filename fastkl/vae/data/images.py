@@ -49,10 +49,21 @@ def read_below(path: Path, image_size: int, option: str) -> tuple[Part, list[str
 
 
 def listed(path: Path, option: str) -> tuple[list[str], list[str]]:
-    """The images and the other files below a folder, relative to it, each in the order of their folders and names."""
+    """The images and the other files below a folder, relative to it, each in the order of their folders and names.
+
+    Links to folders are followed, except to a folder around the link. A folder that cannot be read is an error.
+    """
     found: tuple[list[str], list[str]] = [], []
-    for folder, inner, names in os.walk(path):
-        inner[:] = [name for name in inner if not hidden(Path(name))]
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{option}: {error.filename} cannot be read ({error.strerror})")
+
+    top = Path(os.path.realpath(path))
+    around = {os.fspath(path): {str(top), *map(str, top.parents)}}  # folder -> itself and those that hold it
+    for folder, inner, names in os.walk(path, onerror=refuse, followlinks=True):
+        within = {name: os.path.realpath(os.path.join(folder, name)) for name in inner if not hidden(Path(name))}
+        inner[:] = [name for name, real in within.items() if real not in around[folder]]
+        around.update({os.path.join(folder, name): {*around[folder], within[name]} for name in inner})
         below = os.path.relpath(folder, path)
         for name in names:
             if not hidden(Path(name)):
@@ -95,6 +106,8 @@ def opened(source: Any, where: str) -> Iterator[Any]:
     """Pillow's image of a path or an open file; `where` names it in errors."""
     from PIL import Image
 
+    if isinstance(source, Path) and source.exists() and not source.is_file():  # a pipe would be waited for
+        raise UserError(f"{where} is not a regular file")
     try:
         with Image.open(source) as image:
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # the second frame of an MPO is a preview
@@ -105,7 +118,11 @@ def opened(source: Any, where: str) -> Iterator[Any]:
                     "save it in 8 bits, or all pictures in one .npy"
                 )
             yield image
+    except Image.UnidentifiedImageError:  # its text has the path again, or the address of an open file
+        raise UserError(f"{where} is truncated, or not an image that Pillow reads") from None
     except (OSError, SyntaxError, Image.DecompressionBombError, *BROKEN) as error:
+        if isinstance(error, OSError) and error.strerror:  # of the system, such as a missing permission
+            raise UserError(f"{where} cannot be read ({error.strerror})") from None
         raise UserError(f"{where} is truncated, or not an image that Pillow reads ({first_line(error)})") from None
 
 
