@@ -114,7 +114,7 @@ def test_a_shard_with_nan_is_refused_and_one_cut_during_the_run_is_named(tmp_pat
     values = RANDOM.random((20, 5))
     values[9, 2] = np.nan
     folder = write_shards(tmp_path / "x", values)
-    with pytest.raises(UserError, match="1 rows with NaN or infinite values, the first is row 9"):
+    with pytest.raises(UserError, match=r"1 rows with NaN or infinite values, the first is row 1 of part-2\.npy"):
         load(folder)
     shards = Shards(sorted(folder.iterdir()), "--data")
     damage(folder / "part-2.npy")
@@ -155,6 +155,17 @@ def test_tar_archives_hold_what_the_folder_holds(tmp_path):
     assert tars.notes == ("30 images, decoded when they are used", "other members left out: .json")
     assert load(tmp_path / "tars" / "a.tar").train.rows.max() < 20
     assert train(tmp_path / "run", *BARE, "--data", str(tmp_path / "tars"), "--batch-size", "8") == 0
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".tar"])
+def test_what_lies_beside_shards_and_archives_is_said_to_be_left_out(tmp_path, suffix):
+    write_pictures(tmp_path / "x", 20)
+    if suffix == ".tar":
+        tar_of(tmp_path / "x", tmp_path / "x" / "x.tar")
+    else:
+        np.save(tmp_path / "x" / "x.npy", RANDOM.random((20, 5)))
+    said = f"left out, beside the {suffix} files: 000.png, 001.png, 002.png and 17 more"
+    assert said in load(tmp_path / "x").notes
 
 
 def test_labels_of_an_archive_must_be_whole_numbers_of_all_images(tmp_path):

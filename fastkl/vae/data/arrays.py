@@ -45,6 +45,10 @@ class Lazy:
         """Bytes that tell this array from others without reading its rows, such as the names of its files."""
         return b""
 
+    def name(self, row: int) -> str:
+        """The name of a row in error messages."""
+        return f"row {row}"
+
     @property
     def ndim(self) -> int:
         return len(self.shape)
@@ -72,6 +76,9 @@ class Laid(Lazy):
     @property
     def identity(self) -> bytes:
         return self.source.identity
+
+    def name(self, row: int) -> str:
+        return self.source.name(row)
 
 
 def laid(values: Any, change: Callable[[np.ndarray], np.ndarray]) -> Any:

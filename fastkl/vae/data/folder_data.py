@@ -14,6 +14,7 @@ from fastkl.vae.data.shards import Shards
 from fastkl.vae.errors import UserError
 from fastkl.vae.settings import Settings
 
+Read = tuple[Part, list[str] | None, list[str]]  # data, names of their labels or None, and notes for the report
 TRAIN, TEST, VALIDATION = ("train", "training"), ("test", "testing"), ("val", "valid", "validation")
 
 
@@ -43,15 +44,20 @@ def read_folder(path: Path, settings: Settings, option: str) -> Held:
     return Held(parts, None, notes)
 
 
-def read_part(path: Path, settings: Settings, option: str) -> tuple[Part, list[str] | None, list[str]]:
+def read_part(path: Path, settings: Settings, option: str) -> Read:
     """(data, names of their labels or None, notes for the report) of a folder without parts, or of one tar archive."""
     for suffix in (".npy", ".tar"):
-        items = path.iterdir() if path.is_dir() else [path]
-        named = sorted(item for item in items if item.suffix.lower() == suffix and not hidden(Path(item.name)))
-        if named and suffix == ".npy":
-            return Part(Shards(named, option)), None, [f"{len(named):,} files of rows, left on the disk"]
-        if named:
-            return of_tars(Tars(named, option), settings, f"{option} {path}")
+        items = [item for item in path.iterdir() if not hidden(Path(item.name))] if path.is_dir() else [path]
+        named = sorted(item for item in items if item.suffix.lower() == suffix)
+        if not named:
+            continue
+        if suffix == ".npy":
+            found: Read = Part(Shards(named, option)), None, [f"{len(named):,} files of rows, left on the disk"]
+        else:
+            found = of_tars(Tars(named, option), settings, f"{option} {path}")
+        if others := sorted(item.name for item in items if item.suffix.lower() != suffix):
+            found[2].append(f"left out, beside the {suffix} files: {shortened(others)}")
+        return found
     if not (settings.stream or settings.crop):
         return read_below(path, settings.image_size, option)
     names, others = listed(path, option)
@@ -62,7 +68,7 @@ def read_part(path: Path, settings: Settings, option: str) -> tuple[Part, list[s
     return Part(part.values, labels, part.span), groups, notes
 
 
-def of_tars(tars: Tars, settings: Settings, where: str) -> tuple[Part, None, list[str]]:
+def of_tars(tars: Tars, settings: Settings, where: str) -> Read:
     """The images of archives, with their labels; as in read_part."""
     part, notes = of_files(tars, settings, where)
     return Part(part.values, tars.labels, part.span), None, notes + tars.notes

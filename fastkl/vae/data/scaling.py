@@ -147,7 +147,8 @@ def span_of_finite(values: Any, where: str) -> Span:
         spans += [Span.of(block)]
         first += len(block)
     if bad:
-        raise UserError(f"{where}: {len(bad)} rows with NaN or infinite values, the first is row {bad[0]}")
+        name = values.name(bad[0]) if isinstance(values, Lazy) else f"row {bad[0]}"
+        raise UserError(f"{where}: {len(bad)} rows with NaN or infinite values, the first is {name}")
     return Span.joined(spans)
 
 

@@ -52,6 +52,10 @@ class Shards(Lazy):
             raise UserError(f"{self.option} {path}: its rows are not contiguous: save it by np.ascontiguousarray")
         return head
 
+    def name(self, row: int) -> str:
+        shard = int(np.searchsorted(self.ends, row, side="right"))
+        return f"row {row - (self.ends[shard - 1] if shard else 0)} of {self.paths[shard].name}"
+
     def read(self, rows: np.ndarray) -> np.ndarray:
         found = np.empty((len(rows), *self.shape[1:]), self.dtype)
         size = self.dtype.itemsize * math.prod(self.shape[1:])
