@@ -18,6 +18,7 @@ from torch import Tensor, distributions
 import fastkl
 from fastkl.priors import Prior
 from fastkl.priors.mixture import Mixture, MixturePrior
+from fastkl.vae.errors import UserError
 from fastkl.vae.likelihood import Bernoulli, Likelihood, Normal
 from fastkl.vae.model import VAE
 from fastkl.vae.objective import Noise, Weights
@@ -267,8 +268,15 @@ def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
         step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+        try:
+            profile.export_chrome_trace(str(path))
+            events = json.loads(path.read_text())["traceEvents"]
+        except (OSError, ValueError):  # torch says nothing about a full disk: the file is missing or cut
+            where = tempfile.gettempdir()
+            raise UserError(
+                f"{where}: the profile of a step cannot be written, perhaps because the disk is full; "
+                "TMPDIR names another folder"
+            ) from None
     now = peak = 0
     for event in sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"]):
         now += event["args"]["Bytes"]

@@ -9,6 +9,7 @@ import torch
 
 import fastkl
 from fastkl.vae import data, memory
+from fastkl.vae.errors import UserError
 from fastkl.vae.objective import Noise, Weights, draws_of
 from fastkl.vae.parallel import Ranks
 from fastkl.vae.rules import resolve
@@ -98,3 +99,16 @@ def test_the_preset_of_a_large_mixture_has_a_loss_that_is_most_of_a_step():
     assert rows["eager loss"]["peak_share"] > 10
     assert rows["fastkl loss"]["kept_share"] < 0.15
     assert resolve({"preset": "large-mixture", "prior": "standard"}).prior == "standard"
+
+
+@pytest.mark.parametrize("written", ["", '{"traceEvents": [{'])
+def test_a_profile_that_finds_no_room_is_said(monkeypatch, written):
+    """torch reports no full disk; the file is then missing, or cut."""
+
+    def full(profile, path):
+        if written:
+            Path(path).write_text(written)
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", full)
+    with pytest.raises(UserError, match="the profile of a step cannot be written, perhaps because the disk is full"):
+        memory.peak_bytes(lambda: None, torch.device("cpu"))
