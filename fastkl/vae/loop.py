@@ -271,6 +271,7 @@ def log_monitors(run: Run, display: Display) -> None:
     """Log the monitors' figures of the last epoch, and their warnings."""
     figures = run.watch.figures()
     if "active_units" not in figures:  # every step was skipped
+        display.monitored(run.step, {"skipped_steps": run.guard.skipped}, [])
         return
     figures["skipped_steps"] = run.guard.skipped
     *_, (_, sample_size) = run.history.get("terms/effective_sample_size", [(0, None)])

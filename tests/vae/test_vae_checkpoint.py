@@ -140,10 +140,11 @@ def test_weights_that_are_not_finite_never_reach_the_checkpoint(good, capsys, mo
     assert (good / FILE).read_bytes() == before
 
 
-def test_bad_steps_are_skipped_and_counted(good, monkeypatch):
+def test_bad_steps_are_skipped_and_counted(good, capsys, monkeypatch):
     before = checkpoint.load(good)
     spoil(monkeypatch, 12, 16, "gradients")
     assert train(good, "--resume", "--steps", "16", *BARE) == 0
+    assert "4 skipped" in capsys.readouterr().out, "also after an epoch without a good step"
     state = checkpoint.load(good)
     assert state["step"] == 16
     assert state["guard"] == {"skipped": 4, "in_a_row": 4}
