@@ -37,6 +37,8 @@ class Perceptual:
             x, x_hat = (torch.rand(2, *shape, dtype=torch.float32, device=device) for _ in range(2))
             distance = self(x_hat.requires_grad_(), x)
             given = distance.requires_grad and torch.autograd.grad(distance.sum(), x_hat, allow_unused=True)
+        if not distance.isfinite().all():
+            raise UserError(f"--perceptual {name} is not finite for two random images: {distance.tolist()}")
         if not given or given[0] is None:
             why = "does it run under torch.no_grad, or detach?"
             raise UserError(f"--perceptual {name} has no gradient in the reconstruction, its first argument: {why}")
@@ -44,7 +46,7 @@ class Perceptual:
     def __call__(self, x_hat: Tensor, x: Tensor) -> Tensor:
         try:
             distance: Any = self.function(x_hat, x)
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except Exception as error:  # the function may raise any
             raise UserError(f"--perceptual {self.name} failed: {type(error).__name__}: {first_line(error)}") from error
         if not isinstance(distance, Tensor) or distance.numel() != len(x) or distance.shape[:1] != x.shape[:1]:
             got = list(distance.shape) if isinstance(distance, Tensor) else type(distance).__name__

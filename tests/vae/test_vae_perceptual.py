@@ -56,6 +56,12 @@ def one_number(x_hat, x):
 def fails(x_hat, x):
     raise ValueError("no such layer")
 
+def without_its_file(x_hat, x):
+    return blurred(x_hat, torch.load("weights.pth"))
+
+def infinite(x_hat, x):
+    return blurred(x_hat, x) / 0
+
 number = 3
 """
 IMAGES = ("--model", "conv", "--layers", "1", "--likelihood", "laplace", "--schedule", "constant", *BARE,
@@ -115,6 +121,8 @@ def test_stopped_runs_go_on_bit_for_bit(tmp_path, module):
         ("one_number", r"must return a value for each image, [2], got []"),
         ("fails", "failed: ValueError: no such layer"),
         ("linear", "failed: TypeError"),
+        ("without_its_file", "failed: FileNotFoundError: [Errno 2] No such file or directory: 'weights.pth'"),
+        ("infinite", "is not finite for two random images: [inf, inf]"),
         ("number", "must be a function, got int"),
         ("nothing", "cannot be imported: AttributeError"),
         ("", "expected module:function"),
