@@ -164,7 +164,7 @@ def made(config: dict[str, Any]) -> Any:
     """An AutoencoderKL with these fields."""
     try:
         return autoencoder_kl()(**config)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+    except Exception as error:  # diffusers checks few of the fields: the networks may raise any
         raise UserError(f"--model-config: AutoencoderKL cannot be made of it ({first_line(error)})") from None
 
 

@@ -153,6 +153,7 @@ def test_checkpoints_of_the_networks_do_not_change_gradients(tmp_path):
         ({"model_config": "latent_channels=4"}, "--latent 3 differs from the 4 of --model-config"),
         ({"model_config": "block_out_channels=8"}, "block_out_channels must be a list of whole numbers, got 8"),
         ({"model_config": "norm_num_groups=7"}, "--model-config: AutoencoderKL cannot be made of it"),
+        ({"model_config": "block_out_channels=8,0"}, "--model-config: AutoencoderKL cannot be made of it"),
         ({"model_config": "nowhere.json"}, "--model-config nowhere.json: expected key=value, a .json file or a folder"),
         ({"layers": 4}, "--layers 4 needs sides divisible by 16, got 8 x 8"),
         ({"likelihood": "bernoulli"}, "needs --likelihood laplace, normal, huber or logistic, got bernoulli"),
