@@ -47,7 +47,9 @@ def train(run: Run, display: Display) -> bool:
                 optimizer.zero_grad(set_to_none=True)
             try:
                 loss, terms, posterior = backward(run, weights)
-            except BadData as error:  # raised before anything of this step has changed
+            except UserError as error:  # raised before anything of this step has changed
+                if not isinstance(error, BadData) and run.ranks.size > 1:
+                    raise  # --perceptual failed in this process alone, and all are needed to save
                 raise UserError(f"{error}{save_whole(run, display)}") from None
             run.step += 1
             good = update(run, loss)
@@ -248,11 +250,12 @@ def save_if_due(run: Run, display: Display, stopping: bool) -> None:
 
 
 def save_whole(run: Run, display: Display) -> str:
-    """Save the last whole step before a run ends because of its data; return the rest of the error's message."""
+    """Save the last whole step before a run ends by an error of its data or of --perceptual; return the rest of the
+    error's message."""
     if run.step == 0:
         return " (no step was taken)"
     save_if_due(run, display, True)
-    return f"; step {run.step} is saved: mend the data, then continue with --resume"
+    return f"; step {run.step} is saved: mend this, then continue with --resume"
 
 
 def gradients(run: Run) -> dict[str, float]:

@@ -12,6 +12,8 @@ from fastkl.vae import checkpoint
 from vae_helpers import BARE, refused, train
 
 MODULE = """
+import os
+
 import torch
 from torch import nn
 
@@ -58,6 +60,11 @@ def fails(x_hat, x):
 
 def without_its_file(x_hat, x):
     return blurred(x_hat, torch.load("weights.pth"))
+
+def fails_later(x_hat, x):
+    if len(SEEN) > 6 and not os.path.exists("mended"):
+        raise RuntimeError("no memory")
+    return blurred(x_hat, x)
 
 def infinite(x_hat, x):
     return blurred(x_hat, x) / 0
@@ -110,6 +117,19 @@ def test_stopped_runs_go_on_bit_for_bit(tmp_path, module):
     assert train(tmp_path / "parts", *options, "--steps", "3") == 0
     assert train(tmp_path / "parts", *options, "--steps", "6", "--resume") == 0
     whole, parts = (checkpoint.load(tmp_path / name)["model"] for name in ("whole", "parts"))
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_distance_that_fails_later_loses_no_step(tmp_path, capsys, module):
+    options = (*IMAGES, "--perceptual", f"{module}:fails_later")
+    said = refused(capsys, tmp_path / "run", *options, "--steps", "12")
+    assert "fails_later failed: RuntimeError: no memory; step " in said
+    assert "is saved: mend this, then continue with --resume" in said
+    assert 0 < checkpoint.load(tmp_path / "run")["step"] < 12
+    (tmp_path / "mended").touch()
+    assert train(tmp_path / "run", "--resume", "--steps", "12", *BARE) == 0
+    assert train(tmp_path / "whole", *options, "--steps", "12") == 0
+    whole, parts = (checkpoint.load(tmp_path / name)["model"] for name in ("whole", "run"))
     assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
 
 

@@ -185,7 +185,7 @@ def test_a_picture_that_is_cut_loses_no_step(tmp_path, capsys, workers):
     content = cut_short(damaged)
     error = refused(capsys, tmp_path / "run", *chosen, "--workers", workers)
     assert f"{damaged} is truncated" in error
-    assert f"step {step} is saved: mend the data, then continue with --resume" in error
+    assert f"step {step} is saved: mend this, then continue with --resume" in error
     assert checkpoint.load(tmp_path / "run")["step"] == step
     assert f"{damaged} is truncated" in refused(capsys, tmp_path / "run", "--resume"), "again, and nothing is lost"
     damaged.write_bytes(content)
