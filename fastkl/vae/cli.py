@@ -17,6 +17,7 @@ import fastkl
 from fastkl.vae import autoencoder, checkpoint, data, facts, folders, loop, pace, parallel, pretrained
 from fastkl.vae.commands import add_parsers, write_report_of
 from fastkl.vae.config import read_config
+from fastkl.vae.data.arrays import first_line
 from fastkl.vae.errors import UserError, check_installed
 from fastkl.vae.events import TensorBoard, WandB
 from fastkl.vae.progress import Display, Terminal, say
@@ -47,10 +48,20 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("fastkl: interrupted", error=True)
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        less = "a smaller --batch-size, --image-size, --hidden or --latent needs less"
+        say(f"fastkl: the memory is too small: {less} ({first_line(error)})", error=True)
     except OSError as error:  # an error of the disk that no other place handles
         where = f" ({error.filename})" if error.filename else ""
         say(f"fastkl: {error.strerror or error}{where}", error=True)
     return 2
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether Python, NumPy or torch found no memory. torch has a class of its own for that of a GPU only."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def parser() -> argparse.ArgumentParser:

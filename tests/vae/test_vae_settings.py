@@ -15,7 +15,7 @@ from fastkl.vae.errors import TRAIN, UserError, check_installed, not_installed, 
 from fastkl.vae.rules import flag, resolve, resume
 from fastkl.vae.settings import FOR_DATA, FOR_MODEL, FOR_OBJECTIVE, FOR_PRESET, GROUPS, Settings
 
-from vae_helpers import BARE, SMALL, command, refused, run, train
+from vae_helpers import BARE, SMALL, command, refused, run, train, write_pictures
 
 
 def test_options_typed_win_over_the_preset_and_that_over_the_data():
@@ -172,6 +172,16 @@ def test_a_model_of_diffusers_without_diffusers_ends_in_one_line(tmp_path, capsy
     assert "--model-config belongs to --model autoencoder-kl; this run has --model mlp" in refused(
         capsys, tmp_path / "run", "--model-config", "act_fn=silu", "layers_per_block=2"
     )
+
+
+@pytest.mark.parametrize(
+    "options", [("--hidden", "1000000000000000"), ("--data", "{pictures}", "--image-size", "100000000")]
+)
+def test_too_little_memory_ends_in_one_line(tmp_path, capsys, options):
+    write_pictures(tmp_path / "pictures", 12)
+    chosen = [word.format(pictures=tmp_path / "pictures") for word in options]
+    error = refused(capsys, tmp_path / "run", *chosen, *(["--stream"] if "--data" in options else []))
+    assert "the memory is too small: a smaller --batch-size, --image-size, --hidden or --latent needs less" in error
 
 
 def test_the_page_lists_every_option_in_the_group_of_the_help():
