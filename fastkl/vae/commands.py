@@ -78,19 +78,19 @@ def loaded(options: argparse.Namespace) -> Trained:
 
 def encode(options: argparse.Namespace) -> int:
     model = loaded(options)
-    return write(model.encode, rows_of(options.data, model), options.out)
+    return write(model.encode, rows_of(options.data, model), options.out, f"DATA {options.data}")
 
 
 def reconstruct(options: argparse.Namespace) -> int:
     model = loaded(options)
-    return write(model.reconstruct, rows_of(options.data, model), options.out)
+    return write(model.reconstruct, rows_of(options.data, model), options.out, f"DATA {options.data}")
 
 
 def decode(options: argparse.Namespace) -> int:
     model = loaded(options)
     if options.data.suffix != ".npy":
         raise UserError(f"LATENTS {options.data}: expected a .npy file, such as `fastkl encode` writes")
-    return write(model.decode, rows_of(options.data, model, "LATENTS"), options.out)
+    return write(model.decode, rows_of(options.data, model, "LATENTS"), options.out, f"LATENTS {options.data}")
 
 
 def sample(options: argparse.Namespace) -> int:
@@ -99,7 +99,7 @@ def sample(options: argparse.Namespace) -> int:
     model = loaded(options)
     model.seed_decoder(options.seed)
     latents = model.latents(options.count, seed=options.seed).numpy()
-    return write(model.decode, latents, options.out, model.decoded_at_once)
+    return write(model.decode, latents, options.out, "the latents", model.decoded_at_once)
 
 
 def export(options: argparse.Namespace) -> int:
@@ -154,8 +154,11 @@ def whole(path: Path, model: Trained) -> np.ndarray:
     return next(iter(parts.values())).values
 
 
-def write(function: Callable[[np.ndarray], Tensor], rows: np.ndarray, path: Path, at_once: int = 0) -> int:
-    """Write function(rows) to a .npy file, in blocks of `at_once` rows. The file gets its name when it is complete."""
+def write(
+    function: Callable[[np.ndarray], Tensor], rows: np.ndarray, path: Path, where: str, at_once: int = 0
+) -> int:  # fmt: skip
+    """Write function(rows) to a .npy file, in blocks of `at_once` rows. The file gets its name when it is complete.
+    `where` names the rows in errors."""
     if path.suffix != ".npy":
         raise UserError(f"--out {path}: the name must end in .npy")
     temporary, shape = path.with_name(f".{path.name}.tmp"), [0]
@@ -164,7 +167,12 @@ def write(function: Callable[[np.ndarray], Tensor], rows: np.ndarray, path: Path
         # Not a memory map: on a full disk the system would end the process.
         with open(temporary, "wb") as stream:
             for first in range(0, len(rows), size):
-                values = function(np.array(rows[first : first + size])).numpy().astype("<f4", order="C", copy=False)
+                block = np.array(rows[first : first + size])
+                try:
+                    values = function(block).numpy().astype("<f4", order="C", copy=False)
+                except UserError as error:  # it counts the rows of its block
+                    of = f", of rows {first} to {first + len(block) - 1}" if len(block) < len(rows) else ""
+                    raise UserError(f"{where}{of}: {error}") from None
                 if first == 0:
                     shape = [len(rows), *values.shape[1:]]
                     header = {"descr": "<f4", "fortran_order": False, "shape": tuple(shape)}

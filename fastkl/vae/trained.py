@@ -86,11 +86,13 @@ class Trained:
         autoregressive decoder gives the mean of each value given draws of the earlier ones.
 
         Raises:
-            UserError: z has another shape.
+            UserError: z has another shape, or values that are not finite.
         """
         z = torch.as_tensor(z, dtype=torch.float32)
         if z.dim() == 0 or z.shape[1:] != self.latent_shape:
             raise UserError(f"z must be latents [N, {', '.join(map(str, self.latent_shape))}], got {list(z.shape)}")
+        if not z.isfinite().all():
+            raise UserError("z must be finite, but holds NaN or infinite values")
         parts = z.split(self.decoded_at_once)
         return torch.cat([self.scaling.undo(self.vae.pictured(part.to(self.device)).cpu()) for part in parts])
 

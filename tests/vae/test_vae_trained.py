@@ -111,6 +111,7 @@ def test_log_prob_is_that_of_the_model():
         (lambda model: model.encode(np.full((3, 8, 8), np.nan)), "3 rows with NaN or infinite values"),
         (lambda model: model.encode(np.array(["a"])), "expected numbers"),
         (lambda model: model.decode(torch.zeros(3, 4)), r"z must be latents \[N, 3\], got \[3, 4\]"),
+        (lambda model: model.decode(torch.full((3, 3), torch.nan)), "z must be finite, but holds NaN"),
         (lambda model: model.decode(1.0), r"z must be latents \[N, 3\], got \[\]"),
     ],
 )
@@ -207,7 +208,11 @@ def test_evaluate_prints_the_figures_of_the_report(tmp_path, capsys):
         (["encode", "{run}", "{text}", "--out", "z.npy"], "DATA text.npy: not a .npy file"),
         (["encode", "nothing", "{x}", "--out", "z.npy"], "nothing/checkpoint.pt cannot be read"),
         (["encode", "{run}", "{x}", "--out", "nowhere/z.npy"], "--out nowhere/z.npy: cannot be written"),
-        (["decode", "{run}", "{x}", "--out", "z.npy"], "z must be latents [N, 3]"),
+        (["decode", "{run}", "{x}", "--out", "z.npy"], "LATENTS x.npy: z must be latents [N, 3]"),
+        (
+            ["encode", "{run}", "{nan}", "--out", "z.npy"],
+            "DATA nan.npy, of rows 20 to 29: x: 1 rows with NaN or infinite values, the first is row 3",
+        ),
         (["sample", "{run}", "--count", "0", "--out", "z.npy"], "--count must be at least 1, got 0"),
         (["evaluate", "{run}", "--importance-samples", "-1"], "--importance-samples must be at least 1, got -1"),
     ],
@@ -216,10 +221,16 @@ def test_one_line_errors_of_the_commands(runs, tmp_path, monkeypatch, capsys, wo
     monkeypatch.chdir(tmp_path)
     np.save("x.npy", pixels()[:3])
     (tmp_path / "text.npy").write_text("no array")
-    places = {"run": runs("bernoulli"), "x": "x.npy", "text": "text.npy"}
+    images = np.zeros((40, 8, 8))
+    images[23, 0, 0] = np.nan
+    np.save("nan.npy", images)
+    monkeypatch.setattr(commands, "ROWS", 10 * 64)
+    places = {"run": runs("bernoulli"), "x": "x.npy", "text": "text.npy", "nan": "nan.npy"}
     capsys.readouterr()
     assert main([word.format(**places) for word in words]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    assert not [path for path in tmp_path.rglob("*") if path.name not in ("x.npy", "text.npy")], "nothing is left"
+    assert not [path for path in tmp_path.rglob("*") if path.name not in ("x.npy", "text.npy", "nan.npy")], (
+        "nothing is left"
+    )
