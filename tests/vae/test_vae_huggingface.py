@@ -74,6 +74,10 @@ def test_what_cannot_be_read_is_named(tmp_path, capsys):
     saved, chosen = tmp_path / "saved", ("--data", str(tmp_path / "saved"))
     datasets.Dataset.from_dict({"text": ["a"] * 20}).save_to_disk(saved)
     assert "expected one column of images" in refused(capsys, tmp_path / "run", *chosen)
+    none = datasets.Features({"x": datasets.Sequence(datasets.Value("float32"))})
+    datasets.Dataset.from_dict({"x": []}, features=none).save_to_disk(tmp_path / "none")
+    with pytest.raises(UserError, match="none: a data set without rows"):
+        load(tmp_path / "none")
     whole = images(tmp_path / "x")
     broken = datasets.Dataset.from_dict(
         {"img": [*whole.cast_column("img", datasets.Image(decode=False))["img"][:19], {"bytes": b"?", "path": None}]},

@@ -79,7 +79,7 @@ def report_errors(path: Path, option: str) -> Iterator[None]:
                 f"{option} {path}: not a {path.suffix} file, or one with Python objects, which are not loaded because "
                 "they can run code: save plain arrays or tensors"
             ) from None
-        kind = "folder of images" if path.is_dir() else f"{path.suffix} file of plain arrays"
+        kind = "folder of data" if path.is_dir() else f"{path.suffix} file of plain arrays"
         raise UserError(f"{option} {path}: truncated, or not a {kind} ({first_line(error)})") from None
 
 

@@ -28,7 +28,11 @@ def read(path: Path, settings: Settings, option: str) -> Held:
     Raises:
         UserError: no column, or more than one, can be the data.
     """
-    sets = require("datasets", "A Hugging Face data set").load_from_disk(str(path))
+    datasets = require("datasets", "A Hugging Face data set")
+    try:
+        sets = datasets.load_from_disk(str(path))
+    except IndexError:  # `datasets` looks for a first table
+        raise UserError(f"{option} {path}: a data set without rows") from None
     by_name = {SPLITS[name]: one for name, one in sets.items() if name in SPLITS} if hasattr(sets, "items") else None
     if by_name == {}:
         raise UserError(f"{option} {path}: expected splits train and test, got {', '.join(sets)}")
