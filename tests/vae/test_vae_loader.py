@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import struct
 import zlib
 
@@ -367,6 +368,13 @@ def test_the_reason_why_a_picture_cannot_be_read_is_said(tmp_path, stream):
     (tmp_path / "x" / "y.png").write_text("not a picture")
     with pytest.raises(UserError, match=r"y.png is truncated, or not an image that Pillow reads$"):
         load(tmp_path / "x", stream=stream)
+    for name in ("a/000.png", "a/001.png"):
+        (tmp_path / "x" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "x" / name).write_bytes(b"")
+    more = "a/000.png is truncated, or not an image that Pillow reads; 2 more cannot be read: .*a/001.png, .*y.png$"
+    with pytest.raises(UserError, match=more):
+        load(tmp_path / "x", stream=stream)
+    shutil.rmtree(tmp_path / "x" / "a")
     if hasattr(os, "mkfifo"):
         (tmp_path / "x" / "y.png").unlink()
         os.mkfifo(tmp_path / "x" / "y.png")

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastkl.vae.data.arrays import Lazy, Span
-from fastkl.vae.data.images import depth, one_depth, one_size, read_header, read_image, resized
+from fastkl.vae.data.images import depth, one_depth, one_size, read_header, read_image, refuse, resized
 from fastkl.vae.errors import UserError, require
 
 CENTRE = 0.5 - 1e-9  # a place, rounded down if it is between two pixels
@@ -63,11 +63,17 @@ class Decoded(Pictures):
         self.sizes = np.empty((len(files), 2), dtype=np.int32)
         self.channels = 1
         by_depth: dict[str, str] = {}  # depth -> the first image of this depth
+        bad: list[tuple[str, UserError]] = []
         for row in range(len(files)):
-            channels, *self.sizes[row], self.dtype = read_header(files.open(row), files.where(row))
+            try:
+                channels, *self.sizes[row], self.dtype = read_header(files.open(row), files.where(row))
+            except UserError as error:
+                bad.append((files.where(row).partition(": ")[2], error))
+                continue
             by_depth.setdefault(depth(self.dtype), files.where(row))
             one_depth(by_depth, where)
             self.channels = max(self.channels, channels)
+        refuse(bad)
 
     def __getitem__(self, row: int) -> np.ndarray:
         pixels, _ = read_image(self.files.open(row), self.name(row))

@@ -26,13 +26,19 @@ def read_below(path: Path, image_size: int, option: str) -> tuple[Part, list[str
     require("PIL", "Reading images")
     by_depth: dict[str, str] = {}  # depth -> the first image of this depth
     images, spans, laid = [], [], 0
+    bad: list[tuple[str, UserError]] = []
     for name in names:
-        pixels, transparent = read_image(path / name, f"{option}: {path / name}")
+        try:
+            pixels, transparent = read_image(path / name, f"{option}: {path / name}")
+        except UserError as error:
+            bad.append((name, error))
+            continue
         by_depth.setdefault(depth(pixels.dtype), name)
         one_depth(by_depth, f"{option} {path}")
         spans.append(Span.of(pixels))
         images.append(resized(pixels, (image_size, image_size)) if image_size else pixels)
         laid += transparent
+    refuse(bad)
     one_size({image.shape[1:] for image in images}, f"{option} {path}")
     notes = [f"{len(names):,} images"]
     if len({image.shape[0] for image in images}) > 1:
@@ -55,12 +61,12 @@ def listed(path: Path, option: str) -> tuple[list[str], list[str]]:
     """
     found: tuple[list[str], list[str]] = [], []
 
-    def refuse(error: OSError) -> None:
+    def denied(error: OSError) -> None:
         raise UserError(f"{option}: {error.filename} cannot be read ({error.strerror})")
 
     top = Path(os.path.realpath(path))
     around = {os.fspath(path): {str(top), *map(str, top.parents)}}  # folder -> itself and those that hold it
-    for folder, inner, names in os.walk(path, onerror=refuse, followlinks=True):
+    for folder, inner, names in os.walk(path, onerror=denied, followlinks=True):
         within = {name: os.path.realpath(os.path.join(folder, name)) for name in inner if not hidden(Path(name))}
         inner[:] = [name for name, real in within.items() if real not in around[folder]]
         around.update({os.path.join(folder, name): {*around[folder], within[name]} for name in inner})
@@ -85,6 +91,14 @@ def grouped(names: list[str]) -> tuple[np.ndarray | None, list[str] | None]:
         return None, None
     number = {group: index for index, group in enumerate(groups)}
     return np.array([number[place[0]] for place in places]), groups
+
+
+def refuse(bad: list[tuple[str, UserError]]) -> None:
+    """Raise one error for all pictures that cannot be read, with their names, so that one start finds all of them."""
+    if bad:
+        (_, first), *others = bad
+        more = shortened([name for name, _ in others], 10)
+        raise UserError(f"{first}; {len(others):,} more cannot be read: {more}" if others else str(first))
 
 
 def one_depth(by_depth: dict[str, str], where: str) -> None:
