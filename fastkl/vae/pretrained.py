@@ -76,17 +76,29 @@ def save(run: Run) -> Path:
     The scaled latents (z - latents_mean) * scaling_factor / latents_std, as SDXL's pipelines compute them, have mean 0
     and deviation 1 in each channel. z * scaling_factor, as Stable Diffusion's compute them, has deviation 1 over all
     channels, and with shift_factor, as SD 3's and Flux's, also mean 0. So latents_std is in units of that deviation.
+
+    Raises:
+        UserError: the folder cannot be written; an old one is unchanged.
     """
     target = run.folder / FOLDER
-    with tempfile.TemporaryDirectory(dir=run.folder, prefix=f".{FOLDER}.") as temporary:
-        mean, deviation, shift, whole = moments(run)
-        model = assembled(run.vae, config_of(run.settings, run.vae.shape))
-        model.register_to_config(
-            latents_mean=mean.tolist(), latents_std=(deviation / whole).tolist(),
-            scaling_factor=1 / whole.item(), shift_factor=shift.item(),
-        )  # fmt: skip
-        written = Path(temporary) / FOLDER
-        model.save_pretrained(written)
-        shutil.rmtree(target, ignore_errors=True)
-        written.rename(target)
+    for leftover in run.folder.glob(f".{FOLDER}.*"):  # of a process killed during a write
+        shutil.rmtree(leftover, ignore_errors=True)
+    mean, deviation, shift, whole = moments(run)
+    model = assembled(run.vae, config_of(run.settings, run.vae.shape))
+    model.register_to_config(
+        latents_mean=mean.tolist(), latents_std=(deviation / whole).tolist(),
+        scaling_factor=1 / whole.item(), shift_factor=shift.item(),
+    )  # fmt: skip
+    try:
+        with tempfile.TemporaryDirectory(dir=run.folder, prefix=f".{FOLDER}.") as temporary:
+            written = Path(temporary) / FOLDER
+            model.save_pretrained(written)
+            if target.exists():
+                target.rename(Path(temporary) / "old")
+            written.rename(target)
+    except Exception as error:  # safetensors has a class of its own for a full disk
+        raise UserError(
+            f"{target} cannot be written: {first_line(error)}; the checkpoint has the weights: make room, then "
+            "continue with --resume"
+        ) from None
     return target

@@ -14,6 +14,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from fastkl import vae  # noqa: E402
 from fastkl.vae import checkpoint  # noqa: E402
+from fastkl.vae.cli import main  # noqa: E402
 from fastkl.vae.errors import UserError  # noqa: E402
 from fastkl.vae.parallel import layers_of  # noqa: E402
 
@@ -111,6 +112,35 @@ def test_a_folder_of_save_pretrained_is_the_start(tmp_path):
     third = vae.train(PIXELS, out=tmp_path / "second", resume=True, steps=2)
     assert third.step == 2
     torch.testing.assert_close(third.encode(PIXELS), first.encode(PIXELS), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs resource limits")
+def test_a_full_disk_keeps_the_old_folder_and_the_next_start_writes_it(tmp_path, capsys):
+    import resource
+
+    np.save(tmp_path / "x.npy", PIXELS)
+    options = ["--out", str(tmp_path / "run"), "--no-report", "--no-tensorboard"]
+    small = ["--hidden", "8", "--layers", "1", "--latent", "3", "--steps", "2", "--batch-size", "8"]
+    chosen = ["train", "--data", str(tmp_path / "x.npy"), "--model", "autoencoder-kl", *small, *options]
+    assert main(chosen) == 0
+    weights = tmp_path / "run" / "autoencoder" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    (tmp_path / "run" / ".autoencoder.killed").mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        assert main(["train", "--resume", *options]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert "autoencoder cannot be written: " in error
+    assert error.endswith("make room, then continue with --resume\n")
+    assert weights.read_bytes() == before
+    assert not list((tmp_path / "run").glob(".autoencoder.*")), "nothing is left, also of an earlier process"
+    weights.unlink()
+    assert main(["train", "--resume", *options]) == 0
+    assert weights.read_bytes() == before
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
