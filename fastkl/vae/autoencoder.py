@@ -66,8 +66,10 @@ def with_config(given: dict[str, Any]) -> dict[str, Any]:
         return given
     config = read_config(given["model_config"])
     widths = config.get("block_out_channels")
-    if widths is not None and not (isinstance(widths, list) and widths and all(isinstance(w, int) for w in widths)):
-        raise UserError(f"--model-config: block_out_channels must be a list of whole numbers, got {widths!r}")
+    whole = isinstance(widths, list) and all(isinstance(width, int) and width > 0 for width in widths)
+    if widths is not None and not (whole and len(widths) > 1):
+        expected = "two or more whole numbers from 1, such as 64,128"
+        raise UserError(f"--model-config: block_out_channels must be a list of {expected}; got {widths!r}")
     told = {"latent": config.get("latent_channels")}
     if widths:
         told.update(hidden=widths[0], layers=len(widths) - 1)
