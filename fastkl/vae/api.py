@@ -75,8 +75,9 @@ def train(
     try:
         cli.train_on(ranks, argparse.Namespace(**flags), options, began, Own(data, model, own))
         ranks.broadcast(None)  # the main process has written the checkpoint
-        if model is not None and ranks.size > 1:  # --parallel fsdp trains a sharded copy
+        found = trained.load(out, model=model)
+        if model is not None and found.settings.parallel == "fsdp":  # it trains a sharded copy
             model.load_state_dict(checkpoint.load(Path(out))["model"])
-        return trained.load(out, model=model)
+        return found
     finally:
         parallel.stop(ranks)
