@@ -61,7 +61,7 @@ def step_of(loss: Callable[..., Tensor], latent: int, components: int) -> tuple[
         mu, logvar = encoder(x).chunk(2, -1)
         return loss(x, mu, logvar, decoder, mixture, eps).mean()
 
-    # Code of its own for each step: dynamo keeps what it has compiled by the code, and looks through all of it.
+    # Each step gets its own code object. Dynamo would store all steps under a shared one, and check each at every call.
     own = types.FunctionType(step.__code__.replace(), step.__globals__, "step", step.__defaults__, step.__closure__)
     return own, [*encoder.parameters(), *decoder.parameters(), *mixture]
 

@@ -36,7 +36,7 @@ SMALL_NORMAL, SMALL_MIXTURE = 16_384, 131_072
 
 
 def _is_normal(distribution: Any) -> TypeGuard[Independent]:
-    """Whether it is an Independent(Normal), and no subclass has a density of its own."""
+    """Whether it is an Independent(Normal) whose classes compute the density as torch's do."""
     if not isinstance(distribution, Independent) or not isinstance(distribution.base_dist, Normal):
         return False
     own = type(distribution).log_prob, type(distribution.base_dist).log_prob
@@ -48,7 +48,7 @@ def _is_vector(distribution: Any) -> TypeGuard[Independent]:
 
 
 def _have_own_kl(*distributions: Normal) -> bool:
-    """Whether a KL is registered for subclasses of Normal that these are of."""
+    """Whether a user has registered a KL for the subclass of Normal that one of them is."""
     own = [[kind for kind in type(each).__mro__ if issubclass(kind, Normal)] for each in distributions]
     pairs = itertools.product(*own) if len(own[0]) + len(own[1]) > 2 else ()
     return any((a, b) != (Normal, Normal) and registered_kl(a, b, None) is not None for a, b in pairs)

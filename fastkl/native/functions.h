@@ -9,6 +9,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#define INLINE static inline __attribute__((always_inline)) /* one copy for each constant argument */
+
 #ifdef FLOAT64
 typedef double REAL;
 typedef int64_t BITS;

@@ -98,8 +98,7 @@ static void sum_chunks(const problem *p, const tensor *out) {
     }
 }
 
-#define INLINE static inline __attribute__((always_inline)) /* one copy for each constant step, with and without roots */
-
+/* One copy for each constant step, with and without roots. */
 INLINE void densities(int n, const REAL *x, const REAL *m, const REAL *v, const REAL *roots, int step, REAL *restrict out) {
     for (int i = 0; i < n; i++) {
         REAL root = roots ? roots[i * step] : precision_root(v[i]), z = (x[i] - m[i]) * root * root;

@@ -21,7 +21,6 @@ enum { POINT, EXPECTED, CONVOLVED };
 #define LIMIT 1.8e19f
 #endif
 
-#define INLINE static inline __attribute__((always_inline)) /* one copy for each constant form */
 typedef REAL vec __attribute__((vector_size(VECTOR)));
 typedef BITS mask __attribute__((vector_size(VECTOR)));
 

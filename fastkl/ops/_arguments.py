@@ -311,6 +311,7 @@ def fits(tensor: Tensor, shape: torch.Size) -> bool:
 
 
 def expands(own: torch.Size, shape: torch.Size) -> bool:
+    """Whether the shape `own` broadcasts to exactly `shape`."""
     if len(own) > len(shape):
         return False
     for size, full in zip(reversed(own), reversed(shape)):  # noqa: SIM110 (a generator takes twice as long)
