@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
+from fastkl.ops._sampling import Seed
 from fastkl.ops._scales import as_logvar
 from fastkl.ops._torch import register_container
 from fastkl.ops.likelihood.normal_log_prob import normal_log_prob
@@ -208,7 +209,7 @@ class DiagonalNormal:
         return {"scale": self.kind, "bounds": self.bounds}
 
     def rsample(
-        self, sample_shape: Sequence[int] = (), *, num_samples: int | None = None, seed: int | Tensor | None = None,
+        self, sample_shape: Sequence[int] = (), *, num_samples: int | None = None, seed: Seed | None = None,
         eps: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Samples by `fastkl.rsample_normal`: [*shape], [num_samples, *shape], or [*sample_shape, *shape]."""
@@ -223,7 +224,7 @@ class DiagonalNormal:
         return rsample_normal(*self.tensors, **settings)
 
     @torch.no_grad()
-    def sample(self, sample_shape: Sequence[int] = (), *, seed: int | Tensor | None = None) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = (), *, seed: Seed | None = None) -> Tensor:
         """Samples as from `rsample`, without gradient."""
         return self.rsample(sample_shape, seed=seed)
 
@@ -241,7 +242,7 @@ class DiagonalNormal:
 
     def rsample_kl(
         self, prior: DiagonalNormal | None = None, *, num_samples: int | None = None,
-        seed: int | Tensor | None = None, eps: Tensor | None = None,
+        seed: Seed | None = None, eps: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(rsample, kl) in one pass."""
         drawn = {"num_samples": num_samples, "seed": seed, "eps": eps}

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
 import fastkl
-from fastkl import priors
+from fastkl import monitors, objectives, priors
 
 SEED, N, D, K = 5, 7, 6, 3  # two processes do not divide N, and four leave one of them with a single row
 
@@ -175,10 +175,14 @@ def train_prior(name, rows=slice(None), shard=lambda prior: None):
     q, settings = fastkl.DiagonalNormal(mu, logvar), {} if name == "learned" else {"method": "upper"}
     for _ in range(2):
         prior.zero_grad()
-        loss = prior.kl(q, **settings).mean() - prior.log_prob(mu).mean() + prior.rsample(3, seed=SEED).square().mean()
+        loss = (
+            prior.kl(q, **settings).mean()
+            - prior.log_prob(mu).mean()
+            + prior.rsample(3, seed=(SEED, 0)).square().mean()
+        )
         loss.backward()
     gradients = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in prior.parameters()]
-    return [loss.detach(), prior.sample(4, seed=SEED), *gradients]
+    return [loss.detach(), prior.sample(4, seed=(SEED, 0)), *gradients]
 
 
 def refusals(mesh):
@@ -202,17 +206,63 @@ def own_seeds(mesh):
     return fastkl.rsample_normal(zero, zero).full_tensor()
 
 
-def plain_noise(seed=None):
-    """Of a plain tensor, which knows no rank."""
-    return fastkl.rsample_normal(torch.zeros(4, 3), torch.zeros(4, 3), seed=seed)
+def drawn(seed):
+    """What every function that draws noise draws from a seed, of plain tensors."""
+    torch.manual_seed(0)
+    zero, (x, y) = torch.zeros(4, 3), draw((4, 3), (4, 3))
+    q, mixture, normal = fastkl.DiagonalNormal(zero, zero), priors.GaussianMixture(K, 3), priors.LearnedNormal(3)
+    flow = priors.FlowPrior(StandardFlow())
+    information = monitors.MutualInformation()
+    information.update(fastkl.DiagonalNormal(x, zero), seed=seed)
+    found = {
+        "rsample_normal": fastkl.rsample_normal(zero, zero, seed=seed),
+        "rsample_kl": fastkl.rsample_kl(zero, zero, num_samples=2, seed=seed)[0],
+        "DiagonalNormal": q.sample(seed=seed),
+        "gumbel_softmax": fastkl.gumbel_softmax(zero, seed=seed),
+        "rsample_gmm": fastkl.rsample_gmm(zero, mixture.means, num_samples=3, seed=seed),
+        "sample_gmm": fastkl.sample_gmm(zero, mixture.means, num_samples=9, seed=seed)[0],
+        "kl_gmm": fastkl.kl_gmm(x, x, *mixture.mixture()[:2], seed=seed),
+        "sliced_wasserstein": fastkl.sliced_wasserstein(x, y, 5, seed=seed),
+        "monitors": information.compute(),
+        "objectives": objectives.swae(fastkl.DiagonalNormal(x, y), None, lambda z: z.sum(-1), seed=seed).loss,
+        "mixture.kl": mixture.kl(fastkl.DiagonalNormal(x, y), seed=seed),
+        "mixture.kl, relaxed": mixture.kl(fastkl.DiagonalNormal(x, y), method="relaxed", seed=seed),
+        "mixture.sample": mixture.sample(5, seed=seed),
+        "mixture.rsample": mixture.rsample(5, seed=seed),
+        "mixture.sample of a component": mixture.sample(5, component=1, seed=seed),
+        "normal.sample": normal.sample(5, seed=seed),
+        "flow.sample": flow.sample(5, seed=seed),
+        "flow.kl": flow.kl(fastkl.DiagonalNormal(x, y), entropy="sampled", seed=seed),
+        "per position": priors.PerPosition(mixture, 2).sample(3, seed=seed),
+    }
+    return {name: value.detach() for name, value in found.items()}
 
 
-def noises(rank: int):
-    found = {}
-    for name, state in (("alike", 0), ("by rank", rank)):
-        torch.manual_seed(state)
-        found[name] = plain_noise()
-    return {**found, "seed": plain_noise(7), "seed by rank": plain_noise(7 + rank)}
+class StandardFlow(torch.nn.Module):
+    """A flow's interface."""
+
+    def forward(self):
+        return torch.distributions.Independent(torch.distributions.Normal(torch.zeros(3), torch.ones(3)), 1)
+
+
+def fitted(seed):
+    """A mixture fitted to posteriors, with the same seed on every rank."""
+    prior = priors.GaussianMixture(K, 3)
+    mu, logvar = draw((50, 3), (50, 3))
+    prior.fit(fastkl.DiagonalNormal(mu, logvar), seed=seed, iterations=3)
+    return prior.means.detach()
+
+
+def noises():
+    """From each kind of seed; and without one, from generators in one state."""
+    torch.manual_seed(0)
+    alike = fastkl.rsample_normal(torch.zeros(4, 3), torch.zeros(4, 3))
+    compiled = torch.compile(lambda mu, seed: fastkl.rsample_normal(mu, mu, seed=seed), fullgraph=True)
+    return {
+        "number": drawn(7), "tensor": drawn(torch.tensor(7)), "shared": drawn((7, 0)), "of rank 2": drawn((7, 2)),
+        "shared tensor": drawn((torch.tensor(7), 0)), "alike": alike, "fit": fitted(7),
+        "compiled": [compiled(torch.zeros(4, 3), seed) for seed in (7, torch.tensor(7), (7, 0), 8)],
+    }  # fmt: skip
 
 
 def work(rank: int, folder: Path) -> None:
@@ -225,7 +275,7 @@ def work(rank: int, folder: Path) -> None:
         found[layout, name] = run(case, [place(leaf, leaves[0], LAYOUTS[layout], mesh) for leaf in leaves])
     for name in PRIORS:
         found["prior", name] = train_prior(name, torch.arange(8).tensor_split(4)[rank], fully_shard)
-    found["noise"] = noises(rank)
+    found["noise"] = noises()
     found["refusals"], found["own seeds"] = refusals(mesh), own_seeds(mesh)
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -1,5 +1,6 @@
 """Ops, priors and seeds on DTensors, and priors under fully_shard: four processes find what one finds."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -76,10 +77,39 @@ def test_all_processes_of_a_mesh_draw_from_one_seed(found):
         torch.testing.assert_close(rank["own seeds"], expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "same"), [("alike", True), ("seed", True), ("by rank", False), ("seed by rank", False)]
-)
-def test_plain_tensors_have_the_same_noise_where_generators_or_seeds_are_the_same(found, name, same):
-    """As docs/distributed.md says: nothing knows the rank."""
-    first, *others = (rank["noise"][name] for rank in found)
-    assert [torch.equal(first, other) for other in others] == [same] * 3
+def test_one_seed_gives_each_rank_other_noise_and_a_pair_that_of_the_rank_in_it(found):
+    """In every function that draws."""
+    noise = [rank["noise"] for rank in found]
+    alone = cases.drawn(7)  # here, without ranks
+    for name, value in alone.items():
+        ranks = [each["number"][name] for each in noise]
+        assert torch.equal(ranks[0], value), name
+        assert not any(torch.equal(*pair) for pair in itertools.combinations(ranks, 2)), name
+        for each, own in zip(noise, ranks):
+            assert torch.equal(each["tensor"][name], own), name
+            assert torch.equal(each["shared"][name], value), name
+            assert torch.equal(each["shared tensor"][name], value), name
+            assert torch.equal(each["of rank 2"][name], ranks[2]), name
+    assert torch.equal(cases.drawn((7, 2))["rsample_kl"], noise[2]["number"]["rsample_kl"])
+
+
+def test_without_a_seed_and_in_a_fit_ranks_are_alike(found):
+    """As docs/distributed.md says: equal generators draw the same seed."""
+    for name in ("alike", "fit"):
+        first, *others = (rank["noise"][name] for rank in found)
+        assert all(torch.equal(first, other) for other in others)
+
+
+def test_the_compiler_folds_the_rank_into_a_seed(found):
+    for rank in found:
+        number, tensor, shared, _ = rank["noise"]["compiled"]
+        torch.testing.assert_close(number, rank["noise"]["number"]["rsample_normal"])
+        torch.testing.assert_close(tensor, number)
+        torch.testing.assert_close(shared, found[0]["noise"]["compiled"][0])
+        assert not torch.equal(rank["noise"]["compiled"][3], number)
+
+
+@pytest.mark.parametrize("seed", [(7, -1), (7, 0.5), (7,), (7, 0, 0), (0.5, 1), (2**63, 1), ([7], 0), (None, 0)])
+def test_a_pair_that_is_no_seed_and_rank_is_refused(seed):
+    with pytest.raises((TypeError, ValueError), match="seed"):
+        cases.fastkl.rsample_normal(torch.zeros(3), torch.zeros(3), seed=seed)

@@ -9,6 +9,7 @@ from fastkl import reference
 from fastkl.distributions import DiagonalNormal
 from fastkl.monitors._monitor import Monitor, State, check_posterior, posterior_rows
 from fastkl.ops import _arguments as arguments
+from fastkl.ops._sampling import Seed
 from fastkl.ops.likelihood.normal_log_prob import normal_log_prob
 from fastkl.ops.mixture.gmm_log_prob import gmm_log_prob
 from fastkl.ops.normal.rsample_normal import rsample_normal
@@ -139,7 +140,7 @@ class MutualInformation(Monitor):
     @torch.no_grad()
     def update(
         self, q: DiagonalNormal, aggregate: DiagonalNormal | None = None, *, num_samples: int = 1,
-        seed: int | Tensor | None = None,
+        seed: Seed | None = None,
     ) -> None:  # fmt: skip
         """Add posteriors q. `aggregate`: the posteriors whose mean is q(z), those of the whole data set for an exact
         figure; None takes the M posteriors of this update, and the figure is then at most ln M."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastkl import distributions
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
+from fastkl.ops._sampling import Seed
 from fastkl.ops.likelihood.normal_log_prob import normal_log_prob
 from fastkl.ops.normal.rsample_normal import draw_normal
 from fastkl.priors._prior import Prior
@@ -65,7 +66,7 @@ def draws(posterior: distributions.DiagonalNormal, num_samples: int, eps: Tensor
 
 
 def prior_draws(
-    posterior: distributions.DiagonalNormal, prior: Prior | None, given: Tensor | None, seed: int | Tensor | None = None
+    posterior: distributions.DiagonalNormal, prior: Prior | None, given: Tensor | None, seed: Seed | None = None
 ) -> Tensor:  # fmt: skip
     """Draws from the prior [N, D], one per datum of the batch, with gradients to a learned prior's parameters."""
     batch_ndim = len(posterior.shape) - posterior.event_ndim

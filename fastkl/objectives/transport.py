@@ -9,6 +9,7 @@ from torch import Tensor
 from fastkl import distributions
 from fastkl.objectives._loss import LogLikelihood, Loss
 from fastkl.objectives.matching import matched
+from fastkl.ops._sampling import Seed
 from fastkl.ops.transport.sinkhorn_divergence import sinkhorn_divergence
 from fastkl.ops.transport.sliced_wasserstein import sliced_wasserstein
 from fastkl.priors._prior import Prior
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def swae(
     posterior: distributions.DiagonalNormal, prior: Prior | None, log_likelihood: LogLikelihood, *,
     penalty: float | Tensor = 10.0, num_projections: int = 50, p: float = 2, eps: Tensor | None = None,
-    prior_samples: Tensor | None = None, seed: int | Tensor | None = None,
+    prior_samples: Tensor | None = None, seed: Seed | None = None,
 ) -> Loss:  # fmt: skip
     """The sliced-Wasserstein autoencoder.
 

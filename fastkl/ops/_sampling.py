@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Union
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._fused import MOST_NOISE, is_fused
 from fastkl.reference import Stream
 
+# A number or a 0-d int64 tensor; or one of them and the rank whose noise is drawn instead of that of the caller's.
+Seed = Union[int, Tensor, "tuple[int | Tensor, int]"]
+
 
 def check_noise(
-    seed: int | Tensor | None, eps: Tensor | None, num_samples: int | None, shape: torch.Size, device: torch.device
+    seed: Seed | None, eps: Tensor | None, num_samples: int | None, shape: torch.Size, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
     """(seed, eps), one of which is None: eps expanded to its full shape, or a seed tensor on `device`.
 
@@ -38,21 +42,43 @@ def check_noise(
     return check_seed(seed, device, "mu"), None
 
 
-def check_seed(seed: int | Tensor | None, device: torch.device, name: str) -> Tensor:
-    """The seed as an int64 tensor on `device`, the device of the argument called `name`; drawn if it is None."""
+def check_seed(seed: Seed | None, device: torch.device, name: str) -> Tensor:
+    """The seed as an int64 tensor on `device`, the device of the argument called `name`; drawn if it is None.
+
+    A given seed is that of `of_rank`; the result r goes to another function as (r, 0), which leaves it as it is.
+    """
     if seed is None:
         return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
-    if isinstance(seed, Tensor):
-        arguments.check_dense("seed", seed)
-        if seed.dtype != torch.int64 or seed.dim() != 0:
-            raise TypeError(f"seed must be an int64 tensor without dimensions, got {seed.dtype} {tuple(seed.shape)}")
-        if seed.device != device:
-            raise ValueError(f"seed is on {seed.device}, but {name} is on {device}; move one of them")
-        return seed
-    number = arguments.check_int("seed", seed, -(2**63))
-    if number >= 2**63:
-        raise ValueError(f"seed must be below 2**63, got {number}")
-    return torch.full((), number, dtype=torch.int64, device=device)
+    seed = of_rank(seed)
+    if not isinstance(seed, Tensor):
+        return torch.full((), seed, dtype=torch.int64, device=device)
+    if seed.device != device:
+        raise ValueError(f"seed is on {seed.device}, but {name} is on {device}; move one of them")
+    return seed
+
+
+def of_rank(seed: Seed) -> int | Tensor:
+    """The seed of this process, or of the rank in `seed`: other noise for each, for rank 0 that of the seed alone."""
+    if isinstance(seed, tuple):
+        if len(seed) != 2:
+            raise ValueError(f"seed must be one seed, or (seed, rank), got {len(seed)} entries")
+        number, rank = seed
+        arguments.check_int("rank, the second entry of seed,", rank, 0)
+    else:
+        number = seed
+        rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    if isinstance(number, Tensor):
+        arguments.check_dense("seed", number)
+        if number.dtype != torch.int64 or number.dim() != 0:
+            raise TypeError(
+                f"seed must be an int64 tensor without dimensions, got {number.dtype} {tuple(number.shape)}"
+            )
+    else:
+        number = arguments.check_int("seed", number, -(2**63))
+        if number >= 2**63:
+            raise ValueError(f"seed must be below 2**63, got {number}")
+    # Multiples of 2**64 / the golden ratio are far apart: no neighbour of a seed gives another rank's noise.
+    return number if rank == 0 else number ^ ((int(rank) * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63)
 
 
 def running_sum(values: Tensor) -> Tensor:

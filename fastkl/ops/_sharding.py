@@ -234,6 +234,10 @@ def by_parts(function: Function) -> Function:
     positional = sum(each.kind is not each.KEYWORD_ONLY for each in parameters.values())
 
     def call(*values: Any) -> Any:
+        given = dict(zip(parameters, values))
+        if isinstance(given.get("seed"), Tensor):
+            given["seed"] = given["seed"], 0  # as it is: the seed of the mesh's first process
+        values = tuple(given.values())
         return function(*values[:positional], **dict(zip(list(parameters)[positional:], values[positional:])))
 
     @functools.wraps(function)

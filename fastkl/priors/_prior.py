@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastkl import distributions, reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
+from fastkl.ops._sampling import Seed
 from fastkl.ops.likelihood.normal_log_prob import normal_log_prob
 from fastkl.ops.normal._closed_form import samples_dtype
 from fastkl.ops.normal.rsample_normal import rsample_normal
@@ -84,18 +85,18 @@ class Prior(nn.Module):
         """ln p(z) [*batch] of z [*batch, D]."""
         raise NotImplementedError
 
-    def sample(self, n: int | Sequence[int], *, seed: int | Tensor | None = None) -> Tensor:
-        """n draws [n, D], or draws of a shape, [*n, D], without gradient; `seed` repeats the same draws, and None takes
-        one from torch's generator."""
+    def sample(self, n: int | Sequence[int], *, seed: Seed | None = None) -> Tensor:
+        """n draws [n, D], or draws of a shape, [*n, D], without gradient; `seed` as for `fastkl.rsample_kl`: each rank
+        draws others, unless it is (seed, rank)."""
         raise NotImplementedError
 
-    def rsample(self, n: int | Sequence[int], *, seed: int | Tensor | None = None) -> Tensor:
+    def rsample(self, n: int | Sequence[int], *, seed: Seed | None = None) -> Tensor:
         """As `sample`, with gradients to the prior's parameters, for objectives that compare draws (MMD, transport)."""
         raise NotImplementedError
 
     def kl(
         self, q: distributions.DiagonalNormal, *, method: str = "mc", num_samples: int = 1, entropy: str = "closed",
-        gradient: str = "plain", seed: int | Tensor | None = None,
+        gradient: str = "plain", seed: Seed | None = None,
     ) -> Tensor:  # fmt: skip
         """KL(q || p) [*batch], by samples: E_q[ln q] - 1/L sum_l ln p(z_l); arguments as for `fastkl.kl_gmm`.
 
@@ -108,7 +109,7 @@ class Prior(nn.Module):
         dtype = reference.compute_dtype(mu, logvar)  # cast first: the gradients of all parts are summed in this dtype
         mu, logvar = mu.to(dtype), logvar.to(dtype)
         num_samples = arguments.check_int("num_samples", num_samples, 1)
-        seed = sampling.check_seed(seed, mu.device, "q")
+        seed = sampling.check_seed(seed, mu.device, "q"), 0
         z = rsample_normal(mu, logvar, num_samples=num_samples, seed=seed)
         cross = self.log_prob(z.to(samples_dtype(*q.given))).mean(0)
         dtype = reference.compute_dtype(logvar, cross)

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops._register import no_autocast
+from fastkl.ops._sampling import Seed
 from fastkl.ops.categorical.gumbel_softmax import check_tau, draw_choice
 from fastkl.ops.mixture.gmm_responsibilities import gmm_responsibilities
 from fastkl.ops.mixture.rsample_gmm import relaxed_component
@@ -16,7 +17,7 @@ from fastkl.ops.normal.kl_normal import kl_normal
 
 def kl_relaxed(
     mu: Tensor, logvar: Tensor, z: Tensor, mixture: tuple, tau: float | Tensor, precision: str,
-    seed: int | Tensor | None, gumbel: Tensor | None,
+    seed: Seed | None, gumbel: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """MixturePrior.kl_relaxed for q = N(mu, exp(logvar)) and the mixture (logits, means, logvars, scale_tril)."""
     logits, means, logvars, scale_tril = mixture

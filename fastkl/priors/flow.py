@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastkl.ops import _arguments as arguments
+from fastkl.ops import _sampling as sampling
+from fastkl.ops._sampling import Seed
 from fastkl.priors._prior import Prior, check_shape
 
 
@@ -43,11 +45,11 @@ class FlowPrior(Prior):
         dtypes = [p.dtype for p in self.flow.parameters()]
         return density.log_prob(z.to(dtypes[0]) if dtypes else z)
 
-    def rsample(self, n: int | Sequence[int], *, seed: int | Tensor | None = None) -> Tensor:
+    def rsample(self, n: int | Sequence[int], *, seed: Seed | None = None) -> Tensor:
         shape = check_shape(n)
         if seed is None:
             return self.flow().rsample(shape)
-        seed = arguments.check_int("seed", seed.item() if isinstance(seed, Tensor) else seed, -(2**63))
+        own_seed = sampling.of_rank(seed)
         # A list: torch.compile has no way to hand a set over.
         own = list(dict.fromkeys(p.device for p in self.flow.parameters() if p.device.type not in ("cpu", "meta")))
         kind = own[0].type if own else "cuda"
@@ -55,11 +57,11 @@ class FlowPrior(Prior):
         if kind == "cuda" and torch.cuda.is_initialized():
             devices = list(range(torch.cuda.device_count()))  # manual_seed changes the generators of all devices
         with torch.random.fork_rng(devices, device_type=kind):
-            torch.manual_seed(seed)
+            torch.manual_seed(int(own_seed) if isinstance(own_seed, Tensor) else own_seed)
             return self.flow().rsample(shape)
 
     @torch.no_grad()
-    def sample(self, n: int | Sequence[int], *, seed: int | Tensor | None = None) -> Tensor:
+    def sample(self, n: int | Sequence[int], *, seed: Seed | None = None) -> Tensor:
         return self.rsample(n, seed=seed)
 
     def extra_repr(self) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastkl import distributions
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
+from fastkl.ops._sampling import Seed
 from fastkl.ops.likelihood.normal_log_prob import normal_log_prob
 from fastkl.ops.normal.rsample_normal import draw_normal
 from fastkl.priors._prior import Prior, check_shape
@@ -43,13 +44,13 @@ class _Gaussian(Prior):
     def log_prob(self, z: Tensor) -> Tensor:
         return normal_log_prob(self._check_latent(z), self.mu, self.logvar, event_ndim=1)
 
-    def rsample(self, n: int | Sequence[int], *, seed: int | Tensor | None = None) -> Tensor:
+    def rsample(self, n: int | Sequence[int], *, seed: Seed | None = None) -> Tensor:
         shape = (*check_shape(n), self.dim)
         seed = sampling.check_seed(seed, self.mu.device, "the prior")
         return draw_normal(Stream.PRIOR, shape, self.mu, self.logvar, seed)
 
     @torch.no_grad()
-    def sample(self, n: int | Sequence[int], *, seed: int | Tensor | None = None) -> Tensor:
+    def sample(self, n: int | Sequence[int], *, seed: Seed | None = None) -> Tensor:
         return self.rsample(n, seed=seed)
 
 

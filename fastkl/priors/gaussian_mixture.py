@@ -117,7 +117,8 @@ class GaussianMixture(MixturePrior):
             init: "k-means++" (seeding, then Lloyd's iterations), "current" (the present parameters), or initial means
                 [K, D]. The first and the last take weights and covariances from the data nearest to each mean.
             regularisation: added to every variance, in units of z squared.
-            seed: for "k-means++" and the draws from posteriors; None takes it from torch's generator.
+            seed: for "k-means++" and the draws from posteriors, an int, with the same fit on every process; None takes
+                it from torch's generator.
             num_samples: draws per posterior to fit to. "k-means++" uses the posterior means, which show clusters more
                 clearly.
             progress: called as progress(iteration, log_likelihood) after every iteration.
@@ -175,7 +176,8 @@ class GaussianMixture(MixturePrior):
             arguments.check_tensors(z=parameters[0], parameters=self.means)
             dtype = reference.compute_dtype(*parameters)
             mu, logvar = (tensor.detach().reshape(-1, self.dim).to(dtype) for tensor in parameters)
-            drawn = rsample_normal(mu, logvar, num_samples=num_samples, seed=seed)
+            shared = None if seed is None else (seed, 0)
+            drawn = rsample_normal(mu, logvar, num_samples=num_samples, seed=shared)
             rows, means = drawn.flatten(0, 1), mu
         else:
             arguments.check_tensors(z=z, parameters=self.means)

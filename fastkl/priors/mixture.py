@@ -12,6 +12,7 @@ from torch import Tensor
 from fastkl import distributions, reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
+from fastkl.ops._sampling import Seed
 from fastkl.ops.mixture.gmm_log_prob import gmm_log_prob
 from fastkl.ops.mixture.gmm_moments import gmm_moments
 from fastkl.ops.mixture.gmm_responsibilities import gmm_responsibilities
@@ -89,7 +90,7 @@ class MixturePrior(Prior):
         mu, logvar, mixture = self._both(q)
         if method == "relaxed":
             num_samples = arguments.check_int("num_samples", num_samples, 1)
-            seed = sampling.check_seed(seed, mu.device, "q")
+            seed = sampling.check_seed(seed, mu.device, "q"), 0
             dtype = reference.compute_dtype(mu, logvar)  # cast first: gradients of all parts are summed in this dtype
             mu, logvar = mu.to(dtype), logvar.to(dtype)
             z = rsample_normal(mu, logvar, num_samples=num_samples, seed=seed)
@@ -100,7 +101,7 @@ class MixturePrior(Prior):
         )  # fmt: skip
 
     def kl_relaxed(
-        self, q: distributions.DiagonalNormal, z: Tensor, tau: float | Tensor, *, seed: int | Tensor | None = None,
+        self, q: distributions.DiagonalNormal, z: Tensor, tau: float | Tensor, *, seed: Seed | None = None,
         gumbel: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """KL(q || p) [*batch] with an explicit choice of the component, relaxed to be differentiable.
@@ -148,7 +149,7 @@ class MixturePrior(Prior):
         shares = moments.counts / moments.counts.sum()
         return Usage(shares, torch.special.entr(shares).sum(), int(used(shares).sum()))
 
-    def rsample(self, n: int | Sequence[int], *, seed: int | Tensor | None = None, tau: float | Tensor = 1.0) -> Tensor:
+    def rsample(self, n: int | Sequence[int], *, seed: Seed | None = None, tau: float | Tensor = 1.0) -> Tensor:
         """n draws [n, D], or [*n, D], with the distribution of `sample` and with gradients.
 
         The gradients to the parameters of each draw's component are exact. Those to the weights come from a
@@ -165,14 +166,14 @@ class MixturePrior(Prior):
 
     @torch.no_grad()
     def sample(
-        self, n: int | Sequence[int], *, component: int | Tensor | None = None, seed: int | Tensor | None = None
+        self, n: int | Sequence[int], *, component: int | Tensor | None = None, seed: Seed | None = None
     ) -> Tensor:
         """n draws [n, D], or draws of a shape, [*n, D], without gradient, by `fastkl.sample_gmm`.
 
         Args:
             component: the component to draw from, an int, or a tensor [*n] of ints with one for each draw. None draws
                 components by their weights.
-            seed: None takes it from torch's generator.
+            seed: as for `fastkl.rsample_gmm`.
         """
         mixture, shape = self.mixture(), check_shape(n)
         size, count = mixture.means.shape[-1], math.prod(shape)

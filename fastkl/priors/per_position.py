@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkl import distributions
 from fastkl.ops import _arguments as arguments
+from fastkl.ops._sampling import Seed
 from fastkl.priors._prior import Prior, check_shape
 
 
@@ -66,13 +67,13 @@ class PerPosition(Prior):
         rows = self._posteriors(z) if isinstance(z, distributions.DiagonalNormal) else self._rows("z", z)
         return self.prior.fit(rows, **settings)
 
-    def sample(self, n: int | Sequence[int], *, seed: int | Tensor | None = None) -> Tensor:
+    def sample(self, n: int | Sequence[int], *, seed: Seed | None = None) -> Tensor:
         return self._latents(self.prior.sample, n, seed)
 
-    def rsample(self, n: int | Sequence[int], *, seed: int | Tensor | None = None) -> Tensor:
+    def rsample(self, n: int | Sequence[int], *, seed: Seed | None = None) -> Tensor:
         return self._latents(self.prior.rsample, n, seed)
 
-    def _latents(self, draw, n: int | Sequence[int], seed: int | Tensor | None) -> Tensor:
+    def _latents(self, draw, n: int | Sequence[int], seed: Seed | None) -> Tensor:
         shape = check_shape(n)
         rows = draw(math.prod(shape) * self.positions, seed=seed)
         return rows.view(*shape, self.positions, rows.shape[-1]).mT.flatten(-2)

@@ -162,7 +162,7 @@ def mutual_information(means: Tensor, logvars: Tensor, seed: int) -> float:
     posterior = fastkl.DiagonalNormal(means[:COMPARED].flatten(1), logvars[:COMPARED].flatten(1))
     draws = max(1, min(DRAWS // len(posterior.mean), NUMBERS // posterior.mean.numel()))
     information = monitors.MutualInformation()
-    information.update(posterior, num_samples=draws, seed=streams.seed_for(seed, "information"))
+    information.update(posterior, num_samples=draws, seed=(streams.seed_for(seed, "information"), 0))
     return information.compute().item()
 
 

@@ -97,20 +97,21 @@ def initialise(prior: nn.Module, vae: VAE, data: Data, settings: Settings, devic
 
 
 def rsample(prior: Prior | None, vae: VAE, count: int, seed: Tensor) -> Tensor:
-    """Reparameterised draws [count, latent] from the prior, on the device of the seed."""
+    """Reparameterised draws [count, latent] from the prior, the same in all processes, on the device of the seed."""
     standard = StandardNormal(math.prod(vae.latent_shape)).to(seed.device)
-    return (standard if prior is None else prior).rsample(count, seed=seed)
+    return (standard if prior is None else prior).rsample(count, seed=(seed, 0))
 
 
 def draw(prior: Prior | None, vae: VAE, count: int, seed: int, purpose: str, component: int | None = None) -> Tensor:
-    """Latents [count, *latent_shape] from the prior, or from one of its components, on the CPU."""
+    """Latents [count, *latent_shape] from the prior, or from one of its components, the same in all processes, on the
+    CPU."""
     if prior is None:
         return torch.randn(
             (count, *vae.latent_shape), generator=streams.generator(seed, purpose), dtype=torch.float32, device="cpu"
         )
     which = {} if component is None else {"component": component}
-    seed = streams.seed_for(seed, purpose, *which.values())
-    return prior.sample(count, seed=seed, **which).view(count, *vae.latent_shape).cpu()
+    number = streams.seed_for(seed, purpose, *which.values())
+    return prior.sample(count, seed=(number, 0), **which).view(count, *vae.latent_shape).cpu()
 
 
 def is_mixture(prior: Prior | None) -> TypeGuard[GaussianMixture | VampPrior]:

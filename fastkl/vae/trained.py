@@ -114,7 +114,8 @@ class Trained:
         return prior.draw(self.prior, self.vae, count, seed, "samples")
 
     def sample(self, count: int, *, seed: int = 0) -> Tensor:
-        """Means of the data [count, *shape] for latents drawn from the prior: the same for the same seed."""
+        """Means of the data [count, *shape] for latents drawn from the prior: the same for the same seed, on every
+        process."""
         self.seed_decoder(seed)
         return self.decode(self.latents(count, seed=seed))
 

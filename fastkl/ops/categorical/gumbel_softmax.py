@@ -15,6 +15,7 @@ from fastkl.ops import _sampling as sampling
 from fastkl.ops import _torch
 from fastkl.ops._call import apply, needs_closed_form
 from fastkl.ops._register import differentiable, register, same
+from fastkl.ops._sampling import Seed
 from fastkl.reference import Stream
 
 # tau is a tensor without dimensions, or None where the number `constant` is the temperature; stream is a
@@ -165,7 +166,7 @@ def _check_temperature(tau: float) -> None:
 
 def gumbel_softmax(
     logits: Tensor, tau: float | Tensor = 1.0, hard: bool = False, dim: int = -1, *,
-    seed: int | Tensor | None = None, eps: float | None = None,
+    seed: Seed | None = None, eps: float | None = None,
 ) -> Tensor:  # fmt: skip
     """A relaxed one-hot sample of softmax(logits), differentiable in the logits and in the temperature.
 
@@ -179,8 +180,8 @@ def gumbel_softmax(
             by the host: a negative or NaN value gives NaN instead of an error.
         hard: the value is exactly one-hot, the gradient that of the soft sample (straight-through).
         dim: the dimension of the classes.
-        seed: an int or a 0-d int64 tensor that gives the same noise on every device; None takes it from torch's
-            generator.
+        seed: an int or a 0-d int64 tensor that gives the same noise on every device, or (seed, rank), as for
+            `fastkl.rsample_kl`; None takes it from torch's generator.
         eps: ignored, as in torch.nn.functional.gumbel_softmax, where it is the fourth positional argument; here the
             fourth one is `dim`.
 
@@ -204,9 +205,7 @@ def gumbel_softmax(
     return draw_choice(Stream.GUMBEL, logits, tau, hard, dim, seed)
 
 
-def draw_choice(
-    stream: int, logits: Tensor, tau: float | Tensor, hard: bool, dim: int, seed: int | Tensor | None
-) -> Tensor:
+def draw_choice(stream: int, logits: Tensor, tau: float | Tensor, hard: bool, dim: int, seed: Seed | None) -> Tensor:
     """gumbel_softmax with the noise of `stream`, for other ops that draw a choice."""
     arguments.check_tensors(logits=logits)
     if isinstance(dim, float):

@@ -9,6 +9,7 @@ from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._call import apply
+from fastkl.ops._sampling import Seed
 from fastkl.ops._scales import as_logvar
 from fastkl.ops._sharding import by_parts
 from fastkl.ops.mixture import _components as components
@@ -57,7 +58,7 @@ def _by_noise(
 def kl_gmm(
     mu: Tensor, logvar: Tensor, logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *,
     scale_tril: Tensor | None = None, scale: str = "logvar", prior_scale: str = "logvar", method: str = "mc",
-    num_samples: int = 1, entropy: str = "closed", gradient: str = "plain", seed: int | Tensor | None = None,
+    num_samples: int = 1, entropy: str = "closed", gradient: str = "plain", seed: Seed | None = None,
     eps: Tensor | None = None, precision: str = "exact", _groups: components.Groups = (),
 ) -> Tensor:  # fmt: skip
     """KL divergence from a diagonal Gaussian q to a Gaussian mixture p, in nats, one value per sample.
@@ -77,7 +78,7 @@ def kl_gmm(
             q = p. Both have the same gradient: that of ln q(z_l) in mu and logvar is (0, -1/2) for any eps.
         gradient: "plain", or "stl" (sticking the landing): the gradient of ln q only through z_l, without a term of
             mean 0. For q = p it vanishes for every sample, not only on average.
-        seed: an int or an int64 tensor for "mc"; None takes it from torch's generator on the device. Sample l is
+        seed: an int, an int64 tensor or (seed, rank) for "mc", as for `fastkl.rsample_kl`. Sample l is
             `fastkl.rsample_normal(mu, logvar, num_samples=L, seed=seed)[l]`, mu expanded to the result's batch.
         eps: noise for "mc" instead of a seed, [num_samples, *batch, D] (quasi-Monte-Carlo, exact comparisons); it may
             require a gradient.

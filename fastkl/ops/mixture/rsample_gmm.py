@@ -12,6 +12,7 @@ from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._register import no_autocast
+from fastkl.ops._sampling import Seed
 from fastkl.ops._scales import as_logvar
 from fastkl.ops._sharding import by_parts
 from fastkl.ops._torch import transforms_active
@@ -74,7 +75,7 @@ def _by_chunks(function, bytes_per_row: int, *rows: Tensor) -> Tensor:
 def rsample_gmm(
     logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *, scale_tril: Tensor | None = None,
     scale: str = "logvar", tau: float | Tensor = 1.0, hard: bool = False, num_samples: int | None = None,
-    seed: int | Tensor | None = None,
+    seed: Seed | None = None,
 ) -> Tensor:  # fmt: skip
     """A relaxed sample of a Gaussian mixture, differentiable in all its parameters.
 
@@ -94,7 +95,8 @@ def rsample_gmm(
         scale: the meaning of logvars: "logvar", "log_std", "std" or "softplus", as for `fastkl.kl_normal`.
         tau, hard: as for `fastkl.gumbel_softmax`; tau may be a tensor that requires a gradient.
         num_samples: number of draws for each datum, in a new first dimension.
-        seed: an int or a 0-d int64 tensor that repeats the same sample; None takes it from torch's generator.
+        seed: an int or a 0-d int64 tensor that repeats the same sample, or (seed, rank), as for `fastkl.rsample_kl`;
+            None takes it from torch's generator.
 
     Returns:
         z, [*batch, D] or [num_samples, *batch, D], in the dtype of the means and covariances. Components shared by the
@@ -124,7 +126,7 @@ def rsample_gmm(
         # 16-bit parameters are mixed in float32, because a small standard deviation is subnormal in float16.
         out_dtype, dtype = dtype, dtype if dtype == torch.float64 else torch.float32
         logits = logits.to(dtype).expand(*shape, components)
-        weights = draw_choice(Stream.RELAXED_CHOICE, logits, tau, hard, -1, seed)
+        weights = draw_choice(Stream.RELAXED_CHOICE, logits, tau, hard, -1, (seed, 0))
         mean, sigma = relaxed_component(weights, means.to(dtype), None if spread is None else spread.to(dtype))
         if scale_tril is None:
             z = draw_normal(Stream.RELAXED_NOISE, (*shape, size), mean, sigma, seed, scale="std")
@@ -195,7 +197,7 @@ def _take(values: Tensor, component: Tensor, event_ndim: int) -> Tensor:
 @torch.no_grad()
 def sample_gmm(
     logits: Tensor, means: Tensor, logvars: Tensor | float | None = None, *, scale_tril: Tensor | None = None,
-    scale: str = "logvar", num_samples: int, seed: int | Tensor | None = None,
+    scale: str = "logvar", num_samples: int, seed: Seed | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Samples of a Gaussian mixture and their components, without gradient.
 

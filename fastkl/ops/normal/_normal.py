@@ -14,6 +14,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._call import apply, event_ndim_of_common_call, needs_closed_form
 from fastkl.ops._register import differentiable
+from fastkl.ops._sampling import Seed
 from fastkl.ops._scales import as_logvar
 from fastkl.ops.normal._closed_form import bounds_of, normal_gradients, samples_dtype
 from fastkl.reference import SoftBounds, Stream
@@ -116,7 +117,7 @@ class NormalOp:
 
     def samples(
         self, mu: Any, logvar: Any, prior_mu: Any, prior_logvar: Any, event_ndim: int | None, num_samples: int | None,
-        seed: int | Tensor | None, eps: Tensor | None, scale: str, prior_scale: str,
+        seed: Seed | None, eps: Tensor | None, scale: str, prior_scale: str,
         bounds: SoftBounds | tuple[float, float] | None,
     ) -> Any:  # fmt: skip
         """z, or (z, value), of a public function's arguments, which are checked here and may broadcast."""

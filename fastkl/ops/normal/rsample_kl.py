@@ -11,6 +11,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._call import apply
 from fastkl.ops._register import register
+from fastkl.ops._sampling import Seed
 from fastkl.ops.normal._closed_form import by_rows, empty_samples, sample, write_normal_gradients
 from fastkl.ops.normal._normal import (
     DPRIOR,
@@ -88,7 +89,7 @@ RSAMPLE_KL = NormalOp(rsample_kl_fwd, rsample_kl_bwd, "rsample_kl_fwd", draws=Tr
 
 def rsample_kl_packed(
     head: Tensor, dim: int, prior_mu: Any = None, prior_logvar: Any = None, *,
-    event_ndim: int, num_samples: int | None = None, seed: int | Tensor | None = None, eps: Tensor | None = None,
+    event_ndim: int, num_samples: int | None = None, seed: Seed | None = None, eps: Tensor | None = None,
     scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """rsample_kl(*head.chunk(2, dim), ...) whose gradient is one packed tensor, written by the kernel itself."""
@@ -109,7 +110,7 @@ def rsample_kl_packed(
 def rsample_kl(
     mu: Tensor | float, logvar: Tensor | float, prior_mu: Tensor | float | None = None,
     prior_logvar: Tensor | float | None = None, *, event_ndim: int | None = None, num_samples: int | None = None,
-    seed: int | Tensor | None = None, eps: Tensor | None = None, scale: str = "logvar",
+    seed: Seed | None = None, eps: Tensor | None = None, scale: str = "logvar",
     prior_scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A reparameterised sample and its KL divergence, in one pass over the parameters.
@@ -122,8 +123,9 @@ def rsample_kl(
             has one z.
         num_samples: L samples of each posterior, [L, *batch, *event]; None for one sample without that dimension.
         seed: an int, or a 0-d int64 tensor on mu's device: the same seed gives the same noise on every device and for
-            every dtype (up to rounding). None takes it from torch's generator of that device, so torch.manual_seed
-            reproduces a run.
+            every dtype (up to rounding). Under torch.distributed each rank draws other noise from it; a pair (seed,
+            rank) gives the noise of that rank on any process, so (seed, 0) is shared, and equal to that of one process.
+            None takes the seed from torch's generator of mu's device, so torch.manual_seed reproduces a run.
         eps: noise instead of a seed, of the samples' shape (quasi-Monte-Carlo, exact comparisons).
 
     Returns:

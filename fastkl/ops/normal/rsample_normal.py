@@ -8,6 +8,7 @@ from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._call import apply
 from fastkl.ops._register import register
+from fastkl.ops._sampling import Seed
 from fastkl.ops.normal._closed_form import empty_samples, sample, samples_dtype, write_normal_gradients
 from fastkl.ops.normal._normal import (
     DQ,
@@ -70,7 +71,7 @@ RSAMPLE_NORMAL = NormalOp(rsample_normal_fwd, rsample_normal_bwd, "rsample_norma
 
 
 def rsample_normal_packed(
-    head: Tensor, dim: int, *, num_samples: int | None = None, seed: int | Tensor | None = None,
+    head: Tensor, dim: int, *, num_samples: int | None = None, seed: Seed | None = None,
     eps: Tensor | None = None, scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """rsample_normal(*head.chunk(2, dim), ...) whose gradient is one packed tensor, written by the kernel itself."""
@@ -82,7 +83,7 @@ def rsample_normal_packed(
 
 
 def rsample_normal(
-    mu: Tensor | float, logvar: Tensor | float, *, num_samples: int | None = None, seed: int | Tensor | None = None,
+    mu: Tensor | float, logvar: Tensor | float, *, num_samples: int | None = None, seed: Seed | None = None,
     eps: Tensor | None = None, scale: str = "logvar", bounds: SoftBounds | tuple[float, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """A reparameterised sample of a diagonal Gaussian.

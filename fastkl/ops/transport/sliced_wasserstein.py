@@ -10,6 +10,7 @@ from fastkl import reference
 from fastkl.ops import _arguments as arguments
 from fastkl.ops import _sampling as sampling
 from fastkl.ops._register import no_autocast
+from fastkl.ops._sampling import Seed
 from fastkl.ops._sharding import by_parts
 from fastkl.ops._sweep import Sweep
 from fastkl.ops._torch import forward_mode, known_equal
@@ -107,9 +108,7 @@ SLICED = Sweep(_blocks, _gradients)
 
 
 @by_parts
-def sliced_wasserstein(
-    x: Tensor, y: Tensor, num_projections: int, p: float = 2, seed: int | Tensor | None = None
-) -> Tensor:
+def sliced_wasserstein(x: Tensor, y: Tensor, num_projections: int, p: float = 2, seed: Seed | None = None) -> Tensor:
     """The p-th power of the sliced p-Wasserstein distance of two samples, by random projections.
 
     SW_p^p = mean over unit vectors t of W_p^p(t^T x, t^T y), W_p^p(u, v) = int_0^1 |F_u^-1(s) - F_v^-1(s)|^p ds
@@ -121,7 +120,8 @@ def sliced_wasserstein(
         x, y: points [N, D] and [M, D], all of the same mass.
         num_projections: number of directions: normalised normal noise from the seed, the same on every device.
         p: the power, at least 1.
-        seed: an int or a 0-d int64 tensor that repeats the same directions; None takes it from torch's generator.
+        seed: an int or a 0-d int64 tensor that repeats the same directions, or (seed, rank), as for
+            `fastkl.rsample_kl`, where (seed, 0) gives all processes the same; None takes it from torch's generator.
 
     Returns:
         One number, float32 for float16, bfloat16 and float32 input, float64 for float64 input. It needs no tensor of
