@@ -59,6 +59,16 @@ def decomposed(z, mu, logvar, group):
     return parts[0] + 2 * parts[1] - parts[2]
 
 
+def uniformly_decomposed(z, mu, logvar, group):
+    return sum(fastkl.total_correlation(z, mu, logvar, 50, weights="mws", group=group)[::2])
+
+
+def unevenly_decomposed(z, mu, logvar, late, group):
+    """Of the rows that are late, as `uneven`."""
+    chosen = [each[late[:, 0] > 0] for each in (z, mu, logvar)]
+    return _group.total(group, decomposed(*chosen, group).sum()) + 0 * late.sum()
+
+
 def uneven(x, y, late, group):
     """Of the rows that are late: on several processes, the first has one of x, or none."""
     chosen = x[late[:, 0] > 0]
@@ -77,10 +87,12 @@ def transported(x, y, weights, group):
 
 
 ROWS = 7  # which neither 2 nor 3 divide
+LATE = torch.arange(ROWS, dtype=torch.float64)[:, None] - 2.5
+FAR = draw((ROWS, 3))[0] + 900 * (LATE == 1.5)  # of one process
 # name -> (case, leaves)
 CASES = {
     "mmd": (lambda x, y, group: fastkl.mmd(x, y, group=group), draw((ROWS, 3), (ROWS, 3))),
-    "mmd, uneven rows": (uneven, [*draw((ROWS, 3), (ROWS, 3)), torch.arange(ROWS, dtype=torch.float64)[:, None] - 2.5]),
+    "mmd, uneven rows": (uneven, [*draw((ROWS, 3), (ROWS, 3)), LATE]),
     "mmd_normal, points": (lambda mu, group: fastkl.mmd_normal(mu, group=group), draw((ROWS, 3))),
     "mmd_normal": (lambda mu, logvar, group: fastkl.mmd_normal(mu, logvar, group=group), draw((ROWS, 3), (ROWS, 3))),
     "gather": (gathered, draw((ROWS, 3))),
@@ -90,6 +102,9 @@ CASES = {
     "active units": (monitored, draw((ROWS, 3))),
     "sinkhorn_divergence": (transported, draw((ROWS, 3), (ROWS, 3), (ROWS, 1))),
     "total_correlation": (decomposed, draw((ROWS, 3), (ROWS, 3), (ROWS, 3))),
+    "total_correlation, uniform weights": (uniformly_decomposed, draw((ROWS, 3), (ROWS, 3), (ROWS, 3))),
+    "total_correlation, uneven rows": (unevenly_decomposed, [*draw((ROWS, 3), (ROWS, 3), (ROWS, 3)), LATE]),
+    "total_correlation, a row far from its own": (decomposed, [FAR, *draw((ROWS, 3), (ROWS, 3), (ROWS, 3))[1:]]),
 }
 
 
@@ -98,7 +113,11 @@ def transported_once(x, y, group):
 
 
 # Of these the bytes of collectives are counted, forward and backward together.
-COUNTED = {"mmd": CASES["mmd"], "sinkhorn_divergence": (transported_once, CASES["mmd"][1])}
+COUNTED = {
+    "mmd": CASES["mmd"],
+    "sinkhorn_divergence": (transported_once, CASES["mmd"][1]),
+    "total_correlation": CASES["total_correlation"],
+}
 
 
 def run(case, leaves, group, first=0, ranks=1):

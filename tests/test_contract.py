@@ -296,6 +296,10 @@ def test_opcheck():
         x, y, *logvars = (tensor.detach() for tensor in draw((3, 4), (5, 4), (3, 4), (5, 4), dtype=torch.float32))
         torch.ops.fastkl.mmd_between(x, y, "imq", [1.0, 2.0], True)  # of batches over a group
         torch.ops.fastkl.mmd_posteriors_between(x, logvars[0], y, logvars[1], [1.0, 2.0], True)
+        block, settings = (x, x, logvars[0], y, logvars[1]), (-5, 99, True, 5, 20)
+        sums = torch.ops.fastkl.total_correlation_block_fwd(*block, *settings)
+        outputs = [torch.empty_like(tensor) for tensor in (x, y, y)]
+        torch.ops.fastkl.total_correlation_block_bwd(*[sums[0]] * 3, *block, *sums, *outputs, *settings)
     assert {name.split("::")[1].split(".")[0] for name in calls} == set(_call.TRITON)
     for op, args in (call for same in calls.values() for call in same):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))

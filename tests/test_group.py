@@ -44,6 +44,22 @@ def test_mmd_passes_blocks_around_a_ring(found):
         assert rank["traffic", "mmd"] == expected
 
 
+def test_total_correlation_passes_blocks_around_a_ring(found):
+    """Forward mu and logvar of R - 1 processes, and one number that tells of far rows; backward these again, and the
+    gradients of R. Nothing of the size of the whole batch is sent."""
+    ranks, rows = len(found), -(-group_cases.ROWS // len(found))
+    for rank in found:
+        expected = {"gathered": 8, "sent": 8 * (ranks - 1 + 2 * ranks - 1) * 2 * rows * 3, "summed": 4}
+        assert rank["traffic", "total_correlation"] == expected
+
+
+def test_total_correlation_has_a_case_of_a_row_that_is_far_from_its_own_posterior():
+    """Its joint's sum is negated; a group gathers the posteriors then."""
+    _, leaves = group_cases.CASES["total_correlation, a row far from its own"]
+    sums = torch.ops.fastkl.total_correlation_fwd(*leaves, 0, 50, True)[3]
+    assert [value < 0 for value in sums.tolist()] == [row == 4 for row in range(group_cases.ROWS)]
+
+
 def test_sinkhorn_divergence_sends_points_once_and_then_potentials(found):
     """At every update, those of x and y, of x with itself, and of y with itself."""
     rows, updates = -(-group_cases.ROWS // len(found)), 2 + len(fastkl.reference.sinkhorn_schedule(5.0, 1.0, 0.5, 0))

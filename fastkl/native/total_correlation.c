@@ -2,7 +2,9 @@
  *
  * With s = exp(-logvar / 2) / sqrt 2 and t = (z - mu) s a density is exp(ln s - t^2) / sqrt pi. Exponents are relative to
  * row i's own posterior, from which z_i is drawn, so that sums need no running maximum. If z_i lies so far from its own
- * posterior that a sum overflows, `far` is set, and the closed form must compute the result. */
+ * posterior that a sum overflows, `far` is set, and the closed form must compute the result.
+ *
+ * The posteriors are those of the whole batch, or a block of them, whose sums are added to those of other blocks. */
 
 #include "functions.h"
 #include "tiles.h"
@@ -19,7 +21,8 @@
 #endif
 
 typedef struct {
-    int64_t rows, batch, columns, first, threads, width, padded, row_blocks, blocks, round;
+    int64_t rows, batch, columns, threads, width, padded, row_blocks, blocks, round;
+    int64_t first, start, total;  /* row 0's own posterior in the block, the block's first and all of the whole batch */
     REAL own_weight, next_weight; /* w_ij in units of the most common weight */
     double base;                  /* the logarithm of the latter */
     int stratified;
@@ -27,6 +30,8 @@ typedef struct {
     tensor z, mu, logvar;
     REAL *points;                  /* z [rows, D] */
     REAL *mean, *scale, *log;      /* [D, padded]: mu, s, ln s; of the padding 0, 0 and -inf */
+    REAL *own_mean, *own_scale, *own_log; /* of the rows' own posteriors, those of one dimension own_padded apart */
+    int64_t own_padded;
     REAL *joint, *marginal;        /* sums over posteriors, [rows] and [rows, D] */
     REAL *out[3];                  /* [rows]: the three estimates, or their incoming gradients */
     REAL *dz, *count, *one, *two;  /* [rows, D], then [D, padded]: sums over rows of w, w t and w t^2 */
@@ -48,16 +53,16 @@ static REAL bounded(REAL x) { return x > MOST ? MOST : x < -MOST ? -MOST : x; }
 /* Row i's t with its own posterior, and minus its exponents there. */
 static void origins(const problem *p, int64_t i, REAL *restrict own, REAL *restrict origin) {
     for (int64_t d = 0; d < p->columns; d++) {
-        int64_t at = d * p->padded + p->first + i;
-        own[d] = (p->points[i * p->columns + d] - p->mean[at]) * p->scale[at];
-        origin[d] = bounded(own[d] * own[d]) - p->log[at];
+        int64_t at = d * p->own_padded + i;
+        own[d] = (p->points[i * p->columns + d] - p->own_mean[at]) * p->own_scale[at];
+        origin[d] = bounded(own[d] * own[d]) - p->own_log[at];
     }
 }
 
 /* Multiply the entries of a row's own posterior and of the next one by their weights; the rest have weight 1. */
 static void weigh(const problem *p, int64_t i, int64_t start, int n, REAL *values) {
     if (!p->stratified) return;
-    int64_t own = p->first + i, next = own + 1 == p->batch ? 0 : own + 1;
+    int64_t own = p->first + i, next = own + 1 == p->total - p->start ? -p->start : own + 1;
     if (own >= start && own < start + n) values[own - start] *= p->own_weight;
     if (next >= start && next < start + n) values[next - start] *= p->next_weight;
 }
@@ -71,7 +76,7 @@ static void estimate(const problem *p, int64_t i, const REAL *own, const REAL *o
     for (int64_t d = 0; d < p->columns; d++) {
         double z = p->points[i * p->columns + d], each = logarithm(p->marginal[i * p->columns + d]) + p->base;
         REAL square = own[d] * own[d];
-        off += square - (origin[d] + p->log[d * p->padded + p->first + i]); /* rounding error */
+        off += square - (origin[d] + p->own_log[d * p->own_padded + i]); /* rounding error */
         marginals += each, prior += (0.5 * z * z - origin[d]) + each;
     }
     p->out[0][i] = (REAL)(-joint - off), p->out[1][i] = (REAL)(joint - marginals);
@@ -102,6 +107,7 @@ static void forward_rows(void *context, int64_t job) {
             joint += sum(total, n);
         }
         p->joint[i] = joint;
+        if (!p->out[0]) continue; /* sums of a block, which may be 0 */
         int far = !(joint > 0 && joint <= MOST);
         for (int64_t d = 0; d < p->columns; d++) far |= !(marginal[d] > 0 && marginal[d] <= MOST);
         if (far) __atomic_store_n(p->far, 1, __ATOMIC_RELAXED);
@@ -160,41 +166,57 @@ static void write_row(const tensor *t, int64_t row, int64_t columns, REAL *buffe
     copy_row(t, &(tile){row, 0, 1, (int)columns}, 0, buffer, 1);
 }
 
+/* mu, s and ln s of `count` posteriors, [D, padded] each. The buffer has room for two rows. */
+static void read_posteriors(
+    const tensor *mu, const tensor *logvar, int64_t count, int64_t padded, int64_t columns, REAL *buffer, REAL *mean) {
+    REAL *scale = mean + columns * padded, *log = scale + columns * padded, *spread = buffer + columns;
+    for (int64_t j = 0; j < padded; j++) {
+        if (j < count) read_row(mu, j, columns, buffer), read_row(logvar, j, columns, spread);
+        for (int64_t d = 0; d < columns; d++) {
+            int64_t at = d * padded + j;
+            REAL half = spread[d] * (REAL)-0.5;
+            /* Clamped, because infinity times a difference of 0 would be NaN; ln s is exact all the same. */
+            REAL root = exponential(half > MOST_LOG_SCALE ? MOST_LOG_SCALE : half) * (REAL)0.70710678118654752;
+            mean[at] = j < count ? buffer[d] : 0, scale[at] = j < count ? bounded(root) : 0;
+            log[at] = j < count ? half - (REAL)(0.5 * LN2) : -(REAL)INFINITY;
+        }
+    }
+}
+
 /* The tensors in the layout of the sweeps. Returns their memory, which has room for `more` elements at its end. */
 static REAL *open_problem(problem *p, const int64_t *numbers, const int64_t *addresses, call *shape, int64_t more) {
+    int whole = numbers[6] == 0; /* the rows' own posteriors are in the batch */
     *p = (problem){.rows = numbers[0], .batch = numbers[1], .first = numbers[2], .stratified = (int)numbers[4]};
-    *shape = open_call(numbers + 5, addresses + 2);
+    p->start = numbers[5], p->total = whole ? p->batch : numbers[6];
+    *shape = open_call(numbers + 7, addresses + 2);
     p->threads = addresses[0], p->far = (int64_t *)(intptr_t)addresses[1];
     p->z = next_tensor(shape), p->mu = next_tensor(shape), p->logvar = next_tensor(shape);
-    double size = (double)numbers[3], others = (double)(p->batch - 1);
+    double size = (double)numbers[3], others = (double)(p->total - 1);
     p->own_weight = (REAL)(others / size), p->next_weight = (REAL)((size - others) / size);
     p->columns = shape->columns, p->padded = (p->batch + LANES - 1) / LANES * LANES;
     p->width = AREA / p->columns / LANES * LANES;
     p->width = p->width < LANES ? LANES : p->width > WIDEST ? WIDEST : p->width;
     p->row_blocks = (p->rows + ROWS - 1) / ROWS, p->blocks = (p->padded + p->width - 1) / p->width;
-    int64_t own = p->columns * p->padded, all = p->rows * p->columns;
-    REAL *memory = malloc((size_t)(3 * own + all + 2 * p->columns + more) * sizeof *memory);
+    int64_t each = p->columns * p->padded, all = p->rows * p->columns, own = whole ? 0 : all;
+    REAL *memory = malloc((size_t)(3 * each + 3 * own + all + 2 * p->columns + more) * sizeof *memory);
     if (!memory) return NULL;
-    p->mean = memory, p->scale = p->mean + own, p->log = p->scale + own, p->points = p->log + own;
-    REAL *mean = p->points + all, *spread = mean + p->columns;
+    p->mean = memory, p->scale = p->mean + each, p->log = p->scale + each, p->points = p->log + each + 3 * own;
+    REAL *buffer = p->points + all;
     for (int64_t i = 0; i < p->rows; i++) read_row(&p->z, i, p->columns, p->points + i * p->columns);
-    for (int64_t j = 0; j < p->padded; j++) {
-        if (j < p->batch) read_row(&p->mu, j, p->columns, mean), read_row(&p->logvar, j, p->columns, spread);
-        for (int64_t d = 0; d < p->columns; d++) {
-            int64_t at = d * p->padded + j;
-            REAL half = spread[d] * (REAL)-0.5;
-            /* Clamped, because infinity times a difference of 0 would be NaN; ln s is exact all the same. */
-            REAL root = exponential(half > MOST_LOG_SCALE ? MOST_LOG_SCALE : half) * (REAL)0.70710678118654752;
-            p->mean[at] = j < p->batch ? mean[d] : 0, p->scale[at] = j < p->batch ? bounded(root) : 0;
-            p->log[at] = j < p->batch ? half - (REAL)(0.5 * LN2) : -(REAL)INFINITY;
-        }
+    read_posteriors(&p->mu, &p->logvar, p->batch, p->padded, p->columns, buffer, p->mean);
+    p->own_mean = whole ? p->mean + p->first : p->log + each, p->own_padded = whole ? p->padded : p->rows;
+    p->own_scale = p->own_mean + p->columns * p->own_padded, p->own_log = p->own_scale + p->columns * p->own_padded;
+    if (!whole) {
+        tensor mu = next_tensor(shape), logvar = next_tensor(shape);
+        read_posteriors(&mu, &logvar, p->rows, p->rows, p->columns, buffer, p->own_mean);
     }
     return memory;
 }
 
 /* Return 0, or 1 if out of memory. numbers: rows, batch, first, the size of the data set, whether weights are stratified,
- * ndim, event, sizes, strides. addresses: threads, far, z, mu, logvar, then the three estimates and the two sums. low: the
- * logarithm of the most common weight. */
+ * start, total (0: the batch is whole), ndim, event, sizes, strides. addresses: threads, far, z, mu, logvar, of a block also
+ * the rows' own mu and logvar, then the three estimates (of the whole batch) and the two sums. low: the logarithm of the most
+ * common weight. */
 int forward(const int64_t *numbers, const int64_t *addresses, double low, double high) {
     problem p;
     call shape;
@@ -202,18 +224,21 @@ int forward(const int64_t *numbers, const int64_t *addresses, double low, double
     (void)high;
     if (!memory) return 1;
     p.base = low;
-    for (int k = 0; k < 3; k++) p.out[k] = (REAL *)(intptr_t)addresses[5 + k];
-    p.joint = (REAL *)(intptr_t)addresses[8], p.marginal = (REAL *)(intptr_t)addresses[9];
+    const int64_t *results = shape.addresses;
+    if (numbers[6] == 0)
+        for (int k = 0; k < 3; k++) p.out[k] = (REAL *)(intptr_t)*results++;
+    p.joint = (REAL *)(intptr_t)results[0], p.marginal = (REAL *)(intptr_t)results[1];
     run(p.row_blocks, p.rows * p.batch * p.columns, p.threads, forward_rows, &p);
     free(memory);
     return *p.far == 2;
 }
 
-/* As forward; the tensors after logvar: the gradients of the estimates, dz, dmu, dlogvar; then the addresses of the sums. */
+/* As forward; the tensors after the posteriors: the gradients of the estimates, dz, dmu, dlogvar; then the addresses of the
+ * sums. The part of dz from the prior belongs to the block with the rows' own posteriors. */
 int backward(const int64_t *numbers, const int64_t *addresses, double low, double high) {
     problem p;
     call shape;
-    int64_t rows = numbers[0], wide = numbers[8], padded = (numbers[1] + LANES - 1) / LANES * LANES, all = rows * wide;
+    int64_t rows = numbers[0], wide = numbers[10], padded = (numbers[1] + LANES - 1) / LANES * LANES, all = rows * wide;
     int64_t more = 3 * rows + all + 3 * wide * padded;
     REAL *memory = open_problem(&p, numbers, addresses, &shape, more);
     (void)low, (void)high;
@@ -234,7 +259,8 @@ int backward(const int64_t *numbers, const int64_t *addresses, double low, doubl
     for (p.round = 0; p.round < most; p.round++)
         run(p.row_blocks, rows * p.batch * wide / most, p.threads, backward_blocks, &p);
     for (int64_t i = 0; i < rows && !*p.far; i++) {
-        for (int64_t d = 0; d < wide; d++) row[d] = p.out[2][i] * p.points[i * wide + d] - 2 * p.dz[i * wide + d];
+        REAL of_prior = p.first >= 0 && p.first < p.batch ? p.out[2][i] : 0;
+        for (int64_t d = 0; d < wide; d++) row[d] = of_prior * p.points[i * wide + d] - 2 * p.dz[i * wide + d];
         write_row(&dz, i, wide, row);
     }
     for (int64_t j = 0; j < p.batch && !*p.far; j++) {

@@ -9,24 +9,30 @@ from torch import Tensor
 
 from fastkl.native._pack import Plan, keep, known, plans, prepare
 
+WHOLE = (0, 0)  # start and total of a block that is the whole batch
 
-def _sums_plan(name: str, settings: tuple, z: Tensor, mu: Tensor, logvar: Tensor, *more: Tensor) -> Plan | None:
-    """The plan for z, mu, logvar and, backward, the incoming gradients and the outputs."""
-    key = ("total_correlation", name, settings, *known((z, mu, logvar, *more)))
+
+def _sums_plan(name: str, settings: tuple, rows: tuple, results: int, *more: Tensor) -> Plan | None:
+    """The plan for `rows`, which are z, mu, logvar and of a block the rows' own mu and logvar, for `more` tensors and
+    for the addresses of `results`."""
+    key = ("total_correlation", name, settings, *known((*rows, *more)))
     try:
         return plans[key]
     except KeyError:
         pass
-    shape, tensors = (max(len(z), len(mu)), z.shape[1]), (z, mu, logvar, *more)
+    z, mu, *_ = rows
+    shape, tensors = (max(len(z), len(mu)), z.shape[1]), (*rows, *more)
     strides = [t.stride() if t.dim() == 2 else (*t.stride(), 0) for t in tensors]
-    numbers = (len(z), len(mu), *settings)
-    others = 1 + (5 if name == "forward" else 2)
-    plan = prepare("total_correlation", name, numbers, shape, 1, tensors, strides, others) if z.numel() else None
-    return keep(key, plan)
+    first, dataset_size, stratified, start, total = settings
+    numbers = (len(z), len(mu), first, dataset_size, stratified, start, total)
+    some = z.numel() and len(mu)
+    return keep(
+        key, prepare("total_correlation", name, numbers, shape, 1, tensors, strides, 1 + results) if some else None
+    )
 
 
 def total_correlation_fwd(z: Tensor, mu: Tensor, logvar: Tensor, first: int, dataset_size: int, stratified: bool):
-    plan = _sums_plan("forward", (first, dataset_size, stratified), z, mu, logvar)
+    plan = _sums_plan("forward", (first, dataset_size, stratified, *WHOLE), (z, mu, logvar), 5)
     if plan is None:
         return NotImplemented
     results = [z.new_empty(shape, dtype=plan.dtype) for shape in (*[z.shape[:1]] * 4, z.shape)]
@@ -41,9 +47,32 @@ def total_correlation_bwd(
     stratified,
 ):  # fmt: skip
     more = (dmutual, dtotal, ddimension, dz, dmu, dlogvar)
-    plan = _sums_plan("backward", (first, dataset_size, stratified), z, mu, logvar, *more)
+    return _backward((first, dataset_size, stratified, *WHOLE), (z, mu, logvar), more, joint_sum, marginal_sum)
+
+
+def total_correlation_block_fwd(z, own_mu, own_logvar, mu, logvar, first, dataset_size, stratified, start, total):
+    rows = (z, mu, logvar, own_mu, own_logvar)
+    plan = _sums_plan("forward", (first, dataset_size, stratified, start, total), rows, 2)
     if plan is None:
         return NotImplemented
-    far = z.new_zeros((), dtype=torch.int64)
-    plan.run(far, z, mu, logvar, *more, joint_sum.contiguous(), marginal_sum.contiguous())
+    results = [z.new_empty(shape, dtype=plan.dtype) for shape in (z.shape[:1], z.shape)]
+    plan.run(z.new_zeros((), dtype=torch.int64), *rows, *results)
+    return results
+
+
+def total_correlation_block_bwd(
+    dmutual, dtotal, ddimension, z, own_mu, own_logvar, mu, logvar, joint_sum, marginal_sum, dz, dmu, dlogvar, first,
+    dataset_size, stratified, start, total,
+):  # fmt: skip
+    more = (dmutual, dtotal, ddimension, dz, dmu, dlogvar)
+    settings = (first, dataset_size, stratified, start, total)
+    return _backward(settings, (z, mu, logvar, own_mu, own_logvar), more, joint_sum, marginal_sum)
+
+
+def _backward(settings: tuple, rows: tuple, more: tuple, joint_sum: Tensor, marginal_sum: Tensor):
+    plan = _sums_plan("backward", settings, rows, 2, *more)
+    if plan is None:
+        return NotImplemented
+    far = rows[0].new_zeros((), dtype=torch.int64)
+    plan.run(far, *rows, *more, joint_sum.contiguous(), marginal_sum.contiguous())
     return NotImplemented if far.item() else None

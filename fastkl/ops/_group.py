@@ -31,7 +31,7 @@ def gather(group: ProcessGroup | None, *tensors: Tensor) -> tuple[list[Tensor], 
     if len(sizes) == 1:
         return list(tensors), 0
     rank = torch.distributed.get_rank(group)
-    _refuse_forward_mode()
+    refuse_forward_mode()
     return [gathered(group, tensor, sizes) for tensor in tensors], sum(sizes[:rank])
 
 
@@ -68,15 +68,29 @@ def ring(group: ProcessGroup, tensor: Tensor, sizes: list[int]) -> Iterator[tupl
         block, coming = coming, block
 
 
+def passed_on(group: ProcessGroup, tensor: Tensor) -> Tensor:
+    """The tensor of the process before, while this process's goes to the next. It has no gradient."""
+    rank, count = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    to, source = (torch.distributed.get_global_rank(group, (rank + step) % count) for step in (1, -1))
+    coming = torch.empty_like(tensor)
+    operations = [
+        torch.distributed.P2POp(torch.distributed.isend, tensor, to, group),
+        torch.distributed.P2POp(torch.distributed.irecv, coming, source, group),
+    ]
+    for request in torch.distributed.batch_isend_irecv(operations):
+        request.wait()
+    return coming
+
+
 def total(group: ProcessGroup | None, tensor: Tensor) -> Tensor:
     """The differentiable sum over the processes of a group."""
     if group is None or torch.distributed.get_world_size(group) == 1:
         return tensor
-    _refuse_forward_mode()
+    refuse_forward_mode()
     return _Sum.apply(tensor, group)
 
 
-def _refuse_forward_mode() -> None:
+def refuse_forward_mode() -> None:
     """Raise an error inside torch.func.jvp and the like, whose tangents would not be exchanged."""
     if forward_mode():
         raise NotImplementedError("a call with group= of several processes has no forward-mode derivative")

@@ -90,9 +90,10 @@ def bounded(t):
 
 
 @triton.jit
-def pair_weight(own, other, batch, own_weight, next_weight):
-    """w_ij relative to the weight of an unrelated pair; `own` and `other` are indices of posteriors and broadcast."""
-    following = tl.where(own + 1 == batch, 0, own + 1)
+def pair_weight(own, other, head, end, own_weight, next_weight):
+    """w_ij relative to the weight of an unrelated pair; `own` and `other` are indices of posteriors and broadcast. The
+    whole batch is from `head`, at most 0, to `end`."""
+    following = tl.where(own + 1 == end, head, own + 1)
     return tl.where(other == own, own_weight, tl.where(other == following, next_weight, 1.0))
 
 

@@ -32,15 +32,16 @@ from fastkl.kernels.pairs._total_correlation import (
 
 @triton.jit
 def weights_of(batch, dataset_size, DTYPE: tl.constexpr):
+    """Of a row's own posterior and the next one, out of `batch` posteriors."""
     others = tl.sum(tl.full([1], 1.0, dtype=DTYPE), axis=0) * (batch - 1)
     return others / dataset_size, (dataset_size - others) / dataset_size
 
 
 @triton.jit
 def total_correlation_rows_kernel(
-    z, means, roots, logs, dmutual, dtotal, ddimension, joint_sum, marginal_sum, dz, points, origins_out,
-    coefficients, row_terms, rows, batch, columns, padded, padded_rows, first, dataset_size,
-    z_strides, dmutual_stride, dtotal_stride, ddimension_stride, dz_strides,
+    z, means, roots, logs, own_means, own_roots, own_logs, dmutual, dtotal, ddimension, joint_sum, marginal_sum, dz,
+    points, origins_out, coefficients, row_terms, rows, batch, columns, padded, padded_rows, first, first_own, head,
+    end, dataset_size, z_strides, dmutual_stride, dtotal_stride, ddimension_stride, dz_strides,
     STRATIFIED: tl.constexpr, REGISTERS: tl.constexpr, OWN: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -56,10 +57,10 @@ def total_correlation_rows_kernel(
     wide = row.to(tl.int64)
     x = tl.load(z + wide * z_strides[0] + column.to(tl.int64) * z_strides[1], real, other=0.0).to(dtype)
     own = first + row
-    at_own = own.to(tl.int64) * COLUMNS + column
-    own_root = tl.load(roots + at_own)
-    own_t = bounded((x - tl.load(means + at_own)) * own_root)
-    origins, shift = bounded(own_t * own_t) - tl.load(logs + at_own), over_columns(x) * 0.0
+    at_own = (first_own + row).to(tl.int64) * COLUMNS + column
+    own_root = tl.load(own_roots + at_own)
+    own_t = bounded((x - tl.load(own_means + at_own)) * own_root)
+    origins, shift = bounded(own_t * own_t) - tl.load(own_logs + at_own), over_columns(x) * 0.0
     joint = tl.load(joint_sum + wide)
     far = joint < 0.0
     if tl.max(far.to(tl.int32)) > 0:
@@ -81,7 +82,10 @@ def total_correlation_rows_kernel(
     tl.store(row_terms + wide, shift, inside)
     tl.store(row_terms + padded_rows + wide, of_joint, inside)
 
-    own_weight, next_weight = weights_of(batch, dataset_size, dtype)
+    # Terms without a sum over posteriors belong to the block with the rows' own ones.
+    if (first < 0) | (first >= batch):
+        of_own, of_dimension = of_own * 0.0, of_dimension * 0.0
+    own_weight, next_weight = weights_of(end - head, dataset_size, dtype)
     row_start = first + tl.program_id(0) * ROWS
     at = other_index(LANES) * COLUMNS + column
     total = (x + at) * 0.0
@@ -95,8 +99,8 @@ def total_correlation_rows_kernel(
         weight = tl.exp2(over_columns(exponent) - shift) * of_joint + marginal * tl.exp2(exponent)
         if STRATIFIED:
             near = (start <= row_start + ROWS) & (start + LANES > row_start)
-            if near | ((row_start + ROWS >= batch) & (start == 0)):
-                weight *= pair_weight(own, start + other_index(LANES), batch, own_weight, next_weight)
+            if near | ((row_start + ROWS >= end) & (start == 0)):
+                weight *= pair_weight(own, start + other_index(LANES), head, end, own_weight, next_weight)
         total += weight * t * s
     gradient = (over_others(total) + of_own * own_t * own_root) * (-2.0 * LN2) + of_dimension * x
     tl.store(dz + wide * dz_strides[0] + column.to(tl.int64) * dz_strides[1], gradient, mask)
@@ -105,7 +109,7 @@ def total_correlation_rows_kernel(
 @triton.jit
 def total_correlation_posteriors_kernel(
     means, roots, logs, points, origins, coefficients, row_terms, dmutual, dmu, dlogvar, rows, batch, columns,
-    padded, padded_rows, first, dataset_size, dmutual_stride, dmu_strides, dlogvar_strides,
+    padded_rows, first, head, end, dataset_size, dmutual_stride, dmu_strides, dlogvar_strides,
     STRATIFIED: tl.constexpr, REGISTERS: tl.constexpr, OWN: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +123,7 @@ def total_correlation_posteriors_kernel(
     own = tl.minimum(index, batch - 1)
     at_own = own.to(tl.int64) * COLUMNS + column
     m, s, log = tl.load(means + at_own), tl.load(roots + at_own), tl.load(logs + at_own)
-    own_weight, next_weight = weights_of(batch, dataset_size, dtype)
+    own_weight, next_weight = weights_of(end - head, dataset_size, dtype)
     at = other_index(LANES) * COLUMNS + column
     count, mean_sum, square_sum = (m + at) * 0.0, (m + at) * 0.0, (m + at) * 0.0
     points_at = points
@@ -136,8 +140,8 @@ def total_correlation_posteriors_kernel(
         weight = product + coefficient * tl.exp2(exponent)
         if STRATIFIED:
             near = (start + first <= start_own + POSTERIORS) & (start + first + LANES >= start_own)
-            if near | ((start_own == 0) & (start + first + LANES >= batch)):
-                weight *= pair_weight(first + other, own, batch, own_weight, next_weight)
+            if near | ((start_own == 0) & (start + first + LANES >= end)):
+                weight *= pair_weight(first + other, own, head, end, own_weight, next_weight)
         count += weight
         moment = weight * t
         mean_sum += moment
@@ -159,6 +163,22 @@ def bwd(
     dmutual: Tensor, dtotal: Tensor, ddimension: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, joint_sum: Tensor,
     marginal_sum: Tensor, dz: Tensor, dmu: Tensor, dlogvar: Tensor, first: int, dataset_size: int, stratified: bool,
 ) -> None:  # fmt: skip
+    given, sums, gradients = (dmutual, dtotal, ddimension), (joint_sum, marginal_sum), (dz, dmu, dlogvar)
+    settings = (first, dataset_size, stratified, 0, mu.shape[0])
+    return _backward(given, (z, mu, logvar), None, sums, gradients, *settings)
+
+
+def block_bwd(
+    dmutual: Tensor, dtotal: Tensor, ddimension: Tensor, z: Tensor, own_mu: Tensor, own_logvar: Tensor, mu: Tensor,
+    logvar: Tensor, joint_sum: Tensor, marginal_sum: Tensor, dz: Tensor, dmu: Tensor, dlogvar: Tensor, *settings: int,
+) -> None:  # fmt: skip
+    """A block's part of dz, and the rows' part of the gradients of its posteriors; the sums are those of all blocks."""
+    given, sums, gradients = (dmutual, dtotal, ddimension), (joint_sum, marginal_sum), (dz, dmu, dlogvar)
+    return _backward(given, (z, mu, logvar), (own_mu, own_logvar), sums, gradients, *settings)
+
+
+def _backward(given, inputs, own, sums, gradients, first, dataset_size, stratified, start, total) -> None:
+    (dmutual, dtotal, ddimension), (z, mu, logvar), (dz, dmu, dlogvar) = given, inputs, gradients
     (rows, columns), batch = z.shape, mu.shape[0]
     if columns > MOST_COLUMNS:
         return NotImplemented
@@ -168,28 +188,30 @@ def bwd(
             output.zero_()
         return None
     # A hook on saved tensors may lay out anew what was kept.
-    joint_sum, marginal_sum = joint_sum.contiguous(), marginal_sum.contiguous()
+    joint_sum, marginal_sum = (tensor.contiguous() for tensor in sums)
     prepared = prepare(mu, logvar, dtype)
+    of_rows = prepare(own[0], own[1], dtype) if own else prepared
+    place = (-start, total - start, dataset_size)
     padded, width = prepared[0].shape
     padded_rows = cdiv(rows, pad(rows)) * pad(rows)
-    of_rows = torch.empty((3, padded_rows, width), dtype=dtype, device=z.device)
+    kept = torch.empty((3, padded_rows, width), dtype=dtype, device=z.device)
     row_terms = torch.empty((2, padded_rows), dtype=dtype, device=z.device)
     if padded_rows > rows:  # rows of the padding have no weight: their coefficients are 0, and 2^-inf is
-        of_rows[:, rows:] = 0.0
+        kept[:, rows:] = 0.0
         row_terms[0, rows:] = float("inf")
         row_terms[1, rows:] = 0.0
-    between = (*of_rows, row_terms)
+    between = (*kept, row_terms)
     block = tile(columns, rows, batch, dtype)
     launch(
         total_correlation_rows_kernel, (cdiv(rows, block["OWN"] * block["GROUPS"]),),
-        z, *prepared, dmutual, dtotal, ddimension, joint_sum, marginal_sum, dz, *between, rows, batch, columns, padded,
-        padded_rows, first, dataset_size, z.stride(), dmutual.stride(0), dtotal.stride(0), ddimension.stride(0),
-        dz.stride(), STRATIFIED=stratified, enable_fp_fusion=True, **block,
+        z, *prepared, *of_rows, *given, joint_sum, marginal_sum, dz, *between, rows, batch, columns, padded,
+        padded_rows, first, 0 if own else first, *place, z.stride(), dmutual.stride(0), dtotal.stride(0),
+        ddimension.stride(0), dz.stride(), STRATIFIED=stratified, enable_fp_fusion=True, **block,
     )  # fmt: skip
     block = tile(columns, batch, rows, dtype)
     launch(
         total_correlation_posteriors_kernel, (cdiv(batch, block["OWN"] * block["GROUPS"]),),
-        *prepared, *between, dmutual, dmu, dlogvar, rows, batch, columns, padded, padded_rows, first, dataset_size,
+        *prepared, *between, dmutual, dmu, dlogvar, rows, batch, columns, padded_rows, first, *place,
         dmutual.stride(0), dmu.stride(), dlogvar.stride(), STRATIFIED=stratified, enable_fp_fusion=True, **block,
     )  # fmt: skip
     return None

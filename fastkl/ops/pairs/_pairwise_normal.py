@@ -59,17 +59,29 @@ def exp_(exponent: Tensor) -> Tensor:
 
 
 class Sweep:
-    """The tensors in the blocks' layout, and the sums over blocks."""
+    """The tensors in the blocks' layout, and the sums over blocks.
 
-    def __init__(self, z, mu, logvar, first: int, dataset_size: int, stratified: bool):
+    The posteriors are the whole batch, or its part from `start` on, out of `total`; then the rows have `own` mu and
+    logvar. Row i's own posterior is first + i of the part, which may have no such posterior.
+    """
+
+    def __init__(
+        self, z, mu, logvar, first: int, dataset_size: int, stratified: bool, own=None, start: int = 0, total: int = 0
+    ):
         self.dtype = reference.compute_dtype(z, mu, logvar)
         z, mu, logvar = (tensor.to(self.dtype) for tensor in (z, mu, logvar))
         self.rows, self.batch = z.shape[0], mu.shape[0]
-        self.weights = sample_weights(self.batch, dataset_size, stratified)
+        self.first, self.start, self.total = first, start, total or self.batch
+        self.weights = sample_weights(self.total, dataset_size, stratified)
         self.z, self.mu = z.t().contiguous(), mu.t().contiguous()
         self.scale, self.log_scale = scales(logvar.t().contiguous())
-        self.first, self.own = first, slice(first, first + self.rows)
-        self.own_squares = (self.z - self.mu[:, self.own]).mul_(self.scale[:, self.own]).square_()
+        if own is None:
+            rows = slice(first, first + self.rows)
+            own_mu, own_scale, self.own_log_scale = self.mu[:, rows], self.scale[:, rows], self.log_scale[:, rows]
+        else:
+            own_mu, own_logvar = (tensor.to(self.dtype).t() for tensor in own)
+            own_scale, self.own_log_scale = scales(own_logvar.contiguous())
+        self.own_squares = (self.z - own_mu).mul_(own_scale).square_()
         dims = max(1, self.z.shape[0])
         self.columns = min(self.batch, MOST_COLUMNS, max(16, BLOCK // dims))
         self.step = max(1, min(self.rows, BLOCK // (dims * self.columns)))
@@ -100,7 +112,7 @@ class Sweep:
     def special(self, rows: slice, columns: slice) -> list[tuple[tuple[slice, slice], bool]]:
         """The parts of a block whose diagonals are rows' own posteriors (True) or the next ones (False)."""
         parts = []
-        for is_own, shift in ((True, 0), (False, 1), (False, 1 - self.batch)):
+        for is_own, shift in ((True, 0), (False, 1), (False, 1 - self.total)):
             offset = self.first + shift  # row i has posterior i + offset
             start = max(rows.start, columns.start - offset)
             stop = min(rows.stop, columns.stop - offset)
@@ -133,7 +145,7 @@ class Sweep:
         """(origins [D, n], shift [n]) for `sums`: those of the row's own posterior. Rows `far` from it use those of the
         densest posterior, per dimension and jointly, so that no exponential overflows."""
         most = torch.finfo(self.dtype).max
-        origins = self.own_squares.clamp(max=most) - self.log_scale[:, self.own]
+        origins = self.own_squares.clamp(max=most) - self.own_log_scale
         shift = torch.zeros_like(origins[0])
         for rows in self.row_blocks():
             if far is None or not far[rows].any():
@@ -149,15 +161,21 @@ class Sweep:
         return origins, shift
 
 
+def sums(sweep: Sweep) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(origins [D, n], shift [n], the marginals' sums [D, n], the joint's [n]), relative to rows' own posteriors."""
+    origins, shift = sweep.references()
+    marginal, joint = torch.empty_like(origins), torch.empty_like(shift)
+    for rows in sweep.row_blocks():
+        marginal[:, rows], joint[rows] = sweep.sums(rows, origins[:, rows], shift[rows])
+    return origins, shift, marginal, joint
+
+
 def forward(sweep: Sweep) -> list[Tensor]:
     """[mutual information, total correlation, dimension-wise KL [n], the joint's sums [n], the marginals' sums [n, D]].
 
     The sums are for `gradients`. A joint sum is negated to mark a row that is far from its own posterior.
     """
-    origins, shift = sweep.references()
-    marginal, joint = torch.empty_like(origins), torch.empty_like(shift)
-    for rows in sweep.row_blocks():
-        marginal[:, rows], joint[rows] = sweep.sums(rows, origins[:, rows], shift[rows])
+    origins, shift, marginal, joint = sums(sweep)
     most = torch.finfo(sweep.dtype).max
     far = ~((marginal > 0).all(0) & (marginal <= most).all(0) & (joint > 0) & (joint <= most))
     if far.any():
@@ -165,7 +183,7 @@ def forward(sweep: Sweep) -> list[Tensor]:
         for rows in sweep.row_blocks():
             if far[rows].any():
                 marginal[:, rows], joint[rows] = sweep.sums(rows, origins[:, rows], shift[rows])
-    off = sweep.own_squares - (origins + sweep.log_scale[:, sweep.own])  # rounding error, except for far rows
+    off = sweep.own_squares - (origins + sweep.own_log_scale)  # rounding error, except for far rows
     three = parts(sweep.weights, sweep.z, origins, marginal.log(), joint.log().add_(shift), off)
     return [*three, torch.where(far, -joint, joint), marginal.t().contiguous()]
 
@@ -177,6 +195,11 @@ def parts(weights: Weights, z: Tensor, origins: Tensor, log_marginal: Tensor, lo
     against_prior = (0.5 * z.square()).sub_(origins).add_(marginal).sum(0)
     dimension_wise = against_prior.add_(z.shape[0] * 0.5 * math.log(2.0))
     return [-joint - off.sum(0), joint - marginal.sum(0), dimension_wise]
+
+
+def coefficients_of(dmutual: Tensor, dtotal: Tensor, ddimension: Tensor) -> list[Tensor]:
+    """The loss's coefficients of ln q(z|x), ln q(z), each ln q(z_d), and -ln p(z)."""
+    return [dmutual, dtotal - dmutual, ddimension - dtotal, ddimension]
 
 
 def gradients(sweep: Sweep, coefficients: list[Tensor], joint_sum: Tensor, marginal_sum: Tensor):
@@ -212,5 +235,7 @@ def gradients(sweep: Sweep, coefficients: list[Tensor], joint_sum: Tensor, margi
             dz[:, rows] += weight.mul_(sweep.scale[:, None, columns]).sum(2)
         for out, total in zip((count, first, second), totals):
             torch.sum(total, 1, out=out[:, columns])
-    dz.mul_(-2.0).addcmul_(sweep.z, prior)
+    dz.mul_(-2.0)
+    if 0 <= sweep.first < sweep.batch:  # the prior's part belongs to the block with the rows' own posteriors
+        dz.addcmul_(sweep.z, prior)
     return dz.t(), first.mul_(sweep.scale).mul_(2.0).t(), second.sub_(count, alpha=0.5).t()

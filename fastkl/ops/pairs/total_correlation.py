@@ -15,6 +15,7 @@ from fastkl.ops._register import differentiable, register, same, without_autocas
 from fastkl.ops._scales import as_logvar
 from fastkl.ops.pairs import _few_pairs_normal as few_pairs
 from fastkl.ops.pairs import _pairwise_normal as pairwise
+from fastkl.ops.pairs import _total_correlation_ring as ring
 from fastkl.reference import Decomposition
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def _backward(
         for output in outputs:
             output.zero_()
         return
-    coefficients = [tensor.to(joint_sum.dtype) for tensor in coefficients_of(dmutual, dtotal, ddimension)]
+    coefficients = [tensor.to(joint_sum.dtype) for tensor in pairwise.coefficients_of(dmutual, dtotal, ddimension)]
     # A negative sum marks a row far from its own posterior, which needs the sweep, and so does a sum that is NaN.
     few = z.numel() * mu.shape[0] <= few_pairs.MOST and (joint_sum > 0).all()
     way, pairs = (few_pairs, few_pairs.Pairs) if few else (pairwise, pairwise.Sweep)
@@ -62,17 +63,12 @@ def _backward(
         output.copy_(gradient)
 
 
-def coefficients_of(dmutual: Tensor, dtotal: Tensor, ddimension: Tensor) -> list[Tensor]:
-    """The loss's coefficients of ln q(z|x), ln q(z), each ln q(z_d), and -ln p(z)."""
-    return [dmutual, dtotal - dmutual, ddimension - dtotal, ddimension]
-
-
 def _gradients(z, mu, logvar, first, dataset_size, stratified, dmutual, dtotal, ddimension) -> list[Tensor]:
     """The gradients in differentiable torch ops, with all pairs in memory."""
     dtype = reference.compute_dtype(z, mu, logvar)
     inputs = (z, mu, logvar)
     z, mu, logvar = (tensor.to(dtype) for tensor in inputs)
-    own, joint, marginal, prior = coefficients_of(dmutual, dtotal, ddimension)
+    own, joint, marginal, prior = pairwise.coefficients_of(dmutual, dtotal, ddimension)
     like = {"dtype": dtype, "device": z.device}
     sizes = (z.shape[0], mu.shape[0], dataset_size, WEIGHTS[not stratified])
     log_weights = reference.sample_weights(*sizes, first=first, **like).log()
@@ -167,9 +163,10 @@ def total_correlation(
             next one (dataset_size - M) / (dataset_size M), the others 1 / M. "mws", minibatch weighted sampling:
             all weigh 1 / (dataset_size N), which is not normalised, as published.
         group: a torch.distributed process group; the batch is then that of all its processes (posteriors in order of
-            rank). None means this process's batch. All mu and logvar are gathered, because the time for all pairs
-            limits a batch long before the memory for these does. With B posteriors each of R processes sends
-            8 (R - 1) D B / R bytes in float32 forward, and 16 (R - 1) D B / R backward.
+            rank). None means this process's batch. Blocks of mu and logvar go around a ring, so a process has two
+            blocks of them. With B posteriors each of R processes sends 8 (R - 1) D B / R bytes in float32 forward, and
+            8 (2 R - 1) D B / R backward. Only if a z lies so far from its own posterior that another one is above e^88
+            times (in float64 e^709) as dense there, all are gathered. Not twice differentiable.
         scale: the meaning of logvar: "logvar", "log_std", "std" or "softplus" (sigma = softplus of it).
 
     Returns:
@@ -201,11 +198,16 @@ def total_correlation(
     stratified = arguments.check_choice("weights", weights, WEIGHTS) == "mss"
     logvars = as_logvar("scale", logvars, scale, z, means)
     posteriors, first = [arguments.expand(tensor, z.shape) for tensor in (means, logvars)], 0
-    if group is not None:
-        posteriors, first = _group.gather(group, *posteriors)
-    batch = posteriors[0].shape[0]
+    sizes = _group.row_counts(group, z.shape[0], z.device)
+    batch = sum(sizes)
     if batch == 1:
         raise ValueError("z must have 2 rows or more, got 1: one posterior is no estimate of the aggregate posterior")
     if dataset_size < batch:
         raise ValueError(f"dataset_size must be at least the batch's {batch}, got {dataset_size}")
+    if group is not None and len(sizes) > 1:
+        spread = ring.Spread(group, sizes, dataset_size, stratified)
+        found = ring.over_ranks(spread, z, *posteriors)
+        if found is not None:
+            return Decomposition(*found)
+        posteriors, first = [_group.gathered(group, tensor, sizes) for tensor in posteriors], spread.first
     return Decomposition(*apply(_TotalCorrelation, z, *posteriors, first, dataset_size, stratified)[:3])
