@@ -6,6 +6,7 @@
 
 enum { NORMAL, BERNOULLI };
 enum { FULL, ROW, SHARED }; /* a log-variance per element, per row, or per column, shared by all rows */
+#define LONG 64 /* columns from which a row pays for a loop of its own */
 #define LN_2PI ((REAL)1.8378770664093453)
 
 typedef struct {
@@ -75,17 +76,24 @@ static void put(const tensor *t, int64_t row, double value) {
     copy_row(t, &(tile){row, 0, 1, 1}, 0, &own, 1);
 }
 
-/* Sum a tile's rows: complete rows into `out`, a part of a row longer than a tile into `total`. */
+/* Whether each row has a log-variance of its own, or shares one with others, and is summed without a buffer. */
+static int by_rows(const problem *p, tile at) {
+    return p->density == NORMAL && p->spread == ROW && at.columns >= LONG;
+}
+
+/* Sum a tile's rows: complete rows into `out`, a part of a row longer than a tile into `total`. The values are those of
+ * elements, or `by_rows` their sums. */
 static void sum_rows(const problem *p, tile at, const REAL *values, const tensor *out, double *total) {
     if (at.columns == p->shape.columns) {
         REAL own[TILE];
         tile rows = {at.row, 0, at.rows, 1};
         REAL *sums = target_tile(out, rows, own);
-        sum_each(values, at.rows, at.columns, sums);
+        if (by_rows(p, at)) memcpy(sums, values, (size_t)at.rows * sizeof *sums);
+        else sum_each(values, at.rows, at.columns, sums);
         write_tile(out, rows, sums, own);
         return;
     }
-    *total += sum(values, at.columns);
+    *total += by_rows(p, at) ? *values : sum(values, at.columns);
     if (p->cut.chunks == 1 && at.column + at.columns == p->shape.columns)
         put(out, at.row, *total), *total = 0;
 }
@@ -106,6 +114,25 @@ INLINE void densities(int n, const REAL *x, const REAL *m, const REAL *v, const 
     }
 }
 
+/* `densities`, summed over each row. At most 256 terms are added in a REAL. */
+static void row_densities(tile at, const REAL *x, const REAL *m, const REAL *v, REAL *restrict out) {
+    for (int row = 0; row < at.rows; row++, x += at.columns, m += at.columns) {
+        REAL root = precision_root(v[row]);
+        double total = 0;
+        for (int first = 0; first < at.columns; first += 256) {
+            int end = at.columns - first < 256 ? at.columns : first + 256;
+            REAL part = 0;
+#pragma omp simd reduction(+ : part)
+            for (int i = first; i < end; i++) {
+                REAL z = (x[i] - m[i]) * root * root;
+                part += z * z;
+            }
+            total += part;
+        }
+        out[row] = (REAL)(-0.5 * (at.columns * ((double)LN_2PI + v[row]) + total));
+    }
+}
+
 static void forward_piece(void *context, int64_t job) {
     const problem *p = context;
     region r = piece(&p->cut, job);
@@ -114,7 +141,9 @@ static void forward_piece(void *context, int64_t job) {
     for (tile at; next_tile(&r, &at);) {
         int n = at.rows * at.columns;
         const REAL *a = read_tile(&p->first, at, a_own), *b = read_tile(&p->second, at, b_own);
-        if (p->density == NORMAL) {
+        if (by_rows(p, at))
+            row_densities(at, a, b, read_tile(&p->logvar, (tile){at.row, 0, at.rows, 1}, v_own), out);
+        else if (p->density == NORMAL) {
             logvars v = read_logvar(p, at, v_own, root);
             if (!v.roots) densities(n, a, b, v.values, NULL, 1, out);
             else if (v.step) densities(n, a, b, v.values, v.roots, 1, out);
@@ -155,13 +184,37 @@ INLINE void slopes(int n, const REAL *x, const REAL *m, const REAL *v, const REA
     }
 }
 
+/* `slopes` with one weight for each row; dv: the sums over rows. */
+static void row_slopes(tile at, const REAL *x, const REAL *m, const REAL *v, const REAL *w, REAL *restrict dm,
+                       REAL *restrict dv) {
+    for (int row = 0; row < at.rows; row++, x += at.columns, m += at.columns, dm += at.columns) {
+        REAL root = precision_root(v[row]), weight = w[row];
+        double total = 0;
+        for (int first = 0; first < at.columns; first += 256) {
+            int end = at.columns - first < 256 ? at.columns : first + 256;
+            REAL part = 0;
+#pragma omp simd reduction(+ : part)
+            for (int i = first; i < end; i++) {
+                REAL z = weight == 0 ? 0 : (x[i] - m[i]) * root * root, weighed = weight * z;
+                dm[i] = weighed * root * root;
+                part += weighed * z;
+            }
+            total += part;
+        }
+        dv[row] = (REAL)(0.5 * (total - at.columns * (double)weight));
+    }
+}
+
+/* w: one weight for each element, or `by_rows` for each row. */
 static void normal_gradient(const problem *p, tile at, const REAL *w, REAL *restrict dv) {
     REAL x_own[TILE], m_own[TILE], v_own[TILE], root[TILE], dx_own[TILE], dm_own[TILE];
     int n = at.rows * at.columns;
     const REAL *x = read_tile(&p->first, at, x_own), *m = read_tile(&p->second, at, m_own);
-    logvars v = read_logvar(p, at, v_own, root);
+    int rows = by_rows(p, at);
+    logvars v = rows ? (logvars){0} : read_logvar(p, at, v_own, root);
     REAL *dm = p->dsecond.data ? target_tile(&p->dsecond, at, dm_own) : dm_own;
-    if (!v.roots) slopes(n, x, m, v.values, NULL, 1, w, dm, dv);
+    if (rows) row_slopes(at, x, m, read_tile(&p->logvar, (tile){at.row, 0, at.rows, 1}, v_own), w, dm, dv);
+    else if (!v.roots) slopes(n, x, m, v.values, NULL, 1, w, dm, dv);
     else if (v.step) slopes(n, x, m, v.values, v.roots, 1, w, dm, dv);
     else slopes(n, x, m, v.values, v.roots, 0, w, dm, dv);
     if (p->dsecond.data) write_tile(&p->dsecond, at, dm, dm_own);
@@ -204,7 +257,8 @@ static void backward_piece(void *context, int64_t job) {
     int shared = p->dlogvar.data && p->spread == SHARED;
     for (tile at; next_tile(&r, &at);) {
         int n = at.rows * at.columns;
-        const REAL *w = read_rows(&p->dvalue, at, w_own);
+        const REAL *w = by_rows(p, at) ? read_tile(&p->dvalue, (tile){at.row, 0, at.rows, 1}, w_own)
+                                       : read_rows(&p->dvalue, at, w_own);
         if (p->density == BERNOULLI) {
             bernoulli_gradient(p, at, w);
             continue;

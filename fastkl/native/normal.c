@@ -35,15 +35,45 @@ static void open_problem(problem *p, const int64_t *numbers, const int64_t *addr
 
 static inline REAL square(REAL x) { return x * x; }
 
-/* sigma - prior_sigma without cancellation: the larger one times (1 - the ratio of the two). */
-static inline REAL sigma_difference(REAL x, REAL prior) {
-    x = x < -3000 ? -3000 : x, prior = prior < -3000 ? -3000 : prior; /* -inf - -inf would be NaN */
-    REAL larger = x > prior ? x : prior, smaller = x > prior ? prior : x;
-    REAL difference = exponential(larger / 2) * exp_minus_one((smaller - larger) / 2);
-    return x > prior ? -difference : difference;
+/* sigma - prior_sigma without cancellation: if the two are near, sigma times (1 - their ratio). */
+static inline REAL sigma_difference(REAL x, REAL sigma, REAL prior, REAL prior_sigma) {
+    REAL t = (prior - x) / 2, near = -sigma * (t + exp_rest(t)), far = sigma - prior_sigma;
+    return t * t < (REAL)0.12 ? near : far; /* |t| < ln 2 / 2 */
 }
 
-static void terms(const problem *p, int n, const REAL *m, const REAL *x, const REAL *pm, const REAL *px, REAL *restrict out) {
+/* exp(prior_logvar / 2) of a tile for WASSERSTEIN2, from the tile before, if all rows share the prior; else NULL. */
+typedef struct { REAL values[TILE]; int64_t column; int count; } prior_sigmas;
+
+static const REAL *prior_sigma(const problem *p, tile at, const REAL *px, prior_sigmas *known) {
+    int n = at.rows * at.columns;
+    if (p->distance == KL || !p->shared || !px) return NULL;
+    if (known->count >= n && known->column == at.column) return known->values;
+    for (int i = 0; i < n; i++) known->values[i] = exponential(px[i] / 2);
+    known->column = at.column, known->count = n;
+    return known->values;
+}
+
+/* One copy of these two with and one without known sigmas of the prior. */
+INLINE void wasserstein2(int n, const REAL *m, const REAL *x, const REAL *pm, const REAL *px, const REAL *ps,
+                         REAL *restrict out) {
+    for (int i = 0; i < n; i++) {
+        REAL sigma = exponential(x[i] / 2), prior = ps ? ps[i] : exponential(px[i] / 2);
+        out[i] = square(m[i] - pm[i]) + square(sigma_difference(x[i], sigma, px[i], prior));
+    }
+}
+
+INLINE void wasserstein2_gradient(int n, const REAL *w, const REAL *m, const REAL *x, const REAL *pm, const REAL *px,
+                                  const REAL *ps, REAL *restrict dm, REAL *restrict dx, REAL *restrict dpx) {
+    for (int i = 0; i < n; i++) {
+        REAL sigma = exponential(x[i] / 2), prior = ps ? ps[i] : exponential(px[i] / 2);
+        REAL difference = sigma_difference(x[i], sigma, px[i], prior);
+        dm[i] = weighted(w[i], 2 * (m[i] - pm[i])), dx[i] = weighted(w[i], difference * sigma);
+        dpx[i] = weighted(w[i], -difference * prior);
+    }
+}
+
+static void terms(const problem *p, int n, const REAL *m, const REAL *x, const REAL *pm, const REAL *px, const REAL *ps,
+                  REAL *restrict out) {
     if (p->distance == KL && !pm)
         for (int i = 0; i < n; i++) out[i] = (REAL)0.5 * (exp_minus_one_minus(x[i]) + m[i] * m[i]);
     else if (p->distance == KL)
@@ -53,13 +83,15 @@ static void terms(const problem *p, int n, const REAL *m, const REAL *x, const R
         }
     else if (!pm)
         for (int i = 0; i < n; i++) out[i] = m[i] * m[i] + square(exp_minus_one(x[i] / 2));
+    else if (ps)
+        wasserstein2(n, m, x, pm, px, ps, out);
     else
-        for (int i = 0; i < n; i++) out[i] = square(m[i] - pm[i]) + square(sigma_difference(x[i], px[i]));
+        wasserstein2(n, m, x, pm, px, NULL, out);
 }
 
 /* Weighted gradients in mu and the log-variance and, with a prior, in prior_logvar; that in prior_mu is -dm. */
 static void terms_gradient(const problem *p, int n, const REAL *w, const REAL *m, const REAL *x, const REAL *pm,
-                           const REAL *px, REAL *restrict dm, REAL *restrict dx, REAL *restrict dpx) {
+                           const REAL *px, const REAL *ps, REAL *restrict dm, REAL *restrict dx, REAL *restrict dpx) {
     if (p->distance == KL && !pm)
         for (int i = 0; i < n; i++) dm[i] = weighted(w[i], m[i]), dx[i] = weighted(w[i], (REAL)0.5 * exp_minus_one(x[i]));
     else if (p->distance == KL)
@@ -72,12 +104,10 @@ static void terms_gradient(const problem *p, int n, const REAL *w, const REAL *m
     else if (!pm)
         for (int i = 0; i < n; i++)
             dm[i] = weighted(w[i], 2 * m[i]), dx[i] = weighted(w[i], exp_minus_one(x[i] / 2) * exponential(x[i] / 2));
+    else if (ps)
+        wasserstein2_gradient(n, w, m, x, pm, px, ps, dm, dx, dpx);
     else
-        for (int i = 0; i < n; i++) {
-            REAL difference = sigma_difference(x[i], px[i]);
-            dm[i] = weighted(w[i], 2 * (m[i] - pm[i])), dx[i] = weighted(w[i], difference * exponential(x[i] / 2));
-            dpx[i] = weighted(w[i], -difference * exponential(px[i] / 2));
-        }
+        wasserstein2_gradient(n, w, m, x, pm, px, NULL, dm, dx, dpx);
 }
 
 /* The noise of a tile: the given eps, or noise of the seed. */
@@ -100,7 +130,7 @@ static const REAL *noise(const problem *p, tile at, int sample, REAL *buffer, aw
 }
 
 /* A tile's samples and, in `out`, its terms. */
-static void forward_tile(const problem *p, tile at, REAL *restrict out) {
+static void forward_tile(const problem *p, tile at, prior_sigmas *known, REAL *restrict out) {
     REAL m_own[TILE], v_own[TILE], raw_own[TILE], x_own[TILE], pm_own[TILE], px_own[TILE], sigma[TILE];
     int n = at.rows * at.columns, prior = p->prior_mu.data != NULL;
     const REAL *m = read_tile(&p->mu, at, m_own), *v = read_tile(&p->parameter, at, v_own);
@@ -114,7 +144,7 @@ static void forward_tile(const problem *p, tile at, REAL *restrict out) {
         }
     } else {
         if (p->samples) for (int i = 0; i < n; i++) sigma[i] = exponential(x[i] / 2);
-        if (out) terms(p, n, m, x, pm, px, out);
+        if (out) terms(p, n, m, x, pm, px, prior_sigma(p, at, px, known), out);
     }
     for (int sample = 0; sample < p->samples; sample++) {
         REAL eps_own[NOISE], z_own[TILE];
@@ -154,10 +184,12 @@ static void forward_rows(void *context, int64_t job) {
     int plain = p->q.scale == LOGVAR && !p->q.bounded && !p->samples && p->distance == KL && !p->prior_mu.data;
     plain = plain && p->shape.columns >= 256;
     REAL out[TILE], *value = (REAL *)p->value.data;
+    prior_sigmas known;
+    known.count = 0;
     double total = 0;
     for (tile at; next_tile(&r, &at);) {
         if (plain) usual_rows(p, at, out);
-        else forward_tile(p, at, value ? out : NULL);
+        else forward_tile(p, at, &known, value ? out : NULL);
         if (!value) continue;
         if (p->cut.chunks > 1 || at.columns < p->shape.columns) {
             total += plain ? *out : sum(out, at.columns);
@@ -176,9 +208,11 @@ static void forward_columns(void *context, int64_t job) {
     region r = piece(&p->cut, job);
     REAL out[TILE];
     column_sums total = {.most = 0};
+    prior_sigmas known;
+    known.count = 0;
     int64_t first = r.column;
     int columns = (int)(r.column_end - first);
-    for (tile at; next_tile(&r, &at);) forward_tile(p, at, out), add_tile(&total, out, at.rows * columns);
+    for (tile at; next_tile(&r, &at);) forward_tile(p, at, &known, out), add_tile(&total, out, at.rows * columns);
     fold_rows(&total, columns, p->partial + job / p->cut.chunks * p->shape.columns + first);
 }
 
@@ -231,7 +265,8 @@ static void backward_piece(void *context, int64_t job) {
     REAL w_own[TILE], m_own[TILE], v_own[TILE], raw_own[TILE], x_own[TILE], pm_own[TILE], px_own[TILE];
     REAL dm_own[TILE], dv_own[TILE], dpm_own[TILE], dpx_own[TILE], dmean[TILE], dsigma[TILE];
     column_sums dprior[2];
-    dprior[0].most = dprior[1].most = 0;
+    prior_sigmas known;
+    dprior[0].most = dprior[1].most = known.count = 0;
     int prior = p->prior_mu.data != NULL, own_prior = p->dprior_mu.data && !p->partial;
     int64_t first = r.column;
     for (tile at; next_tile(&r, &at);) {
@@ -252,7 +287,7 @@ static void backward_piece(void *context, int64_t job) {
         } else if (w) {
             const REAL *pm = prior ? read_tile(&p->prior_mu, at, pm_own) : NULL;
             const REAL *px = prior ? read_tile(&p->prior_logvar, at, px_own) : NULL;
-            terms_gradient(p, n, w, m, x, pm, px, dm, dv, dpx);
+            terms_gradient(p, n, w, m, x, pm, px, prior_sigma(p, at, px, &known), dm, dv, dpx);
             if (own_prior) {
                 REAL *dpm = target_tile(&p->dprior_mu, at, dpm_own);
                 for (int i = 0; i < n; i++) dpm[i] = -dm[i];
