@@ -80,7 +80,7 @@ def jobs(given: argparse.Namespace, device: str, accounts: Accounts) -> list[Job
         cases = Cases(op, device, given.quick, accounts)
         for index, case in enumerate(importlib.import_module(f"bench.bench_{op}").cases("meta", given.quick)):
             settings = {
-                "device": device, "thread_counts": counts if case.headline else counts[-1:],
+                "device": device, "thread_counts": counts if case.headline or case.every_count else counts[-1:],
                 "pace": QUICK if given.quick else Pace() if case.headline else BRISK,
                 "host": index == 0, "compile": not given.quick or op in FIRST,
             }  # fmt: skip

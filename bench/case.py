@@ -32,8 +32,10 @@ class Case(NamedTuple):
     noise: Callable[[list[Tensor], list[Tensor]], dict[str, Any]] | None = None
     # Contenders whose outputs do not determine the noise -> the same function with the reference's noise.
     same_noise: dict[str, Callable] = {}  # noqa: RUF012
-    # Whether this is a size of the first table, timed with one thread as well.
+    # Whether this is a size of the first table.
     headline: bool = False
+    # Whether it is timed with each number of threads, as the first table is.
+    every_count: bool = False
     # Whether the rows of every tensor are independent, and a scalar output is a mean over rows.
     by_rows: bool = False
 

@@ -41,7 +41,7 @@ def rows_of(
             elif COMPILE in functions:  # its code depends on the number of threads
                 known = accounts.get(count)
                 functions[COMPILE], notes[COMPILE] = compiled(case, case.inputs, cotangents, {}, account=known)
-                functions = {name: function for name, function in functions.items() if function}
+                functions = {name: function for name, function in functions.items() if function is not None}
             if not first and max(x.numel() for x in case.inputs) >= LARGE:
                 functions = {name: function for name, function in functions.items() if name not in case.others}
             steps = {name: contender(function, case.inputs, cotangents) for name, function in functions.items()}
