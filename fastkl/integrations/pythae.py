@@ -52,7 +52,7 @@ def reconstruction_loss(model: Any, recon_x: Tensor, x: Tensor) -> Tensor:
 
 def kl_of(mu: Tensor, log_var: Tensor) -> Tensor:
     """KL to N(0, I) in nats, [N]."""
-    if distributions.is_small(mu, mu.numel(), distributions.SMALL_NORMAL):
+    if distributions.is_small(mu.numel(), distributions.SMALL_NORMAL, mu, log_var):
         return 0.5 * (torch.expm1(log_var) - log_var + mu * mu).sum(-1)
     return kl_normal(mu, log_var, event_ndim=1)
 
@@ -73,7 +73,7 @@ def vamp_log_p_z(self, z):
     x = self.pseudo_inputs(self.idle_input.to(z.device)).reshape((count, *self.model_config.input_dim))
     encoded = self.encoder(x)
     means, log_vars = encoded.embedding, encoded.log_covariance
-    if distributions.is_small(z, z.numel() * count, distributions.SMALL_MIXTURE):
+    if distributions.is_small(z.numel() * count, distributions.SMALL_MIXTURE, z, means, log_vars):
         standard = (z.unsqueeze(1) - means) * torch.exp(-0.5 * log_vars)
         log_density = -0.5 * ((standard * standard).sum(-1) + log_vars.sum(-1))
         return torch.logsumexp(log_density, 1) - math.log(count)
