@@ -135,3 +135,30 @@ def test_what_has_been_compiled_is_compiled_anew():
         with one.enable():
             found.append(compiled(torch.zeros(())).item())
     assert [*found, compiled(torch.zeros(())).item()] == [1, 2, 2, 1]
+
+
+def test_a_library_that_changed_meanwhile_takes_nothing_from_the_others():
+    """Disabling the first layer makes the later ones anew. One that cannot be made stays counted."""
+    broken = False
+
+    def changes() -> list[Attribute]:
+        if broken:
+            raise UnsupportedVersion("another version")
+        return [Attribute(Library, "kl", lambda self: "second")]
+
+    before, second = dict(vars(Library)), Switch(changes)
+    first, third = wrapping("first").enable(), wrapping("third")
+    with second.enable(), third.enable():
+        assert Library().kl() == "third over second"
+        broken = True
+        with pytest.raises(UnsupportedVersion, match="another version"):
+            first.disable()
+        assert Library().kl() == "third over stock"
+        with pytest.raises(UnsupportedVersion):  # and not as something that is enabled already
+            second.enable()
+        broken = False
+        with second.enable():
+            assert Library().kl() == "second"
+    assert dict(vars(Library)) == before
+    with pytest.raises(RuntimeError, match="not enabled"):
+        second.disable()
