@@ -94,7 +94,7 @@ class Layer:
         """Undo this `enable()`. Those that came later stay, on what lies below them now. If one of them cannot, because
         its library has changed in the meantime, it replaces nothing from here on, and its error is raised at the end.
         """
-        with _LOCK:
+        with _LOCK, _torch.kl_looked_up():
             if self not in _LAYERS:
                 raise RuntimeError("the integration is not enabled")
             later, error = _LAYERS[_LAYERS.index(self) + 1 :], None
@@ -131,7 +131,7 @@ class Switch:
         self.changes = changes
 
     def enable(self, **options: Any) -> Layer:
-        with _LOCK:
+        with _LOCK, _torch.kl_looked_up():
             layer = Layer(self, options)
             layer.make()
             _LAYERS.append(layer)

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch.distributions import Normal, kl_divergence
+from torch.distributions import kl as torch_kl
 
+from fastkl.integrations import distributions
 from fastkl.integrations._switch import Attribute, Switch, UnsupportedVersion, check_method, find
 
 
@@ -162,3 +165,24 @@ def test_a_library_that_changed_meanwhile_takes_nothing_from_the_others():
     assert dict(vars(Library)) == before
     with pytest.raises(RuntimeError, match="not enabled"):
         second.disable()
+
+
+def test_a_step_of_one_graph_stays_one():
+    """Registering a divergence forgets those that torch has looked up, and the compiler cannot look them up."""
+
+    class Mine(Normal):
+        pass
+
+    def kl(x):
+        p, q = Mine(x, x.exp(), validate_args=False), Normal(0 * x, x.exp(), validate_args=False)
+        return kl_divergence(p, q) + kl_divergence(q, q)
+
+    x = torch.linspace(-1, 1, 5)
+    expected, known = kl(x), dict(torch_kl._KL_MEMOIZE)
+    compiled = torch.compile(kl, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+    with distributions.enable():
+        assert torch_kl._KL_MEMOIZE[Mine, Normal] is distributions.kl_of_normals
+        torch.testing.assert_close(compiled(x), expected)
+    assert known == torch_kl._KL_MEMOIZE
+    assert torch.equal(compiled(x), expected)
