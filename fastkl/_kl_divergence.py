@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Independent, MixtureSameFamily, MultivariateNormal, Normal, register_kl
 
 from fastkl.distributions import DiagonalNormal
+from fastkl.ops._scales import as_torch_takes
 from fastkl.ops.mixture.kl_gmm import kl_gmm
 from fastkl.ops.multivariate.kl_multivariate_normal import kl_multivariate_normal
 from fastkl.priors import Prior
@@ -25,7 +26,8 @@ def _as_posterior(p: Normal | Independent, like: DiagonalNormal) -> DiagonalNorm
             shapes = f"{tuple(p.event_shape)}, the DiagonalNormal of shape {tuple(like.event_shape)}"
             raise ValueError(f"the Independent(Normal) has events of shape {shapes}")
         p = p.base_dist
-    mu, std = (tensor.expand(torch.broadcast_shapes(tensor.shape, like.shape)) for tensor in (p.loc, p.scale))
+    mu, std, *_ = as_torch_takes(p.loc, p.scale, *like.tensors)
+    mu, std = (tensor.expand(torch.broadcast_shapes(tensor.shape, like.shape)) for tensor in (mu, std))
     return DiagonalNormal(mu, std, scale="std", event_ndim=like.event_ndim)
 
 

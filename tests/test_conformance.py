@@ -64,3 +64,42 @@ def test_the_command_prints_a_table_and_says_what_it_does_not_know(capsys):
     with pytest.raises(SystemExit):
         main(["tensorflow"])
     assert "no such library: tensorflow" in capsys.readouterr().err
+
+
+def test_a_library_that_cannot_be_imported_leaves_the_others_their_tables(capsys, monkeypatch):
+    """Whatever its import raises."""
+
+    def broken():
+        raise RuntimeError("built for another torch\nmore lines")
+
+    monkeypatch.setitem(LIBRARIES, "pyro", ("torch", broken))
+    for options in ([], ["--markdown"]):
+        assert main(["pyro", "fastkl", *options]) == 1
+        told = capsys.readouterr()
+        assert (
+            f"no answers\n\n    RuntimeError: built for another torch\n\n{'### ' if options else ''}fastkl" in told.out
+        )
+        assert (f"{len(CASES)} of {len(CASES)} pass" in told.out, told.err) == (True, "")
+
+
+def test_a_bar_in_an_answer_is_no_cell(capsys, monkeypatch):
+    def kl(mu, logvar):
+        raise TypeError("mu must be float | int")
+
+    monkeypatch.setitem(LIBRARIES, "pyro", ("torch", lambda: {"kl": kl}))
+    main(["pyro", "--markdown"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert {line.replace(r"\|", "").count("|") for line in rows} == {6}
+
+
+def test_each_run_has_the_same_draws():
+    """Of 20,000 seeds 4 give two scores that are too close for the temperature."""
+    drawn, state = [], torch.get_rng_state()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        case = CASES[NAMES.index("choice, a small temperature, float16")]
+        before = torch.get_rng_state()
+        check(case, lambda logits, tau: drawn.append(torch.randn(9)) or torch.ones(1))
+        assert torch.equal(torch.get_rng_state(), before)
+    torch.set_rng_state(state)
+    assert torch.equal(*drawn)

@@ -100,6 +100,7 @@ NAMES = (
     "utils._pytree.SequenceKey",
     "distributions.kl._KL_REGISTRY",
     "distributions.kl._KL_MEMOIZE",
+    "distributions.kl._dispatch_kl",
     "autograd.Function",  # its apply that is above
 )
 

@@ -16,7 +16,7 @@ class VAE(torch.nn.Module):
         super().__init__()
         self.encoder, self.decoder = torch.nn.Linear(12, 8), torch.nn.Linear(4, 12)
 
-    def forward(self, x: torch.Tensor) -> dict:
+    def forward(self, x: torch.Tensor, return_loss: bool = True) -> dict:  # without the name, evaluate has no loss
         q = fastkl.DiagonalNormal.from_packed(self.encoder(x))
         z, kl = q.rsample_kl()
         loss = (kl - fastkl.normal_log_prob(x, self.decoder(z), 0.0)).mean()
@@ -32,6 +32,9 @@ with tempfile.TemporaryDirectory() as folder:
     )  # fmt: skip
     vae = VAE()
     before = vae(x)["loss"].item()
-    Trainer(vae, arguments, train_dataset=[{"x": row} for row in x]).train()
+    rows = [{"x": row} for row in x]
+    trainer = Trainer(vae, arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
 out = vae(x)
-print(f"loss {before:.2f} -> {out['loss'].item():.2f}, KL {out['posterior'].kl().mean().item():.2f} nats")
+print(f"loss {before:.2f} -> {after:.2f}, KL {out['posterior'].kl().mean().item():.2f} nats")

@@ -8,7 +8,7 @@ import sys
 
 import fastkl
 from fastkl.conformance.cases import CASES
-from fastkl.conformance.check import Outcome, check
+from fastkl.conformance.check import Outcome, check, in_words
 from fastkl.conformance.libraries import LIBRARIES
 
 
@@ -38,7 +38,8 @@ def lines(name: str, found: list[Outcome], markdown: bool) -> list[str]:
     head = ("", "case", "answer", "exact", "what it shows")
     if markdown:
         cells = [head, ("---",) * 5, *rows]
-        return [f"### {title}", "", *("| " + " | ".join(row) + " |" for row in cells), ""]
+        texts = ([cell.replace("|", "\\|") for cell in row] for row in cells)  # a bar would end the cell
+        return [f"### {title}", "", *("| " + " | ".join(row) + " |" for row in texts), ""]
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(5)]
     return [title, *("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in [head, *rows]), ""]
 
@@ -55,9 +56,15 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{'no such library' if unknown else 'not installed'}: {', '.join(unknown or missing)}")
     failed = False
     for name in options.libraries or [name for name, (package, _) in LIBRARIES.items() if version(package)]:
-        found = outcomes(name)
-        failed |= not all(each.passed for each in found)
-        print("\n".join(lines(name, found, options.markdown)), flush=True)
+        try:
+            found = outcomes(name)
+        except Exception as error:  # the library cannot be imported, or lacks what is asked; the others can answer
+            failed, title = True, f"{name} {version(LIBRARIES[name][0])}: no answers"
+            text = [f"### {title}" if options.markdown else title, "", f"    {in_words(error)}", ""]
+        else:
+            failed |= not all(each.passed for each in found)
+            text = lines(name, found, options.markdown)
+        print("\n".join(text), flush=True)
     return int(failed)
 
 

@@ -77,7 +77,7 @@ class Layer:
         self.made: list[Attribute | Divergence] = []
 
     def make(self) -> None:
-        known = any(layer.switch is self.switch and layer.options == self.options for layer in _LAYERS)
+        known = any(layer.made and layer.switch is self.switch and layer.options == self.options for layer in _LAYERS)
         try:
             for change in () if known else self.switch.changes(**self.options):
                 change.make()
@@ -91,20 +91,27 @@ class Layer:
             self.made.pop().undo()
 
     def disable(self) -> None:
-        """Undo this `enable()`. Those that came later stay, on what lies below them now."""
-        with _LOCK:
+        """Undo this `enable()`. Those that came later stay, on what lies below them now. If one of them cannot, because
+        its library has changed in the meantime, it replaces nothing from here on, and its error is raised at the end.
+        """
+        with _LOCK, _torch.kl_looked_up():
             if self not in _LAYERS:
                 raise RuntimeError("the integration is not enabled")
-            later = _LAYERS[_LAYERS.index(self) + 1 :]
+            later, error = _LAYERS[_LAYERS.index(self) + 1 :], None
             changed = any(layer.made for layer in (self, *later))
             for layer in (*reversed(later), self):
                 layer.undo()
                 _LAYERS.remove(layer)
             for layer in later:
-                layer.make()
+                try:
+                    layer.make()
+                except BaseException as failed:
+                    error = error or failed
                 _LAYERS.append(layer)
             if changed:
                 _torch.forget_compiled()
+            if error is not None:
+                raise error
 
     def __enter__(self) -> Layer:
         return self
@@ -124,7 +131,7 @@ class Switch:
         self.changes = changes
 
     def enable(self, **options: Any) -> Layer:
-        with _LOCK:
+        with _LOCK, _torch.kl_looked_up():
             layer = Layer(self, options)
             layer.make()
             _LAYERS.append(layer)

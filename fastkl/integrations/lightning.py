@@ -89,7 +89,7 @@ class CollapseMonitor(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         group = torch.distributed.group.WORLD if trainer.world_size > 1 else None
         self.units, self.kl = monitors.ActiveUnits(group=group), monitors.KLPerDimension(group=group)
-        self.information = monitors.MutualInformation(group=group)
+        self.information, self.batches = monitors.MutualInformation(group=group), 0  # seen in this epoch
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -100,10 +100,14 @@ class CollapseMonitor(pl.Callback):
             raise TypeError(f'training_step must return a dict with "posterior", a fastkl.DiagonalNormal, got {found}')
         for monitor in (self.units, self.kl):
             monitor.update(posterior)
-        if batch_idx % trainer.log_every_n_steps == 0:  # expensive: compares all pairs of a batch
+        if self.batches % (trainer.log_every_n_steps or 50) == 0:  # expensive: compares all pairs of a batch
             self.information.update(posterior)
+        self.batches += 1
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.batches == 0:  # resumed behind the epoch's last batch
+            return
+        self.batches = 0
         active, kl = self.units.count(), self.kl.compute().flatten().tolist()
         figures = {"active_units": float(active), "kl": math.fsum(kl)}
         figures["mutual_information"] = self.information.compute().item()

@@ -24,6 +24,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,23 +37,24 @@ from fastkl.ops.mixture.gmm_log_prob import gmm_log_prob
 from fastkl.ops.normal.kl_normal import kl_normal
 from fastkl.ops.pairs.mmd import mmd
 from fastkl.ops.pairs.total_correlation import total_correlation
+from fastkl.reference import compute_dtype
 
 TESTED = "0.1.2"
 
 
-def reconstruction_loss(model: Any, recon_x: Tensor, x: Tensor) -> Tensor:
-    """-ln p(x | z) by the model's configuration, up to a constant: [N], or [N, *samples] if recon_x has samples."""
-    samples = recon_x.shape[1:-1] if recon_x.dim() > 2 and recon_x.shape[1:] != x.shape[1:] else ()
+def reconstruction_loss(model: Any, recon_x: Tensor, x: Tensor, samples: Sequence[int] = ()) -> Tensor:
+    """-ln p(x | z) by the model's configuration, up to a constant: [N, *samples]. Data may be flat or not."""
     recon_x = recon_x.reshape(len(x), *samples, -1)
     x = x.reshape(len(x), *[1] * len(samples), -1).expand_as(recon_x)
+    dtype = compute_dtype(recon_x, x)  # a sum in bfloat16 is rounded to whole nats
     if model.model_config.reconstruction_loss == "bce":
-        return torch.nn.functional.binary_cross_entropy(recon_x, x, reduction="none").sum(-1)
-    return 0.5 * torch.nn.functional.mse_loss(recon_x, x, reduction="none").sum(-1)
+        return torch.nn.functional.binary_cross_entropy(recon_x, x, reduction="none").sum(-1, dtype=dtype)
+    return 0.5 * torch.nn.functional.mse_loss(recon_x, x, reduction="none").sum(-1, dtype=dtype)
 
 
 def kl_of(mu: Tensor, log_var: Tensor) -> Tensor:
     """KL to N(0, I) in nats, [N]."""
-    if distributions.is_small(mu, mu.numel(), distributions.SMALL_NORMAL):
+    if distributions.is_small(mu.numel(), distributions.SMALL_NORMAL, mu, log_var):
         return 0.5 * (torch.expm1(log_var) - log_var + mu * mu).sum(-1)
     return kl_normal(mu, log_var, event_ndim=1)
 
@@ -73,7 +75,7 @@ def vamp_log_p_z(self, z):
     x = self.pseudo_inputs(self.idle_input.to(z.device)).reshape((count, *self.model_config.input_dim))
     encoded = self.encoder(x)
     means, log_vars = encoded.embedding, encoded.log_covariance
-    if distributions.is_small(z, z.numel() * count, distributions.SMALL_MIXTURE):
+    if distributions.is_small(z.numel() * count, distributions.SMALL_MIXTURE, z, means, log_vars):
         standard = (z.unsqueeze(1) - means) * torch.exp(-0.5 * log_vars)
         log_density = -0.5 * ((standard * standard).sum(-1) + log_vars.sum(-1))
         return torch.logsumexp(log_density, 1) - math.log(count)
@@ -83,7 +85,8 @@ def vamp_log_p_z(self, z):
 
 def log_weights(self, recon_x, x, mu, log_var, z) -> tuple[Tensor, Tensor, Tensor]:
     """ln w = ln p(x | z) + ln p(z) - ln q(z | x) and its parts, each [N, *samples]."""
-    recon_loss = reconstruction_loss(self, recon_x, x)
+    recon_loss = reconstruction_loss(self, recon_x, x, z.shape[1:-1])
+    mu, log_var, z = (tensor.to(compute_dtype(tensor)) for tensor in (mu, log_var, z))
     log_q = -0.5 * (log_var + (z - mu).square() * torch.exp(-log_var)).sum(-1)
     kl = log_q + 0.5 * z.square().sum(-1)
     return -(recon_loss + kl), recon_loss, kl
@@ -119,7 +122,8 @@ def discrepancy(self, z: Tensor, z_prior: Tensor) -> Tensor:
 
 
 def wae(self, recon_x, x, z, z_prior):
-    recon_loss = self.reconstruction_loss_scale * (recon_x - x).flatten(1).square().sum(-1).mean(0)
+    square = (recon_x.reshape(len(x), -1) - x.reshape(len(x), -1)).square()
+    recon_loss = self.reconstruction_loss_scale * square.sum(-1, dtype=compute_dtype(square)).mean(0)
     distance = discrepancy(self, z, z_prior)
     return recon_loss + self.model_config.reg_weight * distance, recon_loss, distance
 
@@ -131,16 +135,21 @@ def info_vae(self, recon_x, x, z, z_prior, mu, log_var):
     return loss, recon_loss, kl, distance
 
 
-def beta_tc_vae(self, recon_x, x, mu, log_var, z, dataset_size):
-    recon_loss = reconstruction_loss(self, recon_x, x).mean(0)
-    weights = "mss" if self.use_mss else "mws"
-    parts = total_correlation(z, mu, log_var, dataset_size, weights=weights)
-    reg_loss = sum(weight * part.mean(0) for weight, part in zip((self.alpha, self.beta, self.gamma), parts))
-    return recon_loss + reg_loss, recon_loss, reg_loss
+def beta_tc_vae(stock):
+    def loss_function(self, recon_x, x, mu, log_var, z, dataset_size):
+        if not self.use_mss and not 1 < len(z) <= dataset_size:  # an epoch's last batch may be one datum
+            return stock(self, recon_x, x, mu, log_var, z, dataset_size)
+        recon_loss = reconstruction_loss(self, recon_x, x).mean(0)
+        weights = "mss" if self.use_mss else "mws"
+        parts = total_correlation(z, mu, log_var, dataset_size, weights=weights)
+        reg_loss = sum(weight * part.mean(0) for weight, part in zip((self.alpha, self.beta, self.gamma), parts))
+        return recon_loss + reg_loss, recon_loss, reg_loss
+
+    return loss_function
 
 
 USUAL = ("self", "recon_x", "x", "mu", "log_var", "z")
-# Class -> (method, its parameters, fastkl's).
+# Class -> (method, its parameters, fastkl's, or a function from Pythae's to it).
 METHODS = {
     "VAE": ("loss_function", USUAL, vae),
     "BetaVAE": ("loss_function", USUAL, beta_vae),
@@ -161,7 +170,7 @@ def changes() -> list[Attribute]:
     for name, (method, parameters, new) in METHODS.items():
         model = find("pythae.models", name, version)
         check_method(model, method, parameters, version)
-        found.append(Attribute(model, method, new))
+        found.append(Attribute(model, method, new(getattr(model, method)) if new is beta_tc_vae else new))
     return found
 
 

@@ -1,4 +1,5 @@
-"""Conversion of the scales that users give (std, var, ...) to log-variances, in torch ops before the op itself."""
+"""Conversion of the scales that users give (std, var, ...) to log-variances, in torch ops before the op itself; and of
+the tensors of torch.distributions to those that ops take."""
 
 from __future__ import annotations
 
@@ -82,3 +83,21 @@ def as_logvar(name: str, parameter: Any, scale: str, *others: Tensor | None, bou
     own = distinct(parameter, range(parameter.dim())).to(reference.compute_dtype(parameter, *others))
     logvar = own if scale == "logvar" else apply(_ToLogvar, own, scale)
     return reference.bound(logvar, bounds).expand(parameter.shape)
+
+
+def as_torch_takes(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors as torch's arithmetic takes them together: integers become floats, and one without dimensions goes from
+    the CPU to the others' device, and from float64 to float32 unless a larger one is float64."""
+    devices = [t.device for t in tensors if t.device.type != "cpu"]
+    larger = [t.dtype for t in tensors if t.dim() and t.is_floating_point()]
+
+    def taken(t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            t = t.to(torch.get_default_dtype())
+        if t.dim() == 0 and larger and torch.float64 not in larger and t.dtype == torch.float64:
+            t = t.float()
+        if t.dim() == 0 and devices and t.device.type == "cpu":
+            t = t + torch.zeros((), dtype=t.dtype, device=devices[0])  # unlike Tensor.to it waits for nothing
+        return t
+
+    return tuple(taken(t) for t in tensors)

@@ -6,10 +6,12 @@ gradients use their differentiable formula. The logger "fastkl" warns once per m
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -73,6 +75,23 @@ def forget_kl(classes: tuple[type, type]) -> None:
     del kl_registry[classes]
     if _kl_memory is not None:
         _kl_memory.clear()
+
+
+_dispatch_kl = _private("distributions.kl._dispatch_kl")
+
+
+@contextlib.contextmanager
+def kl_looked_up() -> Iterator[None]:
+    """What is registered within the block is found at once by the pairs of classes whose divergence was looked up
+    before: registering forgets them, and torch.compile cannot trace the look-up."""
+    pairs = list(_kl_memory or ())
+    try:
+        yield
+    finally:
+        if _dispatch_kl is not None and _kl_memory is not None:
+            with warnings.catch_warnings():  # of ambiguous ones it has warned the first time
+                warnings.simplefilter("ignore")
+                _kl_memory.update((pair, _dispatch_kl(*pair)) for pair in pairs)
 
 
 def forget_compiled() -> None:

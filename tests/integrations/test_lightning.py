@@ -82,3 +82,31 @@ def test_a_module_without_posteriors_is_told_so(tmp_path):
 
     with pytest.raises(TypeError, match="posterior"):
         fit(Other(vae()), 1, tmp_path, CollapseMonitor())
+
+
+def test_without_logging_the_figures_are_there(tmp_path):
+    module, monitor = VAEModule(vae()), CollapseMonitor()
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, callbacks=[monitor], log_every_n_steps=0,
+    )  # fmt: skip
+    trainer.fit(module, loader())
+    assert {"active_units", "kl", "mutual_information"} <= trainer.callback_metrics.keys()
+
+
+@pytest.mark.parametrize("after", [1, 3, 4])
+def test_a_run_resumes_within_an_epoch_and_at_its_end(after, tmp_path):
+    def run(epochs, *callbacks, resumed=None) -> pl.Trainer:
+        trainer = pl.Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path, callbacks=[CollapseMonitor(), *callbacks], log_every_n_steps=50,
+            enable_checkpointing=bool(callbacks),
+        )  # fmt: skip
+        trainer.fit(VAEModule(vae()), loader(), ckpt_path=resumed)
+        return trainer
+
+    run(1, pl.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=after, save_top_k=-1))
+    for epochs in (1, 2):
+        trainer = run(epochs, resumed=str(tmp_path / f"step={after}.ckpt"))
+        assert trainer.global_step == 4 * epochs
+    assert trainer.callback_metrics["mutual_information"] <= trainer.callback_metrics["kl"]

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch.distributions import Normal, kl_divergence
+from torch.distributions import kl as torch_kl
 
+from fastkl.integrations import distributions
 from fastkl.integrations._switch import Attribute, Switch, UnsupportedVersion, check_method, find
 
 
@@ -135,3 +138,51 @@ def test_what_has_been_compiled_is_compiled_anew():
         with one.enable():
             found.append(compiled(torch.zeros(())).item())
     assert [*found, compiled(torch.zeros(())).item()] == [1, 2, 2, 1]
+
+
+def test_a_library_that_changed_meanwhile_takes_nothing_from_the_others():
+    """Disabling the first layer makes the later ones anew. One that cannot be made stays counted."""
+    broken = False
+
+    def changes() -> list[Attribute]:
+        if broken:
+            raise UnsupportedVersion("another version")
+        return [Attribute(Library, "kl", lambda self: "second")]
+
+    before, second = dict(vars(Library)), Switch(changes)
+    first, third = wrapping("first").enable(), wrapping("third")
+    with second.enable(), third.enable():
+        assert Library().kl() == "third over second"
+        broken = True
+        with pytest.raises(UnsupportedVersion, match="another version"):
+            first.disable()
+        assert Library().kl() == "third over stock"
+        with pytest.raises(UnsupportedVersion):  # and not as something that is enabled already
+            second.enable()
+        broken = False
+        with second.enable():
+            assert Library().kl() == "second"
+    assert dict(vars(Library)) == before
+    with pytest.raises(RuntimeError, match="not enabled"):
+        second.disable()
+
+
+def test_a_step_of_one_graph_stays_one():
+    """Registering a divergence forgets those that torch has looked up, and the compiler cannot look them up."""
+
+    class Mine(Normal):
+        pass
+
+    def kl(x):
+        p, q = Mine(x, x.exp(), validate_args=False), Normal(0 * x, x.exp(), validate_args=False)
+        return kl_divergence(p, q) + kl_divergence(q, q)
+
+    x = torch.linspace(-1, 1, 5)
+    expected, known = kl(x), dict(torch_kl._KL_MEMOIZE)
+    compiled = torch.compile(kl, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+    with distributions.enable():
+        assert torch_kl._KL_MEMOIZE[Mine, Normal] is distributions.kl_of_normals
+        torch.testing.assert_close(compiled(x), expected)
+    assert known == torch_kl._KL_MEMOIZE
+    assert torch.equal(compiled(x), expected)

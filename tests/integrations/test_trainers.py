@@ -14,7 +14,7 @@ class VAE(torch.nn.Module):
         super().__init__()
         self.encoder, self.decoder = torch.nn.Linear(6, 2 * D), torch.nn.Linear(D, 6)
 
-    def forward(self, x, **ignored):
+    def forward(self, x, return_loss=True, **ignored):
         q = DiagonalNormal.from_packed(self.encoder(x))
         z, kl = q.rsample_kl(seed=0)
         loss = ((self.decoder(z) - x).square().sum(1) + kl).mean()
@@ -84,6 +84,9 @@ def test_a_posterior_survives_transformers_trainer(tmp_path):
     rows = [{"x": row} for row in data()]
     trainer = transformers.Trainer(model, settings, train_dataset=rows, eval_dataset=rows)
     trainer.train()
+    losses = [model(data()[half])["loss"].item() for half in (slice(4), slice(4, 8))]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(losses) / 2, rel=0.02)
+    assert trainer.predict(rows, ignore_keys=["posterior"]).predictions.shape == (8, D)
     with torch.no_grad():
         assert isinstance(model(data())["posterior"], DiagonalNormal)
 
