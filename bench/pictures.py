@@ -77,6 +77,7 @@ def sizes(store: Store, about: dict[str, Any]) -> Any:
             )
             colour, marker = LOOKS[name]
             line = "--" if name == LIMIT else "-"
+            middle = high if name == LIMIT else middle  # the fastest rounds: a limit is not passed
             panel.plot(at, middle, line, color=colour, marker=marker, markersize=5, linewidth=1.6, label=name)
             if name != LIMIT:
                 panel.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
