@@ -61,6 +61,11 @@ CASES = {
         lambda *t: fastkl.kl_normal(*t[:2], t[2], t[3].exp(), prior_scale="std"),
         draw((N, D), (N, D), (D,), (1, D)),
     ),
+    "kl_normal, a prior sharded where it has one row": (fastkl.kl_normal, draw((N, D), (N, D), (1, D), (1, D))),
+    "normal_log_prob, a variance sharded where it has one row": (
+        fastkl.normal_log_prob,
+        draw((N, D), (N, D), (1, D)),
+    ),
     "kl_normal, full prior": (fastkl.kl_normal, draw(*[(N, D)] * 4)),
     "kl_normal, packed": (lambda head: fastkl.DiagonalNormal.from_packed(head).kl(), draw((N, D, 4))),
     "kl_normal, elements": (lambda *t: fastkl.kl_normal(*t, event_ndim=0), draw((N, D), (N, D))),
@@ -136,6 +141,8 @@ RUNS = [(layout, name) for layout in LAYOUTS for name in CASES if layout == "row
 
 
 def place(leaf, first, layout, mesh):
+    if leaf.dim() == first.dim() and leaf.shape == (1, *first.shape[1:]) and layout[0] == Shard(0):
+        return distribute_tensor(leaf, mesh, [Shard(0), Replicate()])  # one process has it
     if leaf.shape != first.shape:
         return distribute_tensor(leaf, mesh, [Replicate()] * 2)
     if layout[1] != Partial():

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastkl.ops._torch import is_sharded
 from fastkl.reference import SCALES, SoftBounds
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -213,8 +214,14 @@ def is_shared(prior: Tensor, event_ndim: int) -> bool:
 
 
 def _drop_batch(prior: Tensor, event_ndim: int) -> Tensor:
-    extra = max(0, prior.dim() - event_ndim)
-    return prior.reshape(prior.shape[extra:]) if extra else prior
+    return without_leading(prior, max(0, prior.dim() - event_ndim))
+
+
+def without_leading(tensor: Tensor, count: int) -> Tensor:
+    """`tensor` without its first `count` dimensions, which have size 1. DTensor reshapes none that is sharded."""
+    if not count:
+        return tensor
+    return tensor.sum(tuple(range(count))) if is_sharded((tensor,)) else tensor.reshape(tensor.shape[count:])
 
 
 def check_packed(head: Tensor, dim: int) -> int:

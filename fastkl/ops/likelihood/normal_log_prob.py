@@ -25,7 +25,7 @@ def _fit_logvar(logvar: Tensor, shape: torch.Size, event_ndim: int) -> Tensor:
     if math.prod(own) == 1:
         return arguments.expand(logvar, (*shape[:batch_ndim], *[1] * event_ndim))
     if batch_ndim and arguments.is_shared(logvar, event_ndim):
-        return arguments.expand(logvar.reshape(own), shape[batch_ndim:])
+        return arguments.expand(arguments.without_leading(logvar, logvar.dim() - len(own)), shape[batch_ndim:])
     return arguments.expand(logvar, shape)
 
 
